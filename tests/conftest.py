@@ -1,0 +1,24 @@
+"""Shared by all tests: the repository on the import path, scripts run as a user runs them, no network."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """run_script("model_finetune/finetune_sft.py", "--batch-size", 2) -> CompletedProcess, run from another folder."""
+
+    def run(script, *arguments, cwd=tmp_path, timeout=300, **options):
+        command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+        options.setdefault("stdin", subprocess.DEVNULL)
+        return subprocess.run(command, cwd=cwd, timeout=timeout, capture_output=True, text=True, encoding="utf-8", **options)
+
+    return run

@@ -1,0 +1,60 @@
+"""Which device and number format to compute with, and why. CUDA, else Apple MPS, else CPU."""
+
+import platform
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """`name` is torch's device type, `bf16` whether matrix products run in bfloat16 (weights stay float32)."""
+
+    name: str
+    bf16: bool
+    reason: str
+
+    @property
+    def dtype(self):
+        """The number format for inference: torch.bfloat16 or torch.float32."""
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    def __str__(self):
+        return f"{self.name}, {'bf16 autocast over fp32 weights' if self.bf16 else 'fp32'} ({self.reason})"
+
+
+def pick_device(name="auto", precision="auto"):
+    """Choose a Device. `name`: auto, cuda, mps or cpu; `precision`: auto, bf16 or fp32 (both are settings of the scripts).
+
+    bfloat16 is chosen only where the hardware computes in it: CUDA from compute capability 8.0, x86 with AVX512-BF16 or
+    AMX. Elsewhere it is emulated and slower than float32; Apple's M1 and M2 emulate it, so MPS gets it only on request.
+    Raises ValueError for a device that is not there.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in present.items() if there)
+    if not present.get(name):
+        raise ValueError(f"no {name} device here; there is: {', '.join(kind for kind, there in present.items() if there)}")
+    native, reason = {"cuda": _cuda_bf16, "mps": _mps_bf16, "cpu": _cpu_bf16}[name]()
+    if precision == "auto":
+        return Device(name, native, reason)
+    return Device(name, precision == "bf16", f"{precision} as asked for; {reason}")
+
+
+def _cuda_bf16():
+    major, minor = torch.cuda.get_device_capability()
+    return major >= 8, f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
+
+
+def _mps_bf16():
+    return False, "Apple GPU; bf16 would save memory, not time"
+
+
+def _cpu_bf16():
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False, f"{platform.machine()} processor"
+    if torch.cpu._is_amx_tile_supported():
+        return True, "x86 processor with AMX"
+    if torch.cpu._is_avx512_bf16_supported():
+        return True, "x86 processor with AVX512-BF16"
+    return False, "x86 processor without bf16 instructions"

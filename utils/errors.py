@@ -1,0 +1,55 @@
+"""How a script ends: one clear line and an exit code, never a traceback for anything foreseeable.
+
+Exit codes: 0 done, 1 something failed underway, 2 what the user gave (arguments, data, a missing input), 130 Ctrl-C.
+"""
+
+import errno
+import os
+import sys
+
+
+class UserError(Exception):
+    """What the user gave cannot be used. The text says what is wrong, where, and the command that mends it."""
+
+    exit_code = 2
+
+
+class RunError(Exception):
+    """Something failed underway that was not the user's doing (network, disk, memory, a diverged run)."""
+
+    exit_code = 1
+
+
+def run(main):
+    """Call `main()` and return the exit code, with foreseeable failures told in one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")  # LANG=C and cp936 terminals cannot hold Chinese
+    try:
+        return main() or 0
+    except (UserError, RunError) as error:
+        return complain(error, error.exit_code)
+    except KeyboardInterrupt as stop:
+        return complain(str(stop) or "stopped by Ctrl-C; the same command starts it again", 130)
+    except BrokenPipeError:  # `script | head`: the reader has left, nothing more to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError:
+        return complain("not enough memory; close other programs or choose a smaller model or batch", 1)
+    except OSError as error:
+        return complain(explain_os_error(error), 1)
+
+
+def complain(message, exit_code):
+    """Print one line on stderr and return `exit_code`."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return exit_code
+
+
+def explain_os_error(error):
+    """One line for an OSError: the cause, the path, and what to do."""
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"the disk is full{where}; free some space and run the same command again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission to write or read{where}; choose another folder or change its owner"
+    return f"{error.strerror or error}{where}"

@@ -1,0 +1,101 @@
+"""Files: UTF-8 JSON lines in and out, and writing that never leaves half a file under its real name."""
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from utils.errors import UserError
+from utils.settings import ROOT
+
+
+def show_path(path):
+    """A path for a message: relative to the repository where it lies inside it, whole otherwise."""
+    path = Path(path)
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+
+
+def require_file(path, command):
+    """Return `path` if it is a file, else raise UserError naming `command`, the one that makes it."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{show_path(path)} is a folder, wanted a file")
+    if not path.is_file():
+        raise UserError(f"{show_path(path)} does not exist; make it with: {command}")
+    return path
+
+
+def read_jsonl(path, wanted=()):
+    """Yield one dict a line of a file that a script here wrote; every dict has the fields in `wanted`.
+
+    Raises UserError naming the line where the file is not UTF-8, not JSON, not objects, or a field is missing, and where
+    the file holds no line at all: these files are ours, so such a line means damage, not something to set aside.
+    """
+    number = 0
+    with open(path, encoding="utf-8-sig", newline="\n") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                row = json.loads(line)
+                missing = [name for name in wanted if name not in row] if isinstance(row, dict) else list(wanted)
+                if missing or not isinstance(row, dict):
+                    raise UserError(f"{show_path(path)}, line {number}: no field {', '.join(missing) or 'at all'}")
+                yield row
+        except UnicodeDecodeError as error:
+            raise UserError(f"{show_path(path)}, line {number + 1}: not UTF-8 ({error.reason})") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{show_path(path)}, line {number}: not JSON ({error.msg})") from None
+    if not number:
+        raise UserError(f"{show_path(path)} is empty")
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="w"):
+    """Open a temporary file beside `path` (UTF-8 unless binary); move it into place when the block ends well.
+
+    The data reaches the disk before the name does, so that after a power cut the name never holds half a file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        with open(temporary, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_jsonl(path, rows):
+    """Write dicts as JSON lines and return how many."""
+    count = 0
+    with atomic_write(path) as file:
+        for count, row in enumerate(rows, 1):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return count
+
+
+def write_json(path, value):
+    """Write one JSON value, indented for reading."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def read_json(path):
+    """Read one JSON value; UserError where the file is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{show_path(path)}: not JSON ({error})") from None
+
+
+def sha256_of(path):
+    """The sha256 of a file, as 64 hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

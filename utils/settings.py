@@ -1,0 +1,161 @@
+"""Settings: the UPPER_CASE constants at the top of a script, each of them also a command-line flag.
+
+A script holds one block, from a line that starts with `# ---- Settings` to the next line that starts with `# ----`:
+
+    # ---- Settings: edit here, or override on the command line (--learning-rate 1e-5) ----
+    LEARNING_RATE = 2e-5                  # full fine-tuning; LoRA takes about ten times this
+    # ----
+
+and calls `settings = parse_settings(__file__)`, then reads `settings.LEARNING_RATE`. The block is read as text
+(ast.literal_eval), so `--help` needs no heavy import and nothing is executed.
+
+Paths: a constant whose name ends in _DIR, _FILE or _FILES is a path. Written in the script it is relative to the
+repository, given as a flag it is relative to the folder the user stands in. A name that is or ends in MODEL(S) may be a
+folder or a Hub id: what exists as a folder becomes its path, anything else stays as it is.
+"""
+
+import argparse
+import ast
+import difflib
+import sys
+from pathlib import Path
+
+from utils.errors import complain
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Settings(argparse.Namespace):
+    """The resolved constants as attributes. `overridden` names the flags that the command line gave."""
+
+    overridden: set
+
+    def as_dict(self):
+        """{name: value}, with paths inside the repository written relative to it (for printing and run.json)."""
+        return {name: _plain(value) for name, value in vars(self).items() if name.isupper()}
+
+    def show(self):
+        """Print the settings, those from the command line marked."""
+        print("settings:")
+        for name, value in self.as_dict().items():
+            print(f"  {name:<24} {value!r}{'   (from the command line)' if name in self.overridden else ''}")
+
+
+def parse_settings(script, argv=None, positional=""):
+    """Read the settings block of `script` and the flags in `argv` (default: sys.argv[1:]) into a Settings object.
+
+    `positional` names the one constant that may also be given without its flag. Exits 0 after --help; exits 2, with one
+    line, on an unknown flag (the nearest is named) or on a value of the wrong type.
+    """
+    source = Path(script).read_text(encoding="utf-8")
+    constants = read_constants(source)
+    parser = _Parser(
+        prog=f"python {_plain(Path(script).resolve())}", description=ast.get_docstring(ast.parse(source)),
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )
+    parser.flags = [_flag(name) for name in constants]
+    for name, (value, comment) in constants.items():
+        options = dict(default=argparse.SUPPRESS, help=f"{comment} [{value!r}]".replace("%", "%%"), metavar=_metavar(value))
+        if isinstance(value, bool):
+            parser.add_argument(_flag(name), dest=name, type=_boolean, nargs="?", const=True, **options)
+        elif isinstance(value, list):
+            parser.add_argument(_flag(name), dest=name, nargs="+", **options)
+        else:
+            parser.add_argument(_flag(name), dest=name, type=_typed(type(value)), **options)
+    if positional:
+        parser.add_argument("positional", nargs="?", metavar=positional, default=None, help=argparse.SUPPRESS)
+    given = vars(parser.parse_args(argv))
+    first = given.pop("positional", None)
+    if first is not None:
+        given[positional] = first
+    settings = Settings(overridden=set(given))
+    for name, (value, _) in constants.items():
+        base = Path.cwd() if name in given else ROOT
+        setattr(settings, name, _resolve(name, given.get(name, value), base))
+    return settings
+
+
+def read_constants(source):
+    """{NAME: (value, comment)} of the settings block in a script's source text, in order."""
+    lines = source.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("# ---- Settings"))
+    end = next(i for i, line in enumerate(lines) if i > start and line.startswith("# ----"))
+    constants = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and start < node.lineno <= end and node.targets[0].id.isupper():
+            comments = [lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode().partition("#")[2].strip()]
+            for line in lines[node.end_lineno:end]:      # a comment goes on in the lines below it
+                if not line.lstrip().startswith("#") or line.startswith("#"):
+                    break
+                comments.append(line.strip("# \t"))
+            constants[node.targets[0].id] = (ast.literal_eval(node.value), " ".join(comments))
+    return constants
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and the nearest flag for an unknown one."""
+
+    flags = []
+
+    def parse_args(self, argv=None):
+        known, unknown = self.parse_known_args(argv)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self.flags, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"{self.prog} --help lists the flags"
+            self.error(f"unknown argument {unknown[0]}; {hint}")
+        return known
+
+    def error(self, message):
+        sys.exit(complain(message.removeprefix("argument "), 2))
+
+
+def _flag(name):
+    return "--" + name.lower().replace("_", "-")
+
+
+def _metavar(value):
+    return {bool: "true|false", int: "N", float: "X", str: "TEXT", list: "TEXT"}[type(value)]
+
+
+def _boolean(text):
+    if text.lower() not in ("true", "false", "yes", "no", "1", "0"):
+        raise argparse.ArgumentTypeError(f"wanted true or false, got {text!r}")
+    return text.lower() in ("true", "yes", "1")
+
+
+def _typed(kind):
+    wanted = {int: "a whole number", float: "a number such as 2e-5", str: "a text"}[kind]
+
+    def convert(text):
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"wanted {wanted}, got {text!r}") from None
+
+    return convert
+
+
+def _resolve(name, value, base):
+    if name.endswith("_FILES"):
+        return [base / Path(item).expanduser() for item in value]
+    if name.endswith(("_DIR", "_FILE")):
+        return base / Path(value).expanduser() if value else None
+    if name.endswith("MODELS"):
+        return [_folder_or_id(item, base) for item in value]
+    if name.endswith("MODEL"):
+        return _folder_or_id(value, base)
+    return value
+
+
+def _folder_or_id(value, base):
+    path = base / Path(value).expanduser()
+    return str(path) if value and path.exists() else value
+
+
+def _plain(value):
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    path = Path(value) if isinstance(value, (str, Path)) and str(value).startswith(str(ROOT)) else None
+    if path is not None and path.is_relative_to(ROOT):
+        return path.relative_to(ROOT).as_posix()
+    return str(value) if isinstance(value, Path) else value
