@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from utils.errors import UserError
+
 
 @dataclass(frozen=True)
 class Device:
@@ -28,13 +30,15 @@ def pick_device(name="auto", precision="auto"):
 
     bfloat16 is chosen only where the hardware computes in it: CUDA from compute capability 8.0, x86 with AVX512-BF16 or
     AMX. Elsewhere it is emulated and slower than float32; Apple's M1 and M2 emulate it, so MPS gets it only on request.
-    Raises ValueError for a device that is not there.
+    Raises UserError for a device that is not there and for another precision.
     """
+    if precision not in ("auto", "bf16", "fp32"):
+        raise UserError(f"--precision: wanted auto, bf16 or fp32, got {precision!r}")
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in present.items() if there)
     if not present.get(name):
-        raise ValueError(f"no {name} device here; there is: {', '.join(kind for kind, there in present.items() if there)}")
+        raise UserError(f"--device: no {name} device here; there is: {', '.join(kind for kind, there in present.items() if there)}")
     native, reason = {"cuda": _cuda_bf16, "mps": _mps_bf16, "cpu": _cpu_bf16}[name]()
     if precision == "auto":
         return Device(name, native, reason)

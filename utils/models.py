@@ -1,7 +1,9 @@
 """Model folders: find, check, load. Safetensors only, no remote code, and no network for a folder on disk."""
 
+import contextlib
 import json
 import os
+import textwrap
 from pathlib import Path
 
 from utils.errors import UserError
@@ -30,27 +32,51 @@ def check_model(model):
                 raise UserError(f"the model folder {model} does not exist; make it with: {command}")
         if model.count("/") == 1 and not model.startswith((".", "/")) and not (ROOT / model).parent.is_dir():
             return model                        # a Hub id such as Qwen/Qwen3-0.6B
-        raise UserError(f"the model folder {model} does not exist; download one with: python model_download/download_model.py")
+        raise UserError(f"the model folder {model} does not exist; download one: python model_download/download_model.py")
     if not folder.is_dir():
-        raise UserError(f"{show_path(folder)} is a file, wanted a model folder")
+        raise UserError(f"{show_path(folder)} is a file, wanted a model folder; did you mean {show_path(folder.parent)}?")
     if (folder / "adapter_config.json").is_file():
         base = adapter_base(folder)
         if not Path(base).is_dir():
             raise UserError(f"{show_path(folder)} is a LoRA adapter for {base}, which is not there; use its merged/ folder")
-        return model
-    if not (folder / "config.json").is_file():
+        check_model(base)
+    elif not (folder / "config.json").is_file():
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
-        nested = [show_path(path.parent) for path in sorted(folder.glob("*/config.json"))]
-        hint = f"; did you mean {nested[-1]}?" if nested else "; a model folder holds config.json and *.safetensors"
-        raise UserError(f"{show_path(folder)} is not a model folder (it holds {found}){hint}")
+        nested = [path for name in ("config.json", "adapter_config.json") for path in folder.glob(f"*/{name}")]
+        newest = max(nested, key=lambda path: path.stat().st_mtime, default=None)
+        hint = f"did you mean {show_path(newest.parent)}?" if nested else "a model has config.json and *.safetensors"
+        raise UserError(f"{show_path(folder)} is not a model folder (it holds {found}); {hint}")
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"{show_path(folder)} holds no *.safetensors weights; other formats are not loaded")
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{show_path(folder)} has no tokenizer; copy tokenizer*.json and chat_template.jinja from its base")
     return model
+
+
+def find_models():
+    """Folders (Path) that load: finished runs, the newest first, then downloaded models, Qwen3-0.6B before the tiny one."""
+    runs = [folder for folder in (ROOT / "trainer_output").glob("*/") if _is_model(folder)]
+    bases = [folder for folder in (ROOT / "model_download").glob("*/") if _is_model(folder)]
+    return sorted(runs, key=written_at, reverse=True) + sorted(bases)
+
+
+def written_at(folder):
+    """When the weights in a model folder were written (seconds since 1970): for a run, when it ended."""
+    return max(path.stat().st_mtime for path in folder.glob("*.safetensors"))
+
+
+def _is_model(folder):
+    try:
+        return bool(check_model(str(folder)))
+    except UserError:
+        return False
 
 
 def adapter_base(folder):
     """The base model that a LoRA adapter folder names: a path (relative ones are to the repository) or a Hub id."""
-    base = read_json(Path(folder) / "adapter_config.json")["base_model_name_or_path"]
+    base = read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{show_path(Path(folder) / 'adapter_config.json')} names no base model (base_model_name_or_path)")
     inside = ROOT / base
     return str(inside) if inside.is_dir() else base
 
@@ -70,23 +96,69 @@ def load_tokenizer(model):
     """The tokenizer of a model folder, adapter folder or Hub id."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    with _told_in_one_line(model):
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     if tokenizer.chat_template is None or "<|im_end|>" not in tokenizer.get_vocab():
         raise UserError(f"{model} is not a Qwen chat model: its tokenizer has no chat template with <|im_end|>")
     return tokenizer
 
 
 def load_model(model, dtype):
-    """The causal language model of a folder or Hub id in `dtype`; a LoRA adapter comes merged into its base."""
-    from transformers import AutoModelForCausalLM
+    """The causal language model of a folder or Hub id in `dtype`; a LoRA adapter comes merged into its base.
 
-    loading = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+    The merge is done in float32 and rounded once, as for a merged/ folder, so that both give the same answers.
+    """
+    import torch
+    from transformers import GenerationConfig
+
     if not (Path(model) / "adapter_config.json").is_file():
-        return AutoModelForCausalLM.from_pretrained(model, **loading)
+        return _load_whole(model, dtype)
     from peft import PeftModel
 
-    base = AutoModelForCausalLM.from_pretrained(adapter_base(model), **loading)
-    return PeftModel.from_pretrained(base, model).merge_and_unload()
+    _check_base(Path(model), adapter_base(model))
+    base = _load_whole(adapter_base(model), torch.float32)
+    with _told_in_one_line(model):
+        merged = PeftModel.from_pretrained(base, model).merge_and_unload()
+    for weight in merged.parameters():          # not .to(dtype), which would round the rotary frequencies as well
+        weight.data = weight.data.to(dtype)
+    if (Path(model) / "generation_config.json").is_file():
+        merged.generation_config = GenerationConfig.from_pretrained(model)
+    return merged
+
+
+def _load_whole(model, dtype):
+    from transformers import AutoModelForCausalLM
+
+    with _told_in_one_line(model):
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+    if report["missing_keys"]:      # transformers would go on with random numbers in their place
+        raise UserError(f"{model} is not whole: its weights lack {', '.join(sorted(report['missing_keys'])[:3])} ...")
+    return loaded
+
+
+def _check_base(adapter, base):
+    """UserError where `base` is not what the adapter was trained on, as its run.json tells: the answers would be noise."""
+    for folder in (adapter, adapter.parent):        # a checkpoint belongs to the run in the folder above it
+        if (folder / "run.json").is_file():
+            trained_on = read_json(folder / "run.json").get("identity", {}).get("MODEL")
+            if trained_on and trained_on != f"sha256 {fingerprint(base)}":
+                raise UserError(f"{show_path(adapter)} was trained on other weights than {show_path(base)} holds now; "
+                                "use its merged/ folder, or bring that base model back")
+            return
+
+
+@contextlib.contextmanager
+def _told_in_one_line(model):
+    """What the libraries raise for damaged, foreign or unreachable files, as a UserError of one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{model} needs Python code of its own to load, and code from a model is not run here") from None
+        raise UserError(f"{model} cannot be loaded: {textwrap.shorten(str(error), 300)}") from None
 
 
 def fingerprint(model):

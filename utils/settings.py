@@ -18,6 +18,7 @@ import argparse
 import ast
 import difflib
 import sys
+import textwrap
 from pathlib import Path
 
 from utils.errors import complain
@@ -35,10 +36,10 @@ class Settings(argparse.Namespace):
         return {name: _plain(value) for name, value in vars(self).items() if name.isupper()}
 
     def show(self):
-        """Print the settings, those from the command line marked."""
-        print("settings:")
-        for name, value in self.as_dict().items():
-            print(f"  {name:<24} {value!r}{'   (from the command line)' if name in self.overridden else ''}")
+        """Print the settings on a few lines, those from the command line marked with a star."""
+        shown = [f"{name}={value!r}{'*' if name in self.overridden else ''}" for name, value in self.as_dict().items()]
+        print(textwrap.fill("settings (* from the command line): " + "  ".join(shown), 118, subsequent_indent="  ",
+                            break_long_words=False, break_on_hyphens=False))
 
 
 def parse_settings(script, argv=None, positional=""):
@@ -71,7 +72,10 @@ def parse_settings(script, argv=None, positional=""):
     settings = Settings(overridden=set(given))
     for name, (value, _) in constants.items():
         base = Path.cwd() if name in given else ROOT
-        setattr(settings, name, _resolve(name, given.get(name, value), base))
+        resolved = _resolve(name, given.get(name, value), base)
+        if name.endswith("_DIR") and resolved and resolved.is_file():
+            parser.error(f"{_flag(name)}: {resolved} is a file, wanted a folder")
+        setattr(settings, name, resolved)
     return settings
 
 

@@ -1,0 +1,150 @@
+"""Download a Chinese-medicine data set from the Hugging Face Hub, at a pinned commit, every file verified.
+
+    python data_prepare/download_tcm_data.py
+    python data_prepare/download_tcm_data.py --dataset Monor/hwtcm-sft-v1
+    python data_prepare/download_tcm_data.py --dataset sample     (the built-in one, offline)
+
+Each file goes to data_prepare/raw/ as it is, with a .source.json beside it that says where it came from. Run it again after
+an interruption: it goes on where it stopped. A mirror is chosen with HF_ENDPOINT=https://..., a token for gated or private
+sets with HF_TOKEN=hf_... .
+"""
+
+import datetime
+import difflib
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.errors import UserError, run
+from utils.files import atomic_write, require_file, sha256_of, show_path, write_json
+from utils.hub import COMMIT, Hub, read_record, unchanged
+from utils.settings import ROOT, parse_settings
+
+# ---- Settings: edit here, or override on the command line (--dataset Monor/hwtcm-sft-v1) ----
+DATASET = "michaelwzhu/ShenNong_TCM_Dataset"            # a data set on the Hub; or sample: the built-in one
+REVISION = "7356f4f786b87c6bcb3c38d8b6d4b5e75aadb718"   # commit, branch or tag; this is ShenNong's, for others: main
+FILES = ["ChatMed_TCM-v0.2.json"]                       # files of it; empty, or for another data set: all its data files
+OUTPUT_DIR = "data_prepare/raw"                         # the folder that the conversion reads
+TIMEOUT = 30.0                                          # seconds without a byte after which a connection counts as stalled
+RETRIES = 6                                             # failures in a row, without progress, before giving up
+# ----
+
+PINNED_DATASET, PINNED_COMMIT = "michaelwzhu/ShenNong_TCM_Dataset", "7356f4f786b87c6bcb3c38d8b6d4b5e75aadb718"
+PINNED_FILES = ["ChatMed_TCM-v0.2.json"]
+KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")     # what the conversion reads
+NOT_DATA = ("dataset_info.json", "dataset_infos.json")      # descriptions that the datasets library writes
+SAMPLE_DIR = ROOT / "data_prepare" / "sample"
+NEXT = "next: python data_prepare/convert_to_qwen3_format.py"
+
+
+def source_of(path):
+    return path.with_suffix(".source.json")
+
+
+def write_source(path, **origin):
+    """Write <name>.source.json for a file that is whole, and tell about it."""
+    record = {**origin, "sha256": sha256_of(path), "size": path.stat().st_size, "rows": count_rows(path),
+              "downloaded": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
+    write_json(source_of(path), record)
+    rows = "" if record["rows"] is None else f", {record['rows']:,} rows"
+    print(f"{show_path(path)}: {record['size']:,} bytes{rows}, licence: {record['licence'] or 'not stated'}")
+
+
+def count_rows(path):
+    """Rows of a file of JSON lines (some are named .json), None for any other kind. Blank lines are no rows."""
+    if path.suffix not in (".jsonl", ".json"):
+        return None
+    with open(path, "rb") as file:
+        if path.suffix == ".json":
+            start = file.readline().strip().removeprefix(b"\xef\xbb\xbf")
+            if not (start.startswith(b"{") and start.endswith(b"}")):
+                return None                             # an array, or one object over many lines
+            file.seek(0)
+        return sum(1 for line in file if line.strip())
+
+
+def copy_sample(folder):
+    """Put the built-in files into `folder`, offline."""
+    for name in ("tcm_sample.jsonl", "tcm_exam.jsonl"):
+        sample = require_file(SAMPLE_DIR / name, f"git checkout {show_path(SAMPLE_DIR / name)}")
+        with atomic_write(folder / name, "wb") as copy:
+            copy.write(sample.read_bytes())
+        write_source(folder / name, repo="sample", revision=None, file=show_path(sample), licence="that of this project")
+    print(NEXT)
+
+
+def choose_files(repo, wanted):
+    """The names in `wanted`, or those of all data files. UserError where a name is not there or is of no known kind."""
+    data = [name for name in sorted(repo.files) if name.endswith(KINDS) and Path(name).name not in NOT_DATA]
+    if not data:
+        raise UserError(f"{repo.id} holds no {' '.join(KINDS)} file (it holds {', '.join(sorted(repo.files)[:8])})")
+    for name in wanted:
+        if name not in data:
+            near = difflib.get_close_matches(name, data, n=1, cutoff=0.3) or data
+            raise UserError(f"{repo.id} has no data file {name} ({' '.join(KINDS)}); did you mean {near[0]}? "
+                            f"See {repo.page}/tree/main")
+    return wanted or data
+
+
+def place(folder, dataset, names):
+    """{path on disk: name in the data set}: the set's name and the whole path of the file make its name here.
+
+    UserError where two files would get the same name, by letter case or by ending too.
+    """
+    paths = {folder / re.sub(r'[\\/:*?"<>|]', "-", f"{dataset.rpartition('/')[2]}-{name}"): name for name in names}
+    if len({source_of(path).name.casefold() for path in paths}) < len(set(names)):
+        raise UserError(f"some of {', '.join(sorted(names)[:8])} would get the same name here; choose with --files")
+    return paths
+
+
+def is_ours(path, dataset, commit, name):
+    """Whether an earlier run brought `path` as this file at this commit. UserError where it came from somewhere else."""
+    record = read_record(source_of(path)) if path.exists() else {}
+    if record and (record.get("repo"), record.get("revision"), record.get("file")) != (dataset, commit, name):
+        raise UserError(f"{show_path(path)} is {record.get('file')} of {record.get('repo')} at {record.get('revision')}, "
+                        f"not {name} of {dataset} at {commit}; delete it, or choose another folder with --output-dir")
+    return bool(record)
+
+
+def is_finished(path, dataset, commit, name):
+    """Whether `path` is this file at this commit, whole and unchanged since; known without the network."""
+    source = source_of(path)
+    return is_ours(path, dataset, commit, name) and unchanged(path, read_record(source), source)
+
+
+def main(argv=None):
+    # 1. Which data set, from where, to where
+    settings = parse_settings(__file__, argv)
+    if settings.DATASET == "sample":
+        return copy_sample(settings.OUTPUT_DIR)
+    if Path(settings.DATASET).is_file():
+        raise UserError(f"{settings.DATASET} is a file on this disk; copy it into {show_path(settings.OUTPUT_DIR)}")
+    if settings.DATASET != PINNED_DATASET:              # the pinned values are those of the default data set only
+        settings.REVISION = "main" if settings.REVISION == PINNED_COMMIT else settings.REVISION
+        settings.FILES = [] if settings.FILES == PINNED_FILES else settings.FILES
+    dataset, revision, names, folder = settings.DATASET, settings.REVISION, settings.FILES, settings.OUTPUT_DIR
+
+    # 2. Nothing to do where it is there already, known without the network
+    paths = place(folder, dataset, names)
+    pinned = names and COMMIT.fullmatch(revision)
+    if pinned and all(is_finished(path, dataset, revision, name) for path, name in paths.items()):
+        print(f"{dataset} at {revision[:7]} is complete in {show_path(folder)}: {', '.join(path.name for path in paths)}")
+        return
+    settings.show()
+
+    # 3. What the Hub lists at that commit
+    hub = Hub(settings.TIMEOUT, settings.RETRIES)
+    repo = hub.look_up("dataset", dataset, revision)
+    paths = place(folder, dataset, choose_files(repo, names))
+    ours = {path for path in paths if is_ours(path, dataset, repo.commit, paths[path])}
+
+    # 4. Fetch, verify, move into place, and record where each file came from
+    for path in hub.bring(repo, {path: repo.files[name] for path, name in paths.items()}, ours):
+        write_source(path, repo=dataset, revision=repo.commit, asked_for=revision, file=paths[path], licence=repo.licence)
+    print(NEXT)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

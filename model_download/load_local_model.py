@@ -1,0 +1,168 @@
+"""Chat with a model folder: the base model, a finetuned or merged one, a LoRA adapter, a checkpoint, or a Hub id.
+
+    python model_download/load_local_model.py                                  # choose from the newest finished runs
+    python model_download/load_local_model.py trainer_output/sft_finetuned     # /help lists the commands, Ctrl-D leaves
+    python model_download/load_local_model.py trainer_output/sft_finetuned --prompt "四君子汤由哪些药组成？"
+    python model_download/load_local_model.py trainer_output/sft_finetuned --json < questions.txt > answers.jsonl
+
+With --prompt or piped questions (one a line, each a conversation of its own) stdout holds the answers and nothing else.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.errors import UserError, run
+from utils.files import show_path
+from utils.models import check_model, find_models, quiet_offline, written_at
+from utils.settings import parse_settings
+from utils.terminal import AnswerPrinter, note, prepare_terminal
+
+# ---- Settings: edit here, or override on the command line (--max-new-tokens 512) ----
+MODEL = ""                # model folder or Hub id, also without the flag; empty: choose from what is here
+PROMPT = ""               # answer this one question and leave; empty: the questions on stdin, or a chat
+JSON = False              # one object a line: question, answer, tokens, seconds
+SYSTEM = ""               # system text in front of every conversation
+THINKING = "auto"         # auto: as the folder was trained (its chat template's default); on; off
+SHOW_THINKING = True      # print the thinking, dimmed, on stderr where stdout is for answers only
+GREEDY = False            # always the likeliest token: repeatable; with thinking on it tends to go round in circles
+SEED = -1                 # of the sampling; the same seed gives the same answers, -1 different ones every time
+MAX_NEW_TOKENS = 2048     # longest answer in tokens, thinking included
+DEVICE = "auto"           # auto (CUDA, else MPS, else CPU), cuda, mps, cpu
+PRECISION = "auto"        # auto (bf16 where the hardware computes in it), bf16, fp32
+# ----
+
+THINKING_MODES = {"auto": None, "on": True, "off": False}
+
+
+def main(argv=None):
+    # 1. Settings
+    settings = parse_settings(__file__, argv, positional="MODEL")
+    chatting = check_settings(settings)
+
+    # 2. Which model: checked before torch is imported, which takes seconds
+    folder = settings.MODEL or choose_model(ask=chatting)
+    check_model(folder)
+    quiet_offline(folder)
+
+    # 3. Load it
+    from utils.chat_session import Chat, Speaker, describe
+    from utils.device import pick_device
+
+    device = pick_device(settings.DEVICE, settings.PRECISION)
+    speaker = Speaker(folder, device)
+    options = make_options(settings)
+    note(f"{speaker.name} on {device.name}, {'bf16' if device.bf16 else 'fp32'} ({device.reason})")
+    note(describe(speaker, options))
+    note("For study and research only, not medical advice.")
+
+    # 4. Chat, or answer the questions given
+    if chatting:
+        prepare_terminal()
+        note("/help lists the commands, Ctrl-D leaves.")
+        Chat(speaker, options, settings.SYSTEM, lambda other: Speaker(other, device)).run()
+        return
+    questions = [("--prompt", settings.PROMPT)] if settings.PROMPT else read_questions(sys.stdin.buffer)
+    for place, question in questions:
+        answer_once(speaker, options, settings, place, question)
+
+
+def check_settings(settings):
+    """Whether this is a chat at a terminal; UserError for values that cannot be used."""
+    if settings.THINKING not in THINKING_MODES:
+        raise UserError(f"--thinking: wanted auto, on or off, got {settings.THINKING!r}")
+    if settings.MAX_NEW_TOKENS < 1:
+        raise UserError(f"--max-new-tokens: wanted 1 or more, got {settings.MAX_NEW_TOKENS}")
+    if "PROMPT" in settings.overridden and not settings.PROMPT.strip():
+        raise UserError("--prompt: wanted a question, got an empty text")
+    chatting = not settings.PROMPT and sys.stdin.isatty()
+    if chatting and settings.JSON:
+        raise UserError('--json is for questions from --prompt "..." or from a pipe, not for a chat')
+    return chatting
+
+
+def choose_model(ask):
+    """A folder (str) from trainer_output/ or model_download/: asked for at the terminal, else the first of the list."""
+    found = find_models()
+    if not found:
+        raise UserError("no model is here yet; download one with: python model_download/download_model.py")
+    if not ask:
+        note(f"no model named, taking {show_path(found[0])}")
+        return str(found[0])
+    for number, folder in enumerate(found, 1):
+        finished = time.strftime("%Y-%m-%d %H:%M", time.localtime(written_at(folder)))
+        note(f"  {number}  {show_path(folder):<40} {finished}")
+    while True:
+        try:
+            answer = input(f"Which model? [1-{len(found)}, Enter for 1] ").strip() or "1"
+        except EOFError:
+            raise UserError("no model chosen") from None
+        if answer.isdecimal() and 1 <= int(answer) <= len(found):
+            return str(found[int(answer) - 1])
+
+
+def make_options(settings):
+    """The settings that hold for every answer, as utils.chat_session.Options."""
+    import torch
+
+    from utils.chat_session import Options
+
+    greedy = {"do_sample": False} if settings.GREEDY else {}
+    options = Options(THINKING_MODES[settings.THINKING], settings.MAX_NEW_TOKENS, settings.SHOW_THINKING, greedy,
+                      torch.Generator())
+    seed_answers(options, settings.SEED)
+    return options
+
+
+def seed_answers(options, seed):
+    if seed < 0:
+        options.random.seed()
+    else:
+        options.random.manual_seed(seed)
+
+
+def read_questions(stream):
+    """Yield ("stdin, line 3", question) for every line of a binary stream that is not blank; UserError if all are."""
+    found = False
+    for number, line in enumerate(stream, 1):
+        try:
+            question = line.decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise UserError(f"stdin, line {number}: not UTF-8 ({error.reason})") from None
+        if question:
+            found = True
+            yield f"stdin, line {number}", question
+    if not found:
+        raise UserError('no question on stdin, wanted one a line; or ask with --prompt "...", or chat at a terminal')
+
+
+def answer_once(speaker, options, settings, place, question):
+    """Answer one question by itself, as if it were the only one: cache and random numbers start anew."""
+    from utils.chat_format import encode_prompt
+
+    speaker.stream.reset()
+    seed_answers(options, settings.SEED)
+    system = [{"role": "system", "content": settings.SYSTEM}] if settings.SYSTEM else []
+    prompt = encode_prompt(speaker.tokenizer, [*system, {"role": "user", "content": question}], options.thinking)
+    try:
+        speaker.check_length(prompt)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+
+    reply = speaker.answer(prompt, options, AnswerPrinter(options.show_thinking, show_answer=not settings.JSON))
+    if reply.stopped:
+        raise KeyboardInterrupt
+    if settings.JSON:
+        row = {"question": question, "answer": reply.content, "tokens": reply.tokens, "seconds": round(reply.seconds, 3)}
+        print(json.dumps(row, ensure_ascii=False), flush=True)
+    else:
+        print(flush=True)
+    cut = "" if reply.ended else f"; cut at the limit of {settings.MAX_NEW_TOKENS} tokens (--max-new-tokens)"
+    note(f"[{place}: {reply}{cut}]")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,184 @@
+"""Pre-train the built-in tiny base model from scratch, on the plain statements of the built-in sample.
+
+    python model_download/pretrain_tiny_model.py
+
+Makes model_download/tiny_qwen3_tcm/: Qwen3's architecture and chat format at 3.8 M parameters, with a byte-level BPE tokenizer
+of its own. It reads every fact as a statement and no fact as a question, and it learns, on invented names, to take a name
+from a question into an answer. It stands in for Qwen3-0.6B in the demo and the tests, nowhere else.
+"""
+
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` is found from any folder
+
+from utils.errors import run
+from utils.files import read_jsonl, require_file, show_path, write_jsonl
+from utils.settings import parse_settings
+
+# ---- Settings: edit here, or override on the command line (--epochs 10) ----
+STATEMENTS_FILE = "data_prepare/sample/statements.jsonl"    # what it reads: {"text"} a line
+TEMPLATE_FILE = "model_download/tiny_qwen3_tcm/chat_template.jinja"     # Qwen3's chat template, unchanged
+OUTPUT_DIR = "model_download/tiny_qwen3_tcm"    # the model folder to write
+VOCABULARY = 2560           # tokens: 256 bytes, Qwen3's special tokens, the rest merges of Chinese characters and words
+WIDTH = 256                 # hidden size
+LAYERS = 4                  # decoder layers
+FEED_FORWARD = 704          # inner width of the MLP
+EPOCHS = 24                 # passes over the statements; each fact is met about 7 times a pass
+TOKENS_PER_STEP = 2048      # packed tokens a step
+LEARNING_RATE = 2e-3        # peak; a model this small takes a rate about ten times that of a large one
+WARMUP_STEPS = 100          # linear warm-up, then a cosine down to a tenth
+WEIGHT_DECAY = 0.05         # small: the facts are to be remembered word for word
+COPY_SHARE = 0.15           # name-carrying exercises, as a share of the statements
+SEED = 0                    # fixes the initial weights, the exercises and the order
+# ----
+
+SPECIAL_TOKENS = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+]
+PLAIN_ADDED_TOKENS = [     # added like the special ones, but shown when text is decoded, as in Qwen3
+    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>",
+    "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
+]
+WORD_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+# Chat exercises with no medicine in them: {n} and {m} are invented names, and the answer must carry the right one over.
+EXERCISES = [
+    ("请重复这个词：{n}", "{n}"), ("请把“{n}”再写一遍。", "{n}。"), ("“{n}”和“{m}”，哪个写在前面？", "{n}写在前面。"),
+    ("“{n}”和“{m}”，哪个写在后面？", "{m}写在后面。"), ("请用“{n}”开头写一句话。", "{n}是一个词。"),
+    ("{n}今天来了，{m}没有来。谁来了？", "{n}来了。"), ("{n}今天来了，{m}没有来。谁没有来？", "{m}没有来。"),
+    ("请问{n}在哪里？", "{n}在这里。"), ("你好，请介绍一下{n}。", "{n}是一个名字。"), ("{n}的名字是什么？", "{n}的名字是{n}。"),
+]
+
+
+def train_tokenizer(texts, vocabulary, template):
+    """A byte-level BPE tokenizer with Qwen3's way of splitting, special tokens and chat template."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(WORD_SPLIT), behavior="isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - len(SPECIAL_TOKENS) - len(PLAIN_ADDED_TOKENS), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), max_token_length=4 * 3,      # at most four characters
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    bpe.add_tokens([AddedToken(token, normalized=False) for token in PLAIN_ADDED_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=template, model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def copy_exercises(count, names, rng):
+    """`count` one-turn conversations about invented names, put together from the characters of real ones."""
+    characters = sorted(set("".join(names)))
+    for _ in range(count):
+        n, m = ("".join(rng.choices(characters, k=rng.choice([2, 2, 3, 3, 4, 5]))) for _ in range(2))
+        question, answer = (text.format(n=n, m=m) for text in rng.choice(EXERCISES))
+        yield [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def make_model(tokenizer, settings):
+    """A Qwen3ForCausalLM with random weights (tied embeddings, as in Qwen3-0.6B)."""
+    import torch
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+    from utils.chat_format import generation_settings
+
+    torch.manual_seed(settings.SEED)
+    end, stop = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=settings.WIDTH, intermediate_size=settings.FEED_FORWARD,
+        num_hidden_layers=settings.LAYERS, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        max_position_embeddings=2048, rope_theta=10_000, tie_word_embeddings=True, bos_token_id=stop, eos_token_id=end,
+    ))
+    model.generation_config = GenerationConfig(**generation_settings(tokenizer, thinking=False))
+    return model
+
+
+def train(model, rows, settings):
+    """AdamW over the packed rows, a cosine schedule; yields one log entry a step."""
+    import torch
+
+    from utils.packed_model import prepare_packed, sum_of_losses
+    from utils.packing import collate, split_batch
+
+    prepare_packed(model).train()
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": settings.WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}],
+        lr=settings.LEARNING_RATE, betas=(0.9, 0.95), fused=True,
+    )
+    steps, rng, began = settings.EPOCHS * len(rows), random.Random(settings.SEED), time.perf_counter()
+    for step in range(steps):
+        if step % len(rows) == 0:
+            order = rng.sample(range(len(rows)), len(rows))
+        cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.LEARNING_RATE * min(cosine, (step + 1) / settings.WARMUP_STEPS)
+        inputs, targets, _ = split_batch(collate([rows[order[step % len(rows)]]]))
+        loss = sum_of_losses(model(**inputs), model.lm_head.weight, targets) / len(targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds = time.perf_counter() - began
+        yield {"step": step + 1, "steps": steps, "epoch": step // len(rows) + 1, "loss": round(loss.item(), 4),
+               "seconds": round(seconds, 1)}
+
+
+def main(argv=None):
+    settings = parse_settings(__file__, argv)
+    settings.show()
+    statements = [row["text"] for row in read_jsonl(require_file(
+        settings.STATEMENTS_FILE, "python data_prepare/sample/make_sample.py"), wanted=["text"])]
+    template = require_file(settings.TEMPLATE_FILE, "git checkout").read_text(encoding="utf-8")
+
+    # 1. Train the tokenizer, on the statements and the exercises' wording
+    from utils.chat_format import encode_turns
+    from utils.packing import PackedRows
+
+    rng = random.Random(settings.SEED)
+    exercises = list(copy_exercises(round(settings.COPY_SHARE * len(statements)), statements, rng))
+    spoken = [message["content"] for messages in exercises for message in messages]
+    tokenizer = train_tokenizer(statements + spoken, settings.VOCABULARY, template)
+
+    # 2. Encode: a statement is trained from its first token (after <|endoftext|>) to its end, an exercise as in a chat
+    stop = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    documents = [([stop], ids + [stop]) for ids in tokenizer(statements)["input_ids"]]
+    documents += [turn for messages in exercises for turn in encode_turns(tokenizer, messages)]
+    rows = PackedRows([{"documents": [document]} for document in documents], settings.TOKENS_PER_STEP)
+    print(f"{len(statements):,} statements, {len(exercises):,} exercises: {rows.tokens:,} tokens in {len(rows)} rows")
+
+    # 3. Train
+    model = make_model(tokenizer, settings)
+    print(f"{model.num_parameters():,} parameters, {settings.EPOCHS * len(rows):,} steps")
+    log = []
+    for entry in train(model, rows, settings):
+        log.append(entry)
+        if entry["step"] % 50 == 0 or entry["step"] == entry["steps"]:
+            left = entry["seconds"] / entry["step"] * (entry["steps"] - entry["step"]) / 60
+            print(f"step {entry['step']}/{entry['steps']}  loss {entry['loss']:.3f}  {left:.1f} min left", flush=True)
+
+    # 4. Save: bfloat16 halves the size, and is what Qwen3-0.6B itself is stored in
+    import torch
+
+    model.to(torch.bfloat16).save_pretrained(settings.OUTPUT_DIR)
+    tokenizer.save_pretrained(settings.OUTPUT_DIR)
+    write_jsonl(settings.OUTPUT_DIR / "training_log.jsonl", log[::10])
+    print(f"saved: {show_path(settings.OUTPUT_DIR)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,108 @@
+"""Direct preference optimization (DPO): from pairs of answers the model learns which one is better.
+
+    python model_finetune/finetune_dpo.py
+
+Starts from, and is held to, the SFT result. Reads data_prepare/qwen3/dpo_train.jsonl and dpo_eval.jsonl, writes the finished model
+to trainer_output/dpo_finetuned/ with its checkpoints, loss_curve.png, training_log.jsonl and run.json. Stopped or killed,
+the same command goes on where it was. Method: Rafailov et al. 2023, arXiv:2305.18290.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` is found from any folder
+
+from utils.errors import run
+from utils.files import require_file
+from utils.models import check_model, load_model, load_tokenizer, quiet_offline
+from utils.settings import parse_settings
+
+# ---- Settings: edit here, or override on the command line (--beta 0.2) ----
+MODEL = "trainer_output/sft_finetuned"  # where the policy starts, and the reference it is held to
+TRAIN_FILE = "data_prepare/qwen3/dpo_train.jsonl"   # preference pairs to learn from
+EVAL_FILE = "data_prepare/qwen3/dpo_eval.jsonl"     # pairs that are only measured on
+OUTPUT_DIR = "trainer_output/dpo_finetuned"         # the run: finished model, checkpoints, curve, log
+BETA = 0.1                  # how strongly the policy is held to the reference; smaller lets it go further
+SFT_WEIGHT = 0.2            # weight of the chosen answer's own loss; without it DPO may lower chosen and rejected alike
+LORA = False                # train adapters (RANK, ALPHA) instead of every weight; take a LEARNING_RATE of 5e-6 then
+RANK = 16                   # width of the adapters, with LORA
+ALPHA = 32                  # scale of the adapters, with LORA
+EPOCHS = 1                  # passes over the pairs; more than one or two overfits them
+LEARNING_RATE = 5e-7        # peak rate; DPO takes far less than SFT
+WARMUP = 0.1                # share of the steps with a rising rate; a cosine down to zero follows
+WEIGHT_DECAY = 0.0          # pull of the weights towards zero
+MAX_LENGTH = 2048           # tokens a packed row; a pair (both its answers) that is longer is set aside, never cut
+BATCH_SIZE = 1              # packed rows computed at once; memory grows with BATCH_SIZE x MAX_LENGTH
+ACCUMULATION = 4            # rounds of BATCH_SIZE rows that make one optimizer step
+MAX_STEPS = 0               # stop after this many optimizer steps; 0 trains all EPOCHS
+KEEP_CHECKPOINTS = 2        # newest checkpoints to keep, about 7 GB each for 0.6 B parameters
+SEED = 0                    # order of the rows, and the adapters' initial weights
+DEVICE = "auto"             # auto, cuda, mps or cpu
+PRECISION = "auto"          # auto, bf16 or fp32; weights are float32 in any case
+SHOW_EXAMPLE = 0            # print this many pairs as the trainer sees them, and stop
+FRESH = False               # start over; an earlier run in OUTPUT_DIR is moved aside
+# ----
+
+
+def main(argv=None):
+    settings = parse_settings(__file__, argv)
+    for path in (settings.TRAIN_FILE, settings.EVAL_FILE):
+        require_file(path, "python data_prepare/build_preference_pairs.py")
+    check_model(settings.MODEL)
+    settings.show()
+    quiet_offline(settings.MODEL)
+
+    import torch
+    from transformers import set_seed
+
+    from utils.adapters import add_lora, save_adapter_and_merged
+    from utils.device import pick_device
+    from utils.examples import load_pairs, show_examples
+    from utils.packed_model import prepare_packed
+    from utils.progress import RunLog, SaveAndStop
+    from utils.runs import RunFolder
+    from utils.trainer import PackedDPOTrainer, add_reference
+    from utils.training import describe, remember_mode, report, save_model, train, training_arguments
+
+    began = time.monotonic()
+    device = pick_device(settings.DEVICE, settings.PRECISION)
+    print(f"device: {device}")
+
+    # 1. Load the model (float32 master weights) and its tokenizer
+    tokenizer = load_tokenizer(settings.MODEL)
+    if settings.SHOW_EXAMPLE:
+        show_examples(load_pairs(settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH)[0], tokenizer, settings.SHOW_EXAMPLE)
+        return
+    folder = RunFolder(settings, device)
+    if folder.finished:
+        return folder.say_finished()
+    set_seed(settings.SEED)
+    model = prepare_packed(load_model(settings.MODEL, torch.float32))
+
+    # 2. Prepare the dataset: pairs packed into rows, each answer with its log-probability under the reference, once
+    train_rows, thinking = load_pairs(settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH)
+    eval_rows, _ = load_pairs(settings.EVAL_FILE, tokenizer, settings.MAX_LENGTH)
+    remember_mode(model, tokenizer, thinking)
+
+    # 3. Configure the training arguments
+    args = training_arguments(settings, device, folder)
+    describe(train_rows, eval_rows, args)
+    add_reference(model, {"train": train_rows, "eval": eval_rows}, args, device, folder)
+
+    # 4. Build the trainer
+    log, stop = RunLog(folder, train_rows.tokens, "DPO"), SaveAndStop()
+    trainer = PackedDPOTrainer(add_lora(model, settings) if settings.LORA else model, args, train_rows, eval_rows, tokenizer,
+                               callbacks=[log, stop], beta=settings.BETA, sft_weight=settings.SFT_WEIGHT)
+
+    # 5. Train, going on where an earlier run stopped
+    results = train(trainer, folder, log, stop)
+
+    # 6. Save the model; the loss curve lies beside it
+    save = save_adapter_and_merged if settings.LORA else save_model
+    folder.finish(lambda place: save(trainer.model, tokenizer, place), results)
+    report(folder, results, time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,98 @@
+"""Full supervised fine-tuning (SFT): every weight of the model learns to answer as the rows answer.
+
+    python model_finetune/finetune_sft.py
+
+Reads data_prepare/qwen3/sft_train.jsonl and sft_eval.jsonl, writes the finished model to trainer_output/sft_finetuned/ with its
+checkpoints, loss_curve.png, training_log.jsonl and run.json. Stopped or killed, the same command goes on where it was.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` is found from any folder
+
+from utils.errors import run
+from utils.files import require_file
+from utils.models import check_model, load_model, load_tokenizer, quiet_offline
+from utils.settings import parse_settings
+
+# ---- Settings: edit here, or override on the command line (--learning-rate 1e-5) ----
+MODEL = "model_download/Qwen3-0.6B"     # base model: a folder, or a Hub id
+TRAIN_FILE = "data_prepare/qwen3/sft_train.jsonl"   # conversations to learn from
+EVAL_FILE = "data_prepare/qwen3/sft_eval.jsonl"     # conversations that are only measured on
+OUTPUT_DIR = "trainer_output/sft_finetuned"         # the run: finished model, checkpoints, curve, log
+EPOCHS = 3                  # passes over the training rows; a small model keeps gaining for two or three
+LEARNING_RATE = 2e-5        # peak rate for full fine-tuning; LoRA takes about ten times this
+WARMUP = 0.03               # share of the steps with a rising rate; a cosine down to zero follows
+WEIGHT_DECAY = 0.0          # pull of the weights towards zero; a short fine-tuning needs none
+MAX_LENGTH = 1024           # tokens a packed row; a longer example is set aside, never cut
+BATCH_SIZE = 1              # packed rows computed at once; memory grows with BATCH_SIZE x MAX_LENGTH
+ACCUMULATION = 4            # rounds of BATCH_SIZE rows that make one optimizer step (4 x 1024 tokens)
+MAX_STEPS = 0               # stop after this many optimizer steps; 0 trains all EPOCHS
+KEEP_CHECKPOINTS = 2        # newest checkpoints to keep, about 7 GB each for 0.6 B parameters
+SEED = 0                    # order of the rows
+DEVICE = "auto"             # auto, cuda, mps or cpu
+PRECISION = "auto"          # auto, bf16 or fp32; weights are float32 in any case
+SHOW_EXAMPLE = 0            # print this many examples as the trainer sees them, and stop
+FRESH = False               # start over; an earlier run in OUTPUT_DIR is moved aside
+# ----
+
+
+def main(argv=None):
+    settings = parse_settings(__file__, argv)
+    for path in (settings.TRAIN_FILE, settings.EVAL_FILE):
+        require_file(path, "python data_prepare/convert_to_qwen3_format.py")
+    check_model(settings.MODEL)
+    settings.show()
+    quiet_offline(settings.MODEL)
+
+    import torch
+    from transformers import set_seed
+
+    from utils.device import pick_device
+    from utils.examples import load_conversations, show_examples
+    from utils.packed_model import prepare_packed
+    from utils.progress import RunLog, SaveAndStop
+    from utils.runs import RunFolder
+    from utils.trainer import PackedTrainer
+    from utils.training import describe, remember_mode, report, save_model, train, training_arguments
+
+    began = time.monotonic()
+    device = pick_device(settings.DEVICE, settings.PRECISION)
+    print(f"device: {device}")
+
+    # 1. Load the model (float32 master weights) and its tokenizer
+    tokenizer = load_tokenizer(settings.MODEL)
+    if settings.SHOW_EXAMPLE:
+        show_examples(load_conversations(settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH)[0], tokenizer, settings.SHOW_EXAMPLE)
+        return
+    folder = RunFolder(settings, device)
+    if folder.finished:
+        return folder.say_finished()
+    set_seed(settings.SEED)
+    model = prepare_packed(load_model(settings.MODEL, torch.float32))
+
+    # 2. Prepare the dataset: token ids as chat will show them, packed into rows
+    train_rows, thinking = load_conversations(settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH)
+    eval_rows, _ = load_conversations(settings.EVAL_FILE, tokenizer, settings.MAX_LENGTH)
+    remember_mode(model, tokenizer, thinking)
+
+    # 3. Configure the training arguments
+    args = training_arguments(settings, device, folder)
+    describe(train_rows, eval_rows, args)
+
+    # 4. Build the trainer
+    log, stop = RunLog(folder, train_rows.tokens, "SFT"), SaveAndStop()
+    trainer = PackedTrainer(model, args, train_rows, eval_rows, tokenizer, callbacks=[log, stop])
+
+    # 5. Train, going on where an earlier run stopped
+    results = train(trainer, folder, log, stop)
+
+    # 6. Save the model; the loss curve lies beside it
+    folder.finish(lambda place: save_model(model, tokenizer, place), results)
+    report(folder, results, time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,161 @@
+"""A stand-in for the Hugging Face Hub on the loopback, that serves real bytes and misbehaves as a test tells it to.
+
+    hub = FakeHub()
+    hub.add("model", "owner/name", {"config.json": b"{}", "model.safetensors": weights})
+    hub.fault("/resolve/", status=503, times=2)
+    ... hub.url, hub.log ...
+    hub.stop()
+
+Files of 64 kB and more are "large": listed with their sha256 and served, as on the Hub, from another host after a redirect.
+"""
+
+import hashlib
+import json
+import re
+import socket
+import struct
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+LARGE = 64_000
+TOKEN = "hf_right"
+
+
+class FakeHub:
+    """`log` holds one (path, headers) a request; `url` is what HF_ENDPOINT has to be."""
+
+    def __init__(self):
+        self.repos, self.storage, self.faults, self.log = {}, {}, [], []
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.server.daemon_threads = True
+        self.port = self.server.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def add(self, kind, repo_id, files, commit=None, gated=False, page_size=1000):
+        """Publish a repository with one commit, on the branch main; returns the commit's id."""
+        entries = []
+        for path, data in files.items():
+            entry = {"type": "file", "path": path, "size": len(data),
+                     "oid": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()}
+            if len(data) >= LARGE:
+                sha256 = hashlib.sha256(data).hexdigest()
+                entry["lfs"] = {"oid": sha256, "size": len(data), "pointerSize": 130}
+                self.storage[sha256] = data
+            entries.append(entry)
+        commit = commit or hashlib.sha1(json.dumps(entries).encode()).hexdigest()
+        self.repos[f"{kind}s", repo_id] = {"files": dict(files), "entries": entries, "commit": commit, "gated": gated,
+                                           "page_size": page_size}
+        return commit
+
+    def fault(self, where, times=10**9, **action):
+        """Misbehave on the next `times` requests whose path matches the regex `where`. Actions, one or more:
+
+        status=503 (with headers={...}); stall=seconds before the answer; cut=n: n bytes of the body, then FIN, or with
+        rst=True a reset, with hang=seconds silence, with short=True nothing amiss (the length is what was sent);
+        corrupt=True: one byte flipped; ignore_range=True: the whole file.
+        """
+        self.faults.append({"where": where, "times": times, **action})
+
+    def next_fault(self, path):
+        for fault in self.faults:
+            if fault["times"] > 0 and re.search(fault["where"], path):
+                fault["times"] -= 1
+                return fault
+        return {}
+
+    def asked(self, where):
+        """The logged requests whose path matches the regex."""
+        return [entry for entry in self.log if re.search(where, entry[0])]
+
+    def stop(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def _handler(hub):
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            path = unquote(urlsplit(self.path).path)
+            hub.log.append((path, self.headers))
+            self.act = hub.next_fault(path)
+            try:
+                time.sleep(self.act.get("stall", 0))
+                if "status" in self.act:
+                    return self.answer(self.act["status"], b"", self.act.get("headers", {}))
+                self.route(path)
+            except (BrokenPipeError, ConnectionResetError):
+                self.close_connection = True
+
+        def answer(self, status, body, headers):
+            self.send_response(status)
+            for name, value in {"Content-Length": len(body), **headers}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def refuse(self, status, code, message):
+            self.answer(status, b"", {"X-Error-Code": code, "X-Error-Message": message})
+
+        def route(self, path):
+            if stored := re.fullmatch(r"/storage/(\w+)", path):
+                return self.send_file(hub.storage[stored[1]])
+            found = (re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/(revision|tree)/([^/]+)()", path)
+                     or re.fullmatch(r"/(datasets|)/?([^/]+/[^/]+)/(resolve)/([^/]+)/(.+)", path))
+            if not found:
+                return self.refuse(404, "", "")
+            kind, repo_id, action, revision, name = found.groups()
+            token = self.headers.get("Authorization")
+            if token not in (None, f"Bearer {TOKEN}"):
+                return self.refuse(401, "", "Invalid credentials in Authorization header")
+            repo = hub.repos.get((kind or "models", repo_id))
+            if repo is None:                            # as the Hub answers: a guest is not told what exists
+                return self.refuse(404 if token else 401, "RepoNotFound", "Repository not found")
+            if revision not in ("main", repo["commit"]):
+                return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            if action == "revision":
+                info = {"id": repo_id, "sha": repo["commit"], "tags": ["license:apache-2.0"]}
+                return self.answer(200, json.dumps(info).encode(), {})
+            if repo["gated"] and not token:
+                return self.refuse(401, "GatedRepo", "Access is restricted")
+            if action == "tree":
+                start = int(re.search(r"cursor=(\d+)|$", self.path)[1] or 0)
+                end = start + repo["page_size"]
+                more = f'<{hub.url}{path}?recursive=true&cursor={end}>; rel="next"'
+                headers = {"Link": more} if end < len(repo["entries"]) else {}
+                return self.answer(200, json.dumps(repo["entries"][start:end]).encode(), headers)
+            if name not in repo["files"]:
+                return self.refuse(404, "EntryNotFound", "Entry not found")
+            data = repo["files"][name]
+            if len(data) >= LARGE:
+                return self.answer(302, b"", {"Location": f"http://localhost:{hub.port}/storage/"
+                                                          f"{hashlib.sha256(data).hexdigest()}"})
+            self.send_file(data)
+
+        def send_file(self, data):
+            if self.act.get("corrupt"):
+                middle = len(data) // 2
+                data = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:]
+            start, headers = 0, {}
+            asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            if asked and not self.act.get("ignore_range"):
+                start = int(asked[1])
+                headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            if "cut" not in self.act:
+                return self.answer(206 if headers else 200, data[start:], headers)
+            self.close_connection = True
+            promised = {} if self.act.get("short") else {"Content-Length": len(data) - start}
+            self.answer(206 if headers else 200, data[start:start + self.act["cut"]], {**headers, **promised})
+            time.sleep(self.act.get("hang", 0.1 if self.act.get("rst") else 0))     # let the client read what was sent
+            if self.act.get("rst"):
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+
+    return Handler

@@ -1,0 +1,130 @@
+"""Packing is exact: logits, loss and gradients equal those of plain transformers on each document alone."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_model import make_tiny_model
+from transformers import AutoModelForCausalLM
+
+from utils import packed_model
+from utils.packed_model import prepare_packed, sum_of_losses, token_logps
+from utils.packing import IGNORED, PackedRows, collate, item_length, pack, split_batch
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def load(folder, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def some_items(count, seed=0, documents=1):
+    draw = random.Random(seed)
+
+    def tokens():
+        return [draw.randrange(300) for _ in range(draw.randint(1, 25))]
+
+    return [{"documents": [(tokens(), tokens()) for _ in range(documents)]} for _ in range(count)]
+
+
+def test_rows_hold_every_item_once_and_never_too_much():
+    draw = random.Random(0)
+    lengths = [draw.randint(1, 100) for _ in range(1000)]
+    rows = pack(lengths, 100)
+    assert sorted(index for row in rows for index in row) == list(range(1000))
+    assert max(sum(lengths[index] for index in row) for row in rows) <= 100
+    assert len(rows) <= 1.02 * sum(lengths) / 100           # best fit, longest first: hardly any room is left
+    assert rows == pack(lengths, 100)
+
+
+def test_hidden_states_of_a_packed_row_are_those_of_each_document_alone(folder):
+    items = some_items(30)
+    packed, plain = prepare_packed(load(folder)), load(folder)
+    with torch.no_grad():
+        hidden = packed(**split_batch(collate([items]))[0])
+        logits = hidden @ packed.lm_head.weight.T
+        order = sorted(range(30), key=lambda index: item_length(items[index]))
+        alone = [plain(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1]
+                 for prompt, answer in (items[index]["documents"][0] for index in order)]
+    assert torch.allclose(logits, torch.cat(alone), atol=2e-5)
+
+
+@pytest.mark.parametrize("chunk", [256, 7])
+def test_loss_and_gradients_equal_the_plain_computation(folder, monkeypatch, chunk):
+    monkeypatch.setattr(packed_model, "CHUNK", chunk)
+    items = some_items(20, seed=1)
+    packed, plain = prepare_packed(load(folder, torch.float64)), load(folder, torch.float64)
+    inputs, targets, _ = split_batch(collate([items]))
+    (sum_of_losses(packed(**inputs), packed.lm_head.weight, targets) / len(targets)).backward()
+    total = sum(F.cross_entropy(plain(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1], torch.tensor(answer),
+                                reduction="sum") for item in items for prompt, answer in item["documents"])
+    (total / len(targets)).backward()
+    for (name, one), other in zip(packed.named_parameters(), plain.parameters()):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-9, atol=1e-12), name
+
+
+def test_one_row_is_blind_to_another(folder):
+    """Changing every token of one document leaves the loss of the other as it was, to the bit."""
+    model = prepare_packed(load(folder))
+    one, other = some_items(2, seed=2)
+    changed = {"documents": [([token + 1 for token in prompt], [token + 1 for token in answer])
+                             for prompt, answer in other["documents"]]}
+
+    def logps(second):
+        inputs, targets, rest = split_batch(collate([[one, second]]))
+        with torch.no_grad():
+            return token_logps(model(**inputs), model.lm_head.weight, targets)[rest["label_documents"] == 0]
+
+    assert torch.equal(logps(other), logps(changed))
+
+
+def test_labels_stand_before_their_tokens():
+    batch = collate([[{"documents": [([1, 2, 3], [4, 5])], "reference_chosen": -1.5}]])
+    assert batch["shift_labels"].tolist() == [[IGNORED, IGNORED, 4, 5, IGNORED]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4]]
+    assert batch["reference_chosen"].tolist() == [-1.5]
+
+
+def test_weighted_loss_gradients_by_finite_rules():
+    """Against autograd on the full logits, in float64, with a weight for each token."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(11, 6, dtype=torch.float64), torch.randn(17, 6, dtype=torch.float64)
+    targets, scale = torch.randint(17, (11,)), torch.randn(11, dtype=torch.float64)
+    results = []
+    for compute in (lambda h, w: sum_of_losses(h, w, targets, scale),
+                    lambda h, w: (scale * F.cross_entropy(h @ w.T, targets, reduction="none")).sum()):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = compute(h, w)
+        (3 * loss).backward()
+        results.append((loss.detach(), h.grad, w.grad))
+    for one, other in zip(*results):
+        assert torch.allclose(one, other, rtol=1e-12)
+
+
+def test_bf16_is_no_further_from_float64_than_the_plain_bf16_path():
+    torch.manual_seed(1)
+    hidden, weight = torch.randn(64, 128), torch.randn(500, 128) * 0.1
+    targets = torch.randint(500, (64,))
+
+    def gradients(compute, dtype):
+        h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        compute(h, w).backward()
+        return h.grad.double(), w.grad.double()
+
+    exact = gradients(lambda h, w: F.cross_entropy(h @ w.T, targets, reduction="sum"), torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = gradients(lambda h, w: sum_of_losses(h, w, targets), torch.float32)
+        plain = gradients(lambda h, w: F.cross_entropy((h @ w.T).float(), targets, reduction="sum"), torch.float32)
+    for reference, one, other in zip(exact, ours, plain):
+        assert (one - reference).norm() <= 1.05 * (other - reference).norm()
+
+
+def test_packed_rows_count_tokens():
+    items = some_items(10, seed=3)
+    rows = PackedRows(items, 100)
+    assert rows.tokens == sum(map(item_length, items)) == sum(item_length(item) for row in rows for item in row)
+    assert rows.trained_tokens == sum(len(answer) for item in items for _, answer in item["documents"])

@@ -1,0 +1,106 @@
+"""Settings: constants as flags, paths, one-line refusals, fast help."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from utils.settings import parse_settings, read_constants
+
+SCRIPT = '''"""A script.
+
+    python script.py
+"""
+IGNORED = 1
+# ---- Settings: edit here ----
+MODEL = "model_download"    # a folder
+# a remark that belongs to nothing
+DATA_FILE = "data_prepare/x.jsonl"  # a file
+RATE = 2e-5                 # a rate, of 10 %
+    # and more about it
+STEPS = 3                   # a count
+FAST = False                # a switch
+INPUT_FILES = ["a", "b"]    # several
+# ----
+LATER = 2
+'''
+SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for folder in ("data_prepare", "model_download", "model_finetune")
+                 for path in (ROOT / folder).glob("*.py"))
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT, encoding="utf-8")
+    return path
+
+
+def test_constants_come_with_their_comments():
+    constants = read_constants(SCRIPT)
+    assert list(constants) == ["MODEL", "DATA_FILE", "RATE", "STEPS", "FAST", "INPUT_FILES"]
+    assert constants["RATE"] == (2e-5, "a rate, of 10 % and more about it")
+
+
+def test_flags_override_constants_and_paths_follow_their_origin(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    settings = parse_settings(script, ["--rate", "1", "--fast", "--input-files", "c", "--model", "mine"])
+    assert (settings.RATE, settings.STEPS, settings.FAST) == (1.0, 3, True)
+    assert settings.DATA_FILE == ROOT / "data_prepare/x.jsonl"          # from the script: relative to the repository
+    assert settings.INPUT_FILES == [tmp_path / "c"]                     # from the user: relative to where the user stands
+    assert settings.MODEL == str(tmp_path / "mine")
+    assert parse_settings(script, ["--model", "Qwen/Qwen3-0.6B"]).MODEL == "Qwen/Qwen3-0.6B"
+    assert settings.as_dict()["DATA_FILE"] == "data_prepare/x.jsonl"
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--stepz", "4"], "error: unknown argument --stepz; did you mean --steps?"),
+    (["--steps", "many"], "error: --steps: wanted a whole number, got 'many'"),
+    (["--rate", "fast"], "error: --rate: wanted a number such as 2e-5, got 'fast'"),
+    (["--fast", "perhaps"], "error: --fast: wanted true or false, got 'perhaps'"),
+    (["--steps"], "error: --steps: expected one argument"),
+])
+def test_wrong_flags_are_refused_in_one_line(script, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        parse_settings(script, arguments)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == message + "\n"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_fast_and_tells_every_setting(script, run_script):
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        shown = run_script(script, "--help")
+        seconds.append(time.perf_counter() - began)
+    assert shown.returncode == 0, shown.stderr
+    assert min(seconds) < 0.7
+    source = (ROOT / script).read_text(encoding="utf-8")
+    for name, (_, comment) in read_constants(source).items():
+        assert f"--{name.lower().replace('_', '-')}" in shown.stdout and comment, name
+    assert f"python {script}" in source.split('"""')[1]                 # the docstring is the exact command
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_refuses_an_unknown_flag(script, run_script):
+    shown = run_script(script, "--no-such-flag", "1")
+    assert shown.returncode == 2 and shown.stderr.startswith("error: unknown argument --no-such-flag")
+    assert len(shown.stderr.splitlines()) == 1
+
+
+def test_utils_import_nothing_heavy(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import utils.settings, utils.files, utils.errors, utils.models; " \
+           "print([m for m in ('torch', 'transformers', 'numpy', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_scripts_only_import_utils():
+    for script in SCRIPTS:
+        for line in (ROOT / script).read_text(encoding="utf-8").splitlines():
+            assert not line.strip().startswith(("from data_prepare", "from model_", "import data_prepare", "import model_")), script
+    assert Path(ROOT / "utils/__init__.py").is_file()

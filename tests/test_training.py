@@ -1,0 +1,247 @@
+"""SFT, LoRA and DPO through their scripts: files as documented, loss falls, a killed run ends in the same weights."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from tiny_model import make_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from model_finetune import finetune_dpo, finetune_lora, finetune_sft
+from utils.errors import run
+from utils.files import read_json, read_jsonl, write_jsonl
+
+SCRIPTS = {"sft": finetune_sft, "lora": finetune_lora, "dpo": finetune_dpo}
+NAMES = "麻黄 桂枝 白芍 甘草 人参 白术 茯苓 当归 黄芪 川芎".split()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a random tiny model and small train and eval files of conversations and pairs."""
+    folder = tmp_path_factory.mktemp("训练 数据")         # a space and Chinese characters in the path
+    make_tiny_model(folder / "base")
+    for split, count in (("train", 60), ("eval", 12)):
+        rows, pairs = [], []
+        for number in range(count):
+            name = NAMES[number % len(NAMES)]
+            prompt = [{"role": "user", "content": f"{name}是什么？{number}"}]
+            good, bad = ({"role": "assistant", "content": text} for text in (f"{name}是一味中药。", "我不知道。"))
+            rows.append({"id": f"{number}", "messages": [*prompt, good], "source": "test"})
+            pairs.append({"id": f"{number}", "prompt": prompt, "chosen": [good], "rejected": [bad], "kind": "test"})
+        write_jsonl(folder / f"sft_{split}.jsonl", rows)
+        write_jsonl(folder / f"dpo_{split}.jsonl", pairs)
+    return folder
+
+
+def arguments(method, place, output, *more):
+    data = "dpo" if method == "dpo" else "sft"
+    return list(map(str, [
+        "--model", place / "base", "--train-file", place / f"{data}_train.jsonl", "--eval-file", place / f"{data}_eval.jsonl",
+        "--output-dir", output, "--epochs", 2, "--max-length", 256, "--accumulation", 2, "--learning-rate", 3e-3,
+        "--device", "cpu", "--precision", "fp32", *more]))
+
+
+def train(method, place, output, *more):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    code = run(lambda: SCRIPTS[method].main(arguments(method, place, output, *more)))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return code
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    """{method: finished folder}, each trained once and never stopped."""
+    folders = {}
+    for method in SCRIPTS:
+        folders[method] = place / f"{method}_whole"
+        assert train(method, place, folders[method]) == 0
+    return folders
+
+
+def weights(folder):
+    name = "adapter_model.safetensors" if (folder / "adapter_model.safetensors").is_file() else "model.safetensors"
+    return load_file(folder / name)
+
+
+def same_weights(one, other):
+    one, other = weights(one), weights(other)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("method", SCRIPTS)
+def test_the_finished_folder_is_as_documented(finished, method):
+    folder = finished[method]
+    record, log = read_json(folder / "run.json"), list(read_jsonl(folder / "training_log.jsonl"))
+    assert record["status"] == "finished" and record["settings"]["EPOCHS"] == 2
+    assert record["results"]["eval_loss"] < record["results"]["eval_loss_before"]
+    assert (folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, record["results"]["steps"] + 1))
+    assert [entry["step"] for entry in log if "eval_loss" in entry][0] == 0
+    assert len([entry for entry in log if "eval_loss" in entry]) == 3
+    assert len(list(folder.glob("checkpoint-*"))) == 2
+    assert not [path for path in folder.iterdir() if "partial" in path.name]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "你好"}], tokenize=False, add_generation_prompt=True)
+    assert text.endswith("<think>\n\n</think>\n\n")                    # trained without thinking: that is the default now
+    assert read_json(folder / "generation_config.json")["eos_token_id"] == [
+        tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.convert_tokens_to_ids("<|endoftext|>")]
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_finished_model_loads_with_tied_embeddings(finished, method):
+    model = AutoModelForCausalLM.from_pretrained(finished[method])
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.dtype == torch.float32
+
+
+def test_the_merged_model_is_base_plus_adapter(finished, place):
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, finished["lora"])
+    merged = AutoModelForCausalLM.from_pretrained(finished["lora"] / "merged", dtype=torch.float32)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert not [name for name in weights(finished["lora"]) if "embed" in name or "lm_head" in name]
+    ids = torch.arange(60)[None]
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-4)
+
+
+def test_dpo_raises_the_chosen_over_the_rejected(finished):
+    log = [entry for entry in read_jsonl(finished["dpo"] / "training_log.jsonl") if "eval_loss" in entry]
+    assert log[0]["eval_reward_margin"] == pytest.approx(0, abs=1e-4)        # the policy starts as the reference
+    assert log[-1]["eval_reward_accuracy"] == 1 and log[-1]["eval_reward_margin"] > 0.5
+    assert log[-1]["eval_chosen_logps"] > log[0]["eval_chosen_logps"]          # the SFT term holds the chosen answers up
+
+
+def test_a_finished_run_says_so_and_is_left_alone(finished, place, capsys):
+    before = (finished["sft"] / "model.safetensors").stat().st_mtime_ns
+    assert train("sft", place, finished["sft"]) == 0
+    assert "is finished already" in capsys.readouterr().out
+    assert (finished["sft"] / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_changed_settings_are_refused_by_name(finished, place, capsys):
+    assert train("sft", place, finished["sft"], "--learning-rate", "1e-4") == 2
+    assert "LEARNING_RATE: 0.003 -> 0.0001" in capsys.readouterr().err
+
+
+def test_fresh_keeps_the_earlier_run(finished, place, capsys):
+    output = place / "again"
+    shutil.copytree(finished["sft"], output)
+    assert train("sft", place, output, "--fresh", "--max-steps", 2) == 0
+    assert "the earlier run is kept in" in capsys.readouterr().out
+    kept, = place.glob("again.*")
+    assert same_weights(kept, finished["sft"])
+    assert read_json(output / "run.json")["results"]["steps"] == 2
+
+
+def test_a_second_run_in_the_folder_is_refused(place, capsys):
+    import fcntl
+
+    output = place / "held"
+    output.mkdir()
+    with open(output / ".lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("4711")
+        lock.flush()
+        assert train("sft", place, output) == 2
+    assert "in use by another run (process 4711)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", SCRIPTS)
+def test_a_killed_run_ends_in_the_same_weights(finished, place, method):
+    """kill -9 after a random time, twice, then the same command to its end: bit for bit the run that was never stopped."""
+    output, draw = place / f"{method}_killed", random.Random(method)
+    command = [sys.executable, str(ROOT / f"model_finetune/finetune_{method}.py"), *arguments(method, place, output)]
+    log = output / "training_log.jsonl"
+    for target in sorted(draw.sample(range(2, 2 * len(list(read_jsonl(finished[method] / "training_log.jsonl"))) // 3), 2)):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (log.is_file() and log.read_bytes().count(b"\n") >= target):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert train(method, place, output) == 0
+    assert same_weights(output, finished[method])
+    assert log.read_bytes() == (finished[method] / "training_log.jsonl").read_bytes()
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, place, capsys):
+    output = place / "damaged"
+    shutil.copytree(finished["sft"], output)
+    record = read_json(output / "run.json")
+    (output / "run.json").write_text(json.dumps({**record, "status": "running"}), encoding="utf-8")
+    newest = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    damaged = newest / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    assert train("sft", place, output) == 0
+    said = capsys.readouterr().out
+    assert f"{newest.name} is damaged (model.safetensors)" in said
+    assert same_weights(output, finished["sft"])
+
+
+def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on(finished, place):
+    output = place / "interrupted"
+    command = [sys.executable, str(ROOT / "model_finetune/finetune_sft.py"), *arguments("sft", place, output)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    log = output / "training_log.jsonl"
+    while not (log.is_file() and log.read_bytes().count(b"\n") >= 3):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "checkpoint written; the same command goes on" in errors and "Traceback" not in errors
+    assert list(output.glob("checkpoint-*"))
+    assert train("sft", place, output) == 0
+    assert same_weights(output, finished["sft"])
+
+
+@pytest.mark.parametrize("change, message", [
+    (["--train-file", "nowhere.jsonl"], "does not exist; make it with: python data_prepare/"),
+    (["--model", "trainer_output"], "is not a model folder"),
+    (["--device", "cuda"], "no cuda device here"),
+    (["--max-length", "5"], "no row fits into MAX_LENGTH = 5"),
+])
+def test_wrong_input_is_one_line(place, tmp_path, capsys, monkeypatch, change, message):
+    if change[1] == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    monkeypatch.chdir(ROOT)
+    assert train("sft", place, tmp_path / "out", *change) == 2
+    errors = capsys.readouterr().err
+    assert message in errors and len(errors.strip().splitlines()) == 1
+
+
+def test_broken_data_names_the_line(place, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": "1", "messages": []}\n{"id": \n', encoding="utf-8")
+    assert train("sft", place, tmp_path / "out", "--train-file", path) == 2
+    assert "rows.jsonl, line 2: not JSON" in capsys.readouterr().err
+    path.write_text("", encoding="utf-8")
+    assert train("sft", place, tmp_path / "out2", "--train-file", path) == 2
+    assert "rows.jsonl is empty" in capsys.readouterr().err
+
+
+def test_lora_inside_dpo(place, tmp_path):
+    assert train("dpo", place, tmp_path / "out", "--lora", "--max-steps", 2) == 0
+    assert (tmp_path / "out/adapter_model.safetensors").is_file() and (tmp_path / "out/merged/model.safetensors").is_file()
+
+
+def test_the_hub_is_not_contacted(place, tmp_path):
+    """With a proxy that refuses everything and no offline flag, training from a folder still works: nothing is asked."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run([sys.executable, str(ROOT / "model_finetune/finetune_sft.py"),
+                           *arguments("sft", place, tmp_path / "out", "--max-steps", 1)],
+                          env=environment, capture_output=True, text=True, encoding="utf-8", timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "Retry" not in done.stderr and "Max retries" not in done.stderr

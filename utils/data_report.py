@@ -1,0 +1,93 @@
+"""What a converted data set looks like: lengths in characters and tokens, a histogram, and the table a person reads."""
+
+from pathlib import Path
+
+import numpy
+
+from utils.chat_format import encode_turns
+from utils.files import atomic_write
+from utils.models import load_tokenizer, quiet_offline
+
+POINTS = {"median": 50, "90 %": 90, "99 %": 99, "longest": 100}
+
+
+def count_tokens(model, examples):
+    """The tokens of each example as a trainer sees it (the longest turn, with all before it); [] if `model` is no folder."""
+    if not model or not Path(model).is_dir() or not examples:
+        return []
+    quiet_offline(model)
+    tokenizer = load_tokenizer(model)
+    turns = (encode_turns(tokenizer, example["messages"]) for example in examples)
+    return [max(len(prompt) + len(answer) for prompt, answer in pairs) for pairs in turns]
+
+
+def lengths(characters, tokens, max_length):
+    """The report's fields about length; `tokens` may be counted in a part of the conversations only, or in none."""
+    return {
+        "characters": _spread(characters), "tokens": _spread(tokens), "tokens_counted_in": len(tokens),
+        "max_length": max_length, "kept_by_max_length": share(numpy.array(tokens) <= max_length),
+    }
+
+
+def share(values):
+    """The share of true values, or None of no values."""
+    return round(float(numpy.mean(values)), 4) if len(values) else None
+
+
+def draw_lengths(path, characters, tokens, max_length):
+    """A histogram of the conversations' lengths: in tokens where they were counted, else in characters."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    unit = "tokens" if tokens else "characters"
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.hist(tokens or characters, bins=60)
+    axes.set_xlabel(f"length of a conversation, {unit}")
+    axes.set_ylabel(f"conversations, of {len(tokens or characters):,}")
+    if tokens:
+        axes.axvline(max_length, color="tab:red", label=f"MAX_LENGTH {max_length:,}")
+        axes.legend()
+    figure.tight_layout()
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+def show(report):
+    """Print the report as a compact table."""
+    print(f"\n{'rows':>12}  input")
+    for file in report["files"]:
+        print(f"{file['rows']:>12,}  {file['file']} ({file['encoding']})")
+    print(f"{report['rows_in']:>12,}  in all; recognised as "
+          + (", ".join(f"{name} {count:,}" for name, count in report["schemas"].items()) or "nothing"))
+    for title, counts, total in (("kept", report["outputs"], report["rows_kept"]),
+                                 ("set aside", report["set_aside"], report["rows_set_aside"])):
+        print(f"\n{total:>12,}  {title}")
+        for name, count in counts.items():
+            print(f"{count:>12,}    {name}")
+    for unit in ("characters", "tokens"):
+        if report[unit]:
+            print(f"\nlength in {unit}: " + ", ".join(f"{name} {value:,}" for name, value in report[unit].items()))
+    if report["tokens"]:
+        print(f"MAX_LENGTH {report['max_length']:,} keeps {report['kept_by_max_length']:.1%} "
+              f"(counted in {report['tokens_counted_in']:,} conversations)")
+    elif report["characters"]:
+        print("no tokens counted: TOKENIZER_MODEL is not there yet")
+    if report["reasoning_share"]:
+        print(f"with reasoning: {report['reasoning_share']:.1%}")
+    for example in report["examples"]:
+        print("\n" + example["source"])
+        for message in example["messages"]:
+            print(f"  {message['role']:<10}{shorten(message['content'])}")
+
+
+def shorten(text, limit=70):
+    """The text in one line of at most `limit` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[:limit - 1] + "…"
+
+
+def _spread(values):
+    return {name: int(numpy.percentile(values, point)) for name, point in POINTS.items()} if len(values) else {}

@@ -1,0 +1,92 @@
+"""Packing: many short documents in one row of tokens, without padding and without one seeing another.
+
+A *document* is one sequence (a prompt and its answer). An *item* is what must stay together: one document for SFT, the
+chosen and the rejected one for DPO. Items are packed into rows of at most `max_length` tokens once, before training, so
+that every epoch costs the same and a resumed run finds the same rows; the trainer shuffles rows, never their content.
+"""
+
+import torch
+
+IGNORED = -100      # label of a position that is not trained, as everywhere in PyTorch
+
+
+def pack(lengths, max_length):
+    """Pack item `lengths` (list of int, each at most max_length) into rows; return a list of lists of item indices.
+
+    Best fit, longest first: every item goes to the fullest row that still holds it. The free space of the rows is
+    kept by size, so the cost is O(items + max_length). Order within a row follows the item index.
+    """
+    rows, with_space = [], [[] for _ in range(max_length + 1)]     # with_space[s]: rows that have s tokens left
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        space = next((s for s in range(lengths[index], max_length + 1) if with_space[s]), None)
+        if space is None:
+            rows.append([])
+            row, space = len(rows) - 1, max_length
+        else:
+            row = with_space[space].pop()
+        rows[row].append(index)
+        with_space[space - lengths[index]].append(row)
+    return [sorted(row) for row in rows]
+
+
+class PackedRows(torch.utils.data.Dataset):
+    """Rows of packed items. `items`: dicts with "documents", a list of (prompt_ids, answer_ids), and what else they carry.
+
+    An element is the list of items of one row. `tokens` and `trained_tokens` count over all items.
+    """
+
+    def __init__(self, items, max_length):
+        lengths = [item_length(item) for item in items]
+        self.items = items
+        self.rows = pack(lengths, max_length)
+        self.tokens = sum(lengths)
+        self.trained_tokens = sum(len(answer) for item in items for _, answer in item["documents"])
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return [self.items[item] for item in self.rows[index]]
+
+
+def item_length(item):
+    """Tokens of all documents of an item."""
+    return sum(len(prompt) + len(answer) for prompt, answer in item["documents"])
+
+
+def collate(rows):
+    """Join the rows of one step into one sequence of T tokens.
+
+    The documents stand in order of length, so that attention can take those of equal length together. Returns a dict:
+    input_ids, position_ids, shift_labels: (1, T) int64. Positions start at 0 in each document. shift_labels[t] is the token to
+    predict AT position t, that is input_ids[t + 1], for the positions before an answer token, and IGNORED elsewhere: the
+    last prompt token predicts the first answer token. document_lengths: list of int, sum T. label_documents: (N,) int64, for
+    each of the N labels the number of its document, counted through the items in their order. Values that items carry
+    beside their documents are joined under their own names as float32 tensors.
+    """
+    items = [item for row in rows for item in row]
+    documents = [document for item in items for document in item["documents"]]
+    order = sorted(range(len(documents)), key=lambda number: sum(map(len, documents[number])))
+    ids, positions, labels, label_documents = [], [], [], []
+    for number in order:
+        prompt, answer = documents[number]
+        ids += prompt + answer
+        positions += range(len(prompt) + len(answer))
+        labels += [IGNORED] * (len(prompt) - 1) + answer + [IGNORED]
+        label_documents += [number] * len(answer)
+    batch = {
+        "input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions]), "shift_labels": torch.tensor([labels]),
+        "document_lengths": [sum(map(len, documents[number])) for number in order],
+        "label_documents": torch.tensor(label_documents),
+    }
+    for name in items[0]:
+        if name != "documents":
+            batch[name] = torch.tensor([item[name] for item in items], dtype=torch.float32)
+    return batch
+
+
+def split_batch(batch):
+    """(what the model's forward takes, the N targets as (N,) int64, the rest) of a batch that `collate` made."""
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "shift_labels", "document_lengths")}
+    labels = batch["shift_labels"]
+    return inputs, labels[labels != IGNORED], {name: value for name, value in batch.items() if name not in inputs}

@@ -1,0 +1,91 @@
+"""Pictures: loss curves of a training run, and the comparison of models. Labels are English: no font has to hold Chinese."""
+
+from utils.files import atomic_write
+
+SMOOTHING = 0.05    # the smoothed curve averages over about this share of the run
+
+
+def plot_training(log, path, title):
+    """Draw a run from its log (list of dicts as in training_log.jsonl) to a PNG at `path`.
+
+    SFT and LoRA: training loss (raw and smoothed), evaluation loss, learning rate. DPO runs get two more panels: reward margin
+    and accuracy, and the log-probabilities of the chosen and the rejected answers.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = [entry for entry in log if "loss" in entry]
+    evaluations = [entry for entry in log if "eval_loss" in entry]
+    preference = any("reward_margin" in entry for entry in steps)
+    figure, axes = pyplot.subplots(1, 3 if preference else 1, figsize=(15 if preference else 8, 5), squeeze=False)
+    _draw(axes[0][0], steps, evaluations, "loss", "loss", "C0")
+    rate = axes[0][0].twinx()
+    rate.plot([e["step"] for e in steps], [e["learning_rate"] for e in steps], color="grey", linewidth=0.8, linestyle=":")
+    rate.set_ylabel("learning rate (dotted)", color="grey")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    if preference:
+        _draw(axes[0][1], steps, evaluations, "reward_margin", "reward margin", "C0")
+        accuracy = axes[0][1].twinx()
+        accuracy.plot([e["step"] for e in evaluations], [e["eval_reward_accuracy"] for e in evaluations], "s--", color="C2")
+        accuracy.set_ylim(0, 1.05)
+        accuracy.set_ylabel("evaluation: share of pairs with margin > 0 (squares)", color="C2")
+        _draw(axes[0][2], steps, evaluations, "chosen_logps", "log-probability of the answer", "C0", "chosen, ")
+        _draw(axes[0][2], steps, evaluations, "rejected_logps", "log-probability of the answer", "C3", "rejected, ")
+    for axis in axes[0]:
+        axis.set_xlabel("optimizer step")
+        axis.grid(alpha=0.3)
+        axis.legend(loc="best", fontsize=8)
+    figure.suptitle(title)
+    figure.tight_layout()
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+def _draw(axis, steps, evaluations, name, label, colour, prefix=""):
+    """Training values, raw and smoothed, and evaluation points of one quantity."""
+    x, y, smooth = [entry["step"] for entry in steps], [entry[name] for entry in steps], []
+    new = 1 / max(1.5, SMOOTHING * len(y))      # weight of a new value in the running average
+    for value in y:
+        smooth.append(value if not smooth else (1 - new) * smooth[-1] + new * value)
+    axis.plot(x, y, color=colour, alpha=0.25, linewidth=0.8, label=f"{prefix}training, each step")
+    axis.plot(x, smooth, color=colour, linewidth=1.8, label=f"{prefix}training, smoothed")
+    axis.plot([e["step"] for e in evaluations], [e[f"eval_{name}"] for e in evaluations], "o--", color="black" if not prefix else
+              colour, markersize=5, label=f"{prefix}evaluation")
+    axis.set_ylabel(label)
+
+
+def plot_comparison(models, path):
+    """Draw the comparison (dict name -> figures, as in comparison.json) to a PNG: held-out loss, exam, preference."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(models)
+    panels = [
+        ("heldout_loss", "held-out loss per token (lower is better)", None),
+        ("exam_accuracy", "exam accuracy, 95 % interval", 0.25),
+        ("preference_accuracy", "preference accuracy, 95 % interval", 0.5),
+    ]
+    panels = [panel for panel in panels if any(models[name].get(panel[0]) is not None for name in names)]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.5), squeeze=False)
+    for axis, (key, label, chance) in zip(axes[0], panels):
+        values = [models[name].get(key) or 0.0 for name in names]
+        bars = axis.bar(names, values, color=[f"C{index}" for index in range(len(names))], alpha=0.85)
+        intervals = [models[name].get(key.replace("accuracy", "interval")) for name in names]
+        if chance is not None:
+            below_above = [[v - i[0] for v, i in zip(values, intervals)], [i[1] - v for v, i in zip(values, intervals)]]
+            axis.errorbar(names, values, yerr=below_above, fmt="none", ecolor="black", capsize=4)
+            axis.axhline(chance, color="grey", linestyle=":", label=f"chance {chance:.0%}")
+            axis.set_ylim(0, 1.08)
+            axis.legend(loc="lower right", fontsize=8)
+        axis.bar_label(bars, [f"{v:.3f}" if chance is None else f"{v:.1%}" for v in values], padding=10, fontsize=9)
+        axis.margins(y=0.15)
+        axis.set_ylabel(label)
+    figure.tight_layout()
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,120 @@
+"""What a run shows while it trains: a line of progress, training_log.jsonl, a loss curve that is redrawn, and Ctrl-C obeyed."""
+
+import json
+import signal
+import sys
+import threading
+import time
+
+from transformers import TrainerCallback
+
+from utils.files import atomic_write
+from utils.plots import plot_training
+
+REDRAW_SECONDS = 30     # the PNG takes about half a second to draw
+PLAIN_SECONDS = 15      # without a terminal: a line this often
+
+
+class RunLog(TrainerCallback):
+    """Log, picture and progress line of one run. Only the main process writes.
+
+    On resuming, entries after the checkpoint are dropped: those steps are done again, with the same result.
+    """
+
+    def __init__(self, run, tokens_per_epoch, title):
+        self.run, self.tokens_per_epoch, self.title = run, tokens_per_epoch, title
+        self.path, self.picture = run.folder / "training_log.jsonl", run.folder / "loss_curve.png"
+        self.entries, self.last_drawn, self.last_line = [], 0.0, 0.0
+        self.drawn_steps = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.path.is_file() and state.global_step:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            self.entries = [entry for entry in map(json.loads, lines) if entry["step"] <= state.global_step]
+        self.began, self.first_step = time.monotonic(), state.global_step
+        if state.is_world_process_zero:
+            with atomic_write(self.path) as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in self.entries)
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if not state.is_world_process_zero or "train_runtime" in logs:
+            return
+        entry = {"step": state.global_step, **{name: _short(value) for name, value in logs.items()}}
+        self.entries.append(entry)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        self._show(state, entry)
+        if time.monotonic() - self.last_drawn > REDRAW_SECONDS and any("loss" in entry for entry in self.entries):
+            self.draw()
+
+    def draw(self):
+        """Redraw the picture now."""
+        if self.run.main:
+            plot_training(self.entries, self.picture, self.title)
+            self.last_drawn = time.monotonic()
+
+    def tokens_per_second(self, state):
+        """Real (unpadded) tokens a second since this process began to train."""
+        steps = state.global_step - self.first_step
+        return steps * self.tokens_per_epoch * state.num_train_epochs / state.max_steps / (time.monotonic() - self.began)
+
+    def _show(self, state, entry):
+        if "eval_loss" in entry:
+            more = f", margin > 0 in {entry['eval_reward_accuracy']:.1%}" if "eval_reward_accuracy" in entry else ""
+            self._print(f"evaluation after step {entry['step']}: loss {entry['eval_loss']:.4f}{more}", keep=True)
+            return
+        last = entry["step"] == state.max_steps
+        if not sys.stdout.isatty() and not last and time.monotonic() - self.last_line < PLAIN_SECONDS:
+            return
+        done = state.global_step - self.first_step
+        left = (time.monotonic() - self.began) / done * (state.max_steps - state.global_step)
+        self._print(f"step {entry['step']}/{state.max_steps}  loss {entry['loss']:.4f}  "
+                    f"{self.tokens_per_second(state):,.0f} tokens/s  {duration(left)} left", keep=last)
+
+    def _print(self, text, keep):
+        terminal = sys.stdout.isatty()
+        print(f"\r\033[K{text}" if terminal else text, end="\n" if keep or not terminal else "", flush=True)
+        self.last_line = time.monotonic()
+
+
+class SaveAndStop(TrainerCallback):
+    """When to evaluate and save beside every epoch's end: at the last step, and when Ctrl-C or a polite kill asks to stop.
+
+    The first Ctrl-C finishes the present step, writes a checkpoint and stops; a second one stops at once.
+    """
+
+    def __init__(self):
+        self.requested, self.saved_step = False, None
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._request)
+
+    def _request(self, number, frame):
+        if self.requested:
+            raise KeyboardInterrupt("stopped at once; the same command goes on from the last checkpoint")
+        self.requested = True
+        print("\nstopping after this step, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
+        elif self.requested:
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved_step = state.global_step
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.saved_step == state.global_step:    # done a moment ago, at the step's end
+            control.should_evaluate = control.should_save = False
+
+
+def duration(seconds):
+    """90 -> '1.5 min', 7300 -> '2.0 h'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _short(value):
+    return float(f"{value:.8g}") if isinstance(value, float) else value

@@ -1,0 +1,175 @@
+"""The life of a training folder: begin, go on where it stopped, finish; one run at a time, and no run mixed with another.
+
+`run.json` says what a folder holds. Its "identity" is everything that decides the weights: the settings that matter, the
+fingerprints of data and base model, device and number format. The same command finds the same identity and goes on; a
+different one is refused with the differences named.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from pathlib import Path
+
+from utils.errors import UserError
+from utils.files import read_json, sha256_of, show_path, write_json
+from utils.models import fingerprint
+
+# Settings that decide where and how a run is shown, not what it computes.
+NOT_IDENTITY = {"OUTPUT_DIR", "FRESH", "SHOW_EXAMPLE", "DEVICE", "PRECISION", "KEEP_CHECKPOINTS"}
+PACKAGES = ("torch", "transformers", "peft", "accelerate")
+
+
+class RunFolder:
+    """One training folder, held by this process until it ends.
+
+    `checkpoint` is the checkpoint to go on from (None: from the start); `finished` whether there is nothing left to do.
+    """
+
+    def __init__(self, settings, device):
+        self.folder = settings.OUTPUT_DIR
+        self.main = int(os.environ.get("RANK", 0)) == 0      # one writer among several processes
+        identity = _identity(settings, device)
+        if self.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.folder)
+            if settings.FRESH:
+                self._move_aside()
+        record = self._read()
+        if record:
+            _refuse_changes(record["identity"], identity, self.folder)
+        elif any(self.folder.glob("*.safetensors")) or _whole_checkpoints(self.folder):
+            raise UserError(f"{show_path(self.folder)} holds a model that this script did not train; "
+                            "choose another --output-dir, or --fresh to move it aside")
+        self.finished = bool(record) and record["status"] == "finished"
+        self.record = record or {
+            "status": "running", "identity": identity, "settings": settings.as_dict(), "device": str(device),
+            "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}},
+            "started": _now(),
+        }
+        found = [] if self.finished else _whole_checkpoints(self.folder)
+        self.checkpoint = found[-1] if found else None
+        if self.main and not record:
+            write_json(self.folder / "run.json", self.record)
+
+    def finish(self, save, results):
+        """Write the finished model: `save(folder)` fills a hidden folder, whose entries then move to the run's root.
+
+        run.json says "finished" last, so a kill before that leaves a run that goes on from its last checkpoint.
+        """
+        if not self.main:
+            return
+        partial = self.folder / ".partial-model"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        save(partial)
+        for path in sorted(partial.iterdir()):
+            if (self.folder / path.name).is_dir():
+                shutil.rmtree(self.folder / path.name)
+            os.replace(path, self.folder / path.name)
+        partial.rmdir()
+        self.record.update(status="finished", finished=_now(), results=results)
+        write_json(self.folder / "run.json", self.record)
+
+    def say_finished(self):
+        """Tell that this very run is done."""
+        place = show_path(self.folder)
+        print(f"{place} is finished already (held-out loss {self.record['results']['eval_loss']:.4f}); nothing to do. Chat with it: "
+              f"python model_download/load_local_model.py {place}; train again: --fresh")
+
+    def _read(self):
+        path = self.folder / "run.json"
+        return read_json(path) if path.is_file() else None
+
+    def _move_aside(self):
+        entries = [path for path in self.folder.iterdir() if path.name != LOCK]
+        if entries:
+            aside = self.folder.with_name(f"{self.folder.name}.{datetime.datetime.now():%Y%m%d-%H%M%S}")
+            aside.mkdir()
+            for path in entries:
+                os.replace(path, aside / path.name)
+            print(f"--fresh: the earlier run is kept in {show_path(aside)}")
+
+
+LOCK = ".lock"
+
+
+def _lock(folder):
+    """Hold the folder's lock file while this process lives; UserError where another process holds it."""
+    file = open(folder / LOCK, "a+", encoding="utf-8")
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        raise UserError(f"{show_path(folder)} is in use by another run (process {owner}); wait for it, or choose "
+                        "another --output-dir") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def _identity(settings, device):
+    identity = {}
+    for name, value in settings.as_dict().items():
+        if name in NOT_IDENTITY:
+            continue
+        if name.endswith("_FILE"):
+            value = f"sha256 {sha256_of(getattr(settings, name))}"
+        elif name.endswith("MODEL"):
+            value = f"sha256 {fingerprint(getattr(settings, name))}"
+        identity[name] = value
+    return {**identity, "device": f"{device.name} {'bf16' if device.bf16 else 'fp32'}"}
+
+
+def _refuse_changes(before, now, folder):
+    changed = [f"{name}: {before.get(name)} -> {now.get(name)}" for name in {**before, **now} if before.get(name) != now.get(name)]
+    if changed:
+        raise UserError(f"{show_path(folder)} holds a run with other settings or data ({'; '.join(changed)}); restore them to go "
+                        "on, choose another --output-dir, or start over with --fresh")
+
+
+def write_manifest(checkpoint):
+    """Write MANIFEST.json, {file: [bytes, sha256]}, as the last file of a checkpoint."""
+    files = {path.name: [path.stat().st_size, sha256_of(path)] for path in sorted(Path(checkpoint).iterdir()) if path.is_file()}
+    (Path(checkpoint) / MANIFEST).write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
+
+
+MANIFEST = "MANIFEST.json"
+
+
+def _whole_checkpoints(folder):
+    """The checkpoints that are as they were written, oldest first; damaged ones are named and passed over."""
+    whole = []
+    for path in list_checkpoints(folder):
+        try:
+            files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            damaged = [name for name, (size, digest) in files.items()
+                       if (path / name).stat().st_size != size or sha256_of(path / name) != digest]
+        except (OSError, ValueError) as error:
+            damaged = [str(error)]
+        if damaged:
+            print(f"{show_path(path)} is damaged ({damaged[0]}); going back to the one before")
+        else:
+            whole.append(path)
+    return whole
+
+
+def list_checkpoints(folder):
+    """The checkpoint folders of a run, oldest first."""
+    found = (path for path in Path(folder).glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit())
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _now():
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

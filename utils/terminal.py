@@ -1,0 +1,91 @@
+"""The terminal: reading a message that may be Chinese and several lines long, dimmed text, and two texts side by side."""
+
+import os
+import sys
+import unicodedata
+from itertools import zip_longest
+
+# A model may write any byte: control characters would move the cursor or change the terminal, so they are shown as U+FFFD.
+_CONTROLS = {code: "\ufffd" for code in (*range(9), *range(11, 32), *range(127, 160))}
+
+
+def prepare_terminal():
+    """Switch on line editing (arrow keys, history, whole pastes) where Python has readline; Windows edits by itself."""
+    if os.name == "nt":
+        os.system("")               # makes older Windows consoles understand the codes for dim text
+    try:
+        import readline
+    except ImportError:
+        return
+    readline.parse_and_bind("set enable-bracketed-paste on")    # a paste of several lines arrives as one message
+
+
+def read_message():
+    """One message (str); a line that ends in a backslash goes on in the next. EOFError at Ctrl-D.
+
+    The prompts hold no colour codes, so that readline counts their width right.
+    """
+    lines = [input("> ")]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        lines.append(input("... "))
+    text = "\n".join(lines)
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()   # a byte of a half-deleted character
+
+
+def dim(text, stream):
+    """`text` with the codes for dim where `stream` is a terminal that may be coloured (https://no-color.org)."""
+    return f"\033[2m{text}\033[0m" if stream.isatty() and not os.environ.get("NO_COLOR") else text
+
+
+def note(text):
+    """Print a line that is not part of an answer: on stderr, dimmed."""
+    sys.stdout.flush()
+    print(dim(text, sys.stderr), file=sys.stderr, flush=True)
+
+
+def printable(text):
+    """`text` without characters that would control the terminal; line breaks and tabs stay."""
+    return text.translate(_CONTROLS)
+
+
+class AnswerPrinter:
+    """Prints the pieces of one answer as they come: the answer on stdout, thinking on stderr, dimmed or only mentioned."""
+
+    def __init__(self, show_thinking, show_answer=True):
+        self.show_thinking, self.show_answer = show_thinking, show_answer
+        self.thought = False
+
+    def __call__(self, text, thinking):
+        if thinking:
+            shown = printable(text) if self.show_thinking else "" if self.thought else "thinking ..."
+            self.thought = True
+            print(dim(shown, sys.stderr) if shown else "", end="", file=sys.stderr, flush=True)
+        elif text and self.thought:
+            print("\n", file=sys.stderr, flush=True)
+            self.thought = False
+        if text and self.show_answer and not thinking:
+            print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+def side_by_side(left, right, columns):
+    """Two texts in two columns of together `columns` character cells, wrapped (str of lines)."""
+    width = max((columns - 3) // 2, 2)
+    pairs = zip_longest(_wrap(printable(left), width), _wrap(printable(right), width), fillvalue="")
+    return "\n".join(f"{one}{' ' * (width - _width(one))} | {two}".rstrip() for one, two in pairs)
+
+
+def _wrap(text, width):
+    for line in text.expandtabs(4).split("\n"):
+        start = used = 0
+        for index, character in enumerate(line):
+            if used + _width(character) > width:
+                yield line[start:index]
+                start, used = index, 0
+            used += _width(character)
+        yield line[start:]
+
+
+def _width(text):
+    """Character cells: Chinese characters and full-width punctuation take two, combining marks none."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

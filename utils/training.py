@@ -1,0 +1,98 @@
+"""What the three finetune scripts share: training arguments, the run itself, and the finished folder."""
+
+import resource
+import sys
+
+import torch
+from transformers import TrainingArguments
+
+from utils.chat_format import generation_settings, with_default_mode
+from utils.errors import RunError
+from utils.files import show_path
+from utils.progress import duration
+
+
+def training_arguments(settings, device, run):
+    """transformers' TrainingArguments from a script's settings.
+
+    Every step is logged (so that a resumed log has no seam); a checkpoint and an evaluation end every epoch.
+    """
+    return TrainingArguments(
+        output_dir=str(run.folder), num_train_epochs=settings.EPOCHS, max_steps=settings.MAX_STEPS or -1,
+        per_device_train_batch_size=settings.BATCH_SIZE, gradient_accumulation_steps=settings.ACCUMULATION,
+        learning_rate=settings.LEARNING_RATE, lr_scheduler_type="cosine", warmup_steps=settings.WARMUP,
+        weight_decay=settings.WEIGHT_DECAY, max_grad_norm=1.0, optim="adamw_torch_fused",
+        use_cpu=device.name == "cpu", bf16=device.bf16, seed=settings.SEED, data_seed=settings.SEED,
+        logging_steps=1, logging_nan_inf_filter=False, eval_strategy="epoch", eval_on_start=run.checkpoint is None,
+        save_strategy="epoch", save_total_limit=settings.KEEP_CHECKPOINTS, report_to="none", disable_tqdm=True,
+        remove_unused_columns=False, dataloader_pin_memory=device.name == "cuda", ddp_find_unused_parameters=False,
+    )
+
+
+def describe(train_rows, eval_rows, args):
+    """Print what is about to be trained; return the number of optimizer steps."""
+    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = args.max_steps if args.max_steps > 0 else -(-len(train_rows) // rows_per_step) * int(args.num_train_epochs)
+    print(f"training: {len(train_rows.items):,} examples, {train_rows.tokens:,} tokens ({train_rows.trained_tokens:,} trained) in "
+          f"{len(train_rows):,} packed rows; evaluation: {len(eval_rows.items):,} examples; {steps:,} steps")
+    return steps
+
+
+def train(trainer, run, log, stop):
+    """Train from where `run` stands to the end; return the results for run.json.
+
+    RunError, in one line, where memory runs out; KeyboardInterrupt after Ctrl-C, once the checkpoint is written.
+    """
+    if run.checkpoint:
+        print(f"going on from {show_path(run.checkpoint)}")
+    try:
+        trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in ("out of memory", "can't allocate memory")):
+            raise
+        raise RunError("not enough memory; lower BATCH_SIZE or MAX_LENGTH; the last checkpoint is kept and the same command "
+                       "goes on from it") from None
+    finally:
+        log.draw()
+    if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}, checkpoint written; the same command goes on")
+    evaluations = [entry for entry in log.entries if "eval_loss" in entry]
+    return {
+        "steps": trainer.state.global_step, "train_loss": log.entries[-2]["loss"],
+        "eval_loss_before": evaluations[0]["eval_loss"], "eval_loss": evaluations[-1]["eval_loss"],
+        "tokens_per_second": round(log.tokens_per_second(trainer.state), 1), "peak_memory_bytes": peak_memory(),
+    }
+
+
+def remember_mode(model, tokenizer, thinking):
+    """Make the thinking mode of the training rows the default of all that is saved: checkpoints and finished folder alike."""
+    tokenizer.chat_template = with_default_mode(tokenizer.chat_template, thinking)
+    settings = generation_settings(tokenizer, thinking)
+    model.generation_config.update(**settings)
+    model.config.update({name: settings[name] for name in ("bos_token_id", "pad_token_id")})
+
+
+def save_model(model, tokenizer, folder):
+    """Save a model (or adapter), its decoding settings and its tokenizer.
+
+    Weights keep float32: rounding them to bfloat16 would lose updates as small as DPO's.
+    """
+    model.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)     # an adapter's save_pretrained leaves it out
+    tokenizer.save_pretrained(folder)
+
+
+def report(run, results, began):
+    """Print where the finished run lies and what to do next."""
+    print(f"finished in {duration(began)}: held-out loss {results['eval_loss_before']:.4f} -> {results['eval_loss']:.4f}, "
+          f"{results['tokens_per_second']:,.0f} tokens/s, peak memory {results['peak_memory_bytes'] / 2**30:.1f} GiB")
+    place = show_path(run.folder)
+    print(f"model: {place}   loss curve: {place}/loss_curve.png\nchat with it: python model_download/load_local_model.py {place}")
+
+
+def peak_memory():
+    """Peak bytes: of the GPU where one computes, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024      # bytes on macOS, KiB elsewhere
