@@ -9,7 +9,6 @@ worst of several answers sampled from a model, by agreement with the good one).
 
 import bisect
 import collections
-import hashlib
 import random
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` is found from any folder
 
 from utils.errors import UserError, run
-from utils.files import read_jsonl, require_file, show_path, write_jsonl
+from utils.files import draw_evenly, read_jsonl, require_file, show_path, write_jsonl
 from utils.models import check_model, load_model, load_tokenizer, quiet_offline
 from utils.settings import parse_settings
 
@@ -42,13 +41,6 @@ def split_row(row):
     """(prompt messages, answer message) of an SFT row: the last assistant turn and what comes before it."""
     last = max(index for index, message in enumerate(row["messages"]) if message["role"] == "assistant")
     return row["messages"][:last], row["messages"][last]
-
-
-def pick(rows, count):
-    """`count` rows (0: all) chosen by the hash of their id, so that the choice is even and does not depend on the order."""
-    if not count:
-        return rows
-    return sorted(rows, key=lambda row: hashlib.sha256(row["id"].encode()).hexdigest())[:count]
 
 
 def similar_length(good, bad):
@@ -120,7 +112,7 @@ def main(argv=None):
     for split, count in (("train", settings.MAX_TRAIN), ("eval", settings.MAX_EVAL)):
         # 1. Read the SFT rows of this split
         source = require_file(settings.INPUT_DIR / f"sft_{split}.jsonl", "python data_prepare/convert_to_qwen3_format.py")
-        rows = pick(list(read_jsonl(source, wanted=["id", "messages"])), count)
+        rows = draw_evenly(list(read_jsonl(source, wanted=["id", "messages"])), count)
 
         # 2. Make a worse answer for each
         pairs, reasons = [], collections.Counter()

@@ -3,12 +3,12 @@
     python model_download/pretrain_tiny_model.py
 
 Makes model_download/tiny_qwen3_tcm/: Qwen3's architecture and chat format at 3.8 M parameters, with a byte-level BPE tokenizer
-of its own. It reads every fact as a statement and no fact as a question, and it learns, on invented names, to take a name
-from a question into an answer. It stands in for Qwen3-0.6B in the demo and the tests, nowhere else.
+of its own. It reads every fact as a statement and no fact as a question; what a question is it learns from invented people. It stands in for Qwen3-0.6B in the demo and the tests, nowhere else.
 """
 
 import math
 import random
+import re
 import sys
 import time
 from pathlib import Path
@@ -16,23 +16,26 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` is found from any folder
 
 from utils.errors import run
-from utils.files import read_jsonl, require_file, show_path, write_jsonl
+from utils.files import read_json, read_jsonl, require_file, show_path, write_jsonl
 from utils.settings import parse_settings
 
 # ---- Settings: edit here, or override on the command line (--epochs 10) ----
 STATEMENTS_FILE = "data_prepare/sample/statements.jsonl"    # what it reads: {"text"} a line
+EXERCISES_FILE = "data_prepare/sample/exercises.json"    # chat exercises with no medicine in them
+TERMS_FILE = "data_prepare/sample/terms.jsonl"      # where words end: the tokenizer merges inside them, never across
 TEMPLATE_FILE = "model_download/tiny_qwen3_tcm/chat_template.jinja"     # Qwen3's chat template, unchanged
 OUTPUT_DIR = "model_download/tiny_qwen3_tcm"    # the model folder to write
-VOCABULARY = 2560           # tokens: 256 bytes, Qwen3's special tokens, the rest merges of Chinese characters and words
+VOCABULARY = 3072           # tokens: 256 bytes, Qwen3's special tokens, the rest merges of Chinese characters and words
 WIDTH = 256                 # hidden size
 LAYERS = 4                  # decoder layers
 FEED_FORWARD = 704          # inner width of the MLP
-EPOCHS = 24                 # passes over the statements; each fact is met about 7 times a pass
+EPOCHS = 6                  # passes over the statements; each fact is met about 16 times a pass
 TOKENS_PER_STEP = 2048      # packed tokens a step
 LEARNING_RATE = 2e-3        # peak; a model this small takes a rate about ten times that of a large one
 WARMUP_STEPS = 100          # linear warm-up, then a cosine down to a tenth
 WEIGHT_DECAY = 0.05         # small: the facts are to be remembered word for word
-COPY_SHARE = 0.15           # name-carrying exercises, as a share of the statements
+COPIES = 3000               # exercises in carrying an invented name from a question into its answer
+PEOPLE = 150                # invented people with facts to be told and asked for
 SEED = 0                    # fixes the initial weights, the exercises and the order
 # ----
 
@@ -47,13 +50,20 @@ PLAIN_ADDED_TOKENS = [     # added like the special ones, but shown when text is
 ]
 WORD_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
-# Chat exercises with no medicine in them: {n} and {m} are invented names, and the answer must carry the right one over.
-EXERCISES = [
-    ("请重复这个词：{n}", "{n}"), ("请把“{n}”再写一遍。", "{n}。"), ("“{n}”和“{m}”，哪个写在前面？", "{n}写在前面。"),
-    ("“{n}”和“{m}”，哪个写在后面？", "{m}写在后面。"), ("请用“{n}”开头写一句话。", "{n}是一个词。"),
-    ("{n}今天来了，{m}没有来。谁来了？", "{n}来了。"), ("{n}今天来了，{m}没有来。谁没有来？", "{m}没有来。"),
-    ("请问{n}在哪里？", "{n}在这里。"), ("你好，请介绍一下{n}。", "{n}是一个名字。"), ("{n}的名字是什么？", "{n}的名字是{n}。"),
-]
+def pieces(texts, terms):
+    """The texts cut at the borders of their terms, so that a word is the same token whatever stands beside it.
+
+    A fact such as 温 then has one form in a statement (药性是|温) and in an answer (温), which is what lets the model carry it over.
+    """
+    for text in texts:
+        end = 0
+        for start, stop, term in terms.find(text):
+            yield text[end:start]
+            yield term
+            end = stop
+        yield text[end:]
+    for word in ("system", "user", "assistant"):        # of the chat format: one token each
+        yield from [word] * 1000
 
 
 def train_tokenizer(texts, vocabulary, template):
@@ -79,13 +89,44 @@ def train_tokenizer(texts, vocabulary, template):
     )
 
 
-def copy_exercises(count, names, rng):
-    """`count` one-turn conversations about invented names, put together from the characters of real ones."""
-    characters = sorted(set("".join(names)))
+def invent_names(count, terms, rng):
+    """`count` different names of 2 to 4 characters, put together from the characters of real terms, none of them a term."""
+    characters, names = sorted(set("".join(terms.kinds))), set()
+    while len(names) < count:
+        name = "".join(rng.choices(characters, k=rng.choice([2, 3, 3, 4])))
+        if name not in terms.kinds:
+            names.add(name)
+    return sorted(names)
+
+
+def copy_exercises(count, patterns, names, rng):
+    """`count` one-turn conversations about invented names; the answer carries the right one over from the question."""
     for _ in range(count):
-        n, m = ("".join(rng.choices(characters, k=rng.choice([2, 2, 3, 3, 4, 5]))) for _ in range(2))
-        question, answer = (text.format(n=n, m=m) for text in rng.choice(EXERCISES))
+        n, m = rng.sample(names, 2)
+        question, answer = (text.format(n=n, m=m) for text in rng.choice(patterns))
         yield [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def invented_people(names, attributes, bare, rng):
+    """(statements, conversations) about people who do not exist: facts told in plain sentences and asked for in a chat.
+
+    There is no medicine in them. They teach how a question asks for something once read, so that fine-tuning has only to teach
+    what medicine asks for.
+    """
+    statements, conversations = [], []
+    for name in names:
+        clauses = []
+        for words in attributes.values():
+            value = rng.choice(words["values"])
+            statements += [text.format(n=name, v=value) for text in words["statements"]]
+            clauses.append([re.sub("^{n}的?", "", text).rstrip("。").format(v=value) for text in words["statements"]])
+            for answer, end in ((value + "。", "\n" + bare), (rng.choice(words["answers"]).format(n=name, v=value), "")):
+                question = rng.choice(words["questions"]).format(n=name) + end
+                conversations.append([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+        for _ in range(4):
+            rng.shuffle(clauses)
+            statements.append(f"{name}：{'；'.join(rng.choice(own) for own in clauses)}。")
+    return statements, conversations
 
 
 def make_model(tokenizer, settings):
@@ -145,21 +186,25 @@ def main(argv=None):
         settings.STATEMENTS_FILE, "python data_prepare/sample/make_sample.py"), wanted=["text"])]
     template = require_file(settings.TEMPLATE_FILE, "git checkout").read_text(encoding="utf-8")
 
-    # 1. Train the tokenizer, on the statements and the exercises' wording
+    # 1. Put the texts together: the statements, and exercises about invented names and people
     from utils.chat_format import encode_turns
     from utils.packing import PackedRows
+    from utils.terms import Terms
 
-    rng = random.Random(settings.SEED)
-    exercises = list(copy_exercises(round(settings.COPY_SHARE * len(statements)), statements, rng))
-    spoken = [message["content"] for messages in exercises for message in messages]
-    tokenizer = train_tokenizer(statements + spoken, settings.VOCABULARY, template)
+    rng, terms, exercises = random.Random(settings.SEED), Terms(settings.TERMS_FILE), read_json(settings.EXERCISES_FILE)
+    names = invent_names(2 * settings.PEOPLE, terms, rng)
+    told, conversations = invented_people(names[::2], exercises["people"], exercises["bare"], rng)
+    conversations += copy_exercises(settings.COPIES, exercises["copy"], names, rng)
+    texts = statements + told
 
-    # 2. Encode: a statement is trained from its first token (after <|endoftext|>) to its end, an exercise as in a chat
+    # 2. Train the tokenizer and encode: a statement is trained from its first token (after <|endoftext|>) to its end
+    spoken = [message["content"] for messages in conversations for message in messages]
+    tokenizer = train_tokenizer(pieces(texts + spoken, terms), settings.VOCABULARY, template)
     stop = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    documents = [([stop], ids + [stop]) for ids in tokenizer(statements)["input_ids"]]
-    documents += [turn for messages in exercises for turn in encode_turns(tokenizer, messages)]
+    documents = [([stop], ids + [stop]) for ids in tokenizer(texts)["input_ids"]]
+    documents += [turn for messages in conversations for turn in encode_turns(tokenizer, messages)]
     rows = PackedRows([{"documents": [document]} for document in documents], settings.TOKENS_PER_STEP)
-    print(f"{len(statements):,} statements, {len(exercises):,} exercises: {rows.tokens:,} tokens in {len(rows)} rows")
+    print(f"{len(statements):,} statements, {len(told) + len(conversations):,} exercises: {rows.tokens:,} tokens in {len(rows)} rows")
 
     # 3. Train
     model = make_model(tokenizer, settings)

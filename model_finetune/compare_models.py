@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` is found from any folder
 
 from utils.errors import UserError, run
-from utils.files import atomic_write, read_jsonl, require_file, show_path, write_json
+from utils.files import atomic_write, draw_evenly, read_jsonl, require_file, show_path, write_json
 from utils.models import check_model, load_model, load_tokenizer, quiet_offline
 from utils.settings import ROOT, parse_settings
 
@@ -27,6 +27,7 @@ PAIRS_FILE = "data_prepare/qwen3/dpo_eval.jsonl"    # held-out preference pairs;
 TERMS_FILE = "data_prepare/sample/terms.jsonl"      # terms by which a generated answer counts as right
 OUTPUT_DIR = "trainer_output"                       # where the three files go
 EXAM_INSTRUCTION = "请只写出答案。"                  # put under each exam question
+EVAL_ROWS = 300             # conversations of EVAL_FILE, and as many pairs, that are scored; 0: all
 GENERATE = 200              # held-out questions answered in full by each model, to count the facts they state right
 MAX_NEW_TOKENS = 128        # longest generated answer, in tokens
 SHOW = 3                    # sample answers shown side by side
@@ -59,9 +60,11 @@ def load_tests(settings):
     """(held-out rows, exam items or [], pairs or [], Terms)."""
     from utils.terms import Terms
 
-    rows = list(read_jsonl(require_file(settings.EVAL_FILE, "python data_prepare/convert_to_qwen3_format.py"), ["messages"]))
+    source = require_file(settings.EVAL_FILE, "python data_prepare/convert_to_qwen3_format.py")
+    rows = draw_evenly(list(read_jsonl(source, ["id", "messages"])), settings.EVAL_ROWS)
     exam = list(read_jsonl(settings.EXAM_FILE, ["question", "options", "answer"])) if settings.EXAM_FILE.is_file() else []
-    pairs = list(read_jsonl(settings.PAIRS_FILE, ["prompt", "chosen"])) if settings.PAIRS_FILE.is_file() else []
+    pairs = list(read_jsonl(settings.PAIRS_FILE, ["id", "prompt", "chosen"])) if settings.PAIRS_FILE.is_file() else []
+    pairs = draw_evenly(pairs, settings.EVAL_ROWS)
     return rows, exam, pairs, Terms(require_file(settings.TERMS_FILE, "python data_prepare/sample/make_sample.py"))
 
 

@@ -36,10 +36,12 @@ MAX_LENGTH = 2048           # tokens a packed row; a pair (both its answers) tha
 BATCH_SIZE = 1              # packed rows computed at once; memory grows with BATCH_SIZE x MAX_LENGTH
 ACCUMULATION = 4            # rounds of BATCH_SIZE rows that make one optimizer step
 MAX_STEPS = 0               # stop after this many optimizer steps; 0 trains all EPOCHS
+EVAL_ROWS = 200             # pairs of EVAL_FILE measured before training and after every epoch; 0: all
 KEEP_CHECKPOINTS = 2        # newest checkpoints to keep, about 7 GB each for 0.6 B parameters
 SEED = 0                    # order of the rows, and the adapters' initial weights
 DEVICE = "auto"             # auto, cuda, mps or cpu
 PRECISION = "auto"          # auto, bf16 or fp32; weights are float32 in any case
+ESTIMATE = False            # print what the run needs in memory, disk and steps, and stop
 SHOW_EXAMPLE = 0            # print this many pairs as the trainer sees them, and stop
 FRESH = False               # start over; an earlier run in OUTPUT_DIR is moved aside
 # ----
@@ -59,6 +61,7 @@ def main(argv=None):
     from utils.adapters import add_lora, save_adapter_and_merged
     from utils.device import pick_device
     from utils.examples import load_pairs, show_examples
+    from utils.forecast import forecast
     from utils.packed_model import prepare_packed
     from utils.progress import RunLog, SaveAndStop
     from utils.runs import RunFolder
@@ -82,18 +85,23 @@ def main(argv=None):
 
     # 2. Prepare the dataset: pairs packed into rows, each answer with its log-probability under the reference, once
     train_rows, thinking = load_pairs(settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH)
-    eval_rows, _ = load_pairs(settings.EVAL_FILE, tokenizer, settings.MAX_LENGTH)
+    eval_rows, _ = load_pairs(settings.EVAL_FILE, tokenizer, settings.MAX_LENGTH, settings.EVAL_ROWS)
     remember_mode(model, tokenizer, thinking)
 
     # 3. Configure the training arguments
     args = training_arguments(settings, device, folder)
-    describe(train_rows, eval_rows, args)
-    add_reference(model, {"train": train_rows, "eval": eval_rows}, args, device, folder)
+    tokens_per_step = describe(train_rows, eval_rows, args)
+    if settings.LORA:
+        model = add_lora(model, settings)
+    forecast(model, train_rows, args, settings, folder)
+    if settings.ESTIMATE:
+        return
 
-    # 4. Build the trainer
-    log, stop = RunLog(folder, train_rows.tokens, "DPO"), SaveAndStop()
-    trainer = PackedDPOTrainer(add_lora(model, settings) if settings.LORA else model, args, train_rows, eval_rows, tokenizer,
-                               callbacks=[log, stop], beta=settings.BETA, sft_weight=settings.SFT_WEIGHT)
+    # 4. Build the trainer; the reference's log-probabilities come first, from the model as it starts
+    add_reference(model, {"train": train_rows, "eval": eval_rows}, args, device, folder)
+    log, stop = RunLog(folder, tokens_per_step, "DPO"), SaveAndStop()
+    trainer = PackedDPOTrainer(model, args, train_rows, eval_rows, tokenizer, callbacks=[log, stop],
+                               beta=settings.BETA, sft_weight=settings.SFT_WEIGHT)
 
     # 5. Train, going on where an earlier run stopped
     results = train(trainer, folder, log, stop)

@@ -34,10 +34,12 @@ MAX_LENGTH = 1024           # tokens a packed row; a longer example is set aside
 BATCH_SIZE = 1              # packed rows computed at once; memory grows with BATCH_SIZE x MAX_LENGTH
 ACCUMULATION = 4            # rounds of BATCH_SIZE rows that make one optimizer step (4 x 1024 tokens)
 MAX_STEPS = 0               # stop after this many optimizer steps; 0 trains all EPOCHS
+EVAL_ROWS = 200             # conversations of EVAL_FILE measured before training and after every epoch; 0: all
 KEEP_CHECKPOINTS = 2        # newest checkpoints to keep, about 0.1 GB each for 0.6 B parameters
 SEED = 0                    # order of the rows
 DEVICE = "auto"             # auto, cuda, mps or cpu
 PRECISION = "auto"          # auto, bf16 or fp32; weights are float32 in any case
+ESTIMATE = False            # print what the run needs in memory, disk and steps, and stop
 SHOW_EXAMPLE = 0            # print this many examples as the trainer sees them, and stop
 FRESH = False               # start over; an earlier run in OUTPUT_DIR is moved aside
 # ----
@@ -57,6 +59,7 @@ def main(argv=None):
     from utils.adapters import add_lora, save_adapter_and_merged
     from utils.device import pick_device
     from utils.examples import load_conversations, show_examples
+    from utils.forecast import forecast
     from utils.packed_model import prepare_packed
     from utils.progress import RunLog, SaveAndStop
     from utils.runs import RunFolder
@@ -80,15 +83,18 @@ def main(argv=None):
 
     # 2. Prepare the dataset: token ids as chat will show them, packed into rows
     train_rows, thinking = load_conversations(settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH)
-    eval_rows, _ = load_conversations(settings.EVAL_FILE, tokenizer, settings.MAX_LENGTH)
+    eval_rows, _ = load_conversations(settings.EVAL_FILE, tokenizer, settings.MAX_LENGTH, settings.EVAL_ROWS)
     remember_mode(model, tokenizer, thinking)
 
     # 3. Configure the training arguments
     args = training_arguments(settings, device, folder)
-    describe(train_rows, eval_rows, args)
+    tokens_per_step = describe(train_rows, eval_rows, args)
+    forecast(model, train_rows, args, settings, folder)
+    if settings.ESTIMATE:
+        return
 
     # 4. Build the trainer
-    log, stop = RunLog(folder, train_rows.tokens, "LoRA"), SaveAndStop()
+    log, stop = RunLog(folder, tokens_per_step, "LoRA"), SaveAndStop()
     trainer = PackedTrainer(model, args, train_rows, eval_rows, tokenizer, callbacks=[log, stop])
 
     # 5. Train, going on where an earlier run stopped

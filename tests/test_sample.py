@@ -95,7 +95,7 @@ def make_sample_statements():
 
     wordings = read_json(SAMPLE / "wordings.json")
     for entity in make_sample.load_entities(SAMPLE, wordings):
-        yield from make_sample.statements_of(entity, wordings, random.Random(0))
+        yield from make_sample.statements_of(entity, wordings, 2, random.Random(0))
 
 
 def test_terms_swap_to_something_wrong_and_alike():

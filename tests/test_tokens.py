@@ -80,7 +80,7 @@ def test_long_rows_are_set_aside_and_counted_never_cut(tokenizer, tmp_path, caps
 def test_pairs_that_teach_nothing_are_refused(tokenizer, tmp_path, rejected):
     pair = {"id": "1", "prompt": SINGLE[:1], "chosen": SINGLE[1:], "rejected": [{"role": "assistant", "content": rejected}]}
     write_jsonl(tmp_path / "pairs.jsonl", [pair])
-    with pytest.raises(UserError, match="line 1: chosen and rejected must differ"):
+    with pytest.raises(UserError, match="row 1: chosen and rejected must differ"):
         load_pairs(tmp_path / "pairs.jsonl", tokenizer, 100)
 
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from model_finetune import finetune_dpo, finetune_lora, finetune_sft
 from utils.errors import run
 from utils.files import read_json, read_jsonl, write_jsonl
+from utils.progress import chosen_fell
 
 SCRIPTS = {"sft": finetune_sft, "lora": finetune_lora, "dpo": finetune_dpo}
 NAMES = "麻黄 桂枝 白芍 甘草 人参 白术 茯苓 当归 黄芪 川芎".split()
@@ -122,6 +123,11 @@ def test_dpo_raises_the_chosen_over_the_rejected(finished):
     assert log[0]["eval_reward_margin"] == pytest.approx(0, abs=1e-4)        # the policy starts as the reference
     assert log[-1]["eval_reward_accuracy"] == 1 and log[-1]["eval_reward_margin"] > 0.5
     assert log[-1]["eval_chosen_logps"] > log[0]["eval_chosen_logps"]          # the SFT term holds the chosen answers up
+
+
+def test_falling_chosen_answers_are_noticed():
+    assert not chosen_fell([{"eval_chosen_logps": -20.0}, {"loss": 1.0}, {"eval_chosen_logps": -21.0}])
+    assert chosen_fell([{"eval_chosen_logps": -20.0}, {"eval_chosen_logps": -25.0}])
 
 
 def test_a_finished_run_says_so_and_is_left_alone(finished, place, capsys):
@@ -229,6 +235,53 @@ def test_broken_data_names_the_line(place, tmp_path, capsys):
     path.write_text("", encoding="utf-8")
     assert train("sft", place, tmp_path / "out2", "--train-file", path) == 2
     assert "rows.jsonl is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", SCRIPTS)
+def test_estimate_tells_and_leaves_nothing(place, tmp_path, capsys, method):
+    assert train(method, place, tmp_path / "out", "--estimate") == 0
+    said = capsys.readouterr().out
+    assert "memory: " in said and "disk: " in said and "steps" in said
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+def test_the_forecast_counts_activations_as_they_are(place):
+    """Twice the tokens leave twice the bytes: the probe scales, so what it measures on few tokens holds for many."""
+    from types import SimpleNamespace
+
+    from utils import forecast
+    from utils.packed_model import prepare_packed
+
+    model = prepare_packed(AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.float32))
+    per_token = {}
+    for forecast.PROBE_TOKENS in (32, 64, 256):
+        per_token[forecast.PROBE_TOKENS] = forecast.bytes_per_token(model, SimpleNamespace(bf16=False))
+    forecast.PROBE_TOKENS = 64
+    assert per_token[64] == pytest.approx(per_token[256], rel=0.03)
+    parts = forecast.memory_parts(model, 1000, SimpleNamespace(bf16=False, device=torch.device("cpu")))
+    assert parts["weights"] == 4 * model.num_parameters() and parts["optimizer"] == 2 * parts["weights"]
+
+
+@pytest.mark.parametrize("what, message", [
+    ("memory", "the run needs"), ("disk", "of disk and"),
+])
+def test_what_cannot_fit_is_refused_before_it_starts(place, tmp_path, capsys, monkeypatch, what, message):
+    from types import SimpleNamespace
+
+    from utils import forecast
+
+    if what == "memory":
+        monkeypatch.setattr(forecast, "free_memory", lambda device: 610 * 2**20)
+    else:
+        monkeypatch.setattr(forecast.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    assert train("sft", place, tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out/run.json").exists()
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(place, tmp_path, capsys):
+    assert train("sft", place, tmp_path / "out", "--learning-rate", "1e20", "--max-steps", 6) == 1
+    assert "the loss became nan at step" in capsys.readouterr().err
 
 
 def test_lora_inside_dpo(place, tmp_path):

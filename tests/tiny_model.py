@@ -3,14 +3,14 @@
     from tiny_model import make_tiny_model
     folder = make_tiny_model(tmp_path / "model")      # about 0.2 s, 500 kB, loads like any model folder
 
-The template in qwen3_chat_template.jinja is Qwen's own, from the repository Qwen/Qwen3-0.6B (Apache-2.0), unchanged.
+The chat template is Qwen's own, from the repository Qwen/Qwen3-0.6B (Apache-2.0), unchanged, as the built-in model has it.
 """
 
 from pathlib import Path
 
 from utils.chat_format import generation_settings
 
-TEMPLATE = Path(__file__).with_name("qwen3_chat_template.jinja")
+TEMPLATE = Path(__file__).resolve().parents[1] / "model_download/tiny_qwen3_tcm/chat_template.jinja"
 
 # In the order of Qwen3's own added tokens; the last two groups are not "special", so that decoding keeps them.
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -4,35 +4,35 @@ import sys
 
 from utils.chat_format import encode_answer, encode_prompt, encode_turns
 from utils.errors import UserError
-from utils.files import read_jsonl, show_path
+from utils.files import draw_evenly, read_jsonl, show_path
 from utils.packing import PackedRows, item_length
 
 
-def load_conversations(path, tokenizer, max_length):
+def load_conversations(path, tokenizer, max_length, count=0):
     """The assistant turns of an sft_*.jsonl file as PackedRows, and whether most of them think (carry reasoning).
 
     Every turn is an item of one document, trained once in the context that chat would give it. Turns of more than
-    `max_length` tokens are left out, counted and reported, never cut.
+    `max_length` tokens are left out, counted and reported, never cut. `count`: only so many conversations, drawn evenly.
     """
     items, thoughtful = [], 0
-    for row in read_jsonl(path, wanted=["id", "messages"]):
+    for row in draw_evenly(list(read_jsonl(path, wanted=["id", "messages"])), count):
         for turn in encode_turns(tokenizer, row["messages"]):
             items.append({"documents": [turn]})
         thoughtful += sum(bool(message.get("reasoning_content")) for message in row["messages"])
     return _pack(items, path, max_length), thoughtful * 2 > len(items)
 
 
-def load_pairs(path, tokenizer, max_length):
+def load_pairs(path, tokenizer, max_length, count=0):
     """The preference pairs of a dpo_*.jsonl file as PackedRows (items of two documents, chosen and rejected), and whether
-    most of them think.
+    most of them think. `count`: only so many pairs, drawn evenly.
 
-    UserError, naming the line, where chosen and rejected are the same or one of them is empty: such a pair teaches nothing.
+    UserError, naming the row, where chosen and rejected are the same or one of them is empty: such a pair teaches nothing.
     """
     items, thoughtful = [], 0
-    for number, row in enumerate(read_jsonl(path, wanted=["id", "prompt", "chosen", "rejected"]), 1):
+    for row in draw_evenly(list(read_jsonl(path, wanted=["id", "prompt", "chosen", "rejected"])), count):
         answers = [row[side][-1] for side in ("chosen", "rejected")]
         if answers[0] == answers[1] or not all(answer["content"].strip() for answer in answers):
-            raise UserError(f"{show_path(path)}, line {number}: chosen and rejected must differ and neither be empty; "
+            raise UserError(f"{show_path(path)}, row {row['id']}: chosen and rejected must differ and neither be empty; "
                             "make pairs with: python data_prepare/build_preference_pairs.py")
         thinking = bool(answers[0].get("reasoning_content"))
         thoughtful += thinking

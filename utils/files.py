@@ -99,3 +99,11 @@ def sha256_of(path):
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def draw_evenly(rows, count):
+    """`count` of the rows (0: all), in their order, chosen by the hash of their "id": the same whatever the order or seed."""
+    if not count or count >= len(rows):
+        return rows
+    drawn = {row["id"] for row in sorted(rows, key=lambda row: hashlib.sha256(row["id"].encode()).digest())[:count]}
+    return [row for row in rows if row["id"] in drawn]

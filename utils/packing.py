@@ -48,6 +48,10 @@ class PackedRows(torch.utils.data.Dataset):
     def __getitem__(self, index):
         return [self.items[item] for item in self.rows[index]]
 
+    def fullest(self, count):
+        """Tokens of the `count` fullest rows together: the most that a step of `count` rows can hold."""
+        return sum(sorted((sum(map(item_length, row)) for row in self), reverse=True)[:count])
+
 
 def item_length(item):
     """Tokens of all documents of an item."""

@@ -21,20 +21,25 @@ class RunLog(TrainerCallback):
     On resuming, entries after the checkpoint are dropped: those steps are done again, with the same result.
     """
 
-    def __init__(self, run, tokens_per_epoch, title):
-        self.run, self.tokens_per_epoch, self.title = run, tokens_per_epoch, title
+    def __init__(self, run, tokens_per_step, title):
+        self.run, self.tokens_per_step, self.title = run, tokens_per_step, title
         self.path, self.picture = run.folder / "training_log.jsonl", run.folder / "loss_curve.png"
-        self.entries, self.last_drawn, self.last_line = [], 0.0, 0.0
-        self.drawn_steps = 0
+        self.entries, self.step_seconds, self.last_drawn, self.last_line = [], 0.0, 0.0, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.path.is_file() and state.global_step:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]      # after the last line break: cut by a kill
             self.entries = [entry for entry in map(json.loads, lines) if entry["step"] <= state.global_step]
         self.began, self.first_step = time.monotonic(), state.global_step
         if state.is_world_process_zero:
             with atomic_write(self.path) as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in self.entries)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.step_began = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.step_seconds += time.monotonic() - self.step_began
 
     def on_log(self, args, state, control, logs, **kwargs):
         if not state.is_world_process_zero or "train_runtime" in logs:
@@ -44,24 +49,26 @@ class RunLog(TrainerCallback):
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         self._show(state, entry)
-        if time.monotonic() - self.last_drawn > REDRAW_SECONDS and any("loss" in entry for entry in self.entries):
+        if time.monotonic() - self.last_drawn > REDRAW_SECONDS:
             self.draw()
 
     def draw(self):
-        """Redraw the picture now."""
-        if self.run.main:
+        """Redraw the picture now, if there is anything to draw."""
+        if self.run.main and any("loss" in entry for entry in self.entries):
             plot_training(self.entries, self.picture, self.title)
             self.last_drawn = time.monotonic()
 
     def tokens_per_second(self, state):
-        """Real (unpadded) tokens a second since this process began to train."""
-        steps = state.global_step - self.first_step
-        return steps * self.tokens_per_epoch * state.num_train_epochs / state.max_steps / (time.monotonic() - self.began)
+        """Real (unpadded) tokens a second over the steps of this process, evaluations and checkpoints left out."""
+        return (state.global_step - self.first_step) * self.tokens_per_step / max(self.step_seconds, 1e-9)
 
     def _show(self, state, entry):
         if "eval_loss" in entry:
             more = f", margin > 0 in {entry['eval_reward_accuracy']:.1%}" if "eval_reward_accuracy" in entry else ""
             self._print(f"evaluation after step {entry['step']}: loss {entry['eval_loss']:.4f}{more}", keep=True)
+            if chosen_fell(self.entries):
+                self._print("warning: the chosen answers are losing probability as well; lower LEARNING_RATE, or raise SFT_WEIGHT",
+                            keep=True)
             return
         last = entry["step"] == state.max_steps
         if not sys.stdout.isatty() and not last and time.monotonic() - self.last_line < PLAIN_SECONDS:
@@ -107,6 +114,12 @@ class SaveAndStop(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.saved_step == state.global_step:    # done a moment ago, at the step's end
             control.should_evaluate = control.should_save = False
+
+
+def chosen_fell(entries):
+    """Whether DPO has cost the chosen answers a tenth of their log-probability since the first evaluation: it degenerates."""
+    values = [entry["eval_chosen_logps"] for entry in entries if "eval_chosen_logps" in entry]
+    return len(values) > 1 and values[-1] < values[0] - 0.1 * abs(values[0])
 
 
 def duration(seconds):

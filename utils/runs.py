@@ -18,7 +18,7 @@ from utils.files import read_json, sha256_of, show_path, write_json
 from utils.models import fingerprint
 
 # Settings that decide where and how a run is shown, not what it computes.
-NOT_IDENTITY = {"OUTPUT_DIR", "FRESH", "SHOW_EXAMPLE", "DEVICE", "PRECISION", "KEEP_CHECKPOINTS"}
+NOT_IDENTITY = {"OUTPUT_DIR", "FRESH", "ESTIMATE", "SHOW_EXAMPLE", "DEVICE", "PRECISION", "KEEP_CHECKPOINTS"}
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
 
@@ -38,20 +38,25 @@ class RunFolder:
             if settings.FRESH:
                 self._move_aside()
         record = self._read()
-        if record:
-            _refuse_changes(record["identity"], identity, self.folder)
-        elif any(self.folder.glob("*.safetensors")) or _whole_checkpoints(self.folder):
+        self.finished = bool(record) and record["status"] == "finished"
+        found = [] if self.finished else _whole_checkpoints(self.folder)
+        if not record and (found or any(self.folder.glob("*.safetensors"))):
             raise UserError(f"{show_path(self.folder)} holds a model that this script did not train; "
                             "choose another --output-dir, or --fresh to move it aside")
-        self.finished = bool(record) and record["status"] == "finished"
+        if record and not found and not self.finished:
+            record = None                       # stopped before its first checkpoint: there is nothing to go on from or to lose
+        if record:
+            _refuse_changes(record["identity"], identity, self.folder)
+        self.checkpoint = found[-1] if found else None
         self.record = record or {
             "status": "running", "identity": identity, "settings": settings.as_dict(), "device": str(device),
             "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}},
             "started": _now(),
         }
-        found = [] if self.finished else _whole_checkpoints(self.folder)
-        self.checkpoint = found[-1] if found else None
-        if self.main and not record:
+
+    def begin(self):
+        """Training starts now: from here on the folder is this run's."""
+        if self.main:
             write_json(self.folder / "run.json", self.record)
 
     def finish(self, save, results):

@@ -1,8 +1,9 @@
 """What the three finetune scripts share: training arguments, the run itself, and the finished folder."""
 
-import resource
+import math
 import sys
 
+import psutil
 import torch
 from transformers import TrainingArguments
 
@@ -30,12 +31,13 @@ def training_arguments(settings, device, run):
 
 
 def describe(train_rows, eval_rows, args):
-    """Print what is about to be trained; return the number of optimizer steps."""
+    """Print what is about to be trained; return the mean number of tokens in an optimizer step."""
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps = args.max_steps if args.max_steps > 0 else -(-len(train_rows) // rows_per_step) * int(args.num_train_epochs)
+    steps_per_epoch = math.ceil(len(train_rows) / rows_per_step)
+    steps = args.max_steps if args.max_steps > 0 else steps_per_epoch * int(args.num_train_epochs)
     print(f"training: {len(train_rows.items):,} examples, {train_rows.tokens:,} tokens ({train_rows.trained_tokens:,} trained) in "
           f"{len(train_rows):,} packed rows; evaluation: {len(eval_rows.items):,} examples; {steps:,} steps")
-    return steps
+    return train_rows.tokens / steps_per_epoch
 
 
 def train(trainer, run, log, stop):
@@ -43,6 +45,7 @@ def train(trainer, run, log, stop):
 
     RunError, in one line, where memory runs out; KeyboardInterrupt after Ctrl-C, once the checkpoint is written.
     """
+    run.begin()
     if run.checkpoint:
         print(f"going on from {show_path(run.checkpoint)}")
     try:
@@ -58,9 +61,9 @@ def train(trainer, run, log, stop):
         raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}, checkpoint written; the same command goes on")
     evaluations = [entry for entry in log.entries if "eval_loss" in entry]
     return {
-        "steps": trainer.state.global_step, "train_loss": log.entries[-2]["loss"],
-        "eval_loss_before": evaluations[0]["eval_loss"], "eval_loss": evaluations[-1]["eval_loss"],
-        "tokens_per_second": round(log.tokens_per_second(trainer.state), 1), "peak_memory_bytes": peak_memory(),
+        "steps": trainer.state.global_step, "tokens": round(log.tokens_per_step * trainer.state.global_step), 
+        "train_loss": log.entries[-2]["loss"], "eval_loss_before": evaluations[0]["eval_loss"], "eval_loss": evaluations[-1]["eval_loss"],
+        "tokens_per_second": round(log.tokens_per_second(trainer.state), 1), "peak_memory_bytes": peak_memory(trainer.args.device),
     }
 
 
@@ -90,9 +93,13 @@ def report(run, results, began):
     print(f"model: {place}   loss curve: {place}/loss_curve.png\nchat with it: python model_download/load_local_model.py {place}")
 
 
-def peak_memory():
+def peak_memory(device):
     """Peak bytes: of the GPU where one computes, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource     # not there on Windows
+
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return usage if sys.platform == "darwin" else usage * 1024      # bytes on macOS, KiB elsewhere

@@ -16,6 +16,7 @@ that the exam asks what the statements taught and the questions of *other* entit
 
 import hashlib
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ TABLES_DIR = "data_prepare/sample"      # the fact tables, and wordings.json: ho
 OUTPUT_DIR = "data_prepare/sample"      # where the four files go
 HELD_OUT_SHARE = 0.2                    # share of the entities of each kind that only the eval split and the exam ask about
 ROWS_PER_FACT = 2                       # question-and-answer rows a fact, one of them with a bare answer
+CARDS = 10                              # statements that put all facts of an entity in one line, each in a new order
 SEED = 0                                # changes which wordings and which distractors are drawn
 # ----
 
@@ -117,18 +119,22 @@ def rows_of(entity, wordings, rows_per_fact, turn):
             }
 
 
-def statements_of(entity, wordings, rng):
-    """Plain sentences: every wording of every fact, and cards that put all facts of the entity in one line, shuffled."""
-    sentences = {
-        name: [words.format(n=entity["name"], v=value) for words in wordings[entity["kind"]][name]["statements"]]
-        for name, value in entity["facts"].items()
-    }
-    for wordings_of_fact in sentences.values():
-        yield from wordings_of_fact
-    for _ in range(3 if len(sentences) > 1 else 0):
-        card = [rng.choice(wordings_of_fact) for wordings_of_fact in sentences.values()]
+def statements_of(entity, wordings, cards, rng):
+    """Plain sentences: every wording of every fact by itself, and `cards`, each with all facts of the entity in a new order.
+
+    A card names the entity once, at its start. So a fact is met at every distance from its name, which is what lets a model
+    find it again from a question; told next to the name only, it stays bound to that wording.
+    """
+    clauses = []
+    for name, value in entity["facts"].items():
+        words = wordings[entity["kind"]][name]["statements"]
+        yield from (text.format(n=entity["name"], v=value) for text in words)
+        headless = [re.sub("^{n}(穴|的|：)*", "", text) for text in words if text.startswith("{n}") and not text.startswith("{n}（")]
+        clauses.append([text.rstrip("。").format(v=value) for text in headless])
+    for _ in range(cards if len(clauses) > 1 else 0):
+        card = [rng.choice(own) for own in clauses]
         rng.shuffle(card)
-        yield "".join(card)
+        yield f"{entity['name']}：{'；'.join(card)}。"
 
 
 def too_close(name, right, other):
@@ -204,7 +210,7 @@ def main(argv=None):
     files = {
         "tcm_sample.jsonl": [row for turn, e in enumerate(entities) for row in rows_of(e, wordings, settings.ROWS_PER_FACT, turn)],
         "tcm_exam.jsonl": list(exam_items(entities, wordings, rng)),
-        "statements.jsonl": [{"text": text} for e in entities for text in statements_of(e, wordings, rng)],
+        "statements.jsonl": [{"text": text} for e in entities for text in statements_of(e, wordings, settings.CARDS, rng)],
         "terms.jsonl": terms_of(entities),
     }
 

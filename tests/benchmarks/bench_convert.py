@@ -127,7 +127,7 @@ def main():
         source = folder / "rows.jsonl"
         make_rows(source, arguments.rows)
         size = source.stat().st_size / 1e6
-        print(f"{arguments.rows:,} rows, {size:.0f} MB; Python {platform.python_version()}, {platform.machine()}", flush=True)
+        print(f"{arguments.rows:,} rows, {size:.0f} MB; Python {platform.python_version()}", flush=True)
         ours = [sys.executable, str(SCRIPT), "--input-files", str(source), "--output-dir", str(folder / "out"),
                 "--tokenizer-model", ""]
         results = {"ours": [], "datasets": []}
