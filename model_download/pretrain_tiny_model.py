@@ -2,7 +2,7 @@
 
     python model_download/pretrain_tiny_model.py
 
-Makes model_download/tiny_qwen3_tcm/: Qwen3's architecture and chat format at 3.8 M parameters, with a byte-level BPE tokenizer
+Makes model_download/tiny_qwen3_tcm/: Qwen3's architecture and chat format at 3.7 M parameters, with a byte-level BPE tokenizer
 of its own. It reads every fact as a statement and no fact as a question; what a question is it learns from invented people. It stands in for Qwen3-0.6B in the demo and the tests, nowhere else.
 """
 

@@ -61,9 +61,11 @@ def train(trainer, run, log, stop):
         raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}, checkpoint written; the same command goes on")
     evaluations = [entry for entry in log.entries if "eval_loss" in entry]
     return {
-        "steps": trainer.state.global_step, "tokens": round(log.tokens_per_step * trainer.state.global_step), 
-        "train_loss": log.entries[-2]["loss"], "eval_loss_before": evaluations[0]["eval_loss"], "eval_loss": evaluations[-1]["eval_loss"],
-        "tokens_per_second": round(log.tokens_per_second(trainer.state), 1), "peak_memory_bytes": peak_memory(trainer.args.device),
+        "steps": trainer.state.global_step, "tokens": round(log.tokens_per_step * trainer.state.global_step),
+        "train_loss": log.entries[-2]["loss"],
+        "eval_loss_before": evaluations[0]["eval_loss"], "eval_loss": evaluations[-1]["eval_loss"],
+        "tokens_per_second": round(log.tokens_per_second(trainer.state), 1),
+        "peak_memory_bytes": peak_memory(trainer.args.device),
     }
 
 
