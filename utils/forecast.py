@@ -22,20 +22,22 @@ def forecast(model, train_rows, args, settings, folder):
     tokens = train_rows.fullest(args.per_device_train_batch_size)
     parts = memory_parts(model, tokens, args)
     needed, free = sum(parts.values()), free_memory(args.device)
-    print(f"memory: {gib(needed)} needed ({', '.join(f'{name} {gib(size)}' for name, size in parts.items())}), {gib(free)} free")
+    listed = ", ".join(f"{name} {readable(size)}" for name, size in parts.items())
+    print(f"memory: {readable(needed)} needed ({listed}), {readable(free)} free")
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     stored = sum(weight.numel() for weight in model.parameters())
     disk = (3 * trainable * (settings.KEEP_CHECKPOINTS + 1) + stored) * FLOAT        # weights and two moments a checkpoint
     disk_free = shutil.disk_usage(folder.folder).free
-    print(f"disk: {gib(disk)} needed (at most {settings.KEEP_CHECKPOINTS + 1} checkpoints at a time, and the finished model), "
-          f"{gib(disk_free)} free")
+    print(f"disk: {readable(disk)} needed (at most {settings.KEEP_CHECKPOINTS + 1} checkpoints at a time, and the finished model), "
+          f"{readable(disk_free)} free")
     if disk > disk_free:
-        raise UserError(f"{show_path(folder.folder)} needs {gib(disk)} of disk and {gib(disk_free)} are free; free some, lower "
-                        "KEEP_CHECKPOINTS, or choose another --output-dir")
+        raise UserError(f"{show_path(folder.folder)} needs {readable(disk)} of disk and {readable(disk_free)} are free; free "
+                        "some, lower KEEP_CHECKPOINTS, or choose another --output-dir")
     if needed > free:
         room = (free - needed + parts["activations"]) / parts["activations"] * tokens
-        mend = f"lower MAX_LENGTH x BATCH_SIZE from {tokens:,} to {int(room):,} tokens" if room >= 128 else "train with LoRA, or a smaller model"
-        raise UserError(f"the run needs {gib(needed)} of memory and {gib(free)} are free; {mend}")
+        mend = (f"lower MAX_LENGTH x BATCH_SIZE from {tokens:,} to {int(room):,} tokens" if room >= 128
+                else "train with LoRA, or a smaller model")
+        raise UserError(f"the run needs {readable(needed)} of memory and {readable(free)} are free; {mend}")
 
 
 def memory_parts(model, tokens, args):
@@ -93,5 +95,6 @@ def _program(args):
     return 0 if args.device.type == "cuda" else 600 * 2**20
 
 
-def gib(size):
-    return f"{size / 2**30:.1f} GiB"
+def readable(size):
+    """Bytes as text: 1.5 GiB, 14 MiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 2 else f"{size / 2**20:.0f} MiB"

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import textwrap
+import warnings
 from pathlib import Path
 
 from utils.errors import UserError
@@ -87,6 +88,8 @@ def quiet_offline(model):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # threads and forks do not mix, and we batch anyway
     if Path(model).is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"
+    # peft asks transformers for this under its old name; nothing that a user could change
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     from transformers.utils import logging
 
     logging.disable_progress_bar()              # "Loading weights" bars of a fraction of a second

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from utils.chat_format import generation_settings, with_default_mode
 from utils.errors import RunError
 from utils.files import show_path
+from utils.forecast import readable
 from utils.progress import duration
 
 
@@ -90,7 +91,7 @@ def save_model(model, tokenizer, folder):
 def report(run, results, began):
     """Print where the finished run lies and what to do next."""
     print(f"finished in {duration(began)}: held-out loss {results['eval_loss_before']:.4f} -> {results['eval_loss']:.4f}, "
-          f"{results['tokens_per_second']:,.0f} tokens/s, peak memory {results['peak_memory_bytes'] / 2**30:.1f} GiB")
+          f"{results['tokens_per_second']:,.0f} tokens/s, peak memory {readable(results['peak_memory_bytes'])}")
     place = show_path(run.folder)
     print(f"model: {place}   loss curve: {place}/loss_curve.png\nchat with it: python model_download/load_local_model.py {place}")
 
