@@ -11,6 +11,7 @@ from utils.device import pick_device
 from utils.errors import run
 from utils.files import read_json, write_jsonl
 from utils.packed_model import prepare_packed
+from utils.plots import plot_comparison
 from utils.scoring import exam_choices, mean_loss, preference_choices, wilson
 
 INSTRUCTION = "请只写出答案。"
@@ -68,6 +69,13 @@ def test_loss_and_preference_equal_a_plain_loop(folder, plain):
 def test_wilson_interval():
     assert wilson(5, 10) == pytest.approx([0.2366, 0.7634], abs=1e-4)        # statsmodels proportion_confint(method="wilson")
     assert wilson(0, 10)[0] == pytest.approx(0) and wilson(10, 10)[1] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("right", [0, 401])
+def test_shares_of_none_and_all_can_be_drawn(tmp_path, right):
+    models = {"base": {"heldout_loss": 1.0, "preference_accuracy": right / 401, "preference_interval": wilson(right, 401)}}
+    plot_comparison(models, tmp_path / "comparison.png")
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture

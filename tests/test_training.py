@@ -127,6 +127,7 @@ def test_dpo_raises_the_chosen_over_the_rejected(finished):
 
 def test_falling_chosen_answers_are_noticed():
     assert not chosen_fell([{"eval_chosen_logps": -20.0}, {"loss": 1.0}, {"eval_chosen_logps": -21.0}])
+    assert not chosen_fell([{"eval_chosen_logps": -2.8}, {"eval_chosen_logps": -3.2}])
     assert chosen_fell([{"eval_chosen_logps": -20.0}, {"eval_chosen_logps": -25.0}])
 
 

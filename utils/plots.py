@@ -77,7 +77,9 @@ def plot_comparison(models, path):
         bars = axis.bar(names, values, color=[f"C{index}" for index in range(len(names))], alpha=0.85)
         intervals = [models[name].get(key.replace("accuracy", "interval")) for name in names]
         if chance is not None:
-            below_above = [[v - i[0] for v, i in zip(values, intervals)], [i[1] - v for v, i in zip(values, intervals)]]
+            # at 0 % and 100 % the interval begins at the share itself, give or take a rounding error
+            below_above = [[max(0.0, v - low) for v, (low, _) in zip(values, intervals)],
+                           [max(0.0, high - v) for v, (_, high) in zip(values, intervals)]]
             axis.errorbar(names, values, yerr=below_above, fmt="none", ecolor="black", capsize=4)
             axis.axhline(chance, color="grey", linestyle=":", label=f"chance {chance:.0%}")
             axis.set_ylim(0, 1.08)

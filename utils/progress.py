@@ -117,9 +117,9 @@ class SaveAndStop(TrainerCallback):
 
 
 def chosen_fell(entries):
-    """Whether DPO has cost the chosen answers a tenth of their log-probability since the first evaluation: it degenerates."""
+    """Whether DPO has cost the chosen answers a tenth of their log-probability, and a nat, since the first evaluation."""
     values = [entry["eval_chosen_logps"] for entry in entries if "eval_chosen_logps" in entry]
-    return len(values) > 1 and values[-1] < values[0] - 0.1 * abs(values[0])
+    return len(values) > 1 and values[-1] < values[0] - max(1.0, 0.1 * abs(values[0]))
 
 
 def duration(seconds):
