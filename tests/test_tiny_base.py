@@ -53,6 +53,7 @@ def test_its_training_log_is_kept():
 def test_the_script_makes_such_a_folder(tmp_path, capsys):
     pretrain_tiny_model.main([
         "--output-dir", str(tmp_path / "model"), "--statements-file", str(few_statements(tmp_path)), "--epochs", "3", "--copies", "20", "--people", "4",
+        "--tokens-per-step", "128", "--warmup-steps", "2",
         "--width", "64", "--layers", "1", "--feed-forward", "64", "--vocabulary", "600"])
     log = list(read_jsonl(tmp_path / "model/training_log.jsonl"))
     assert log[-1]["loss"] < log[0]["loss"]

@@ -272,7 +272,7 @@ def test_what_cannot_fit_is_refused_before_it_starts(place, tmp_path, capsys, mo
     from utils import forecast
 
     if what == "memory":
-        monkeypatch.setattr(forecast, "free_memory", lambda device: 610 * 2**20)
+        monkeypatch.setattr(forecast, "free_memory", lambda device: 601 * 2**20)
     else:
         monkeypatch.setattr(forecast.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     assert train("sft", place, tmp_path / "out") == 2
