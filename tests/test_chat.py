@@ -383,7 +383,7 @@ def test_adapter_answers_as_its_merged_model(folder, speaker, tmp_path):
     tuned = get_peft_model(load_model(str(folder), torch.float32), config)
     tuned.save_pretrained(adapter)
     speaker.tokenizer.save_pretrained(adapter)
-    (adapter / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.7, "eos_token_id": 5}))
+    (adapter / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.7, "eos_token_id": 5}), encoding="utf-8")
     tuned.merge_and_unload().save_pretrained(tmp_path / "merged")
     speaker.tokenizer.save_pretrained(tmp_path / "merged")
     for dtype in (torch.float32, torch.bfloat16):
@@ -406,7 +406,7 @@ def test_adapter_answers_as_its_merged_model(folder, speaker, tmp_path):
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(UserError, match="no \\*.safetensors"):
         check_model(str(adapter))
-    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "gone")}))
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "gone")}), encoding="utf-8")
     with pytest.raises(UserError, match="adapter for .*gone, which is not there"):
         check_model(str(adapter))
 
@@ -414,8 +414,8 @@ def test_adapter_answers_as_its_merged_model(folder, speaker, tmp_path):
 def damaged(folder, where, **changes):
     """A copy of `folder` with fields of its config.json changed."""
     shutil.copytree(folder, where)
-    config = json.loads((where / "config.json").read_text())
-    (where / "config.json").write_text(json.dumps(config | changes))
+    config = json.loads((where / "config.json").read_text(encoding="utf-8"))
+    (where / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
     return where
 
 

@@ -93,9 +93,9 @@ def resident(process):
     while todo:
         current = todo.pop()
         try:
-            total += int(Path(f"/proc/{current}/statm").read_text().split()[1]) * 4096
+            total += int(Path(f"/proc/{current}/statm").read_text(encoding="utf-8").split()[1]) * 4096
             for task in Path(f"/proc/{current}/task").iterdir():
-                todo += map(int, (task / "children").read_text().split())
+                todo += map(int, (task / "children").read_text(encoding="utf-8").split())
         except (FileNotFoundError, ProcessLookupError):
             continue                    # it ended between two looks
     return total
