@@ -9,6 +9,7 @@ from tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM
 
 from utils import packed_model
+from utils.errors import UserError
 from utils.packed_model import prepare_packed, sum_of_losses, token_logps
 from utils.packing import IGNORED, PackedRows, collate, item_length, pack, split_batch
 
@@ -135,3 +136,13 @@ def test_packed_rows_count_tokens():
     rows = PackedRows(items, 100)
     assert rows.tokens == sum(map(item_length, items)) == sum(item_length(item) for row in rows for item in row)
     assert rows.trained_tokens == sum(len(answer) for item in items for _, answer in item["documents"])
+
+
+def test_rows_are_shared_out_evenly_and_none_twice():
+    rows = PackedRows([{"documents": [([1] * 5, [2] * (number % 7 + 1))]} for number in range(50)], 40)
+    for processes in (2, 3, 8):
+        rows.even_out(processes)
+        assert len(rows) % processes == 0
+        assert sorted(index for row in rows.rows for index in row) == list(range(50))
+    with pytest.raises(UserError, match="shared out evenly among 60 processes"):
+        rows.even_out(60)

@@ -1,54 +1,30 @@
-"""SFT, LoRA and DPO through their scripts: files as documented, loss falls, a killed run ends in the same weights."""
+"""SFT, LoRA and DPO through their scripts: files as documented, loss falls, what is wrong is said in one line."""
 
 import json
 import os
-import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import load_file
-from tiny_model import make_tiny_model
+from small_runs import arguments, make_place, same_weights, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model_finetune import finetune_dpo, finetune_lora, finetune_sft
 from utils.errors import run
-from utils.files import read_json, read_jsonl, write_jsonl
+from utils.files import read_json, read_jsonl
 from utils.progress import chosen_fell
 
 SCRIPTS = {"sft": finetune_sft, "lora": finetune_lora, "dpo": finetune_dpo}
-NAMES = "麻黄 桂枝 白芍 甘草 人参 白术 茯苓 当归 黄芪 川芎".split()
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a random tiny model and small train and eval files of conversations and pairs."""
-    folder = tmp_path_factory.mktemp("训练 数据")         # a space and Chinese characters in the path
-    make_tiny_model(folder / "base")
-    for split, count in (("train", 60), ("eval", 12)):
-        rows, pairs = [], []
-        for number in range(count):
-            name = NAMES[number % len(NAMES)]
-            prompt = [{"role": "user", "content": f"{name}是什么？{number}"}]
-            good, bad = ({"role": "assistant", "content": text} for text in (f"{name}是一味中药。", "我不知道。"))
-            rows.append({"id": f"{number}", "messages": [*prompt, good], "source": "test"})
-            pairs.append({"id": f"{number}", "prompt": prompt, "chosen": [good], "rejected": [bad], "kind": "test"})
-        write_jsonl(folder / f"sft_{split}.jsonl", rows)
-        write_jsonl(folder / f"dpo_{split}.jsonl", pairs)
-    return folder
-
-
-def arguments(method, place, output, *more):
-    data = "dpo" if method == "dpo" else "sft"
-    return list(map(str, [
-        "--model", place / "base", "--train-file", place / f"{data}_train.jsonl", "--eval-file", place / f"{data}_eval.jsonl",
-        "--output-dir", output, "--epochs", 2, "--max-length", 256, "--accumulation", 2, "--learning-rate", 3e-3,
-        "--device", "cpu", "--precision", "fp32", *more]))
+    return make_place(tmp_path_factory.mktemp("训练 数据"))         # a space and Chinese characters in the path
 
 
 def train(method, place, output, *more):
@@ -67,16 +43,6 @@ def finished(place):
         folders[method] = place / f"{method}_whole"
         assert train(method, place, folders[method]) == 0
     return folders
-
-
-def weights(folder):
-    name = "adapter_model.safetensors" if (folder / "adapter_model.safetensors").is_file() else "model.safetensors"
-    return load_file(folder / name)
-
-
-def same_weights(one, other):
-    one, other = weights(one), weights(other)
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("method", SCRIPTS)
@@ -166,23 +132,6 @@ def test_a_second_run_in_the_folder_is_refused(place, capsys):
     assert "in use by another run (process 4711)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", SCRIPTS)
-def test_a_killed_run_ends_in_the_same_weights(finished, place, method):
-    """kill -9 after a random time, twice, then the same command to its end: bit for bit the run that was never stopped."""
-    output, draw = place / f"{method}_killed", random.Random(method)
-    command = [sys.executable, str(ROOT / f"model_finetune/finetune_{method}.py"), *arguments(method, place, output)]
-    log = output / "training_log.jsonl"
-    for target in sorted(draw.sample(range(2, 2 * len(list(read_jsonl(finished[method] / "training_log.jsonl"))) // 3), 2)):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (log.is_file() and log.read_bytes().count(b"\n") >= target):
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert train(method, place, output) == 0
-    assert same_weights(output, finished[method])
-    assert log.read_bytes() == (finished[method] / "training_log.jsonl").read_bytes()
-
-
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, place, capsys):
     output = place / "damaged"
     shutil.copytree(finished["sft"], output)
@@ -194,22 +143,6 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, place, caps
     assert train("sft", place, output) == 0
     said = capsys.readouterr().out
     assert f"{newest.name} is damaged (model.safetensors)" in said
-    assert same_weights(output, finished["sft"])
-
-
-def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on(finished, place):
-    output = place / "interrupted"
-    command = [sys.executable, str(ROOT / "model_finetune/finetune_sft.py"), *arguments("sft", place, output)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
-    log = output / "training_log.jsonl"
-    while not (log.is_file() and log.read_bytes().count(b"\n") >= 3):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
-    assert "checkpoint written; the same command goes on" in errors and "Traceback" not in errors
-    assert list(output.glob("checkpoint-*"))
-    assert train("sft", place, output) == 0
     assert same_weights(output, finished["sft"])
 
 
@@ -239,11 +172,11 @@ def test_broken_data_names_the_line(place, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method", SCRIPTS)
-def test_estimate_tells_and_leaves_nothing(place, tmp_path, capsys, method):
+def test_estimate_tells_and_touches_nothing(place, tmp_path, capsys, method):
     assert train(method, place, tmp_path / "out", "--estimate") == 0
     said = capsys.readouterr().out
     assert "memory: " in said and "disk: " in said and "steps" in said
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_forecast_counts_activations_as_they_are(place):
@@ -280,9 +213,34 @@ def test_what_cannot_fit_is_refused_before_it_starts(place, tmp_path, capsys, mo
     assert not (tmp_path / "out/run.json").exists()
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(place, tmp_path, capsys):
+def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_rows(place, tmp_path, capsys):
     assert train("sft", place, tmp_path / "out", "--learning-rate", "1e20", "--max-steps", 6) == 1
-    assert "the loss became nan at step" in capsys.readouterr().err
+    said = re.search(r"the loss became nan at step (\d+), in rows (\d+), \d+, \d+, \d+, \d+ and \d+ more", capsys.readouterr().err)
+    assert said and int(said[1]) > 1 and int(said[2]) < 60
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(finetune_sft.sys.modules["torch"].nn.utils, "clip_grad_norm_", lambda *a, **k: torch.tensor(float("inf")))
+    assert train("sft", place, tmp_path / "out", "--max-steps", 1) == 1
+    assert "the gradient became inf at step 1" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_no_memory_underway_names_the_last_checkpoint(place, tmp_path, capsys, monkeypatch):
+    from utils.trainer import PackedTrainer
+
+    whole, calls = PackedTrainer.batch_loss, []
+
+    def hungry(self, hidden, targets, rest):
+        calls.append(1)
+        if len(calls) > 20 and torch.is_grad_enabled():
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return whole(self, hidden, targets, rest)
+
+    monkeypatch.setattr(PackedTrainer, "batch_loss", hungry)
+    assert train("sft", place, tmp_path / "out") == 1
+    errors = capsys.readouterr().err
+    assert "not enough memory after step" in errors and "checkpoint-6 is kept" in errors and len(errors.strip().splitlines()) == 1
 
 
 def test_lora_inside_dpo(place, tmp_path):

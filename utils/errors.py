@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 something failed underway, 2 what the user gave (arguments, data, a missing input), 130 Ctrl-C.
 """
 
+import contextlib
 import errno
 import os
 import sys
@@ -24,9 +25,13 @@ def run(main):
     """Call `main()` and return the exit code, with foreseeable failures told in one line on stderr."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")  # LANG=C and cp936 terminals cannot hold Chinese
+    first = int(os.environ.get("RANK", 0)) == 0     # of several processes (torchrun, accelerate launch) only the first speaks
     try:
-        return main() or 0
-    except (UserError, RunError) as error:
+        with contextlib.nullcontext() if first else contextlib.redirect_stdout(open(os.devnull, "w", encoding="utf-8")):
+            return main() or 0
+    except UserError as error:
+        return complain(error, error.exit_code) if first else error.exit_code       # the same in every process
+    except RunError as error:
         return complain(error, error.exit_code)
     except KeyboardInterrupt as stop:
         return complain(str(stop) or "stopped by Ctrl-C; the same command starts it again", 130)

@@ -17,7 +17,7 @@ def load_conversations(path, tokenizer, max_length, count=0):
     items, thoughtful = [], 0
     for row in draw_evenly(list(read_jsonl(path, wanted=["id", "messages"])), count):
         for turn in encode_turns(tokenizer, row["messages"]):
-            items.append({"documents": [turn]})
+            items.append({"id": row["id"], "documents": [turn]})
         thoughtful += sum(bool(message.get("reasoning_content")) for message in row["messages"])
     return _pack(items, path, max_length), thoughtful * 2 > len(items)
 
@@ -37,7 +37,7 @@ def load_pairs(path, tokenizer, max_length, count=0):
         thinking = bool(answers[0].get("reasoning_content"))
         thoughtful += thinking
         prompt = encode_prompt(tokenizer, row["prompt"], thinking)
-        items.append({"documents": [(prompt, encode_answer(tokenizer, answer)) for answer in answers]})
+        items.append({"id": row["id"], "documents": [(prompt, encode_answer(tokenizer, answer)) for answer in answers]})
     return _pack(items, path, max_length), thoughtful * 2 > len(items)
 
 

@@ -27,7 +27,7 @@ def forecast(model, train_rows, args, settings, folder):
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     stored = sum(weight.numel() for weight in model.parameters())
     disk = (3 * trainable * (settings.KEEP_CHECKPOINTS + 1) + stored) * FLOAT        # weights and two moments a checkpoint
-    disk_free = shutil.disk_usage(folder.folder).free
+    disk_free = shutil.disk_usage(next(place for place in (folder.folder, *folder.folder.parents) if place.is_dir())).free
     print(f"disk: {readable(disk)} needed (at most {settings.KEEP_CHECKPOINTS + 1} checkpoints at a time, and the finished model), "
           f"{readable(disk_free)} free")
     if disk > disk_free:

@@ -147,16 +147,15 @@ def generate_answers(model, tokenizer, conversations, max_new_tokens=512, greedy
     return [read_answer(tokenizer, prompt, answer).content for prompt, answer in zip(prompts, answers)]
 
 
-def generate_tokens(model, prompts, stop, max_new_tokens, decoding=Decoding(), batch_size=16, seed=0):
+def generate_tokens(model, prompts, stop, max_new_tokens, decoding=Decoding(), batch_size=16, seed=0, watch=iter):
     """The answers to `prompts` (lists of ids) as lists of ids, computed `batch_size` at a time.
 
-    An answer that ended by itself has its end token (one of `stop`) last.
+    An answer that ended by itself has its end token (one of `stop`) last. `watch` wraps the batches, to show progress.
     """
     random = torch.Generator().manual_seed(seed)
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))      # like lengths together: little padding
     answers = {}
-    for start in range(0, len(prompts), batch_size):
-        rows = by_length[start:start + batch_size]
+    for rows in watch([by_length[start:start + batch_size] for start in range(0, len(prompts), batch_size)]):
         batch = [prompts[row] for row in rows]
         answers.update(zip(rows, _generate_batch(model, batch, stop, max_new_tokens, decoding, random)))
     return [answers[row] for row in range(len(prompts))]

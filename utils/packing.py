@@ -9,6 +9,8 @@ import random
 
 import torch
 
+from utils.errors import UserError
+
 IGNORED = -100      # label of a position that is not trained, as everywhere in PyTorch
 
 
@@ -34,7 +36,8 @@ def pack(lengths, max_length, seed=0):
 
 
 class PackedRows(torch.utils.data.Dataset):
-    """Rows of packed items. `items`: dicts with "documents", a list of (prompt_ids, answer_ids), and what else they carry.
+    """Rows of packed items. `items`: dicts with "documents", a list of (prompt_ids, answer_ids), and what else they carry:
+    an "id" for messages, numbers for the loss.
 
     An element is the list of items of one row. `tokens` and `trained_tokens` count over all items.
     """
@@ -51,6 +54,16 @@ class PackedRows(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return [self.items[item] for item in self.rows[index]]
+
+    def even_out(self, count):
+        """Split the rows of most items until the number of rows is a multiple of `count`, as many processes need: the libraries
+        would fill up by giving some rows twice. UserError where there are not as many items."""
+        while len(self.rows) % count:
+            row = max(self.rows, key=len)
+            if len(row) == 1:
+                raise UserError(f"{len(self.items)} examples cannot be shared out evenly among {count} processes; use fewer")
+            self.rows.append(row[len(row) // 2:])
+            del row[len(row) // 2:]
 
     def fullest(self, count):
         """Tokens of the `count` fullest rows together: the most that a step of `count` rows can hold."""
@@ -69,8 +82,8 @@ def collate(rows):
     input_ids, position_ids, shift_labels: (1, T) int64. Positions start at 0 in each document. shift_labels[t] is the token to
     predict AT position t, that is input_ids[t + 1], for the positions before an answer token, and IGNORED elsewhere: the
     last prompt token predicts the first answer token. document_lengths: list of int, sum T. label_documents: (N,) int64, for
-    each of the N labels the number of its document, counted through the items in their order. Values that items carry
-    beside their documents are joined under their own names as float32 tensors.
+    each of the N labels the number of its document, counted through the items in their order. ids: list of the items' ids.
+    Numbers that items carry beside these are joined under their own names as float32 tensors.
     """
     items = [item for row in rows for item in row]
     documents = [document for item in items for document in item["documents"]]
@@ -85,10 +98,10 @@ def collate(rows):
     batch = {
         "input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions]), "shift_labels": torch.tensor([labels]),
         "document_lengths": [sum(map(len, documents[number])) for number in order],
-        "label_documents": torch.tensor(label_documents),
+        "label_documents": torch.tensor(label_documents), "ids": [item.get("id") for item in items],
     }
     for name in items[0]:
-        if name != "documents":
+        if name not in ("id", "documents"):
             batch[name] = torch.tensor([item[name] for item in items], dtype=torch.float32)
     return batch
 

@@ -58,36 +58,48 @@ def _draw(axis, steps, evaluations, name, label, colour, prefix=""):
 
 
 def plot_comparison(models, path):
-    """Draw the comparison (dict name -> figures, as in comparison.json) to a PNG: held-out loss, exam, preference."""
+    """Draw the comparison (dict name -> figures, as in comparison.json) to a PNG: a panel a measure, a bar a model."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = list(models)
     panels = [
-        ("heldout_loss", "held-out loss per token (lower is better)", None),
-        ("exam_accuracy", "exam accuracy, 95 % interval", 0.25),
-        ("preference_accuracy", "preference accuracy, 95 % interval", 0.5),
+        ("heldout_loss", "held-out loss, nats a token (lower is better)"), ("exam_accuracy", "exam by option text"),
+        ("exam_letter_accuracy", "exam by option letter"), ("preference_accuracy", "preference pairs"),
+        ("facts_accuracy", "facts stated right"), ("general_loss", "loss on general questions (lower is better)"),
     ]
-    panels = [panel for panel in panels if any(models[name].get(panel[0]) is not None for name in names)]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.5), squeeze=False)
-    for axis, (key, label, chance) in zip(axes[0], panels):
-        values = [models[name].get(key) or 0.0 for name in names]
-        bars = axis.bar(names, values, color=[f"C{index}" for index in range(len(names))], alpha=0.85)
-        intervals = [models[name].get(key.replace("accuracy", "interval")) for name in names]
-        if chance is not None:
-            # at 0 % and 100 % the interval begins at the share itself, give or take a rounding error
-            below_above = [[max(0.0, v - low) for v, (low, _) in zip(values, intervals)],
-                           [max(0.0, high - v) for v, (_, high) in zip(values, intervals)]]
-            axis.errorbar(names, values, yerr=below_above, fmt="none", ecolor="black", capsize=4)
-            axis.axhline(chance, color="grey", linestyle=":", label=f"chance {chance:.0%}")
-            axis.set_ylim(0, 1.08)
-            axis.legend(loc="lower right", fontsize=8)
-        axis.bar_label(bars, [f"{v:.3f}" if chance is None else f"{v:.1%}" for v in values], padding=10, fontsize=9)
-        axis.margins(y=0.15)
-        axis.set_ylabel(label)
+    panels = [panel for panel in panels if any(panel[0] in figures for figures in models.values())]
+    rows = (len(panels) + 2) // 3
+    figure, axes = pyplot.subplots(rows, min(len(panels), 3), figsize=(15, 4.3 * rows), squeeze=False)
+    names = [name if name.isascii() else f"model {number}" for number, name in enumerate(models, 1)]
+    for axis in axes.flat[len(panels):]:
+        axis.set_visible(False)
+    for axis, (key, title) in zip(axes.flat, panels):
+        share = key.endswith("accuracy")
+        values = [figures.get(key, 0.0) for figures in models.values()]
+        intervals = [figures.get(f"{key.removesuffix('_accuracy')}_interval") or [value, value]
+                     for figures, value in zip(models.values(), values)]
+        # at 0 % and 100 % the interval begins at the share itself, give or take a rounding error
+        below_above = [[max(0.0, value - low) for value, (low, _) in zip(values, intervals)],
+                       [max(0.0, high - value) for value, (_, high) in zip(values, intervals)]]
+        axis.bar(names, values, color=[f"C{index}" for index in range(len(names))], alpha=0.8)
+        axis.errorbar(names, values, yerr=below_above, fmt="none", ecolor="black", capsize=4)
+        for name, value, (_, high) in zip(names, values, intervals):
+            axis.annotate(f"{value:.1%}" if share else f"{value:.3f}", (name, max(high, value)), (0, 3),
+                          textcoords="offset points", ha="center", fontsize=9)
+        if share:
+            axis.set_ylim(0, 1.1)
+            chance = {"exam": 0.25, "exam_letter": 0.25, "preference": 0.5}.get(key.removesuffix("_accuracy"))
+            if chance:
+                axis.axhline(chance, color="grey", linestyle=":", label=f"chance {chance:.0%}")
+                axis.legend(loc="upper left", fontsize=8)
+        else:
+            axis.margins(y=0.15)
+        count = max(figures.get(f"{key.removesuffix('_accuracy')}_n", 0) for figures in models.values())
+        axis.set_title(f"{title}, n = {count:,}", fontsize=10)
+    figure.suptitle("Black: 95 % interval")
     figure.tight_layout()
     with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=120)
+        figure.savefig(file, format="png", dpi=110)
     pyplot.close(figure)

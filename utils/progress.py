@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 
+import torch
 from transformers import TrainerCallback
 
 from utils.files import atomic_write
@@ -24,7 +25,7 @@ class RunLog(TrainerCallback):
     def __init__(self, run, tokens_per_step, title):
         self.run, self.tokens_per_step, self.title = run, tokens_per_step, title
         self.path, self.picture = run.folder / "training_log.jsonl", run.folder / "loss_curve.png"
-        self.entries, self.step_seconds, self.last_drawn, self.last_line = [], 0.0, 0.0, 0.0
+        self.entries, self.step_seconds, self.last_drawn, self.last_line = [], 0.0, 0.0, 0.0     # seconds; monotonic
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.path.is_file() and state.global_step:
@@ -42,10 +43,12 @@ class RunLog(TrainerCallback):
         self.step_seconds += time.monotonic() - self.step_began
 
     def on_log(self, args, state, control, logs, **kwargs):
-        if not state.is_world_process_zero or "train_runtime" in logs:
+        if "train_runtime" in logs:
             return
         entry = {"step": state.global_step, **{name: _short(value) for name, value in logs.items()}}
         self.entries.append(entry)
+        if not state.is_world_process_zero:
+            return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         self._show(state, entry)
@@ -91,21 +94,28 @@ class SaveAndStop(TrainerCallback):
     """
 
     def __init__(self):
-        self.requested, self.saved_step = False, None
+        self.requested, self.saved_step = None, None       # requested: when, in monotonic seconds
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._request)
 
     def _request(self, number, frame):
-        if self.requested:
+        if self.requested and time.monotonic() - self.requested > 1:      # a launcher hands the same Ctrl-C on once more
             raise KeyboardInterrupt("stopped at once; the same command goes on from the last checkpoint")
-        self.requested = True
+        if self.requested:
+            return
+        self.requested = time.monotonic()
         print("\nstopping after this step, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
+        stop = bool(self.requested)
+        if args.world_size > 1:     # all processes stop after the same step
+            wish = torch.tensor(int(stop), device=args.device)
+            torch.distributed.all_reduce(wish, torch.distributed.ReduceOp.MAX)
+            stop = bool(wish)
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
-        elif self.requested:
+        elif stop:
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs):

@@ -13,6 +13,8 @@ import platform
 import shutil
 from pathlib import Path
 
+from accelerate import PartialState
+
 from utils.errors import UserError
 from utils.files import read_json, sha256_of, show_path, write_json
 from utils.models import fingerprint
@@ -30,13 +32,23 @@ class RunFolder:
 
     def __init__(self, settings, device):
         self.folder = settings.OUTPUT_DIR
-        self.main = int(os.environ.get("RANK", 0)) == 0      # one writer among several processes
-        identity = _identity(settings, device)
-        if self.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.folder)
-            if settings.FRESH:
-                self._move_aside()
+        # where accelerate launch or torchrun started several processes, they meet here; a day, because the others wait at
+        # a barrier while the first computes DPO's reference log-probabilities
+        self.processes = PartialState(cpu=device.name == "cpu", timeout=datetime.timedelta(days=1))
+        self.main = self.processes.is_main_process              # the one writer
+        self.checkpoint, self.finished = None, False
+        if settings.ESTIMATE:           # looks, and touches nothing
+            return
+        identity = _identity(settings, device) | {"processes": self.processes.num_processes}
+        with self.processes.main_process_first():
+            if self.main:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock = _lock(self.folder)
+                if settings.FRESH:
+                    self._move_aside()
+            self._open(settings, device, identity)
+
+    def _open(self, settings, device, identity):
         record = self._read()
         self.finished = bool(record) and record["status"] == "finished"
         found = [] if self.finished else _whole_checkpoints(self.folder)
@@ -64,8 +76,14 @@ class RunFolder:
 
         run.json says "finished" last, so a kill before that leaves a run that goes on from its last checkpoint.
         """
-        if not self.main:
-            return
+        if self.main:
+            self._write_model(save)
+            self.record.update(status="finished", finished=_now(), results=results)
+            write_json(self.folder / "run.json", self.record)
+        self.processes.wait_for_everyone()
+        self.processes.destroy_process_group()
+
+    def _write_model(self, save):
         partial = self.folder / ".partial-model"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -75,8 +93,6 @@ class RunFolder:
                 shutil.rmtree(self.folder / path.name)
             os.replace(path, self.folder / path.name)
         partial.rmdir()
-        self.record.update(status="finished", finished=_now(), results=results)
-        write_json(self.folder / "run.json", self.record)
 
     def say_finished(self):
         """Tell that this very run is done."""

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import unicodedata
 from itertools import zip_longest
 
@@ -49,6 +50,21 @@ def printable(text):
     return text.translate(_CONTROLS)
 
 
+def progress(label):
+    """A function that wraps a list to be gone through: shows how far that is, and at its end the seconds it took (stderr)."""
+
+    def watch(steps):
+        began, live = time.monotonic(), sys.stderr.isatty()
+        for number, step in enumerate(steps):
+            if live:
+                print(f"\r\033[K  {label}: {number} of {len(steps)} batches", end="", file=sys.stderr, flush=True)
+            yield step
+        start = "\r\033[K" if live else ""
+        print(f"{start}  {label}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+
+    return watch
+
+
 class AnswerPrinter:
     """Prints the pieces of one answer as they come: the answer on stdout, thinking on stderr, dimmed or only mentioned."""
 
@@ -72,20 +88,20 @@ def side_by_side(left, right, columns):
     """Two texts in two columns of together `columns` character cells, wrapped (str of lines)."""
     width = max((columns - 3) // 2, 2)
     pairs = zip_longest(_wrap(printable(left), width), _wrap(printable(right), width), fillvalue="")
-    return "\n".join(f"{one}{' ' * (width - _width(one))} | {two}".rstrip() for one, two in pairs)
+    return "\n".join(f"{one}{' ' * (width - text_width(one))} | {two}".rstrip() for one, two in pairs)
 
 
 def _wrap(text, width):
     for line in text.expandtabs(4).split("\n"):
         start = used = 0
         for index, character in enumerate(line):
-            if used + _width(character) > width:
+            if used + text_width(character) > width:
                 yield line[start:index]
                 start, used = index, 0
-            used += _width(character)
+            used += text_width(character)
         yield line[start:]
 
 
-def _width(text):
+def text_width(text):
     """Character cells: Chinese characters and full-width punctuation take two, combining marks none."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

@@ -4,6 +4,7 @@
 loop, optimizer, schedule, mixed precision, accumulation, several processes and resuming.
 """
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -59,8 +60,8 @@ class PackedTrainer(Trainer):
         # every process divides by the units of all; the gradients are then averaged over the processes
         loss = loss * self.accelerator.num_processes / num_items_in_batch
         if not torch.isfinite(loss):
-            raise RunError(f"the loss became {loss.item()} at step {self.state.global_step + 1}; lower LEARNING_RATE, or look at "
-                           "the rows with --show-example; the last checkpoint is unharmed")
+            raise RunError(f"the loss became {loss.item()} at step {self.state.global_step + 1}, in rows {listed(rest['ids'])}; lower "
+                           "LEARNING_RATE, or look at these rows; the last checkpoint is unharmed")
         return loss
 
     @torch.no_grad()
@@ -85,6 +86,9 @@ class PackedTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
+            if not math.isfinite(logs.get("grad_norm", 0.0)):
+                raise RunError(f"the gradient became {logs['grad_norm']} at step {self.state.global_step}; lower LEARNING_RATE; the "
+                               "last checkpoint is unharmed")
             names = list(self.metrics)
             values = torch.tensor([self.metrics[name] for name in names], device=self.args.device)
             logs.update(zip(names, self.accelerator.reduce(values, "sum").tolist()))
@@ -121,6 +125,12 @@ class PackedTrainer(Trainer):
             partial.rmdir()
             for old in list_checkpoints(run_dir)[:-self.args.save_total_limit]:
                 shutil.rmtree(old)
+
+
+def listed(names, most=5):
+    """The first few of `names` for a message, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
 
 
 class PackedDPOTrainer(PackedTrainer):

@@ -12,6 +12,7 @@ from utils.errors import RunError
 from utils.files import show_path
 from utils.forecast import readable
 from utils.progress import duration
+from utils.runs import list_checkpoints
 
 
 def training_arguments(settings, device, run):
@@ -32,12 +33,16 @@ def training_arguments(settings, device, run):
 
 
 def describe(train_rows, eval_rows, args):
-    """Print what is about to be trained; return the mean number of tokens in an optimizer step."""
+    """Share the rows out evenly among the processes, print what is about to be trained; return the mean number of tokens in
+    an optimizer step."""
+    if args.world_size > 1:
+        train_rows.even_out(args.per_device_train_batch_size * args.world_size)
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps_per_epoch = math.ceil(len(train_rows) / rows_per_step)
     steps = args.max_steps if args.max_steps > 0 else steps_per_epoch * int(args.num_train_epochs)
     print(f"training: {len(train_rows.items):,} examples, {train_rows.tokens:,} tokens ({train_rows.trained_tokens:,} trained) in "
-          f"{len(train_rows):,} packed rows; evaluation: {len(eval_rows.items):,} examples; {steps:,} steps")
+          f"{len(train_rows):,} packed rows; evaluation: {len(eval_rows.items):,} examples; {steps:,} steps"
+          + (f" on {args.world_size} processes" if args.world_size > 1 else ""))
     return train_rows.tokens / steps_per_epoch
 
 
@@ -54,11 +59,12 @@ def train(trainer, run, log, stop):
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in ("out of memory", "can't allocate memory")):
             raise
-        raise RunError("not enough memory; lower BATCH_SIZE or MAX_LENGTH; the last checkpoint is kept and the same command "
-                       "goes on from it") from None
+        checkpoints = list_checkpoints(run.folder)
+        kept = f"{show_path(checkpoints[-1])} is kept" if checkpoints else "no checkpoint was written yet"
+        raise RunError(f"not enough memory after step {trainer.state.global_step}; lower BATCH_SIZE or MAX_LENGTH; {kept}") from None
     finally:
         log.draw()
-    if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+    if trainer.control.should_training_stop and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}, checkpoint written; the same command goes on")
     evaluations = [entry for entry in log.entries if "eval_loss" in entry]
     return {

@@ -1,0 +1,44 @@
+"""Small training runs for tests: a random tiny model, a few rows and pairs, and the arguments of the finetune scripts."""
+
+import torch
+from safetensors.torch import load_file
+from tiny_model import make_tiny_model
+
+from utils.files import write_jsonl
+
+METHODS = ("sft", "lora", "dpo")
+NAMES = "麻黄 桂枝 白芍 甘草 人参 白术 茯苓 当归 黄芪 川芎".split()
+
+
+def make_place(folder):
+    """Fill `folder` with a model (base/) and train and eval files of conversations (sft_*) and pairs (dpo_*)."""
+    make_tiny_model(folder / "base")
+    for split, count in (("train", 56), ("eval", 12)):
+        rows, pairs = [], []
+        for number in range(count):
+            name = NAMES[number % len(NAMES)]
+            prompt = [{"role": "user", "content": f"{name}是什么？{number}"}]
+            good, bad = ({"role": "assistant", "content": text} for text in (f"{name}是一味中药。", "我不知道。"))
+            rows.append({"id": f"{number}", "messages": [*prompt, good], "source": "test"})
+            pairs.append({"id": f"{number}", "prompt": prompt, "chosen": [good], "rejected": [bad], "kind": "test"})
+        write_jsonl(folder / f"sft_{split}.jsonl", rows)
+        write_jsonl(folder / f"dpo_{split}.jsonl", pairs)
+    return folder
+
+
+def arguments(method, place, output, *more):
+    data = "dpo" if method == "dpo" else "sft"
+    return list(map(str, [
+        "--model", place / "base", "--train-file", place / f"{data}_train.jsonl", "--eval-file", place / f"{data}_eval.jsonl",
+        "--output-dir", output, "--epochs", 2, "--max-length", 256, "--accumulation", 2, "--learning-rate", 3e-3,
+        "--device", "cpu", "--precision", "fp32", *more]))
+
+
+def weights(folder):
+    name = "adapter_model.safetensors" if (folder / "adapter_model.safetensors").is_file() else "model.safetensors"
+    return load_file(folder / name)
+
+
+def same_weights(one, other):
+    one, other = weights(one), weights(other)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
