@@ -6,7 +6,8 @@ Results are a list of dicts, one an item, kept as JSON lines, so that a model on
     {"test": "heldout" or "general", "id", "loss" (nats, sum over the answer), "tokens"}
     {"test": "exam", "id", "answer", "text_choice", "letter_choice", "text": {letter: score}, "letter", "rotations"}
     {"test": "preference", "id", "kind", "chosen", "rejected"}                    log-probabilities
-    {"test": "answer", "about": "heldout" or "general", "id", "question", "reference", "answer", "tokens", "ended", "repetition", "right"}
+    {"test": "answer", "about": "heldout" or "general", "id", "question", "reference", "answer", "tokens", "ended", "right",
+     "repetition"}
 """
 
 import hashlib
@@ -177,6 +178,9 @@ def figures(results):
             loss, interval = mean_per_token(*values)
             found |= {name: loss, f"{name}_interval": interval, f"{name}_n": len(values[0])}
     found["perplexity"] = math.exp(found["heldout_loss"])
+    exam = [item for item in items if item["test"] == "exam"]
+    if exam:
+        found["exam_chance"] = sum(1 / len(item["text"]) for item in exam) / len(exam)
     answers = [item for item in items if item["test"] == "answer"]
     if answers:
         tokens = sum(item["tokens"] for item in answers)
@@ -189,7 +193,7 @@ def figures(results):
 def differences(one, other):
     """{measure: {"difference", "interval", "p"}} of two models' results, `other` minus `one`, on the same items.
 
-    p (McNemar, exact) for shares only. Losses a token of two models with different tokenizers cannot be compared and are left out.
+    p (McNemar, exact) for shares only. Losses a token of two models with different tokenizers cannot be compared: left out.
     """
     ours, theirs, found = by_measure(one), by_measure(other), {}
     for name in [name for name in ours if name in theirs]:

@@ -89,8 +89,10 @@ def plot_comparison(models, path):
             axis.annotate(f"{value:.1%}" if share else f"{value:.3f}", (name, max(high, value)), (0, 3),
                           textcoords="offset points", ha="center", fontsize=9)
         if share:
-            axis.set_ylim(0, 1.1)
-            chance = {"exam": 0.25, "exam_letter": 0.25, "preference": 0.5}.get(key.removesuffix("_accuracy"))
+            axis.set_ylim(0, 1.25)
+            axis.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
+            exam = next(iter(models.values())).get("exam_chance")
+            chance = {"exam_accuracy": exam, "exam_letter_accuracy": exam, "preference_accuracy": 0.5}.get(key)
             if chance:
                 axis.axhline(chance, color="grey", linestyle=":", label=f"chance {chance:.0%}")
                 axis.legend(loc="upper left", fontsize=8)

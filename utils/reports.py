@@ -5,16 +5,16 @@ import datetime
 from utils.files import show_path
 from utils.terminal import printable, text_width
 
-# key in comparison.json, label, form, what it means. An interval is under the key with _accuracy left off and _interval put on.
+# Key in comparison.json, label, form, what it means. The interval's key is this one, less _accuracy, plus _interval.
 MEASURES = [
     ("heldout_loss", "held-out loss", "{:.3f}", "mean cross-entropy of the reference answers to held-out questions, in nats a "
      "token, every token counted once; lower is better"),
     ("perplexity", "perplexity", "{:.2f}", "e to the held-out loss: among how many equally likely tokens the model hesitates"),
     ("exam_accuracy", "exam by option text", "{:.1%}", "single-choice questions whose right option is the likeliest as an "
      "answer, per character; the options are not shown, so their order plays no part; chance is {chance:.0%}"),
-    ("exam_letter_accuracy", "exam by option letter", "{:.1%}", "the same questions asked as CMMLU asks them: options listed, the "
-     "likeliest letter counts; each is asked once for every rotation of its options and the scores are averaged, so that a "
-     "favourite letter gains nothing; chance is {chance:.0%}. A model that never saw such questions stays near chance"),
+    ("exam_letter_accuracy", "exam by option letter", "{:.1%}", "the same questions asked as CMMLU asks them: options listed, "
+     "the likeliest letter counts; each is asked once for every rotation of its options and the scores are averaged, so that "
+     "a favourite letter gains nothing; chance is {chance:.0%}. A model that never saw such questions stays near chance"),
     ("preference_accuracy", "preference pairs", "{:.1%}", "held-out pairs of which the better answer is the likelier one; "
      "chance is 50%"),
     ("facts_accuracy", "facts stated right", "{:.1%}", "generated answers that state exactly the terms (herbs, actions, "
@@ -31,54 +31,80 @@ LABELS = {key.removesuffix("_accuracy"): label for key, label, _, _ in MEASURES}
 LONGEST = 300       # characters of a sample answer that are shown
 
 
-def comparison_report(models, pairs, measured, settings, device, left_out):
-    """(lines for the terminal, lines of comparison.md). `models`, `pairs` as in comparison.json, `measured`: {name: results}."""
-    present = [measure for measure in MEASURES if any(measure[0] in figures for figures in models.values())]
-    first, n = next(iter(models.values())), {}
-    exam = [item for item in next(iter(measured.values())) if item["test"] == "exam"]
-    chance = sum(1 / len(item["text"]) for item in exam) / len(exam) if exam else 0
-    figures = _table([["", *models]] + [[label, *(_figure(of, key, form) for of in models.values())]
-                                        for key, label, form, _ in present])
-    against = _table([["", *(LABELS[name] for name in _compared(pairs))]] + [
-        [f"{pair['to']} - {pair['from']}", *(_difference(pair.get(name)) for name in _compared(pairs))] for pair in pairs])
-    short = [f"- **{pair['to']}** against **{pair['from']}**: {_verdict(pair)}" for pair in pairs
-             if pair["from"] == next(iter(models))]
-    samples = _samples(measured, settings.SHOW)
-    counts = {key: first[f"{key}_n"] for key in ("heldout_loss", "exam", "preference", "facts", "general", "answers") if f"{key}_n" in first}
-    told = "Differences, with their 95 % interval; * where chance alone is an unlikely reason (p < 0.05):"
-    tables = [*figures, "", *([told, "", *against, ""] if pairs else []), *(line for sample in samples for line in _plain(*sample))]
-    return tables, [
-        f"# Comparison of {', '.join(models)}", "",
-        f"Made on {datetime.date.today()} by `model_finetune/compare_models.py` on {device}. In brackets: 95 % intervals.", "",
-        *[f"- **{name}**: `{of['folder']}`" for name, of in models.items()], "",
-        *(["## In short", "", *short, ""] if short else []),
-        "## Figures", "", *figures, "", "![the figures as bars](comparison.png)", "",
-        *[f"- *{label}*: {meaning.format(chance=chance)}." for _, label, _, meaning in present], "",
-        *(["## Differences", "", "Row by row, the second model's figure taken from the first one's, on the same items. "
-           "For losses below zero is better, for shares above zero.", "", *against, "",
-           "Brackets: 95 % interval (shares: Agresti and Min 2005; losses: ratio estimate). `p`: McNemar's exact test, the chance "
-           "of a difference as large between equally good models. A star marks p < 0.05, for losses an interval without 0; "
-           "of twenty comparisons of equal models, one gets a star.", ""] if pairs else []),
-        "## Sample answers", "", *(line for sample in samples for line in _markdown(*sample)),
-        "## How it was measured", "",
-        *[f"- {label}: {counts[key]:,}{where}" for key, label, where in (
-            ("heldout_loss", "held-out answers", f", from `{show_path(settings.EVAL_FILE)}`"),
-            ("exam", "exam questions", f", from `{show_path(settings.EXAM_FILE or '')}`"),
-            ("preference", "preference pairs", f", from `{show_path(settings.PAIRS_FILE or '')}`"),
-            ("general", "general questions", f", from `{show_path(settings.GENERAL_FILE or '')}`"),
-            ("answers", "answers generated", f", greedily, thinking {settings.THINKING}, at most {settings.MAX_NEW_TOKENS} tokens each")
-        ) if key in counts],
-        *[f"- exam rows left out: {count:,}, {reason}" for reason, count in left_out.items()],
-        "- held-out rows and pairs are those that the conversion kept apart from the training rows",
-        "- the scores of every single item are in `comparison/`, one JSON object a line",
-    ]
+def terminal_lines(models, pairs, measured, show):
+    """The figures, the differences in words, and `show` sample answers. Arguments as for `markdown_lines`."""
+    lines = [*_figures(models), ""]
+    if pairs:
+        lines += [*(f"{name}: {verdict}" for name, verdict in _verdicts(models, pairs)),
+                  "(each difference with its interval and p: comparison.md)", ""]
+    for question, answers in _samples(measured, show):
+        width = max(map(text_width, answers))
+        lines += [f"> {question}"]
+        lines += [f"  {name}{' ' * (width - text_width(name))}  {answer}" for name, answer in answers.items()] + [""]
+    return lines
 
 
-def _figure(of, key, form):
-    if key not in of:
+def markdown_lines(models, pairs, measured, settings, device, left_out):
+    """The lines of comparison.md. `models`, `pairs`: as in comparison.json; `measured`: {name: results}; `left_out`:
+    {reason: rows of the exam file}."""
+    first = next(iter(models.values()))
+    lines = [f"# Comparison of {', '.join(models)}", "",
+             f"Made on {datetime.date.today()} by `model_finetune/compare_models.py` on {device}.", "",
+             *(f"- **{name}**: `{figures['folder']}`" for name, figures in models.items()), ""]
+    if pairs:
+        lines += ["## In short", "", *(f"- **{name}**: {verdict}" for name, verdict in _verdicts(models, pairs)), ""]
+    chance = first.get("exam_chance", 0)
+    lines += ["## Figures", "", "In brackets: 95 % intervals (shares: Wilson; losses: ratio estimate).", "",
+              *_figures(models), "", "![the figures as bars](comparison.png)", "",
+              *(f"- *{label}*: {meaning.format(chance=chance)}." for _, label, _, meaning in _present(models)), ""]
+    if pairs:
+        names = _compared(pairs)
+        lines += ["## Differences", "",
+                  "Every two models on the same items: `b - a` is the figure of b minus that of a. Shares: above zero is better "
+                  "for b; losses: below zero.", "",
+                  *_table([["", *(LABELS[name] for name in names)], *(
+                      [f"{pair['to']} - {pair['from']}", *(_difference(pair.get(name)) for name in names)] for pair in pairs)]), "",
+                  "In brackets: 95 % interval (shares: Agresti and Min 2005; losses: ratio estimate). p: McNemar's exact test, how "
+                  "often equally good models would differ as much. A star marks p < 0.05, for losses an interval without 0: about "
+                  "one in twenty comparisons of equally good models gets one.", ""]
+    lines += ["## Sample answers", ""]
+    for question, answers in _samples(measured, settings.SHOW):
+        cells = [answer.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;") for answer in answers.values()]
+        lines += [f"**{question}**", "", f"| {' | '.join(answers)} |", "|---" * len(answers) + "|",
+                  f"| {' | '.join(cells)} |", ""]
+    files = [("heldout_loss_n", "held-out answers", settings.EVAL_FILE), ("exam_n", "exam questions", settings.EXAM_FILE),
+             ("preference_n", "preference pairs", settings.PAIRS_FILE),
+             ("general_loss_n", "general questions", settings.GENERAL_FILE)]
+    lines += ["## How it was measured", "",
+              *(f"- {first[key]:,} {what} from `{show_path(path)}`" for key, what, path in files if key in first),
+              *(f"- {count:,} rows of the exam file were left out: {reason}" for reason, count in left_out.items())]
+    if "answers_n" in first:
+        lines += [f"- {first['answers_n']:,} answers generated: always the likeliest token, thinking {settings.THINKING}, "
+                  f"at most {settings.MAX_NEW_TOKENS} tokens each"]
+    return lines + ["- held-out answers and pairs are those that the conversion kept apart from the training rows",
+                    "- the scores of every single item are in `comparison/`, one JSON object a line"]
+
+
+def _present(models):
+    return [measure for measure in MEASURES if any(measure[0] in figures for figures in models.values())]
+
+
+def _figures(models):
+    return _table([["", *models]] + [[label, *(_figure(figures, key, form) for figures in models.values())]
+                                     for key, label, form, _ in _present(models)])
+
+
+def _verdicts(models, pairs):
+    """[("sft against base", "better in ...; worse in ..."), ...]: every model against the first."""
+    base = next(iter(models))
+    return [(f"{pair['to']} against {base}", _verdict(pair)) for pair in pairs if pair["from"] == base]
+
+
+def _figure(figures, key, form):
+    if key not in figures:
         return "-"
-    interval = of.get(f"{key.removesuffix('_accuracy')}_interval")
-    return form.format(of[key]) + (f" ({' to '.join(form.format(end).rstrip('%') for end in interval)})" if interval else "")
+    interval = figures.get(f"{key.removesuffix('_accuracy')}_interval")
+    return form.format(figures[key]) + (f" ({' to '.join(form.format(end).rstrip('%') for end in interval)})" if interval else "")
 
 
 def _difference(found):
@@ -119,27 +145,14 @@ def _table(rows):
 
 
 def _samples(measured, count):
-    """[(question, {"reference" or model name: answer}), ...]: the first held-out and the first general ones."""
+    """[(question, {"reference" or model name: answer}), ...]: the first held-out and the first general ones, all on one line."""
     answers = {name: [item for item in items if item["test"] == "answer"] for name, items in measured.items()}
     some = next(iter(answers.values()))
     picked = [number for about in ("heldout", "general")
               for number in [number for number, item in enumerate(some) if item["about"] == about][:count]]
-    return [(some[number]["question"], {"reference": some[number]["reference"],
-                                        **{name: items[number]["answer"] for name, items in answers.items()}})
+    return [(_one_line(some[number]["question"]), {"reference": _one_line(some[number]["reference"]),
+                                                   **{name: _one_line(items[number]["answer"]) for name, items in answers.items()}})
             for number in picked]
-
-
-def _plain(question, answers):
-    width = max(map(text_width, answers))
-    return [f"> {_one_line(question)}", *(f"  {name}{' ' * (width - text_width(name))}  {_one_line(answer)}"
-                                          for name, answer in answers.items()), ""]
-
-
-def _markdown(question, answers):
-    """Side by side: a column for each model."""
-    cells = [_one_line(answer).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;") for answer in answers.values()]
-    return [f"**{_one_line(question)}**", "", "| " + " | ".join(answers) + " |", "|---" * len(answers) + "|",
-            "| " + " | ".join(cells) + " |", ""]
 
 
 def _one_line(text):

@@ -12,7 +12,7 @@ from utils.packed_model import token_logps
 from utils.packing import PackedRows, collate, item_length, split_batch
 from utils.schemas import LETTERS
 
-TOKENS_AT_ONCE = 2048       # packed tokens in one forward pass
+TOKENS_AT_ONCE = 1024       # packed tokens in one forward pass; more only costs memory, and on CPUs page faults
 
 
 def pack_for_scoring(items):
