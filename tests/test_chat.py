@@ -7,6 +7,7 @@ import os
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT
+from small_runs import arguments, make_place
 from tiny_model import make_tiny_model
 
 from utils import models
@@ -483,6 +485,26 @@ def test_questions_from_a_pipe(script, folder, speaker, monkeypatch, capsys):
         ids = list(TokenStream(speaker.model, speaker.stream.stop).answer(
             prompt, Decoding(**DECODING[True]), 12, torch.Generator().manual_seed(4)))
         assert (row["answer"], row["tokens"]) == (read_answer(speaker.tokenizer, prompt, ids).content, len(ids))
+
+
+@pytest.mark.parametrize("method, inside", [("sft", ""), ("lora", "merged")])
+def test_a_trained_folder_answers_the_same_through_the_code_in_the_readme(script, tmp_path, capsys, monkeypatch, method, inside):
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)     # the trainer's handlers of Ctrl-C are its script's
+    trainer = importlib.import_module(f"model_finetune.finetune_{method}")
+    assert trainer.main(arguments(method, make_place(tmp_path), tmp_path / "trained", "--batch-size", "4")) in (None, 0)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(from transformers import .*?)```", readme, re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) <= 10
+    question = re.search('"content": "(.*?)"', code)[1]
+    folder = str(tmp_path / "trained" / inside)
+    code = re.sub('folder = ".*"', f"folder = {folder!r}", code)
+    code = re.sub(r"max_new_tokens=\d+(, do_sample=False)?", "max_new_tokens=60, do_sample=False", code)      # both greedy
+
+    capsys.readouterr()
+    script.main([folder, "--prompt", question, "--greedy", "--max-new-tokens", "60", "--device", "cpu", "--precision", "fp32"])
+    ours = capsys.readouterr().out
+    exec(code, {})
+    assert capsys.readouterr().out == ours and len(set(ours)) > 3
 
 
 @pytest.mark.parametrize("lines, message", [("甘草\n".encode() + b"\xb8\xca", "stdin, line 2: not UTF-8"),
