@@ -5,11 +5,14 @@ Reject that already knows why the row cannot be used. `parse_row` turns the text
 because it is the slow half, which worker processes share.
 """
 
+import contextlib
 import csv
 import json
 import multiprocessing
+import os
 import re
 import signal
+import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -121,18 +124,40 @@ def map_tasks(function, tasks, workers):
     if workers == 1:
         yield from map(function, tasks)
         return
-    context, ignore = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)      # Ctrl-C is the parent's
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     try:
-        with ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignore) as pool:
-            under_way = deque()
-            for task in tasks:
+        under_way = deque()
+        for task in tasks:
+            with _interrupt_held_back():
                 under_way.append(pool.submit(function, task))
-                if len(under_way) > 2 * workers:
-                    yield under_way.popleft().result()
-            while under_way:
+            if len(under_way) > 2 * workers:
                 yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
     except BrokenProcessPool:
         raise RunError("a worker process was killed, most likely for want of memory; try again with --workers 1") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker():
+    """In a new worker: leave Ctrl-C to the parent, and end when the parent has ended, killed or not."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+@contextlib.contextmanager
+def _interrupt_held_back():
+    """Hold Ctrl-C back for the block. A process started in it inherits that, so none of them dies with a traceback."""
+    if not hasattr(signal, "pthread_sigmask"):          # Windows: there, a worker is deaf to Ctrl-C only once it has started
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def parse_row(raw, encoding):

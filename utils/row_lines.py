@@ -12,7 +12,8 @@ from utils.raw_rows import Reject, parse_row
 from utils.schemas import convert_row
 
 OUTPUTS = ("sft_train", "sft_eval", "dpo_train", "dpo_eval", "exam")
-_ENCODE = json.JSONEncoder(ensure_ascii=False).encode      # one encoder for all rows: json.dumps makes one a call
+# One encoder for all rows, where json.dumps would make one a call; what was just read from JSON holds no circles to check for.
+_ENCODE = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
 
 
 def examine(task):
@@ -36,7 +37,7 @@ def examine(task):
             schemas[item.schema] += 1
             if options["columns"] and item.schema != "--columns":
                 fields.setdefault(tuple(row), _lengths(row))
-            lines.append(f"{_ENCODE(output)}\t{_as_json(raw, row, encoding)}\n")
+            lines.append(b"%b\t%b\n" % (_ENCODE(output).encode(), _as_json(raw, row, encoding)))
         except Reject as problem:
             items.append((line, 0, None))
             reasons[problem.reason] += 1
@@ -44,7 +45,7 @@ def examine(task):
                 fields.setdefault(tuple(row), _lengths(row))
             lines.append(_aside_line(name, line, problem.reason, problem.detail, problem.row if row is None else row))
     gc.enable()
-    return index, "".join(lines).encode(), fingerprint(items), schemas, reasons, fields
+    return index, b"".join(lines), fingerprint(items), schemas, reasons, fields
 
 
 def _lengths(row):
@@ -53,10 +54,12 @@ def _lengths(row):
 
 
 def _as_json(raw, row, encoding):
-    """The row as given, in one line of JSON: the text it was read from, or a table row written as an object."""
+    """The row as given, in one line of JSON (UTF-8): the text it was read from, or a table row written as an object."""
     if isinstance(raw, dict):
-        return json.dumps(row, ensure_ascii=False, default=str)
-    return raw.decode(encoding) if isinstance(raw, bytes) else raw.replace("\n", " ")
+        return json.dumps(row, ensure_ascii=False, default=str).encode()
+    if isinstance(raw, str):
+        return raw.replace("\n", " ").encode()
+    return raw.decode(encoding).encode() if encoding == "gb18030" else raw
 
 
 def _aside_line(name, line, reason, detail, row):
@@ -64,10 +67,9 @@ def _aside_line(name, line, reason, detail, row):
     aside = {"file": name, "line": line, "reason": reason, "detail": detail, "row": row}
     text = json.dumps(aside, ensure_ascii=False, default=str)
     try:
-        text.encode()
+        return text.encode() + b"\n"
     except UnicodeEncodeError:
-        text = json.dumps(aside, default=str)
-    return text + "\n"
+        return json.dumps(aside, default=str).encode() + b"\n"
 
 
 def place(waiting, folder, names, rows, side, fate, twin, drawn):
