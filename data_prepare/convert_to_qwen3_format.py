@@ -6,7 +6,7 @@
 Reads .jsonl, .json, .csv, .tsv and .parquet (UTF-8 or GB18030) and recognises the fields of the usual data sets. Writes
 sft_train.jsonl, sft_eval.jsonl, and where such rows were given dpo_train.jsonl, dpo_eval.jsonl, exam.jsonl. What is not kept
 goes whole, with file, line and reason, to set_aside.jsonl; report.json and lengths.png sum up. Memory does not grow with the
-text, which waits in a temporary file in the output folder (about twice its size) until all questions have been compared.
+text, which waits in temporary files in the output folder (about twice its size) until all questions have been compared.
 """
 
 import os
@@ -58,13 +58,14 @@ def main(argv=None):
     workers = settings.WORKERS or (1 if small else min(os.cpu_count() or 1, 8))
     settings.OUTPUT_DIR.mkdir(parents=True, exist_ok=True)
 
-    # 2. Recognise every row; its line waits in a temporary file, only keys and signatures of it stay in memory
+    # 2. Recognise every row; its text waits in temporary files, only keys and signatures of it stay in memory
     collection = near_duplicates.Collection(settings.OUTPUT_DIR)
-    waiting = tempfile.TemporaryFile(dir=settings.OUTPUT_DIR)
+    made, given = (tempfile.TemporaryFile(dir=settings.OUTPUT_DIR) for _ in range(2))
     schemas, reasons, fields = Counter(), Counter(), {}
     tasks = ((index, files[index].name, encodings[index], batch, options) for index, batch in batches(files, encodings))
-    for index, lines, fingerprint, recognised, rejected, unfit in map_tasks(row_lines.examine, tasks, workers):
-        waiting.write(lines)
+    for index, lines, texts, fingerprint, recognised, rejected, unfit in map_tasks(row_lines.examine, tasks, workers):
+        made.write(lines)
+        given.write(texts)
         collection.add(index, *fingerprint)
         schemas += recognised
         reasons += rejected
@@ -80,9 +81,11 @@ def main(argv=None):
     drawn = near_duplicates.draw(rows, trained, settings.TOKEN_ROWS, settings.SEED)
 
     # 4. Put every row in its place
-    waiting.seek(0)
+    made.seek(0)
+    given.seek(0)
     names = [path.name for path in files]
-    counts, aside, examples = row_lines.place(waiting, settings.OUTPUT_DIR, names, rows, side, fate, twin, drawn)
+    counts, aside, examples = row_lines.place(
+        made, given, settings.OUTPUT_DIR, names, rows, side, fate, twin, drawn)
     reasons += aside
     outputs = [settings.OUTPUT_DIR / f"{name}.jsonl" for name in row_lines.OUTPUTS]
     written = [path for path in outputs if counts[path.stem]]

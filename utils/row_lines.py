@@ -17,12 +17,12 @@ _ENCODE = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
 
 
 def examine(task):
-    """One batch: (file index, its waiting lines, its fingerprint, schemas and reasons counted, {unfit fields: lengths}).
+    """One batch: (file index, its lines made, its lines given, fingerprint, schemas and reasons counted, {unfit fields: lengths}).
 
-    The waiting line of a usable row is its output line, a tab, and the row as given; of any other, its line in the ledger.
+    Made of a usable row: its output line, and given: the row as it was. Made of any other: its line in the ledger; given: "".
     """
     index, name, encoding, batch, options = task
-    items, lines, schemas, reasons, fields = [], [], Counter(), Counter(), {}
+    items, made, given, schemas, reasons, fields = [], [], [], Counter(), Counter(), {}
     gc.disable()                      # thousands of small objects and no cycle among them: looking for one costs a quarter
     for line, raw in batch:
         item = row = None
@@ -37,15 +37,18 @@ def examine(task):
             schemas[item.schema] += 1
             if options["columns"] and item.schema != "--columns":
                 fields.setdefault(tuple(row), _lengths(row))
-            lines.append(b"%b\t%b\n" % (_ENCODE(output).encode(), _as_json(raw, row, encoding)))
+            made.append(_ENCODE(output))
+            given.append(_as_json(raw, row, encoding))
         except Reject as problem:
             items.append((line, 0, None))
             reasons[problem.reason] += 1
             if problem.reason == "fields not recognised":
                 fields.setdefault(tuple(row), _lengths(row))
-            lines.append(_aside_line(name, line, problem.reason, problem.detail, problem.row if row is None else row))
+            made.append(_aside_line(name, line, problem.reason, problem.detail, problem.row if row is None else row))
+            given.append(b"")
     gc.enable()
-    return index, b"".join(lines), fingerprint(items), schemas, reasons, fields
+    made, given = "\n".join([*made, ""]).encode(), b"\n".join([*given, b""])
+    return index, made, given, fingerprint(items), schemas, reasons, fields
 
 
 def _lengths(row):
@@ -67,33 +70,36 @@ def _aside_line(name, line, reason, detail, row):
     aside = {"file": name, "line": line, "reason": reason, "detail": detail, "row": row}
     text = json.dumps(aside, ensure_ascii=False, default=str)
     try:
-        return text.encode() + b"\n"
+        text.encode()
     except UnicodeEncodeError:
-        return json.dumps(aside, default=str).encode() + b"\n"
+        text = json.dumps(aside, default=str)
+    return text
 
 
-def place(waiting, folder, names, rows, side, fate, twin, drawn):
-    """Write every waiting line to its file: (rows by output, rows set aside here by reason, the drawn output lines)."""
+def place(made, given, folder, names, rows, side, fate, twin, drawn):
+    """Write every line made to its file, and the rows given of duplicates and leaks to the ledger.
+
+    Returns (rows by output, rows set aside here by reason, the drawn output lines).
+    """
     target = (rows["kind"].astype(int) - 1) * 2 + (side == EVAL)        # an index into OUTPUTS; negative: for the ledger
     counts, aside, examples, opened = Counter(), Counter(), [], {}
+    fates = zip(target.tolist(), fate.tolist(), drawn.tolist())
     with ExitStack() as stack:
         ledger = stack.enter_context(atomic_write(folder / "set_aside.jsonl", "wb"))
-        for index, (line, output, reason) in enumerate(zip(waiting, target.tolist(), fate.tolist())):
+        for index, (line, row, (output, reason, example)) in enumerate(zip(made, given, fates)):
             if output < 0:
                 ledger.write(line)
-                continue
-            ready, _, row = line.partition(b"\t")
-            if reason:
+            elif reason:
                 aside[REASONS[reason]] += 1
                 found = {"file": names[rows["file"][index]], "line": int(rows["line"][index]), "reason": REASONS[reason],
                          "detail": f"of {names[rows['file'][twin[index]]]}:{rows['line'][twin[index]]}"}
                 ledger.write(_ENCODE(found)[:-1].encode() + b', "row": ' + row.rstrip() + b"}\n")
-                continue
-            name = OUTPUTS[output]
-            if name not in opened:
-                opened[name] = stack.enter_context(atomic_write(folder / f"{name}.jsonl", "wb"))
-            opened[name].write(ready + b"\n")
-            counts[name] += 1
-            if drawn[index]:
-                examples.append(json.loads(ready))
+            else:
+                name = OUTPUTS[output]
+                if name not in opened:
+                    opened[name] = stack.enter_context(atomic_write(folder / f"{name}.jsonl", "wb"))
+                opened[name].write(line)
+                counts[name] += 1
+                if example:
+                    examples.append(json.loads(line))
     return counts, aside, examples
