@@ -35,7 +35,7 @@ EXAM_ROWS = 0               # exam questions that are scored; 0: all
 GENERATE = 200              # held-out questions answered in full, beside the general ones; 0: no answers at all
 THINKING = "off"            # of answers in full: off, on, or auto (each folder's own mode); scores are taken with it off
 MAX_NEW_TOKENS = 128        # longest generated answer, in tokens
-BATCH_SIZE = 32             # answers generated at a time
+BATCH_SIZE = 64             # answers generated at a time
 SHOW = 3                    # sample answers shown side by side
 SEED = 0                    # which held-out questions are answered
 FRESH = False               # measure again what was measured before
@@ -66,6 +66,8 @@ def main(argv=None):
         print(f"{number}/{len(folders)} {name} ({show_path(folder)})", flush=True)
         try:
             measured[name] = results(folder, tests, settings, device)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped; the same command goes on with {name}: finished models are kept") from None
         except torch.OutOfMemoryError:
             raise RunError(f"not enough memory on {device.name} for {name}; try --batch-size 8, or --device cpu") from None
 

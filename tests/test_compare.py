@@ -278,6 +278,7 @@ def test_a_second_call_measures_only_what_is_new(folder, arguments, tmp_path, ca
     from utils import comparison
 
     measured, measure = [], comparison._measure
+    monkeypatch.setattr("utils.plots.plot_comparison", lambda models, path: None)       # about a second each
     monkeypatch.setattr(comparison, "_measure", lambda folder, *rest: (measured.append(str(folder)), measure(folder, *rest))[1])
     one, two = shutil.copytree(folder, tmp_path / "one"), make_tiny_model(tmp_path / "two", seed=1)
     arguments += ["--general-file", ""]

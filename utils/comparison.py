@@ -4,7 +4,8 @@ Results are a list of dicts, one an item, kept as JSON lines, so that a model on
 
     {"test": "model", "folder", "identity", "seconds", "generation_seconds"}      the first line
     {"test": "heldout" or "general", "id", "loss" (nats, sum over the answer), "tokens"}
-    {"test": "exam", "id", "answer", "text_choice", "letter_choice", "text": {letter: score}, "letter", "rotations"}
+    {"test": "exam", "id", "question", "options", "answer", "text_choice", "letter_choice", "text": {letter: score}, "letter",
+     "rotations"}
     {"test": "preference", "id", "kind", "chosen", "rejected"}                    log-probabilities
     {"test": "answer", "about": "heldout" or "general", "id", "question", "reference", "answer", "tokens", "ended", "right",
      "repetition"}
@@ -93,8 +94,9 @@ def _measure(folder, tests, settings, device):
                                progress(f"exam by option text, {len(tests.exam):,} questions"))
         by_letter = exam_letter_choices(model, tokenizer, tests.exam, device,
                                         progress("exam by option letter, every rotation of the options"))
-        items += [{"test": "exam", "id": item["id"], "answer": item["answer"], "text_choice": text[0],
-                   "letter_choice": letter[0], "text": text[1], "letter": letter[1], "rotations": letter[2]}
+        items += [{"test": "exam", "id": item["id"], "question": item["question"], "options": item["options"],
+                   "answer": item["answer"], "text_choice": text[0], "letter_choice": letter[0],
+                   "text": text[1], "letter": letter[1], "rotations": letter[2]}
                   for item, text, letter in zip(tests.exam, by_text, by_letter)]
     if tests.pairs:
         documents = [[(encode_prompt(tokenizer, pair["prompt"], bool(pair["chosen"][-1].get("reasoning_content"))),

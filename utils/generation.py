@@ -171,16 +171,21 @@ def _generate_batch(model, prompts, stop, max_new_tokens, decoding, random):
     mask = (real[:, None, None, :] & square.tril()) | torch.eye(width, dtype=torch.bool, device=device)
     positions = (real.cumsum(1) - 1).clamp(min=0)
     cache, answers = DynamicCache(), [[] for _ in prompts]
+    going = list(range(len(prompts)))       # the answers that have not ended: the batch shrinks to them
     for _ in range(max_new_tokens):
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
                        logits_to_keep=1).logits[:, -1].float().cpu()
-        for row, answer in enumerate(answers):
-            if not answer or answer[-1] not in stop:
-                answer.append(choose(logits[row], decoding, prompts[row] + answer, random))
-        if all(answer[-1] in stop for answer in answers):
+        for place, row in enumerate(going):
+            answers[row].append(choose(logits[place], decoding, prompts[row] + answers[row], random))
+        kept = [place for place, row in enumerate(going) if answers[row][-1] not in stop]
+        if not kept:
             break
-        ids = torch.tensor([answer[-1:] for answer in answers], device=device)
-        real = torch.cat([real, real.new_ones(len(prompts), 1)], dim=1)
+        if len(kept) < len(going):
+            going, kept = [going[place] for place in kept], torch.tensor(kept, device=device)
+            cache.batch_select_indices(kept)
+            real, positions = real[kept], positions[kept]
+        ids = torch.tensor([answers[row][-1:] for row in going], device=device)
+        real = torch.cat([real, real.new_ones(len(going), 1)], dim=1)
         mask, positions = real[:, None, None, :], positions[:, -1:] + 1
     return answers
 
