@@ -29,12 +29,12 @@ OUTPUT_DIR = "data_prepare/qwen3"     # where the converted files go
 COLUMNS = ""                          # fields of an unknown schema, e.g. question=Content,answer=Summary
 SYSTEM = ""                           # system text for rows that have none; chat has none by default
 EVAL_SHARE = 0.05                     # share of the rows held out, for rows that do not say their split themselves
-MAX_EVAL_ROWS = 1000                  # and at most so many: a mean loss over 1,000 answers is known to a few percent
+MAX_EVAL_ROWS = 1000                  # and at most so many, because every evaluation in training takes its time
 NEAR_DUPLICATE = 0.85                 # long questions are alike from this overlap of 3-character shingles (Jaccard) up
-MAX_CHARACTERS = 50000                # longer rows are set aside: Qwen3's window is 32,768 tokens of about 1.5 characters
+MAX_CHARACTERS = 50000                # longer rows are set aside: 32,768 tokens, Qwen3's window, hold about 43,000 of Chinese
 MAX_LENGTH = 1024                     # tokens; the report says what share of the rows a trainer with this limit keeps
 TOKENIZER_MODEL = "model_download/Qwen3-0.6B"   # its tokenizer counts the tokens, if the folder is there
-TOKEN_ROWS = 3000                     # rows whose tokens are counted (about 0.4 ms each): enough for the 99 % point
+TOKEN_ROWS = 3000                     # rows, drawn at random, whose tokens are counted: 30 of them lie beyond the 99 % point
 SEED = 0                              # another seed holds out other questions
 WORKERS = 0                           # processes; 0: one for input under 32 MB, else one a core, 8 at most
 # ----
@@ -140,11 +140,13 @@ def refuse_unusable(settings, schemas, reasons, fields):
         return
     counted = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common()) or "the input is empty"
     names, lengths = next(iter(fields.items()), ((), ()))
-    hint = ""
+    hint = f"; fields found: {', '.join(map(str, names))}" if names else ""
     if len(names) > 1:                    # the longest text is most likely the answer, the next one the question
         answer, question = (name for _, name in sorted(zip(lengths, map(str, names)), reverse=True)[:2])
-        hint = (f"; fields found: {', '.join(map(str, names))}; name them, for example: "
-                f"python data_prepare/convert_to_qwen3_format.py --columns question={question},answer={answer}")
+        hint += (f"; name them, for example: python data_prepare/convert_to_qwen3_format.py "
+                 f"--columns question={question},answer={answer}")
+    elif reasons["not JSON"] or names:    # pretty-printed, or wrapped in an object
+        hint += "; wanted one JSON object for each row: one a line, or all in one array"
     if schemas:
         raise UserError(f"no row has the fields of --columns {settings.COLUMNS}{hint}")
     raise UserError(f"no row could be used ({counted}){hint}")

@@ -17,7 +17,9 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "data_prepare"))
 import convert_to_qwen3_format as script
 from utils import near_duplicates, row_lines
+from utils.chat_format import encode_turns
 from utils.errors import UserError
+from utils.models import load_tokenizer
 from utils.raw_rows import Reject, batches, detect_encoding
 from utils.schemas import convert_row, parse_columns
 
@@ -295,6 +297,63 @@ def test_table_rows_that_are_none(tmp_path, convert):
     assert {row["source"] for row in found["sft_train"] + found["sft_eval"]} == {"a.csv:2", "a.csv:6"}
 
 
+def test_public_data_sets_as_they_are_published(tmp_path, convert):
+    """The sets of FIELD_NOTES.md, each in the file kind and with the fields that it has, all in one run with no flag."""
+    lines = {
+        "ChatMed_TCM-v0.2.json": {"query": "痛经怎么调理？要求：1.说明病机 2.给出方药", "response": "温经汤加减。"},
+        "hwtcm-sft-v1.jsonl": {"instruction": "麻黄归哪些经？", "input": "", "output": "归肺、膀胱经。"},
+        "SylvanL.jsonl": {"instruction": "辨证", "input": "恶寒无汗，脉浮紧。", "output": "风寒表实证。"},
+        "medical_o1_sft_Chinese.json": [{"Question": "何为相使？", "Complex_CoT": "想七情。", "Response": "一主一辅。"}],
+        "hwtcm.json": [{"instruction": "性寒的是\nA.麻黄\nB.石膏\nC.桂枝\nD.生姜", "input": "", "output": "B"}],
+        "cmexam.json": [{"Question": "归肺经的是", "Options": [{"key": "A", "value": "桔梗"}, {"key": "B", "value": "杜仲"}],
+                         "Answer": "A"}],
+        "cmb.json": [{"exam_type": "医师考试", "exam_class": "中医", "exam_subject": "方剂学", "question": "麻黄汤的君药是",
+                      "answer": "A", "question_type": "单项选择题", "option": {"A": "麻黄", "B": "桂枝", "C": "", "D": ""}}],
+        "chp_knowledge_qa.jsonl": {"query": "如何鉴别人参？", "response": "看横切面。"},
+        "preference_sharegpt_zh.json": [{"conversations": [{"from": "human", "value": "何为四诊？"}],
+                                         "chosen": {"from": "gpt", "value": "望闻问切。"},
+                                         "rejected": {"from": "gpt", "value": "不知道。"}}],
+    }
+    for name, value in lines.items():
+        (tmp_path / name).write_text(json.dumps(value, ensure_ascii=False, indent=1 if isinstance(value, list) else None),
+                                     encoding="utf-8")
+    (tmp_path / "traditional_chinese_medicine.csv").write_text(
+        ",Question,A,B,C,D,Answer\n0,五味子的主要药味是,酸,苦,甘,辛,A\n", encoding="utf-8")
+    found = convert(tmp_path)
+    assert found["set_aside"] == [] and found["report"]["rows_in"] == 10
+    said = {row["messages"][0]["content"]: row["messages"][1] for row in found["sft_train"] + found["sft_eval"]}
+    assert set(said) == {lines["ChatMed_TCM-v0.2.json"]["query"], "麻黄归哪些经？", "辨证\n恶寒无汗，脉浮紧。", "何为相使？",
+                         "如何鉴别人参？"}
+    assert said["何为相使？"] == {"role": "assistant", "content": "一主一辅。", "reasoning_content": "想七情。"}
+    assert {(row["question"], row["options"][row["answer"]], row["subject"]) for row in found["exam"]} == {
+        ("性寒的是", "石膏", "hwtcm"), ("归肺经的是", "桔梗", "cmexam"), ("麻黄汤的君药是", "麻黄", "方剂学"),
+        ("五味子的主要药味是", "酸", "traditional_chinese_medicine")}
+    assert [row["chosen"][0]["content"] for row in found["dpo_train"] + found["dpo_eval"]] == ["望闻问切。"]
+
+
+def test_report_counts_tokens_as_the_trainer_does(tmp_path, capsys):
+    tokenizer = ROOT / "model_download/tiny_qwen3_tcm"
+    rows = [{"query": f"问题{number}？", "response": "麻黄发汗解表。" * (number % 9 + 1)} for number in range(100)]
+    rows += [{"Question": "何为相使？", "Complex_CoT": "想七情。", "Response": "一主一辅。"}, {"query": "坏"}]
+    path, folder = write_lines(tmp_path / "a.jsonl", *rows), tmp_path / "out"
+    script.main(["--input-files", str(path), "--output-dir", str(folder), "--tokenizer-model", str(tokenizer),
+                 "--max-length", "40"])
+    examples = read(folder / "sft_train.jsonl") + read(folder / "sft_eval.jsonl")
+    tokens = sorted(sum(map(len, encode_turns(load_tokenizer(str(tokenizer)), row["messages"])[0])) for row in examples)
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    kept = sum(count <= 40 for count in tokens) / 101
+    assert report["tokens_counted_in"] == 101 and report["tokens"]["longest"] == tokens[-1]
+    assert report["tokens"]["median"] == tokens[50] and 0 < kept < 1
+    assert report["kept_by_max_length"] == round(kept, 4) and report["reasoning_share"] == round(1 / 101, 4)
+    assert report["characters"]["longest"] == 5 + 9 * 7 and len(report["examples"]) == 5
+    assert (folder / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    for line in ("102  a.jsonl (utf-8)", "101  kept", "1  set aside", "1    fields not recognised", f"keeps {kept:.1%} of them",
+                 f"length in tokens (counted in 101 conversations): median {tokens[50]}", "with reasoning: 1.0%",
+                 f"  user      {report['examples'][0]['messages'][0]['content']}"):
+        assert line in shown, line
+
+
 # ---- the split, duplicates and leaks ----
 
 def sample_like():
@@ -482,6 +541,10 @@ def test_signatures_find_what_overlaps():
     (lambda folder: (folder / "a.xlsx").write_text("x") and folder / "a.xlsx", ["cannot read .xlsx", ".parquet"]),
     (lambda folder: (folder / "a.jsonl").write_text("") or folder / "a.jsonl",
      ["no row could be used (the input is empty)"]),
+    (lambda folder: (folder / "a.json").write_text('{\n"query": "q",\n"response": "r"\n}') and folder / "a.json",
+     ["no row could be used (4 not JSON); wanted one JSON object for each row: one a line, or all in one array"]),
+    (lambda folder: write_lines(folder / "a.json", {"data": [{"query": "q", "response": "r"}]}),
+     ["no row could be used (1 fields not recognised); fields found: data; wanted one JSON object for each row"]),
     (lambda folder: (folder / "a.parquet").write_text("x") and folder / "a.parquet", ["not a whole Parquet file"]),
     (lambda folder: (folder / "a.jsonl").write_text("{}", encoding="utf-16") and folder / "a.jsonl", ["UTF-16"]),
     (lambda folder: write_lines(folder / "a.jsonl", {"title": "短", "Content": "问题", "Summary": "很长的回答"}),

@@ -19,6 +19,7 @@ from fake_hub import TOKEN, FakeHub
 from data_prepare import download_tcm_data
 from model_download import download_model
 from utils.errors import run
+from utils.meter import Meter
 
 WEIGHTS = random.Random(1).randbytes(3_000_000)
 MODEL = {"config.json": b'{"model_type": "qwen3"}', "tokenizer.json": b"{}", "LICENSE": b"Apache", "README.md": b"card",
@@ -50,11 +51,14 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.fixture
 def get(capsys, tmp_path):
-    """get(script, ...) -> (exit code, stdout, stderr); get.folder is the output folder."""
+    """get(script, ...) -> (exit code, stdout, stderr); get.folder is the output folder. No token is ever printed or kept."""
 
     def call(script, *arguments):
         code = run(lambda: script.main([*map(str, arguments), "--output-dir", str(call.folder)]))
-        return code, *capsys.readouterr()
+        out, err = capsys.readouterr()
+        assert (os.environ.get("HF_TOKEN") or TOKEN) not in out + err
+        assert not any(TOKEN.encode() in path.read_bytes() for path in call.folder.glob("*"))
+        return code, out, err
 
     call.folder = tmp_path / "got"
     call.model = lambda *arguments: call(download_model, "--model", "tcm/small", *arguments)
@@ -173,6 +177,20 @@ def test_long_listings_come_in_pages(hub, get):
     hub.add("model", "tcm/small", MODEL, page_size=3)
     assert get.model()[0] == 0
     assert_whole(get.folder)
+
+
+def test_progress_shows_speed_and_time_left(capsys, monkeypatch):
+    seconds = iter([0, 20, 25, 100, 100])
+    monkeypatch.setattr("utils.meter.time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    with Meter("model.safetensors", 500_000_000, 1_500_000_000) as meter:
+        meter.show(700_000_000)
+        meter.show(800_000_000)                         # five seconds later: too soon for another line
+        meter.show(1_500_000_000)
+    assert capsys.readouterr().out.splitlines() == [
+        "  model.safetensors: going on at 500.0 MB of 1.500 GB",
+        "  model.safetensors   47%  700.0 MB of 1.500 GB  10.0 MB/s  1:20 left",
+        "  model.safetensors  100%  1.500 GB of 1.500 GB  10.0 MB/s  in 1:40",
+        "  model.safetensors  100%  1.500 GB of 1.500 GB  10.0 MB/s  in 1:40"]
 
 
 # ---- faults that pass
@@ -299,6 +317,14 @@ def test_503_that_stays(hub, get):
     code, _, err = get.model()
     assert code == 1 and hub.waits == [1, 2, 4, 8, 16, 30] and err.count("\n") == 1
     assert "127.0.0.1 answered 503 (Service Unavailable); gave up (--retries 6): the trouble is the server's" in err
+
+
+def test_429_that_stays(hub, get, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.fault("/storage/", status=429, headers={"Retry-After": "9"})
+    code, _, err = get.model("--retries", "2")
+    assert code == 1 and hub.waits == [9, 9] and err.count("\n") == 1
+    assert "localhost answered 429 (too many requests); gave up (--retries 2): wait some minutes, or set HF_TOKEN" in err
 
 
 def test_429_that_asks_for_an_hour(hub, get):

@@ -67,15 +67,15 @@ def show(report):
         print(f"\n{total:>12,}  {title}")
         for name, count in counts.items():
             print(f"{count:>12,}    {name}")
-    for unit in ("characters", "tokens"):
+    counted = {"characters": "", "tokens": f" (counted in {report['tokens_counted_in']:,} conversations)"}
+    for unit, of in counted.items():
         if report[unit]:
-            print(f"\nlength in {unit}: " + ", ".join(f"{name} {value:,}" for name, value in report[unit].items()))
+            print(f"\nlength in {unit}{of}: " + ", ".join(f"{name} {value:,}" for name, value in report[unit].items()))
     if report["tokens"]:
-        print(f"MAX_LENGTH {report['max_length']:,} keeps {report['kept_by_max_length']:.1%} "
-              f"(counted in {report['tokens_counted_in']:,} conversations)")
+        print(f"MAX_LENGTH {report['max_length']:,} keeps {report['kept_by_max_length']:.1%} of them")
     elif report["characters"]:
         print("no tokens counted: TOKENIZER_MODEL is not there yet")
-    if report["reasoning_share"]:
+    if report["reasoning_share"] is not None:
         print(f"with reasoning: {report['reasoning_share']:.1%}")
     for example in report["examples"]:
         print("\n" + example["source"])
