@@ -332,14 +332,15 @@ def test_public_data_sets_as_they_are_published(tmp_path, convert):
 
 
 def test_report_counts_tokens_as_the_trainer_does(tmp_path, capsys):
-    tokenizer = ROOT / "model_download/tiny_qwen3_tcm"
+    model = str(ROOT / "model_download/tiny_qwen3_tcm")
+    tokenizer = load_tokenizer(model)
     rows = [{"query": f"问题{number}？", "response": "麻黄发汗解表。" * (number % 9 + 1)} for number in range(100)]
     rows += [{"Question": "何为相使？", "Complex_CoT": "想七情。", "Response": "一主一辅。"}, {"query": "坏"}]
     path, folder = write_lines(tmp_path / "a.jsonl", *rows), tmp_path / "out"
-    script.main(["--input-files", str(path), "--output-dir", str(folder), "--tokenizer-model", str(tokenizer),
+    script.main(["--input-files", str(path), "--output-dir", str(folder), "--tokenizer-model", model,
                  "--max-length", "40"])
     examples = read(folder / "sft_train.jsonl") + read(folder / "sft_eval.jsonl")
-    tokens = sorted(sum(map(len, encode_turns(load_tokenizer(str(tokenizer)), row["messages"])[0])) for row in examples)
+    tokens = sorted(sum(map(len, encode_turns(tokenizer, row["messages"])[0])) for row in examples)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     kept = sum(count <= 40 for count in tokens) / 101
     assert report["tokens_counted_in"] == 101 and report["tokens"]["longest"] == tokens[-1]
@@ -439,13 +440,13 @@ def test_order_of_the_rows_changes_nothing(tmp_path, convert):
 
 
 def test_workers_give_the_same_files(tmp_path, run_script):
-    rows = [{"query": f"问题{number % 900}", "response": f"答{number}"} for number in range(5000)]
+    rows = [{"query": f"问题{number % 900}", "response": f"答{number % 4900}"} for number in range(5000)] + [{"query": "坏"}] * 3
     path = write_lines(tmp_path / "a.jsonl", *rows)
     for workers in (1, 2):
         done = run_script(SCRIPT, "--input-files", path, "--output-dir", tmp_path / str(workers), "--workers", workers,
                           "--tokenizer-model", "")
         assert done.returncode == 0, done.stderr
-    for name in ("sft_train", "sft_eval"):
+    for name in ("sft_train", "sft_eval", "set_aside"):
         assert (tmp_path / "1" / f"{name}.jsonl").read_bytes() == (tmp_path / "2" / f"{name}.jsonl").read_bytes()
 
 

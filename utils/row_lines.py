@@ -16,9 +16,9 @@ _ENCODE = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
 
 
 def examine(task):
-    """One batch: (file index, its lines made, its lines given, fingerprint, schemas and reasons counted, {unfit fields: lengths}).
+    """One batch: (file index, lines made, lines given, fingerprint, schemas and reasons counted, {unfit fields: lengths}).
 
-    Made of a usable row: its output line, and given: the row as it was. Made of any other: its line in the ledger; given: "".
+    Made of a usable row is its output line, and given the row as it was; made of any other is its line in the ledger.
     """
     index, name, encoding, batch, options = task
     items, made, given, schemas, reasons, fields = [], [], [], Counter(), Counter(), {}
