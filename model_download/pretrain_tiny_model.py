@@ -3,12 +3,12 @@
     python model_download/pretrain_tiny_model.py
 
 Makes model_download/tiny_qwen3_tcm/: Qwen3's architecture and chat format at 3.7 M parameters, with a byte-level BPE tokenizer
-of its own. It reads every fact as a statement and no fact as a question; what a question is it learns from invented people. It stands in for Qwen3-0.6B in the demo and the tests, nowhere else.
+of its own. It reads every fact as a statement, and of chat only how to carry a name from a question into an answer: what a
+question asks for is left to fine-tuning. It stands in for Qwen3-0.6B in the demo and the tests, nowhere else.
 """
 
 import math
 import random
-import re
 import sys
 import time
 from pathlib import Path
@@ -35,7 +35,7 @@ LEARNING_RATE = 2e-3        # peak; a model this small takes a rate about ten ti
 WARMUP_STEPS = 100          # linear warm-up, then a cosine down to a tenth
 WEIGHT_DECAY = 0.05         # small: the facts are to be remembered word for word
 COPIES = 3000               # exercises in carrying an invented name from a question into its answer
-PEOPLE = 150                # invented people with facts to be told and asked for
+NAMES = 600                 # invented names for those exercises
 SEED = 0                    # fixes the initial weights, the exercises and the order
 # ----
 
@@ -107,28 +107,6 @@ def copy_exercises(count, patterns, names, rng):
         yield [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def invented_people(names, attributes, bare, rng):
-    """(statements, conversations) about people who do not exist: facts told in plain sentences and asked for in a chat.
-
-    There is no medicine in them. They teach how a question asks for something once read, so that fine-tuning has only to teach
-    what medicine asks for.
-    """
-    statements, conversations = [], []
-    for name in names:
-        clauses = []
-        for words in attributes.values():
-            value = rng.choice(words["values"])
-            statements += [text.format(n=name, v=value) for text in words["statements"]]
-            clauses.append([re.sub("^{n}的?", "", text).rstrip("。").format(v=value) for text in words["statements"]])
-            for answer, end in ((value + "。", "\n" + bare), (rng.choice(words["answers"]).format(n=name, v=value), "")):
-                question = rng.choice(words["questions"]).format(n=name) + end
-                conversations.append([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
-        for _ in range(4):
-            rng.shuffle(clauses)
-            statements.append(f"{name}：{'；'.join(rng.choice(own) for own in clauses)}。")
-    return statements, conversations
-
-
 def make_model(tokenizer, settings):
     """A Qwen3ForCausalLM with random weights (tied embeddings, as in Qwen3-0.6B)."""
     import torch
@@ -186,25 +164,23 @@ def main(argv=None):
         settings.STATEMENTS_FILE, "python data_prepare/sample/make_sample.py"), wanted=["text"])]
     template = require_file(settings.TEMPLATE_FILE, "git checkout").read_text(encoding="utf-8")
 
-    # 1. Put the texts together: the statements, and exercises about invented names and people
+    # 1. Put the texts together: the statements, and exercises about invented names
     from utils.chat_format import encode_turns
     from utils.packing import PackedRows
     from utils.terms import Terms
 
     rng, terms, exercises = random.Random(settings.SEED), Terms(settings.TERMS_FILE), read_json(settings.EXERCISES_FILE)
-    names = invent_names(2 * settings.PEOPLE, terms, rng)
-    told, conversations = invented_people(names[::2], exercises["people"], exercises["bare"], rng)
-    conversations += copy_exercises(settings.COPIES, exercises["copy"], names, rng)
-    texts = statements + told
+    names = invent_names(settings.NAMES, terms, rng)
+    conversations = list(copy_exercises(settings.COPIES, exercises["copy"], names, rng))
 
     # 2. Train the tokenizer and encode: a statement is trained from its first token (after <|endoftext|>) to its end
     spoken = [message["content"] for messages in conversations for message in messages]
-    tokenizer = train_tokenizer(pieces(texts + spoken, terms), settings.VOCABULARY, template)
+    tokenizer = train_tokenizer(pieces(statements + spoken, terms), settings.VOCABULARY, template)
     stop = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    documents = [([stop], ids + [stop]) for ids in tokenizer(texts)["input_ids"]]
+    documents = [([stop], ids + [stop]) for ids in tokenizer(statements)["input_ids"]]
     documents += [turn for messages in conversations for turn in encode_turns(tokenizer, messages)]
     rows = PackedRows([{"documents": [document]} for document in documents], settings.TOKENS_PER_STEP)
-    print(f"{len(statements):,} statements, {len(told) + len(conversations):,} exercises: {rows.tokens:,} tokens in {len(rows)} rows")
+    print(f"{len(statements):,} statements, {len(conversations):,} exercises: {rows.tokens:,} tokens in {len(rows)} rows")
 
     # 3. Train
     model = make_model(tokenizer, settings)

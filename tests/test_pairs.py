@@ -1,11 +1,15 @@
 """Preference pairs: never the same answer twice, lengths alike, every row accounted for, the split kept."""
 
+import random
+
 import pytest
+from conftest import ROOT
 from tiny_model import make_tiny_model
 
 from data_prepare import build_preference_pairs
 from utils.errors import run
 from utils.files import read_jsonl, write_jsonl
+from utils.terms import Terms
 
 ROWS = [("麻黄的药性是什么？", "温。"), ("麻黄归哪些经？", "肺、膀胱经。"), ("麻黄汤由哪些药组成？", "麻黄汤由麻黄、桂枝、苦杏仁、甘草组成。"),
         ("合谷穴属于哪条经脉？", "手阳明大肠经。"), ("今天天气如何？", "今天天气很好。"), ("桂枝有哪些功效？", "桂枝能发汗解肌、温通经脉。")]
@@ -55,6 +59,17 @@ def test_answers_of_a_model_that_knows_nothing_are_worse(data, tmp_path, capsys)
     for pair in read_jsonl(data / "dpo_train.jsonl"):
         good, bad = pair["chosen"][0]["content"], pair["rejected"][0]["content"]
         assert build_preference_pairs.agreement(good, bad) < 0.8
+
+
+def test_swaps_are_wrong_answers_of_the_same_kind():
+    terms, seen = Terms(ROOT / "data_prepare/sample/terms.jsonl"), {"names": set(), "facts": set()}
+    for seed in range(60):
+        wrong, reason = terms.swap("血海穴属于足太阴脾经。", "血海穴属于哪条经脉？", random.Random(seed))
+        assert wrong and not reason
+        seen["facts" if wrong.startswith("血海") else "names"].add(wrong)
+    assert all(wrong.endswith("穴属于足太阴脾经。") and set("血海") & set(wrong) for wrong in seen["names"])      # such as 照海
+    assert all(wrong.startswith("血海穴属于") and "足太阴脾经" not in wrong for wrong in seen["facts"])
+    assert len(seen["names"]) > 1 and len(seen["facts"]) > 1
 
 
 def test_agreement():

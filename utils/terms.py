@@ -35,29 +35,46 @@ class Terms:
         return {term for _, _, term in self.find(answer) if term not in question}
 
     def swap(self, answer, question, rng):
-        """(`answer` with about half of its terms, at least one, swapped for wrong ones of the same kind, "") or (None, why not).
+        """(`answer` made wrong by swapping terms for others of the same kind, "") or (None, why not).
 
-        A term that the question names stays. A substitute is not in the question or the answer, means nothing near the
-        original, shares no character with it, and is about as long, so that the length gives nothing away.
+        In three of four answers that name what the question asks about, that name: for one of those most like it, because
+        mixing up 血海 and 照海 is what small models do. Else about half of the other terms, at least one: a substitute
+        means nothing near the original, and shares no character with it but what most of their kind share. No substitute
+        is in the question or the answer, and lengths stay about the same, so that they give nothing away.
         """
-        found = [place for place in self.find(answer) if place[2] not in question]
-        if not found:
+        found = self.find(answer)
+        names = [place for place in found if place[2] in question and len(place[2]) > 1]
+        facts = [place for place in found if place[2] not in question]
+        if not names and not facts:
             return None, "no known term in the answer"
+        if names and (not facts or rng.random() < 0.75):
+            chosen, substitute = [rng.choice(names)], self._other_name
+        else:
+            chosen, substitute = [place for place in facts if rng.random() < 0.5] or [rng.choice(facts)], self._other_fact
         used, pieces, swapped, end = {term for _, _, term in found}, [], 0, len(answer)
-        chosen = [place for place in found if rng.random() < 0.5] or [rng.choice(found)]
         for start, stop, term in reversed(chosen):
-            substitute = self._substitute(term, question, used, rng)
-            if substitute:
-                used.add(substitute)
-                pieces[:0] = [substitute, answer[stop:end]]
+            other = substitute(term, question, used, rng)
+            if other:
+                used.add(other)
+                pieces[:0] = [other, answer[stop:end]]
                 end, swapped = start, swapped + 1
         if not swapped:
             return None, "no other term of the same kind and length"
         return answer[:end] + "".join(pieces), ""
 
-    def _substitute(self, term, question, used, rng):
+    def _other_fact(self, term, question, used, rng):
         kind = rng.choice(self.kinds[term])
-        fits = [other for other in self.by_kind[kind]
-                if not set(other) & set(term) and other not in used and other not in question
-                and other not in self.near[kind, term] and abs(len(other) - len(term)) <= max(1, 0.2 * len(term))]
+        own = {c for c in term if 2 * sum(c in other for other in self.by_kind[kind]) < len(self.by_kind[kind])}     # 足太阴脾经: not 经
+        fits = [other for other in self._like(kind, term, question, used) if not own & set(other)]
         return rng.choice(fits) if fits else None
+
+    def _other_name(self, term, question, used, rng):
+        fits = self._like(rng.choice(self.kinds[term]), term, question, used)
+        shared = {other: len(set(other) & set(term)) + (other[0] == term[0]) for other in fits}
+        alike = sorted((other for other in fits if shared[other]), key=shared.get, reverse=True)[:3] or fits
+        return rng.choice(alike) if alike else None
+
+    def _like(self, kind, term, question, used):
+        return [other for other in self.by_kind[kind]
+                if other not in used and other not in question and other not in self.near[kind, term]
+                and abs(len(other) - len(term)) <= max(1, 0.2 * len(term))]
