@@ -92,8 +92,9 @@ def test_one_row_is_blind_to_another(folder):
 
 def test_labels_stand_before_their_tokens():
     batch = collate([[{"documents": [([1, 2, 3], [4, 5])], "reference_chosen": -1.5}]])
-    assert batch["shift_labels"].tolist() == [[IGNORED, IGNORED, 4, 5, IGNORED]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4]]
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4]]
+    assert batch["shift_labels"].tolist() == [[IGNORED, IGNORED, 4, 5]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3]]
     assert batch["reference_chosen"].tolist() == [-1.5]
 
 
@@ -134,7 +135,7 @@ def test_bf16_is_no_further_from_float64_than_the_plain_bf16_path():
 def test_packed_rows_count_tokens():
     items = some_items(10, seed=3)
     rows = PackedRows(items, 100)
-    assert rows.tokens == sum(map(item_length, items)) == sum(item_length(item) for row in rows for item in row)
+    assert rows.tokens == sum(map(item_length, items)) + len(items) == sum(item_length(item) + 1 for row in rows for item in row)
     assert rows.trained_tokens == sum(len(answer) for item in items for _, answer in item["documents"])
 
 
@@ -146,3 +147,29 @@ def test_rows_are_shared_out_evenly_and_none_twice():
         assert sorted(index for row in rows.rows for index in row) == list(range(50))
     with pytest.raises(UserError, match="shared out evenly among 60 processes"):
         rows.even_out(60)
+
+
+def test_answers_to_one_prompt_share_its_tokens(folder):
+    """Log-probabilities and gradients are those of each document alone; the prompt is computed once.
+
+    In float64, but Qwen3's norms round to float32, so that gradients added before or after a norm differ by that.
+    """
+    items = some_items(12, seed=4, documents=3)
+    for item in items:
+        item["documents"] = [(item["documents"][0][0], answer) for _, answer in item["documents"]]
+    alone = sum(len(prompt) + len(answer) - 1 for item in items for prompt, answer in item["documents"])
+    batch = collate([items[:5], items[5:]])
+    saved = sum(2 * (len(item["documents"][0][0]) - 1) for item in items)
+    assert batch["input_ids"].shape[1] == sum(map(item_length, items)) == alone - saved
+    shared, plain = (prepare_packed(load(folder, torch.float64)) for _ in range(2))
+    inputs, targets, rest = split_batch(batch)
+    sums = torch.zeros(36, dtype=torch.float64).index_add_(
+        0, rest["label_documents"], token_logps(shared(**inputs), shared.lm_head.weight, targets))
+    sum_of_losses(shared(**inputs), shared.lm_head.weight, targets).backward()
+    for number, document in enumerate(document for item in items for document in item["documents"]):
+        inputs, targets, _ = split_batch(collate([[{"documents": [document]}]]))
+        hidden = plain(**inputs)
+        assert sums[number].item() == pytest.approx(token_logps(hidden, plain.lm_head.weight, targets).sum().item(), rel=1e-12)
+        sum_of_losses(hidden, plain.lm_head.weight, targets).backward()
+    for (name, one), other in zip(shared.named_parameters(), plain.parameters()):
+        assert (one.grad - other.grad).norm() <= 1e-6 * other.grad.norm(), name

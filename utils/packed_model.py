@@ -3,6 +3,7 @@
 `prepare_packed(model)` changes how a Qwen3 model computes while it trains; its weights and what it saves stay as they are.
 """
 
+import functools
 import itertools
 
 import torch
@@ -14,22 +15,40 @@ from utils.packing import IGNORED
 CHUNK = 256         # positions scored at once: 256 x 151,936 fp32 logits are 156 MB
 
 
-def document_attention(module, query, key, value, attention_mask, scaling, document_lengths=None, **kwargs):
+def document_attention(module, query, key, value, attention_mask, scaling, layout=None, **kwargs):
     """Causal attention inside each document of a packed row. query: (1, heads, T, head_dim); key, value: (1, kv, T, head_dim).
 
-    Documents of equal length that stand next to one another are computed together. The cost is the sum of the squared
-    document lengths, not the square of their sum, and no mask is ever built.
+    `layout` is collate's. Trees of one shape that stand next to one another are computed together. The cost is the sum of
+    the squared document lengths, not the square of their sum, and no mask over the row is ever built.
     Returns (1, T, heads, head_dim) and no weights, as transformers' attention functions do.
     """
-    runs = [(length, len(list(run))) for length, run in itertools.groupby(document_lengths)]
-    spans = [length * count for length, count in runs]
+    shapes = [(shape, len(list(run))) for shape, run in itertools.groupby(layout)]
+    spans = [sum(shape) * count for shape, count in shapes]
     parts = []
-    for (length, count), *states in zip(runs, *(states[0].split(spans, dim=1) for states in (query, key, value))):
+    for (shape, count), *states in zip(shapes, *(states[0].split(spans, dim=1) for states in (query, key, value))):
         # (heads, count x length, head_dim) -> (count, heads, length, head_dim)
-        q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in states)
-        part = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-        parts.append(part.transpose(1, 2).flatten(0, 1))
+        states = (part.unflatten(1, (count, sum(shape))).transpose(0, 1) for part in states)
+        parts.append(_tree_attention(*states, shape, scaling).transpose(1, 2).flatten(0, 1))
     return torch.cat(parts)[None], None
+
+
+def _tree_attention(query, key, value, shape, scaling):
+    """The shared tokens see themselves; each branch sees the shared tokens and itself. Causal throughout."""
+    attend = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+    shared, *branches = shape
+    if not shared and len(branches) == 1:
+        return attend(query, key, value, is_causal=True)
+    (q, k, v), *rest = zip(*(states.split(shape, dim=2) for states in (query, key, value)))
+    parts = [attend(q, k, v, is_causal=True)] if shared else []
+    for branch, (own_q, own_k, own_v) in zip(branches, rest):
+        mask = _seen(shared, branch, query.device)
+        parts.append(attend(own_q, torch.cat([k, own_k], dim=2), torch.cat([v, own_v], dim=2), attn_mask=mask))
+    return torch.cat(parts, dim=2)
+
+
+@functools.lru_cache(maxsize=512)       # the layers of one step ask for the same masks
+def _seen(shared, branch, device):
+    return torch.ones(branch, shared + branch, dtype=torch.bool, device=device).tril(shared)
 
 
 AttentionInterface.register("document_attention", document_attention)
@@ -43,9 +62,8 @@ def prepare_packed(model):
     """
     model.set_attn_implementation("document_attention")
 
-    def forward(input_ids, position_ids, shift_labels, document_lengths, **unset):      # PEFT adds arguments that are None
-        hidden = model.model(input_ids=input_ids, position_ids=position_ids, document_lengths=document_lengths,
-                             use_cache=False).last_hidden_state
+    def forward(input_ids, position_ids, shift_labels, layout, **unset):      # PEFT adds arguments that are None
+        hidden = model.model(input_ids=input_ids, position_ids=position_ids, layout=layout, use_cache=False).last_hidden_state
         return hidden[shift_labels != IGNORED]
 
     model.forward = forward

@@ -1,7 +1,8 @@
 """Packing: many short documents in one row of tokens, without padding and without one seeing another.
 
 A *document* is one sequence (a prompt and its answer). An *item* is what must stay together: one document for SFT, the
-chosen and the rejected one for DPO. Items are packed into rows of at most `max_length` tokens once, before training, so
+chosen and the rejected one for DPO, the options of an exam question. Documents of an item that answer the same prompt
+share its tokens: a *tree*, whose branches see the prompt and themselves, not one another. Items are packed into rows of at most `max_length` tokens once, before training, so
 that every epoch costs the same and a resumed run finds the same rows; the trainer shuffles rows, never their content.
 """
 
@@ -39,14 +40,14 @@ class PackedRows(torch.utils.data.Dataset):
     """Rows of packed items. `items`: dicts with "documents", a list of (prompt_ids, answer_ids), and what else they carry:
     an "id" for messages, numbers for the loss.
 
-    An element is the list of items of one row. `tokens` and `trained_tokens` count over all items.
+    An element is the list of items of one row. `tokens` and `trained_tokens` count over all documents, each by itself.
     """
 
     def __init__(self, items, max_length):
         lengths = [item_length(item) for item in items]
         self.items = items
         self.rows = pack(lengths, max_length)
-        self.tokens = sum(lengths)
+        self.tokens = sum(len(prompt) + len(answer) for item in items for prompt, answer in item["documents"])
         self.trained_tokens = sum(len(answer) for item in items for _, answer in item["documents"])
 
     def __len__(self):
@@ -70,35 +71,55 @@ class PackedRows(torch.utils.data.Dataset):
         return sum(sorted((sum(map(item_length, row)) for row in self), reverse=True)[:count])
 
 
+def trees(item):
+    """The item's documents as [(shared, [(rest of the prompt, answer), ...]), ...], in their order.
+
+    Where all have the same prompt, all but its last token is shared: the last one predicts another token in each branch.
+    """
+    documents = item["documents"]
+    prompt = documents[0][0]
+    if len(documents) > 1 and all(other == prompt for other, _ in documents):
+        return [(prompt[:-1], [(prompt[-1:], answer) for _, answer in documents])]
+    return [([], [document]) for document in documents]
+
+
 def item_length(item):
-    """Tokens of all documents of an item."""
-    return sum(len(prompt) + len(answer) for prompt, answer in item["documents"])
+    """Tokens that an item takes in a row. The last token of an answer predicts nothing, and is not fed."""
+    return sum(len(shared) + sum(len(rest) + len(answer) - 1 for rest, answer in branches) for shared, branches in trees(item))
 
 
 def collate(rows):
     """Join the rows of one step into one sequence of T tokens.
 
-    The documents stand in order of length, so that attention can take those of equal length together. Returns a dict:
+    Trees stand in order of their shape, so that attention can take those of one shape together. Returns a dict:
     input_ids, position_ids, shift_labels: (1, T) int64. Positions start at 0 in each document. shift_labels[t] is the token to
-    predict AT position t, that is input_ids[t + 1], for the positions before an answer token, and IGNORED elsewhere: the
-    last prompt token predicts the first answer token. document_lengths: list of int, sum T. label_documents: (N,) int64, for
-    each of the N labels the number of its document, counted through the items in their order. ids: list of the items' ids.
+    predict AT position t, for the last position of a prompt and those of its answer, and IGNORED elsewhere.
+    layout: a tuple (shared tokens, tokens of each branch ...) for each tree, sum T. label_documents: (N,) int64, for each of
+    the N labels the number of its document, counted through the items in their order. ids: list of the items' ids.
     Numbers that items carry beside these are joined under their own names as float32 tensors.
     """
     items = [item for row in rows for item in row]
-    documents = [document for item in items for document in item["documents"]]
-    order = sorted(range(len(documents)), key=lambda number: sum(map(len, documents[number])))
+    forest, number = [], 0
+    for item in items:
+        for shared, branches in trees(item):
+            shape = (len(shared), *(len(rest) + len(answer) - 1 for rest, answer in branches))
+            forest.append((shape, number, shared, branches))
+            number += len(branches)
+    forest.sort(key=lambda tree: tree[:2])
     ids, positions, labels, label_documents = [], [], [], []
-    for number in order:
-        prompt, answer = documents[number]
-        ids += prompt + answer
-        positions += range(len(prompt) + len(answer))
-        labels += [IGNORED] * (len(prompt) - 1) + answer + [IGNORED]
-        label_documents += [number] * len(answer)
+    for shape, number, shared, branches in forest:
+        ids += shared
+        positions += range(len(shared))
+        labels += [IGNORED] * len(shared)
+        for branch, (rest, answer) in enumerate(branches):
+            ids += rest + answer[:-1]
+            positions += range(len(shared), len(shared) + len(rest) + len(answer) - 1)
+            labels += [IGNORED] * (len(rest) - 1) + answer
+            label_documents += [number + branch] * len(answer)
     batch = {
         "input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions]), "shift_labels": torch.tensor([labels]),
-        "document_lengths": [sum(map(len, documents[number])) for number in order],
-        "label_documents": torch.tensor(label_documents), "ids": [item.get("id") for item in items],
+        "layout": [shape for shape, *_ in forest], "label_documents": torch.tensor(label_documents),
+        "ids": [item.get("id") for item in items],
     }
     for name in items[0]:
         if name not in ("id", "documents"):
@@ -108,6 +129,6 @@ def collate(rows):
 
 def split_batch(batch):
     """(what the model's forward takes, the N targets as (N,) int64, the rest) of a batch that `collate` made."""
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "shift_labels", "document_lengths")}
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "shift_labels", "layout")}
     labels = batch["shift_labels"]
     return inputs, labels[labels != IGNORED], {name: value for name, value in batch.items() if name not in inputs}
