@@ -62,14 +62,12 @@ def test_answers_of_a_model_that_knows_nothing_are_worse(data, tmp_path, capsys)
 
 
 def test_swaps_are_wrong_answers_of_the_same_kind():
-    terms, seen = Terms(ROOT / "data_prepare/sample/terms.jsonl"), {"names": set(), "facts": set()}
-    for seed in range(60):
-        wrong, reason = terms.swap("血海穴属于足太阴脾经。", "血海穴属于哪条经脉？", random.Random(seed))
-        assert wrong and not reason
-        seen["facts" if wrong.startswith("血海") else "names"].add(wrong)
-    assert all(wrong.endswith("穴属于足太阴脾经。") and set("血海") & set(wrong) for wrong in seen["names"])      # such as 照海
-    assert all(wrong.startswith("血海穴属于") and "足太阴脾经" not in wrong for wrong in seen["facts"])
-    assert len(seen["names"]) > 1 and len(seen["facts"]) > 1
+    terms = Terms(ROOT / "data_prepare/sample/terms.jsonl")
+    named = {terms.swap("血海穴属于足太阴脾经。", "血海穴属于哪条经脉？", random.Random(seed)) for seed in range(30)}
+    assert all(wrong.endswith("穴属于足太阴脾经。") and len(set("血海") & set(wrong)) == 1 for wrong, _ in named)     # such as 照海
+    bare = {terms.swap("足太阴脾经。", "血海穴属于哪条经脉？", random.Random(seed)) for seed in range(30)}
+    assert all(wrong != "足太阴脾经。" and wrong in {f"{term}。" for term in terms.by_kind["acupoint.meridian"]} for wrong, _ in bare)
+    assert len(named) > 1 and len(bare) > 1
 
 
 def test_agreement():

@@ -37,17 +37,17 @@ class Terms:
     def swap(self, answer, question, rng):
         """(`answer` made wrong by swapping terms for others of the same kind, "") or (None, why not).
 
-        In three of four answers that name what the question asks about, that name: for one of those most like it, because
-        mixing up 血海 and 照海 is what small models do. Else about half of the other terms, at least one: a substitute
-        means nothing near the original, and shares no character with it but what most of their kind share. No substitute
-        is in the question or the answer, and lengths stay about the same, so that they give nothing away.
+        Where the answer names what the question asks about, that name: for one of those most like it, because mixing up
+        血海 and 照海 is what small models do. Elsewhere about half of the terms, at least one: a substitute means nothing
+        near the original, and shares no character with it but what most of their kind share. No substitute is in the
+        question or the answer, and lengths stay about the same, so that they give nothing away.
         """
         found = self.find(answer)
         names = [place for place in found if place[2] in question and len(place[2]) > 1]
         facts = [place for place in found if place[2] not in question]
         if not names and not facts:
             return None, "no known term in the answer"
-        if names and (not facts or rng.random() < 0.75):
+        if names:
             chosen, substitute = [rng.choice(names)], self._other_name
         else:
             chosen, substitute = [place for place in facts if rng.random() < 0.5] or [rng.choice(facts)], self._other_fact

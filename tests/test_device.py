@@ -1,0 +1,68 @@
+"""Which device and number format are chosen, on machines that are not here: their signs are faked."""
+
+import pytest
+import torch
+from types import SimpleNamespace
+
+from utils import device, training
+from utils.device import pick_device
+from utils.errors import UserError
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(cuda=(8, 0), ...) fakes what torch and platform report."""
+
+    def fake(cuda=None, mps=False, cpu="x86_64", amx=False, avx512_bf16=False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU")
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(device.platform, "machine", lambda: cpu)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+
+    return fake
+
+
+@pytest.mark.parametrize("signs, name, bf16, reason", [
+    ({"cuda": (9, 0)}, "cuda", True, "Test GPU, compute capability 9.0"),
+    ({"cuda": (8, 0), "mps": True}, "cuda", True, "compute capability 8.0"),
+    ({"cuda": (7, 5)}, "cuda", False, "compute capability 7.5"),
+    ({"mps": True, "cpu": "arm64"}, "mps", False, "Apple GPU"),
+    ({"cpu": "arm64"}, "cpu", False, "arm64 processor"),
+    ({}, "cpu", False, "without bf16 instructions"),
+    ({"avx512_bf16": True}, "cpu", True, "AVX512-BF16"),
+    ({"amx": True, "avx512_bf16": True, "cpu": "AMD64"}, "cpu", True, "AMX"),
+])
+def test_the_best_device_is_chosen_and_explained(machine, signs, name, bf16, reason):
+    machine(**signs)
+    found = pick_device()
+    assert (found.name, found.bf16) == (name, bf16) and reason in str(found)
+    assert ("bf16 autocast over fp32 weights" in str(found)) == bf16
+
+
+def test_what_is_asked_for_is_obeyed_or_refused(machine):
+    machine(cuda=(9, 0))
+    assert pick_device("cpu").name == "cpu"
+    assert not pick_device("cuda", "fp32").bf16
+    machine(mps=True, cpu="arm64")
+    assert pick_device("mps", "bf16").bf16
+    with pytest.raises(UserError, match="no cuda device here; there is: mps, cpu"):
+        pick_device("cuda")
+    with pytest.raises(UserError, match="wanted auto, bf16 or fp32, got 'fp16'"):
+        pick_device("cpu", "fp16")
+
+
+@pytest.mark.parametrize("signs, use_cpu, bf16, pinned", [
+    ({"cuda": (9, 0)}, False, True, True), ({"cuda": (7, 0)}, False, False, True), ({"mps": True}, False, False, False),
+    ({"avx512_bf16": True}, True, True, False), ({}, True, False, False),
+])
+def test_training_arguments_follow_the_device(machine, monkeypatch, tmp_path, signs, use_cpu, bf16, pinned):
+    machine(**signs)
+    monkeypatch.setattr(training, "TrainingArguments", lambda **given: given)
+    settings = SimpleNamespace(EPOCHS=1, MAX_STEPS=0, BATCH_SIZE=1, ACCUMULATION=4, LEARNING_RATE=1e-5, WARMUP=0.1, WEIGHT_DECAY=0.0,
+                               SEED=7, KEEP_CHECKPOINTS=2)
+    given = training.training_arguments(settings, pick_device(), SimpleNamespace(folder=tmp_path, checkpoint=None))
+    assert (given["use_cpu"], given["bf16"], given["dataloader_pin_memory"]) == (use_cpu, bf16, pinned)
+    assert given["seed"] == given["data_seed"] == 7
