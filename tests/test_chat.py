@@ -607,7 +607,9 @@ def test_session_in_a_terminal(folder, speaker, tmp_path):
     terminal.type("\x1b[200~合谷是什么？\n为什么？\x1b[201~\n", answered)                # a paste of two lines
     assert "taken back: 合谷是什么？\n为什么？)" in terminal.type("/undo\n")
     assert "did you mean /reset?" in terminal.type("/rset\n")
-    assert "stopped" in terminal.type("龘\x03", r"stopped; .*\n> $")                     # Ctrl-C drops what is being typed
+    terminal.type("龘", "龘$")
+    time.sleep(0.5)         # CPython loses a Ctrl-C that comes in the microseconds between the echo and its wait for the next key
+    assert "stopped" in terminal.type("\x03", r"stopped; .*\n> $")                       # it drops what is being typed
     terminal.type(f"/compare {folder}\n", answered)
     assert "one model" in terminal.type("/compare\n")
     terminal.type(b"/system \xe7\x94\xb2\xe7\n", r"set.*\n> $")                       # half a character
@@ -616,7 +618,7 @@ def test_session_in_a_terminal(folder, speaker, tmp_path):
 
     # Ctrl-C in the middle of an answer; afterwards the same question as in the beginning gets the same answer.
     terminal.type("/set max_new_tokens=3000\n")
-    terminal.type(QUESTIONS[3] + "\n", r"说明。\n[^\n]{5}")
+    terminal.type(QUESTIONS[3] + "\n", r"说明。\n+[^\n]{5}")
     assert "stopped by Ctrl-C" in terminal.type("\x03", answered)
     terminal.type("/undo\n")
     terminal.type("/think auto\n")
