@@ -66,7 +66,8 @@ def markdown_lines(models, pairs, measured, settings, device, left_out):
                       [f"{pair['to']} - {pair['from']}", *(_difference(pair.get(name)) for name in names)] for pair in pairs)]), "",
                   "In brackets: 95 % interval (shares: Agresti and Min 2005; losses: ratio estimate). p: McNemar's exact test, how "
                   "often equally good models would differ as much. A star marks p < 0.05, for losses an interval without 0: about "
-                  "one in twenty comparisons of equally good models gets one.", ""]
+                  "one in twenty comparisons of equally good models gets one. A dash: not measured, or losses a token of models with "
+                  "different tokenizers, which cannot be compared.", ""]
     lines += ["## Sample answers", ""]
     for question, answers in _samples(measured, settings.SHOW):
         cells = [answer.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;") for answer in answers.values()]
