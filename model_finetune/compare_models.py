@@ -32,6 +32,7 @@ OUTPUT_DIR = "trainer_output"                       # where the results go
 EXAM_INSTRUCTION = "请只写出答案。"                  # put under an exam question that is scored by option text
 EVAL_ROWS = 300             # conversations of EVAL_FILE, and as many pairs, that are scored; 0: all
 EXAM_ROWS = 0               # exam questions that are scored; 0: all
+LETTER_ROWS = 0             # of these, how many also by option letter, which takes ten times as long; 0: all
 GENERATE = 200              # held-out questions answered in full, beside the general ones; 0: no answers at all
 THINKING = "off"            # of answers in full: off, on, or auto (each folder's own mode); scores are taken with it off
 MAX_NEW_TOKENS = 128        # longest generated answer, in tokens
@@ -57,10 +58,12 @@ def main(argv=None):
     import torch
 
     from utils.comparison import differences, figures, results
-    from utils.device import pick_device
+    from utils.device import hold_memory, pick_device
 
     device = pick_device(settings.DEVICE, settings.PRECISION)
     print(f"device: {device}")
+    if device.name == "cpu":
+        hold_memory()
     measured = {}
     for number, (name, folder) in enumerate(folders.items(), 1):
         print(f"{number}/{len(folders)} {name} ({show_path(folder)})", flush=True)

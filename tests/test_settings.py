@@ -56,6 +56,13 @@ def test_flags_override_constants_and_paths_follow_their_origin(script, tmp_path
     assert settings.as_dict()["DATA_FILE"] == "data_prepare/x.jsonl"
 
 
+def test_a_switch_does_not_take_the_next_word_for_its_value(script, tmp_path):
+    (tmp_path / "model").mkdir()
+    settings = parse_settings(script, ["--fast", str(tmp_path / "model")], positional="MODEL")
+    assert settings.FAST is True and settings.MODEL == str(tmp_path / "model")
+    assert parse_settings(script, ["--fast", "false"]).FAST is False
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--stepz", "4"], "error: unknown argument --stepz; did you mean --steps?"),
     (["--steps", "many"], "error: --steps: wanted a whole number, got 'many'"),

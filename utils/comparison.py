@@ -4,8 +4,8 @@ Results are a list of dicts, one an item, kept as JSON lines, so that a model on
 
     {"test": "model", "folder", "identity", "seconds", "generation_seconds"}      the first line
     {"test": "heldout" or "general", "id", "loss" (nats, sum over the answer), "tokens"}
-    {"test": "exam", "id", "question", "options", "answer", "text_choice", "letter_choice", "text": {letter: score}, "letter",
-     "rotations"}
+    {"test": "exam", "id", "question", "options", "answer", "text_choice", "text": {letter: score}, and for those asked by
+     letter "letter_choice", "letter", "rotations"}
     {"test": "preference", "id", "kind", "chosen", "rejected"}                    log-probabilities
     {"test": "answer", "about": "heldout" or "general", "id", "question", "reference", "answer", "tokens", "ended", "right",
      "repetition"}
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.files import read_jsonl, sha256_of, show_path, write_jsonl
+from utils.files import draw_evenly, read_jsonl, sha256_of, show_path, write_jsonl
 from utils.intervals import mcnemar, mean_per_token, share_difference, wilson
 from utils.models import adapter_base, fingerprint, load_model, load_tokenizer
 from utils.terminal import progress
@@ -92,12 +92,13 @@ def _measure(folder, tests, settings, device):
     if tests.exam:
         by_text = exam_choices(model, tokenizer, tests.exam, settings.EXAM_INSTRUCTION, device,
                                progress(f"exam by option text, {len(tests.exam):,} questions"))
-        by_letter = exam_letter_choices(model, tokenizer, tests.exam, device,
-                                        progress("exam by option letter, every rotation of the options"))
+        some = draw_evenly(tests.exam, settings.LETTER_ROWS)
+        by_letter = exam_letter_choices(model, tokenizer, some, device,
+                                        progress(f"exam by option letter, {len(some):,} questions, every rotation"))
+        letters = {item["id"]: dict(zip(("letter_choice", "letter", "rotations"), result)) for item, result in zip(some, by_letter)}
         items += [{"test": "exam", "id": item["id"], "question": item["question"], "options": item["options"],
-                   "answer": item["answer"], "text_choice": text[0], "letter_choice": letter[0],
-                   "text": text[1], "letter": letter[1], "rotations": letter[2]}
-                  for item, text, letter in zip(tests.exam, by_text, by_letter)]
+                   "answer": item["answer"], "text_choice": text[0], "text": text[1], **letters.get(item["id"], {})}
+                  for item, text in zip(tests.exam, by_text)]
     if tests.pairs:
         documents = [[(encode_prompt(tokenizer, pair["prompt"], bool(pair["chosen"][-1].get("reasoning_content"))),
                        encode_answer(tokenizer, pair[side][-1])) for side in ("chosen", "rejected")] for pair in tests.pairs]
@@ -159,7 +160,7 @@ def by_measure(items):
     answers = [item for item in items if item["test"] == "answer" and item["right"] is not None]
     shares = {
         "exam": [item["text_choice"] == item["answer"] for item in of["exam"]],
-        "exam_letter": [item["letter_choice"] == item["answer"] for item in of["exam"]],
+        "exam_letter": [item["letter_choice"] == item["answer"] for item in of["exam"] if "letter" in item],
         "preference": [item["chosen"] > item["rejected"] for item in of["preference"]],
         "facts": [item["right"] for item in answers if item["about"] == "heldout"],
         "general": [item["right"] for item in answers if item["about"] == "general"],

@@ -17,6 +17,7 @@ folder or a Hub id: what exists as a folder becomes its path, anything else stay
 import argparse
 import ast
 import difflib
+import itertools
 import sys
 import textwrap
 from pathlib import Path
@@ -65,7 +66,8 @@ def parse_settings(script, argv=None, positional=""):
             parser.add_argument(_flag(name), dest=name, type=_typed(type(value)), **options)
     if positional:
         parser.add_argument("positional", nargs="?", metavar=positional, default=None, help=argparse.SUPPRESS)
-    given = vars(parser.parse_args(argv))
+    argv = sys.argv[1:] if argv is None else argv
+    given = vars(parser.parse_args(_switched_on(argv, constants) if positional else argv))
     first = given.pop("positional", None)
     if first is not None:
         given[positional] = first
@@ -121,8 +123,18 @@ def _metavar(value):
     return {bool: "true|false", int: "N", float: "X", str: "TEXT", list: "TEXT"}[type(value)]
 
 
+def _switched_on(argv, constants):
+    """argv with "=true" put to a bare true-or-false flag, so that the word after it (a folder) is not taken for its value."""
+    switches = {_flag(name) for name, (value, _) in constants.items() if isinstance(value, bool)}
+    return [f"{word}=true" if word in switches and after.lower() not in BOOLEANS else word
+            for word, after in itertools.zip_longest(argv, argv[1:], fillvalue="")]
+
+
+BOOLEANS = ("true", "false", "yes", "no", "1", "0")
+
+
 def _boolean(text):
-    if text.lower() not in ("true", "false", "yes", "no", "1", "0"):
+    if text.lower() not in BOOLEANS:
         raise argparse.ArgumentTypeError(f"wanted true or false, got {text!r}")
     return text.lower() in ("true", "yes", "1")
 

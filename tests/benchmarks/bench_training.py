@@ -1,0 +1,288 @@
+"""Time training steps on the exact shape of Qwen3-0.6B against TRL's public options, on the same rows.
+
+    make bench
+    python tests/benchmarks/bench_training.py --methods sft --rounds 1
+    python tests/benchmarks/bench_training.py --model model_download/Qwen3-0.6B --train-file data_prepare/qwen3/sft_train.jsonl
+
+Without --model: random weights of that shape and the tiny model's tokenizer, made once under trainer_output/bench/ (git-ignored).
+Without --train-file and --pairs-file: the built-in sample, several rows joined to a conversation's length of 100 to 200 tokens.
+
+Every measurement is a process of its own, one at a time, all of a round in turn; the first step of each is left out. A token
+is a real one, as each document alone would have it: padding does not count, a prompt that two answers share counts twice. Ours
+for DPO includes the time of the reference log-probabilities of the pairs that were stepped on. "of peak": 6 x parameters FLOP a
+token (4 x for LoRA) against the machine's own matrix product, measured beside. Medians over the rounds.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+# (method, variant): whose trainer, precision, packed, sequences (or pairs) a step, for TRL's padded ones
+VARIANTS = {
+    ("sft", "ours"): {}, ("sft", "TRL padded"): {"batch": 4}, ("sft", "TRL packed"): {"packing": True},
+    ("lora", "ours"): {}, ("lora", "TRL padded"): {"batch": 4}, ("lora", "TRL packed"): {"packing": True},
+    ("dpo", "ours"): {}, ("dpo", "TRL padded"): {"batch": 2},
+}
+
+
+def shape_of_qwen3(folder):
+    """Qwen3-0.6B's architecture with random weights and the tiny model's tokenizer, in `folder`; made once."""
+    if (folder / "model.safetensors").is_file():
+        return folder
+    import torch
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=40960, rope_theta=1_000_000, tie_word_embeddings=True))
+    AutoTokenizer.from_pretrained(ROOT / "model_download/tiny_qwen3_tcm").save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def sample_files(folder):
+    """(sft file, pairs file) of the built-in sample: six rows in one question and answer, the next six answers as rejected."""
+    from utils.files import read_jsonl, write_jsonl
+
+    rows = list(read_jsonl(ROOT / "data_prepare/sample/tcm_sample.jsonl"))
+    texts = [tuple("\n".join(row[name] for row in rows[start:start + 6]) for name in ("instruction", "output"))
+             for start in range(0, 2400, 6)]
+    say = lambda role, text: {"role": role, "content": text}  # noqa: E731
+    conversations = [{"id": str(number), "messages": [say("user", q), say("assistant", a)]} for number, (q, a) in enumerate(texts)]
+    pairs = [{"id": str(number), "prompt": [say("user", q)], "chosen": [say("assistant", a)], "rejected": [say("assistant", texts[number - 1][1])]}
+             for number, (q, a) in enumerate(texts)]
+    write_jsonl(folder / "sft.jsonl", conversations)
+    write_jsonl(folder / "pairs.jsonl", pairs)
+    return folder / "sft.jsonl", folder / "pairs.jsonl"
+
+
+class Clock:
+    """Seconds and real tokens of each optimizer step of a Trainer."""
+
+    def __init__(self, trainer, count):
+        from transformers import TrainerCallback
+
+        self.seconds, self.tokens, clock = [], [], self
+
+        class Callback(TrainerCallback):
+            def on_step_begin(self, *_, **__):
+                clock.began = time.perf_counter()
+
+            def on_step_end(self, *_, **__):
+                clock.seconds.append(time.perf_counter() - clock.began)
+
+        step = trainer.training_step
+
+        def counted(model, inputs, *rest, **named):
+            self.tokens.append(count(inputs))
+            return step(model, inputs, *rest, **named)
+
+        trainer.training_step = counted
+        trainer.add_callback(Callback())
+
+
+def ours(method, precision, options, folder):
+    """(Clock after training, seconds of the reference pass for one token)."""
+    import torch
+    from transformers import set_seed
+
+    from utils.adapters import add_lora
+    from utils.device import hold_memory, pick_device
+    from utils.examples import load_conversations, load_pairs
+    from utils.models import load_model, load_tokenizer
+    from utils.packed_model import prepare_packed
+    from utils.packing import PackedRows
+    from utils.scoring import answer_logps
+    from utils.settings import parse_settings
+    from utils.trainer import PackedDPOTrainer, PackedTrainer
+    from utils.training import training_arguments
+
+    settings = parse_settings(ROOT / f"model_finetune/finetune_{method}.py", [
+        "--model", options.model, "--output-dir", folder, "--max-length", str(options.max_length), "--accumulation", "1",
+        "--max-steps", str(options.steps), "--device", "auto", "--precision", precision])
+    device = pick_device("auto", precision)
+    run = argparse.Namespace(folder=Path(folder), checkpoint=None)
+    args = training_arguments(settings, device, run)
+    args.eval_on_start, args.eval_strategy, args.save_strategy = False, "no", "no"
+    if device.name == "cpu":
+        hold_memory()
+    set_seed(0)
+    tokenizer = load_tokenizer(options.model)
+    model = prepare_packed(load_model(options.model, torch.float32))
+    load = load_pairs if method == "dpo" else load_conversations
+    rows, _ = load(options.pairs_file if method == "dpo" else options.train_file, tokenizer, options.max_length, options.rows)
+    reference = 0.0
+    if method == "dpo":
+        few = PackedRows(rows.items[:8], options.max_length)
+        answer_logps(model, PackedRows(rows.items[:1], options.max_length), device)     # the first pass warms up
+        began = time.perf_counter()
+        answer_logps(model, few, device)
+        reference = (time.perf_counter() - began) / few.tokens
+        for item in rows.items:
+            item.update(reference_chosen=-100.0, reference_rejected=-100.0)
+        trainer = PackedDPOTrainer(model, args, rows, None, tokenizer, beta=0.1, sft_weight=0.2)
+    else:
+        trainer = PackedTrainer(add_lora(model, settings) if method == "lora" else model, args, rows, None, tokenizer)
+    # a tree (shared tokens, tokens of each branch ...) stands for documents of shared + branch + the last token, each
+    clock = Clock(trainer, lambda inputs: sum(tree[0] + branch + 1 for tree in inputs["layout"] for branch in tree[1:]))
+    trainer.train()
+    return clock, reference
+
+
+def theirs(method, precision, options, folder, batch=1, packing=False):
+    """The script that TRL's documentation suggests, with its public options."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    from utils.files import draw_evenly, read_jsonl
+
+    rows = draw_evenly(list(read_jsonl(options.pairs_file if method == "dpo" else options.train_file)), options.rows)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    common = dict(output_dir=folder, max_steps=options.steps, per_device_train_batch_size=batch, max_length=options.max_length,
+                  bf16=precision == "bf16", gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), logging_steps=1,
+                  save_strategy="no", report_to="none", disable_tqdm=True, seed=0)
+    if method == "dpo":
+        data = Dataset.from_list([{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows])
+        trainer = DPOTrainer(model, args=DPOConfig(**common), train_dataset=data, processing_class=tokenizer)
+    else:
+        data = Dataset.from_list([{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows])
+        lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if method == "lora" else None
+        trainer = SFTTrainer(model, args=SFTConfig(**common, packing=packing), train_dataset=data, processing_class=tokenizer,
+                             peft_config=lora)
+
+    def count(inputs):
+        mask = inputs.get("attention_mask")
+        return inputs["input_ids"].numel() if mask is None else int(mask.sum())
+
+    clock = Clock(trainer, count)
+    trainer.train()
+    return clock, 0.0
+
+
+def measure(options):
+    """One measurement, in this process: a dict on the last line of stdout."""
+    import torch
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.variant == "ours":
+            clock, reference = ours(options.method, options.precision, options, folder)
+        else:
+            clock, reference = theirs(options.method, options.precision, options, folder, **VARIANTS[options.method, options.variant])
+    seconds = [spent + reference * tokens for spent, tokens in zip(clock.seconds[1:], clock.tokens[1:])]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else peak
+    print(json.dumps({"tokens_per_second": sum(clock.tokens[1:]) / sum(seconds), "peak_gib": memory, "tokens": sum(clock.tokens[1:])}))
+
+
+def matrix_peak(precision):
+    """FLOP/s of a 4096 x 4096 x 4096 product, the median of seven."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    one, other = (torch.randn(4096, 4096, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32) for _ in range(2))
+    times = []
+    for _ in range(8):
+        began = time.perf_counter()
+        (one @ other).sum().item()
+        times.append(time.perf_counter() - began)
+    return 2 * 4096**3 / statistics.median(times[1:])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a model folder; default: the shape with random weights")
+    parser.add_argument("--train-file", help="conversations, as sft_train.jsonl")
+    parser.add_argument("--pairs-file", help="preference pairs, as dpo_train.jsonl")
+    parser.add_argument("--methods", nargs="+", default=["sft", "lora", "dpo"])
+    parser.add_argument("--variants", nargs="+", default=["ours", "TRL padded", "TRL packed"])
+    parser.add_argument("--precisions", nargs="+", help="fp32 bf16; default: fp32 for all, and bf16 where the hardware has it")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps of a measurement, the first left out")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens a packed row")
+    parser.add_argument("--rows", type=int, default=200, help="conversations or pairs, drawn evenly")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
+    parser.add_argument("--output", default=str(ROOT / "trainer_output/bench/training.json"))
+    parser.add_argument("--method", help=argparse.SUPPRESS)         # these three: one measurement, by the call below
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    parser.add_argument("--precision", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.variant:
+        return measure(options)
+
+    import torch
+
+    from utils.device import pick_device
+
+    place = ROOT / "trainer_output/bench"
+    place.mkdir(parents=True, exist_ok=True)
+    files = sample_files(place)
+    options.model = options.model or str(shape_of_qwen3(place / "qwen3_0_6b_shape"))
+    options.train_file, options.pairs_file = options.train_file or str(files[0]), options.pairs_file or str(files[1])
+    precisions = options.precisions or (["fp32", "bf16"] if pick_device().bf16 else ["fp32"])
+    cases = [(method, variant, precision) for method, variant in VARIANTS for precision in precisions
+             if method in options.methods and variant in options.variants and not (variant == "ours" and precision != precisions[-1])]
+    peaks, results = {precision: matrix_peak(precision) for precision in precisions}, {}
+    given = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in
+             ("model", "train_file", "pairs_file", "steps", "max_length", "rows", "threads")]
+    for number in range(options.rounds):
+        for method, variant, precision in cases:
+            done = subprocess.run([sys.executable, __file__, *given, "--method", method, "--variant", variant, "--precision", precision],
+                                  capture_output=True, text=True, encoding="utf-8")
+            if done.returncode:
+                sys.exit(f"{method} {variant} {precision} failed:\n{done.stderr[-2000:]}")
+            result = json.loads(done.stdout.splitlines()[-1])
+            results.setdefault((method, variant, precision), []).append(result)
+            print(f"round {number + 1}: {method} {variant} {precision}: {result['tokens_per_second']:.1f} tokens/s, "
+                  f"{result['peak_gib']:.1f} GiB", flush=True)
+    print_table(results, peaks, options)
+
+
+def print_table(results, peaks, options):
+    """The medians, on the terminal and with everything measured in options.output."""
+    import torch
+
+    table = []
+    for (method, variant, precision), rounds in results.items():
+        speed = statistics.median(result["tokens_per_second"] for result in rounds)
+        flop = (4 if method == "lora" else 6) * 596_049_920
+        table.append({"method": method, "variant": variant, "precision": precision, "tokens_per_second": round(speed, 1),
+                      "of_peak": round(speed * flop / peaks[precision], 3), "peak_gib": round(max(r["peak_gib"] for r in rounds), 1)})
+    print(f"\n| method | trainer | tokens/s | ours is | of peak | memory |\n|---|---|---|---|---|---|")
+    for row in table:
+        own = next((r["tokens_per_second"] for r in table if r["method"] == row["method"] and r["variant"] == "ours"), None)
+        ratio = f"{own / row['tokens_per_second']:.2f} x" if own and row["variant"] != "ours" else ""
+        print(f"| {row['method']} | {row['variant']}, {row['precision']} | {row['tokens_per_second']:.1f} | {ratio} | "
+              f"{row['of_peak']:.0%} | {row['peak_gib']:.1f} GiB |")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    record = {
+        "command": " ".join(["python", "tests/benchmarks/bench_training.py", *sys.argv[1:]]), "commit": commit,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",
+        "matrix_peak_gflops": {name: round(peak / 1e9) for name, peak in peaks.items()},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "trl", "peft")}},
+        "rounds": options.rounds, "steps": options.steps, "max_length": options.max_length, "table": table,
+        "all": [{"case": list(case), "rounds": rounds} for case, rounds in results.items()],
+    }
+    Path(options.output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{record['machine']}; matrix product: {record['matrix_peak_gflops']} GFLOP/s; written to {options.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
