@@ -49,7 +49,7 @@ demo: $(READY)
 	@$(PY) data_prepare/build_preference_pairs.py --input-dir $(DATA) --output-dir $(DATA) --max-train 3000 --max-eval 600
 	@echo; echo "== 6/9 DPO, from the SFT result"
 	@$(PY) model_finetune/finetune_dpo.py --model $(DEMO)/sft_finetuned --train-file $(DATA)/dpo_train.jsonl \
-	  --eval-file $(DATA)/dpo_eval.jsonl --output-dir $(DEMO)/dpo_finetuned $(SMALL) --learning-rate 1e-4
+	  --eval-file $(DATA)/dpo_eval.jsonl --output-dir $(DEMO)/dpo_finetuned $(SMALL) --learning-rate 1e-4 --sft-weight 1
 	@echo; echo "== 7/9 compare them on held-out herbs, formulas, points and syndromes"
 	@$(PY) model_finetune/compare_models.py --models $(TINY) $(DEMO)/sft_finetuned $(DEMO)/lora_finetuned $(DEMO)/dpo_finetuned \
 	  --eval-file $(DATA)/sft_eval.jsonl --exam-file $(DATA)/exam.jsonl --pairs-file $(DATA)/dpo_eval.jsonl --output-dir $(DEMO) --eval-rows 0 --letter-rows 100

@@ -160,7 +160,7 @@ def by_measure(items):
     answers = [item for item in items if item["test"] == "answer" and item["right"] is not None]
     shares = {
         "exam": [item["text_choice"] == item["answer"] for item in of["exam"]],
-        "exam_letter": [item["letter_choice"] == item["answer"] for item in of["exam"] if "letter" in item],
+        "exam_letter": [item["letter_choice"] == item["answer"] for item in of["exam"] if "letter_choice" in item],
         "preference": [item["chosen"] > item["rejected"] for item in of["preference"]],
         "facts": [item["right"] for item in answers if item["about"] == "heldout"],
         "general": [item["right"] for item in answers if item["about"] == "general"],

@@ -35,7 +35,8 @@ def check_model(model):
             return model                        # a Hub id such as Qwen/Qwen3-0.6B
         raise UserError(f"the model folder {model} does not exist; download one: python model_download/download_model.py")
     if not folder.is_dir():
-        raise UserError(f"{show_path(folder)} is a file, wanted a model folder; did you mean {show_path(folder.parent)}?")
+        hint = f"; did you mean {show_path(folder.parent)}?" if (folder.parent / "config.json").is_file() else ""
+        raise UserError(f"{show_path(folder)} is a file, wanted a model folder{hint}")
     if (folder / "adapter_config.json").is_file():
         base = adapter_base(folder)
         if not Path(base).is_dir():

@@ -46,10 +46,10 @@ def plot_training(log, path, title):
 
 def _draw(axis, steps, evaluations, name, label, colour, prefix=""):
     """Training values, raw and smoothed, and evaluation points of one quantity."""
-    x, y, smooth = [entry["step"] for entry in steps], [entry[name] for entry in steps], []
-    new = 1 / max(1.5, SMOOTHING * len(y))      # weight of a new value in the running average
-    for value in y:
-        smooth.append(value if not smooth else (1 - new) * smooth[-1] + new * value)
+    x, y = [entry["step"] for entry in steps], [entry[name] for entry in steps]
+    reach = max(1, round(SMOOTHING * len(y) / 2))
+    windows = [y[max(0, i - reach):i + reach + 1] for i in range(len(y))]     # centred, so that the curve does not lag behind
+    smooth = [sum(window) / len(window) for window in windows]
     axis.plot(x, y, color=colour, alpha=0.25, linewidth=0.8, label=f"{prefix}training, each step")
     axis.plot(x, smooth, color=colour, linewidth=1.8, label=f"{prefix}training, smoothed")
     axis.plot([e["step"] for e in evaluations], [e[f"eval_{name}"] for e in evaluations], "o--", color="black" if not prefix else
