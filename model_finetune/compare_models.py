@@ -58,12 +58,10 @@ def main(argv=None):
     import torch
 
     from utils.comparison import differences, figures, results
-    from utils.device import hold_memory, pick_device
+    from utils.device import pick_device
 
     device = pick_device(settings.DEVICE, settings.PRECISION)
     print(f"device: {device}")
-    if device.name == "cpu":
-        hold_memory()
     measured = {}
     for number, (name, folder) in enumerate(folders.items(), 1):
         print(f"{number}/{len(folders)} {name} ({show_path(folder)})", flush=True)

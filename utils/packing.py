@@ -2,8 +2,9 @@
 
 A *document* is one sequence (a prompt and its answer). An *item* is what must stay together: one document for SFT, the
 chosen and the rejected one for DPO, the options of an exam question. Documents of an item that answer the same prompt
-share its tokens: a *tree*, whose branches see the prompt and themselves, not one another. Items are packed into rows of at most `max_length` tokens once, before training, so
-that every epoch costs the same and a resumed run finds the same rows; the trainer shuffles rows, never their content.
+share its tokens: a *tree*, whose branches see the prompt and themselves, not one another. Items are packed into rows of at
+most `max_length` tokens once, before training, so that every epoch costs the same and a resumed run finds the same rows; the
+trainer shuffles rows, never their content.
 """
 
 import random

@@ -64,7 +64,8 @@ class Terms:
 
     def _other_fact(self, term, question, used, rng):
         kind = rng.choice(self.kinds[term])
-        own = {c for c in term if 2 * sum(c in other for other in self.by_kind[kind]) < len(self.by_kind[kind])}     # 足太阴脾经: not 经
+        kin = self.by_kind[kind]
+        own = {c for c in term if 2 * sum(c in other for other in kin) < len(kin)}     # of 足太阴脾经: not 经
         fits = [other for other in self._like(kind, term, question, used) if not own & set(other)]
         return rng.choice(fits) if fits else None
 

@@ -8,7 +8,6 @@ import torch
 from transformers import TrainingArguments
 
 from utils.chat_format import generation_settings, with_default_mode
-from utils.device import hold_memory
 from utils.errors import RunError
 from utils.files import show_path
 from utils.forecast import readable
@@ -53,8 +52,6 @@ def train(trainer, run, log, stop):
     RunError, in one line, where memory runs out; KeyboardInterrupt after Ctrl-C, once the checkpoint is written.
     """
     run.begin()
-    if trainer.args.device.type == "cpu":
-        hold_memory()
     if run.checkpoint:
         print(f"going on from {show_path(run.checkpoint)}")
     try:

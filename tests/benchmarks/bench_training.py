@@ -99,7 +99,7 @@ def ours(method, precision, options, folder):
     from transformers import set_seed
 
     from utils.adapters import add_lora
-    from utils.device import hold_memory, pick_device
+    from utils.device import pick_device
     from utils.examples import load_conversations, load_pairs
     from utils.models import load_model, load_tokenizer
     from utils.packed_model import prepare_packed
@@ -116,8 +116,6 @@ def ours(method, precision, options, folder):
     run = argparse.Namespace(folder=Path(folder), checkpoint=None)
     args = training_arguments(settings, device, run)
     args.eval_on_start, args.eval_strategy, args.save_strategy = False, "no", "no"
-    if device.name == "cpu":
-        hold_memory()
     set_seed(0)
     tokenizer = load_tokenizer(options.model)
     model = prepare_packed(load_model(options.model, torch.float32))
