@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from utils.errors import run
 from utils.settings import parse_settings, read_constants
 
 SCRIPT = '''"""A script.
@@ -111,3 +112,33 @@ def test_scripts_only_import_utils():
         for line in (ROOT / script).read_text(encoding="utf-8").splitlines():
             assert not line.strip().startswith(("from data_prepare", "from model_", "import data_prepare", "import model_")), script
     assert Path(ROOT / "utils/__init__.py").is_file()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_said_in_one_line_whoever_writes(capsys):
+    import torch
+    from safetensors import SafetensorError
+
+    def plain():
+        with open("/dev/full", "w", encoding="utf-8") as file:
+            file.write("a" * 100_000)
+
+    def by_torch():
+        with open("/dev/full", "wb") as file:
+            torch.save({"a": torch.zeros(100_000)}, file)
+
+    def by_safetensors():       # its words on a full tmpfs; it would put a file in the place of /dev/full
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def by_torch_elsewhere():   # its words on a full tmpfs
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+
+    for write in (plain, by_torch, by_safetensors, by_torch_elsewhere):
+        assert run(write) == 1
+        errors = capsys.readouterr().err
+        assert errors.startswith("error: the disk is full") and len(errors.splitlines()) == 1
+
+
+def test_an_error_that_nobody_foresaw_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: 1 / 0)

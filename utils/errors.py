@@ -42,6 +42,14 @@ def run(main):
         return complain("not enough memory; close other programs or choose a smaller model or batch", 1)
     except OSError as error:
         return complain(explain_os_error(error), 1)
+    except Exception as error:
+        if any(sign in str(error) for sign in DISK_FULL):
+            return complain("the disk is full; free some space and run the same command again", 1)
+        raise
+
+
+# How the writers of safetensors and torch say that the disk is full: neither raises an OSError.
+DISK_FULL = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos")
 
 
 def complain(message, exit_code):
