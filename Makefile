@@ -64,7 +64,7 @@ demo-clean:
 	rm -rf $(DEMO)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile tests
+	$(PY) -m pytest -q -n 2 --dist loadfile tests
 
 bench: $(READY)
 	$(PY) tests/benchmarks/bench_training.py

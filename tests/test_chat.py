@@ -34,14 +34,6 @@ CPU = Device("cpu", False, "test")
 QUESTIONS = ["甘草", "麻黄汤的功效是什么？龘", "What is this? 合谷", "四君子汤由哪些药组成？请一一说明。"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)            # tiny products: a second thread costs more than it brings
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("chat") / "tiny", context=4096)
@@ -581,10 +573,10 @@ class Terminal:
 def test_session_in_a_terminal(folder, speaker, tmp_path):
     # A folder whose answer to the first question ends soon: the tenth token of that answer becomes an end token.
     own = damaged(folder, tmp_path / "中医模型")
-    settings = json.loads((folder / "generation_config.json").read_text())
+    settings = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     end = reference(speaker, prompts_of(speaker)[0], 40)[9]
     settings["eos_token_id"].append(end)
-    (own / "generation_config.json").write_text(json.dumps(settings))
+    (own / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
     assert end not in reference(speaker, prompts_of(speaker, False)[3], 500)       # the answer for Ctrl-C does not end soon
     terminal = Terminal(sys.executable, str(ROOT / SCRIPT), str(own), "--greedy", "--precision", "fp32",
                         "--max-new-tokens", "3000", OMP_NUM_THREADS="1", LC_ALL="C.UTF-8")

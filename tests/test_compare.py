@@ -32,14 +32,6 @@ EXAM = [{"id": f"{n}", "question": f"{name}的药性是什么？", "answer": "AB
         for n, name in enumerate("麻黄 桂枝 甘草 人参 黄芪 当归 川芎 白芍 茯苓 白术".split())]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)            # tiny products: a second thread costs more than it brings
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")

@@ -539,10 +539,10 @@ def test_signatures_find_what_overlaps():
 @pytest.mark.parametrize("make, words", [
     (lambda folder: folder / "missing.jsonl", ["does not exist", "download_tcm_data.py"]),
     (lambda folder: folder, ["no data file", "download_tcm_data.py"]),
-    (lambda folder: (folder / "a.xlsx").write_text("x") and folder / "a.xlsx", ["cannot read .xlsx", ".parquet"]),
-    (lambda folder: (folder / "a.jsonl").write_text("") or folder / "a.jsonl",
+    (lambda folder: (folder / "a.xlsx").write_text("x", encoding="utf-8") and folder / "a.xlsx", ["cannot read .xlsx", ".parquet"]),
+    (lambda folder: (folder / "a.jsonl").write_text("", encoding="utf-8") or folder / "a.jsonl",
      ["no row could be used (the input is empty)"]),
-    (lambda folder: (folder / "a.json").write_text('{\n"query": "q",\n"response": "r"\n}') and folder / "a.json",
+    (lambda folder: (folder / "a.json").write_text('{\n"query": "q",\n"response": "r"\n}', encoding="utf-8") and folder / "a.json",
      ["no row could be used (4 not JSON); wanted one JSON object for each row: one a line, or all in one array"]),
     (lambda folder: write_lines(folder / "a.json", {"data": [{"query": "q", "response": "r"}]}),
      ["no row could be used (1 fields not recognised); fields found: data; wanted one JSON object for each row"]),
