@@ -48,9 +48,11 @@ _ODD = numpy.array([_random.getrandbits(32) | 1 for _ in range(HASHES)], dtype=n
 
 def normalise(text):
     """The letters and digits of a text, NFKC and case-folded. A sign between two digits stays (1.5 is not 15)."""
-    if not _DIGIT.search(text):
-        for mark in _COMMON_MARKS:        # a shortcut: NFKC leaves text at once that holds nothing to change
-            text = text.replace(mark, "")
+    letters = text
+    for mark in _COMMON_MARKS:            # a shortcut: NFKC leaves text at once that holds nothing to change
+        letters = letters.replace(mark, "")
+    if letters.isalpha() or not _DIGIT.search(letters):
+        text = letters
     text = unicodedata.normalize("NFKC", text).casefold()
     return text if text.isalnum() else _NOISE.sub("", text)
 

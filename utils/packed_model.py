@@ -5,6 +5,7 @@
 
 import functools
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from transformers import AttentionInterface
 
 from utils.packing import IGNORED
 
-CHUNK = 256         # positions scored at once: 256 x 151,936 fp32 logits are 156 MB
+CHUNK = 512         # positions scored at once, at most: 512 x 151,936 fp32 logits are 311 MB
 
 
 def document_attention(module, query, key, value, attention_mask, scaling, layout=None, **kwargs):
@@ -63,18 +64,43 @@ def prepare_packed(model):
     model.set_attn_implementation("document_attention")
 
     def forward(input_ids, position_ids, shift_labels, layout, **unset):      # PEFT adds arguments that are None
-        hidden = model.model(input_ids=input_ids, position_ids=position_ids, layout=layout, use_cache=False).last_hidden_state
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        if embedding is head and head.requires_grad and head.device.type == "cpu":
+            given = {"inputs_embeds": _TiedEmbedding.apply(embedding, input_ids)}
+        else:
+            given = {"input_ids": input_ids}
+        hidden = model.model(**given, position_ids=position_ids, layout=layout, use_cache=False).last_hidden_state
         return hidden[shift_labels != IGNORED]
 
     model.forward = forward
     return model
 
 
+class _TiedEmbedding(torch.autograd.Function):
+    """Embedding of ids (1, T) whose gradient names only the T rows of `weight` (V, H) that it touches.
+
+    The LM head's gradient of the same weight is there first, and autograd adds these rows to it in place. The usual gradient
+    is a second matrix of 0.6 GB, nearly all zeros, to be filled and added in every step.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, ids):
+        ctx.save_for_backward(ids)
+        ctx.shape = weight.shape
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (ids,) = ctx.saved_tensors
+        return torch.sparse_coo_tensor(ids, upstream[0], ctx.shape, check_invariants=False), None
+
+
 def sum_of_losses(hidden, weight, targets, token_weights=None):
     """Sum over N positions of token_weight x cross-entropy, differentiable in `hidden` (N, H) and `weight` (V, H).
 
     targets: (N,) int64. token_weights: (N,) float32 or None for ones; no gradient flows to them. Logits are made for CHUNK
-    positions at a time and the gradient is formed at once, in the forward pass, so that the (N, V) matrix never exists.
+    positions at a time and the gradient is formed at once, in the forward pass, so that the (N, V) matrix never exists. That
+    gradient is scaled in place by the backward pass, which therefore can be run once only (a second time is an error).
     Products run in bfloat16 under autocast, else in the dtype of `hidden`; softmax and sums are float32 (float64 for
     float64 input).
     """
@@ -90,11 +116,10 @@ class _SumOfLosses(torch.autograd.Function):
         compute, exact = _dtypes(hidden)
         head = weight.to(compute)
         hidden_gradient = torch.empty_like(hidden, dtype=exact) if need_hidden else None
-        weight_gradient = torch.zeros_like(weight) if need_weight else None
+        weight_gradient = torch.empty_like(weight) if need_weight else None
         total = torch.zeros((), dtype=exact, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, len(targets), CHUNK):
-                part = slice(start, start + CHUNK)
+            for part in _parts(len(targets)):
                 states, wanted, scale = hidden[part].to(compute), targets[part], token_weights[part].to(exact)
                 logits = (states @ head.T).to(exact)
                 logsumexp = torch.logsumexp(logits, dim=1)
@@ -107,7 +132,7 @@ class _SumOfLosses(torch.autograd.Function):
                     if need_hidden:
                         hidden_gradient[part] = gradient @ head
                     if need_weight:
-                        weight_gradient.addmm_(gradient.T.to(weight.dtype), states.to(weight.dtype))
+                        weight_gradient.addmm_(gradient.T.to(weight.dtype), states.to(weight.dtype), beta=int(part.start > 0))
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.hidden_dtype = hidden.dtype
         return total
@@ -116,8 +141,8 @@ class _SumOfLosses(torch.autograd.Function):
     def backward(ctx, upstream):
         hidden_gradient, weight_gradient = ctx.saved_tensors
         return (
-            None if hidden_gradient is None else (hidden_gradient * upstream).to(ctx.hidden_dtype),
-            None if weight_gradient is None else weight_gradient * upstream.to(weight_gradient.dtype),
+            None if hidden_gradient is None else hidden_gradient.mul_(upstream).to(ctx.hidden_dtype),
+            None if weight_gradient is None else weight_gradient.mul_(upstream.to(weight_gradient.dtype)),
             None,
             None,
         )
@@ -128,13 +153,18 @@ def token_logps(hidden, weight, targets):
     """Log-probability of each target: (N,) float32 (float64 for float64 input), from `hidden` (N, H), `weight` (V, H)."""
     compute, exact = _dtypes(hidden)
     head = weight.to(compute)
-    parts = [torch.zeros(0, dtype=exact, device=hidden.device)]
+    parts = []
     with torch.autocast(hidden.device.type, enabled=False):
-        for start in range(0, len(targets), CHUNK):
-            logits = (hidden[start:start + CHUNK].to(compute) @ head.T).to(exact)
-            wanted = targets[start:start + CHUNK, None]
-            parts.append(logits.gather(1, wanted)[:, 0] - torch.logsumexp(logits, dim=1))
+        for part in _parts(len(targets)):
+            logits = (hidden[part].to(compute) @ head.T).to(exact)
+            parts.append(logits.gather(1, targets[part, None])[:, 0] - torch.logsumexp(logits, dim=1))
     return torch.cat(parts)
+
+
+def _parts(count):
+    """Slices of at most CHUNK, as equal as can be: the matrix product of a short rest is slow for what it computes."""
+    size = math.ceil(count / max(1, math.ceil(count / CHUNK))) or 1
+    return [slice(start, start + size) for start in range(0, max(1, count), size)]
 
 
 def _dtypes(hidden):

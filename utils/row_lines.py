@@ -80,6 +80,7 @@ def place(made, given, folder, names, rows, side, fate, twin, drawn):
     """
     target = (rows["kind"].astype(int) - 1) * 2 + (side == EVAL)        # an index into OUTPUTS; negative: for the ledger
     counts, aside, examples, opened = Counter(), Counter(), [], {}
+    file, number = rows["file"], rows["line"]
     fates = zip(target.tolist(), fate.tolist(), drawn.tolist())
     with ExitStack() as stack:
         ledger = stack.enter_context(atomic_write(folder / "set_aside.jsonl", "wb"))
@@ -88,8 +89,8 @@ def place(made, given, folder, names, rows, side, fate, twin, drawn):
                 ledger.write(line)
             elif reason:
                 aside[REASONS[reason]] += 1
-                found = {"file": names[rows["file"][index]], "line": int(rows["line"][index]), "reason": REASONS[reason],
-                         "detail": f"of {names[rows['file'][twin[index]]]}:{rows['line'][twin[index]]}"}
+                found = {"file": names[file[index]], "line": int(number[index]), "reason": REASONS[reason],
+                         "detail": f"of {names[file[twin[index]]]}:{number[twin[index]]}"}
                 ledger.write(_ENCODE(found)[:-1].encode() + b', "row": ' + row.rstrip() + b"}\n")
             else:
                 name = OUTPUTS[output]

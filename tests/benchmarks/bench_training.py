@@ -10,7 +10,8 @@ Without --train-file and --pairs-file: the built-in sample, several rows joined 
 Every measurement is a process of its own, one at a time, all of a round in turn; the first step of each is left out. A token
 is a real one, as each document alone would have it: padding does not count, a prompt that two answers share counts twice. Ours
 for DPO includes the time of the reference log-probabilities of the pairs that were stepped on. "of peak": 6 x parameters FLOP a
-token (4 x for LoRA) against the machine's own matrix product, measured beside. Medians over the rounds.
+token (4 x for LoRA) against the machine's own matrix product, measured beside. Medians over the rounds; "ours is" is the median of
+the ratios within a round.
 """
 
 import argparse
@@ -33,6 +34,11 @@ VARIANTS = {
     ("sft", "ours"): {}, ("sft", "TRL padded"): {"batch": 4}, ("sft", "TRL packed"): {"packing": True},
     ("lora", "ours"): {}, ("lora", "TRL padded"): {"batch": 4}, ("lora", "TRL packed"): {"packing": True},
     ("dpo", "ours"): {}, ("dpo", "TRL padded"): {"batch": 2},
+}
+# ours for SFT again, with other threads and rows
+SCALING = {
+    "ours, 1 thread": {"threads": 1}, "ours, rows of 256 tokens": {"max_length": 256},
+    "ours, rows of 1024 tokens": {"max_length": 1024}, "ours, rows of 2048 tokens": {"max_length": 2048},
 }
 
 
@@ -180,7 +186,7 @@ def measure(options):
     if options.threads:
         torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        if options.variant == "ours":
+        if options.variant.startswith("ours"):
             clock, reference = ours(options.method, options.precision, options, folder)
         else:
             clock, reference = theirs(options.method, options.precision, options, folder, **VARIANTS[options.method, options.variant])
@@ -210,7 +216,7 @@ def main():
     parser.add_argument("--train-file", help="conversations, as sft_train.jsonl")
     parser.add_argument("--pairs-file", help="preference pairs, as dpo_train.jsonl")
     parser.add_argument("--methods", nargs="+", default=["sft", "lora", "dpo"])
-    parser.add_argument("--variants", nargs="+", default=["ours", "TRL padded", "TRL packed"])
+    parser.add_argument("--variants", nargs="+", default=["ours", "TRL padded", "TRL packed", "scaling"])
     parser.add_argument("--precisions", nargs="+", help="fp32 bf16; default: fp32 for all, and bf16 where the hardware has it")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of a measurement, the first left out")
@@ -237,13 +243,16 @@ def main():
     precisions = options.precisions or (["fp32", "bf16"] if pick_device().bf16 else ["fp32"])
     cases = [(method, variant, precision) for method, variant in VARIANTS for precision in precisions
              if method in options.methods and variant in options.variants and not (variant == "ours" and precision != precisions[-1])]
+    if "sft" in options.methods and "scaling" in options.variants:
+        cases += [("sft", variant, precisions[-1]) for variant in SCALING]
     peaks, results = {precision: matrix_peak(precision) for precision in precisions}, {}
     given = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in
              ("model", "train_file", "pairs_file", "steps", "max_length", "rows", "threads")]
     for number in range(options.rounds):
         for method, variant, precision in cases:
-            done = subprocess.run([sys.executable, __file__, *given, "--method", method, "--variant", variant, "--precision", precision],
-                                  capture_output=True, text=True, encoding="utf-8")
+            changed = [f"--{name.replace('_', '-')}={value}" for name, value in SCALING.get(variant, {}).items()]
+            done = subprocess.run([sys.executable, __file__, *given, *changed, "--method", method, "--variant", variant,
+                                   "--precision", precision], capture_output=True, text=True, encoding="utf-8")
             if done.returncode:
                 sys.exit(f"{method} {variant} {precision} failed:\n{done.stderr[-2000:]}")
             result = json.loads(done.stdout.splitlines()[-1])
@@ -263,13 +272,15 @@ def print_table(results, peaks, options):
         flop = (4 if method == "lora" else 6) * 596_049_920
         table.append({"method": method, "variant": variant, "precision": precision, "tokens_per_second": round(speed, 1),
                       "of_peak": round(speed * flop / peaks[precision], 3), "peak_gib": round(max(r["peak_gib"] for r in rounds), 1)})
+        own = next((rounds for case, rounds in results.items() if case[:2] == (method, "ours")), None)
+        if own and variant != "ours":       # round by round: the machine may be slower in one than in another
+            table[-1]["ours_is"] = round(statistics.median(o["tokens_per_second"] / r["tokens_per_second"] for o, r in zip(own, rounds)), 2)
     print(f"\n| method | trainer | tokens/s | ours is | of peak | memory |\n|---|---|---|---|---|---|")
     for row in table:
-        own = next((r["tokens_per_second"] for r in table if r["method"] == row["method"] and r["variant"] == "ours"), None)
-        ratio = f"{own / row['tokens_per_second']:.2f} x" if own and row["variant"] != "ours" else ""
+        ratio = f"{row['ours_is']:.2f} x" if "ours_is" in row else ""
         print(f"| {row['method']} | {row['variant']}, {row['precision']} | {row['tokens_per_second']:.1f} | {ratio} | "
               f"{row['of_peak']:.0%} | {row['peak_gib']:.1f} GiB |")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8").stdout.strip()
     record = {
         "command": " ".join(["python", "tests/benchmarks/bench_training.py", *sys.argv[1:]]), "commit": commit,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",
