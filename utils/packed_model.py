@@ -121,14 +121,17 @@ class _SumOfLosses(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _parts(len(targets)):
                 states, wanted, scale = hidden[part].to(compute), targets[part], token_weights[part].to(exact)
+                # In place throughout: a second (CHUNK, V) matrix would be the peak of the memory.
                 logits = (states @ head.T).to(exact)
-                logsumexp = torch.logsumexp(logits, dim=1)
-                total += (scale * (logsumexp - logits.gather(1, wanted[:, None])[:, 0])).sum()
+                most = logits.amax(dim=1)
+                right = logits.gather(1, wanted[:, None])[:, 0]
+                sums = logits.sub_(most[:, None]).exp_().sum(dim=1)
+                total += (scale * (most + sums.log() - right)).sum()
                 if need_hidden or need_weight:
-                    # d loss / d logits = scale x (softmax - one at the target), written over the logits
-                    gradient = logits.sub_(logsumexp[:, None]).exp_()
-                    gradient[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
-                    gradient = gradient.mul_(scale[:, None]).to(compute)
+                    # d loss / d logits = scale x (softmax - one at the target)
+                    gradient = logits.mul_((scale / sums)[:, None])
+                    gradient[torch.arange(len(wanted), device=wanted.device), wanted] -= scale
+                    gradient = gradient.to(compute)
                     if need_hidden:
                         hidden_gradient[part] = gradient @ head
                     if need_weight:

@@ -126,7 +126,7 @@ def ours(method, precision, options, folder):
     tokenizer = load_tokenizer(options.model)
     model = prepare_packed(load_model(options.model, torch.float32))
     load = load_pairs if method == "dpo" else load_conversations
-    rows, _ = load(options.pairs_file if method == "dpo" else options.train_file, tokenizer, options.max_length, options.rows)
+    rows, _ = load(Path(options.pairs_file if method == "dpo" else options.train_file), tokenizer, options.max_length, options.rows)
     reference = 0.0
     if method == "dpo":
         few = PackedRows(rows.items[:8], options.max_length)
