@@ -16,7 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` is found from any folder
 
 from utils.errors import UserError, run
-from utils.files import draw_evenly, read_jsonl, require_file, show_path, write_jsonl
+from utils.files import draw_evenly, prepare_folder, read_jsonl, require_file, show_path, write_jsonl
+from utils.meter import progress
 from utils.models import check_model, load_model, load_tokenizer, quiet_offline
 from utils.settings import parse_settings
 
@@ -83,7 +84,8 @@ def sampled(rows, settings, rng):
     device = pick_device()
     tokenizer, model = load_tokenizer(settings.MODEL), load_model(settings.MODEL, device.dtype).to(device.name).eval()
     prompts = [split_row(row)[0] for row in rows]
-    draws = [generate_answers(model, tokenizer, prompts, settings.MAX_NEW_TOKENS, greedy=False, seed=settings.SEED + draw)
+    draws = [generate_answers(model, tokenizer, prompts, settings.MAX_NEW_TOKENS, greedy=False, seed=settings.SEED + draw,
+                              watch=progress(f"sampling answers, round {draw + 1} of {settings.SAMPLES}"))
              for draw in range(settings.SAMPLES)]
     for row, answers in zip(rows, zip(*draws)):
         good = split_row(row)[1]["content"]
@@ -109,6 +111,7 @@ def main(argv=None):
     if settings.KIND not in KINDS:
         raise UserError(f"--kind: wanted one of {', '.join(KINDS)}, got {settings.KIND!r}")
     settings.show()
+    prepare_folder(settings.OUTPUT_DIR)
     for split, count in (("train", settings.MAX_TRAIN), ("eval", settings.MAX_EVAL)):
         # 1. Read the SFT rows of this split
         source = require_file(settings.INPUT_DIR / f"sft_{split}.jsonl", "python data_prepare/convert_to_qwen3_format.py")

@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.errors import UserError, run
 from utils.files import sha256_of, show_path, write_json
+from utils.meter import Meter
 from utils.raw_rows import batches, data_files, detect_encoding, map_tasks
 from utils.schemas import parse_columns
 from utils.settings import parse_settings
@@ -54,8 +55,8 @@ def main(argv=None):
     # 1. Find the files and tell their encodings
     files = data_files(settings.INPUT_FILES, DOWNLOAD)
     encodings = [detect_encoding(path) for path in files]
-    small = sum(path.stat().st_size for path in files) < 32e6
-    workers = settings.WORKERS or (1 if small else min(os.cpu_count() or 1, 8))
+    size = sum(path.stat().st_size for path in files)
+    workers = settings.WORKERS or (1 if size < 32e6 else min(os.cpu_count() or 1, 8))
     settings.OUTPUT_DIR.mkdir(parents=True, exist_ok=True)
 
     # 2. Recognise every row; its text waits in temporary files, only keys and signatures of it stay in memory
@@ -63,18 +64,23 @@ def main(argv=None):
     made, given = (tempfile.TemporaryFile(dir=settings.OUTPUT_DIR) for _ in range(2))
     schemas, reasons, fields = Counter(), Counter(), {}
     tasks = ((index, files[index].name, encodings[index], batch, options) for index, batch in batches(files, encodings))
-    for index, lines, texts, fingerprint, recognised, rejected, unfit in map_tasks(row_lines.examine, tasks, workers):
-        made.write(lines)
-        given.write(texts)
-        collection.add(index, *fingerprint)
-        schemas += recognised
-        reasons += rejected
-        fields = fields or unfit                      # of the first batch that has rows with unknown fields
+    with Meter("rows recognised", 0, size, always=False) as meter:
+        for index, lines, texts, fingerprint, recognised, rejected, unfit in map_tasks(row_lines.examine, tasks, workers):
+            made.write(lines)
+            given.write(texts)
+            collection.add(index, *fingerprint)
+            schemas += recognised
+            reasons += rejected
+            fields = fields or unfit                  # of the first batch that has rows with unknown fields
+            meter.show(min(given.tell(), size - 1))   # about: rows of tables and arrays take a little more or less in JSON lines
+        meter.show(size)
     refuse_unusable(settings, schemas, reasons, fields)
 
     # 3. Decide for every row: its side of the split, and whether it is a duplicate or a leak
     collection.finish()
     rows = collection.rows
+    if size >= 32e6:
+        print(f"  comparing the questions of {len(rows):,} rows, then writing them", flush=True)
     side, fate, twin = near_duplicates.decide(
         collection, settings.NEAR_DUPLICATE, settings.EVAL_SHARE, settings.MAX_EVAL_ROWS, settings.SEED)
     trained = (fate == near_duplicates.KEPT) & (rows["kind"] == 1)               # the sft rows that are kept

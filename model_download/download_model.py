@@ -4,7 +4,8 @@
     python model_download/download_model.py --model Qwen/Qwen3-1.7B
     python model_download/download_model.py --model tiny          (the built-in one, offline)
 
-Run it again after an interruption: it goes on where it stopped. A mirror is chosen with HF_ENDPOINT=https://..., a token
+The files go to model_download/<name of the model>/, with a source.json that says where they came from and what each one's
+sha256 is. Run it again after an interruption: it goes on where it stopped. A mirror is chosen with HF_ENDPOINT=https://..., a token
 for gated or private models with HF_TOKEN=hf_... . Only what transformers needs is fetched: config, tokenizer, safetensors
 weights and the licence, no pickled weights and no code.
 """
@@ -79,7 +80,7 @@ def is_finished(folder, model, commit):
 def choose_files(repo):
     """{name: HubFile} of what transformers needs. UserError where there are no safetensors weights or no config."""
     files = {name: file for name, file in repo.files.items()
-             if "/" not in name and any(fnmatch.fnmatchcase(name, kind) for kind in WANTED)}
+             if not set(name) & set("/\\:") and any(fnmatch.fnmatchcase(name, kind) for kind in WANTED)}
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
         raise UserError(f"{repo.id} holds no config.json with *.safetensors weights, and other kinds are not fetched "
                         f"(it holds {', '.join(sorted(repo.files)[:8])}); see {repo.page}/tree/main")

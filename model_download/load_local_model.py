@@ -6,6 +6,7 @@
     python model_download/load_local_model.py trainer_output/sft_finetuned --json < questions.txt > answers.jsonl
 
 With --prompt or piped questions (one a line, each a conversation of its own) stdout holds the answers and nothing else.
+Nothing is written but what /save FILE.jsonl appends in a chat: the conversation, as a row to train on.
 """
 
 import json

@@ -2,9 +2,10 @@
 
     python model_download/pretrain_tiny_model.py
 
-Makes model_download/tiny_qwen3_tcm/: Qwen3's architecture and chat format at 3.7 M parameters, with a byte-level BPE tokenizer
-of its own. It reads every fact as a statement, and of chat only how to carry a name from a question into an answer: what a
-question asks for is left to fine-tuning. It stands in for Qwen3-0.6B in the demo and the tests, nowhere else.
+Reads statements.jsonl, exercises.json and terms.jsonl of data_prepare/sample/, makes model_download/tiny_qwen3_tcm/: Qwen3's
+architecture and chat format at 3.7 M parameters, with a byte-level BPE tokenizer of its own. It reads every fact as a
+statement, and of chat only how to carry a name from a question into an answer: what a question asks for is left to
+fine-tuning. It stands in for Qwen3-0.6B in the demo and the tests, nowhere else.
 """
 
 import math
@@ -16,8 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` is found from any folder
 
 from utils.errors import run
-from utils.files import read_json, read_jsonl, require_file, show_path, write_jsonl
+from utils.files import prepare_folder, read_json, read_jsonl, require_file, show_path, write_folder, write_jsonl
+from utils.models import quiet_offline
 from utils.settings import parse_settings
+from utils.terms import Terms
 
 # ---- Settings: edit here, or override on the command line (--epochs 10) ----
 STATEMENTS_FILE = "data_prepare/sample/statements.jsonl"    # what it reads: {"text"} a line
@@ -160,16 +163,19 @@ def train(model, rows, settings):
 def main(argv=None):
     settings = parse_settings(__file__, argv)
     settings.show()
-    statements = [row["text"] for row in read_jsonl(require_file(
-        settings.STATEMENTS_FILE, "python data_prepare/sample/make_sample.py"), wanted=["text"])]
-    template = require_file(settings.TEMPLATE_FILE, "git checkout").read_text(encoding="utf-8")
+    make_sample, check_out = "python data_prepare/sample/make_sample.py", "git checkout data_prepare/sample model_download/tiny_qwen3_tcm"
+    statements = [row["text"] for row in read_jsonl(require_file(settings.STATEMENTS_FILE, make_sample), wanted=["text"])]
+    terms = Terms(require_file(settings.TERMS_FILE, make_sample))
+    exercises = read_json(require_file(settings.EXERCISES_FILE, check_out))
+    template = require_file(settings.TEMPLATE_FILE, check_out).read_text(encoding="utf-8")
+    prepare_folder(settings.OUTPUT_DIR)
 
     # 1. Put the texts together: the statements, and exercises about invented names
+    quiet_offline(settings.OUTPUT_DIR)
     from utils.chat_format import encode_turns
     from utils.packing import PackedRows
-    from utils.terms import Terms
 
-    rng, terms, exercises = random.Random(settings.SEED), Terms(settings.TERMS_FILE), read_json(settings.EXERCISES_FILE)
+    rng = random.Random(settings.SEED)
     names = invent_names(settings.NAMES, terms, rng)
     conversations = list(copy_exercises(settings.COPIES, exercises["copy"], names, rng))
 
@@ -195,8 +201,8 @@ def main(argv=None):
     # 4. Save: bfloat16 halves the size, and is what Qwen3-0.6B itself is stored in
     import torch
 
-    model.to(torch.bfloat16).save_pretrained(settings.OUTPUT_DIR)
-    tokenizer.save_pretrained(settings.OUTPUT_DIR)
+    model.to(torch.bfloat16)
+    write_folder(settings.OUTPUT_DIR, lambda place: (model.save_pretrained(place), tokenizer.save_pretrained(place)))
     write_jsonl(settings.OUTPUT_DIR / "training_log.jsonl", log[::10])
     print(f"saved: {show_path(settings.OUTPUT_DIR)}")
 

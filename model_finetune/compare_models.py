@@ -4,6 +4,7 @@
     python model_finetune/compare_models.py --models model_download/Qwen3-0.6B trainer_output/sft_finetuned
     python model_finetune/compare_models.py --exam-file traditional_chinese_medicine.csv       # CMMLU, CMB, CMExam as they are
 
+Reads sft_eval.jsonl, dpo_eval.jsonl and exam.jsonl of data_prepare/qwen3/ and, of data_prepare/sample/, general_questions.jsonl.
 Held-out loss, exam (by option text and by option letter), preference pairs, facts stated, a control set of general
 questions, sample answers. Writes comparison.md, comparison.json and comparison.png to OUTPUT_DIR, and every item's scores
 to OUTPUT_DIR/comparison/. A model measured before is not measured again.
@@ -16,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` is found from any folder
 
 from utils.errors import RunError, UserError, run
-from utils.files import atomic_write, draw_evenly, read_json, read_jsonl, require_file, show_path, write_json
+from utils.files import atomic_write, draw_evenly, prepare_folder, read_json, read_jsonl, require_file, show_path, write_json
 from utils.models import check_model, find_models, quiet_offline
 from utils.settings import ROOT, parse_settings
 
@@ -51,8 +52,9 @@ def main(argv=None):
     # 1. Find the models and the tests
     folders = models_to_compare(settings)
     tests, left_out = load_tests(settings)
-    quiet_offline(next(iter(folders.values())))
+    quiet_offline(*folders.values())
     settings.show()
+    prepare_folder(settings.OUTPUT_DIR)
 
     # 2. Measure each model, one in memory at a time; what was measured before is read
     import torch

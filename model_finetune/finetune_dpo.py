@@ -3,8 +3,9 @@
     python model_finetune/finetune_dpo.py
 
 Starts from, and is held to, the SFT result. Reads data_prepare/qwen3/dpo_train.jsonl and dpo_eval.jsonl, writes the finished model
-to trainer_output/dpo_finetuned/ with its checkpoints, loss_curve.png, training_log.jsonl and run.json. Stopped or killed,
-the same command goes on where it was. Method: Rafailov et al. 2023, arXiv:2305.18290.
+to trainer_output/dpo_finetuned/ with its checkpoints, loss_curve.png, training_log.jsonl, run.json and reference_logps.json (the
+answers' log-probabilities before training). Stopped or killed, the same command goes on where it was.
+Method: Rafailov et al. 2023, arXiv:2305.18290.
 """
 
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` is found from any folder
 
 from utils.errors import run
-from utils.files import require_file
+from utils.files import read_jsonl, require_file
 from utils.models import check_model, load_model, load_tokenizer, quiet_offline
 from utils.settings import parse_settings
 
@@ -50,7 +51,7 @@ FRESH = False               # start over; an earlier run in OUTPUT_DIR is moved 
 def main(argv=None):
     settings = parse_settings(__file__, argv)
     for path in (settings.TRAIN_FILE, settings.EVAL_FILE):
-        require_file(path, "python data_prepare/build_preference_pairs.py")
+        next(read_jsonl(require_file(path, "python data_prepare/build_preference_pairs.py"), ["id", "prompt", "chosen", "rejected"]))
     check_model(settings.MODEL)
     settings.show()
     quiet_offline(settings.MODEL)

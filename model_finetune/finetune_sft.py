@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` is found from any folder
 
 from utils.errors import run
-from utils.files import require_file
+from utils.files import read_jsonl, require_file
 from utils.models import check_model, load_model, load_tokenizer, quiet_offline
 from utils.settings import parse_settings
 
@@ -44,7 +44,7 @@ FRESH = False               # start over; an earlier run in OUTPUT_DIR is moved 
 def main(argv=None):
     settings = parse_settings(__file__, argv)
     for path in (settings.TRAIN_FILE, settings.EVAL_FILE):
-        require_file(path, "python data_prepare/convert_to_qwen3_format.py")
+        next(read_jsonl(require_file(path, "python data_prepare/convert_to_qwen3_format.py"), ["id", "messages"]))
     check_model(settings.MODEL)
     settings.show()
     quiet_offline(settings.MODEL)

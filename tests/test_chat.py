@@ -528,7 +528,7 @@ def test_help_needs_no_torch():
     code = ("import runpy, sys\nsys.argv = ['x', '--help']\n"
             f"try: runpy.run_path({str(ROOT / SCRIPT)!r}, run_name='__main__')\n"
             "except SystemExit: print('torch' in sys.modules or 'transformers' in sys.modules)")
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8").stdout
     assert "--show-thinking" in output and output.endswith("False\n")
 
 

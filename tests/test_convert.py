@@ -546,7 +546,7 @@ def test_signatures_find_what_overlaps():
      ["no row could be used (4 not JSON); wanted one JSON object for each row: one a line, or all in one array"]),
     (lambda folder: write_lines(folder / "a.json", {"data": [{"query": "q", "response": "r"}]}),
      ["no row could be used (1 fields not recognised); fields found: data; wanted one JSON object for each row"]),
-    (lambda folder: (folder / "a.parquet").write_text("x") and folder / "a.parquet", ["not a whole Parquet file"]),
+    (lambda folder: (folder / "a.parquet").write_text("x", encoding="utf-8") and folder / "a.parquet", ["not a whole Parquet file"]),
     (lambda folder: (folder / "a.jsonl").write_text("{}", encoding="utf-16") and folder / "a.jsonl", ["UTF-16"]),
     (lambda folder: write_lines(folder / "a.jsonl", {"title": "短", "Content": "问题", "Summary": "很长的回答"}),
      ["fields found: title, Content, Summary", "--columns question=Content,answer=Summary"]),

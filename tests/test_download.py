@@ -79,7 +79,7 @@ def test_model_only_what_is_needed_and_its_source(hub, get):
     code, out, _ = get.model()
     assert code == 0 and "next: python model_download/load_local_model.py" in out
     assert_whole(get.folder)
-    source = json.loads((get.folder / "source.json").read_text())
+    source = json.loads((get.folder / "source.json").read_text(encoding="utf-8"))
     assert (source["repo"], source["revision"], source["asked_for"]) == ("tcm/small", hub.commit, "main")
     assert source["licence"] == "apache-2.0"
     for name in ("config.json", "model.safetensors"):
@@ -114,17 +114,17 @@ def test_another_model_or_commit_in_the_folder_is_refused(hub, get):
 
 def test_a_file_of_the_user_is_not_overwritten(hub, get):
     get.folder.mkdir()
-    (get.folder / "LICENSE").write_text("mine")
+    (get.folder / "LICENSE").write_text("mine", encoding="utf-8")
     code, _, err = get.model()
     assert code == 2 and "LICENSE is there, but is not LICENSE of tcm/small" in err
-    assert (get.folder / "LICENSE").read_text() == "mine"
+    assert (get.folder / "LICENSE").read_text(encoding="utf-8") == "mine"
 
 
 def test_data_set_keeps_its_bytes_and_records_rows(hub, get):
     code, out, _ = get.data()
     assert code == 0 and "2,000 rows, licence: apache-2.0" in out
     assert (get.folder / "rows-train.json").read_bytes() == ROWS
-    source = json.loads((get.folder / "rows-train.source.json").read_text())
+    source = json.loads((get.folder / "rows-train.source.json").read_text(encoding="utf-8"))
     assert source["sha256"] == hashlib.sha256(ROWS).hexdigest()
     assert (source["repo"], source["file"], source["rows"], source["size"]) == ("tcm/rows", "train.json", 2000, len(ROWS))
     hub.log.clear()
@@ -137,7 +137,7 @@ def test_data_files_of_two_folders_stay_apart_and_clashes_are_refused(hub, get):
     code, _, _ = get(download_tcm_data, "--dataset", "tcm/many")
     assert code == 0
     assert {path.name for path in get.folder.glob("*[lv]")} == {"many-zh-a.jsonl", "many-en-a.jsonl", "many-b.csv"}
-    assert json.loads((get.folder / "many-b.source.json").read_text())["rows"] is None
+    assert json.loads((get.folder / "many-b.source.json").read_text(encoding="utf-8"))["rows"] is None
     hub.add("dataset", "tcm/clash", {"a.csv": b"", "A.tsv": b""})
     code, _, err = get(download_tcm_data, "--dataset", "tcm/clash")
     assert code == 2 and "A.tsv, a.csv would get the same name here; choose with --files" in err
@@ -159,7 +159,7 @@ def test_sample_is_copied_offline(get, tmp_path, monkeypatch):
     code, out, _ = get(download_tcm_data, "--dataset", "sample")
     assert code == 0 and "next: python data_prepare/convert_to_qwen3_format.py" in out
     assert (get.folder / "tcm_exam.jsonl").read_bytes() == ROWS
-    assert json.loads((get.folder / "tcm_sample.source.json").read_text())["rows"] == 2000
+    assert json.loads((get.folder / "tcm_sample.source.json").read_text(encoding="utf-8"))["rows"] == 2000
 
 
 def test_tiny_model_is_named_or_missed(get, tmp_path, monkeypatch):
@@ -168,7 +168,7 @@ def test_tiny_model_is_named_or_missed(get, tmp_path, monkeypatch):
     assert code == 2 and "the built-in model is missing; get it back with: git checkout" in err
     (tmp_path / "tiny").mkdir()
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        (tmp_path / "tiny" / name).write_text("{}")
+        (tmp_path / "tiny" / name).write_text("{}", encoding="utf-8")
     code, out, _ = get(download_model, "--model", "tiny")
     assert code == 0 and f"next: python model_download/load_local_model.py {tmp_path}" in out
 
@@ -188,9 +188,9 @@ def test_progress_shows_speed_and_time_left(capsys, monkeypatch):
         meter.show(1_500_000_000)
     assert capsys.readouterr().out.splitlines() == [
         "  model.safetensors: going on at 500.0 MB of 1.500 GB",
-        "  model.safetensors   47%  700.0 MB of 1.500 GB  10.0 MB/s  1:20 left",
-        "  model.safetensors  100%  1.500 GB of 1.500 GB  10.0 MB/s  in 1:40",
-        "  model.safetensors  100%  1.500 GB of 1.500 GB  10.0 MB/s  in 1:40"]
+        "  model.safetensors   47%  700.0 MB of 1.500 GB  10.0 MB/s  80 s left",
+        "  model.safetensors  100%  1.500 GB of 1.500 GB  10.0 MB/s  in 1.7 min",
+        "  model.safetensors  100%  1.500 GB of 1.500 GB  10.0 MB/s  in 1.7 min"]
 
 
 # ---- faults that pass
@@ -316,7 +316,7 @@ def test_503_that_stays(hub, get):
     hub.fault("/revision/", status=503)
     code, _, err = get.model()
     assert code == 1 and hub.waits == [1, 2, 4, 8, 16, 30] and err.count("\n") == 1
-    assert "127.0.0.1 answered 503 (Service Unavailable); gave up (--retries 6): the trouble is the server's" in err
+    assert "127.0.0.1 answered 503 (Service Unavailable); gave up after 7 failures: the trouble is the server's" in err
 
 
 def test_429_that_stays(hub, get, monkeypatch):
@@ -324,7 +324,7 @@ def test_429_that_stays(hub, get, monkeypatch):
     hub.fault("/storage/", status=429, headers={"Retry-After": "9"})
     code, _, err = get.model("--retries", "2")
     assert code == 1 and hub.waits == [9, 9] and err.count("\n") == 1
-    assert "localhost answered 429 (too many requests); gave up (--retries 2): wait some minutes, or set HF_TOKEN" in err
+    assert "localhost answered 429 (too many requests); gave up after 3 failures: wait some minutes, or set HF_TOKEN" in err
 
 
 def test_429_that_asks_for_an_hour(hub, get):
@@ -342,13 +342,13 @@ def test_refused_connection(hub, get, monkeypatch):
     code, out, err = get.model("--retries", "2")
     assert code == 1 and hub.waits == [1, 2] and "retry 2 of 2" in out
     assert "cannot connect to 127.0.0.1 (" in err and "refused" in err
-    assert f"gave up (--retries 2): check the network and HF_ENDPOINT ({address})" in err
+    assert f"gave up after 3 failures: check the network and HF_ENDPOINT ({address})" in err
 
 
 def test_stall_that_stays(hub, get):
     hub.fault("/revision/", stall=0.5)
     code, _, err = get.model("--timeout", "0.1", "--retries", "1")
-    assert code == 1 and "no byte from 127.0.0.1 for 0.1 s; gave up (--retries 1)" in err and "more with --timeout" in err
+    assert code == 1 and "no byte from 127.0.0.1 for 0.1 s; gave up after 2 failures" in err and "more with --timeout" in err
 
 
 def test_gated(hub, get, monkeypatch):

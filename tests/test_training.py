@@ -164,7 +164,7 @@ def test_wrong_input_is_one_line(place, tmp_path, capsys, monkeypatch, change, m
 
 def test_broken_data_names_the_line(place, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"id": "1", "messages": []}\n{"id": \n', encoding="utf-8")
+    path.write_text('{"id": "1", "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}\n{"id": \n', encoding="utf-8")
     assert train("sft", place, tmp_path / "out", "--train-file", path) == 2
     assert "rows.jsonl, line 2: not JSON" in capsys.readouterr().err
     path.write_text("", encoding="utf-8")
@@ -212,6 +212,17 @@ def test_what_cannot_fit_is_refused_before_it_starts(place, tmp_path, capsys, mo
     assert train("sft", place, tmp_path / "out") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out/run.json").exists()
+
+
+def test_memory_that_a_container_may_use(tmp_path, monkeypatch):
+    from utils import forecast
+
+    device = torch.device("cpu")
+    monkeypatch.setattr(forecast, "CONTAINER_LIMIT", tmp_path / "memory.max")
+    free = forecast.free_memory(device)
+    for text, wanted in (("12345678\n", 12345678), ("max\n", free)):
+        (tmp_path / "memory.max").write_text(text, encoding="ascii")
+        assert abs(forecast.free_memory(device) - wanted) <= (0 if text[0] == "1" else 2**30)      # other programs come and go
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_rows(place, tmp_path, capsys, monkeypatch):

@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 from utils.files import draw_evenly, read_jsonl, sha256_of, show_path, write_jsonl
 from utils.intervals import mcnemar, mean_per_token, share_difference, wilson
+from utils.meter import progress
 from utils.models import adapter_base, fingerprint, load_model, load_tokenizer
-from utils.terminal import progress
 from utils.terms import Terms
 
 # Settings that decide where results go and how they are shown, not what they are.
@@ -86,15 +86,15 @@ def _measure(folder, tests, settings, device):
         turns = [(row["id"], turn) for row in rows for turn in encode_turns(tokenizer, row["messages"])]
         if turns:
             logps = answer_logps(model, pack_for_scoring([{"documents": [turn]} for _, turn in turns]), device,
-                                 progress(f"loss on {len(turns):,} {test} answers"))
+                                 progress(f"loss on {len(turns):,} {test} answers", always=True))
             items += [{"test": test, "id": id, "loss": -logp, "tokens": len(answer)}
                       for (id, (_, answer)), [logp] in zip(turns, logps)]
     if tests.exam:
         by_text = exam_choices(model, tokenizer, tests.exam, settings.EXAM_INSTRUCTION, device,
-                               progress(f"exam by option text, {len(tests.exam):,} questions"))
+                               progress(f"exam by option text, {len(tests.exam):,} questions", always=True))
         some = draw_evenly(tests.exam, settings.LETTER_ROWS)
         by_letter = exam_letter_choices(model, tokenizer, some, device,
-                                        progress(f"exam by option letter, {len(some):,} questions, every rotation"))
+                                        progress(f"exam by option letter, {len(some):,} questions, every rotation", always=True))
         letters = {item["id"]: dict(zip(("letter_choice", "letter", "rotations"), result)) for item, result in zip(some, by_letter)}
         items += [{"test": "exam", "id": item["id"], "question": item["question"], "options": item["options"],
                    "answer": item["answer"], "text_choice": text[0], "text": text[1], **letters.get(item["id"], {})}
@@ -103,7 +103,7 @@ def _measure(folder, tests, settings, device):
         documents = [[(encode_prompt(tokenizer, pair["prompt"], bool(pair["chosen"][-1].get("reasoning_content"))),
                        encode_answer(tokenizer, pair[side][-1])) for side in ("chosen", "rejected")] for pair in tests.pairs]
         logps = answer_logps(model, pack_for_scoring([{"documents": pair} for pair in documents]), device,
-                             progress(f"{len(documents):,} preference pairs"))
+                             progress(f"{len(documents):,} preference pairs", always=True))
         items += [{"test": "preference", "id": pair["id"], "kind": pair.get("kind", ""), "chosen": chosen, "rejected": rejected}
                   for pair, (chosen, rejected) in zip(tests.pairs, logps)]
     return seconds, items
@@ -123,7 +123,7 @@ def _answers(model, tokenizer, tests, settings):
     prompts = [encode_prompt(tokenizer, messages, THINKING_MODES[settings.THINKING]) for _, _, messages, _, _ in asked]
     stop, began = stop_tokens(model, tokenizer), time.monotonic()
     generated = generate_tokens(model, prompts, stop, settings.MAX_NEW_TOKENS, batch_size=settings.BATCH_SIZE,
-                                watch=progress(f"{len(prompts):,} answers in full"))
+                                watch=progress(f"{len(prompts):,} answers in full", always=True))
     seconds, items = time.monotonic() - began, []
     for (about, id, messages, reference, accept), prompt, ids in zip(asked, prompts, generated):
         question, answer = messages[-1]["content"], read_answer(tokenizer, prompt, ids).content

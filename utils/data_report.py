@@ -7,6 +7,7 @@ import numpy
 from utils.chat_format import encode_turns
 from utils.files import atomic_write
 from utils.models import load_tokenizer, quiet_offline
+from utils.plots import load_pyplot
 
 POINTS = {"median": 50, "90 %": 90, "99 %": 99, "longest": 100}
 
@@ -36,11 +37,7 @@ def share(values):
 
 def draw_lengths(path, characters, tokens, max_length):
     """A histogram of the conversations' lengths: in tokens where they were counted, else in characters."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     unit = "tokens" if tokens else "characters"
     figure, axes = pyplot.subplots(figsize=(7, 4))
     axes.hist(tokens or characters, bins=60)

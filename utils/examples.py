@@ -5,6 +5,7 @@ import sys
 from utils.chat_format import encode_answer, encode_prompt, encode_turns
 from utils.errors import UserError
 from utils.files import draw_evenly, read_jsonl, show_path
+from utils.meter import progress
 from utils.packing import PackedRows, item_length
 
 
@@ -15,7 +16,8 @@ def load_conversations(path, tokenizer, max_length, count=0):
     `max_length` tokens are left out, counted and reported, never cut. `count`: only so many conversations, drawn evenly.
     """
     items, thoughtful = [], 0
-    for row in draw_evenly(list(read_jsonl(path, wanted=["id", "messages"])), count):
+    rows = draw_evenly(list(read_jsonl(path, wanted=["id", "messages"])), count)
+    for row in progress(f"tokenizing {path.name}", "rows")(rows):
         for turn in encode_turns(tokenizer, row["messages"]):
             items.append({"id": row["id"], "documents": [turn]})
         thoughtful += sum(bool(message.get("reasoning_content")) for message in row["messages"])
@@ -29,7 +31,8 @@ def load_pairs(path, tokenizer, max_length, count=0):
     UserError, naming the row, where chosen and rejected are the same or one of them is empty: such a pair teaches nothing.
     """
     items, thoughtful = [], 0
-    for row in draw_evenly(list(read_jsonl(path, wanted=["id", "prompt", "chosen", "rejected"])), count):
+    rows = draw_evenly(list(read_jsonl(path, wanted=["id", "prompt", "chosen", "rejected"])), count)
+    for row in progress(f"tokenizing {path.name}", "pairs")(rows):
         answers = [row[side][-1] for side in ("chosen", "rejected")]
         if answers[0] == answers[1] or not all(answer["content"].strip() for answer in answers):
             raise UserError(f"{show_path(path)}, row {row['id']}: chosen and rejected must differ and neither be empty; "

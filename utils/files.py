@@ -4,6 +4,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import shutil
+import tempfile
 from pathlib import Path
 
 from utils.errors import UserError
@@ -29,8 +32,8 @@ def require_file(path, command):
 def read_jsonl(path, wanted=()):
     """Yield one dict a line of a file that a script here wrote; every dict has the fields in `wanted`.
 
-    Raises UserError naming the line where the file is not UTF-8, not JSON, not objects, or a field is missing, and where
-    the file holds no line at all: these files are ours, so such a line means damage, not something to set aside.
+    Raises UserError naming the line where the file is not UTF-8, not JSON, not objects, or a field is missing or not what it
+    is in our files, and where the file holds no line at all: such a line means damage, not something to set aside.
     """
     number = 0
     with open(path, encoding="utf-8-sig", newline="\n") as lines:
@@ -40,6 +43,9 @@ def read_jsonl(path, wanted=()):
                 missing = [name for name in wanted if name not in row] if isinstance(row, dict) else list(wanted)
                 if missing or not isinstance(row, dict):
                     raise UserError(f"{show_path(path)}, line {number}: no field {', '.join(missing) or 'at all'}")
+                for name in wanted:
+                    if name in FIELDS and not FIELDS[name][0](row[name]):
+                        raise UserError(f"{show_path(path)}, line {number}: {name} is not {FIELDS[name][1]}")
                 yield row
         except UnicodeDecodeError as error:
             raise UserError(f"{show_path(path)}, line {number + 1}: not UTF-8 ({error.reason})") from None
@@ -47,6 +53,26 @@ def read_jsonl(path, wanted=()):
             raise UserError(f"{show_path(path)}, line {number}: not JSON ({error.msg})") from None
     if not number:
         raise UserError(f"{show_path(path)} is empty")
+
+
+def _is_text(value):
+    return isinstance(value, str)
+
+
+def _are_messages(value):
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str) for message in value)
+
+
+def _is_conversation(value):
+    return _are_messages(value) and re.search("user.*assistant", " ".join(message["role"] for message in value))
+
+
+# What the fields of our files hold, as a test and in words.
+MESSAGES = (_are_messages, 'a list of {"role", "content"}')
+FIELDS = {**dict.fromkeys(("id", "text", "question", "kind", "term"), (_is_text, "a text")),
+          **dict.fromkeys(("prompt", "chosen", "rejected"), MESSAGES),
+          "messages": (_is_conversation, 'a list of {"role", "content"} with a user and after it an assistant')}
 
 
 @contextlib.contextmanager
@@ -67,6 +93,27 @@ def atomic_write(path, mode="w"):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_folder(folder, save):
+    """Write a model: `save(place)` fills a hidden folder, whose entries then move to `folder`, whole, one by one."""
+    partial = folder / ".partial-model"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        save(partial)
+        for path in sorted(partial.iterdir()):
+            if (folder / path.name).is_dir():
+                shutil.rmtree(folder / path.name)
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def prepare_folder(folder):
+    """Make `folder` where it is missing and try whether it can be written to: OSError now, not after hours of work."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def write_jsonl(path, rows):

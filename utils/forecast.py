@@ -1,6 +1,7 @@
 """Before hours are spent: the memory and disk a run needs, against what is free. What cannot fit is refused."""
 
 import shutil
+from pathlib import Path
 
 import psutil
 import torch
@@ -12,6 +13,7 @@ from utils.packing import collate, split_batch
 
 PROBE_TOKENS = 64       # enough to count what a token costs, cheap enough to compute anywhere
 FLOAT = 4               # bytes
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")     # bytes that a container may use (cgroup v2), or "max"
 
 
 def forecast(model, train_rows, args, settings, folder):
@@ -87,7 +89,11 @@ def free_memory(device):
     process = psutil.Process().memory_info().rss
     if device.type == "mps":
         return min(torch.mps.recommended_max_memory(), psutil.virtual_memory().available + process)
-    return psutil.virtual_memory().available + process
+    free = psutil.virtual_memory().available + process
+    try:
+        return min(free, int(CONTAINER_LIMIT.read_text(encoding="ascii")))
+    except (OSError, ValueError):       # no container, or one without a limit
+        return free
 
 
 def _program(args):

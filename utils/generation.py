@@ -135,15 +135,17 @@ class TokenStream:
         return logits[0, -1].float().cpu()
 
 
-def generate_answers(model, tokenizer, conversations, max_new_tokens=512, greedy=True, thinking=None, batch_size=16, seed=0):
+def generate_answers(model, tokenizer, conversations, max_new_tokens=512, greedy=True, thinking=None, batch_size=16, seed=0,
+                     watch=iter):
     """The answers (list of str, without their thinking) to `conversations` (lists of messages that end with the user's).
 
     Greedy, or decoded as the folder's generation_config says. `thinking`: True, False, or None for the template's default.
+    `watch` wraps the batches, to show progress.
     """
     prompts = [encode_prompt(tokenizer, messages, thinking) for messages in conversations]
     decoding = decoding_for(model, tokenizer, thinking)
     decoding = replace(decoding, do_sample=False) if greedy else decoding
-    answers = generate_tokens(model, prompts, stop_tokens(model, tokenizer), max_new_tokens, decoding, batch_size, seed)
+    answers = generate_tokens(model, prompts, stop_tokens(model, tokenizer), max_new_tokens, decoding, batch_size, seed, watch)
     return [read_answer(tokenizer, prompt, answer).content for prompt, answer in zip(prompts, answers)]
 
 

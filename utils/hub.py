@@ -13,7 +13,6 @@ import re
 import shutil
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from utils.errors import RunError, UserError
@@ -69,6 +68,7 @@ class Hub:
     """The Hub that HF_ENDPOINT names. `timeout`: seconds without a byte; `retries`: failures in a row that are forgiven."""
 
     def __init__(self, timeout, retries):
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")     # before huggingface_hub is imported: not even versions are told
         self.endpoint = (os.environ.get("HF_ENDPOINT") or HOME).rstrip("/")
         self.timeout, self.retries = timeout, retries
         if timeout <= 0 or retries < 0:
@@ -159,12 +159,17 @@ class Hub:
             if other != part and re.fullmatch(re.escape(path.name) + r"\.[0-9a-f]{12}\.part", other.name):
                 other.unlink()
         for last in (False, True):
-            self._patiently(lambda: self._transfer(repo, file, part), lambda: _size(part))
-            problem = damage(part, file)
-            if not problem:
-                os.replace(part, path)
-                return
-            part.unlink()
+            try:
+                self._patiently(lambda: self._transfer(repo, file, part), lambda: _size(part))
+                problem = damage(part, file)
+                if not problem:
+                    os.replace(part, path)
+                    return
+                part.unlink()
+            except FileNotFoundError:                   # another run of the same command has finished the part that was ours too
+                problem = damage(path, file) if path.exists() else "it was deleted underway"
+                if not problem:
+                    return
             if not last:
                 print(f"  {file.path} arrived damaged ({problem}); fetching it once more", flush=True)
         raise RunError(f"{file.path} of {repo.id} arrived damaged twice from {self.endpoint} ({problem}); nothing of it was "
@@ -216,7 +221,7 @@ class Hub:
                     failures, reached = 0, progress()
                 failures += 1
                 if failures > self.retries:
-                    raise RunError(f"{failure}; gave up (--retries {self.retries}): {failure.advice}; "
+                    raise RunError(f"{failure}; gave up after {failures} failure{'s' * (failures > 1)}: {failure.advice}; "
                                    "the same command goes on from here") from None
                 wait = min(2 ** (failures - 1), 30) if failure.wait is None else failure.wait
                 if wait > LONGEST_WAIT:
@@ -349,7 +354,10 @@ def _session():
 def _headers():
     from huggingface_hub.utils import build_hf_headers
 
-    headers = build_hf_headers()
+    try:
+        headers = build_hf_headers()
+    except OSError:                                     # a home folder that cannot be read holds no token
+        headers = build_hf_headers(token=False)
     if not headers.get("authorization", "").isascii():
         raise UserError("HF_TOKEN is not a token: it holds characters that no token has")
     return headers

@@ -1,15 +1,21 @@
-"""How far a transfer is: one line rewritten in place on a terminal, a new line every ten seconds elsewhere."""
+"""How far something is, and the time left: one line rewritten in place on a terminal, now and then a new line elsewhere."""
 
 import shutil
 import sys
 import time
 
+PLAIN_SECONDS = 15      # without a terminal: a line this often
+QUIET_SECONDS = 2       # what is over by then needs no line
+
 
 class Meter:
-    """`with Meter(name, start, size) as meter: meter.show(done)`; all three counts in bytes, `start` what was there before."""
+    """`with Meter(name, start, size) as meter: meter.show(done)`; all three counts in bytes, `start` what was there before.
 
-    def __init__(self, name, start, size):
-        self.name, self.start, self.size, self.done = name, start, size, start
+    With `always` False, what takes less than QUIET_SECONDS is not mentioned.
+    """
+
+    def __init__(self, name, start, size, always=True):
+        self.name, self.start, self.size, self.done, self.always = name, start, size, start, always
         self.terminal = sys.stdout.isatty()
         self.began = self.shown = time.monotonic()
 
@@ -21,12 +27,14 @@ class Meter:
     def show(self, done):
         """Tell that `done` bytes are there, at most five times a second."""
         self.done, now = done, time.monotonic()
-        if now - self.shown >= (0.2 if self.terminal else 10):
+        if now - self.shown >= (0.2 if self.terminal else PLAIN_SECONDS) and (self.always or now - self.began >= QUIET_SECONDS):
             self.shown = now
             self._print(self._line(now), "\r" if self.terminal else "\n")
 
     def __exit__(self, *_):
-        self._print(self._line(time.monotonic()), "\n")
+        now = time.monotonic()
+        if self.always or now - self.began >= QUIET_SECONDS:
+            self._print(self._line(now), "\n")
 
     def _line(self, now):
         seconds = max(now - self.began, 1e-3)
@@ -34,8 +42,8 @@ class Meter:
         share = f"{self.done / max(self.size, 1):4.0%}  {format_bytes(self.done)} of {format_bytes(self.size)}"
         line = f"  {self.name}  {share}  {format_bytes(speed)}/s"
         if self.done >= self.size:
-            return f"{line}  in {format_seconds(seconds)}"
-        return f"{line}  {format_seconds((self.size - self.done) / speed)} left" if speed else line
+            return f"{line}  in {duration(seconds)}"
+        return f"{line}  {duration((self.size - self.done) / speed)} left" if speed else line
 
     def _print(self, line, end):
         if self.terminal:                               # spaces over what is left of a longer line before
@@ -53,7 +61,32 @@ def format_bytes(count):
     return f"{count:.3f} GB"
 
 
-def format_seconds(seconds):
-    """62 -> "1:02", 3723 -> "1:02:03"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+def duration(seconds):
+    """62 -> "62 s", 90 -> "1.5 min", 7300 -> "2.0 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def progress(label, unit="batches", always=False):
+    """A function that wraps a list to be gone through: shows how far that is, the time left, and at its end the time it took.
+
+    What takes less than QUIET_SECONDS is not mentioned, unless `always`.
+    """
+
+    def watch(steps):
+        count, live = len(steps), sys.stdout.isatty()
+        began = shown = time.monotonic()
+        for number, step in enumerate(steps):
+            now = time.monotonic()
+            if number and now - began >= QUIET_SECONDS and now - shown >= (0.2 if live else PLAIN_SECONDS):
+                shown = now
+                line = f"  {label}: {number:,} of {count:,} {unit}, {duration((now - began) / number * (count - number))} left"
+                print(f"\r\033[K{line}" if live else line, end="" if live else "\n", flush=True)
+            yield step
+        seconds = time.monotonic() - began
+        if always or seconds >= QUIET_SECONDS:
+            line = f"  {label}: {duration(seconds)}"
+            print(f"\r\033[K{line}" if live else line, flush=True)
+
+    return watch

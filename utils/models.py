@@ -3,11 +3,13 @@
 import contextlib
 import json
 import os
+import re
+import sys
 import textwrap
 import warnings
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.errors import NO_MEMORY, UserError
 from utils.files import read_json, sha256_of, show_path
 from utils.settings import ROOT
 
@@ -31,8 +33,8 @@ def check_model(model):
         for place, command in MADE_BY.items():
             if known == (ROOT / place).as_posix():
                 raise UserError(f"the model folder {model} does not exist; make it with: {command}")
-        if model.count("/") == 1 and not model.startswith((".", "/")) and not (ROOT / model).parent.is_dir():
-            return model                        # a Hub id such as Qwen/Qwen3-0.6B
+        if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) and not (ROOT / model).parent.is_dir():
+            return model                        # a Hub id such as Qwen/Qwen3-0.6B; not C:/models, ~/models or ./models
         raise UserError(f"the model folder {model} does not exist; download one: python model_download/download_model.py")
     if not folder.is_dir():
         hint = f"; did you mean {show_path(folder.parent)}?" if (folder.parent / "config.json").is_file() else ""
@@ -48,7 +50,8 @@ def check_model(model):
         newest = max(nested, key=lambda path: path.stat().st_mtime, default=None)
         hint = f"did you mean {show_path(newest.parent)}?" if nested else "a model has config.json and *.safetensors"
         raise UserError(f"{show_path(folder)} is not a model folder (it holds {found}); {hint}")
-    if not list(folder.glob("*.safetensors")):
+    weights = "adapter_model.safetensors" if (folder / "adapter_config.json").is_file() else "*.safetensors"
+    if not list(folder.glob(weights)):      # peft would go on with a pickled adapter_model.bin
         raise UserError(f"{show_path(folder)} holds no *.safetensors weights; other formats are not loaded")
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{show_path(folder)} has no tokenizer; copy tokenizer*.json and chat_template.jinja from its base")
@@ -83,17 +86,34 @@ def adapter_base(folder):
     return str(inside) if inside.is_dir() else base
 
 
-def quiet_offline(model):
-    """Before transformers is imported: no usage pings, and no Hub at all where `model` is a folder on disk."""
+def quiet_offline(*models):
+    """Before transformers is imported: no usage pings, and no Hub at all where the models are folders on disk.
+
+    UserError or RunError, in one line, where a Hub id among them cannot be had: the libraries would say so many times over.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # threads and forks do not mix, and we batch anyway
-    if Path(model).is_dir():
+    if all(Path(model).is_dir() for model in models):
         os.environ["HF_HUB_OFFLINE"] = "1"
+    for model in models:
+        if not Path(model).is_dir():
+            _ask_hub(model)
     # peft asks transformers for this under its old name; nothing that a user could change
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     from transformers.utils import logging
 
     logging.disable_progress_bar()              # "Loading weights" bars of a fraction of a second
+
+
+def _ask_hub(model):
+    """UserError or RunError where the Hub does not have `model` or cannot be reached; what is in its cache needs no asking."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from utils.hub import Hub
+
+    if not isinstance(try_to_load_from_cache(model, "config.json"), str):
+        with contextlib.redirect_stdout(sys.stderr):        # chat's stdout holds answers and nothing else
+            Hub(timeout=30, retries=1).look_up("model", model, "main")
 
 
 def load_tokenizer(model):
@@ -160,6 +180,8 @@ def _told_in_one_line(model):
     try:
         yield
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        if any(sign in str(error) for sign in NO_MEMORY):
+            raise
         if "trust_remote_code" in str(error):
             raise UserError(f"{model} needs Python code of its own to load, and code from a model is not run here") from None
         raise UserError(f"{model} cannot be loaded: {textwrap.shorten(str(error), 300)}") from None

@@ -1,8 +1,26 @@
 """Pictures: loss curves of a training run, and the comparison of models. Labels are English: no font has to hold Chinese."""
 
+import logging
+
 from utils.files import atomic_write
 
 SMOOTHING = 0.05    # the smoothed curve averages over about this share of the run
+
+
+def load_pyplot():
+    """matplotlib.pyplot, which draws to files and needs no screen."""
+    logging.getLogger("matplotlib").addFilter(_not_about_its_cache)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _not_about_its_cache(record):
+    """Where the home folder cannot be written to, the cache goes to a temporary one: seconds lost, nothing for the user to do."""
+    return not str(record.msg).startswith(("mkdir -p failed", "Matplotlib created a temporary cache"))
 
 
 def plot_training(log, path, title):
@@ -11,11 +29,7 @@ def plot_training(log, path, title):
     SFT and LoRA: training loss (raw and smoothed), evaluation loss, learning rate. DPO runs get two more panels: reward margin
     and accuracy, and the log-probabilities of the chosen and the rejected answers.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     steps = [entry for entry in log if "loss" in entry]
     evaluations = [entry for entry in log if "eval_loss" in entry]
     preference = any("reward_margin" in entry for entry in steps)
@@ -59,11 +73,7 @@ def _draw(axis, steps, evaluations, name, label, colour, prefix=""):
 
 def plot_comparison(models, path):
     """Draw the comparison (dict name -> figures, as in comparison.json) to a PNG: a panel a measure, a bar a model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     panels = [
         ("heldout_loss", "held-out loss, nats a token (lower is better)"), ("exam_accuracy", "exam by option text"),
         ("exam_letter_accuracy", "exam by option letter"), ("preference_accuracy", "preference pairs"),

@@ -9,11 +9,11 @@ import time
 import torch
 from transformers import TrainerCallback
 
-from utils.files import atomic_write
+from utils.files import atomic_write, show_path
+from utils.meter import PLAIN_SECONDS, duration
 from utils.plots import plot_training
 
 REDRAW_SECONDS = 30     # the PNG takes about half a second to draw
-PLAIN_SECONDS = 15      # without a terminal: a line this often
 
 
 class RunLog(TrainerCallback):
@@ -58,8 +58,11 @@ class RunLog(TrainerCallback):
     def draw(self):
         """Redraw the picture now, if there is anything to draw."""
         if self.run.main and any("loss" in entry for entry in self.entries):
-            plot_training(self.entries, self.picture, self.title)
             self.last_drawn = time.monotonic()
+            try:
+                plot_training(self.entries, self.picture, self.title)
+            except PermissionError as error:        # on Windows, while a picture viewer has it open
+                self._print(f"{show_path(self.picture)} cannot be redrawn now ({error.strerror}); training goes on", keep=True)
 
     def tokens_per_second(self, state):
         """Real (unpadded) tokens a second over the steps of this process, evaluations and checkpoints left out."""
@@ -130,13 +133,6 @@ def chosen_fell(entries):
     """Whether DPO has cost the chosen answers a tenth of their log-probability, and a nat, since the first evaluation."""
     values = [entry["eval_chosen_logps"] for entry in entries if "eval_chosen_logps" in entry]
     return len(values) > 1 and values[-1] < values[0] - max(1.0, 0.1 * abs(values[0]))
-
-
-def duration(seconds):
-    """90 -> '1.5 min', 7300 -> '2.0 h'."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _short(value):

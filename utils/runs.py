@@ -10,13 +10,13 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 from pathlib import Path
 
 from accelerate import PartialState
 
 from utils.errors import UserError
-from utils.files import read_json, sha256_of, show_path, write_json
+from utils.files import read_json, sha256_of, show_path, write_folder, write_json
+from utils.meter import progress
 from utils.models import fingerprint
 
 # Settings that decide where and how a run is shown, not what it computes.
@@ -77,22 +77,12 @@ class RunFolder:
         run.json says "finished" last, so a kill before that leaves a run that goes on from its last checkpoint.
         """
         if self.main:
-            self._write_model(save)
+            print(f"saving the finished model to {show_path(self.folder)}", flush=True)
+            write_folder(self.folder, save)
             self.record.update(status="finished", finished=_now(), results=results)
             write_json(self.folder / "run.json", self.record)
         self.processes.wait_for_everyone()
         self.processes.destroy_process_group()
-
-    def _write_model(self, save):
-        partial = self.folder / ".partial-model"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        save(partial)
-        for path in sorted(partial.iterdir()):
-            if (self.folder / path.name).is_dir():
-                shutil.rmtree(self.folder / path.name)
-            os.replace(path, self.folder / path.name)
-        partial.rmdir()
 
     def say_finished(self):
         """Tell that this very run is done."""
@@ -121,14 +111,7 @@ def _lock(folder):
     """Hold the folder's lock file while this process lives; UserError where another process holds it."""
     file = open(folder / LOCK, "a+", encoding="utf-8")
     try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _hold(file)
     except OSError:
         file.seek(0)
         owner = file.read().strip() or "unknown"
@@ -138,6 +121,19 @@ def _lock(folder):
     file.write(str(os.getpid()))
     file.flush()
     return file
+
+
+def _hold(file):
+    """Lock an open file until this process ends; OSError where another one has it."""
+    try:
+        import fcntl
+    except ImportError:     # Windows locks bytes, and nobody else can read them: one far behind the text, the same for all
+        import msvcrt
+
+        os.lseek(file.fileno(), 1 << 20, os.SEEK_SET)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _identity(settings, device):
@@ -175,7 +171,7 @@ def _whole_checkpoints(folder):
     for path in list_checkpoints(folder):
         try:
             files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            damaged = [name for name, (size, digest) in files.items()
+            damaged = [name for name, (size, digest) in progress(f"checking {path.name}", "files")(list(files.items()))
                        if (path / name).stat().st_size != size or sha256_of(path / name) != digest]
         except (OSError, ValueError) as error:
             damaged = [str(error)]

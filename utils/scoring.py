@@ -1,7 +1,7 @@
 """Scores of a model without generating: log-probabilities of answers, and of the options of an exam question.
 
 `model` is always one that utils.packed_model.prepare_packed prepared; it is moved to `device` (utils.device.Device).
-`watch` wraps what is gone through step by step, to show progress (utils.terminal.progress).
+`watch` wraps what is gone through step by step, to show progress (utils.meter.progress).
 """
 
 import torch

@@ -52,7 +52,7 @@ def parse_settings(script, argv=None, positional=""):
     source = Path(script).read_text(encoding="utf-8")
     constants = read_constants(source)
     parser = _Parser(
-        prog=f"python {_plain(Path(script).resolve())}", description=ast.get_docstring(ast.parse(source)),
+        prog=f"python {_plain(Path(script).resolve())}", usage="%(prog)s [flags]", description=ast.get_docstring(ast.parse(source)),
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )
     parser.flags = [_flag(name) for name in constants]
@@ -72,11 +72,17 @@ def parse_settings(script, argv=None, positional=""):
     if first is not None:
         given[positional] = first
     settings = Settings(overridden=set(given))
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        parser.error("the folder that this was started in has been deleted; go to one that is there, with cd")
     for name, (value, _) in constants.items():
-        base = Path.cwd() if name in given else ROOT
+        base = here if name in given else ROOT
         resolved = _resolve(name, given.get(name, value), base)
-        if name.endswith("_DIR") and resolved and resolved.is_file():
-            parser.error(f"{_flag(name)}: {resolved} is a file, wanted a folder")
+        if name.endswith("_DIR") and resolved:
+            for path in (resolved, *resolved.parents):
+                if path.is_file():
+                    parser.error(f"{_flag(name)}: {path} is a file, wanted a folder")
         setattr(settings, name, resolved)
     return settings
 

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 import unicodedata
 from itertools import zip_longest
 
@@ -12,8 +11,6 @@ _CONTROLS = {code: "\ufffd" for code in (*range(9), *range(11, 32), *range(127, 
 
 def prepare_terminal():
     """Switch on line editing (arrow keys, history, whole pastes) where Python has readline; Windows edits by itself."""
-    if os.name == "nt":
-        os.system("")               # makes older Windows consoles understand the codes for dim text
     try:
         import readline
     except ImportError:
@@ -48,21 +45,6 @@ def note(text):
 def printable(text):
     """`text` without characters that would control the terminal; line breaks and tabs stay."""
     return text.translate(_CONTROLS)
-
-
-def progress(label):
-    """A function that wraps a list to be gone through: shows how far that is, and at its end the seconds it took (stderr)."""
-
-    def watch(steps):
-        began, live = time.monotonic(), sys.stderr.isatty()
-        for number, step in enumerate(steps):
-            if live:
-                print(f"\r\033[K  {label}: {number} of {len(steps)} batches", end="", file=sys.stderr, flush=True)
-            yield step
-        start = "\r\033[K" if live else ""
-        print(f"{start}  {label}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
-
-    return watch
 
 
 class AnswerPrinter:

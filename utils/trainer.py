@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from utils.errors import RunError, UserError
 from utils.files import read_json, show_path, write_json
+from utils.meter import progress
 from utils.packed_model import sum_of_losses, token_logps
 from utils.packing import collate, split_batch
 from utils.runs import list_checkpoints, write_manifest
@@ -70,7 +71,7 @@ class PackedTrainer(Trainer):
         self.model.eval()
         totals, units = {"loss": 0.0}, 0
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        for index in range(rank, len(self.eval_dataset), processes):
+        for index in progress("evaluation", "rows")(range(rank, len(self.eval_dataset), processes)):
             forward, targets, rest = split_batch(self._prepare_inputs(collate([self.eval_dataset[index]])))
             with self.compute_loss_context_manager():
                 loss, count, sums = self.batch_loss(self.model(**forward), targets, rest)
@@ -106,11 +107,16 @@ class PackedTrainer(Trainer):
         run_dir = Path(self.args.output_dir)
         partial = run_dir / ".partial-checkpoint"
         if self.args.should_save:
+            print(f"writing {PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", flush=True)      # 7 GB take a while
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.args.output_dir = str(partial)
         try:
             super()._save_checkpoint(model, trial)
+        except BaseException:           # a full disk, above all: the half that was written must not keep it full
+            if self.args.should_save:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         finally:
             self.args.output_dir = str(run_dir)
         self.accelerator.wait_for_everyone()
@@ -118,7 +124,7 @@ class PackedTrainer(Trainer):
             name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             write_manifest(partial / name)
             for file in (partial / name).iterdir():     # the data on the disk before the name, for the power cut
-                with open(file, "rb") as opened:
+                with open(file, "r+b") as opened:       # Windows flushes only what is open for writing
                     os.fsync(opened.fileno())
             shutil.rmtree(run_dir / name, ignore_errors=True)   # there only if it was found damaged
             os.replace(partial / name, run_dir / name)
@@ -183,8 +189,9 @@ def add_reference(model, splits, args, device, run):
     path = run.folder / "reference_logps.json"
     with args.main_process_first(local=False, desc="reference log-probabilities"):
         if not path.is_file():
-            print("computing the reference log-probabilities, once")
-            write_json(path, {name: answer_logps(model, rows, device) for name, rows in splits.items()})
+            print("computing the reference log-probabilities, once", flush=True)
+            write_json(path, {name: answer_logps(model, rows, device, progress(f"reference, {name} pairs", "rows"))
+                              for name, rows in splits.items()})
         kept = read_json(path)
     for name, rows in splits.items():
         if len(kept[name]) != len(rows.items):

@@ -1,6 +1,7 @@
 """What the three finetune scripts share: training arguments, the run itself, and the finished folder."""
 
 import math
+import pickle
 import sys
 
 import psutil
@@ -8,10 +9,10 @@ import torch
 from transformers import TrainingArguments
 
 from utils.chat_format import generation_settings, with_default_mode
-from utils.errors import RunError
+from utils.errors import NO_MEMORY, RunError
 from utils.files import show_path
 from utils.forecast import readable
-from utils.progress import duration
+from utils.meter import duration
 from utils.runs import list_checkpoints
 
 
@@ -28,6 +29,8 @@ def training_arguments(settings, device, run):
         use_cpu=device.name == "cpu", bf16=device.bf16, seed=settings.SEED, data_seed=settings.SEED,
         logging_steps=1, logging_nan_inf_filter=False, eval_strategy="epoch", eval_on_start=run.checkpoint is None,
         save_strategy="epoch", save_total_limit=settings.KEEP_CHECKPOINTS, report_to="none", disable_tqdm=True,
+        # lengths differ from row to row, and on Apple GPUs every new one leaves buffers and a compiled graph behind
+        torch_empty_cache_steps=10 if device.name == "mps" else None,
         remove_unused_columns=False, dataloader_pin_memory=device.name == "cuda", ddp_find_unused_parameters=False,
     )
 
@@ -56,8 +59,11 @@ def train(trainer, run, log, stop):
         print(f"going on from {show_path(run.checkpoint)}")
     try:
         trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    except pickle.UnpicklingError:
+        raise RunError(f"{show_path(run.checkpoint)} holds more than numbers, and code from files is not run here; delete it, and "
+                       "the same command goes on from the checkpoint before") from None
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in ("out of memory", "can't allocate memory")):
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in NO_MEMORY):
             raise
         checkpoints = list_checkpoints(run.folder)
         kept = f"{show_path(checkpoints[-1])} is kept" if checkpoints else "no checkpoint was written yet"

@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `utils` is found from any folder
 
 from utils.errors import run
-from utils.files import read_json, read_jsonl, show_path, write_jsonl
+from utils.files import read_json, read_jsonl, require_file, show_path, write_jsonl
 from utils.settings import parse_settings
 
 # ---- Settings: edit here, or override on the command line (--seed 1) ----
@@ -202,7 +202,7 @@ def main(argv=None):
     rng = random.Random(settings.SEED)
 
     # 1. Read the tables and choose whom the training rows never ask about
-    wordings = read_json(settings.TABLES_DIR / "wordings.json")
+    wordings = read_json(require_file(settings.TABLES_DIR / "wordings.json", "git checkout data_prepare/sample"))
     entities = load_entities(settings.TABLES_DIR, wordings)
     hold_out(entities, settings.HELD_OUT_SHARE)
 

@@ -1,0 +1,120 @@
+"""Scripts in processes of their own: started as a shell starts them, stopped as a person or a machine stops them.
+
+    script = Script(["data_prepare/convert_to_qwen3_format.py", "--workers", "1"], repository, folder, before=[(os.close, 1)])
+    script.wait_for(lambda: (folder / "half.part").exists())
+    script.kill(signal.SIGINT)
+    script.end()                        # the exit code; then script.out and script.err, the text of stdout and stderr
+
+Every process is forked from one server. Most then execute a new interpreter, which is just what a shell does. With
+`ready=True` the script runs in the forked process itself, where torch and transformers are imported already: its own process,
+arguments, folder, files and limits all the same, seconds earlier. That is for faults met after these imports.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch", "transformers.trainer", "transformers.models.qwen3.modeling_qwen3", "peft", "matplotlib.pyplot"])
+DEADLINE = 60       # seconds
+
+
+class Script:
+    """A running script. `before`: [(function, argument, ...), ...] is called in the new process before the script begins."""
+
+    def __init__(self, words, repository, folder, cwd=None, environment={}, before=(), stdin=os.devnull, ready=False):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.files = [folder / "stdout.txt", folder / "stderr.txt"]
+        command = [str(repository / words[0]), *map(str, words[1:])]
+        environment = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
+        self.process = SERVER.Process(target=become, args=(
+            command, cwd or folder, environment, [stdin, *self.files], before, ready), daemon=True)
+        self.process.start()
+
+    def wait_for(self, happened):
+        """Until `happened()`; AssertionError where the script ends before that, or a minute has passed."""
+        deadline = time.monotonic() + DEADLINE
+        while self.process.is_alive() and time.monotonic() < deadline:
+            if happened():
+                return
+            time.sleep(0.002)
+        self.process.kill()
+        raise AssertionError(f"ended before its time, or waited for in vain: {self.out}{self.err}")
+
+    def kill(self, number=signal.SIGKILL):
+        os.kill(self.process.pid, number)
+
+    def end(self):
+        self.process.join(DEADLINE)
+        if self.process.is_alive():
+            self.process.kill()
+            raise AssertionError(f"did not end: {self.out}{self.err}")
+        return self.process.exitcode
+
+    @property
+    def out(self):
+        return self.files[0].read_text(encoding="utf-8") if self.files[0].exists() else ""
+
+    @property
+    def err(self):
+        return self.files[1].read_text(encoding="utf-8") if self.files[1].exists() else ""
+
+
+def become(command, cwd, environment, files, before, ready):
+    """In the new process: take the place that a shell gives a command, and be that command."""
+    os.chdir(cwd)
+    for number, (path, flags) in enumerate(zip(files, (os.O_RDONLY, *2 * [os.O_WRONLY | os.O_CREAT | os.O_TRUNC]))):
+        opened = os.open(path, flags, 0o644)
+        os.dup2(opened, number)
+        os.close(opened)
+    for function, *arguments in before:
+        function(*arguments)
+    if not ready:
+        os.execve(sys.executable, [sys.executable, *command], environment)
+    os.environ.clear()
+    os.environ.update(environment)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("utils", "model_finetune", "model_download", "data_prepare")]:
+        del sys.modules[name]           # another test's server may hold them, out of another copy of the repository
+    sys.path[:] = [path for path in sys.path if not (Path(path) / "utils" / "errors.py").is_file()]
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
+        except OSError:         # closed: so does Python tell it, too
+            setattr(sys, name, None)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+
+
+def nobody_reads():
+    """Make stdout a pipe whose reader has left, as `script | head -1` does after the first line."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    os.close(writer)
+
+
+def obey_permissions():
+    """Where tests run as root, for whom permissions do not count: stay the owner of the files, without the power over them."""
+    if os.geteuid():
+        return
+    if not sys.platform.startswith("linux"):
+        os.setuid(65534)                # nobody
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    PR_SET_SECUREBITS, SECBIT_NOROOT, CAPABILITY_VERSION_3 = 28, 1, 0x20080522
+    header, nothing = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)()
+    if libc.prctl(PR_SET_SECUREBITS, SECBIT_NOROOT, 0, 0, 0) or libc.capset(header, nothing):
+        raise OSError(ctypes.get_errno(), "root cannot give up its power over permissions here")
+
+
+def little_memory(more):
+    """From here on the process gets `more` bytes and no more (Linux, by RLIMIT_AS)."""
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, 2 * (pages * resource.getpagesize() + more,))
