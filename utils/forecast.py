@@ -47,7 +47,7 @@ def memory_parts(model, tokens, args):
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     head = model.get_output_embeddings().weight
-    scores = 3 * min(CHUNK, tokens) * head.shape[0] * FLOAT                 # logits, their gradient, one product at a time
+    scores = 2 * min(CHUNK, tokens) * head.shape[0] * FLOAT                 # logits, and a copy of them (bfloat16: two of half the size)
     if head.requires_grad:
         scores += head.numel() * FLOAT                                      # the head's gradient before it joins the others
     return {
