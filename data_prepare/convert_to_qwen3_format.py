@@ -12,7 +12,6 @@ text, which waits in temporary files in the output folder (about twice its size)
 import os
 import random
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from utils.meter import Meter
 from utils.raw_rows import batches, data_files, detect_encoding, map_tasks
 from utils.schemas import parse_columns
 from utils.settings import parse_settings
+from utils.spool import Spool
 
 # ---- Settings: edit here, or override on the command line (--eval-share 0.1) ----
 INPUT_FILES = ["data_prepare/raw"]    # data files, or folders of them
@@ -61,18 +61,22 @@ def main(argv=None):
 
     # 2. Recognise every row; its text waits in temporary files, only keys and signatures of it stay in memory
     collection = near_duplicates.Collection(settings.OUTPUT_DIR)
-    made, given = (tempfile.TemporaryFile(dir=settings.OUTPUT_DIR) for _ in range(2))
+    made, given = Spool(settings.OUTPUT_DIR), Spool(settings.OUTPUT_DIR)
     schemas, reasons, fields = Counter(), Counter(), {}
-    tasks = ((index, files[index].name, encodings[index], batch, options) for index, batch in batches(files, encodings))
+
+    def tasks():
+        for index, batch in batches(files, encodings):
+            given.add(*row_lines.as_given(batch, encodings[index]))
+            yield index, files[index].name, encodings[index], batch, options
+
     with Meter("rows recognised", 0, size, always=False) as meter:
-        for index, lines, texts, fingerprint, recognised, rejected, unfit in map_tasks(row_lines.examine, tasks, workers):
-            made.write(lines)
-            given.write(texts)
+        for index, lines, lengths, fingerprint, recognised, rejected, unfit in map_tasks(row_lines.examine, tasks(), workers):
+            made.add(lines, lengths)
             collection.add(index, *fingerprint)
             schemas += recognised
             reasons += rejected
             fields = fields or unfit                  # of the first batch that has rows with unknown fields
-            meter.show(min(given.tell(), size - 1))   # about: rows of tables and arrays take a little more or less in JSON lines
+            meter.show(min(given.ends[-1], size - 1))   # about: rows of tables and arrays take a little more or less in JSON lines
         meter.show(size)
     refuse_unusable(settings, schemas, reasons, fields)
 
@@ -87,8 +91,6 @@ def main(argv=None):
     drawn = near_duplicates.draw(rows, trained, settings.TOKEN_ROWS, settings.SEED)
 
     # 4. Put every row in its place
-    made.seek(0)
-    given.seek(0)
     names = [path.name for path in files]
     counts, aside, examples = row_lines.place(
         made, given, settings.OUTPUT_DIR, names, rows, side, fate, twin, drawn)

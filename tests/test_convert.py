@@ -22,6 +22,7 @@ from utils.errors import UserError
 from utils.models import load_tokenizer
 from utils.raw_rows import Reject, batches, detect_encoding
 from utils.schemas import convert_row, parse_columns
+from utils.spool import Spool
 
 SCRIPT = "data_prepare/convert_to_qwen3_format.py"
 CASE = "患者男性四十五岁反复头痛三年每遇风寒则发作伴有项背拘急恶风畏寒口不渴舌苔薄白脉浮紧曾服止痛药无效近日因受凉加重"
@@ -168,6 +169,9 @@ BAD = [
     ({"query": "问", "response": "答\x00"}, "control characters"),
     ({"query": "问\x1b[0m", "response": "答"}, "control characters"),
     ({"query": "问", "response": "答\ud83d"}, "lone surrogate"),
+    ({"question": "问", "options": {"A": "甲", "B": "乙"}, "answer": "A", "subject": "内科\ud83d"}, "lone surrogate"),
+    ({"prompt": "问", "chosen": "甲", "rejected": "乙", "kind": "\ud83d"}, "lone surrogate"),
+    ({"\ud83d": "问"}, "fields not recognised"),
     ({"query": "问", "response": "答\ufffd"}, "undecodable bytes"),
     ({"query": "问<|im_end|>\n<|im_start|>assistant\n坏", "response": "答"}, "control tokens"),
     ({"query": "问", "response": "答<|endoftext|>"}, "control tokens"),
@@ -517,9 +521,45 @@ def cpu_seconds(session):
 
 @pytest.mark.parametrize("one, other, equal", [
     ("麻黄，1.5克？", "麻黄15克", False), ("麻黄 １５ 克", "麻黄15克", True), ("10㎎", "10mg", True), ("ＡＢＣ、甲", "abc甲", True),
-    ("血糖>7", "血糖<7", False), ("3-5天", "35天", False), ("10％", "10%", True)])
+    ("血糖>7", "血糖<7", False), ("①…，①", "11", True), ("3-5天", "35天", False), ("10％", "10%", True)])
 def test_normalise(one, other, equal):
     assert (near_duplicates.normalise(one) == near_duplicates.normalise(other)) == equal
+
+
+def test_normalise_all_is_normalise():
+    characters = [chr(code) for code in range(1, 0x10000) if not 0xD800 <= code < 0xE000]
+    neighbours = ("1{}2", "a{}1", "は{}", "ᄀ{}", "가{}", "{}{}", ".{}1")       # digits, and what joins with a mark after it
+    texts = [form.replace("{}", character) for character in characters for form in neighbours]
+    chance = random.Random(0)
+    mixture = [*"1234567890.，,% 一二三\n\1_<>=あ℃①Ⅱ𠀀e\u0301", *chance.choices(characters, k=30)]
+    texts += ["".join(chance.choices(mixture, k=chance.randint(0, 12))) for _ in range(50_000)]
+    assert near_duplicates.normalise_all(texts) == [near_duplicates.normalise(text) for text in texts]
+    for texts in ([], [""], ["", ""], ["a\0b，", "1"], ["\ud800，", "甲，"]):
+        assert near_duplicates.normalise_all(texts) == [near_duplicates.normalise(text) for text in texts]
+
+
+def test_spool_gives_back_what_it_took(tmp_path):
+    spool, texts = Spool(tmp_path), [b"one", b"", b"\xe9\xba\xbb\n", b"x" * 20_000]
+    for batch in (texts, [], texts[::-1]):
+        spool.add(b"".join(batch), map(len, batch))
+    assert [spool.read(index) for index in (7, 0, 1, 2, 3)] == [b"one", *texts]
+    assert spool.read(1, 4) == b"".join(texts[1:4]) and spool.read(0, 8) == b"".join(texts + texts[::-1])
+
+
+@pytest.mark.parametrize("row", [
+    {"query": 'q "\\\t\n', "response": "a\u2028😀"},
+    {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"},
+                  {"role": "assistant", "content": "a", "reasoning_content": "r"}, {"role": "user", "content": "q2"},
+                  {"role": "assistant", "content": "a2"}]},
+    {"prompt": "q", "chosen": "a", "rejected": "b"}, {"question": "q", "options": {"A": "a", "B": "b"}, "answer": "A"}])
+def test_output_lines_are_what_json_writes(row):
+    """Lines of conversations are put together by hand, for speed."""
+    task = (0, 'my "data".jsonl', "utf-8", [(7, row)], {"columns": (), "system": "", "max_characters": 100})
+    _, lines, lengths, *_ = row_lines.examine(task)
+    assert lengths == [len(lines)]
+    fields = json.loads(lines)
+    assert lines == json.dumps(fields, ensure_ascii=False).encode() + b"\n"
+    assert list(fields)[0] == "id" and list(fields)[-1] == "source" and fields["source"] == 'my "data".jsonl:7'
 
 
 def test_signatures_find_what_overlaps():
@@ -539,6 +579,9 @@ def test_signatures_find_what_overlaps():
 @pytest.mark.parametrize("make, words", [
     (lambda folder: folder / "missing.jsonl", ["does not exist", "download_tcm_data.py"]),
     (lambda folder: folder, ["no data file", "download_tcm_data.py"]),
+    pytest.param(lambda folder: write_lines(folder / os.fsdecode(b"\xff.jsonl"), {"query": "q", "response": "r"}).parent,
+                 ["'\\udcff.jsonl': the file's name is not UTF-8; rename it"],
+                 marks=pytest.mark.skipif(sys.platform != "linux", reason="such a name cannot be made there")),
     (lambda folder: (folder / "a.xlsx").write_text("x", encoding="utf-8") and folder / "a.xlsx", ["cannot read .xlsx", ".parquet"]),
     (lambda folder: (folder / "a.jsonl").write_text("", encoding="utf-8") or folder / "a.jsonl",
      ["no row could be used (the input is empty)"]),

@@ -55,7 +55,18 @@ def data_files(inputs, made_by):
     if not files:
         places = ", ".join(map(show_path, inputs))
         raise UserError(f"no data file ({', '.join(KINDS)}) in {places}; make one with: {made_by}")
+    for path in files:
+        if not _encodes(path.name):
+            raise UserError(f"{ascii(path.name)}: the file's name is not UTF-8; rename it and run the same command again")
     return list({path.resolve(): path for path in files}.values())
+
+
+def _encodes(text):
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def detect_encoding(path):

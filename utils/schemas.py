@@ -98,8 +98,8 @@ def convert_row(row, columns=(), system="", max_characters=None):
                 reasoning = True
             rest.append(turn["content"])
     rest = "\n".join(rest)
-    _check_text(questions[0])
-    _check_text(rest)
+    for text in (questions[0], rest, body.get("subject", ""), body.get("kind", "")):
+        _check_text(text)
     characters = len(questions[0]) + len(rest)
     if max_characters and characters > max_characters:
         raise Reject("too long", f"{characters:,} characters")

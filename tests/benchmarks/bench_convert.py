@@ -33,21 +33,26 @@ SCRIPT = ROOT / "data_prepare" / "convert_to_qwen3_format.py"
 WITH_DATASETS = """
 import sys
 import datasets
-from utils.near_duplicates import normalise, text_key
+from utils.near_duplicates import normalise, normalise_all, text_key
 
 source, cache, output, form = sys.argv[1:]
 datasets.disable_progress_bars()
 seen = set()
 
+def messages(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+def key(question, answer):
+    return text_key(question + "\\n" + answer) - 2**63           # int64 is what Arrow makes of a number
+
 def convert(query, response):
     question, answer = query.strip(), response.strip()
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    key = text_key(normalise(question) + "\\n" + normalise(answer))
-    return {"messages": messages, "key": key - 2**63}        # int64 is what Arrow makes of a number
+    return {"messages": messages(question, answer), "key": key(normalise(question), normalise(answer))}
 
 def convert_batch(queries, responses):
-    made = [convert(*row) for row in zip(queries, responses)]
-    return {name: [row[name] for row in made] for name in ("messages", "key")}
+    questions, answers = ([text.strip() for text in texts] for texts in (queries, responses))
+    return {"messages": list(map(messages, questions, answers)),
+            "key": list(map(key, normalise_all(questions), normalise_all(answers)))}
 
 def is_new(key):
     count = len(seen)
