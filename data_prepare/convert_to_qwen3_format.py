@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.errors import UserError, run
 from utils.files import sha256_of, show_path, write_json
 from utils.meter import Meter
-from utils.raw_rows import batches, data_files, detect_encoding, map_tasks
+from utils.raw_rows import data_files, detect_encoding, map_tasks
 from utils.schemas import parse_columns
 from utils.settings import parse_settings
 from utils.spool import Spool
@@ -63,20 +63,15 @@ def main(argv=None):
     collection = near_duplicates.Collection(settings.OUTPUT_DIR)
     made, given = Spool(settings.OUTPUT_DIR), Spool(settings.OUTPUT_DIR)
     schemas, reasons, fields = Counter(), Counter(), {}
-
-    def tasks():
-        for index, batch in batches(files, encodings):
-            given.add(*row_lines.as_given(batch, encodings[index]))
-            yield index, files[index].name, encodings[index], batch, options
-
+    tasks = row_lines.tasks(files, encodings, options, given)
     with Meter("rows recognised", 0, size, always=False) as meter:
-        for index, lines, lengths, fingerprint, recognised, rejected, unfit in map_tasks(row_lines.examine, tasks(), workers):
+        for index, lines, lengths, fingerprint, recognised, rejected, unfit in map_tasks(row_lines.examine, tasks, workers):
             made.add(lines, lengths)
             collection.add(index, *fingerprint)
             schemas += recognised
             reasons += rejected
             fields = fields or unfit                  # of the first batch that has rows with unknown fields
-            meter.show(min(given.ends[-1], size - 1))   # about: rows of tables and arrays take a little more or less in JSON lines
+            meter.show(min(given.ends[-1], size - 1))     # about: as JSON lines, tables and arrays take more or less
         meter.show(size)
     refuse_unusable(settings, schemas, reasons, fields)
 
@@ -92,8 +87,7 @@ def main(argv=None):
 
     # 4. Put every row in its place
     names = [path.name for path in files]
-    counts, aside, examples = row_lines.place(
-        made, given, settings.OUTPUT_DIR, names, rows, side, fate, twin, drawn)
+    counts, aside, examples = row_lines.place(made, given, settings.OUTPUT_DIR, names, rows, side, fate, twin, drawn)
     reasons += aside
     outputs = [settings.OUTPUT_DIR / f"{name}.jsonl" for name in row_lines.OUTPUTS]
     written = [path for path in outputs if counts[path.stem]]

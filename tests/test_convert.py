@@ -20,6 +20,7 @@ from utils import near_duplicates, row_lines
 from utils.chat_format import encode_turns
 from utils.errors import UserError
 from utils.models import load_tokenizer
+from utils.normalise import normalise, normalise_all
 from utils.raw_rows import Reject, batches, detect_encoding
 from utils.schemas import convert_row, parse_columns
 from utils.spool import Spool
@@ -523,7 +524,7 @@ def cpu_seconds(session):
     ("麻黄，1.5克？", "麻黄15克", False), ("麻黄 １５ 克", "麻黄15克", True), ("10㎎", "10mg", True), ("ＡＢＣ、甲", "abc甲", True),
     ("血糖>7", "血糖<7", False), ("①…，①", "11", True), ("3-5天", "35天", False), ("10％", "10%", True)])
 def test_normalise(one, other, equal):
-    assert (near_duplicates.normalise(one) == near_duplicates.normalise(other)) == equal
+    assert (normalise(one) == normalise(other)) == equal
 
 
 def test_normalise_all_is_normalise():
@@ -533,9 +534,9 @@ def test_normalise_all_is_normalise():
     chance = random.Random(0)
     mixture = [*"1234567890.，,% 一二三\n\1_<>=あ℃①Ⅱ𠀀e\u0301", *chance.choices(characters, k=30)]
     texts += ["".join(chance.choices(mixture, k=chance.randint(0, 12))) for _ in range(50_000)]
-    assert near_duplicates.normalise_all(texts) == [near_duplicates.normalise(text) for text in texts]
+    assert normalise_all(texts) == [normalise(text) for text in texts]
     for texts in ([], [""], ["", ""], ["a\0b，", "1"], ["\ud800，", "甲，"]):
-        assert near_duplicates.normalise_all(texts) == [near_duplicates.normalise(text) for text in texts]
+        assert normalise_all(texts) == [normalise(text) for text in texts]
 
 
 def test_spool_gives_back_what_it_took(tmp_path):

@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 
+from utils.packed_model import dtypes
 from utils.training import save_model
 
 
@@ -40,8 +41,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, weight, down, up, scaling):
-        device = states.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+        dtype, _ = dtypes(states)
         ctx.shape, ctx.dtype, ctx.scaling = states.shape, states.dtype, scaling
         states, weight, down, up = (given.to(dtype) for given in (states.flatten(0, -2), weight, down, up))
         small = states @ down.T

@@ -113,7 +113,7 @@ class _SumOfLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, token_weights):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        compute, exact = _dtypes(hidden)
+        compute, exact = dtypes(hidden)
         head = weight.to(compute)
         hidden_gradient = torch.empty_like(hidden, dtype=exact) if need_hidden else None
         weight_gradient = torch.empty_like(weight) if need_weight else None
@@ -154,7 +154,7 @@ class _SumOfLosses(torch.autograd.Function):
 @torch.no_grad()
 def token_logps(hidden, weight, targets):
     """Log-probability of each target: (N,) float32 (float64 for float64 input), from `hidden` (N, H), `weight` (V, H)."""
-    compute, exact = _dtypes(hidden)
+    compute, exact = dtypes(hidden)
     head = weight.to(compute)
     parts = []
     with torch.autocast(hidden.device.type, enabled=False):
@@ -170,8 +170,8 @@ def _parts(count):
     return [slice(start, start + size) for start in range(0, max(1, count), size)]
 
 
-def _dtypes(hidden):
-    """(dtype of the products, dtype of softmax and sums)."""
+def dtypes(hidden):
+    """(dtype of matrix products with `hidden` now, under autocast or not; dtype of softmax and sums)."""
     if torch.is_autocast_enabled(hidden.device.type):
         return torch.get_autocast_dtype(hidden.device.type), torch.float32
     return hidden.dtype, torch.promote_types(hidden.dtype, torch.float32)

@@ -9,7 +9,7 @@ import numpy
 
 from utils.files import atomic_write
 from utils.near_duplicates import EVAL, REASONS, content_key, fingerprint
-from utils.raw_rows import Reject, parse_row
+from utils.raw_rows import Reject, batches, parse_row
 from utils.schemas import convert_row
 
 RUN = 1000                # rows written at a time, at most
@@ -18,13 +18,16 @@ OUTPUTS = ("sft_train", "sft_eval", "dpo_train", "dpo_eval", "exam")
 _ENCODE = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
 
 
-def as_given(batch, encoding):
-    """The rows of a batch as they were given: (JSON texts in UTF-8, joined, lengths). Table rows are written as objects."""
-    texts = [_as_json(raw, encoding) for _, raw in batch]
-    return b"".join(texts), map(len, texts)
+def tasks(files, encodings, options, given):
+    """Yield a task of `examine` for every batch of rows; as they were given they go to the Spool `given`, a JSON text each."""
+    for index, batch in batches(files, encodings):
+        texts = [_as_json(raw, encodings[index]) for _, raw in batch]
+        given.add(b"".join(texts), map(len, texts))
+        yield index, files[index].name, encodings[index], batch, options
 
 
 def _as_json(raw, encoding):
+    """UTF-8, in one line; a table row is written as an object."""
     if isinstance(raw, dict):
         return json.dumps(raw, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace")
     if isinstance(raw, str):

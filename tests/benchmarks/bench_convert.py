@@ -33,7 +33,8 @@ SCRIPT = ROOT / "data_prepare" / "convert_to_qwen3_format.py"
 WITH_DATASETS = """
 import sys
 import datasets
-from utils.near_duplicates import normalise, normalise_all, text_key
+from utils.near_duplicates import text_key
+from utils.normalise import normalise, normalise_all
 
 source, cache, output, form = sys.argv[1:]
 datasets.disable_progress_bars()
