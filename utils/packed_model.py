@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from utils.fused_layers import fuse_layers
 from utils.packing import IGNORED
 
 CHUNK = 512         # positions scored at once, at most: 512 x 151,936 fp32 logits are 311 MB
@@ -61,7 +62,8 @@ def prepare_packed(model):
     Its forward then gives a (N, hidden) tensor: the final hidden states of the N positions that have a label. The LM head
     is left to the loss, which sees only those. Call it before an adapter is put on.
     """
-    model.set_attn_implementation("document_attention")
+    model.set_attn_implementation("document_attention")      # for which transformers builds no mask
+    fuse_layers(model, document_attention)
 
     def forward(input_ids, position_ids, shift_labels, layout, **unset):      # PEFT adds arguments that are None
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
