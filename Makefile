@@ -43,18 +43,18 @@ demo: $(READY)
 	@$(PY) data_prepare/convert_to_qwen3_format.py --input-files $(DEMO)/raw --output-dir $(DATA) --tokenizer-model $(TINY)
 	@echo; echo "== 3/9 full fine-tuning (SFT)"
 	@$(PY) model_finetune/finetune_sft.py --model $(TINY) --train-file $(DATA)/sft_train.jsonl --eval-file $(DATA)/sft_eval.jsonl \
-	  --output-dir $(DEMO)/sft_finetuned $(SMALL) --epochs 1 --learning-rate 5e-4 --eval-rows 200
+	  --output-dir $(DEMO)/sft_finetuned $(SMALL) --max-steps 160 --learning-rate 5e-4 --eval-rows 200
 	@echo; echo "== 4/9 LoRA fine-tuning of the same base"
 	@$(PY) model_finetune/finetune_lora.py --model $(TINY) --train-file $(DATA)/sft_train.jsonl --eval-file $(DATA)/sft_eval.jsonl \
-	  --output-dir $(DEMO)/lora_finetuned $(SMALL) --epochs 1 --learning-rate 2e-3 --eval-rows 200
+	  --output-dir $(DEMO)/lora_finetuned $(SMALL) --max-steps 160 --learning-rate 2e-3 --eval-rows 200
 	@echo; echo "== 5/9 preference pairs from the same rows"
-	@$(PY) data_prepare/build_preference_pairs.py --input-dir $(DATA) --output-dir $(DATA) --max-train 1600 --max-eval 600
+	@$(PY) data_prepare/build_preference_pairs.py --input-dir $(DATA) --output-dir $(DATA) --max-train 1200 --max-eval 600
 	@echo; echo "== 6/9 DPO, from the SFT result"
 	@$(PY) model_finetune/finetune_dpo.py --model $(DEMO)/sft_finetuned --train-file $(DATA)/dpo_train.jsonl \
 	  --eval-file $(DATA)/dpo_eval.jsonl --output-dir $(DEMO)/dpo_finetuned $(SMALL) --learning-rate 1e-4 --sft-weight 1
 	@echo; echo "== 7/9 compare them on held-out herbs, formulas, points and syndromes"
 	@$(PY) model_finetune/compare_models.py --models $(TINY) $(DEMO)/sft_finetuned $(DEMO)/lora_finetuned $(DEMO)/dpo_finetuned \
-	  --eval-file $(DATA)/sft_eval.jsonl --exam-file $(DATA)/exam.jsonl --pairs-file $(DATA)/dpo_eval.jsonl --output-dir $(DEMO) --eval-rows 500 --letter-rows 40
+	  --eval-file $(DATA)/sft_eval.jsonl --exam-file $(DATA)/exam.jsonl --pairs-file $(DATA)/dpo_eval.jsonl --output-dir $(DEMO) --eval-rows 300 --letter-rows 40
 	@echo; echo "== 8/9 ask the result a question"
 	@echo "> 麻黄的药性是什么？"
 	@$(PY) model_download/load_local_model.py $(DEMO)/dpo_finetuned --prompt "麻黄的药性是什么？" --greedy
