@@ -43,10 +43,10 @@ demo: $(READY)
 	@$(PY) data_prepare/convert_to_qwen3_format.py --input-files $(DEMO)/raw --output-dir $(DATA) --tokenizer-model $(TINY)
 	@echo; echo "== 3/9 full fine-tuning (SFT)"
 	@$(PY) model_finetune/finetune_sft.py --model $(TINY) --train-file $(DATA)/sft_train.jsonl --eval-file $(DATA)/sft_eval.jsonl \
-	  --output-dir $(DEMO)/sft_finetuned $(SMALL) --max-steps 160 --learning-rate 5e-4 --eval-rows 200
+	  --output-dir $(DEMO)/sft_finetuned $(SMALL) --epochs 1 --max-steps 160 --learning-rate 5e-4 --eval-rows 200
 	@echo; echo "== 4/9 LoRA fine-tuning of the same base"
 	@$(PY) model_finetune/finetune_lora.py --model $(TINY) --train-file $(DATA)/sft_train.jsonl --eval-file $(DATA)/sft_eval.jsonl \
-	  --output-dir $(DEMO)/lora_finetuned $(SMALL) --max-steps 160 --learning-rate 2e-3 --eval-rows 200
+	  --output-dir $(DEMO)/lora_finetuned $(SMALL) --epochs 1 --max-steps 160 --learning-rate 2e-3 --eval-rows 200
 	@echo; echo "== 5/9 preference pairs from the same rows"
 	@$(PY) data_prepare/build_preference_pairs.py --input-dir $(DATA) --output-dir $(DATA) --max-train 1200 --max-eval 600
 	@echo; echo "== 6/9 DPO, from the SFT result"

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` 
 from utils.errors import UserError, run
 from utils.files import draw_evenly, prepare_folder, read_jsonl, require_file, show_path, write_jsonl
 from utils.meter import progress
-from utils.models import check_model, load_model, load_tokenizer, quiet_offline
+from utils.models import check_model, load_for_answers, load_tokenizer, quiet_offline
 from utils.settings import parse_settings
 
 # ---- Settings: edit here, or override on the command line (--kind mismatch) ----
@@ -82,7 +82,7 @@ def sampled(rows, settings, rng):
     from utils.generation import generate_answers
 
     device = pick_device()
-    tokenizer, model = load_tokenizer(settings.MODEL), load_model(settings.MODEL, device.dtype).to(device.name).eval()
+    tokenizer, model = load_tokenizer(settings.MODEL), load_for_answers(settings.MODEL, device)
     prompts = [split_row(row)[0] for row in rows]
     draws = [generate_answers(model, tokenizer, prompts, settings.MAX_NEW_TOKENS, greedy=False, seed=settings.SEED + draw,
                               watch=progress(f"sampling answers, round {draw + 1} of {settings.SAMPLES}"))

@@ -33,7 +33,7 @@ GREEDY = False            # always the likeliest token: repeatable; with thinkin
 SEED = -1                 # of the sampling; the same seed gives the same answers, -1 different ones every time
 MAX_NEW_TOKENS = 2048     # longest answer in tokens, thinking included
 DEVICE = "auto"           # auto (CUDA, else MPS, else CPU), cuda, mps, cpu
-PRECISION = "auto"        # auto (bf16 where the hardware computes in it), bf16, fp32
+PRECISION = "auto"        # auto (bf16 where the hardware computes in it, fp16 weights on other x86 CPUs), bf16, fp32
 # ----
 
 THINKING_MODES = {"auto": None, "on": True, "off": False}
@@ -56,7 +56,7 @@ def main(argv=None):
     device = pick_device(settings.DEVICE, settings.PRECISION)
     speaker = Speaker(folder, device)
     options = make_options(settings)
-    note(f"{speaker.name} on {device.name}, {'bf16' if device.bf16 else 'fp32'} ({device.reason})")
+    note(f"{speaker.name} on {device.name}, {device.answers} ({device.reason})")
     note(describe(speaker, options))
     note("For study and research only, not medical advice.")
 

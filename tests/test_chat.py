@@ -172,7 +172,7 @@ def test_ctrl_c_within_a_pass_leaves_a_usable_cache(speaker):
 
     for stop_at in (1, 5):              # in the first pass over the prompt, and in that of the fourth token
         presses = []
-        handle = speaker.model.model.layers[1].register_forward_pre_hook(press)     # layer 0 is in the cache already
+        handle = speaker.model.model.layers[1].mlp.gate_proj.register_forward_pre_hook(press)     # layer 0 is in the cache already
         with pytest.raises(KeyboardInterrupt):
             list(stream.answer(prompt, Decoding(), 12))
         handle.remove()

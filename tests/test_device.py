@@ -42,6 +42,17 @@ def test_the_best_device_is_chosen_and_explained(machine, signs, name, bf16, rea
     assert ("bf16 autocast over fp32 weights" in str(found)) == bf16
 
 
+@pytest.mark.parametrize("signs, asked, engines, answers", [
+    ({}, "auto", ["x86", "fbgemm"], "fp16 weights, fp32 products"), ({}, "fp32", ["x86", "fbgemm"], "fp32"),
+    ({}, "auto", ["onednn"], "fp32"), ({"cpu": "arm64"}, "auto", ["qnnpack"], "fp32"), ({"mps": True}, "auto", ["fbgemm"], "fp32"),
+    ({"avx512_bf16": True}, "auto", ["fbgemm"], "bf16"), ({"avx512_bf16": True}, "fp32", ["fbgemm"], "fp32"),
+])
+def test_answers_come_from_half_weights_where_that_is_faster(machine, monkeypatch, signs, asked, engines, answers):
+    machine(**signs)
+    monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", engines)
+    assert pick_device(precision=asked).answers == answers
+
+
 def test_what_is_asked_for_is_obeyed_or_refused(machine):
     machine(cuda=(9, 0))
     assert pick_device("cpu").name == "cpu"

@@ -18,7 +18,7 @@ from utils.chat_format import encode_prompt
 from utils.errors import RunError, UserError, complain, explain_os_error
 from utils.files import show_path
 from utils.generation import AnswerReader, TokenStream, decoding_for, stop_tokens, thinks_by_default
-from utils.models import check_model, load_model, load_tokenizer
+from utils.models import check_model, load_for_answers, load_tokenizer
 from utils.settings import ROOT
 from utils.terminal import AnswerPrinter, note, printable, read_message, side_by_side
 
@@ -83,7 +83,7 @@ class Speaker:
         self.name = show_path(folder) if Path(folder).is_dir() else folder
         self.tokenizer = load_tokenizer(folder)
         try:
-            self.model = load_model(folder, device.dtype).to(device.name)
+            self.model = load_for_answers(folder, device)
         except torch.OutOfMemoryError:
             raise RunError(f"not enough memory on {device.name} for {self.name}; add --device cpu") from None
         self.stream = TokenStream(self.model, stop_tokens(self.model, self.tokenizer))

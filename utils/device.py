@@ -12,16 +12,23 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class Device:
-    """`name` is torch's device type, `bf16` whether matrix products run in bfloat16 (weights stay float32)."""
+    """`name` is torch's device type, `bf16` whether matrix products run in bfloat16 (trained weights stay float32),
+    `half_weights` whether answers come from weights held in float16 (utils/half_weights.py)."""
 
     name: str
     bf16: bool
     reason: str
+    half_weights: bool = False
 
     @property
     def dtype(self):
         """The number format for inference: torch.bfloat16 or torch.float32."""
         return torch.bfloat16 if self.bf16 else torch.float32
+
+    @property
+    def answers(self):
+        """The number format of answers, in words."""
+        return "bf16" if self.bf16 else "fp16 weights, fp32 products" if self.half_weights else "fp32"
 
     def __str__(self):
         return f"{self.name}, {'bf16 autocast over fp32 weights' if self.bf16 else 'fp32'} ({self.reason})"
@@ -32,6 +39,7 @@ def pick_device(name="auto", precision="auto"):
 
     bfloat16 is chosen only where the hardware computes in it: CUDA from compute capability 8.0, x86 with AVX512-BF16 or
     AMX. Elsewhere it is emulated and slower than float32; Apple's M1 and M2 emulate it, so MPS gets it only on request.
+    Other x86 CPUs (with AVX2, which FBGEMM needs) get half_weights, unless another precision is asked for.
     Raises UserError for a device that is not there and for another precision. On a CPU, memory is held from now on.
     """
     if precision not in ("auto", "bf16", "fp32"):
@@ -45,7 +53,7 @@ def pick_device(name="auto", precision="auto"):
         hold_memory()
     native, reason = {"cuda": _cuda_bf16, "mps": _mps_bf16, "cpu": _cpu_bf16}[name]()
     if precision == "auto":
-        return Device(name, native, reason)
+        return Device(name, native, reason, name == "cpu" and not native and "fbgemm" in torch.backends.quantized.supported_engines)
     return Device(name, precision == "bf16", f"{precision} as asked for; {reason}")
 
 
@@ -53,12 +61,21 @@ def hold_memory():
     """Keep the memory of freed tensors for the next ones. By default glibc gives large blocks back to the system at once, and
     every training step pays for having each page of them zeroed and mapped again (full fine-tuning of 0.6 B parameters: 20
     tokens/s so, 27 with this). Elsewhere than on glibc: does nothing."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):        # musl has none
-            libc.mallopt(M_MMAP_MAX, 0)
-            libc.mallopt(M_TRIM_THRESHOLD, -1)      # never
-            libc.mallopt(M_TOP_PAD, 64 * 2**20)     # bytes asked for at a time
+    if libc := _glibc():
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)      # never
+        libc.mallopt(M_TOP_PAD, 64 * 2**20)     # bytes asked for at a time
+
+
+def release_memory():
+    """Give what hold_memory has held, and nothing uses, back to the system."""
+    if libc := _glibc():
+        libc.malloc_trim(0)
+
+
+def _glibc():
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return libc if hasattr(libc, "mallopt") else None       # musl has none
 
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4       # numbers of malloc.h

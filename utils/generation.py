@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from transformers import DynamicCache
 
+from utils.cached_model import CachedModel
 from utils.chat_format import DECODING, END_OF_TURN, encode_prompt
 from utils.errors import RunError
 
@@ -94,7 +95,7 @@ class TokenStream:
 
     def reset(self):
         """Forget the cache: the next answer depends on its prompt alone, to the last bit."""
-        self.cache, self.ids = DynamicCache(), []       # ids: the tokens whose keys and values are in the cache
+        self.cached, self.ids = CachedModel(self.model), []     # ids: the tokens whose keys and values are in the cache
 
     def answer(self, prompt_ids, decoding, max_new_tokens, random=None):
         """Yield the answer's token ids one by one, the end token included; it is missing where the limit came first.
@@ -104,8 +105,10 @@ class TokenStream:
         """
         shared = next((i for i, (old, new) in enumerate(zip(self.ids, prompt_ids)) if old != new),
                       min(len(self.ids), len(prompt_ids)))
-        self._keep(min(shared, len(prompt_ids) - 1))        # at least one token has to go in for logits to come out
-        new, seen = prompt_ids[len(self.ids):], list(prompt_ids)
+        shared = min(shared, len(prompt_ids) - 1)           # at least one token has to go in for logits to come out
+        self.cached.keep(shared)
+        del self.ids[shared:]
+        new, seen = prompt_ids[shared:], list(prompt_ids)
         for _ in range(max_new_tokens):
             token = choose(self._logits(new), decoding, seen, random)
             yield token
@@ -114,25 +117,15 @@ class TokenStream:
             new = [token]
             seen.append(token)
 
-    def _keep(self, count):
-        if count == 0:
-            self.reset()
-            return
-        for layer in self.cache.layers:     # layer by layer: a pass stopped halfway leaves layers of unequal length
-            layer.keys, layer.values = layer.keys[:, :, :count], layer.values[:, :, :count]
-        del self.ids[count:]
-
-    @torch.inference_mode()
     def _logits(self, new):
-        ids = torch.tensor([new], device=self.model.device)
         try:
-            logits = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+            logits = self.cached.feed(new)
         except torch.OutOfMemoryError:
             length = len(self.ids) + len(new)
             self.reset()
             raise RunError(f"not enough GPU memory for a conversation of {length} tokens; start a shorter one") from None
         self.ids += new
-        return logits[0, -1].float().cpu()
+        return logits
 
 
 def generate_answers(model, tokenizer, conversations, max_new_tokens=512, greedy=True, thinking=None, batch_size=16, seed=0,

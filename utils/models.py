@@ -150,12 +150,24 @@ def load_model(model, dtype):
     return merged
 
 
+def load_for_answers(model, device):
+    """load_model's result on `device` (utils.device.Device), in its number format for answers."""
+    loaded = load_model(model, device.dtype).to(device.name).eval()
+    if device.half_weights:
+        from utils.half_weights import halve
+
+        halve(loaded)
+    return loaded
+
+
 def _load_whole(model, dtype):
     from transformers import AutoModelForCausalLM
 
     with _told_in_one_line(model):
         loaded, report = AutoModelForCausalLM.from_pretrained(
             model, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+    if loaded.config.model_type != "qwen3" or set(loaded.config.layer_types) != {"full_attention"}:
+        raise UserError(f"{model} is a {loaded.config.model_type} model; wanted Qwen3, without sliding windows")
     if report["missing_keys"]:      # transformers would go on with random numbers in their place
         raise UserError(f"{model} is not whole: its weights lack {', '.join(sorted(report['missing_keys'])[:3])} ...")
     return loaded
