@@ -32,10 +32,10 @@ def halve(model):
     A layer whose weights do not fit, among them those of a diverged training (NaN), stays as it is. Takes seconds for
     0.6 B parameters: FBGEMM packs one weight after another, so that threads share them, the largest first.
     """
-    linear = [(layer.weight.numel(), parent, name) for parent in model.modules() for name, layer in parent.named_children()
-              if type(layer) is nn.Linear]
+    linear = [(parent, name) for parent in model.modules() for name, layer in parent.named_children() if type(layer) is nn.Linear]
+    linear.sort(key=lambda place: getattr(*place).weight.numel(), reverse=True)
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        list(threads.map(lambda place: _halve_layer(*place[1:]), sorted(linear, key=lambda place: -place[0])))
+        list(threads.map(_halve_layer, *zip(*linear)))
     return model
 
 
