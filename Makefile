@@ -66,7 +66,7 @@ demo-clean:
 	rm -rf $(DEMO)
 
 test: $(READY)
-	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(READY)
 	$(PY) tests/benchmarks/bench_training.py

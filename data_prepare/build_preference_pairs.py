@@ -16,9 +16,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` is found from any folder
 
 from utils.errors import UserError, run
-from utils.files import draw_evenly, prepare_folder, read_jsonl, require_file, show_path, write_jsonl
-from utils.meter import progress
-from utils.models import check_model, load_for_answers, load_tokenizer, quiet_offline
+from utils.files import prepare_folder, read_jsonl, require_file, sample_by_id, show_path, write_jsonl
+from utils.model.folders import check_model
+from utils.model.load import load_for_answers, load_tokenizer, quiet_offline
+from utils.progress import progress
 from utils.settings import parse_settings
 
 # ---- Settings: edit here, or override on the command line (--kind mismatch) ----
@@ -51,7 +52,7 @@ def similar_length(good, bad):
 
 def swapped_facts(rows, settings, rng):
     """For each row (wrong answer, "") or (None, reason): terms swapped."""
-    from utils.terms import Terms
+    from utils.data.terms import Terms
 
     terms = Terms(require_file(settings.TERMS_FILE, "python data_prepare/sample/make_sample.py"))
     for row in rows:
@@ -79,7 +80,7 @@ def sampled(rows, settings, rng):
     check_model(settings.MODEL)
     quiet_offline(settings.MODEL)
     from utils.device import pick_device
-    from utils.generation import generate_answers
+    from utils.model.generate import generate_answers
 
     device = pick_device()
     tokenizer, model = load_tokenizer(settings.MODEL), load_for_answers(settings.MODEL, device)
@@ -115,7 +116,7 @@ def main(argv=None):
     for split, count in (("train", settings.MAX_TRAIN), ("eval", settings.MAX_EVAL)):
         # 1. Read the SFT rows of this split
         source = require_file(settings.INPUT_DIR / f"sft_{split}.jsonl", "python data_prepare/convert_to_qwen3_format.py")
-        rows = draw_evenly(list(read_jsonl(source, wanted=["id", "messages"])), count)
+        rows = sample_by_id(list(read_jsonl(source, wanted=["id", "messages"])), count)
 
         # 2. Make a worse answer for each
         pairs, reasons = [], collections.Counter()

@@ -16,13 +16,13 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from utils.data.readers import data_files, detect_encoding, map_tasks
+from utils.data.schemas import parse_columns
+from utils.data.text_store import TextStore
 from utils.errors import UserError, run
 from utils.files import sha256_of, show_path, write_json
-from utils.meter import Meter
-from utils.raw_rows import data_files, detect_encoding, map_tasks
-from utils.schemas import parse_columns
+from utils.progress import Meter
 from utils.settings import parse_settings
-from utils.spool import Spool
 
 # ---- Settings: edit here, or override on the command line (--eval-share 0.1) ----
 INPUT_FILES = ["data_prepare/raw"]    # data files, or folders of them
@@ -50,7 +50,9 @@ def main(argv=None):
     settings = parse_settings(__file__, argv)
     options = conversion_options(settings)
     settings.show()
-    from utils import data_report, near_duplicates, row_lines      # numpy, which --help does not need
+    from utils.data import convert, dedup  # numpy, which --help does not need
+    from utils.data.report import count_tokens, lengths, share, show
+    from utils.plots import draw_lengths
 
     # 1. Find the files and tell their encodings
     files = data_files(settings.INPUT_FILES, DOWNLOAD)
@@ -60,14 +62,14 @@ def main(argv=None):
     settings.OUTPUT_DIR.mkdir(parents=True, exist_ok=True)
 
     # 2. Recognise every row; its text waits in temporary files, only keys and signatures of it stay in memory
-    collection = near_duplicates.Collection(settings.OUTPUT_DIR)
-    made, given = Spool(settings.OUTPUT_DIR), Spool(settings.OUTPUT_DIR)
+    collection = dedup.Collection(settings.OUTPUT_DIR)
+    made, given = TextStore(settings.OUTPUT_DIR), TextStore(settings.OUTPUT_DIR)
     schemas, reasons, fields = Counter(), Counter(), {}
-    tasks = row_lines.tasks(files, encodings, options, given)
+    tasks = convert.tasks(files, encodings, options, given)
     with Meter("rows recognised", 0, size, always=False) as meter:
-        for index, lines, lengths, fingerprint, recognised, rejected, unfit in map_tasks(row_lines.examine, tasks, workers):
-            made.add(lines, lengths)
-            collection.add(index, *fingerprint)
+        for index, lines, sizes, sketch, recognised, rejected, unfit in map_tasks(convert.examine, tasks, workers):
+            made.add(lines, sizes)
+            collection.add(index, *sketch)
             schemas += recognised
             reasons += rejected
             fields = fields or unfit                  # of the first batch that has rows with unknown fields
@@ -80,36 +82,36 @@ def main(argv=None):
     rows = collection.rows
     if size >= 32e6:
         print(f"  comparing the questions of {len(rows):,} rows, then writing them", flush=True)
-    side, fate, twin = near_duplicates.decide(
+    side, fate, twin = dedup.decide(
         collection, settings.NEAR_DUPLICATE, settings.EVAL_SHARE, settings.MAX_EVAL_ROWS, settings.SEED)
-    trained = (fate == near_duplicates.KEPT) & (rows["kind"] == 1)               # the sft rows that are kept
-    drawn = near_duplicates.draw(rows, trained, settings.TOKEN_ROWS, settings.SEED)
+    trained = (fate == dedup.KEPT) & (rows["kind"] == 1)               # the sft rows that are kept
+    drawn = dedup.draw(rows, trained, settings.TOKEN_ROWS, settings.SEED)
 
     # 4. Put every row in its place
     names = [path.name for path in files]
-    counts, aside, examples = row_lines.place(made, given, settings.OUTPUT_DIR, names, rows, side, fate, twin, drawn)
+    counts, aside, examples = convert.write_outputs(made, given, settings.OUTPUT_DIR, names, rows, side, fate, twin, drawn)
     reasons += aside
-    outputs = [settings.OUTPUT_DIR / f"{name}.jsonl" for name in row_lines.OUTPUTS]
+    outputs = [settings.OUTPUT_DIR / f"{name}.jsonl" for name in convert.OUTPUTS]
     written = [path for path in outputs if counts[path.stem]]
     remove_stale(outputs, counts)
 
     # 5. Measure, report, and say what comes next
     kept = rows[trained]
-    tokens = data_report.count_tokens(settings.TOKENIZER_MODEL, examples)
+    tokens = count_tokens(settings.TOKENIZER_MODEL, examples)
     report = {
         "rows_in": len(rows), "rows_kept": counts.total(), "rows_set_aside": reasons.total(),
         "set_aside": dict(reasons.most_common()), "outputs": {path.stem: counts[path.stem] for path in written},
         "files": [{"file": path.name, "encoding": encoding, "rows": int(count), "sha256": sha256_of(path)}
-                  for path, encoding, count in zip(files, encodings, near_duplicates.count_by_file(rows, len(files)))],
+                  for path, encoding, count in zip(files, encodings, dedup.count_by_file(rows, len(files)))],
         "schemas": dict(schemas.most_common()),
-        **data_report.lengths(kept["characters"], tokens, settings.MAX_LENGTH),
-        "reasoning_share": data_report.share(kept["reasoning"]),
+        **lengths(kept["characters"], tokens, settings.MAX_LENGTH),
+        "reasoning_share": share(kept["reasoning"]),
         "fingerprints": {path.stem: sha256_of(path) for path in written},
         "examples": random.Random(settings.SEED).sample(examples, min(5, len(examples))), "settings": settings.as_dict(),
     }
     write_json(settings.OUTPUT_DIR / "report.json", report)
-    data_report.draw_lengths(settings.OUTPUT_DIR / "lengths.png", kept["characters"], tokens, settings.MAX_LENGTH)
-    data_report.show(report)
+    draw_lengths(settings.OUTPUT_DIR / "lengths.png", kept["characters"], tokens, settings.MAX_LENGTH)
+    show(report)
     print(f"\nwritten to {show_path(settings.OUTPUT_DIR)}; what was set aside, and why: set_aside.jsonl")
     for path in (path for path in outputs if path.exists() and path not in written):
         print(f"note: {path.name} there is from an earlier run and was not compared with these rows; make it again"

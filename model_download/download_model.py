@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.errors import RunError, UserError, run
 from utils.files import sha256_of, show_path, write_json
 from utils.hub import COMMIT, Hub, read_record, unchanged
-from utils.models import check_model
+from utils.model.folders import check_model
 from utils.settings import ROOT, parse_settings
 
 # ---- Settings: edit here, or override on the command line (--model Qwen/Qwen3-1.7B) ----

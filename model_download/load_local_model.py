@@ -16,11 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.chat.terminal import AnswerPrinter, note, prepare_terminal
 from utils.errors import UserError, run
 from utils.files import show_path
-from utils.models import check_model, find_models, quiet_offline, written_at
+from utils.model.folders import check_model, find_models, written_at
+from utils.model.load import quiet_offline
 from utils.settings import parse_settings
-from utils.terminal import AnswerPrinter, note, prepare_terminal
 
 # ---- Settings: edit here, or override on the command line (--max-new-tokens 512) ----
 MODEL = ""                # model folder or Hub id, also without the flag; empty: choose from what is here
@@ -50,11 +51,11 @@ def main(argv=None):
     quiet_offline(folder)
 
     # 3. Load it
-    from utils.chat_session import Chat, Speaker, describe
+    from utils.chat.session import Chat, ChatModel, describe
     from utils.device import pick_device
 
     device = pick_device(settings.DEVICE, settings.PRECISION)
-    speaker = Speaker(folder, device)
+    speaker = ChatModel(folder, device)
     options = make_options(settings)
     note(f"{speaker.name} on {device.name}, {device.answers} ({device.reason})")
     note(describe(speaker, options))
@@ -64,7 +65,7 @@ def main(argv=None):
     if chatting:
         prepare_terminal()
         note("/help lists the commands, Ctrl-D leaves.")
-        Chat(speaker, options, settings.SYSTEM, lambda other: Speaker(other, device)).run()
+        Chat(speaker, options, settings.SYSTEM, lambda other: ChatModel(other, device)).run()
         return
     questions = [("--prompt", settings.PROMPT)] if settings.PROMPT else read_questions(sys.stdin.buffer)
     for place, question in questions:
@@ -106,10 +107,10 @@ def choose_model(ask):
 
 
 def make_options(settings):
-    """The settings that hold for every answer, as utils.chat_session.Options."""
+    """The settings that hold for every answer, as utils.chat.session.Options."""
     import torch
 
-    from utils.chat_session import Options
+    from utils.chat.session import Options
 
     greedy = {"do_sample": False} if settings.GREEDY else {}
     options = Options(THINKING_MODES[settings.THINKING], settings.MAX_NEW_TOKENS, settings.SHOW_THINKING, greedy,
@@ -142,7 +143,7 @@ def read_questions(stream):
 
 def answer_once(speaker, options, settings, place, question):
     """Answer one question by itself, as if it were the only one: cache and random numbers start anew."""
-    from utils.chat_format import encode_prompt
+    from utils.model.chat_format import encode_prompt
 
     speaker.stream.reset()
     seed_answers(options, settings.SEED)

@@ -16,11 +16,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` is found from any folder
 
+from utils.data.terms import Terms
 from utils.errors import run
-from utils.files import prepare_folder, read_json, read_jsonl, require_file, show_path, write_folder, write_jsonl
-from utils.models import quiet_offline
+from utils.files import (
+    prepare_folder,
+    read_json,
+    read_jsonl,
+    require_file,
+    show_path,
+    write_folder,
+    write_jsonl,
+)
+from utils.model.load import quiet_offline
 from utils.settings import parse_settings
-from utils.terms import Terms
 
 # ---- Settings: edit here, or override on the command line (--epochs 10) ----
 STATEMENTS_FILE = "data_prepare/sample/statements.jsonl"    # what it reads: {"text"} a line
@@ -71,7 +79,16 @@ def pieces(texts, terms):
 
 def train_tokenizer(texts, vocabulary, template):
     """A byte-level BPE tokenizer with Qwen3's way of splitting, special tokens and chat template."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        trainers,
+    )
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
@@ -115,7 +132,7 @@ def make_model(tokenizer, settings):
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-    from utils.chat_format import generation_settings
+    from utils.model.chat_format import generation_settings
 
     torch.manual_seed(settings.SEED)
     end, stop = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
@@ -132,8 +149,9 @@ def train(model, rows, settings):
     """AdamW over the packed rows, a cosine schedule; yields one log entry a step."""
     import torch
 
-    from utils.packed_model import prepare_packed, sum_of_losses
-    from utils.packing import collate, split_batch
+    from utils.model.lm_head import sum_of_losses
+    from utils.model.packed_forward import prepare_packed
+    from utils.model.packing import collate, split_batch
 
     prepare_packed(model).train()
     matrices = [p for p in model.parameters() if p.dim() == 2]
@@ -172,8 +190,8 @@ def main(argv=None):
 
     # 1. Put the texts together: the statements, and exercises about invented names
     quiet_offline(settings.OUTPUT_DIR)
-    from utils.chat_format import encode_turns
-    from utils.packing import PackedRows
+    from utils.model.chat_format import encode_turns
+    from utils.model.packing import PackedRows
 
     rng = random.Random(settings.SEED)
     names = invent_names(settings.NAMES, terms, rng)

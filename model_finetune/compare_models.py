@@ -17,8 +17,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` is found from any folder
 
 from utils.errors import RunError, UserError, run
-from utils.files import atomic_write, draw_evenly, prepare_folder, read_json, read_jsonl, require_file, show_path, write_json
-from utils.models import check_model, find_models, quiet_offline
+from utils.files import (
+    atomic_write,
+    prepare_folder,
+    read_json,
+    read_jsonl,
+    require_file,
+    sample_by_id,
+    show_path,
+    write_json,
+)
+from utils.model.folders import check_model, find_models
+from utils.model.load import quiet_offline
 from utils.settings import ROOT, parse_settings
 
 # ---- Settings: edit here, or override on the command line (--models trainer_output/sft_finetuned) ----
@@ -59,8 +69,8 @@ def main(argv=None):
     # 2. Measure each model, one in memory at a time; what was measured before is read
     import torch
 
-    from utils.comparison import differences, figures, results
     from utils.device import pick_device
+    from utils.evaluation.compare import differences, figures, results
 
     device = pick_device(settings.DEVICE, settings.PRECISION)
     print(f"device: {device}")
@@ -80,8 +90,8 @@ def main(argv=None):
              for one, other in itertools.combinations(models, 2)]
 
     # 4. Write and print
+    from utils.evaluation.report import markdown_lines, terminal_lines
     from utils.plots import plot_comparison
-    from utils.reports import markdown_lines, terminal_lines
 
     place = settings.OUTPUT_DIR
     plot_comparison(models, place / "comparison.png")
@@ -108,10 +118,10 @@ def models_to_compare(settings):
 
 
 def load_tests(settings):
-    """(utils.comparison.Tests, {reason: rows of the exam file left out}); UserError for files that are not as wanted."""
-    from utils.comparison import THINKING_MODES, Tests
-    from utils.exams import read_exam
-    from utils.terms import Terms
+    """(utils.evaluation.compare.Tests, {reason: rows of the exam file left out}); UserError for files that are not as wanted."""
+    from utils.data.terms import Terms
+    from utils.evaluation.compare import THINKING_MODES, Tests
+    from utils.evaluation.exams import read_exam
 
     if settings.THINKING not in THINKING_MODES:
         raise UserError(f"--thinking: wanted auto, on or off, got {settings.THINKING!r}")
@@ -125,8 +135,8 @@ def load_tests(settings):
                if optional(settings, "GENERAL_FILE", "git checkout data_prepare/sample") else [])
     for reason, count in left_out.items():
         print(f"{show_path(settings.EXAM_FILE)}: {count:,} rows left out: {reason}")
-    return Tests(draw_evenly(rows, settings.EVAL_ROWS), draw_evenly(exam, settings.EXAM_ROWS),
-                 draw_evenly(pairs, settings.EVAL_ROWS), general, Terms(require_file(settings.TERMS_FILE, make_sample))), left_out
+    return Tests(sample_by_id(rows, settings.EVAL_ROWS), sample_by_id(exam, settings.EXAM_ROWS),
+                 sample_by_id(pairs, settings.EVAL_ROWS), general, Terms(require_file(settings.TERMS_FILE, make_sample))), left_out
 
 
 def optional(settings, name, command):

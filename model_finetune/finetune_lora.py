@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` 
 
 from utils.errors import run
 from utils.files import read_jsonl, require_file
-from utils.models import check_model, load_model, load_tokenizer, quiet_offline
+from utils.model.folders import check_model
+from utils.model.load import load_model, load_tokenizer, quiet_offline
 from utils.settings import parse_settings
 
 # ---- Settings: edit here, or override on the command line (--learning-rate 1e-5) ----
@@ -56,15 +57,16 @@ def main(argv=None):
     import torch
     from transformers import set_seed
 
-    from utils.adapters import add_lora, save_adapter_and_merged
     from utils.device import pick_device
-    from utils.examples import load_conversations, show_examples
-    from utils.forecast import forecast
-    from utils.packed_model import prepare_packed
-    from utils.progress import RunLog, SaveAndStop
-    from utils.runs import RunFolder
-    from utils.trainer import PackedTrainer
-    from utils.training import describe, remember_mode, report, train, training_arguments
+    from utils.model.lora import add_lora
+    from utils.model.packed_forward import prepare_packed
+    from utils.model.save import remember_mode, save_adapter_and_merged
+    from utils.training.callbacks import RunLog, SaveAndStop
+    from utils.training.dataset import load_conversations, show_examples
+    from utils.training.memory import forecast
+    from utils.training.run_folder import RunFolder
+    from utils.training.setup import describe_run, report, train, training_arguments
+    from utils.training.trainer import PackedTrainer
 
     began = time.monotonic()
     device = pick_device(settings.DEVICE, settings.PRECISION)
@@ -88,7 +90,7 @@ def main(argv=None):
 
     # 3. Configure the training arguments
     args = training_arguments(settings, device, folder)
-    tokens_per_step = describe(train_rows, eval_rows, args)
+    tokens_per_step = describe_run(train_rows, eval_rows, args)
     forecast(model, train_rows, args, settings, folder)
     if settings.ESTIMATE:
         return

@@ -1,12 +1,14 @@
 """Which device and number format are chosen, on machines that are not here: their signs are faked."""
 
-import pytest
-import torch
 from types import SimpleNamespace
 
-from utils import device, training
+import pytest
+import torch
+
+from utils import device
 from utils.device import pick_device
 from utils.errors import UserError
+from utils.training import setup
 
 
 @pytest.fixture
@@ -71,9 +73,9 @@ def test_what_is_asked_for_is_obeyed_or_refused(machine):
 ])
 def test_training_arguments_follow_the_device(machine, monkeypatch, tmp_path, signs, use_cpu, bf16, pinned):
     machine(**signs)
-    monkeypatch.setattr(training, "TrainingArguments", lambda **given: given)
+    monkeypatch.setattr(setup, "TrainingArguments", lambda **given: given)
     settings = SimpleNamespace(EPOCHS=1, MAX_STEPS=0, BATCH_SIZE=1, ACCUMULATION=4, LEARNING_RATE=1e-5, WARMUP=0.1, WEIGHT_DECAY=0.0,
                                SEED=7, KEEP_CHECKPOINTS=2)
-    given = training.training_arguments(settings, pick_device(), SimpleNamespace(folder=tmp_path, checkpoint=None))
+    given = setup.training_arguments(settings, pick_device(), SimpleNamespace(folder=tmp_path, checkpoint=None))
     assert (given["use_cpu"], given["bf16"], given["dataloader_pin_memory"]) == (use_cpu, bf16, pinned)
     assert given["seed"] == given["data_seed"] == 7

@@ -69,7 +69,7 @@ def hub():
 
 
 def make_inputs(folder):
-    from small_runs import make_place       # and with it torch: so this runs where that is imported already
+    from small_runs import make_place  # and with it torch: so this runs where that is imported already
 
     make_place(folder)
 

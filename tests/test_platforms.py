@@ -18,10 +18,11 @@ from small_runs import arguments, make_place, same_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model_download.download_model import choose_files
-from utils import device, errors, meter, progress, runs, training
+from utils import device, errors, progress
 from utils.errors import UserError, run
 from utils.hub import HubFile, Repo
-from utils.models import check_model
+from utils.model.folders import check_model
+from utils.training import callbacks, run_folder, setup
 
 OURS = sorted(path for folder in ("data_prepare", "model_download", "model_finetune", "utils", "tests")
               for path in (ROOT / folder).rglob("*.py"))
@@ -103,16 +104,16 @@ def test_a_folder_is_held_without_fcntl(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "fcntl", None)
     monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
-    (tmp_path / runs.LOCK).write_text("4711", encoding="utf-8")         # of a process that was killed
-    first = runs._lock(tmp_path)
+    (tmp_path / run_folder.LOCK).write_text("4711", encoding="utf-8")         # of a process that was killed
+    first = run_folder._lock(tmp_path)
     with pytest.raises(UserError, match=rf"in use by another run \(process {os.getpid()}\)"):
-        runs._lock(tmp_path)
+        run_folder._lock(tmp_path)
     first.close()
-    assert all(position > (tmp_path / runs.LOCK).stat().st_size for _, position in held)
+    assert all(position > (tmp_path / run_folder.LOCK).stat().st_size for _, position in held)
 
 
 def test_no_line_editing_where_there_is_no_readline(monkeypatch):
-    from utils.terminal import prepare_terminal
+    from utils.chat.terminal import prepare_terminal
 
     monkeypatch.setitem(sys.modules, "readline", None)
     prepare_terminal()
@@ -133,8 +134,8 @@ def test_a_picture_that_a_viewer_holds_does_not_end_the_run(tmp_path, monkeypatc
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(progress, "plot_training", refuse)
-    log = progress.RunLog(SimpleNamespace(folder=tmp_path, main=True), 1, "SFT")
+    monkeypatch.setattr(callbacks, "plot_training", refuse)
+    log = callbacks.RunLog(SimpleNamespace(folder=tmp_path, main=True), 1, "SFT")
     log.entries.append({"step": 1, "loss": 1.0})
     log.draw()
     assert "loss_curve.png cannot be redrawn now (Permission denied); training goes on" in capsys.readouterr().out
@@ -226,12 +227,12 @@ def test_peak_memory_is_in_bytes_everywhere(monkeypatch):
     resource = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=3 * 2**20))
     process = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=5))
     monkeypatch.setitem(sys.modules, "resource", resource)
-    monkeypatch.setattr(training, "psutil", SimpleNamespace(Process=lambda: process))
+    monkeypatch.setattr(setup, "psutil", SimpleNamespace(Process=lambda: process))
     for platform, peak in (("linux", 3 * 2**30), ("darwin", 3 * 2**20), ("win32", 5)):
         if platform == "win32":
             monkeypatch.setitem(sys.modules, "resource", None)
-        monkeypatch.setattr(training.sys, "platform", platform)
-        assert training.peak_memory(torch.device("cpu")) == peak
+        monkeypatch.setattr(setup.sys, "platform", platform)
+        assert setup.peak_memory(torch.device("cpu")) == peak
 
 
 class AppleGPU(TorchDispatchMode):
@@ -256,8 +257,9 @@ def test_losses_and_scores_keep_to_what_apple_gpus_can_do(tmp_path):
     from tiny_model import make_tiny_model
     from transformers import AutoModelForCausalLM
 
-    from utils.packed_model import CHUNK, prepare_packed, sum_of_losses, token_logps
-    from utils.packing import collate, split_batch
+    from utils.model.lm_head import CHUNK, sum_of_losses, token_logps
+    from utils.model.packed_forward import prepare_packed
+    from utils.model.packing import collate, split_batch
 
     model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path / "tiny"))
     document = ([1] * 5, [7, 8, 9] * CHUNK)         # three chunks
@@ -271,11 +273,11 @@ def test_losses_and_scores_keep_to_what_apple_gpus_can_do(tmp_path):
 
 def test_training_on_an_apple_gpu_clears_its_caches_and_starts_no_workers(tmp_path, monkeypatch):
     """Rows differ in length, and every new length leaves buffers and a compiled graph behind; workers crash on macOS."""
-    real = training.TrainingArguments
+    real = setup.TrainingArguments
     settings = SimpleNamespace(EPOCHS=1, MAX_STEPS=0, BATCH_SIZE=1, ACCUMULATION=4, LEARNING_RATE=1e-5, WARMUP=0.1, WEIGHT_DECAY=0.0,
                                SEED=7, KEEP_CHECKPOINTS=2)
-    monkeypatch.setattr(training, "TrainingArguments", lambda **given: given)
-    given = {name: training.training_arguments(settings, device.Device(name, False, "test"),
+    monkeypatch.setattr(setup, "TrainingArguments", lambda **given: given)
+    given = {name: setup.training_arguments(settings, device.Device(name, False, "test"),
                                                SimpleNamespace(folder=tmp_path, checkpoint=None)) for name in ("mps", "cpu", "cuda")}
     assert [given[name]["torch_empty_cache_steps"] for name in given] == [10, None, None]
     assert real(**given["cpu"]).dataloader_num_workers == 0
@@ -381,8 +383,8 @@ def test_other_pythons_compile_it(version):
 
 def test_progress_tells_the_time_left_and_nothing_of_what_is_soon_over(capsys, monkeypatch):
     def seconds_of(times):
-        monkeypatch.setattr(meter, "time", SimpleNamespace(monotonic=iter(times).__next__))
-        assert list(meter.progress("tokenizing rows.jsonl", "rows")([1, 2, 3])) == [1, 2, 3]
+        monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=iter(times).__next__))
+        assert list(progress.progress("tokenizing rows.jsonl", "rows")([1, 2, 3])) == [1, 2, 3]
         return capsys.readouterr().out
 
     assert seconds_of([0, 0, 0.5, 1, 1.5]) == ""

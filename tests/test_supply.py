@@ -18,10 +18,11 @@ from small_runs import arguments, make_place
 
 from model_finetune import finetune_sft
 from utils.errors import UserError, run
-from utils.models import check_model, load_model, load_tokenizer
-from utils.runs import write_manifest
+from utils.model.folders import check_model
+from utils.model.load import load_model, load_tokenizer
+from utils.training.checkpoints import write_manifest
 
-PINS = dict(re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE))
+PINS = dict(re.findall(r"^([\w-]+)==([\w.]+)\s*(?:#.*)?$", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE))
 SOURCES = {path: path.read_text(encoding="utf-8") for folder in ("data_prepare", "model_download", "model_finetune", "utils")
            for path in (ROOT / folder).rglob("*.py")}
 CODE = "from pathlib import Path\nPath({!r}).write_text('ran', encoding='utf-8')\nclass Own: pass\n"
@@ -147,8 +148,8 @@ def test_libraries_are_told_to_report_nothing(run_script, tmp_path):
     """Whatever trackers are installed, nothing is reported to them, and the Hub is out of reach for a model on disk."""
     (tmp_path / "ask.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        f"from utils.models import quiet_offline\nquiet_offline({str(tmp_path)!r})\n"
+        f"from utils.model.load import quiet_offline\nquiet_offline({str(tmp_path)!r})\n"
         "from huggingface_hub import constants\nprint(constants.HF_HUB_DISABLE_TELEMETRY, constants.HF_HUB_OFFLINE)\n", encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "DO_NOT", "DISABLE_TELEMETRY"))}
     assert run_script(tmp_path / "ask.py", env=environment).stdout.split() == ["True", "True"]
-    assert 'report_to="none"' in (ROOT / "utils/training.py").read_text(encoding="utf-8")
+    assert 'report_to="none"' in (ROOT / "utils/training/setup.py").read_text(encoding="utf-8")

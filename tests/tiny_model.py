@@ -8,7 +8,7 @@ The chat template is Qwen's own, from the repository Qwen/Qwen3-0.6B (Apache-2.0
 
 from pathlib import Path
 
-from utils.chat_format import generation_settings
+from utils.model.chat_format import generation_settings
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "model_download/tiny_qwen3_tcm/chat_template.jinja"
 

@@ -72,10 +72,17 @@ def _exit_code_of(main):
 
 
 FULL = "the disk is full{where}; free some space and run the same command again"
+
+
 TOO_LARGE = "this disk, or a limit set here, takes no file so large{where}; choose another folder"      # FAT32 ends at 4 GB
+
+
 # torch on a GPU, on a CPU; the system; Python, whose threads need memory too
 NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory", "can't start new thread")
+
+
 MORE_MEMORY = "not enough memory; close other programs or choose a smaller model or batch, or --device cpu"
+
 
 # What is meant where a library (safetensors, torch) has words for it but no OSError.
 SIGNS = {

@@ -70,6 +70,8 @@ def _is_conversation(value):
 
 # What the fields of our files hold, as a test and in words.
 MESSAGES = (_are_messages, 'a list of {"role", "content"}')
+
+
 FIELDS = {**dict.fromkeys(("id", "text", "question", "kind", "term"), (_is_text, "a text")),
           **dict.fromkeys(("prompt", "chosen", "rejected"), MESSAGES),
           "messages": (_is_conversation, 'a list of {"role", "content"} with a user and after it an assistant')}
@@ -148,7 +150,7 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
-def draw_evenly(rows, count):
+def sample_by_id(rows, count):
     """`count` of the rows (0: all), in their order, chosen by the hash of their "id": the same whatever the order or seed."""
     if not count or count >= len(rows):
         return rows

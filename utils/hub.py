@@ -17,13 +17,24 @@ from urllib.parse import quote, urlsplit
 
 from utils.errors import RunError, UserError
 from utils.files import read_json, sha256_of, show_path
-from utils.meter import Meter, format_bytes
+from utils.progress import Meter
+from utils.text import format_bytes
 
 HOME = "https://huggingface.co"
+
+
 COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
 LONGEST_WAIT = 600              # seconds; the Hub counts requests in windows of 300 s, a longer wait is left to the user
+
+
 PROGRESS = 1 << 20              # bytes between two failures that show that retrying gets somewhere
+
+
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+
+
 ROOM = 64 << 20                 # bytes to leave free on the disk
 
 

@@ -4,6 +4,24 @@ import logging
 
 from utils.files import atomic_write
 
+
+def draw_lengths(path, characters, tokens, max_length):
+    """A histogram of the conversations' lengths: in tokens where they were counted, else in characters."""
+    pyplot = load_pyplot()
+    unit = "tokens" if tokens else "characters"
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.hist(tokens or characters, bins=60)
+    axes.set_xlabel(f"length of a conversation, {unit}")
+    axes.set_ylabel(f"conversations, of {len(tokens or characters):,}")
+    if tokens:
+        axes.axvline(max_length, color="tab:red", label=f"MAX_LENGTH {max_length:,}")
+        axes.legend()
+    figure.tight_layout()
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+    pyplot.close(figure)
+
+
 SMOOTHING = 0.05    # the smoothed curve averages over about this share of the run
 
 

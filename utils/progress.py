@@ -1,139 +1,80 @@
-"""What a run shows while it trains: a line of progress, training_log.jsonl, a loss curve that is redrawn, and Ctrl-C obeyed."""
+"""How far something is, and the time left: one line rewritten in place on a terminal, now and then a new line elsewhere."""
 
-import json
-import signal
+import shutil
 import sys
-import threading
 import time
 
-import torch
-from transformers import TrainerCallback
+from utils.text import duration, format_bytes
 
-from utils.files import atomic_write, show_path
-from utils.meter import PLAIN_SECONDS, duration
-from utils.plots import plot_training
-
-REDRAW_SECONDS = 30     # the PNG takes about half a second to draw
+PLAIN_SECONDS = 15      # without a terminal: a line this often
 
 
-class RunLog(TrainerCallback):
-    """Log, picture and progress line of one run. Only the main process writes.
+QUIET_SECONDS = 2       # what is over by then needs no line
 
-    On resuming, entries after the checkpoint are dropped: those steps are done again, with the same result.
+
+class Meter:
+    """`with Meter(name, start, size) as meter: meter.show(done)`; all three counts in bytes, `start` what was there before.
+
+    With `always` False, what takes less than QUIET_SECONDS is not mentioned.
     """
 
-    def __init__(self, run, tokens_per_step, title):
-        self.run, self.tokens_per_step, self.title = run, tokens_per_step, title
-        self.path, self.picture = run.folder / "training_log.jsonl", run.folder / "loss_curve.png"
-        self.entries, self.step_seconds, self.last_drawn, self.last_line = [], 0.0, 0.0, 0.0     # seconds; monotonic
+    def __init__(self, name, start, size, always=True):
+        self.name, self.start, self.size, self.done, self.always = name, start, size, start, always
+        self.terminal = sys.stdout.isatty()
+        self.began = self.shown = time.monotonic()
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        if self.path.is_file() and state.global_step:
-            lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]      # after the last line break: cut by a kill
-            self.entries = [entry for entry in map(json.loads, lines) if entry["step"] <= state.global_step]
-        self.began, self.first_step = time.monotonic(), state.global_step
-        if state.is_world_process_zero:
-            with atomic_write(self.path) as file:
-                file.writelines(json.dumps(entry) + "\n" for entry in self.entries)
+    def __enter__(self):
+        if self.start:
+            print(f"  {self.name}: going on at {format_bytes(self.start)} of {format_bytes(self.size)}", flush=True)
+        return self
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.step_began = time.monotonic()
+    def show(self, done):
+        """Tell that `done` bytes are there, at most five times a second."""
+        self.done, now = done, time.monotonic()
+        if now - self.shown >= (0.2 if self.terminal else PLAIN_SECONDS) and (self.always or now - self.began >= QUIET_SECONDS):
+            self.shown = now
+            self._print(self._line(now), "\r" if self.terminal else "\n")
 
-    def on_step_end(self, args, state, control, **kwargs):
-        self.step_seconds += time.monotonic() - self.step_began
+    def __exit__(self, *_):
+        now = time.monotonic()
+        if self.always or now - self.began >= QUIET_SECONDS:
+            self._print(self._line(now), "\n")
 
-    def on_log(self, args, state, control, logs, **kwargs):
-        if "train_runtime" in logs:
-            return
-        entry = {"step": state.global_step, **{name: _short(value) for name, value in logs.items()}}
-        self.entries.append(entry)
-        if not state.is_world_process_zero:
-            return
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-        self._show(state, entry)
-        if time.monotonic() - self.last_drawn > REDRAW_SECONDS:
-            self.draw()
+    def _line(self, now):
+        seconds = max(now - self.began, 1e-3)
+        speed = (self.done - self.start) / seconds
+        share = f"{self.done / max(self.size, 1):4.0%}  {format_bytes(self.done)} of {format_bytes(self.size)}"
+        line = f"  {self.name}  {share}  {format_bytes(speed)}/s"
+        if self.done >= self.size:
+            return f"{line}  in {duration(seconds)}"
+        return f"{line}  {duration((self.size - self.done) / speed)} left" if speed else line
 
-    def draw(self):
-        """Redraw the picture now, if there is anything to draw."""
-        if self.run.main and any("loss" in entry for entry in self.entries):
-            self.last_drawn = time.monotonic()
-            try:
-                plot_training(self.entries, self.picture, self.title)
-            except PermissionError as error:        # on Windows, while a picture viewer has it open
-                self._print(f"{show_path(self.picture)} cannot be redrawn now ({error.strerror}); training goes on", keep=True)
-
-    def tokens_per_second(self, state):
-        """Real (unpadded) tokens a second over the steps of this process, evaluations and checkpoints left out."""
-        return (state.global_step - self.first_step) * self.tokens_per_step / max(self.step_seconds, 1e-9)
-
-    def _show(self, state, entry):
-        if "eval_loss" in entry:
-            more = f", margin > 0 in {entry['eval_reward_accuracy']:.1%}" if "eval_reward_accuracy" in entry else ""
-            self._print(f"evaluation after step {entry['step']}: loss {entry['eval_loss']:.4f}{more}", keep=True)
-            if chosen_fell(self.entries):
-                self._print("warning: the chosen answers are losing probability as well; lower LEARNING_RATE, or raise SFT_WEIGHT",
-                            keep=True)
-            return
-        last = entry["step"] == state.max_steps
-        if not sys.stdout.isatty() and not last and time.monotonic() - self.last_line < PLAIN_SECONDS:
-            return
-        done = state.global_step - self.first_step
-        left = (time.monotonic() - self.began) / done * (state.max_steps - state.global_step)
-        self._print(f"step {entry['step']}/{state.max_steps}  loss {entry['loss']:.4f}  "
-                    f"{self.tokens_per_second(state):,.0f} tokens/s  {duration(left)} left", keep=last)
-
-    def _print(self, text, keep):
-        terminal = sys.stdout.isatty()
-        print(f"\r\033[K{text}" if terminal else text, end="\n" if keep or not terminal else "", flush=True)
-        self.last_line = time.monotonic()
+    def _print(self, line, end):
+        if self.terminal:                               # spaces over what is left of a longer line before
+            columns = shutil.get_terminal_size().columns - 1
+            line = line[:columns].ljust(columns)
+        print(line, end=end, flush=True)
 
 
-class SaveAndStop(TrainerCallback):
-    """When to evaluate and save beside every epoch's end: at the last step, and when Ctrl-C or a polite kill asks to stop.
+def progress(label, unit="batches", always=False):
+    """A function that wraps a list to be gone through: shows how far that is, the time left, and at its end the time it took.
 
-    The first Ctrl-C finishes the present step, writes a checkpoint and stops; a second one stops at once.
+    What takes less than QUIET_SECONDS is not mentioned, unless `always`.
     """
 
-    def __init__(self):
-        self.requested, self.saved_step = None, None       # requested: when, in monotonic seconds
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._request)
+    def watch(steps):
+        count, live = len(steps), sys.stdout.isatty()
+        began = shown = time.monotonic()
+        for number, step in enumerate(steps):
+            now = time.monotonic()
+            if number and now - began >= QUIET_SECONDS and now - shown >= (0.2 if live else PLAIN_SECONDS):
+                shown = now
+                line = f"  {label}: {number:,} of {count:,} {unit}, {duration((now - began) / number * (count - number))} left"
+                print(f"\r\033[K{line}" if live else line, end="" if live else "\n", flush=True)
+            yield step
+        seconds = time.monotonic() - began
+        if always or seconds >= QUIET_SECONDS:
+            line = f"  {label}: {duration(seconds)}"
+            print(f"\r\033[K{line}" if live else line, flush=True)
 
-    def _request(self, number, frame):
-        if self.requested and time.monotonic() - self.requested > 1:      # a launcher hands the same Ctrl-C on once more
-            raise KeyboardInterrupt("stopped at once; the same command goes on from the last checkpoint")
-        if self.requested:
-            return
-        self.requested = time.monotonic()
-        print("\nstopping after this step, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr, flush=True)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        stop = bool(self.requested)
-        if args.world_size > 1:     # all processes stop after the same step
-            wish = torch.tensor(int(stop), device=args.device)
-            torch.distributed.all_reduce(wish, torch.distributed.ReduceOp.MAX)
-            stop = bool(wish)
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = control.should_save = True
-        elif stop:
-            control.should_save = control.should_training_stop = True
-
-    def on_save(self, args, state, control, **kwargs):
-        self.saved_step = state.global_step
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if self.saved_step == state.global_step:    # done a moment ago, at the step's end
-            control.should_evaluate = control.should_save = False
-
-
-def chosen_fell(entries):
-    """Whether DPO has cost the chosen answers a tenth of their log-probability, and a nat, since the first evaluation."""
-    values = [entry["eval_chosen_logps"] for entry in entries if "eval_chosen_logps" in entry]
-    return len(values) > 1 and values[-1] < values[0] - max(1.0, 0.1 * abs(values[0]))
-
-
-def _short(value):
-    return float(f"{value:.8g}") if isinstance(value, float) else value
+    return watch

@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 def ours(model, prompt, count):
     """[seconds from the question to each token], and the tokens."""
-    from utils.generation import Decoding, TokenStream
+    from utils.model.generate import Decoding, TokenStream
 
     began, times, tokens = time.perf_counter(), [], []
     for token in TokenStream(model, set()).answer(prompt, Decoding(), count):
@@ -82,7 +82,7 @@ def main():
     from bench_training import shape_of_qwen3
 
     from utils.device import pick_device
-    from utils.models import load_for_answers, load_model
+    from utils.model.load import load_for_answers, load_model
 
     place = ROOT / "trainer_output/bench"
     place.mkdir(parents=True, exist_ok=True)

@@ -33,8 +33,8 @@ SCRIPT = ROOT / "data_prepare" / "convert_to_qwen3_format.py"
 WITH_DATASETS = """
 import sys
 import datasets
-from utils.near_duplicates import text_key
-from utils.normalise import normalise, normalise_all
+from utils.data.dedup import text_key
+from utils.data.normalize import normalize, normalize_all
 
 source, cache, output, form = sys.argv[1:]
 datasets.disable_progress_bars()
@@ -48,12 +48,12 @@ def key(question, answer):
 
 def convert(query, response):
     question, answer = query.strip(), response.strip()
-    return {"messages": messages(question, answer), "key": key(normalise(question), normalise(answer))}
+    return {"messages": messages(question, answer), "key": key(normalize(question), normalize(answer))}
 
 def convert_batch(queries, responses):
     questions, answers = ([text.strip() for text in texts] for texts in (queries, responses))
     return {"messages": list(map(messages, questions, answers)),
-            "key": list(map(key, normalise_all(questions), normalise_all(answers)))}
+            "key": list(map(key, normalize_all(questions), normalize_all(answers)))}
 
 def is_new(key):
     count = len(seen)

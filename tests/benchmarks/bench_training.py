@@ -104,16 +104,16 @@ def ours(method, precision, options, folder):
     import torch
     from transformers import set_seed
 
-    from utils.adapters import add_lora
     from utils.device import pick_device
-    from utils.examples import load_conversations, load_pairs
-    from utils.models import load_model, load_tokenizer
-    from utils.packed_model import prepare_packed
-    from utils.packing import PackedRows
-    from utils.scoring import answer_logps
+    from utils.model.load import load_model, load_tokenizer
+    from utils.model.logprobs import answer_logps
+    from utils.model.lora import add_lora
+    from utils.model.packed_forward import prepare_packed
+    from utils.model.packing import PackedRows
     from utils.settings import parse_settings
-    from utils.trainer import PackedDPOTrainer, PackedTrainer
-    from utils.training import training_arguments
+    from utils.training.dataset import load_conversations, load_pairs
+    from utils.training.setup import training_arguments
+    from utils.training.trainer import PackedDPOTrainer, PackedTrainer
 
     settings = parse_settings(ROOT / f"model_finetune/finetune_{method}.py", [
         "--model", options.model, "--output-dir", folder, "--max-length", str(options.max_length), "--accumulation", "1",
@@ -153,9 +153,9 @@ def theirs(method, precision, options, folder, batch=1, packing=False):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    from utils.files import draw_evenly, read_jsonl
+    from utils.files import read_jsonl, sample_by_id
 
-    rows = draw_evenly(list(read_jsonl(options.pairs_file if method == "dpo" else options.train_file)), options.rows)
+    rows = sample_by_id(list(read_jsonl(options.pairs_file if method == "dpo" else options.train_file)), options.rows)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     common = dict(output_dir=folder, max_steps=options.steps, per_device_train_batch_size=batch, max_length=options.max_length,
@@ -231,7 +231,6 @@ def main():
     if options.variant:
         return measure(options)
 
-    import torch
 
     from utils.device import pick_device
 
@@ -275,7 +274,7 @@ def print_table(results, peaks, options):
         own = next((rounds for case, rounds in results.items() if case[:2] == (method, "ours")), None)
         if own and variant != "ours":       # round by round: the machine may be slower in one than in another
             table[-1]["ours_is"] = round(statistics.median(o["tokens_per_second"] / r["tokens_per_second"] for o, r in zip(own, rounds)), 2)
-    print(f"\n| method | trainer | tokens/s | ours is | of peak | memory |\n|---|---|---|---|---|---|")
+    print("\n| method | trainer | tokens/s | ours is | of peak | memory |\n|---|---|---|---|---|---|")
     for row in table:
         ratio = f"{row['ours_is']:.2f} x" if "ours_is" in row else ""
         print(f"| {row['method']} | {row['variant']}, {row['precision']} | {row['tokens_per_second']:.1f} | {ratio} | "

@@ -1,0 +1,111 @@
+"""The built-in sample: large enough, always the same, held out by entity, and an exam with one right answer an item."""
+
+import collections
+
+import pytest
+from conftest import ROOT
+
+from data_prepare.sample import make_sample
+from utils.data.terms import Terms
+from utils.files import read_json, read_jsonl
+
+SAMPLE = ROOT / "data_prepare/sample"
+
+
+def rows(name):
+    return list(read_jsonl(SAMPLE / f"{name}.jsonl"))
+
+
+@pytest.mark.parametrize("table, least, fields", [
+    ("herbs", 180, {"nature", "flavours", "channels", "actions", "caution"}),
+    ("formulas", 80, {"composition", "actions", "indication"}),
+    ("acupoints", 80, {"meridian", "location", "indications"}),
+    ("syndromes", 40, {"signs", "tongue", "pulse", "principle", "formula"}),
+])
+def test_tables_are_large_and_complete(table, least, fields):
+    entries = rows(table)
+    assert len(entries) >= least
+    assert len({entry["name"] for entry in entries}) == len(entries)
+    assert all(entry[field] for entry in entries for field in fields)
+
+
+def test_the_eighteen_and_the_nineteen_are_there():
+    kinds = collections.Counter(row["kind"] for row in rows("incompatibilities"))
+    assert kinds["十八反"] >= 18 and kinds["十九畏"] >= 9
+    assert len(rows("pregnancy")) >= 40
+
+
+def test_the_script_makes_the_committed_files_again(tmp_path, capsys):
+    make_sample.main(["--output-dir", str(tmp_path)])
+    for name in ("tcm_sample.jsonl", "tcm_exam.jsonl", "terms.jsonl"):
+        assert (tmp_path / name).read_bytes() == (SAMPLE / name).read_bytes(), name
+    assert len((tmp_path / "statements.jsonl").read_bytes().splitlines()) > 15_000
+
+
+def test_rows_are_many_and_no_held_out_entity_is_asked_about_in_training():
+    sample, exam = rows("tcm_sample"), rows("tcm_exam")
+    assert len(sample) >= 3000 and len(exam) >= 400
+    split_of = collections.defaultdict(set)
+    for row in sample:
+        split_of[row["entity"]].add(row["split"])
+    assert all(len(splits) == 1 for splits in split_of.values())
+    trained_on = {entity for entity, splits in split_of.items() if splits == {"train"}}
+    asked = {item["id"].rpartition("-")[2] for item in exam}
+    assert len(asked) > 80 and not asked & trained_on
+    questions = {row["instruction"] for row in sample if row["split"] == "train"}
+    assert not questions & {item["question"] for item in exam}
+
+
+def test_exam_items_have_one_right_answer():
+    wordings = read_json(SAMPLE / "wordings.json")
+    entities = {(e["kind"], e["name"]): e for e in make_sample.load_entities(SAMPLE, wordings)}
+    letters = collections.Counter()
+    for item in rows("tcm_exam"):
+        kind, attribute, name = item["id"].split("-", 2)
+        entity = entities[kind, name]
+        assert item["options"][item["answer"]] == entity["facts"][attribute]
+        assert len(set(item["options"].values())) == 4 and list(item["options"]) == list("ABCD")
+        wrong = [text for letter, text in item["options"].items() if letter != item["answer"]]
+        assert not any(make_sample.too_close(attribute, entity["facts"][attribute], text) for text in wrong)
+        assert not set(wrong) & set(entity["also"].get(attribute, []))
+        letters[item["answer"]] += 1
+    assert max(letters.values()) < 0.32 * sum(letters.values())         # the place of the answer tells nothing
+
+
+@pytest.mark.parametrize("attribute, right, other, close", [
+    ("nature", "寒", "微寒", True), ("nature", "寒", "温", False),
+    ("flavours", "辛、苦", "辛", True), ("flavours", "苦", "微苦", True), ("flavours", "辛、苦", "甘", False),
+    ("channels", "肺、脾经", "肺经", True), ("channels", "肺、脾经", "肺、肾经", False),
+    ("actions", "利水消肿", "渗湿", True), ("actions", "活血调经", "安神", False),
+    ("pulse", "脉弦滑", "脉弦有力", True), ("tongue", "舌红苔黄", "舌淡苔白", False),
+])
+def test_what_counts_as_too_close(attribute, right, other, close):
+    assert make_sample.too_close(attribute, right, other) == close
+
+
+def test_held_out_entities_are_stated_but_their_questions_are_not():
+    statements = "\n".join(make_sample_statements())
+    held_out = {row["entity"] for row in rows("tcm_sample") if row["split"] == "eval"}
+    assert all(entity in statements for entity in held_out)
+    assert "？" not in statements and "请" not in statements
+
+
+def make_sample_statements():
+    import random
+
+    wordings = read_json(SAMPLE / "wordings.json")
+    for entity in make_sample.load_entities(SAMPLE, wordings):
+        yield from make_sample.statements_of(entity, wordings, 2, random.Random(0))
+
+
+def test_terms_swap_to_something_wrong_and_alike():
+    import random
+
+    terms = Terms(SAMPLE / "terms.jsonl")
+    for answer, question in (("麻黄的药性是温。", "麻黄的药性是什么？"), ("肺、膀胱经。", "麻黄归哪些经？"),
+                             ("麻黄、桂枝、苦杏仁、甘草。", "麻黄汤由哪些药组成？")):
+        wrong, reason = terms.swap(answer, question, random.Random(1))
+        assert not reason and wrong != answer and abs(len(wrong) - len(answer)) <= max(1, 0.2 * len(answer)), (answer, wrong)
+        assert terms.stated(wrong, question) != terms.stated(answer, question)
+    assert terms.swap("今天天气很好。", "天气如何？", random.Random(1)) == (None, "no known term in the answer")
+    assert terms.stated("本品温通经脉。", "") == {"温通经脉"}           # 温 inside a word is not the nature 温

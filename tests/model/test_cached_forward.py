@@ -1,0 +1,95 @@
+"""The forward pass of chat: its cache against transformers' own pass, and weights held in float16 against float32."""
+
+import pytest
+import torch
+from conftest import ROOT
+
+from utils.device import Device
+from utils.errors import UserError
+from utils.model.cached_forward import CachedModel
+from utils.model.half_weights import hold_half_weights
+from utils.model.load import load_for_answers, load_model
+
+TINY = str(ROOT / "model_download/tiny_qwen3_tcm")          # trained, and published in bfloat16 as Qwen3 is
+NEEDS_FBGEMM = pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="not an x86 CPU with AVX2")
+
+
+def some_ids(count):
+    return torch.randint(3000, (count,), generator=torch.Generator().manual_seed(count)).tolist()
+
+
+def close(ours, theirs, accuracy):
+    """Largest difference of two vectors of logits, relative to their spread."""
+    return (ours - theirs).abs().max() / theirs.std() < accuracy
+
+
+@pytest.mark.parametrize("dtype, accuracy", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_feeding_by_parts_equals_one_pass_of_transformers(dtype, accuracy):
+    """Over the borders where the cache grows, in parts of one token and of many, and after going back."""
+    model, ids = load_model(TINY, dtype).eval(), some_ids(700)
+    cached, exact = CachedModel(model), load_model(TINY, torch.float32).double().eval()
+    with torch.no_grad():
+        theirs, double = (given(torch.tensor([ids])).logits[0].double() for given in (model, exact))
+    start = 0
+    for end in (*range(1, 4), 255, 256, 257, 300, 301, 450, 699, 700):
+        logits = cached.feed(ids[start:end])
+        assert logits.dtype == torch.float32 and cached.length == end
+        assert close(logits.double(), double[end - 1], accuracy) and close(theirs[end - 1], double[end - 1], accuracy), end
+        start = end
+    cached.keep(300)
+    assert close(cached.feed(ids[300:450]).double(), theirs[449], accuracy)
+    cached.keep(900)                    # more than there is: nothing to forget
+    assert cached.length == 450
+
+
+@NEEDS_FBGEMM
+def test_bfloat16_weights_lose_nothing_as_float16():
+    """Products are FBGEMM's and sums float32: the logits are as near to float64 as float32's accuracy goes."""
+    ids, exact = some_ids(200), load_model(TINY, torch.float32).double().eval()
+    with torch.no_grad():
+        double = exact(torch.tensor([ids])).logits[0, -1]
+    halved = load_for_answers(TINY, Device("cpu", False, "test", half_weights=True))
+    assert not [name for name, _ in halved.named_parameters() if "proj" in name]        # those weights are gone
+    assert close(CachedModel(halved).feed(ids).double(), double, 1e-5)
+    one_by_one = CachedModel(halved)
+    assert close([one_by_one.feed([token]) for token in ids][-1].double(), double, 1e-5)
+
+
+@NEEDS_FBGEMM
+def test_float32_weights_keep_more_than_bfloat16_would():
+    def logits(change):
+        torch.manual_seed(0)
+        model = load_model(TINY, torch.float32).eval()
+        for weight in model.parameters():
+            weight.data *= 1 + torch.rand_like(weight) / 100        # now they have 24 bits
+        return CachedModel(change(model)).feed(some_ids(100)).double()
+
+    exact = logits(torch.nn.Module.double)
+    off = {name: (logits(change) - exact).norm() for name, change in (("half", hold_half_weights), ("bf16", torch.nn.Module.bfloat16))}
+    assert 0 < off["half"] < off["bf16"] / 4
+
+
+@NEEDS_FBGEMM
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 7e4])
+def test_weights_that_float16_cannot_hold_stay(value):
+    """FBGEMM would make 65504 of each, and a diverged model would talk on."""
+    model = load_model(TINY, torch.float32).eval()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
+    hold_half_weights(model)
+    assert type(model.model.layers[1].mlp.up_proj) is torch.nn.Linear
+    assert type(model.model.layers[1].mlp.down_proj) is not torch.nn.Linear
+    assert torch.isfinite(CachedModel(model).feed([1, 2])).all() == (value == 7e4)
+
+
+def test_other_models_are_refused(tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    for number, (kind, changes) in enumerate((("qwen2", {}), ("qwen3", {"use_sliding_window": True, "sliding_window": 8,
+                                                                      "max_window_layers": 1}))):
+        folder = tmp_path / str(number)
+        config = AutoConfig.for_model(kind, vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+                                      num_attention_heads=2, num_key_value_heads=2, **changes)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+        with pytest.raises(UserError, match=f"is a {kind} model; wanted Qwen3, without sliding windows"):
+            load_model(str(folder), torch.float32)

@@ -1,0 +1,91 @@
+"""What is trained is what chat shows, token for token; the saved folder remembers its thinking mode."""
+
+import pytest
+from conftest import ROOT
+from tiny_model import make_tiny_tokenizer
+from transformers import AutoTokenizer
+
+from utils.errors import UserError
+from utils.files import write_jsonl
+from utils.model.chat_format import encode_prompt, encode_turns, generation_settings, with_default_mode
+from utils.training.dataset import load_conversations, load_pairs, show_examples
+
+SINGLE = [{"role": "user", "content": "麻黄的药性是什么？"}, {"role": "assistant", "content": "温。"}]
+SYSTEM = [{"role": "system", "content": "你是中医。"}, *SINGLE]
+THINKING = [SINGLE[0], {"role": "assistant", "content": "温。", "reasoning_content": "麻黄味辛，\n性温。"}]
+MULTI = [*SYSTEM, {"role": "user", "content": "归经呢？"}, {"role": "assistant", "content": "肺、膀胱经。"}]
+MIXED = [*THINKING, {"role": "user", "content": "归经呢？"}, {"role": "assistant", "content": "肺经。", "reasoning_content": "想"}]
+ALL = [SINGLE, SYSTEM, THINKING, MULTI, MIXED]
+
+
+@pytest.fixture(scope="module", params=["tests", "tiny"])
+def tokenizer(request, tmp_path_factory):
+    """The tests' tokenizer, and the built-in model's; both carry Qwen3's own chat template."""
+    if request.param == "tiny":
+        return AutoTokenizer.from_pretrained(ROOT / "model_download/tiny_qwen3_tcm")
+    return make_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.mark.parametrize("messages", ALL)
+def test_trained_text_is_what_the_template_renders(tokenizer, messages):
+    """The independent path: the template renders the whole conversation, and ours is its beginning plus answer and end."""
+    for index, (prompt, answer) in enumerate(encode_turns(tokenizer, messages)):
+        turn = [i for i, message in enumerate(messages) if message["role"] == "assistant"][index]
+        thinking = bool(messages[turn].get("reasoning_content"))
+        chat = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
+        assert tokenizer.decode(prompt) == chat
+        assert prompt == encode_prompt(tokenizer, messages[:turn], thinking)        # as chat feeds it
+        whole = tokenizer.apply_chat_template(messages[:turn + 1], tokenize=False)
+        assert tokenizer.decode(prompt + answer) + "\n" == whole
+        assert tokenizer.decode(answer).endswith("<|im_end|>") and answer[-1] == tokenizer.eos_token_id
+        assert ("<think>" in tokenizer.decode(answer)) == thinking
+
+
+def test_every_assistant_turn_is_trained_once(tokenizer):
+    turns = encode_turns(tokenizer, MULTI)
+    assert [tokenizer.decode(answer) for _, answer in turns] == ["温。<|im_end|>", "肺、膀胱经。<|im_end|>"]
+    assert "<think>" not in tokenizer.decode(turns[1][0]).split("温。")[0]     # history carries no think block
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_the_template_remembers_the_mode(tokenizer, thinking, tmp_path):
+    before = tokenizer.chat_template
+    tokenizer.chat_template = with_default_mode(with_default_mode(before, not thinking), thinking)
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer.chat_template = before
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    for asked in (None, True, False):
+        assert encode_prompt(saved, SYSTEM[:2], asked) == encode_prompt(tokenizer, SYSTEM[:2], thinking if asked is None else asked)
+    assert saved.chat_template.count("set enable_thinking") == 1
+
+
+def test_generation_settings_hold_both_ends(tokenizer):
+    settings = generation_settings(tokenizer, thinking=False)
+    assert tokenizer.convert_ids_to_tokens(settings["eos_token_id"]) == ["<|im_end|>", "<|endoftext|>"]
+    assert (settings["temperature"], settings["top_p"]) == (0.7, 0.8)
+
+
+def test_long_rows_are_set_aside_and_counted_never_cut(tokenizer, tmp_path, capsys):
+    long = [SINGLE[0], {"role": "assistant", "content": "温。" * 200}]
+    write_jsonl(tmp_path / "rows.jsonl", [{"id": str(n), "messages": messages} for n, messages in enumerate([SINGLE, long, SYSTEM])])
+    rows, thinking = load_conversations(tmp_path / "rows.jsonl", tokenizer, 120)
+    assert len(rows.items) == 2 and not thinking
+    assert all(answer[-1] == tokenizer.eos_token_id for item in rows.items for _, answer in item["documents"])
+    assert "1 of 3 are longer than MAX_LENGTH = 120" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no row fits into MAX_LENGTH = 5"):
+        load_conversations(tmp_path / "rows.jsonl", tokenizer, 5)
+
+
+@pytest.mark.parametrize("rejected", ["温。", " "])
+def test_pairs_that_teach_nothing_are_refused(tokenizer, tmp_path, rejected):
+    pair = {"id": "1", "prompt": SINGLE[:1], "chosen": SINGLE[1:], "rejected": [{"role": "assistant", "content": rejected}]}
+    write_jsonl(tmp_path / "pairs.jsonl", [pair])
+    with pytest.raises(UserError, match="row 1: chosen and rejected must differ"):
+        load_pairs(tmp_path / "pairs.jsonl", tokenizer, 100)
+
+
+def test_examples_show_what_is_trained(tokenizer, tmp_path, capsys):
+    write_jsonl(tmp_path / "rows.jsonl", [{"id": "1", "messages": SINGLE}])
+    show_examples(load_conversations(tmp_path / "rows.jsonl", tokenizer, 100)[0], tokenizer, 5)
+    shown = capsys.readouterr().out
+    assert "<think>\n\n</think>\n\n[[温。<|im_end|>]]" in shown

@@ -1,0 +1,215 @@
+"""Packing is exact: logits, loss and gradients equal those of plain transformers on each document alone."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from packed_items import some_items
+from tiny_model import make_tiny_model
+from transformers import AutoModelForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from utils.errors import UserError
+from utils.model import lm_head
+from utils.model.lm_head import sum_of_losses, token_logps
+from utils.model.packed_forward import prepare_packed
+from utils.model.packing import IGNORED, PackedRows, collate, item_length, pack, split_batch
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def norms_in_float64(monkeypatch):
+    """transformers' norm rounds to float32 whatever it gets. A reference in float64 must not."""
+    def forward(norm, states):
+        exact = states.to(torch.promote_types(states.dtype, torch.float32))
+        exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+        return norm.weight * exact.to(states.dtype)
+
+    monkeypatch.setattr(Qwen3RMSNorm, "forward", forward)
+
+
+def load(folder, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def test_rows_hold_every_item_once_and_never_too_much():
+    draw = random.Random(0)
+    lengths = [draw.randint(1, 100) for _ in range(1000)]
+    rows = pack(lengths, 100)
+    assert sorted(index for row in rows for index in row) == list(range(1000))
+    assert max(sum(lengths[index] for index in row) for row in rows) <= 100
+    assert len(rows) <= 1.1 * sum(lengths) / 100            # hardly any room is left
+    assert rows == pack(lengths, 100) != pack(lengths, 100, seed=1)
+
+
+def test_rows_are_mixtures():
+    """Short and long items share rows: a step is a fair draw of the data, not of one length."""
+    lengths = [10] * 500 + [30] * 500
+    for row in pack(lengths, 1000)[:-1]:
+        assert 0.2 < sum(lengths[index] == 10 for index in row) / len(row) < 0.8
+
+
+def test_hidden_states_of_a_packed_row_are_those_of_each_document_alone(folder):
+    items = some_items(30)
+    packed, plain = prepare_packed(load(folder)), load(folder)
+    with torch.no_grad():
+        hidden = packed(**split_batch(collate([items]))[0])
+        logits = hidden @ packed.lm_head.weight.T
+        order = sorted(range(30), key=lambda index: item_length(items[index]))
+        alone = [plain(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1]
+                 for prompt, answer in (items[index]["documents"][0] for index in order)]
+    assert torch.allclose(logits, torch.cat(alone), atol=2e-5)
+
+
+@pytest.mark.parametrize("chunk", [256, 7])
+def test_loss_and_gradients_equal_the_plain_computation(folder, monkeypatch, chunk):
+    monkeypatch.setattr(lm_head, "CHUNK", chunk)
+    items = some_items(20, seed=1)
+    packed, plain = prepare_packed(load(folder, torch.float64)), load(folder, torch.float64)
+    inputs, targets, _ = split_batch(collate([items]))
+    (sum_of_losses(packed(**inputs), packed.lm_head.weight, targets) / len(targets)).backward()
+    total = sum(F.cross_entropy(plain(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1], torch.tensor(answer),
+                                reduction="sum") for item in items for prompt, answer in item["documents"])
+    (total / len(targets)).backward()
+    for (name, one), other in zip(packed.named_parameters(), plain.parameters()):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-9, atol=1e-12), name
+
+
+def test_one_row_is_blind_to_another(folder):
+    """Changing every token of one document leaves the loss of the other as it was, to the bit."""
+    model = prepare_packed(load(folder))
+    one, other = some_items(2, seed=2)
+    changed = {"documents": [([token + 1 for token in prompt], [token + 1 for token in answer])
+                             for prompt, answer in other["documents"]]}
+
+    def logps(second):
+        inputs, targets, rest = split_batch(collate([[one, second]]))
+        with torch.no_grad():
+            return token_logps(model(**inputs), model.lm_head.weight, targets)[rest["label_documents"] == 0]
+
+    assert torch.equal(logps(other), logps(changed))
+
+
+def test_labels_stand_before_their_tokens():
+    batch = collate([[{"documents": [([1, 2, 3], [4, 5])], "reference_chosen": -1.5}]])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4]]
+    assert batch["shift_labels"].tolist() == [[IGNORED, IGNORED, 4, 5]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3]]
+    assert batch["reference_chosen"].tolist() == [-1.5]
+
+
+def test_weighted_loss_gradients_by_finite_rules():
+    """Against autograd on the full logits, in float64, with a weight for each token."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(11, 6, dtype=torch.float64), torch.randn(17, 6, dtype=torch.float64)
+    targets, scale = torch.randint(17, (11,)), torch.randn(11, dtype=torch.float64)
+    results = []
+    for compute in (lambda h, w: sum_of_losses(h, w, targets, scale),
+                    lambda h, w: (scale * F.cross_entropy(h @ w.T, targets, reduction="none")).sum()):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = compute(h, w)
+        (3 * loss).backward()
+        results.append((loss.detach(), h.grad, w.grad))
+    for one, other in zip(*results):
+        assert torch.allclose(one, other, rtol=1e-12)
+
+
+def test_bf16_is_no_further_from_float64_than_the_plain_bf16_path():
+    torch.manual_seed(1)
+    hidden, weight = torch.randn(64, 128), torch.randn(500, 128) * 0.1
+    targets = torch.randint(500, (64,))
+
+    def gradients(compute, dtype):
+        h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        compute(h, w).backward()
+        return h.grad.double(), w.grad.double()
+
+    exact = gradients(lambda h, w: F.cross_entropy(h @ w.T, targets, reduction="sum"), torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = gradients(lambda h, w: sum_of_losses(h, w, targets), torch.float32)
+        plain = gradients(lambda h, w: F.cross_entropy((h @ w.T).float(), targets, reduction="sum"), torch.float32)
+    for reference, one, other in zip(exact, ours, plain):
+        assert (one - reference).norm() <= 1.05 * (other - reference).norm()
+
+
+def gradients_of(model, plain, documents, dtype=torch.float32):
+    """Gradients of the summed loss, float64: by plain transformers one document after another, or by ours, packed."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        if plain:
+            losses = [F.cross_entropy(model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1].float(),
+                                      torch.tensor(answer), reduction="sum") for prompt, answer in documents]
+            loss = sum(losses)
+        else:
+            inputs, targets, _ = split_batch(collate([[{"documents": [document]} for document in documents]]))
+            loss = sum_of_losses(model(**inputs), model.lm_head.weight, targets)
+    loss.backward()
+    return [parameter.grad.double() for parameter in model.parameters()]
+
+
+def test_a_model_in_bf16_is_no_further_from_float64_than_plain_transformers(folder):
+    documents = [item["documents"][0] for item in some_items(40, seed=6)]
+    exact = gradients_of(load(folder, torch.float64), True, documents)
+    ours = gradients_of(prepare_packed(load(folder)), False, documents, torch.bfloat16)
+    plain = gradients_of(load(folder), True, documents, torch.bfloat16)
+    errors = torch.tensor([[(one - right).norm() / right.norm() for one in found] for *found, right in zip(ours, plain, exact)])
+    assert errors.max() < 0.1 and errors[:, 0].mean() <= 1.02 * errors[:, 1].mean(), errors
+
+
+def test_layers_keep_a_quarter_less_for_the_backward_pass(folder):
+    def bytes_kept(model, **inputs):
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda tensor: kept.update({tensor.data_ptr(): tensor.nbytes}) or tensor, lambda tensor: tensor):
+            model.model(**inputs, use_cache=False)
+        return sum(kept.values()) - sum(parameter.nbytes for parameter in model.parameters() if parameter.data_ptr() in kept)
+
+    inputs, _, _ = split_batch(collate([some_items(30)]))
+    del inputs["shift_labels"]
+    ours, plain = prepare_packed(load(folder)), load(folder)
+    plain.set_attn_implementation("document_attention")
+    assert bytes_kept(ours, **inputs) < 0.77 * bytes_kept(plain, **inputs)
+
+
+def test_packed_rows_count_tokens():
+    items = some_items(10, seed=3)
+    rows = PackedRows(items, 100)
+    assert rows.tokens == sum(map(item_length, items)) + len(items) == sum(item_length(item) + 1 for row in rows for item in row)
+    assert rows.trained_tokens == sum(len(answer) for item in items for _, answer in item["documents"])
+
+
+def test_rows_are_shared_out_evenly_and_none_twice():
+    rows = PackedRows([{"documents": [([1] * 5, [2] * (number % 7 + 1))]} for number in range(50)], 40)
+    for processes in (2, 3, 8):
+        rows.even_out(processes)
+        assert len(rows) % processes == 0
+        assert sorted(index for row in rows.rows for index in row) == list(range(50))
+    with pytest.raises(UserError, match="shared out evenly among 60 processes"):
+        rows.even_out(60)
+
+
+def test_answers_to_one_prompt_share_its_tokens(folder):
+    """Log-probabilities and gradients are those of each document alone, in float64; the prompt is computed once."""
+    items = some_items(12, seed=4, documents=3)
+    for item in items:
+        item["documents"] = [(item["documents"][0][0], answer) for _, answer in item["documents"]]
+    alone = sum(len(prompt) + len(answer) - 1 for item in items for prompt, answer in item["documents"])
+    batch = collate([items[:5], items[5:]])
+    saved = sum(2 * (len(item["documents"][0][0]) - 1) for item in items)
+    assert batch["input_ids"].shape[1] == sum(map(item_length, items)) == alone - saved
+    shared, plain = (prepare_packed(load(folder, torch.float64)) for _ in range(2))
+    inputs, targets, rest = split_batch(batch)
+    sums = torch.zeros(36, dtype=torch.float64).index_add_(
+        0, rest["label_documents"], token_logps(shared(**inputs), shared.lm_head.weight, targets))
+    sum_of_losses(shared(**inputs), shared.lm_head.weight, targets).backward()
+    for number, document in enumerate(document for item in items for document in item["documents"]):
+        inputs, targets, _ = split_batch(collate([[{"documents": [document]}]]))
+        hidden = plain(**inputs)
+        assert sums[number].item() == pytest.approx(token_logps(hidden, plain.lm_head.weight, targets).sum().item(), rel=1e-12)
+        sum_of_losses(hidden, plain.lm_head.weight, targets).backward()
+    for (name, one), other in zip(shared.named_parameters(), plain.parameters()):
+        assert (one.grad - other.grad).norm() <= 1e-12 * other.grad.norm(), name

@@ -1,0 +1,12 @@
+"""Random items of one or more documents, as the trainers pack them."""
+
+import random
+
+
+def some_items(count, seed=0, documents=1):
+    draw = random.Random(seed)
+
+    def tokens():
+        return [draw.randrange(300) for _ in range(draw.randint(1, 25))]
+
+    return [{"documents": [(tokens(), tokens()) for _ in range(documents)]} for _ in range(count)]

@@ -1,0 +1,153 @@
+"""A run that was killed ends in the same weights and the same log, bit for bit, as one that was never stopped."""
+
+import importlib
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from small_runs import METHODS, arguments, make_place, same_weights
+
+from utils.errors import run
+from utils.files import read_jsonl
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return make_place(tmp_path_factory.mktemp("runs"))
+
+
+# A process that has the libraries loaded and forks: each start costs a fraction of a second instead of seconds
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["model_finetune.finetune_sft", "utils.training.trainer", "utils.training.setup", "utils.model.lora", "utils.training.run_folder"])
+
+
+def script(method, given, output, environment):
+    """In a process of its own: the finetune script, its messages in the files said and errors beside `output`."""
+    os.environ.update(environment)
+    place = f"{output}{environment.get('RANK', '')}"
+    with open(f"{place}.said", "w", encoding="utf-8") as sys.stdout, open(f"{place}.errors", "w", encoding="utf-8") as sys.stderr:
+        code = run(lambda: importlib.import_module(f"model_finetune.finetune_{method}").main(given))
+    sys.exit(code)
+
+
+def start(method, place, output, *more, environment={}):
+    process = SERVER.Process(target=script, args=(method, arguments(method, place, output, *more), output, environment))
+    process.start()
+    return process
+
+
+def start_two(method, place, output):
+    """Two processes joined by gloo, each with half the accumulation, as accelerate launch would start them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    return [start(method, place, output, "--accumulation", 1, environment={
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1"}) for rank in range(2)]
+
+
+def wait_until(process, happened):
+    while process.is_alive() and not happened():
+        time.sleep(0.001)
+    assert process.is_alive(), "it ended before its time"
+
+
+def said(processes, output):
+    """What the (first) process printed, once all have ended well."""
+    for process in processes:
+        process.join(200)
+        assert process.exitcode == 0, [path.read_text(encoding="utf-8") for path in output.parent.glob(f"{output.name}*.errors")]
+    return Path(f"{output}{0 if len(processes) > 1 else ''}.said").read_text(encoding="utf-8")
+
+
+def to_the_end(method, place, output, *more):
+    return said([start(method, place, output, *more)], output)
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    """{method: finished folder}, each trained once and never stopped."""
+    for method in METHODS:
+        to_the_end(method, place, place / f"{method}_whole")
+    return {method: place / f"{method}_whole" for method in METHODS}
+
+
+def same_run(one, other):
+    return same_weights(one, other) and (one / "training_log.jsonl").read_bytes() == (other / "training_log.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_ends_in_the_same_weights(finished, place, method):
+    """kill -9 four times: twice after a random step, once while a checkpoint is written, once while the final model is."""
+    output, draw = place / f"{method}_killed", random.Random(method)
+    log, lines = output / "training_log.jsonl", len(list(read_jsonl(finished[method] / "training_log.jsonl")))
+    early, late = sorted(draw.sample(range(2, lines - 2), 2))
+    moments = [lambda: log.is_file() and log.read_bytes().count(b"\n") >= early, (output / ".partial-checkpoint").is_dir,
+               lambda: log.is_file() and log.read_bytes().count(b"\n") >= late, (output / ".partial-model").is_dir]
+    for moment in moments:
+        process = start(method, place, output)
+        wait_until(process, moment)
+        process.kill()
+        process.join()
+    assert "going on from" in to_the_end(method, place, output)
+    assert same_run(output, finished[method])
+    assert not [path.name for path in output.iterdir() if "partial" in path.name]
+
+
+def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on(finished, place):
+    output = place / "interrupted"
+    process, log = start("sft", place, output), output / "training_log.jsonl"
+    wait_until(process, lambda: log.is_file() and log.read_bytes().count(b"\n") >= 3)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(120)
+    errors = Path(f"{output}.errors").read_text(encoding="utf-8")
+    assert process.exitcode == 130, errors
+    assert "checkpoint written; the same command goes on" in errors and "Traceback" not in errors
+    assert list(output.glob("checkpoint-*"))
+    to_the_end("sft", place, output)
+    assert same_run(output, finished["sft"])
+
+
+def losses(folder):
+    return [(entry["step"], entry[name]) for entry in read_jsonl(folder / "training_log.jsonl") for name in ("loss", "eval_loss") if name in entry]
+
+
+@pytest.fixture(scope="module")
+def by_two(place):
+    """{method: (folder finished by two processes, what they said)}; SFT through the real launcher."""
+    done = {method: (place / f"{method}_two", said(start_two(method, place, place / f"{method}_two"), place / f"{method}_two"))
+            for method in METHODS[1:]}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+               ROOT / "model_finetune/finetune_sft.py", *arguments("sft", place, place / "sft_two", "--accumulation", 1)]
+    launched = subprocess.run(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+                              encoding="utf-8", timeout=200)
+    assert launched.returncode == 0, launched.stderr
+    return {**done, "sft": (place / "sft_two", launched.stdout)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_compute_what_one_does_with_twice_the_accumulation(finished, by_two, method):
+    """Sums are taken in another order, so the losses agree to float32's accuracy, 1e-5 relative, not to the bit."""
+    folder, printed = by_two[method]
+    assert "on 2 processes" in printed and printed.count("finished in") == 1        # one of them speaks
+    (steps, one), (also, two) = zip(*losses(finished[method])), zip(*losses(folder))
+    assert steps == also and two == pytest.approx(one, rel=1e-5)
+
+
+def test_two_processes_go_on_after_a_kill(by_two, place):
+    output = place / "killed_two"
+    processes = start_two("sft", place, output)
+    wait_until(processes[0], (output / "checkpoint-6").is_dir)
+    for process in processes:
+        process.kill()
+        process.join()
+    assert "going on from" in said(start_two("sft", place, output), output)
+    assert same_run(output, by_two["sft"][0])

@@ -1,0 +1,1 @@
+"""Chat: the session and the terminal."""

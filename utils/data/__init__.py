@@ -1,0 +1,1 @@
+"""Data: from any file to chat rows."""

@@ -1,0 +1,25 @@
+"""Texts that wait in a temporary file, so that memory does not grow with them."""
+
+import itertools
+import tempfile
+from array import array
+
+
+class TextStore:
+    """Texts (bytes) by their number, in the order they came in. Only where each one ends stays in memory: 8 bytes a text."""
+
+    def __init__(self, folder):
+        self.file = tempfile.TemporaryFile(dir=folder)
+        self.ends = array("q", [0])
+
+    def add(self, texts, lengths):
+        """Take in texts, joined, of these lengths (bytes)."""
+        self.file.write(texts)
+        self.ends.extend(itertools.islice(itertools.accumulate(lengths, initial=self.ends[-1]), 1, None))
+
+    def read(self, start, end=None):
+        """The texts number `start` to `end` - 1, joined; without `end` the one text. Nothing can be added after that."""
+        self.file.flush()
+        unbuffered, place = self.file.raw, self.ends[start]       # a buffer would read 8 KB for each text
+        unbuffered.seek(place)
+        return unbuffered.read(self.ends[start + 1 if end is None else end] - place)

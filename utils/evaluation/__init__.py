@@ -1,0 +1,1 @@
+"""Evaluation: exams, comparison of models, statistics."""

@@ -1,0 +1,1 @@
+"""The model: folders, loading, prompts, forward passes, adapters, answers."""

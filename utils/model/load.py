@@ -1,0 +1,125 @@
+"""Model folders: find, check, load. Safetensors only, no remote code, and no network for a folder on disk."""
+
+import contextlib
+import os
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+from utils.errors import NO_MEMORY, UserError
+from utils.files import read_json, show_path
+from utils.model.folders import adapter_base, model_sha256
+
+
+def quiet_offline(*models):
+    """Before transformers is imported: no usage pings, and no Hub at all where the models are folders on disk.
+
+    UserError or RunError, in one line, where a Hub id among them cannot be had: the libraries would say so many times over.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # threads and forks do not mix, and we batch anyway
+    if all(Path(model).is_dir() for model in models):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    for model in models:
+        if not Path(model).is_dir():
+            _ask_hub(model)
+    # peft asks transformers for this under its old name; nothing that a user could change
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()              # "Loading weights" bars of a fraction of a second
+
+
+def _ask_hub(model):
+    """UserError or RunError where the Hub does not have `model` or cannot be reached; what is in its cache needs no asking."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from utils.hub import Hub
+
+    if not isinstance(try_to_load_from_cache(model, "config.json"), str):
+        with contextlib.redirect_stdout(sys.stderr):        # chat's stdout holds answers and nothing else
+            Hub(timeout=30, retries=1).look_up("model", model, "main")
+
+
+def load_tokenizer(model):
+    """The tokenizer of a model folder, adapter folder or Hub id."""
+    from transformers import AutoTokenizer
+
+    with _told_in_one_line(model):
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    if tokenizer.chat_template is None or "<|im_end|>" not in tokenizer.get_vocab():
+        raise UserError(f"{model} is not a Qwen chat model: its tokenizer has no chat template with <|im_end|>")
+    return tokenizer
+
+
+def load_model(model, dtype):
+    """The causal language model of a folder or Hub id in `dtype`; a LoRA adapter comes merged into its base.
+
+    The merge is done in float32 and rounded once, as for a merged/ folder, so that both give the same answers.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    if not (Path(model) / "adapter_config.json").is_file():
+        return _load_whole(model, dtype)
+    from peft import PeftModel
+
+    _check_base(Path(model), adapter_base(model))
+    base = _load_whole(adapter_base(model), torch.float32)
+    with _told_in_one_line(model):
+        merged = PeftModel.from_pretrained(base, model).merge_and_unload()
+    for weight in merged.parameters():          # not .to(dtype), which would round the rotary frequencies as well
+        weight.data = weight.data.to(dtype)
+    if (Path(model) / "generation_config.json").is_file():
+        merged.generation_config = GenerationConfig.from_pretrained(model)
+    return merged
+
+
+def load_for_answers(model, device):
+    """load_model's result on `device` (utils.device.Device), in its number format for answers."""
+    loaded = load_model(model, device.dtype).to(device.name).eval()
+    if device.half_weights:
+        from utils.model.half_weights import hold_half_weights
+
+        hold_half_weights(loaded)
+    return loaded
+
+
+def _load_whole(model, dtype):
+    from transformers import AutoModelForCausalLM
+
+    with _told_in_one_line(model):
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+    if loaded.config.model_type != "qwen3" or set(loaded.config.layer_types) != {"full_attention"}:
+        raise UserError(f"{model} is a {loaded.config.model_type} model; wanted Qwen3, without sliding windows")
+    if report["missing_keys"]:      # transformers would go on with random numbers in their place
+        raise UserError(f"{model} is not whole: its weights lack {', '.join(sorted(report['missing_keys'])[:3])} ...")
+    return loaded
+
+
+def _check_base(adapter, base):
+    """UserError where `base` is not what the adapter was trained on, as its run.json tells: the answers would be noise."""
+    for folder in (adapter, adapter.parent):        # a checkpoint belongs to the run in the folder above it
+        if (folder / "run.json").is_file():
+            trained_on = read_json(folder / "run.json").get("identity", {}).get("MODEL")
+            if trained_on and trained_on != f"sha256 {model_sha256(base)}":
+                raise UserError(f"{show_path(adapter)} was trained on other weights than {show_path(base)} holds now; "
+                                "use its merged/ folder, or bring that base model back")
+            return
+
+
+@contextlib.contextmanager
+def _told_in_one_line(model):
+    """What the libraries raise for damaged, foreign or unreachable files, as a UserError of one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        if any(sign in str(error) for sign in NO_MEMORY):
+            raise
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{model} needs Python code of its own to load, and code from a model is not run here") from None
+        raise UserError(f"{model} cannot be loaded: {textwrap.shorten(str(error), 300)}") from None

@@ -1,0 +1,68 @@
+"""Text for people: widths, columns, sizes, durations, and nothing that would control the terminal."""
+
+import unicodedata
+from itertools import zip_longest
+
+# A model may write any byte: control characters would move the cursor or change the terminal, so they are shown as U+FFFD.
+_CONTROLS = {code: "\ufffd" for code in (*range(9), *range(11, 32), *range(127, 160))}
+
+
+def printable(text):
+    """`text` without characters that would control the terminal; line breaks and tabs stay."""
+    return text.translate(_CONTROLS)
+
+
+def side_by_side(left, right, columns):
+    """Two texts in two columns of together `columns` character cells, wrapped (str of lines)."""
+    width = max((columns - 3) // 2, 2)
+    pairs = zip_longest(_wrap(printable(left), width), _wrap(printable(right), width), fillvalue="")
+    return "\n".join(f"{one}{' ' * (width - text_width(one))} | {two}".rstrip() for one, two in pairs)
+
+
+def _wrap(text, width):
+    for line in text.expandtabs(4).split("\n"):
+        start = used = 0
+        for index, character in enumerate(line):
+            if used + text_width(character) > width:
+                yield line[start:index]
+                start, used = index, 0
+            used += text_width(character)
+        yield line[start:]
+
+
+def text_width(text):
+    """Character cells: Chinese characters and full-width punctuation take two, combining marks none."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def shorten(text, limit=70):
+    """The text in one line of at most `limit` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[:limit - 1] + "…"
+
+
+def format_bytes(count):
+    """1503300328 -> "1.503 GB"; decimal units, as the Hub's pages show them."""
+    for unit, digits in (("B", 0), ("kB", 1), ("MB", 1)):
+        if count < 1000:
+            return f"{count:.{digits}f} {unit}"
+        count /= 1000
+    return f"{count:.3f} GB"
+
+
+def duration(seconds):
+    """62 -> "62 s", 90 -> "1.5 min", 7300 -> "2.0 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def listed(names, most=5):
+    """The first few of `names` for a message, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
+def format_bytes_binary(size):
+    """Bytes as text: 1.5 GiB, 14 MiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 2 else f"{size / 2**20:.0f} MiB"

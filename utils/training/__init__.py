@@ -1,0 +1,1 @@
+"""Training: losses, rows, the trainer, and the folder of a run."""
