@@ -1,5 +1,5 @@
 # make demo   the whole way on the built-in sample and the tiny base model: minutes, offline after the installation
-# make test   all tests
+# make test   all tests (minutes); make test-fast: those that take under a minute
 # make help   the rest
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
@@ -12,12 +12,16 @@ DATA   := $(DEMO)/qwen3
 # A model of 3.7 M parameters takes far larger rates than one of 0.6 B, and shorter rows.
 SMALL  := --max-length 512 --batch-size 2 --accumulation 1
 
-.PHONY: help install demo demo-clean test bench sample tiny clean
+# Tests of one file stay on one core: many share a model that takes seconds to make.
+PYTEST := $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: help install demo demo-clean test test-fast lint bench sample tiny clean
 
 help:
 	@grep -E '^# make' Makefile | cut -c3-
 	@echo "make install     the environment only ($(VENV))"
 	@echo "make demo-clean  remove the demo's results, so that the next demo trains again"
+	@echo "make lint        ruff: style and formatting"
 	@echo "make bench       training speed against TRL on Qwen3-0.6B's shape (under two hours on 2 cores; nothing else should run beside it)"
 	@echo "make sample      make the built-in sample again from its fact tables"
 	@echo "make tiny        pre-train the tiny base model again (2 cores: under 40 minutes)"
@@ -66,7 +70,14 @@ demo-clean:
 	rm -rf $(DEMO)
 
 test: $(READY)
-	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+test-fast: $(READY)
+	$(PYTEST) -m "not slow"
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check --quiet .
 
 bench: $(READY)
 	$(PY) tests/benchmarks/bench_training.py

@@ -22,6 +22,7 @@ from utils.model.load import load_for_answers, load_tokenizer, quiet_offline
 from utils.progress import progress
 from utils.settings import parse_settings
 
+# fmt: off
 # ---- Settings: edit here, or override on the command line (--kind mismatch) ----
 KIND = "facts"              # facts, mismatch or model
 INPUT_DIR = "data_prepare/qwen3"        # holds sft_train.jsonl and sft_eval.jsonl
@@ -35,8 +36,9 @@ MAX_TRAIN = 0               # at most this many training pairs, drawn evenly; 0 
 MAX_EVAL = 0                # at most this many evaluation pairs; 0 takes all
 SEED = 0                    # changes the draws
 # ----
+# fmt: on
 
-LENGTH_TOLERANCE = 0.2      # a rejected answer is at most this much longer or shorter: DPO shall not learn length
+LENGTH_TOLERANCE = 0.2  # a rejected answer is at most this much longer or shorter: DPO shall not learn length
 
 
 def split_row(row):
@@ -70,7 +72,9 @@ def mismatched(rows, settings, rng):
     for row in rows:
         good = split_row(row)[1]["content"]
         leeway = max(1, LENGTH_TOLERANCE * len(good))
-        near = range(bisect.bisect_left(lengths, len(good) - leeway), bisect.bisect_right(lengths, len(good) + leeway))
+        near = range(
+            bisect.bisect_left(lengths, len(good) - leeway), bisect.bisect_right(lengths, len(good) + leeway)
+        )
         others = [index for index in rng.sample(near, min(len(near), 8)) if by_length[index] != good]
         yield (by_length[others[0]], "") if others else (None, "no other answer of similar length")
 
@@ -85,9 +89,18 @@ def sampled(rows, settings, rng):
     device = pick_device()
     tokenizer, model = load_tokenizer(settings.MODEL), load_for_answers(settings.MODEL, device)
     prompts = [split_row(row)[0] for row in rows]
-    draws = [generate_answers(model, tokenizer, prompts, settings.MAX_NEW_TOKENS, greedy=False, seed=settings.SEED + draw,
-                              watch=progress(f"sampling answers, round {draw + 1} of {settings.SAMPLES}"))
-             for draw in range(settings.SAMPLES)]
+    draws = [
+        generate_answers(
+            model,
+            tokenizer,
+            prompts,
+            settings.MAX_NEW_TOKENS,
+            greedy=False,
+            seed=settings.SEED + draw,
+            watch=progress(f"sampling answers, round {draw + 1} of {settings.SAMPLES}"),
+        )
+        for draw in range(settings.SAMPLES)
+    ]
     for row, answers in zip(rows, zip(*draws)):
         good = split_row(row)[1]["content"]
         fits = [text.strip() for text in answers if text.strip() and similar_length(good, text.strip())]
@@ -95,7 +108,11 @@ def sampled(rows, settings, rng):
         if worst is None:
             yield None, "no sampled answer of similar length"
         else:
-            yield (worst, "") if agreement(worst, good) < settings.DIFFERENT else (None, "every sampled answer is good")
+            yield (
+                (worst, "")
+                if agreement(worst, good) < settings.DIFFERENT
+                else (None, "every sampled answer is good")
+            )
 
 
 def agreement(one, other):
@@ -115,26 +132,45 @@ def main(argv=None):
     prepare_folder(settings.OUTPUT_DIR)
     for split, count in (("train", settings.MAX_TRAIN), ("eval", settings.MAX_EVAL)):
         # 1. Read the SFT rows of this split
-        source = require_file(settings.INPUT_DIR / f"sft_{split}.jsonl", "python data_prepare/convert_to_qwen3_format.py")
+        source = require_file(
+            settings.INPUT_DIR / f"sft_{split}.jsonl", "python data_prepare/convert_to_qwen3_format.py"
+        )
         rows = sample_by_id(list(read_jsonl(source, wanted=["id", "messages"])), count)
 
         # 2. Make a worse answer for each
         pairs, reasons = [], collections.Counter()
-        for row, (wrong, reason) in zip(rows, KINDS[settings.KIND](rows, settings, random.Random(f"{settings.SEED} {split}"))):
+        for row, (wrong, reason) in zip(
+            rows, KINDS[settings.KIND](rows, settings, random.Random(f"{settings.SEED} {split}"))
+        ):
             prompt, answer = split_row(row)
             if wrong is None or wrong == answer["content"]:
                 reasons[reason or "the worse answer is the same"] += 1
                 continue
             rejected = {**answer, "content": wrong}
-            pairs.append({"id": row["id"], "prompt": prompt, "chosen": [answer], "rejected": [rejected], "kind": settings.KIND})
+            pairs.append(
+                {
+                    "id": row["id"],
+                    "prompt": prompt,
+                    "chosen": [answer],
+                    "rejected": [rejected],
+                    "kind": settings.KIND,
+                }
+            )
         if not pairs:
-            raise UserError(f"no pair could be made from {show_path(source)} ({dict(reasons)}); try --kind mismatch")
+            raise UserError(
+                f"no pair could be made from {show_path(source)} ({dict(reasons)}); try --kind mismatch"
+            )
 
         # 3. Write the pairs, and say what could not be paired
         target = settings.OUTPUT_DIR / f"dpo_{split}.jsonl"
         write_jsonl(target, pairs)
-        lengths = [sum(len(pair[side][0]["content"]) for pair in pairs) / len(pairs) for side in ("chosen", "rejected")]
-        print(f"{split}: {len(rows):,} rows = {len(pairs):,} pairs + {sum(reasons.values()):,} not paired -> {show_path(target)}")
+        lengths = [
+            sum(len(pair[side][0]["content"]) for pair in pairs) / len(pairs)
+            for side in ("chosen", "rejected")
+        ]
+        print(
+            f"{split}: {len(rows):,} rows = {len(pairs):,} pairs + {sum(reasons.values()):,} not paired -> {show_path(target)}"
+        )
         for reason, times in reasons.most_common():
             print(f"  {times:>6,}  {reason}")
         print(f"  mean length: chosen {lengths[0]:.1f}, rejected {lengths[1]:.1f} characters")

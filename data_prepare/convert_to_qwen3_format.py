@@ -24,6 +24,7 @@ from utils.files import sha256_of, show_path, write_json
 from utils.progress import Meter
 from utils.settings import parse_settings
 
+# fmt: off
 # ---- Settings: edit here, or override on the command line (--eval-share 0.1) ----
 INPUT_FILES = ["data_prepare/raw"]    # data files, or folders of them
 OUTPUT_DIR = "data_prepare/qwen3"     # where the converted files go
@@ -39,6 +40,7 @@ TOKEN_ROWS = 3000                     # rows, drawn at random, whose tokens are 
 SEED = 0                              # another seed holds out other questions
 WORKERS = 0                           # processes; 0: one for input under 32 MB, else one a core, 8 at most
 # ----
+# fmt: on
 
 DOWNLOAD = "python data_prepare/download_tcm_data.py"
 PAIRS = "python data_prepare/build_preference_pairs.py"
@@ -67,13 +69,17 @@ def main(argv=None):
     schemas, reasons, fields = Counter(), Counter(), {}
     tasks = convert.tasks(files, encodings, options, given)
     with Meter("rows recognised", 0, size, always=False) as meter:
-        for index, lines, sizes, sketch, recognised, rejected, unfit in map_tasks(convert.examine, tasks, workers):
+        for index, lines, sizes, sketch, recognised, rejected, unfit in map_tasks(
+            convert.examine, tasks, workers
+        ):
             made.add(lines, sizes)
             collection.add(index, *sketch)
             schemas += recognised
             reasons += rejected
-            fields = fields or unfit                  # of the first batch that has rows with unknown fields
-            meter.show(min(given.ends[-1], size - 1))     # about: as JSON lines, tables and arrays take more or less
+            fields = fields or unfit  # of the first batch that has rows with unknown fields
+            meter.show(
+                min(given.ends[-1], size - 1)
+            )  # about: as JSON lines, tables and arrays take more or less
         meter.show(size)
     refuse_unusable(settings, schemas, reasons, fields)
 
@@ -83,13 +89,16 @@ def main(argv=None):
     if size >= 32e6:
         print(f"  comparing the questions of {len(rows):,} rows, then writing them", flush=True)
     side, fate, twin = dedup.decide(
-        collection, settings.NEAR_DUPLICATE, settings.EVAL_SHARE, settings.MAX_EVAL_ROWS, settings.SEED)
-    trained = (fate == dedup.KEPT) & (rows["kind"] == 1)               # the sft rows that are kept
+        collection, settings.NEAR_DUPLICATE, settings.EVAL_SHARE, settings.MAX_EVAL_ROWS, settings.SEED
+    )
+    trained = (fate == dedup.KEPT) & (rows["kind"] == 1)  # the sft rows that are kept
     drawn = dedup.draw(rows, trained, settings.TOKEN_ROWS, settings.SEED)
 
     # 4. Put every row in its place
     names = [path.name for path in files]
-    counts, aside, examples = convert.write_outputs(made, given, settings.OUTPUT_DIR, names, rows, side, fate, twin, drawn)
+    counts, aside, examples = convert.write_outputs(
+        made, given, settings.OUTPUT_DIR, names, rows, side, fate, twin, drawn
+    )
     reasons += aside
     outputs = [settings.OUTPUT_DIR / f"{name}.jsonl" for name in convert.OUTPUTS]
     written = [path for path in outputs if counts[path.stem]]
@@ -99,25 +108,35 @@ def main(argv=None):
     kept = rows[trained]
     tokens = count_tokens(settings.TOKENIZER_MODEL, examples)
     report = {
-        "rows_in": len(rows), "rows_kept": counts.total(), "rows_set_aside": reasons.total(),
-        "set_aside": dict(reasons.most_common()), "outputs": {path.stem: counts[path.stem] for path in written},
-        "files": [{"file": path.name, "encoding": encoding, "rows": int(count), "sha256": sha256_of(path)}
-                  for path, encoding, count in zip(files, encodings, dedup.count_by_file(rows, len(files)))],
+        "rows_in": len(rows),
+        "rows_kept": counts.total(),
+        "rows_set_aside": reasons.total(),
+        "set_aside": dict(reasons.most_common()),
+        "outputs": {path.stem: counts[path.stem] for path in written},
+        "files": [
+            {"file": path.name, "encoding": encoding, "rows": int(count), "sha256": sha256_of(path)}
+            for path, encoding, count in zip(files, encodings, dedup.count_by_file(rows, len(files)))
+        ],
         "schemas": dict(schemas.most_common()),
         **lengths(kept["characters"], tokens, settings.MAX_LENGTH),
         "reasoning_share": share(kept["reasoning"]),
         "fingerprints": {path.stem: sha256_of(path) for path in written},
-        "examples": random.Random(settings.SEED).sample(examples, min(5, len(examples))), "settings": settings.as_dict(),
+        "examples": random.Random(settings.SEED).sample(examples, min(5, len(examples))),
+        "settings": settings.as_dict(),
     }
     write_json(settings.OUTPUT_DIR / "report.json", report)
     draw_lengths(settings.OUTPUT_DIR / "lengths.png", kept["characters"], tokens, settings.MAX_LENGTH)
     show(report)
     print(f"\nwritten to {show_path(settings.OUTPUT_DIR)}; what was set aside, and why: set_aside.jsonl")
     for path in (path for path in outputs if path.exists() and path not in written):
-        print(f"note: {path.name} there is from an earlier run and was not compared with these rows; make it again"
-              + (f" with: {PAIRS}" if path.name.startswith("dpo") else ""))
+        print(
+            f"note: {path.name} there is from an earlier run and was not compared with these rows; make it again"
+            + (f" with: {PAIRS}" if path.name.startswith("dpo") else "")
+        )
     if counts["sft_train"] and not counts["sft_eval"]:
-        print("note: no row is held out for evaluation (EVAL_SHARE is 0, or there are too few different questions)")
+        print(
+            "note: no row is held out for evaluation (EVAL_SHARE is 0, or there are too few different questions)"
+        )
     print(f"next: {TRAIN if counts['sft_train'] else COMPARE}")
     return 0
 
@@ -128,28 +147,44 @@ def conversion_options(settings):
         raise UserError(f"--eval-share is {settings.EVAL_SHARE}, wanted 0 or more and less than 1")
     if not 0.5 <= settings.NEAR_DUPLICATE <= 1:
         raise UserError(f"--near-duplicate is {settings.NEAR_DUPLICATE}, wanted 0.5 to 1")
-    for name, least in {"MAX_CHARACTERS": 1, "MAX_LENGTH": 1, "MAX_EVAL_ROWS": 0, "TOKEN_ROWS": 0, "WORKERS": 0}.items():
+    for name, least in {
+        "MAX_CHARACTERS": 1,
+        "MAX_LENGTH": 1,
+        "MAX_EVAL_ROWS": 0,
+        "TOKEN_ROWS": 0,
+        "WORKERS": 0,
+    }.items():
         if getattr(settings, name) < least:
-            raise UserError(f"--{name.lower().replace('_', '-')} is {getattr(settings, name)}, wanted {least} or more")
+            raise UserError(
+                f"--{name.lower().replace('_', '-')} is {getattr(settings, name)}, wanted {least} or more"
+            )
     try:
         columns = parse_columns(settings.COLUMNS)
     except ValueError as error:
         raise UserError(f"--columns: {error}") from None
-    return {"columns": tuple(columns.items()), "system": settings.SYSTEM, "max_characters": settings.MAX_CHARACTERS}
+    return {
+        "columns": tuple(columns.items()),
+        "system": settings.SYSTEM,
+        "max_characters": settings.MAX_CHARACTERS,
+    }
 
 
 def refuse_unusable(settings, schemas, reasons, fields):
     """UserError, with the fields found and a line to copy, if no row can be used or --columns fits none."""
     if schemas and (not settings.COLUMNS or schemas["--columns"]):
         return
-    counted = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common()) or "the input is empty"
+    counted = (
+        ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common()) or "the input is empty"
+    )
     names, lengths = next(iter(fields.items()), ((), ()))
     hint = f"; fields found: {', '.join(map(str, names))}" if names else ""
-    if len(names) > 1:                    # the longest text is most likely the answer, the next one the question
+    if len(names) > 1:  # the longest text is most likely the answer, the next one the question
         answer, question = (name for _, name in sorted(zip(lengths, map(str, names)), reverse=True)[:2])
-        hint += (f"; name them, for example: python data_prepare/convert_to_qwen3_format.py "
-                 f"--columns question={question},answer={answer}")
-    elif reasons["not JSON"] or names:    # pretty-printed, or wrapped in an object
+        hint += (
+            f"; name them, for example: python data_prepare/convert_to_qwen3_format.py "
+            f"--columns question={question},answer={answer}"
+        )
+    elif reasons["not JSON"] or names:  # pretty-printed, or wrapped in an object
         hint += "; wanted one JSON object for each row: one a line, or all in one array"
     if schemas:
         raise UserError(f"no row has the fields of --columns {settings.COLUMNS}{hint}")

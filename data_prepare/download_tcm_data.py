@@ -22,6 +22,7 @@ from utils.files import atomic_write, require_file, sha256_of, show_path, write_
 from utils.hub import COMMIT, Hub, read_record, unchanged
 from utils.settings import ROOT, parse_settings
 
+# fmt: off
 # ---- Settings: edit here, or override on the command line (--dataset Monor/hwtcm-sft-v1) ----
 DATASET = "michaelwzhu/ShenNong_TCM_Dataset"            # a data set on the Hub; or sample: the built-in one
 REVISION = "7356f4f786b87c6bcb3c38d8b6d4b5e75aadb718"   # commit, branch or tag; this is ShenNong's, for others: main
@@ -30,11 +31,12 @@ OUTPUT_DIR = "data_prepare/raw"                         # the folder that the co
 TIMEOUT = 30.0                                          # seconds without a byte after which a connection counts as stalled
 RETRIES = 6                                             # failures in a row, without progress, before giving up
 # ----
+# fmt: on
 
 PINNED_DATASET, PINNED_COMMIT = "michaelwzhu/ShenNong_TCM_Dataset", "7356f4f786b87c6bcb3c38d8b6d4b5e75aadb718"
 PINNED_FILES = ["ChatMed_TCM-v0.2.json"]
-KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")     # what the conversion reads
-NOT_DATA = ("dataset_info.json", "dataset_infos.json")      # descriptions that the datasets library writes
+KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")  # what the conversion reads
+NOT_DATA = ("dataset_info.json", "dataset_infos.json")  # descriptions that the datasets library writes
 SAMPLE_DIR = ROOT / "data_prepare" / "sample"
 NEXT = "next: python data_prepare/convert_to_qwen3_format.py"
 
@@ -45,8 +47,13 @@ def source_of(path):
 
 def write_source(path, **origin):
     """Write <name>.source.json for a file that is whole, and tell about it."""
-    record = {**origin, "sha256": sha256_of(path), "size": path.stat().st_size, "rows": count_rows(path),
-              "downloaded": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
+    record = {
+        **origin,
+        "sha256": sha256_of(path),
+        "size": path.stat().st_size,
+        "rows": count_rows(path),
+        "downloaded": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
     write_json(source_of(path), record)
     rows = "" if record["rows"] is None else f", {record['rows']:,} rows"
     print(f"{show_path(path)}: {record['size']:,} bytes{rows}, licence: {record['licence'] or 'not stated'}")
@@ -60,7 +67,7 @@ def count_rows(path):
         if path.suffix == ".json":
             start = file.readline().strip().removeprefix(b"\xef\xbb\xbf")
             if not (start.startswith(b"{") and start.endswith(b"}")):
-                return None                             # an array, or one object over many lines
+                return None  # an array, or one object over many lines
             file.seek(0)
         return sum(1 for line in file if line.strip())
 
@@ -71,7 +78,13 @@ def copy_sample(folder):
         sample = require_file(SAMPLE_DIR / name, f"git checkout {show_path(SAMPLE_DIR / name)}")
         with atomic_write(folder / name, "wb") as copy:
             copy.write(sample.read_bytes())
-        write_source(folder / name, repo="sample", revision=None, file=show_path(sample), licence="that of this project")
+        write_source(
+            folder / name,
+            repo="sample",
+            revision=None,
+            file=show_path(sample),
+            licence="that of this project",
+        )
     print(NEXT)
 
 
@@ -79,12 +92,16 @@ def choose_files(repo, wanted):
     """The names in `wanted`, or those of all data files. UserError where a name is not there or is of no known kind."""
     data = [name for name in sorted(repo.files) if name.endswith(KINDS) and Path(name).name not in NOT_DATA]
     if not data:
-        raise UserError(f"{repo.id} holds no {' '.join(KINDS)} file (it holds {', '.join(sorted(repo.files)[:8])})")
+        raise UserError(
+            f"{repo.id} holds no {' '.join(KINDS)} file (it holds {', '.join(sorted(repo.files)[:8])})"
+        )
     for name in wanted:
         if name not in data:
             near = difflib.get_close_matches(name, data, n=1, cutoff=0.3) or data
-            raise UserError(f"{repo.id} has no data file {name} ({' '.join(KINDS)}); did you mean {near[0]}? "
-                            f"See {repo.page}/tree/main")
+            raise UserError(
+                f"{repo.id} has no data file {name} ({' '.join(KINDS)}); did you mean {near[0]}? "
+                f"See {repo.page}/tree/main"
+            )
     return wanted or data
 
 
@@ -93,9 +110,13 @@ def place(folder, dataset, names):
 
     UserError where two files would get the same name, by letter case or by ending too.
     """
-    paths = {folder / re.sub(r'[\\/:*?"<>|]', "-", f"{dataset.rpartition('/')[2]}-{name}"): name for name in names}
+    paths = {
+        folder / re.sub(r'[\\/:*?"<>|]', "-", f"{dataset.rpartition('/')[2]}-{name}"): name for name in names
+    }
     if len({source_of(path).name.casefold() for path in paths}) < len(set(names)):
-        raise UserError(f"some of {', '.join(sorted(names)[:8])} would get the same name here; choose with --files")
+        raise UserError(
+            f"some of {', '.join(sorted(names)[:8])} would get the same name here; choose with --files"
+        )
     return paths
 
 
@@ -103,8 +124,10 @@ def is_ours(path, dataset, commit, name):
     """Whether an earlier run brought `path` as this file at this commit. UserError where it came from somewhere else."""
     record = read_record(source_of(path)) if path.exists() else {}
     if record and (record.get("repo"), record.get("revision"), record.get("file")) != (dataset, commit, name):
-        raise UserError(f"{show_path(path)} is {record.get('file')} of {record.get('repo')} at {record.get('revision')}, "
-                        f"not {name} of {dataset} at {commit}; delete it, or choose another folder with --output-dir")
+        raise UserError(
+            f"{show_path(path)} is {record.get('file')} of {record.get('repo')} at {record.get('revision')}, "
+            f"not {name} of {dataset} at {commit}; delete it, or choose another folder with --output-dir"
+        )
     return bool(record)
 
 
@@ -120,17 +143,26 @@ def main(argv=None):
     if settings.DATASET == "sample":
         return copy_sample(settings.OUTPUT_DIR)
     if Path(settings.DATASET).is_file():
-        raise UserError(f"{settings.DATASET} is a file on this disk; copy it into {show_path(settings.OUTPUT_DIR)}")
-    if settings.DATASET != PINNED_DATASET:              # the pinned values are those of the default data set only
+        raise UserError(
+            f"{settings.DATASET} is a file on this disk; copy it into {show_path(settings.OUTPUT_DIR)}"
+        )
+    if settings.DATASET != PINNED_DATASET:  # the pinned values are those of the default data set only
         settings.REVISION = "main" if settings.REVISION == PINNED_COMMIT else settings.REVISION
         settings.FILES = [] if settings.FILES == PINNED_FILES else settings.FILES
-    dataset, revision, names, folder = settings.DATASET, settings.REVISION, settings.FILES, settings.OUTPUT_DIR
+    dataset, revision, names, folder = (
+        settings.DATASET,
+        settings.REVISION,
+        settings.FILES,
+        settings.OUTPUT_DIR,
+    )
 
     # 2. Nothing to do where it is there already, known without the network
     paths = place(folder, dataset, names)
     pinned = names and COMMIT.fullmatch(revision)
     if pinned and all(is_finished(path, dataset, revision, name) for path, name in paths.items()):
-        print(f"{dataset} at {revision[:7]} is complete in {show_path(folder)}: {', '.join(path.name for path in paths)}")
+        print(
+            f"{dataset} at {revision[:7]} is complete in {show_path(folder)}: {', '.join(path.name for path in paths)}"
+        )
         return
     settings.show()
 
@@ -142,7 +174,14 @@ def main(argv=None):
 
     # 4. Fetch, verify, move into place, and record where each file came from
     for path in hub.bring(repo, {path: repo.files[name] for path, name in paths.items()}, ours):
-        write_source(path, repo=dataset, revision=repo.commit, asked_for=revision, file=paths[path], licence=repo.licence)
+        write_source(
+            path,
+            repo=dataset,
+            revision=repo.commit,
+            asked_for=revision,
+            file=paths[path],
+            licence=repo.licence,
+        )
     print(NEXT)
 
 

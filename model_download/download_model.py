@@ -23,6 +23,7 @@ from utils.hub import COMMIT, Hub, read_record, unchanged
 from utils.model.folders import check_model
 from utils.settings import ROOT, parse_settings
 
+# fmt: off
 # ---- Settings: edit here, or override on the command line (--model Qwen/Qwen3-1.7B) ----
 MODEL = "Qwen/Qwen3-0.6B"       # a model on the Hub; or tiny: the built-in one
 REVISION = "c1899de289a04d12100db370d81485cdf75e47ca"   # commit, branch or tag; this is Qwen3-0.6B's, for others: main
@@ -30,11 +31,26 @@ OUTPUT_DIR = ""                 # folder for the files; empty: model_download/<n
 TIMEOUT = 30.0                  # seconds without a byte after which a connection counts as stalled
 RETRIES = 6                     # failures in a row, without progress, before giving up
 # ----
+# fmt: on
 
 TINY_DIR = ROOT / "model_download" / "tiny_qwen3_tcm"
-WANTED = ("config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json",
-          "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
-          "*.safetensors", "*.safetensors.index.json", "LICENSE*", "NOTICE*")
+WANTED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "LICENSE*",
+    "NOTICE*",
+)
 
 # What the default model is, whatever a mirror lists: sha256 of the large files, git blob id of the small ones.
 PINNED_MODEL, PINNED_COMMIT = "Qwen/Qwen3-0.6B", "c1899de289a04d12100db370d81485cdf75e47ca"
@@ -56,7 +72,9 @@ def show_next(folder):
 def use_tiny():
     """Check the built-in model; there is nothing to download."""
     if not TINY_DIR.is_dir():
-        raise UserError(f"the built-in model is missing; get it back with: git checkout {show_path(TINY_DIR)}")
+        raise UserError(
+            f"the built-in model is missing; get it back with: git checkout {show_path(TINY_DIR)}"
+        )
     check_model(str(TINY_DIR))
     print(f"the built-in model is in {show_path(TINY_DIR)}")
     show_next(TINY_DIR)
@@ -66,24 +84,33 @@ def recorded_files(folder, model, commit):
     """{name: {"size", "sha256"}} of a folder that was finished before, else {}. UserError where it holds something else."""
     record = read_record(folder / "source.json")
     if record and (record.get("repo"), record.get("revision")) != (model, commit):
-        raise UserError(f"{show_path(folder)} holds {record.get('repo')} at {record.get('revision')}, not {model} "
-                        f"at {commit}; delete it, or choose another folder with --output-dir")
+        raise UserError(
+            f"{show_path(folder)} holds {record.get('repo')} at {record.get('revision')}, not {model} "
+            f"at {commit}; delete it, or choose another folder with --output-dir"
+        )
     return record.get("files", {})
 
 
 def is_finished(folder, model, commit):
     """Whether `folder` holds `model` at `commit`, whole and unchanged since; known without the network."""
     files = recorded_files(folder, model, commit)
-    return bool(files) and all(unchanged(folder / name, files[name], folder / "source.json") for name in files)
+    return bool(files) and all(
+        unchanged(folder / name, files[name], folder / "source.json") for name in files
+    )
 
 
 def choose_files(repo):
     """{name: HubFile} of what transformers needs. UserError where there are no safetensors weights or no config."""
-    files = {name: file for name, file in repo.files.items()
-             if not set(name) & set("/\\:") and any(fnmatch.fnmatchcase(name, kind) for kind in WANTED)}
+    files = {
+        name: file
+        for name, file in repo.files.items()
+        if not set(name) & set("/\\:") and any(fnmatch.fnmatchcase(name, kind) for kind in WANTED)
+    }
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
-        raise UserError(f"{repo.id} holds no config.json with *.safetensors weights, and other kinds are not fetched "
-                        f"(it holds {', '.join(sorted(repo.files)[:8])}); see {repo.page}/tree/main")
+        raise UserError(
+            f"{repo.id} holds no config.json with *.safetensors weights, and other kinds are not fetched "
+            f"(it holds {', '.join(sorted(repo.files)[:8])}); see {repo.page}/tree/main"
+        )
     return files
 
 
@@ -94,8 +121,10 @@ def check_pinned(repo):
     for name, digest in PINNED_FILES.items():
         listed = repo.files[name].digest if name in repo.files else "no such file"
         if listed != digest:
-            raise RunError(f"the server lists another {name} for {repo.id} than this script knows ({listed[:12]}, wanted "
-                           f"{digest[:12]}); it does not serve the original: choose another mirror in HF_ENDPOINT")
+            raise RunError(
+                f"the server lists another {name} for {repo.id} than this script knows ({listed[:12]}, wanted "
+                f"{digest[:12]}); it does not serve the original: choose another mirror in HF_ENDPOINT"
+            )
 
 
 def main(argv=None):
@@ -104,9 +133,11 @@ def main(argv=None):
     if settings.MODEL == "tiny":
         return use_tiny()
     if settings.MODEL and Path(settings.MODEL).is_dir():
-        raise UserError(f"{settings.MODEL} is a folder on this disk; wanted a model on the Hub, as owner/name")
+        raise UserError(
+            f"{settings.MODEL} is a folder on this disk; wanted a model on the Hub, as owner/name"
+        )
     if settings.MODEL != PINNED_MODEL and settings.REVISION == PINNED_COMMIT:
-        settings.REVISION = "main"                      # the pinned commit is one of the default model only
+        settings.REVISION = "main"  # the pinned commit is one of the default model only
     if not settings.OUTPUT_DIR:
         settings.OUTPUT_DIR = ROOT / "model_download" / settings.MODEL.rpartition("/")[2]
     model, revision, folder = settings.MODEL, settings.REVISION, settings.OUTPUT_DIR
@@ -130,11 +161,20 @@ def main(argv=None):
         record[path.name] = {"size": files[path].size, "sha256": files[path].sha256 or sha256_of(path)}
 
     # 5. Record where it came from
-    write_json(folder / "source.json", {
-        "repo": model, "revision": repo.commit, "asked_for": revision, "licence": repo.licence,
-        "downloaded": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "files": record,
-    })
-    print(f"{model} at {repo.commit} (licence: {repo.licence or 'not stated'}) is complete in {show_path(folder)}")
+    write_json(
+        folder / "source.json",
+        {
+            "repo": model,
+            "revision": repo.commit,
+            "asked_for": revision,
+            "licence": repo.licence,
+            "downloaded": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "files": record,
+        },
+    )
+    print(
+        f"{model} at {repo.commit} (licence: {repo.licence or 'not stated'}) is complete in {show_path(folder)}"
+    )
     show_next(folder)
 
 

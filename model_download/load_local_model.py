@@ -23,6 +23,7 @@ from utils.model.folders import check_model, find_models, written_at
 from utils.model.load import quiet_offline
 from utils.settings import parse_settings
 
+# fmt: off
 # ---- Settings: edit here, or override on the command line (--max-new-tokens 512) ----
 MODEL = ""                # model folder or Hub id, also without the flag; empty: choose from what is here
 PROMPT = ""               # answer this one question and leave; empty: the questions on stdin, or a chat
@@ -36,6 +37,7 @@ MAX_NEW_TOKENS = 2048     # longest answer in tokens, thinking included
 DEVICE = "auto"           # auto (CUDA, else MPS, else CPU), cuda, mps, cpu
 PRECISION = "auto"        # auto (bf16 where the hardware computes in it, fp16 weights on other x86 CPUs), bf16, fp32
 # ----
+# fmt: on
 
 THINKING_MODES = {"auto": None, "on": True, "off": False}
 
@@ -113,8 +115,13 @@ def make_options(settings):
     from utils.chat.session import Options
 
     greedy = {"do_sample": False} if settings.GREEDY else {}
-    options = Options(THINKING_MODES[settings.THINKING], settings.MAX_NEW_TOKENS, settings.SHOW_THINKING, greedy,
-                      torch.Generator())
+    options = Options(
+        THINKING_MODES[settings.THINKING],
+        settings.MAX_NEW_TOKENS,
+        settings.SHOW_THINKING,
+        greedy,
+        torch.Generator(),
+    )
     seed_answers(options, settings.SEED)
     return options
 
@@ -138,7 +145,9 @@ def read_questions(stream):
             found = True
             yield f"stdin, line {number}", question
     if not found:
-        raise UserError('no question on stdin, wanted one a line; or ask with --prompt "...", or chat at a terminal')
+        raise UserError(
+            'no question on stdin, wanted one a line; or ask with --prompt "...", or chat at a terminal'
+        )
 
 
 def answer_once(speaker, options, settings, place, question):
@@ -148,17 +157,26 @@ def answer_once(speaker, options, settings, place, question):
     speaker.stream.reset()
     seed_answers(options, settings.SEED)
     system = [{"role": "system", "content": settings.SYSTEM}] if settings.SYSTEM else []
-    prompt = encode_prompt(speaker.tokenizer, [*system, {"role": "user", "content": question}], options.thinking)
+    prompt = encode_prompt(
+        speaker.tokenizer, [*system, {"role": "user", "content": question}], options.thinking
+    )
     try:
         speaker.check_length(prompt)
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
 
-    reply = speaker.answer(prompt, options, AnswerPrinter(options.show_thinking, show_answer=not settings.JSON))
+    reply = speaker.answer(
+        prompt, options, AnswerPrinter(options.show_thinking, show_answer=not settings.JSON)
+    )
     if reply.stopped:
         raise KeyboardInterrupt
     if settings.JSON:
-        row = {"question": question, "answer": reply.content, "tokens": reply.tokens, "seconds": round(reply.seconds, 3)}
+        row = {
+            "question": question,
+            "answer": reply.content,
+            "tokens": reply.tokens,
+            "seconds": round(reply.seconds, 3),
+        }
         print(json.dumps(row, ensure_ascii=False), flush=True)
     else:
         print(flush=True)

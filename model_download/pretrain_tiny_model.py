@@ -30,6 +30,7 @@ from utils.files import (
 from utils.model.load import quiet_offline
 from utils.settings import parse_settings
 
+# fmt: off
 # ---- Settings: edit here, or override on the command line (--epochs 10) ----
 STATEMENTS_FILE = "data_prepare/sample/statements.jsonl"    # what it reads: {"text"} a line
 EXERCISES_FILE = "data_prepare/sample/exercises.json"    # chat exercises with no medicine in them
@@ -49,17 +50,40 @@ COPIES = 3000               # exercises in carrying an invented name from a ques
 NAMES = 600                 # invented names for those exercises
 SEED = 0                    # fixes the initial weights, the exercises and the order
 # ----
+# fmt: on
 
 SPECIAL_TOKENS = [
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
-    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-    "<|image_pad|>", "<|video_pad|>",
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
 ]
-PLAIN_ADDED_TOKENS = [     # added like the special ones, but shown when text is decoded, as in Qwen3
-    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>",
-    "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
+PLAIN_ADDED_TOKENS = [  # added like the special ones, but shown when text is decoded, as in Qwen3
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
 ]
 WORD_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
 
 def pieces(texts, terms):
     """The texts cut at the borders of their terms, so that a word is the same token whatever stands beside it.
@@ -73,7 +97,7 @@ def pieces(texts, terms):
             yield term
             end = stop
         yield text[end:]
-    for word in ("system", "user", "assistant"):        # of the chat format: one token each
+    for word in ("system", "user", "assistant"):  # of the chat format: one token each
         yield from [word] * 1000
 
 
@@ -94,17 +118,25 @@ def train_tokenizer(texts, vocabulary, template):
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(WORD_SPLIT), behavior="isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - len(SPECIAL_TOKENS) - len(PLAIN_ADDED_TOKENS), show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), max_token_length=4 * 3,      # at most four characters
+        vocab_size=vocabulary - len(SPECIAL_TOKENS) - len(PLAIN_ADDED_TOKENS),
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=4 * 3,  # at most four characters
     )
     bpe.train_from_iterator(texts, trainer)
     bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     bpe.add_tokens([AddedToken(token, normalized=False) for token in PLAIN_ADDED_TOKENS])
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=template, model_max_length=2048,
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=template,
+        model_max_length=2048,
         clean_up_tokenization_spaces=False,
     )
 
@@ -136,11 +168,22 @@ def make_model(tokenizer, settings):
 
     torch.manual_seed(settings.SEED)
     end, stop = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=settings.WIDTH, intermediate_size=settings.FEED_FORWARD,
-        num_hidden_layers=settings.LAYERS, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
-        max_position_embeddings=2048, rope_theta=10_000, tie_word_embeddings=True, bos_token_id=stop, eos_token_id=end,
-    ))
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.WIDTH,
+            intermediate_size=settings.FEED_FORWARD,
+            num_hidden_layers=settings.LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            max_position_embeddings=2048,
+            rope_theta=10_000,
+            tie_word_embeddings=True,
+            bos_token_id=stop,
+            eos_token_id=end,
+        )
+    )
     model.generation_config = GenerationConfig(**generation_settings(tokenizer, thinking=False))
     return model
 
@@ -157,8 +200,13 @@ def train(model, rows, settings):
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": settings.WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}],
-        lr=settings.LEARNING_RATE, betas=(0.9, 0.95), fused=True,
+        [
+            {"params": matrices, "weight_decay": settings.WEIGHT_DECAY},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=settings.LEARNING_RATE,
+        betas=(0.9, 0.95),
+        fused=True,
     )
     steps, rng, began = settings.EPOCHS * len(rows), random.Random(settings.SEED), time.perf_counter()
     for step in range(steps):
@@ -174,15 +222,26 @@ def train(model, rows, settings):
         optimizer.step()
         optimizer.zero_grad()
         seconds = time.perf_counter() - began
-        yield {"step": step + 1, "steps": steps, "epoch": step // len(rows) + 1, "loss": round(loss.item(), 4),
-               "seconds": round(seconds, 1)}
+        yield {
+            "step": step + 1,
+            "steps": steps,
+            "epoch": step // len(rows) + 1,
+            "loss": round(loss.item(), 4),
+            "seconds": round(seconds, 1),
+        }
 
 
 def main(argv=None):
     settings = parse_settings(__file__, argv)
     settings.show()
-    make_sample, check_out = "python data_prepare/sample/make_sample.py", "git checkout data_prepare/sample model_download/tiny_qwen3_tcm"
-    statements = [row["text"] for row in read_jsonl(require_file(settings.STATEMENTS_FILE, make_sample), wanted=["text"])]
+    make_sample, check_out = (
+        "python data_prepare/sample/make_sample.py",
+        "git checkout data_prepare/sample model_download/tiny_qwen3_tcm",
+    )
+    statements = [
+        row["text"]
+        for row in read_jsonl(require_file(settings.STATEMENTS_FILE, make_sample), wanted=["text"])
+    ]
     terms = Terms(require_file(settings.TERMS_FILE, make_sample))
     exercises = read_json(require_file(settings.EXERCISES_FILE, check_out))
     template = require_file(settings.TEMPLATE_FILE, check_out).read_text(encoding="utf-8")
@@ -204,7 +263,9 @@ def main(argv=None):
     documents = [([stop], ids + [stop]) for ids in tokenizer(statements)["input_ids"]]
     documents += [turn for messages in conversations for turn in encode_turns(tokenizer, messages)]
     rows = PackedRows([{"documents": [document]} for document in documents], settings.TOKENS_PER_STEP)
-    print(f"{len(statements):,} statements, {len(conversations):,} exercises: {rows.tokens:,} tokens in {len(rows)} rows")
+    print(
+        f"{len(statements):,} statements, {len(conversations):,} exercises: {rows.tokens:,} tokens in {len(rows)} rows"
+    )
 
     # 3. Train
     model = make_model(tokenizer, settings)
@@ -214,13 +275,18 @@ def main(argv=None):
         log.append(entry)
         if entry["step"] % 50 == 0 or entry["step"] == entry["steps"]:
             left = entry["seconds"] / entry["step"] * (entry["steps"] - entry["step"]) / 60
-            print(f"step {entry['step']}/{entry['steps']}  loss {entry['loss']:.3f}  {left:.1f} min left", flush=True)
+            print(
+                f"step {entry['step']}/{entry['steps']}  loss {entry['loss']:.3f}  {left:.1f} min left",
+                flush=True,
+            )
 
     # 4. Save: bfloat16 halves the size, and is what Qwen3-0.6B itself is stored in
     import torch
 
     model.to(torch.bfloat16)
-    write_folder(settings.OUTPUT_DIR, lambda place: (model.save_pretrained(place), tokenizer.save_pretrained(place)))
+    write_folder(
+        settings.OUTPUT_DIR, lambda place: (model.save_pretrained(place), tokenizer.save_pretrained(place))
+    )
     write_jsonl(settings.OUTPUT_DIR / "training_log.jsonl", log[::10])
     print(f"saved: {show_path(settings.OUTPUT_DIR)}")
 

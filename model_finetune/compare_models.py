@@ -31,6 +31,7 @@ from utils.model.folders import check_model, find_models
 from utils.model.load import quiet_offline
 from utils.settings import ROOT, parse_settings
 
+# fmt: off
 # ---- Settings: edit here, or override on the command line (--models trainer_output/sft_finetuned) ----
 MODELS = []                 # folders to compare, the base first; none: the base and every finished run
 BASE_MODEL = "model_download/Qwen3-0.6B"            # the base, where MODELS names none
@@ -54,6 +55,7 @@ FRESH = False               # measure again what was measured before
 DEVICE = "auto"             # auto, cuda, mps or cpu
 PRECISION = "auto"          # auto, bf16 or fp32
 # ----
+# fmt: on
 
 
 def main(argv=None):
@@ -80,14 +82,20 @@ def main(argv=None):
         try:
             measured[name] = results(folder, tests, settings, device)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"stopped; the same command goes on with {name}: finished models are kept") from None
+            raise KeyboardInterrupt(
+                f"stopped; the same command goes on with {name}: finished models are kept"
+            ) from None
         except torch.OutOfMemoryError:
-            raise RunError(f"not enough memory on {device.name} for {name}; try --batch-size 8, or --device cpu") from None
+            raise RunError(
+                f"not enough memory on {device.name} for {name}; try --batch-size 8, or --device cpu"
+            ) from None
 
     # 3. Figures, and every two models against each other on the same items
     models = {name: figures(items) for name, items in measured.items()}
-    pairs = [{"from": one, "to": other, **differences(measured[one], measured[other])}
-             for one, other in itertools.combinations(models, 2)]
+    pairs = [
+        {"from": one, "to": other, **differences(measured[one], measured[other])}
+        for one, other in itertools.combinations(models, 2)
+    ]
 
     # 4. Write and print
     from utils.evaluation.report import markdown_lines, terminal_lines
@@ -97,22 +105,39 @@ def main(argv=None):
     plot_comparison(models, place / "comparison.png")
     with atomic_write(place / "comparison.md") as file:
         file.write("\n".join(markdown_lines(models, pairs, measured, settings, device, left_out)) + "\n")
-    write_json(place / "comparison.json", {"models": models, "differences": pairs, "settings": settings.as_dict(),
-                                           "device": str(device), "exam_rows_left_out": left_out})
+    write_json(
+        place / "comparison.json",
+        {
+            "models": models,
+            "differences": pairs,
+            "settings": settings.as_dict(),
+            "device": str(device),
+            "exam_rows_left_out": left_out,
+        },
+    )
     print("\n" + "\n".join(terminal_lines(models, pairs, measured, settings.SHOW)))
-    print(f"written: {show_path(place)}/comparison.md, comparison.json, comparison.png; every item: comparison/")
+    print(
+        f"written: {show_path(place)}/comparison.md, comparison.json, comparison.png; every item: comparison/"
+    )
 
 
 def models_to_compare(settings):
     """{short name: folder or Hub id}: the given ones, or the base and what is finished under trainer_output/, oldest first."""
-    runs = [folder for folder in reversed(find_models()) if (folder / "run.json").is_file()
-            and folder.parent == ROOT / "trainer_output" and read_json(folder / "run.json")["status"] == "finished"]
+    runs = [
+        folder
+        for folder in reversed(find_models())
+        if (folder / "run.json").is_file()
+        and folder.parent == ROOT / "trainer_output"
+        and read_json(folder / "run.json")["status"] == "finished"
+    ]
     named = {}
     for number, given in enumerate(settings.MODELS or [settings.BASE_MODEL, *map(str, runs)]):
         folder = Path(check_model(given)).resolve()
         inside = folder.name == "merged" or folder.name.startswith("checkpoint-")
         name = (f"{folder.parent.name}/" if inside else "") + folder.name
-        name = "base" if number == 0 and not (folder / "run.json").is_file() else name.replace("_finetuned", "")
+        name = (
+            "base" if number == 0 and not (folder / "run.json").is_file() else name.replace("_finetuned", "")
+        )
         named[name if name not in named else f"{name} ({number + 1})"] = given
     return named
 
@@ -125,18 +150,32 @@ def load_tests(settings):
 
     if settings.THINKING not in THINKING_MODES:
         raise UserError(f"--thinking: wanted auto, on or off, got {settings.THINKING!r}")
-    make_pairs, make_sample = "python data_prepare/build_preference_pairs.py", "python data_prepare/sample/make_sample.py"
+    make_pairs, make_sample = (
+        "python data_prepare/build_preference_pairs.py",
+        "python data_prepare/sample/make_sample.py",
+    )
     convert = "python data_prepare/convert_to_qwen3_format.py"
     rows = list(read_jsonl(require_file(settings.EVAL_FILE, convert), ["id", "messages"]))
     exam, left_out = read_exam(settings.EXAM_FILE) if optional(settings, "EXAM_FILE", convert) else ([], {})
-    pairs = (list(read_jsonl(settings.PAIRS_FILE, ["id", "prompt", "chosen", "rejected"]))
-             if optional(settings, "PAIRS_FILE", make_pairs) else [])
-    general = (list(read_jsonl(settings.GENERAL_FILE, ["id", "question", "answer", "accept"]))
-               if optional(settings, "GENERAL_FILE", "git checkout data_prepare/sample") else [])
+    pairs = (
+        list(read_jsonl(settings.PAIRS_FILE, ["id", "prompt", "chosen", "rejected"]))
+        if optional(settings, "PAIRS_FILE", make_pairs)
+        else []
+    )
+    general = (
+        list(read_jsonl(settings.GENERAL_FILE, ["id", "question", "answer", "accept"]))
+        if optional(settings, "GENERAL_FILE", "git checkout data_prepare/sample")
+        else []
+    )
     for reason, count in left_out.items():
         print(f"{show_path(settings.EXAM_FILE)}: {count:,} rows left out: {reason}")
-    return Tests(sample_by_id(rows, settings.EVAL_ROWS), sample_by_id(exam, settings.EXAM_ROWS),
-                 sample_by_id(pairs, settings.EVAL_ROWS), general, Terms(require_file(settings.TERMS_FILE, make_sample))), left_out
+    return Tests(
+        sample_by_id(rows, settings.EVAL_ROWS),
+        sample_by_id(exam, settings.EXAM_ROWS),
+        sample_by_id(pairs, settings.EVAL_ROWS),
+        general,
+        Terms(require_file(settings.TERMS_FILE, make_sample)),
+    ), left_out
 
 
 def optional(settings, name, command):

@@ -20,6 +20,7 @@ from utils.model.folders import check_model
 from utils.model.load import load_model, load_tokenizer, quiet_offline
 from utils.settings import parse_settings
 
+# fmt: off
 # ---- Settings: edit here, or override on the command line (--beta 0.2) ----
 MODEL = "trainer_output/sft_finetuned"  # where the policy starts, and the reference it is held to
 TRAIN_FILE = "data_prepare/qwen3/dpo_train.jsonl"   # preference pairs to learn from
@@ -47,12 +48,18 @@ ESTIMATE = False            # print what the run needs in memory, disk and steps
 SHOW_EXAMPLE = 0            # print this many pairs as the trainer sees them, and stop
 FRESH = False               # start over; an earlier run in OUTPUT_DIR is moved aside
 # ----
+# fmt: on
 
 
 def main(argv=None):
     settings = parse_settings(__file__, argv)
     for path in (settings.TRAIN_FILE, settings.EVAL_FILE):
-        next(read_jsonl(require_file(path, "python data_prepare/build_preference_pairs.py"), ["id", "prompt", "chosen", "rejected"]))
+        next(
+            read_jsonl(
+                require_file(path, "python data_prepare/build_preference_pairs.py"),
+                ["id", "prompt", "chosen", "rejected"],
+            )
+        )
     check_model(settings.MODEL)
     settings.show()
     quiet_offline(settings.MODEL)
@@ -79,7 +86,11 @@ def main(argv=None):
     # 1. Load the model (float32 master weights) and its tokenizer
     tokenizer = load_tokenizer(settings.MODEL)
     if settings.SHOW_EXAMPLE:
-        show_examples(load_pairs(settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH)[0], tokenizer, settings.SHOW_EXAMPLE)
+        show_examples(
+            load_pairs(settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH)[0],
+            tokenizer,
+            settings.SHOW_EXAMPLE,
+        )
         return
     folder = RunFolder(settings, device)
     if folder.finished:
@@ -104,8 +115,16 @@ def main(argv=None):
     # 4. Build the trainer; the reference's log-probabilities come first, from the model as it starts
     add_reference(model, {"train": train_rows, "eval": eval_rows}, args, device, folder)
     log, stop = RunLog(folder, tokens_per_step, "DPO"), SaveAndStop()
-    trainer = PackedDPOTrainer(model, args, train_rows, eval_rows, tokenizer, callbacks=[log, stop],
-                               beta=settings.BETA, sft_weight=settings.SFT_WEIGHT)
+    trainer = PackedDPOTrainer(
+        model,
+        args,
+        train_rows,
+        eval_rows,
+        tokenizer,
+        callbacks=[log, stop],
+        beta=settings.BETA,
+        sft_weight=settings.SFT_WEIGHT,
+    )
 
     # 5. Train, going on where an earlier run stopped
     results = train(trainer, folder, log, stop)

@@ -18,6 +18,7 @@ from utils.model.folders import check_model
 from utils.model.load import load_model, load_tokenizer, quiet_offline
 from utils.settings import parse_settings
 
+# fmt: off
 # ---- Settings: edit here, or override on the command line (--learning-rate 1e-5) ----
 MODEL = "model_download/Qwen3-0.6B"     # base model: a folder, or a Hub id
 TRAIN_FILE = "data_prepare/qwen3/sft_train.jsonl"   # conversations to learn from
@@ -40,12 +41,17 @@ ESTIMATE = False            # print what the run needs in memory, disk and steps
 SHOW_EXAMPLE = 0            # print this many examples as the trainer sees them, and stop
 FRESH = False               # start over; an earlier run in OUTPUT_DIR is moved aside
 # ----
+# fmt: on
 
 
 def main(argv=None):
     settings = parse_settings(__file__, argv)
     for path in (settings.TRAIN_FILE, settings.EVAL_FILE):
-        next(read_jsonl(require_file(path, "python data_prepare/convert_to_qwen3_format.py"), ["id", "messages"]))
+        next(
+            read_jsonl(
+                require_file(path, "python data_prepare/convert_to_qwen3_format.py"), ["id", "messages"]
+            )
+        )
     check_model(settings.MODEL)
     settings.show()
     quiet_offline(settings.MODEL)
@@ -70,7 +76,11 @@ def main(argv=None):
     # 1. Load the model (float32 master weights) and its tokenizer
     tokenizer = load_tokenizer(settings.MODEL)
     if settings.SHOW_EXAMPLE:
-        show_examples(load_conversations(settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH)[0], tokenizer, settings.SHOW_EXAMPLE)
+        show_examples(
+            load_conversations(settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH)[0],
+            tokenizer,
+            settings.SHOW_EXAMPLE,
+        )
         return
     folder = RunFolder(settings, device)
     if folder.finished:

@@ -11,8 +11,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")      # tiny products: a second thread costs more than it brings
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:      # a shell starts its background jobs so, and every child would inherit it
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny products: a second thread costs more than it brings
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a shell starts its background jobs so, and every child would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -23,6 +25,8 @@ def run_script(tmp_path):
     def run(script, *arguments, cwd=tmp_path, timeout=300, **options):
         command = [sys.executable, str(ROOT / script), *map(str, arguments)]
         options.setdefault("stdin", subprocess.DEVNULL)
-        return subprocess.run(command, cwd=cwd, timeout=timeout, capture_output=True, text=True, encoding="utf-8", **options)
+        return subprocess.run(
+            command, cwd=cwd, timeout=timeout, capture_output=True, text=True, encoding="utf-8", **options
+        )
 
     return run

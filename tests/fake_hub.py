@@ -38,16 +38,25 @@ class FakeHub:
         """Publish a repository with one commit, on the branch main; returns the commit's id."""
         entries = []
         for path, data in files.items():
-            entry = {"type": "file", "path": path, "size": len(data),
-                     "oid": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()}
+            entry = {
+                "type": "file",
+                "path": path,
+                "size": len(data),
+                "oid": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(),
+            }
             if len(data) >= LARGE:
                 sha256 = hashlib.sha256(data).hexdigest()
                 entry["lfs"] = {"oid": sha256, "size": len(data), "pointerSize": 130}
                 self.storage[sha256] = data
             entries.append(entry)
         commit = commit or hashlib.sha1(json.dumps(entries).encode()).hexdigest()
-        self.repos[f"{kind}s", repo_id] = {"files": dict(files), "entries": entries, "commit": commit, "gated": gated,
-                                           "page_size": page_size}
+        self.repos[f"{kind}s", repo_id] = {
+            "files": dict(files),
+            "entries": entries,
+            "commit": commit,
+            "gated": gated,
+            "page_size": page_size,
+        }
         return commit
 
     def fault(self, where, times=10**9, **action):
@@ -107,8 +116,9 @@ def _handler(hub):
         def route(self, path):
             if stored := re.fullmatch(r"/storage/(\w+)", path):
                 return self.send_file(hub.storage[stored[1]])
-            found = (re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/(revision|tree)/([^/]+)()", path)
-                     or re.fullmatch(r"/(datasets|)/?([^/]+/[^/]+)/(resolve)/([^/]+)/(.+)", path))
+            found = re.fullmatch(
+                r"/api/(models|datasets)/([^/]+/[^/]+)/(revision|tree)/([^/]+)()", path
+            ) or re.fullmatch(r"/(datasets|)/?([^/]+/[^/]+)/(resolve)/([^/]+)/(.+)", path)
             if not found:
                 return self.refuse(404, "", "")
             kind, repo_id, action, revision, name = found.groups()
@@ -116,7 +126,7 @@ def _handler(hub):
             if token not in (None, f"Bearer {TOKEN}"):
                 return self.refuse(401, "", "Invalid credentials in Authorization header")
             repo = hub.repos.get((kind or "models", repo_id))
-            if repo is None:                            # as the Hub answers: a guest is not told what exists
+            if repo is None:  # as the Hub answers: a guest is not told what exists
                 return self.refuse(404 if token else 401, "RepoNotFound", "Repository not found")
             if revision not in ("main", repo["commit"]):
                 return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
@@ -135,14 +145,17 @@ def _handler(hub):
                 return self.refuse(404, "EntryNotFound", "Entry not found")
             data = repo["files"][name]
             if len(data) >= LARGE:
-                return self.answer(302, b"", {"Location": f"http://localhost:{hub.port}/storage/"
-                                                          f"{hashlib.sha256(data).hexdigest()}"})
+                return self.answer(
+                    302,
+                    b"",
+                    {"Location": f"http://localhost:{hub.port}/storage/{hashlib.sha256(data).hexdigest()}"},
+                )
             self.send_file(data)
 
         def send_file(self, data):
             if self.act.get("corrupt"):
                 middle = len(data) // 2
-                data = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:]
+                data = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
             start, headers = 0, {}
             asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
             if asked and not self.act.get("ignore_range"):
@@ -152,8 +165,12 @@ def _handler(hub):
                 return self.answer(206 if headers else 200, data[start:], headers)
             self.close_connection = True
             promised = {} if self.act.get("short") else {"Content-Length": len(data) - start}
-            self.answer(206 if headers else 200, data[start:start + self.act["cut"]], {**headers, **promised})
-            time.sleep(self.act.get("hang", 0.1 if self.act.get("rst") else 0))     # let the client read what was sent
+            self.answer(
+                206 if headers else 200, data[start : start + self.act["cut"]], {**headers, **promised}
+            )
+            time.sleep(
+                self.act.get("hang", 0.1 if self.act.get("rst") else 0)
+            )  # let the client read what was sent
             if self.act.get("rst"):
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.connection.close()

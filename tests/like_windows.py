@@ -11,19 +11,21 @@ import os
 import signal
 import types
 
-ROOT = os.environ["LIKE_WINDOWS_ROOT"]          # the project
-PLACE = os.environ["LIKE_WINDOWS_PLACE"]        # the folder in which open files cannot be moved, replaced or removed
+ROOT = os.environ["LIKE_WINDOWS_ROOT"]  # the project
+PLACE = os.environ[
+    "LIKE_WINDOWS_PLACE"
+]  # the folder in which open files cannot be moved, replaced or removed
 ABSENT = {"fcntl", "grp", "pty", "pwd", "readline", "syslog", "termios", "tty"}
 
 
-def refuse_import(name, globals=None, *rest, **options):
-    importer = (globals or {}).get("__file__") or ""
+def refuse_import(name, namespace=None, *rest, **options):
+    importer = (namespace or {}).get("__file__") or ""
     if importer.startswith(f"{ROOT}/") and "/.venv/" not in importer:
         if name in ABSENT:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         if name == "msvcrt":
             return types.SimpleNamespace(LK_NBLCK=2, locking=lock_bytes)
-    return real_import(name, globals, *rest, **options)
+    return real_import(name, namespace, *rest, **options)
 
 
 def lock_bytes(number, mode, count):
@@ -43,7 +45,7 @@ def opened():
     for number in os.listdir("/proc/self/fd"):
         try:
             yield os.readlink(f"/proc/self/fd/{number}")
-        except OSError:             # the listing's own
+        except OSError:  # the listing's own
             pass
     with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
         yield from (line.split(maxsplit=5)[-1].strip() for line in maps)
@@ -52,7 +54,9 @@ def opened():
 def unless_open(function):
     def call(*paths, **options):
         for path in paths:
-            folder = os.readlink(f"/proc/self/fd/{options['dir_fd']}") if options.get("dir_fd") is not None else ""
+            folder = (
+                os.readlink(f"/proc/self/fd/{options['dir_fd']}") if options.get("dir_fd") is not None else ""
+            )
             path = os.path.realpath(os.path.join(folder, os.fspath(path)))
             for name in opened() if path.startswith(PLACE) else ():
                 if (name == path or name.startswith(f"{path}/")) and os.path.isfile(name):

@@ -20,20 +20,29 @@ import time
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "transformers.trainer", "transformers.models.qwen3.modeling_qwen3", "peft", "matplotlib.pyplot"])
-DEADLINE = 60       # seconds
+SERVER.set_forkserver_preload(
+    ["torch", "transformers.trainer", "transformers.models.qwen3.modeling_qwen3", "peft", "matplotlib.pyplot"]
+)
+DEADLINE = 60  # seconds
 
 
 class Script:
     """A running script. `before`: [(function, argument, ...), ...] is called in the new process before the script begins."""
 
-    def __init__(self, words, repository, folder, cwd=None, environment={}, before=(), stdin=os.devnull, ready=False):
+    def __init__(
+        self, words, repository, folder, cwd=None, environment=None, before=(), stdin=os.devnull, ready=False
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         self.files = [folder / "stdout.txt", folder / "stderr.txt"]
         command = [str(repository / words[0]), *map(str, words[1:])]
-        environment = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
-        self.process = SERVER.Process(target=become, args=(
-            command, cwd or folder, environment, [stdin, *self.files], before, ready), daemon=True)
+        environment = {
+            name: value for name, value in {**os.environ, **(environment or {})}.items() if value is not None
+        }
+        self.process = SERVER.Process(
+            target=become,
+            args=(command, cwd or folder, environment, [stdin, *self.files], before, ready),
+            daemon=True,
+        )
         self.process.start()
 
     def wait_for(self, happened):
@@ -68,7 +77,9 @@ class Script:
 def become(command, cwd, environment, files, before, ready):
     """In the new process: take the place that a shell gives a command, and be that command."""
     os.chdir(cwd)
-    for number, (path, flags) in enumerate(zip(files, (os.O_RDONLY, *2 * [os.O_WRONLY | os.O_CREAT | os.O_TRUNC]))):
+    for number, (path, flags) in enumerate(
+        zip(files, (os.O_RDONLY, *2 * [os.O_WRONLY | os.O_CREAT | os.O_TRUNC]))
+    ):
         opened = os.open(path, flags, 0o644)
         os.dup2(opened, number)
         os.close(opened)
@@ -78,13 +89,17 @@ def become(command, cwd, environment, files, before, ready):
         os.execve(sys.executable, [sys.executable, *command], environment)
     os.environ.clear()
     os.environ.update(environment)
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("utils", "model_finetune", "model_download", "data_prepare")]:
-        del sys.modules[name]           # another test's server may hold them, out of another copy of the repository
+    for name in [
+        name
+        for name in sys.modules
+        if name.partition(".")[0] in ("utils", "model_finetune", "model_download", "data_prepare")
+    ]:
+        del sys.modules[name]  # another test's server may hold them, out of another copy of the repository
     sys.path[:] = [path for path in sys.path if not (Path(path) / "utils" / "errors.py").is_file()]
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
-        except OSError:         # closed: so does Python tell it, too
+        except OSError:  # closed: so does Python tell it, too
             setattr(sys, name, None)
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
@@ -103,7 +118,7 @@ def obey_permissions():
     if os.geteuid():
         return
     if not sys.platform.startswith("linux"):
-        os.setuid(65534)                # nobody
+        os.setuid(65534)  # nobody
         return
     libc = ctypes.CDLL(None, use_errno=True)
     PR_SET_SECUREBITS, SECBIT_NOROOT, CAPABILITY_VERSION_3 = 28, 1, 0x20080522

@@ -18,9 +18,13 @@ def make_place(folder):
         for number in range(count):
             name = NAMES[number % len(NAMES)]
             prompt = [{"role": "user", "content": f"{name}是什么？{number}"}]
-            good, bad = ({"role": "assistant", "content": text} for text in (f"{name}是一味中药。", "我不知道。"))
+            good, bad = (
+                {"role": "assistant", "content": text} for text in (f"{name}是一味中药。", "我不知道。")
+            )
             rows.append({"id": f"{number}", "messages": [*prompt, good], "source": "test"})
-            pairs.append({"id": f"{number}", "prompt": prompt, "chosen": [good], "rejected": [bad], "kind": "test"})
+            pairs.append(
+                {"id": f"{number}", "prompt": prompt, "chosen": [good], "rejected": [bad], "kind": "test"}
+            )
         write_jsonl(folder / f"sft_{split}.jsonl", rows)
         write_jsonl(folder / f"dpo_{split}.jsonl", pairs)
     return folder
@@ -28,14 +32,42 @@ def make_place(folder):
 
 def arguments(method, place, output, *more):
     data = "dpo" if method == "dpo" else "sft"
-    return list(map(str, [
-        "--model", place / "base", "--train-file", place / f"{data}_train.jsonl", "--eval-file", place / f"{data}_eval.jsonl",
-        "--output-dir", output, "--epochs", 2, "--max-length", 256, "--accumulation", 2, "--learning-rate", 3e-3,
-        "--device", "cpu", "--precision", "fp32", *more]))
+    return list(
+        map(
+            str,
+            [
+                "--model",
+                place / "base",
+                "--train-file",
+                place / f"{data}_train.jsonl",
+                "--eval-file",
+                place / f"{data}_eval.jsonl",
+                "--output-dir",
+                output,
+                "--epochs",
+                2,
+                "--max-length",
+                256,
+                "--accumulation",
+                2,
+                "--learning-rate",
+                3e-3,
+                "--device",
+                "cpu",
+                "--precision",
+                "fp32",
+                *more,
+            ],
+        )
+    )
 
 
 def weights(folder):
-    name = "adapter_model.safetensors" if (folder / "adapter_model.safetensors").is_file() else "model.safetensors"
+    name = (
+        "adapter_model.safetensors"
+        if (folder / "adapter_model.safetensors").is_file()
+        else "model.safetensors"
+    )
     return load_file(folder / name)
 
 

@@ -27,16 +27,19 @@ def machine(monkeypatch):
     return fake
 
 
-@pytest.mark.parametrize("signs, name, bf16, reason", [
-    ({"cuda": (9, 0)}, "cuda", True, "Test GPU, compute capability 9.0"),
-    ({"cuda": (8, 0), "mps": True}, "cuda", True, "compute capability 8.0"),
-    ({"cuda": (7, 5)}, "cuda", False, "compute capability 7.5"),
-    ({"mps": True, "cpu": "arm64"}, "mps", False, "Apple GPU"),
-    ({"cpu": "arm64"}, "cpu", False, "arm64 processor"),
-    ({}, "cpu", False, "without bf16 instructions"),
-    ({"avx512_bf16": True}, "cpu", True, "AVX512-BF16"),
-    ({"amx": True, "avx512_bf16": True, "cpu": "AMD64"}, "cpu", True, "AMX"),
-])
+@pytest.mark.parametrize(
+    "signs, name, bf16, reason",
+    [
+        ({"cuda": (9, 0)}, "cuda", True, "Test GPU, compute capability 9.0"),
+        ({"cuda": (8, 0), "mps": True}, "cuda", True, "compute capability 8.0"),
+        ({"cuda": (7, 5)}, "cuda", False, "compute capability 7.5"),
+        ({"mps": True, "cpu": "arm64"}, "mps", False, "Apple GPU"),
+        ({"cpu": "arm64"}, "cpu", False, "arm64 processor"),
+        ({}, "cpu", False, "without bf16 instructions"),
+        ({"avx512_bf16": True}, "cpu", True, "AVX512-BF16"),
+        ({"amx": True, "avx512_bf16": True, "cpu": "AMD64"}, "cpu", True, "AMX"),
+    ],
+)
 def test_the_best_device_is_chosen_and_explained(machine, signs, name, bf16, reason):
     machine(**signs)
     found = pick_device()
@@ -44,12 +47,21 @@ def test_the_best_device_is_chosen_and_explained(machine, signs, name, bf16, rea
     assert ("bf16 autocast over fp32 weights" in str(found)) == bf16
 
 
-@pytest.mark.parametrize("signs, asked, engines, answers", [
-    ({}, "auto", ["x86", "fbgemm"], "fp16 weights, fp32 products"), ({}, "fp32", ["x86", "fbgemm"], "fp32"),
-    ({}, "auto", ["onednn"], "fp32"), ({"cpu": "arm64"}, "auto", ["qnnpack"], "fp32"), ({"mps": True}, "auto", ["fbgemm"], "fp32"),
-    ({"avx512_bf16": True}, "auto", ["fbgemm"], "bf16"), ({"avx512_bf16": True}, "fp32", ["fbgemm"], "fp32"),
-])
-def test_answers_come_from_half_weights_where_that_is_faster(machine, monkeypatch, signs, asked, engines, answers):
+@pytest.mark.parametrize(
+    "signs, asked, engines, answers",
+    [
+        ({}, "auto", ["x86", "fbgemm"], "fp16 weights, fp32 products"),
+        ({}, "fp32", ["x86", "fbgemm"], "fp32"),
+        ({}, "auto", ["onednn"], "fp32"),
+        ({"cpu": "arm64"}, "auto", ["qnnpack"], "fp32"),
+        ({"mps": True}, "auto", ["fbgemm"], "fp32"),
+        ({"avx512_bf16": True}, "auto", ["fbgemm"], "bf16"),
+        ({"avx512_bf16": True}, "fp32", ["fbgemm"], "fp32"),
+    ],
+)
+def test_answers_come_from_half_weights_where_that_is_faster(
+    machine, monkeypatch, signs, asked, engines, answers
+):
     machine(**signs)
     monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", engines)
     assert pick_device(precision=asked).answers == answers
@@ -67,15 +79,32 @@ def test_what_is_asked_for_is_obeyed_or_refused(machine):
         pick_device("cpu", "fp16")
 
 
-@pytest.mark.parametrize("signs, use_cpu, bf16, pinned", [
-    ({"cuda": (9, 0)}, False, True, True), ({"cuda": (7, 0)}, False, False, True), ({"mps": True}, False, False, False),
-    ({"avx512_bf16": True}, True, True, False), ({}, True, False, False),
-])
+@pytest.mark.parametrize(
+    "signs, use_cpu, bf16, pinned",
+    [
+        ({"cuda": (9, 0)}, False, True, True),
+        ({"cuda": (7, 0)}, False, False, True),
+        ({"mps": True}, False, False, False),
+        ({"avx512_bf16": True}, True, True, False),
+        ({}, True, False, False),
+    ],
+)
 def test_training_arguments_follow_the_device(machine, monkeypatch, tmp_path, signs, use_cpu, bf16, pinned):
     machine(**signs)
     monkeypatch.setattr(setup, "TrainingArguments", lambda **given: given)
-    settings = SimpleNamespace(EPOCHS=1, MAX_STEPS=0, BATCH_SIZE=1, ACCUMULATION=4, LEARNING_RATE=1e-5, WARMUP=0.1, WEIGHT_DECAY=0.0,
-                               SEED=7, KEEP_CHECKPOINTS=2)
-    given = setup.training_arguments(settings, pick_device(), SimpleNamespace(folder=tmp_path, checkpoint=None))
+    settings = SimpleNamespace(
+        EPOCHS=1,
+        MAX_STEPS=0,
+        BATCH_SIZE=1,
+        ACCUMULATION=4,
+        LEARNING_RATE=1e-5,
+        WARMUP=0.1,
+        WEIGHT_DECAY=0.0,
+        SEED=7,
+        KEEP_CHECKPOINTS=2,
+    )
+    given = setup.training_arguments(
+        settings, pick_device(), SimpleNamespace(folder=tmp_path, checkpoint=None)
+    )
     assert (given["use_cpu"], given["bf16"], given["dataloader_pin_memory"]) == (use_cpu, bf16, pinned)
     assert given["seed"] == given["data_seed"] == 7

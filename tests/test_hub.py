@@ -22,10 +22,19 @@ from utils.errors import run
 from utils.progress import Meter
 
 WEIGHTS = random.Random(1).randbytes(3_000_000)
-MODEL = {"config.json": b'{"model_type": "qwen3"}', "tokenizer.json": b"{}", "LICENSE": b"Apache", "README.md": b"card",
-         "model.safetensors": WEIGHTS, "pytorch_model.bin": b"pickle", "modeling.py": b"code",
-         "mlx/model.safetensors": b"other"}
-ROWS = "".join(json.dumps({"query": f"问{n}", "response": "答" * 20}, ensure_ascii=False) + "\n" for n in range(2000)).encode()
+MODEL = {
+    "config.json": b'{"model_type": "qwen3"}',
+    "tokenizer.json": b"{}",
+    "LICENSE": b"Apache",
+    "README.md": b"card",
+    "model.safetensors": WEIGHTS,
+    "pytorch_model.bin": b"pickle",
+    "modeling.py": b"code",
+    "mlx/model.safetensors": b"other",
+}
+ROWS = "".join(
+    json.dumps({"query": f"问{n}", "response": "答" * 20}, ensure_ascii=False) + "\n" for n in range(2000)
+).encode()
 
 
 @pytest.fixture
@@ -75,6 +84,7 @@ def assert_whole(folder):
 
 # ---- what is fetched and recorded
 
+
 def test_model_only_what_is_needed_and_its_source(hub, get):
     code, out, _ = get.model()
     assert code == 0 and "next: python model_download/load_local_model.py" in out
@@ -83,7 +93,10 @@ def test_model_only_what_is_needed_and_its_source(hub, get):
     assert (source["repo"], source["revision"], source["asked_for"]) == ("tcm/small", hub.commit, "main")
     assert source["licence"] == "apache-2.0"
     for name in ("config.json", "model.safetensors"):
-        assert source["files"][name] == {"size": len(MODEL[name]), "sha256": hashlib.sha256(MODEL[name]).hexdigest()}
+        assert source["files"][name] == {
+            "size": len(MODEL[name]),
+            "sha256": hashlib.sha256(MODEL[name]).hexdigest(),
+        }
     assert {path.rpartition("/")[2] for path, _ in hub.asked("/resolve/")} == set(source["files"])
 
 
@@ -108,7 +121,10 @@ def test_another_model_or_commit_in_the_folder_is_refused(hub, get):
     get.model()
     commit = hub.add("model", "tcm/small", {**MODEL, "config.json": b"{}"})
     code, _, err = get.model()
-    assert code == 2 and f"holds tcm/small at {hub.commit}, not tcm/small at {commit}; delete it, or choose" in err
+    assert (
+        code == 2
+        and f"holds tcm/small at {hub.commit}, not tcm/small at {commit}; delete it, or choose" in err
+    )
     assert_whole(get.folder)
 
 
@@ -126,7 +142,12 @@ def test_data_set_keeps_its_bytes_and_records_rows(hub, get):
     assert (get.folder / "rows-train.json").read_bytes() == ROWS
     source = json.loads((get.folder / "rows-train.source.json").read_text(encoding="utf-8"))
     assert source["sha256"] == hashlib.sha256(ROWS).hexdigest()
-    assert (source["repo"], source["file"], source["rows"], source["size"]) == ("tcm/rows", "train.json", 2000, len(ROWS))
+    assert (source["repo"], source["file"], source["rows"], source["size"]) == (
+        "tcm/rows",
+        "train.json",
+        2000,
+        len(ROWS),
+    )
     hub.log.clear()
     code, out, _ = get.data("--files", "train.json", "--revision", source["revision"])
     assert (code, out.count("\n"), hub.log) == (0, 1, [])
@@ -136,15 +157,21 @@ def test_data_files_of_two_folders_stay_apart_and_clashes_are_refused(hub, get):
     hub.add("dataset", "tcm/many", {"zh/a.jsonl": b"{}\n", "en/a.jsonl": b"{}\n{}\n", "b.csv": b"q,a\n"})
     code, _, _ = get(download_tcm_data, "--dataset", "tcm/many")
     assert code == 0
-    assert {path.name for path in get.folder.glob("*[lv]")} == {"many-zh-a.jsonl", "many-en-a.jsonl", "many-b.csv"}
+    assert {path.name for path in get.folder.glob("*[lv]")} == {
+        "many-zh-a.jsonl",
+        "many-en-a.jsonl",
+        "many-b.csv",
+    }
     assert json.loads((get.folder / "many-b.source.json").read_text(encoding="utf-8"))["rows"] is None
     hub.add("dataset", "tcm/clash", {"a.csv": b"", "A.tsv": b""})
     code, _, err = get(download_tcm_data, "--dataset", "tcm/clash")
     assert code == 2 and "A.tsv, a.csv would get the same name here; choose with --files" in err
 
 
-@pytest.mark.parametrize("content, rows", [(b'{"a": 1}\n\n{"a": 2}', 2), (b'[{"a": 1},\n{"a": 2}]', None),
-                                           (b'{\n"a": 1\n}', None), (b"", None)])
+@pytest.mark.parametrize(
+    "content, rows",
+    [(b'{"a": 1}\n\n{"a": 2}', 2), (b'[{"a": 1},\n{"a": 2}]', None), (b'{\n"a": 1\n}', None), (b"", None)],
+)
 def test_rows_are_counted_in_json_lines_only(tmp_path, content, rows):
     (tmp_path / "x.json").write_bytes(content)
     assert download_tcm_data.count_rows(tmp_path / "x.json") == rows
@@ -184,16 +211,18 @@ def test_progress_shows_speed_and_time_left(capsys, monkeypatch):
     monkeypatch.setattr("utils.progress.time", SimpleNamespace(monotonic=lambda: next(seconds)))
     with Meter("model.safetensors", 500_000_000, 1_500_000_000) as meter:
         meter.show(700_000_000)
-        meter.show(800_000_000)                         # five seconds later: too soon for another line
+        meter.show(800_000_000)  # five seconds later: too soon for another line
         meter.show(1_500_000_000)
     assert capsys.readouterr().out.splitlines() == [
         "  model.safetensors: going on at 500.0 MB of 1.500 GB",
         "  model.safetensors   47%  700.0 MB of 1.500 GB  10.0 MB/s  80 s left",
         "  model.safetensors  100%  1.500 GB of 1.500 GB  10.0 MB/s  in 1.7 min",
-        "  model.safetensors  100%  1.500 GB of 1.500 GB  10.0 MB/s  in 1.7 min"]
+        "  model.safetensors  100%  1.500 GB of 1.500 GB  10.0 MB/s  in 1.7 min",
+    ]
 
 
 # ---- faults that pass
+
 
 def test_busy_listing_429_waits_as_long_as_the_server_asks(hub, get):
     hub.fault("/revision/", times=1, status=429, headers={"Retry-After": "7"})
@@ -217,11 +246,18 @@ def test_file_503_is_tried_again(hub, get):
     assert_whole(get.folder)
 
 
-@pytest.mark.parametrize("how, told", [({"rst": True}, "reset by peer"), ({}, "closed connection")], ids=["reset", "cut"])
+@pytest.mark.parametrize(
+    "how, told", [({"rst": True}, "reset by peer"), ({}, "closed connection")], ids=["reset", "cut"]
+)
 def test_broken_connection_goes_on_where_it_broke(hub, get, how, told):
     hub.fault("/storage/", times=1, cut=1_000_000, **how)
     code, out, _ = get.model()
-    assert code == 0 and "the connection to localhost broke (" in out and told in out and "retry 1 of 6 in 1 s" in out
+    assert (
+        code == 0
+        and "the connection to localhost broke (" in out
+        and told in out
+        and "retry 1 of 6 in 1 s" in out
+    )
     assert int(hub.asked("/storage/")[1][1]["Range"].removeprefix("bytes=").rstrip("-")) > 900_000
     assert_whole(get.folder)
 
@@ -244,7 +280,9 @@ def test_server_without_ranges_and_a_cut(hub, get):
 def test_answer_that_ends_early_in_good_order(hub, get):
     hub.fault("/storage/", times=1, cut=1_000_000, short=True)
     code, out, _ = get.model()
-    assert code == 0 and "localhost ended model.safetensors at 1,000,000 of 3,000,000 bytes; retry 1 of 6" in out
+    assert (
+        code == 0 and "localhost ended model.safetensors at 1,000,000 of 3,000,000 bytes; retry 1 of 6" in out
+    )
     assert_whole(get.folder)
 
 
@@ -264,7 +302,9 @@ def test_expired_storage_link_is_asked_for_again(hub, get):
 
 def test_progress_earns_new_retries(hub, get):
     hub.fault("/storage/", cut=1_100_000)
-    assert get.model("--retries", "1")[0] == 0          # two cuts, one retry allowed: each cut came a megabyte further
+    assert (
+        get.model("--retries", "1")[0] == 0
+    )  # two cuts, one retry allowed: each cut came a megabyte further
     assert_whole(get.folder)
 
 
@@ -273,14 +313,26 @@ def test_same_size_corruption_is_fetched_once_more(hub, get):
     hub.fault("config.json", times=1, corrupt=True)
     code, out, _ = get.model()
     assert code == 0
-    assert "model.safetensors arrived damaged (sha256 " in out and "config.json arrived damaged (git blob id " in out
+    assert (
+        "model.safetensors arrived damaged (sha256 " in out
+        and "config.json arrived damaged (git blob id " in out
+    )
     assert_whole(get.folder)
 
 
 def test_killed_download_goes_on(hub, get, tmp_path):
     hub.fault("/storage/", times=1, cut=2_000_000, hang=30)
-    command = [sys.executable, ROOT / "model_download/download_model.py", "--model", "tcm/small", "--output-dir", get.folder]
-    killed = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "0"})
+    command = [
+        sys.executable,
+        ROOT / "model_download/download_model.py",
+        "--model",
+        "tcm/small",
+        "--output-dir",
+        get.folder,
+    ]
+    killed = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "0"}
+    )
     deadline = time.monotonic() + 20
     while not (parts := [p for p in get.folder.glob("*.part") if p.stat().st_size >= 2_000_000]):
         assert time.monotonic() < deadline and killed.poll() is None
@@ -300,15 +352,20 @@ def test_part_of_another_commit_is_not_mixed_in(hub, get):
     hub.faults.clear()
     hub.add("model", "tcm/small", {**MODEL, "model.safetensors": WEIGHTS[::-1]})
     assert get.model()[0] == 0
-    assert (get.folder / "model.safetensors").read_bytes() == WEIGHTS[::-1] and not list(get.folder.glob("*.part"))
+    assert (get.folder / "model.safetensors").read_bytes() == WEIGHTS[::-1] and not list(
+        get.folder.glob("*.part")
+    )
 
 
 # ---- faults that stay: the true cause, and what to do
 
+
 def test_corruption_that_stays_is_refused(hub, get):
     hub.fault("/storage/", corrupt=True)
     code, _, err = get.model()
-    assert code == 1 and f"model.safetensors of tcm/small arrived damaged twice from {hub.url} (sha256 " in err
+    assert (
+        code == 1 and f"model.safetensors of tcm/small arrived damaged twice from {hub.url} (sha256 " in err
+    )
     assert not list(get.folder.glob("model.safetensors*"))
 
 
@@ -316,7 +373,10 @@ def test_503_that_stays(hub, get):
     hub.fault("/revision/", status=503)
     code, _, err = get.model()
     assert code == 1 and hub.waits == [1, 2, 4, 8, 16, 30] and err.count("\n") == 1
-    assert "127.0.0.1 answered 503 (Service Unavailable); gave up after 7 failures: the trouble is the server's" in err
+    assert (
+        "127.0.0.1 answered 503 (Service Unavailable); gave up after 7 failures: the trouble is the server's"
+        in err
+    )
 
 
 def test_429_that_stays(hub, get, monkeypatch):
@@ -324,14 +384,20 @@ def test_429_that_stays(hub, get, monkeypatch):
     hub.fault("/storage/", status=429, headers={"Retry-After": "9"})
     code, _, err = get.model("--retries", "2")
     assert code == 1 and hub.waits == [9, 9] and err.count("\n") == 1
-    assert "localhost answered 429 (too many requests); gave up after 3 failures: wait some minutes, or set HF_TOKEN" in err
+    assert (
+        "localhost answered 429 (too many requests); gave up after 3 failures: wait some minutes, or set HF_TOKEN"
+        in err
+    )
 
 
 def test_429_that_asks_for_an_hour(hub, get):
     hub.fault("/revision/", status=429, headers={"Retry-After": "3600"})
     code, _, err = get.model()
     assert code == 1 and hub.waits == []
-    assert "answered 429 (too many requests) and asks to wait 3600 s; run the same command again after that" in err
+    assert (
+        "answered 429 (too many requests) and asks to wait 3600 s; run the same command again after that"
+        in err
+    )
 
 
 def test_refused_connection(hub, get, monkeypatch):
@@ -348,18 +414,26 @@ def test_refused_connection(hub, get, monkeypatch):
 def test_stall_that_stays(hub, get):
     hub.fault("/revision/", stall=0.5)
     code, _, err = get.model("--timeout", "0.1", "--retries", "1")
-    assert code == 1 and "no byte from 127.0.0.1 for 0.1 s; gave up after 2 failures" in err and "more with --timeout" in err
+    assert (
+        code == 1
+        and "no byte from 127.0.0.1 for 0.1 s; gave up after 2 failures" in err
+        and "more with --timeout" in err
+    )
 
 
 def test_gated(hub, get, monkeypatch):
     hub.add("model", "tcm/gated", MODEL, gated=True)
     code, _, err = get(download_model, "--model", "tcm/gated")
     assert code == 2 and hub.waits == []
-    assert "tcm/gated is gated: accept its terms at https://huggingface.co/tcm/gated, then set HF_TOKEN" in err
+    assert (
+        "tcm/gated is gated: accept its terms at https://huggingface.co/tcm/gated, then set HF_TOKEN" in err
+    )
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert get(download_model, "--model", "tcm/gated")[0] == 0
     assert all("Authorization" in headers for _, headers in hub.asked("/api/|/resolve/")[-3:])
-    assert not any("Authorization" in headers for _, headers in hub.asked("/storage/"))    # the token stays with the Hub
+    assert not any(
+        "Authorization" in headers for _, headers in hub.asked("/storage/")
+    )  # the token stays with the Hub
 
 
 def test_wrong_token_401(hub, get, monkeypatch):
@@ -374,12 +448,18 @@ def test_wrong_token_401(hub, get, monkeypatch):
 def test_missing_repository(hub, get, monkeypatch, token, status):
     monkeypatch.setenv("HF_TOKEN", token)
     code, _, err = get(download_tcm_data, "--dataset", "tcm/nothing")
-    assert code == 2 and f"no dataset tcm/nothing on {hub.url} ({status}, Repository not found); check the name" in err
+    assert (
+        code == 2
+        and f"no dataset tcm/nothing on {hub.url} ({status}, Repository not found); check the name" in err
+    )
 
 
 def test_missing_revision(hub, get):
     code, _, err = get.model("--revision", "v9")
-    assert code == 2 and "tcm/small has no revision 'v9'; see https://huggingface.co/tcm/small/commits/main" in err
+    assert (
+        code == 2
+        and "tcm/small has no revision 'v9'; see https://huggingface.co/tcm/small/commits/main" in err
+    )
 
 
 def test_missing_file(hub, get):
@@ -408,7 +488,10 @@ def test_no_safetensors(hub, get):
 def test_another_default_model_from_a_mirror_is_refused(hub, get):
     hub.add("model", download_model.PINNED_MODEL, MODEL, commit=download_model.PINNED_COMMIT)
     code, _, err = get(download_model)
-    assert code == 1 and "the server lists another model.safetensors for Qwen/Qwen3-0.6B than this script knows" in err
+    assert (
+        code == 1
+        and "the server lists another model.safetensors for Qwen/Qwen3-0.6B than this script knows" in err
+    )
     assert not hub.asked("/resolve/")
 
 
@@ -444,7 +527,9 @@ def test_offline_and_wrong_addresses(hub, get, monkeypatch):
     assert code == 2 and "HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it" in err
 
 
-@pytest.mark.parametrize("proxy, told", [("socks5://127.0.0.1:1", "pip install socksio"), ("ftp://x", "cannot be used: ")])
+@pytest.mark.parametrize(
+    "proxy, told", [("socks5://127.0.0.1:1", "pip install socksio"), ("ftp://x", "cannot be used: ")]
+)
 def test_proxy_that_cannot_be_used(hub, get, monkeypatch, proxy, told):
     monkeypatch.setenv("ALL_PROXY", proxy)
     code, _, err = get.model()

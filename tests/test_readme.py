@@ -15,7 +15,9 @@ CHINESE = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
 
 def commands(text):
     """The commands of the indented blocks, without their comments, in order."""
-    lines = re.findall(r"^    ((?:python3?(?:\.11)?|make|accelerate|torchrun|\w+=\S+ python) .*)$", text, re.MULTILINE)
+    lines = re.findall(
+        r"^    ((?:python3?(?:\.11)?|make|accelerate|torchrun|\w+=\S+ python) .*)$", text, re.MULTILINE
+    )
     return [line.partition("  #")[0].partition(" && ")[0].strip() for line in lines]
 
 
@@ -23,15 +25,27 @@ def commands(text):
 def copy(tmp_path_factory):
     """The project in a path with a space and Chinese characters, a tiny model in the place of Qwen3-0.6B, forty raw rows."""
     place = tmp_path_factory.mktemp("中医 模型") / "tcm"
-    shutil.copytree(ROOT, place, ignore=lambda folder, names: [
-        name for name in names if name in (".venv", ".git", "__pycache__", ".pytest_cache", "demo", "bench") or name.startswith("sft_")])
+    shutil.copytree(
+        ROOT,
+        place,
+        ignore=lambda folder, names: [
+            name
+            for name in names
+            if name in (".venv", ".git", "__pycache__", ".pytest_cache", "demo", "bench")
+            or name.startswith("sft_")
+        ],
+    )
     for folder in ("data_prepare/raw", "data_prepare/qwen3", "trainer_output", "model_download/Qwen3-0.6B"):
         shutil.rmtree(place / folder, ignore_errors=True)
         (place / folder).mkdir()
-    shutil.copytree(place / "model_download/tiny_qwen3_tcm", place / "model_download/Qwen3-0.6B", dirs_exist_ok=True)
+    shutil.copytree(
+        place / "model_download/tiny_qwen3_tcm", place / "model_download/Qwen3-0.6B", dirs_exist_ok=True
+    )
     rows = (place / "data_prepare/sample/tcm_sample.jsonl").read_text(encoding="utf-8").splitlines()[::190]
     rows = [{name: value for name, value in json.loads(row).items() if name != "split"} for row in rows]
-    (place / "data_prepare/raw/rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    (place / "data_prepare/raw/rows.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     (place / "my_rows.json").write_text(json.dumps(rows[:20], ensure_ascii=False), encoding="utf-8")
     return place
 
@@ -47,7 +61,10 @@ def test_make_targets_exist():
 
 
 def test_every_file_that_is_named_exists():
-    for path in re.findall(r"`((?:data_prepare|model_download|model_finetune|utils|tests)/[\w./-]+\.(?:py|jsonl|md|png))`", TEXT + CHINESE):
+    for path in re.findall(
+        r"`((?:data_prepare|model_download|model_finetune|utils|tests)/[\w./-]+\.(?:py|jsonl|md|png))`",
+        TEXT + CHINESE,
+    ):
         if "qwen3/" not in path:
             assert (ROOT / path).is_file(), path
     for path in re.findall(r"\]\(([\w./-]+)\)", TEXT + CHINESE):
@@ -60,15 +77,26 @@ def test_the_commands_run_one_after_another(copy):
     for line in commands(TEXT):
         words = line.split()
         if words[0] != "python" or "download_" in words[1].rpartition("/")[2] or "benchmarks" in line:
-            continue                    # downloads are tested against a stand-in for the Hub
+            continue  # downloads are tested against a stand-in for the Hub
         if "finetune_" in line and line in ran:
             words.append("--fresh")
-        done = subprocess.run([sys.executable, *words[1:]], cwd=copy, input="麻黄的药性是什么？\n", capture_output=True, text=True,
-                              encoding="utf-8", timeout=200)
+        done = subprocess.run(
+            [sys.executable, *words[1:]],
+            cwd=copy,
+            input="麻黄的药性是什么？\n",
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=200,
+        )
         assert done.returncode == 0, (line, done.stderr[-2000:])
         assert "Traceback" not in done.stderr, line
         ran.append(line)
     assert len(ran) >= 9
-    for path in ("sft_finetuned/model.safetensors", "lora_finetuned/merged/model.safetensors", "dpo_finetuned/loss_curve.png",
-                 "comparison.md"):
+    for path in (
+        "sft_finetuned/model.safetensors",
+        "lora_finetuned/merged/model.safetensors",
+        "dpo_finetuned/loss_curve.png",
+        "comparison.md",
+    ):
         assert (copy / "trainer_output" / path).is_file()

@@ -28,8 +28,11 @@ INPUT_FILES = ["a", "b"]    # several
 # ----
 LATER = 2
 '''
-SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for folder in ("data_prepare", "model_download", "model_finetune")
-                 for path in (ROOT / folder).glob("*.py"))
+SCRIPTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("data_prepare", "model_download", "model_finetune")
+    for path in (ROOT / folder).glob("*.py")
+)
 
 
 @pytest.fixture
@@ -50,8 +53,8 @@ def test_flags_override_constants_and_paths_follow_their_origin(script, tmp_path
     (tmp_path / "mine").mkdir()
     settings = parse_settings(script, ["--rate", "1", "--fast", "--input-files", "c", "--model", "mine"])
     assert (settings.RATE, settings.STEPS, settings.FAST) == (1.0, 3, True)
-    assert settings.DATA_FILE == ROOT / "data_prepare/x.jsonl"          # from the script: relative to the repository
-    assert settings.INPUT_FILES == [tmp_path / "c"]                     # from the user: relative to where the user stands
+    assert settings.DATA_FILE == ROOT / "data_prepare/x.jsonl"  # from the script: relative to the repository
+    assert settings.INPUT_FILES == [tmp_path / "c"]  # from the user: relative to where the user stands
     assert settings.MODEL == str(tmp_path / "mine")
     assert parse_settings(script, ["--model", "Qwen/Qwen3-0.6B"]).MODEL == "Qwen/Qwen3-0.6B"
     assert settings.as_dict()["DATA_FILE"] == "data_prepare/x.jsonl"
@@ -64,13 +67,16 @@ def test_a_switch_does_not_take_the_next_word_for_its_value(script, tmp_path):
     assert parse_settings(script, ["--fast", "false"]).FAST is False
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--stepz", "4"], "error: unknown argument --stepz; did you mean --steps?"),
-    (["--steps", "many"], "error: --steps: wanted a whole number, got 'many'"),
-    (["--rate", "fast"], "error: --rate: wanted a number such as 2e-5, got 'fast'"),
-    (["--fast", "perhaps"], "error: --fast: wanted true or false, got 'perhaps'"),
-    (["--steps"], "error: --steps: expected one argument"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--stepz", "4"], "error: unknown argument --stepz; did you mean --steps?"),
+        (["--steps", "many"], "error: --steps: wanted a whole number, got 'many'"),
+        (["--rate", "fast"], "error: --rate: wanted a number such as 2e-5, got 'fast'"),
+        (["--fast", "perhaps"], "error: --fast: wanted true or false, got 'perhaps'"),
+        (["--steps"], "error: --steps: expected one argument"),
+    ],
+)
 def test_wrong_flags_are_refused_in_one_line(script, capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
         parse_settings(script, arguments)
@@ -90,21 +96,21 @@ def test_help_is_fast_and_tells_every_setting(script, run_script):
     source = (ROOT / script).read_text(encoding="utf-8")
     for name, (_, comment) in read_constants(source).items():
         assert f"--{name.lower().replace('_', '-')}" in shown.stdout and comment, name
-    assert f"python {script}" in source.split('"""')[1]                 # the docstring is the exact command
+    assert f"python {script}" in source.split('"""')[1]  # the docstring is the exact command
 
 
-ON_DISK = {     # what each script reads and writes
+ON_DISK = {  # what each script reads and writes
     "data_prepare/build_preference_pairs.py": "sft_train.jsonl sft_eval.jsonl dpo_train.jsonl dpo_eval.jsonl",
     "data_prepare/convert_to_qwen3_format.py": "sft_train.jsonl sft_eval.jsonl dpo_train.jsonl dpo_eval.jsonl exam.jsonl set_aside.jsonl "
-                                               "report.json lengths.png",
+    "report.json lengths.png",
     "data_prepare/download_tcm_data.py": "data_prepare/raw/ .source.json",
     "model_download/download_model.py": "model_download/ source.json",
     "model_download/load_local_model.py": "trainer_output/sft_finetuned /save",
     "model_download/pretrain_tiny_model.py": "statements.jsonl exercises.json terms.jsonl model_download/tiny_qwen3_tcm/",
     "model_finetune/compare_models.py": "sft_eval.jsonl exam.jsonl dpo_eval.jsonl general_questions.jsonl comparison.md comparison.json "
-                                        "comparison.png comparison/",
+    "comparison.png comparison/",
     "model_finetune/finetune_dpo.py": "dpo_train.jsonl dpo_eval.jsonl checkpoints loss_curve.png training_log.jsonl run.json "
-                                      "reference_logps.json",
+    "reference_logps.json",
     "model_finetune/finetune_lora.py": "sft_train.jsonl sft_eval.jsonl checkpoints loss_curve.png training_log.jsonl run.json merged/",
     "model_finetune/finetune_sft.py": "sft_train.jsonl sft_eval.jsonl checkpoints loss_curve.png training_log.jsonl run.json",
 }
@@ -124,16 +130,27 @@ def test_every_script_refuses_an_unknown_flag(script, run_script):
 
 
 def test_utils_import_nothing_heavy(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import utils.settings, utils.files, utils.errors, utils.model.folders, utils.model.load; " \
-           "print([m for m in ('torch', 'transformers', 'numpy', 'matplotlib') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", cwd=tmp_path, check=True)
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import utils.settings, utils.files, utils.errors, utils.model.folders, utils.model.load; "
+        "print([m for m in ('torch', 'transformers', 'numpy', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        cwd=tmp_path,
+        check=True,
+    )
     assert done.stdout.strip() == "[]"
 
 
 def test_scripts_only_import_utils():
     for script in SCRIPTS:
         for line in (ROOT / script).read_text(encoding="utf-8").splitlines():
-            assert not line.strip().startswith(("from data_prepare", "from model_", "import data_prepare", "import model_")), script
+            assert not line.strip().startswith(
+                ("from data_prepare", "from model_", "import data_prepare", "import model_")
+            ), script
     assert Path(ROOT / "utils/__init__.py").is_file()
 
 
@@ -150,10 +167,10 @@ def test_a_full_disk_is_said_in_one_line_whoever_writes(capsys):
         with open("/dev/full", "wb") as file:
             torch.save({"a": torch.zeros(100_000)}, file)
 
-    def by_safetensors():       # its words on a full tmpfs; it would put a file in the place of /dev/full
+    def by_safetensors():  # its words on a full tmpfs; it would put a file in the place of /dev/full
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    def by_torch_elsewhere():   # its words on a full tmpfs
+    def by_torch_elsewhere():  # its words on a full tmpfs
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
 
     for write in (plain, by_torch, by_safetensors, by_torch_elsewhere):

@@ -22,16 +22,30 @@ from utils.model.folders import check_model
 from utils.model.load import load_model, load_tokenizer
 from utils.training.checkpoints import write_manifest
 
-PINS = dict(re.findall(r"^([\w-]+)==([\w.]+)\s*(?:#.*)?$", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE))
-SOURCES = {path: path.read_text(encoding="utf-8") for folder in ("data_prepare", "model_download", "model_finetune", "utils")
-           for path in (ROOT / folder).rglob("*.py")}
+PINS = dict(
+    re.findall(
+        r"^([\w-]+)==([\w.]+)\s*(?:#.*)?$",
+        (ROOT / "requirements.txt").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+)
+SOURCES = {
+    path: path.read_text(encoding="utf-8")
+    for folder in ("data_prepare", "model_download", "model_finetune", "utils")
+    for path in (ROOT / folder).rglob("*.py")
+}
 CODE = "from pathlib import Path\nPath({!r}).write_text('ran', encoding='utf-8')\nclass Own: pass\n"
 
 
 # ---- Packages
 
+
 def test_every_requirement_is_pinned_and_installed_as_pinned():
-    lines = [line for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    ]
     assert len(lines) == len(PINS), "a line without =="
     for name, version in PINS.items():
         assert importlib.metadata.version(name).partition("+")[0] == version, name
@@ -40,26 +54,49 @@ def test_every_requirement_is_pinned_and_installed_as_pinned():
 def test_every_import_is_pinned_or_comes_with_something_pinned():
     normal = {name.replace("_", "-") for name in PINS}
     for name in PINS:
-        normal |= {re.match(r"[\w-]+", needed)[0].replace("_", "-").lower() for needed in importlib.metadata.requires(name) or ()
-                   if "extra ==" not in needed}
-    ours = {path.name for path in ROOT.iterdir()} | {path.stem for path in [*SOURCES, *(ROOT / "tests").rglob("*.py")]}
+        normal |= {
+            re.match(r"[\w-]+", needed)[0].replace("_", "-").lower()
+            for needed in importlib.metadata.requires(name) or ()
+            if "extra ==" not in needed
+        }
+    ours = {path.name for path in ROOT.iterdir()} | {
+        path.stem for path in [*SOURCES, *(ROOT / "tests").rglob("*.py")]
+    }
     for path in [*SOURCES, *(ROOT / "tests").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
-                [node.module] if isinstance(node, ast.ImportFrom) else []
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             for name in {name.partition(".")[0] for name in names} - ours - set(sys.stdlib_module_names):
                 assert name.replace("_", "-") in normal | {"msvcrt"}, f"{name} in {path.name}"
 
 
 # ---- Model folders and checkpoints: no code of theirs is run
 
+
 def test_no_call_here_could_run_code_from_a_file():
     for path, source in SOURCES.items():
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                assert called not in ("eval", "exec", "torch.load", "pickle.load", "pickle.loads", "joblib.load", "numpy.load"), path
-                remote = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "trust_remote_code"]
+                assert called not in (
+                    "eval",
+                    "exec",
+                    "torch.load",
+                    "pickle.load",
+                    "pickle.loads",
+                    "joblib.load",
+                    "numpy.load",
+                ), path
+                remote = [
+                    ast.unparse(keyword.value)
+                    for keyword in node.keywords
+                    if keyword.arg == "trust_remote_code"
+                ]
                 assert set(remote) <= {"False"}, path
                 if called in ("AutoTokenizer.from_pretrained", "AutoModelForCausalLM.from_pretrained"):
                     assert remote, f"{path}: trust_remote_code is not refused"
@@ -75,7 +112,11 @@ def test_code_in_a_model_folder_is_not_run(place, tmp_path, kind, loads):
     folder = tmp_path / "model"
     shutil.copytree(place / "base", folder)
     (folder / "own.py").write_text(CODE.format(str(tmp_path / "trace")), encoding="utf-8")
-    auto_map = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"]}
+    auto_map = {
+        "AutoConfig": "own.Own",
+        "AutoModelForCausalLM": "own.Own",
+        "AutoTokenizer": ["own.Own", "own.Own"],
+    }
     for name in ("config.json", "tokenizer_config.json"):
         values = json.loads((folder / name).read_text(encoding="utf-8"))
         values = {**values, "auto_map": auto_map} | ({"model_type": kind} if name == "config.json" else {})
@@ -91,7 +132,9 @@ def test_code_in_a_model_folder_is_not_run(place, tmp_path, kind, loads):
 
 def test_an_adapter_in_pickled_form_is_refused_whatever_lies_beside_it(place, tmp_path):
     """peft takes adapter_model.bin where there is no adapter_model.safetensors."""
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(place / "base")}), encoding="utf-8")
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(place / "base")}), encoding="utf-8"
+    )
     (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
     shutil.copy(place / "base/model.safetensors", tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="holds no .*safetensors weights; other formats are not loaded"):
@@ -109,9 +152,14 @@ class Evil:
 def test_a_checkpoint_with_code_in_it_is_refused(place, tmp_path, capsys, monkeypatch):
     """Optimizer and scheduler are pickles of torch, whose loader takes tensors and numbers only; even with a fresh manifest."""
     monkeypatch.setenv("HF_TOKEN", "hf_marker")
-    command, handlers = arguments("sft", place, tmp_path / "run", "--max-steps", 2), signal.getsignal(signal.SIGINT)
+    command, handlers = (
+        arguments("sft", place, tmp_path / "run", "--max-steps", 2),
+        signal.getsignal(signal.SIGINT),
+    )
     assert run(lambda: finetune_sft.main(command)) == 0
-    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and b"hf_marker" in path.read_bytes()]
+    assert not [
+        path for path in (tmp_path / "run").rglob("*") if path.is_file() and b"hf_marker" in path.read_bytes()
+    ]
     checkpoint = tmp_path / "run/checkpoint-2"
     (checkpoint / "optimizer.pt").write_bytes(pickle.dumps(Evil(str(tmp_path / "trace")), protocol=2))
     (checkpoint / "MANIFEST.json").unlink()
@@ -129,17 +177,31 @@ def test_a_checkpoint_with_code_in_it_is_refused(place, tmp_path, capsys, monkey
 
 # ---- Tokens and telemetry
 
+
 def test_a_download_tells_nobody_the_token_and_the_hub_nothing_of_this_machine(run_script, tmp_path):
     hub = FakeHub()
     hub.add("model", "a/b", {"config.json": b"{}", "model.safetensors": b"w" * 100_000})
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_") and not name.upper().endswith("_PROXY")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("HF_") and not name.upper().endswith("_PROXY")
+    }
     environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
-    done = run_script("model_download/download_model.py", "--model", "a/b", "--output-dir", tmp_path / "out", env=environment)
+    done = run_script(
+        "model_download/download_model.py",
+        "--model",
+        "a/b",
+        "--output-dir",
+        tmp_path / "out",
+        env=environment,
+    )
     hub.stop()
     assert done.returncode == 0, done.stderr
-    assert hub.asked("/resolve/")[0][1]["Authorization"] == f"Bearer {TOKEN}"          # it was used ...
-    assert TOKEN not in done.stdout + done.stderr                                       # ... and is nowhere else
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    assert hub.asked("/resolve/")[0][1]["Authorization"] == f"Bearer {TOKEN}"  # it was used ...
+    assert TOKEN not in done.stdout + done.stderr  # ... and is nowhere else
+    assert not [
+        path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()
+    ]
     for _, headers in hub.log:
         assert not re.search("torch|agent/", headers["User-Agent"]), headers["User-Agent"]
 
@@ -149,7 +211,13 @@ def test_libraries_are_told_to_report_nothing(run_script, tmp_path):
     (tmp_path / "ask.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         f"from utils.model.load import quiet_offline\nquiet_offline({str(tmp_path)!r})\n"
-        "from huggingface_hub import constants\nprint(constants.HF_HUB_DISABLE_TELEMETRY, constants.HF_HUB_OFFLINE)\n", encoding="utf-8")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "DO_NOT", "DISABLE_TELEMETRY"))}
+        "from huggingface_hub import constants\nprint(constants.HF_HUB_DISABLE_TELEMETRY, constants.HF_HUB_OFFLINE)\n",
+        encoding="utf-8",
+    )
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "DO_NOT", "DISABLE_TELEMETRY"))
+    }
     assert run_script(tmp_path / "ask.py", env=environment).stdout.split() == ["True", "True"]
     assert 'report_to="none"' in (ROOT / "utils/training/setup.py").read_text(encoding="utf-8")

@@ -18,11 +18,15 @@ PLAIN_TOKENS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_respon
 
 # What the merges are learned from: common characters become one token, rare ones stay split into their bytes.
 SENTENCES = [
-    "麻黄汤由麻黄、桂枝、杏仁、甘草组成。功效：发汗解表，宣肺平喘。", "四君子汤由人参、白术、茯苓、甘草组成。功效：益气健脾。",
-    "甘草与甘遂相反，属于十八反。", "合谷是手阳明大肠经的穴位。", "黄芪味甘，性微温，归脾、肺经。功效：补气升阳，固表止汗。",
-    "system user assistant\n\n", "What is this? You are a helpful assistant.",
+    "麻黄汤由麻黄、桂枝、杏仁、甘草组成。功效：发汗解表，宣肺平喘。",
+    "四君子汤由人参、白术、茯苓、甘草组成。功效：益气健脾。",
+    "甘草与甘遂相反，属于十八反。",
+    "合谷是手阳明大肠经的穴位。",
+    "黄芪味甘，性微温，归脾、肺经。功效：补气升阳，固表止汗。",
+    "system user assistant\n\n",
+    "What is this? You are a helpful assistant.",
 ]
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def make_tiny_tokenizer(folder):
@@ -33,15 +37,28 @@ def make_tiny_tokenizer(folder):
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(SENTENCES, trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    bpe.train_from_iterator(
+        SENTENCES,
+        trainers.BpeTrainer(
+            vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        ),
+    )
     bpe.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
     bpe.add_tokens([AddedToken(token, normalized=False, special=False) for token in PLAIN_TOKENS])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=131072,
-        clean_up_tokenization_spaces=False, chat_template=TEMPLATE.read_text(encoding="utf-8"))
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=131072,
+        clean_up_tokenization_spaces=False,
+        chat_template=TEMPLATE.read_text(encoding="utf-8"),
+    )
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -55,12 +72,24 @@ def make_tiny_model(folder, seed=0, context=1024):
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = make_tiny_tokenizer(folder)
-    settings = generation_settings(tokenizer, thinking=True)     # as Qwen3-0.6B: thinking is the template's default
+    settings = generation_settings(
+        tokenizer, thinking=True
+    )  # as Qwen3-0.6B: thinking is the template's default
     config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=context, rope_theta=1_000_000,
-        tie_word_embeddings=True, initializer_range=0.1,
-        bos_token_id=settings["bos_token_id"], eos_token_id=settings["eos_token_id"][0])
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=context,
+        rope_theta=1_000_000,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        bos_token_id=settings["bos_token_id"],
+        eos_token_id=settings["eos_token_id"][0],
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config)

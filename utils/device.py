@@ -48,12 +48,19 @@ def pick_device(name="auto", precision="auto"):
     if name == "auto":
         name = next(kind for kind, there in present.items() if there)
     if not present.get(name):
-        raise UserError(f"--device: no {name} device here; there is: {', '.join(kind for kind, there in present.items() if there)}")
+        raise UserError(
+            f"--device: no {name} device here; there is: {', '.join(kind for kind, there in present.items() if there)}"
+        )
     if name == "cpu":
         hold_memory()
     native, reason = {"cuda": _cuda_bf16, "mps": _mps_bf16, "cpu": _cpu_bf16}[name]()
     if precision == "auto":
-        return Device(name, native, reason, name == "cpu" and not native and "fbgemm" in torch.backends.quantized.supported_engines)
+        return Device(
+            name,
+            native,
+            reason,
+            name == "cpu" and not native and "fbgemm" in torch.backends.quantized.supported_engines,
+        )
     return Device(name, precision == "bf16", f"{precision} as asked for; {reason}")
 
 
@@ -63,8 +70,8 @@ def hold_memory():
     tokens/s so, 27 with this). Elsewhere than on glibc: does nothing."""
     if libc := _glibc():
         libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)      # never
-        libc.mallopt(M_TOP_PAD, 64 * 2**20)     # bytes asked for at a time
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
+        libc.mallopt(M_TOP_PAD, 64 * 2**20)  # bytes asked for at a time
 
 
 def release_memory():
@@ -75,10 +82,10 @@ def release_memory():
 
 def _glibc():
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    return libc if hasattr(libc, "mallopt") else None       # musl has none
+    return libc if hasattr(libc, "mallopt") else None  # musl has none
 
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4       # numbers of malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # numbers of malloc.h
 
 
 def _cuda_bf16():

@@ -40,9 +40,13 @@ def read_jsonl(path, wanted=()):
         try:
             for number, line in enumerate(lines, 1):
                 row = json.loads(line)
-                missing = [name for name in wanted if name not in row] if isinstance(row, dict) else list(wanted)
+                missing = (
+                    [name for name in wanted if name not in row] if isinstance(row, dict) else list(wanted)
+                )
                 if missing or not isinstance(row, dict):
-                    raise UserError(f"{show_path(path)}, line {number}: no field {', '.join(missing) or 'at all'}")
+                    raise UserError(
+                        f"{show_path(path)}, line {number}: no field {', '.join(missing) or 'at all'}"
+                    )
                 for name in wanted:
                     if name in FIELDS and not FIELDS[name][0](row[name]):
                         raise UserError(f"{show_path(path)}, line {number}: {name} is not {FIELDS[name][1]}")
@@ -60,21 +64,33 @@ def _is_text(value):
 
 
 def _are_messages(value):
-    return isinstance(value, list) and bool(value) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str) for message in value)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in value
+        )
+    )
 
 
 def _is_conversation(value):
-    return _are_messages(value) and re.search("user.*assistant", " ".join(message["role"] for message in value))
+    return _are_messages(value) and re.search(
+        "user.*assistant", " ".join(message["role"] for message in value)
+    )
 
 
 # What the fields of our files hold, as a test and in words.
 MESSAGES = (_are_messages, 'a list of {"role", "content"}')
 
 
-FIELDS = {**dict.fromkeys(("id", "text", "question", "kind", "term"), (_is_text, "a text")),
-          **dict.fromkeys(("prompt", "chosen", "rejected"), MESSAGES),
-          "messages": (_is_conversation, 'a list of {"role", "content"} with a user and after it an assistant')}
+FIELDS = {
+    **dict.fromkeys(("id", "text", "question", "kind", "term"), (_is_text, "a text")),
+    **dict.fromkeys(("prompt", "chosen", "rejected"), MESSAGES),
+    "messages": (_is_conversation, 'a list of {"role", "content"} with a user and after it an assistant'),
+}
 
 
 @contextlib.contextmanager
@@ -122,8 +138,9 @@ def write_jsonl(path, rows):
     """Write dicts as JSON lines and return how many."""
     count = 0
     with atomic_write(path) as file:
-        for count, row in enumerate(rows, 1):
+        for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
     return count
 
 
@@ -154,5 +171,7 @@ def sample_by_id(rows, count):
     """`count` of the rows (0: all), in their order, chosen by the hash of their "id": the same whatever the order or seed."""
     if not count or count >= len(rows):
         return rows
-    drawn = {row["id"] for row in sorted(rows, key=lambda row: hashlib.sha256(row["id"].encode()).digest())[:count]}
+    drawn = {
+        row["id"] for row in sorted(rows, key=lambda row: hashlib.sha256(row["id"].encode()).digest())[:count]
+    }
     return [row for row in rows if row["id"] in drawn]

@@ -6,10 +6,10 @@ import time
 
 from utils.text import duration, format_bytes
 
-PLAIN_SECONDS = 15      # without a terminal: a line this often
+PLAIN_SECONDS = 15  # without a terminal: a line this often
 
 
-QUIET_SECONDS = 2       # what is over by then needs no line
+QUIET_SECONDS = 2  # what is over by then needs no line
 
 
 class Meter:
@@ -25,13 +25,18 @@ class Meter:
 
     def __enter__(self):
         if self.start:
-            print(f"  {self.name}: going on at {format_bytes(self.start)} of {format_bytes(self.size)}", flush=True)
+            print(
+                f"  {self.name}: going on at {format_bytes(self.start)} of {format_bytes(self.size)}",
+                flush=True,
+            )
         return self
 
     def show(self, done):
         """Tell that `done` bytes are there, at most five times a second."""
         self.done, now = done, time.monotonic()
-        if now - self.shown >= (0.2 if self.terminal else PLAIN_SECONDS) and (self.always or now - self.began >= QUIET_SECONDS):
+        if now - self.shown >= (0.2 if self.terminal else PLAIN_SECONDS) and (
+            self.always or now - self.began >= QUIET_SECONDS
+        ):
             self.shown = now
             self._print(self._line(now), "\r" if self.terminal else "\n")
 
@@ -43,14 +48,16 @@ class Meter:
     def _line(self, now):
         seconds = max(now - self.began, 1e-3)
         speed = (self.done - self.start) / seconds
-        share = f"{self.done / max(self.size, 1):4.0%}  {format_bytes(self.done)} of {format_bytes(self.size)}"
+        share = (
+            f"{self.done / max(self.size, 1):4.0%}  {format_bytes(self.done)} of {format_bytes(self.size)}"
+        )
         line = f"  {self.name}  {share}  {format_bytes(speed)}/s"
         if self.done >= self.size:
             return f"{line}  in {duration(seconds)}"
         return f"{line}  {duration((self.size - self.done) / speed)} left" if speed else line
 
     def _print(self, line, end):
-        if self.terminal:                               # spaces over what is left of a longer line before
+        if self.terminal:  # spaces over what is left of a longer line before
             columns = shutil.get_terminal_size().columns - 1
             line = line[:columns].ljust(columns)
         print(line, end=end, flush=True)

@@ -38,9 +38,19 @@ class Settings(argparse.Namespace):
 
     def show(self):
         """Print the settings on a few lines, those from the command line marked with a star."""
-        shown = [f"{name}={value!r}{'*' if name in self.overridden else ''}" for name, value in self.as_dict().items()]
-        print(textwrap.fill("settings (* from the command line): " + "  ".join(shown), 118, subsequent_indent="  ",
-                            break_long_words=False, break_on_hyphens=False))
+        shown = [
+            f"{name}={value!r}{'*' if name in self.overridden else ''}"
+            for name, value in self.as_dict().items()
+        ]
+        print(
+            textwrap.fill(
+                "settings (* from the command line): " + "  ".join(shown),
+                118,
+                subsequent_indent="  ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        )
 
 
 def parse_settings(script, argv=None, positional=""):
@@ -52,12 +62,19 @@ def parse_settings(script, argv=None, positional=""):
     source = Path(script).read_text(encoding="utf-8")
     constants = read_constants(source)
     parser = _Parser(
-        prog=f"python {_plain(Path(script).resolve())}", usage="%(prog)s [flags]", description=ast.get_docstring(ast.parse(source)),
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        prog=f"python {_plain(Path(script).resolve())}",
+        usage="%(prog)s [flags]",
+        description=ast.get_docstring(ast.parse(source)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.flags = [_flag(name) for name in constants]
     for name, (value, comment) in constants.items():
-        options = dict(default=argparse.SUPPRESS, help=f"{comment} [{value!r}]".replace("%", "%%"), metavar=_metavar(value))
+        options = dict(
+            default=argparse.SUPPRESS,
+            help=f"{comment} [{value!r}]".replace("%", "%%"),
+            metavar=_metavar(value),
+        )
         if isinstance(value, bool):
             parser.add_argument(_flag(name), dest=name, type=_boolean, nargs="?", const=True, **options)
         elif isinstance(value, list):
@@ -95,8 +112,10 @@ def read_constants(source):
     constants = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and start < node.lineno <= end and node.targets[0].id.isupper():
-            comments = [lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode().partition("#")[2].strip()]
-            for line in lines[node.end_lineno:end]:      # a comment goes on in the lines below it
+            comments = [
+                lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode().partition("#")[2].strip()
+            ]
+            for line in lines[node.end_lineno : end]:  # a comment goes on in the lines below it
                 if not line.lstrip().startswith("#") or line.startswith("#"):
                     break
                 comments.append(line.strip("# \t"))
@@ -132,8 +151,10 @@ def _metavar(value):
 def _switched_on(argv, constants):
     """argv with "=true" put to a bare true-or-false flag, so that the word after it (a folder) is not taken for its value."""
     switches = {_flag(name) for name, (value, _) in constants.items() if isinstance(value, bool)}
-    return [f"{word}=true" if word in switches and after.lower() not in BOOLEANS else word
-            for word, after in itertools.zip_longest(argv, argv[1:], fillvalue="")]
+    return [
+        f"{word}=true" if word in switches and after.lower() not in BOOLEANS else word
+        for word, after in itertools.zip_longest(argv, argv[1:], fillvalue="")
+    ]
 
 
 BOOLEANS = ("true", "false", "yes", "no", "1", "0")

@@ -4,7 +4,7 @@ import unicodedata
 from itertools import zip_longest
 
 # A model may write any byte: control characters would move the cursor or change the terminal, so they are shown as U+FFFD.
-_CONTROLS = {code: "\ufffd" for code in (*range(9), *range(11, 32), *range(127, 160))}
+_CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "�")
 
 
 def printable(text):
@@ -32,13 +32,15 @@ def _wrap(text, width):
 
 def text_width(text):
     """Character cells: Chinese characters and full-width punctuation take two, combining marks none."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
+    )
 
 
 def shorten(text, limit=70):
     """The text in one line of at most `limit` characters."""
     text = " ".join(text.split())
-    return text if len(text) <= limit else text[:limit - 1] + "…"
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def format_bytes(count):

@@ -26,6 +26,7 @@ from utils.errors import run
 from utils.files import read_json, read_jsonl, require_file, show_path, write_jsonl
 from utils.settings import parse_settings
 
+# fmt: off
 # ---- Settings: edit here, or override on the command line (--seed 1) ----
 TABLES_DIR = "data_prepare/sample"      # the fact tables, and wordings.json: how each fact is asked for and stated
 OUTPUT_DIR = "data_prepare/sample"      # where the four files go
@@ -34,8 +35,9 @@ ROWS_PER_FACT = 2                       # question-and-answer rows a fact, one o
 CARDS = 10                              # statements that put all facts of an entity in one line, each in a new order
 SEED = 0                                # changes which wordings and which distractors are drawn
 # ----
+# fmt: on
 
-BARE = "请只写出答案。"     # asks for the bare fact: what the exam scores, and what a short answer looks like
+BARE = "请只写出答案。"  # asks for the bare fact: what the exam scores, and what a short answer looks like
 
 # What the exam asks. Left out: attributes whose value another entity's value could also truthfully answer
 # (cautions and indications overlap), and codes, which are letters of the alphabet more than medicine.
@@ -50,14 +52,42 @@ SUBJECTS = {"herb": "中药", "formula": "方剂", "acupoint": "腧穴", "syndro
 # Values that mean nearly the same thing: no distractor comes from the group of the right answer.
 GROUPS = {
     "nature": [{"大寒", "寒", "微寒", "凉"}, {"平"}, {"微温", "温"}, {"热", "大热"}],
-    "category": [{"止血药", "活血化瘀药"}, {"化湿药", "利水渗湿药"}, {"清热药", "泻下药"}, {"解表剂", "表里双解剂"},
-                 {"补气药", "补阳药"}, {"补血药", "补阴药"}, {"平肝息风药", "安神药"}, {"理血剂", "补益剂"},
-                 {"祛湿剂", "祛痰剂"}, {"清热剂", "祛暑剂", "表里双解剂"}, {"攻毒杀虫药", "驱虫药", "涌吐药"}],
+    "category": [
+        {"止血药", "活血化瘀药"},
+        {"化湿药", "利水渗湿药"},
+        {"清热药", "泻下药"},
+        {"解表剂", "表里双解剂"},
+        {"补气药", "补阳药"},
+        {"补血药", "补阴药"},
+        {"平肝息风药", "安神药"},
+        {"理血剂", "补益剂"},
+        {"祛湿剂", "祛痰剂"},
+        {"清热剂", "祛暑剂", "表里双解剂"},
+        {"攻毒杀虫药", "驱虫药", "涌吐药"},
+    ],
 }
 # Concepts of treatment that different words express: two values that share one are too close to be options together.
-CONCEPTS = ["补益养滋生扶健强壮", "清泻凉降火热", "温散寒阳回", "利水湿渗通淋尿肿", "行理疏气郁中", "活化瘀血经", "止血",
-            "化痰咳喘肺", "安神惊心", "息风平肝痉", "解表汗风", "祛风湿痹", "消食积滞", "杀虫", "涩收固止泻敛", "通便肠下",
-            "解毒疮脓", "明目", "开窍"]
+CONCEPTS = [
+    "补益养滋生扶健强壮",
+    "清泻凉降火热",
+    "温散寒阳回",
+    "利水湿渗通淋尿肿",
+    "行理疏气郁中",
+    "活化瘀血经",
+    "止血",
+    "化痰咳喘肺",
+    "安神惊心",
+    "息风平肝痉",
+    "解表汗风",
+    "祛风湿痹",
+    "消食积滞",
+    "杀虫",
+    "涩收固止泻敛",
+    "通便肠下",
+    "解毒疮脓",
+    "明目",
+    "开窍",
+]
 
 
 def value_text(kind, name, value):
@@ -74,7 +104,12 @@ def load_entities(tables, wordings):
     "also" lists what some textbooks say instead: never taught, and never offered as a wrong answer.
     """
     entities = []
-    for kind, table in (("herb", "herbs"), ("formula", "formulas"), ("acupoint", "acupoints"), ("syndrome", "syndromes")):
+    for kind, table in (
+        ("herb", "herbs"),
+        ("formula", "formulas"),
+        ("acupoint", "acupoints"),
+        ("syndrome", "syndromes"),
+    ):
         for row in read_jsonl(tables / f"{table}.jsonl", wanted=["name"]):
             facts = {name: value_text(kind, name, row[name]) for name in wordings[kind] if row[name]}
             entities.append({"kind": kind, "name": row["name"], "facts": facts, "also": row.get("also", {})})
@@ -96,7 +131,10 @@ def hold_out(entities, share):
     """
     names = set()
     for kind in EXAM:
-        own = sorted((e["name"] for e in entities if e["kind"] == kind), key=lambda n: hashlib.sha256(n.encode()).hexdigest())
+        own = sorted(
+            (e["name"] for e in entities if e["kind"] == kind),
+            key=lambda n: hashlib.sha256(n.encode()).hexdigest(),
+        )
         names.update(own[: round(share * len(own))])
     for entity in entities:
         entity["held_out"] = entity["name"] in names
@@ -113,9 +151,12 @@ def rows_of(entity, wordings, rows_per_fact, turn):
             question = words["questions"][(turn + place + number) % len(words["questions"])]
             answer = words["answers"][(turn + place + number) % len(words["answers"])] if number else "{v}。"
             yield {
-                "instruction": question.format(n=entity["name"]), "input": "" if number else BARE,
-                "output": answer.format(n=entity["name"], v=value), "split": "eval" if entity["held_out"] else "train",
-                "entity": entity["name"], "kind": f"{entity['kind']}.{name}",
+                "instruction": question.format(n=entity["name"]),
+                "input": "" if number else BARE,
+                "output": answer.format(n=entity["name"], v=value),
+                "split": "eval" if entity["held_out"] else "train",
+                "entity": entity["name"],
+                "kind": f"{entity['kind']}.{name}",
             }
 
 
@@ -129,7 +170,11 @@ def statements_of(entity, wordings, cards, rng):
     for name, value in entity["facts"].items():
         words = wordings[entity["kind"]][name]["statements"]
         yield from (text.format(n=entity["name"], v=value) for text in words)
-        headless = [re.sub("^{n}(穴|的|：)*", "", text) for text in words if text.startswith("{n}") and not text.startswith("{n}（")]
+        headless = [
+            re.sub("^{n}(穴|的|：)*", "", text)
+            for text in words
+            if text.startswith("{n}") and not text.startswith("{n}（")
+        ]
         clauses.append([text.rstrip("。").format(v=value) for text in headless])
     for _ in range(cards if len(clauses) > 1 else 0):
         card = [rng.choice(own) for own in clauses]
@@ -147,7 +192,7 @@ def too_close(name, right, other):
     if name in ("actions", "principle", "indication"):
         shared = set(zip(right, right[1:])) & set(zip(other, other[1:]))
         return bool(shared) or any(set(c) & set(right) and set(c) & set(other) for c in CONCEPTS)
-    if name in ("tongue", "pulse"):      # any finding in common, such as 弦 in 脉弦滑 and 脉弦有力
+    if name in ("tongue", "pulse"):  # any finding in common, such as 弦 in 脉弦滑 and 脉弦有力
         return bool((set(right) & set(other)) - set("舌苔脉而有无力薄"))
     return False
 
@@ -173,8 +218,10 @@ def exam_items(entities, wordings, rng):
             rng.shuffle(options)
             question = rng.choice(wordings[entity["kind"]][name]["questions"]).format(n=entity["name"])
             yield {
-                "id": f"{entity['kind']}-{name}-{entity['name']}", "question": question,
-                "options": dict(zip("ABCD", options)), "answer": "ABCD"[options.index(right)],
+                "id": f"{entity['kind']}-{name}-{entity['name']}",
+                "question": question,
+                "options": dict(zip("ABCD", options)),
+                "answer": "ABCD"[options.index(right)],
                 "subject": SUBJECTS[entity["kind"]],
             }
 
@@ -187,14 +234,27 @@ def terms_of(entities):
     seen = set()
     for entity in entities:
         for name, value in entity["facts"].items():
-            parts = value.removesuffix("经").split("、") if name == "channels" else value.strip("《》").split("、")
-            kind = {"composition": "herb", "against": "herb", "formula": "formula"}.get(name, f"{entity['kind']}.{name}")
+            parts = (
+                value.removesuffix("经").split("、")
+                if name == "channels"
+                else value.strip("《》").split("、")
+            )
+            kind = {"composition": "herb", "against": "herb", "formula": "formula"}.get(
+                name, f"{entity['kind']}.{name}"
+            )
             seen.update((kind, part) for part in parts)
         if entity["kind"] in EXAM:
             seen.add((entity["kind"], entity["name"]))
-    near = {(kind, term): sorted({t for group in GROUPS.get(kind.partition(".")[2], []) if term in group for t in group} - {term})
-            for kind, term in seen}
-    return [{"kind": kind, "term": term} | ({"near": near[kind, term]} if near[kind, term] else {}) for kind, term in sorted(seen)]
+    near = {
+        (kind, term): sorted(
+            {t for group in GROUPS.get(kind.partition(".")[2], []) if term in group for t in group} - {term}
+        )
+        for kind, term in seen
+    }
+    return [
+        {"kind": kind, "term": term} | ({"near": near[kind, term]} if near[kind, term] else {})
+        for kind, term in sorted(seen)
+    ]
 
 
 def main(argv=None):
@@ -202,21 +262,31 @@ def main(argv=None):
     rng = random.Random(settings.SEED)
 
     # 1. Read the tables and choose whom the training rows never ask about
-    wordings = read_json(require_file(settings.TABLES_DIR / "wordings.json", "git checkout data_prepare/sample"))
+    wordings = read_json(
+        require_file(settings.TABLES_DIR / "wordings.json", "git checkout data_prepare/sample")
+    )
     entities = load_entities(settings.TABLES_DIR, wordings)
     hold_out(entities, settings.HELD_OUT_SHARE)
 
     # 2. Make the rows, the exam, the statements and the terms
     files = {
-        "tcm_sample.jsonl": [row for turn, e in enumerate(entities) for row in rows_of(e, wordings, settings.ROWS_PER_FACT, turn)],
+        "tcm_sample.jsonl": [
+            row
+            for turn, e in enumerate(entities)
+            for row in rows_of(e, wordings, settings.ROWS_PER_FACT, turn)
+        ],
         "tcm_exam.jsonl": list(exam_items(entities, wordings, rng)),
-        "statements.jsonl": [{"text": text} for e in entities for text in statements_of(e, wordings, settings.CARDS, rng)],
+        "statements.jsonl": [
+            {"text": text} for e in entities for text in statements_of(e, wordings, settings.CARDS, rng)
+        ],
         "terms.jsonl": terms_of(entities),
     }
 
     # 3. Write them
     for name, rows in files.items():
-        print(f"{write_jsonl(settings.OUTPUT_DIR / name, rows):>7,} lines -> {show_path(settings.OUTPUT_DIR / name)}")
+        print(
+            f"{write_jsonl(settings.OUTPUT_DIR / name, rows):>7,} lines -> {show_path(settings.OUTPUT_DIR / name)}"
+        )
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def generate(model, prompt, count):
             self.times, self.tokens = [], []
 
         def put(self, value):
-            if value.numel() == 1:          # the first call hands over the prompt
+            if value.numel() == 1:  # the first call hands over the prompt
                 self.tokens.append(int(value))
                 self.times.append(time.perf_counter() - began)
 
@@ -51,8 +51,14 @@ def generate(model, prompt, count):
             pass
 
     streamer, began = Streamer(), time.perf_counter()
-    model.generate(torch.tensor([prompt], device=model.device), attention_mask=torch.ones(1, len(prompt), dtype=torch.long,
-                   device=model.device), do_sample=False, max_new_tokens=count, min_new_tokens=count, streamer=streamer)
+    model.generate(
+        torch.tensor([prompt], device=model.device),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
+        do_sample=False,
+        max_new_tokens=count,
+        min_new_tokens=count,
+        streamer=streamer,
+    )
     return streamer.times, streamer.tokens
 
 
@@ -69,7 +75,9 @@ def bandwidth():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="a model folder; default: the shape with random weights")
     parser.add_argument("--context", type=int, default=200, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=48, help="tokens of the answer")
@@ -92,33 +100,59 @@ def main():
     bytes_read = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     ways = {"generate": (generate, model), "ours": (ours, model)}
     if device.half_weights:
-        ways = {"generate": ways["generate"], "ours, fp32": ways["ours"], "ours": (ours, load_for_answers(folder, device))}
+        ways = {
+            "generate": ways["generate"],
+            "ours, fp32": ways["ours"],
+            "ours": (ours, load_for_answers(folder, device)),
+        }
         bytes_read /= 2
-    prompt = torch.randint(1000, 3000, (options.context,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompt = torch.randint(
+        1000, 3000, (options.context,), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     measured = {name: [] for name in ways}
-    for number in range(options.rounds + 1):                # the first round warms up
+    for number in range(options.rounds + 1):  # the first round warms up
         answers = []
         for name, (way, its_model) in ways.items():
             times, tokens = way(its_model, prompt, options.tokens)
             answers.append(tokens)
             if number:
-                measured[name].append({"first_s": times[0], "tokens_per_second": (len(times) - 1) / (times[-1] - times[0])})
+                measured[name].append(
+                    {"first_s": times[0], "tokens_per_second": (len(times) - 1) / (times[-1] - times[0])}
+                )
     bound = bandwidth() / bytes_read if device.name == "cpu" else None
-    table = {name: {key: round(statistics.median(one[key] for one in rounds), 3) for key in rounds[0]} for name, rounds in measured.items()}
+    table = {
+        name: {key: round(statistics.median(one[key] for one in rounds), 3) for key in rounds[0]}
+        for name, rounds in measured.items()
+    }
     for name, row in table.items():
-        row["of_generate"] = round(statistics.median(one["tokens_per_second"] / other["tokens_per_second"]
-                                                     for one, other in zip(measured[name], measured["generate"])), 2)
+        row["of_generate"] = round(
+            statistics.median(
+                one["tokens_per_second"] / other["tokens_per_second"]
+                for one, other in zip(measured[name], measured["generate"])
+            ),
+            2,
+        )
     print("| | first token | tokens/s | ours is |\n|---|---|---|---|")
     for name, row in table.items():
-        print(f"| {name} | {row['first_s']:.2f} s | {row['tokens_per_second']:.1f} | {row['of_generate']:.2f} x |")
+        print(
+            f"| {name} | {row['first_s']:.2f} s | {row['tokens_per_second']:.1f} | {row['of_generate']:.2f} x |"
+        )
     if bound:
         print(f"| bound of the memory | | {bound:.1f} | |")
     same = all(answer == answers[0] for answer in answers)
-    print(f"same tokens: {same}; {device.name}, {device.answers}; {options.context} tokens of context, {options.tokens} of answer")
-    record = {"command": " ".join(["python", "tests/benchmarks/bench_chat.py", *sys.argv[1:]]), "device": f"{device.name}, {device.answers}", "table": table,
-              "memory_bound_tokens_per_second": bound, "same_tokens": same, "rounds": measured,
-              "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",
-              "versions": {name: version(name) for name in ("torch", "transformers")}}
+    print(
+        f"same tokens: {same}; {device.name}, {device.answers}; {options.context} tokens of context, {options.tokens} of answer"
+    )
+    record = {
+        "command": " ".join(["python", "tests/benchmarks/bench_chat.py", *sys.argv[1:]]),
+        "device": f"{device.name}, {device.answers}",
+        "table": table,
+        "memory_bound_tokens_per_second": bound,
+        "same_tokens": same,
+        "rounds": measured,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
     Path(options.output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

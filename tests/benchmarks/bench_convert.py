@@ -78,7 +78,13 @@ def make_rows(path, count):
     letters = [chr(code) for code in range(0x4E00, 0x4E00 + 2500)]
     words = ["".join(chance.choices(letters, k=chance.choice((1, 2, 2, 2, 3)))) for _ in range(20_000)]
     herbs = ["".join(chance.choices(letters, k=chance.choice((2, 3)))) for _ in range(50_000)]
-    templates = ("{}的性味归经是什么？", "{}有哪些功效？", "请问{}怎么炮制？", "{}的用法用量和使用注意分别是什么？", "{}与{}有什么区别？")
+    templates = (
+        "{}的性味归经是什么？",
+        "{}有哪些功效？",
+        "请问{}怎么炮制？",
+        "{}的用法用量和使用注意分别是什么？",
+        "{}与{}有什么区别？",
+    )
 
     def text(shortest, longest):
         length, parts = chance.randint(shortest, longest), []
@@ -115,7 +121,7 @@ def resident(process):
             for task in Path(f"/proc/{current}/task").iterdir():
                 todo += map(int, (task / "children").read_text(encoding="utf-8").split())
         except (FileNotFoundError, ProcessLookupError):
-            continue                    # it ended between two looks
+            continue  # it ended between two looks
     return total
 
 
@@ -138,7 +144,9 @@ def measure(command):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--runs", type=int, default=1, help="of each; the table shows medians")
     arguments = parser.parse_args()
@@ -146,12 +154,34 @@ def main():
         folder = Path(folder)
         source = folder / "rows.jsonl"
         make_rows(source, arguments.rows)
-        print(f"{arguments.rows:,} rows, {source.stat().st_size / 1e6:.0f} MB; {os.cpu_count()} cores; "
-              f"Python {platform.python_version()}, datasets {version('datasets')}", flush=True)
-        ours = [sys.executable, str(SCRIPT), "--input-files", str(source), "--output-dir", str(folder / "out"),
-                "--tokenizer-model", ""]
-        theirs = [sys.executable, "-c", WITH_DATASETS, str(source), str(folder / "cache"), str(folder / "theirs.jsonl")]
-        commands = {"ours": ours, "datasets, row by row": [*theirs, "rows"], "datasets, batched": [*theirs, "batched"]}
+        print(
+            f"{arguments.rows:,} rows, {source.stat().st_size / 1e6:.0f} MB; {os.cpu_count()} cores; "
+            f"Python {platform.python_version()}, datasets {version('datasets')}",
+            flush=True,
+        )
+        ours = [
+            sys.executable,
+            str(SCRIPT),
+            "--input-files",
+            str(source),
+            "--output-dir",
+            str(folder / "out"),
+            "--tokenizer-model",
+            "",
+        ]
+        theirs = [
+            sys.executable,
+            "-c",
+            WITH_DATASETS,
+            str(source),
+            str(folder / "cache"),
+            str(folder / "theirs.jsonl"),
+        ]
+        commands = {
+            "ours": ours,
+            "datasets, row by row": [*theirs, "rows"],
+            "datasets, batched": [*theirs, "batched"],
+        }
         results = {name: [] for name in commands}
         for _ in range(arguments.runs):
             for name, command in commands.items():
@@ -165,8 +195,10 @@ def main():
     print(f"\n{'':<22}{'seconds':>10}{'CPU s':>10}{'rows/s':>10}{'peak MiB':>10}{'ours is':>16}")
     medians = {name: [statistics.median(column) for column in zip(*runs)] for name, runs in results.items()}
     for name, (seconds, used, peak) in medians.items():
-        print(f"{name:<22}{seconds:>10.1f}{used:>10.1f}{arguments.rows / seconds:>10,.0f}{peak:>10,.0f}"
-              f"{seconds / medians['ours'][0]:>10.1f} x fast")
+        print(
+            f"{name:<22}{seconds:>10.1f}{used:>10.1f}{arguments.rows / seconds:>10,.0f}{peak:>10,.0f}"
+            f"{seconds / medians['ours'][0]:>10.1f} x fast"
+        )
 
 
 if __name__ == "__main__":

@@ -31,14 +31,21 @@ sys.path.insert(0, str(ROOT))
 
 # (method, variant): whose trainer, precision, packed, sequences (or pairs) a step, for TRL's padded ones
 VARIANTS = {
-    ("sft", "ours"): {}, ("sft", "TRL padded"): {"batch": 4}, ("sft", "TRL packed"): {"packing": True},
-    ("lora", "ours"): {}, ("lora", "TRL padded"): {"batch": 4}, ("lora", "TRL packed"): {"packing": True},
-    ("dpo", "ours"): {}, ("dpo", "TRL padded"): {"batch": 2},
+    ("sft", "ours"): {},
+    ("sft", "TRL padded"): {"batch": 4},
+    ("sft", "TRL packed"): {"packing": True},
+    ("lora", "ours"): {},
+    ("lora", "TRL padded"): {"batch": 4},
+    ("lora", "TRL packed"): {"packing": True},
+    ("dpo", "ours"): {},
+    ("dpo", "TRL padded"): {"batch": 2},
 }
 # ours for SFT again, with other threads and rows
 SCALING = {
-    "ours, 1 thread": {"threads": 1}, "ours, rows of 256 tokens": {"max_length": 256},
-    "ours, rows of 1024 tokens": {"max_length": 1024}, "ours, rows of 2048 tokens": {"max_length": 2048},
+    "ours, 1 thread": {"threads": 1},
+    "ours, rows of 256 tokens": {"max_length": 256},
+    "ours, rows of 1024 tokens": {"max_length": 1024},
+    "ours, rows of 2048 tokens": {"max_length": 2048},
 }
 
 
@@ -50,9 +57,20 @@ def shape_of_qwen3(folder):
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=40960, rope_theta=1_000_000, tie_word_embeddings=True))
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=151936,
+            hidden_size=1024,
+            intermediate_size=3072,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+            max_position_embeddings=40960,
+            rope_theta=1_000_000,
+            tie_word_embeddings=True,
+        )
+    )
     AutoTokenizer.from_pretrained(ROOT / "model_download/tiny_qwen3_tcm").save_pretrained(folder)
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
@@ -63,12 +81,24 @@ def sample_files(folder):
     from utils.files import read_jsonl, write_jsonl
 
     rows = list(read_jsonl(ROOT / "data_prepare/sample/tcm_sample.jsonl"))
-    texts = [tuple("\n".join(row[name] for row in rows[start:start + 6]) for name in ("instruction", "output"))
-             for start in range(0, 2400, 6)]
+    texts = [
+        tuple("\n".join(row[name] for row in rows[start : start + 6]) for name in ("instruction", "output"))
+        for start in range(0, 2400, 6)
+    ]
     say = lambda role, text: {"role": role, "content": text}  # noqa: E731
-    conversations = [{"id": str(number), "messages": [say("user", q), say("assistant", a)]} for number, (q, a) in enumerate(texts)]
-    pairs = [{"id": str(number), "prompt": [say("user", q)], "chosen": [say("assistant", a)], "rejected": [say("assistant", texts[number - 1][1])]}
-             for number, (q, a) in enumerate(texts)]
+    conversations = [
+        {"id": str(number), "messages": [say("user", q), say("assistant", a)]}
+        for number, (q, a) in enumerate(texts)
+    ]
+    pairs = [
+        {
+            "id": str(number),
+            "prompt": [say("user", q)],
+            "chosen": [say("assistant", a)],
+            "rejected": [say("assistant", texts[number - 1][1])],
+        }
+        for number, (q, a) in enumerate(texts)
+    ]
     write_jsonl(folder / "sft.jsonl", conversations)
     write_jsonl(folder / "pairs.jsonl", pairs)
     return folder / "sft.jsonl", folder / "pairs.jsonl"
@@ -115,9 +145,25 @@ def ours(method, precision, options, folder):
     from utils.training.setup import training_arguments
     from utils.training.trainer import PackedDPOTrainer, PackedTrainer
 
-    settings = parse_settings(ROOT / f"model_finetune/finetune_{method}.py", [
-        "--model", options.model, "--output-dir", folder, "--max-length", str(options.max_length), "--accumulation", "1",
-        "--max-steps", str(options.steps), "--device", "auto", "--precision", precision])
+    settings = parse_settings(
+        ROOT / f"model_finetune/finetune_{method}.py",
+        [
+            "--model",
+            options.model,
+            "--output-dir",
+            folder,
+            "--max-length",
+            str(options.max_length),
+            "--accumulation",
+            "1",
+            "--max-steps",
+            str(options.steps),
+            "--device",
+            "auto",
+            "--precision",
+            precision,
+        ],
+    )
     device = pick_device("auto", precision)
     run = argparse.Namespace(folder=Path(folder), checkpoint=None)
     args = training_arguments(settings, device, run)
@@ -126,11 +172,16 @@ def ours(method, precision, options, folder):
     tokenizer = load_tokenizer(options.model)
     model = prepare_packed(load_model(options.model, torch.float32))
     load = load_pairs if method == "dpo" else load_conversations
-    rows, _ = load(Path(options.pairs_file if method == "dpo" else options.train_file), tokenizer, options.max_length, options.rows)
+    rows, _ = load(
+        Path(options.pairs_file if method == "dpo" else options.train_file),
+        tokenizer,
+        options.max_length,
+        options.rows,
+    )
     reference = 0.0
     if method == "dpo":
         few = PackedRows(rows.items[:8], options.max_length)
-        answer_logps(model, PackedRows(rows.items[:1], options.max_length), device)     # the first pass warms up
+        answer_logps(model, PackedRows(rows.items[:1], options.max_length), device)  # the first pass warms up
         began = time.perf_counter()
         answer_logps(model, few, device)
         reference = (time.perf_counter() - began) / few.tokens
@@ -138,9 +189,13 @@ def ours(method, precision, options, folder):
             item.update(reference_chosen=-100.0, reference_rejected=-100.0)
         trainer = PackedDPOTrainer(model, args, rows, None, tokenizer, beta=0.1, sft_weight=0.2)
     else:
-        trainer = PackedTrainer(add_lora(model, settings) if method == "lora" else model, args, rows, None, tokenizer)
+        trainer = PackedTrainer(
+            add_lora(model, settings) if method == "lora" else model, args, rows, None, tokenizer
+        )
     # a tree (shared tokens, tokens of each branch ...) stands for documents of shared + branch + the last token, each
-    clock = Clock(trainer, lambda inputs: sum(tree[0] + branch + 1 for tree in inputs["layout"] for branch in tree[1:]))
+    clock = Clock(
+        trainer, lambda inputs: sum(tree[0] + branch + 1 for tree in inputs["layout"] for branch in tree[1:])
+    )
     trainer.train()
     return clock, reference
 
@@ -155,20 +210,42 @@ def theirs(method, precision, options, folder, batch=1, packing=False):
 
     from utils.files import read_jsonl, sample_by_id
 
-    rows = sample_by_id(list(read_jsonl(options.pairs_file if method == "dpo" else options.train_file)), options.rows)
+    rows = sample_by_id(
+        list(read_jsonl(options.pairs_file if method == "dpo" else options.train_file)), options.rows
+    )
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    common = dict(output_dir=folder, max_steps=options.steps, per_device_train_batch_size=batch, max_length=options.max_length,
-                  bf16=precision == "bf16", gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), logging_steps=1,
-                  save_strategy="no", report_to="none", disable_tqdm=True, seed=0)
+    common = dict(
+        output_dir=folder,
+        max_steps=options.steps,
+        per_device_train_batch_size=batch,
+        max_length=options.max_length,
+        bf16=precision == "bf16",
+        gradient_checkpointing=False,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=0,
+    )
     if method == "dpo":
-        data = Dataset.from_list([{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows])
+        data = Dataset.from_list(
+            [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+        )
         trainer = DPOTrainer(model, args=DPOConfig(**common), train_dataset=data, processing_class=tokenizer)
     else:
-        data = Dataset.from_list([{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows])
+        data = Dataset.from_list(
+            [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows]
+        )
         lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if method == "lora" else None
-        trainer = SFTTrainer(model, args=SFTConfig(**common, packing=packing), train_dataset=data, processing_class=tokenizer,
-                             peft_config=lora)
+        trainer = SFTTrainer(
+            model,
+            args=SFTConfig(**common, packing=packing),
+            train_dataset=data,
+            processing_class=tokenizer,
+            peft_config=lora,
+        )
 
     def count(inputs):
         mask = inputs.get("attention_mask")
@@ -189,11 +266,25 @@ def measure(options):
         if options.variant.startswith("ours"):
             clock, reference = ours(options.method, options.precision, options, folder)
         else:
-            clock, reference = theirs(options.method, options.precision, options, folder, **VARIANTS[options.method, options.variant])
+            clock, reference = theirs(
+                options.method,
+                options.precision,
+                options,
+                folder,
+                **VARIANTS[options.method, options.variant],
+            )
     seconds = [spent + reference * tokens for spent, tokens in zip(clock.seconds[1:], clock.tokens[1:])]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else peak
-    print(json.dumps({"tokens_per_second": sum(clock.tokens[1:]) / sum(seconds), "peak_gib": memory, "tokens": sum(clock.tokens[1:])}))
+    print(
+        json.dumps(
+            {
+                "tokens_per_second": sum(clock.tokens[1:]) / sum(seconds),
+                "peak_gib": memory,
+                "tokens": sum(clock.tokens[1:]),
+            }
+        )
+    )
 
 
 def matrix_peak(precision):
@@ -201,7 +292,10 @@ def matrix_peak(precision):
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    one, other = (torch.randn(4096, 4096, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32) for _ in range(2))
+    one, other = (
+        torch.randn(4096, 4096, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+        for _ in range(2)
+    )
     times = []
     for _ in range(8):
         began = time.perf_counter()
@@ -211,26 +305,31 @@ def matrix_peak(precision):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="a model folder; default: the shape with random weights")
     parser.add_argument("--train-file", help="conversations, as sft_train.jsonl")
     parser.add_argument("--pairs-file", help="preference pairs, as dpo_train.jsonl")
     parser.add_argument("--methods", nargs="+", default=["sft", "lora", "dpo"])
     parser.add_argument("--variants", nargs="+", default=["ours", "TRL padded", "TRL packed", "scaling"])
-    parser.add_argument("--precisions", nargs="+", help="fp32 bf16; default: fp32 for all, and bf16 where the hardware has it")
+    parser.add_argument(
+        "--precisions", nargs="+", help="fp32 bf16; default: fp32 for all, and bf16 where the hardware has it"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3, help="optimizer steps of a measurement, the first left out")
+    parser.add_argument(
+        "--steps", type=int, default=3, help="optimizer steps of a measurement, the first left out"
+    )
     parser.add_argument("--max-length", type=int, default=512, help="tokens a packed row")
     parser.add_argument("--rows", type=int, default=200, help="conversations or pairs, drawn evenly")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
     parser.add_argument("--output", default=str(ROOT / "trainer_output/bench/training.json"))
-    parser.add_argument("--method", help=argparse.SUPPRESS)         # these three: one measurement, by the call below
+    parser.add_argument("--method", help=argparse.SUPPRESS)  # these three: one measurement, by the call below
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--precision", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.variant:
         return measure(options)
-
 
     from utils.device import pick_device
 
@@ -238,26 +337,57 @@ def main():
     place.mkdir(parents=True, exist_ok=True)
     files = sample_files(place)
     options.model = options.model or str(shape_of_qwen3(place / "qwen3_0_6b_shape"))
-    options.train_file, options.pairs_file = options.train_file or str(files[0]), options.pairs_file or str(files[1])
+    options.train_file, options.pairs_file = (
+        options.train_file or str(files[0]),
+        options.pairs_file or str(files[1]),
+    )
     precisions = options.precisions or (["fp32", "bf16"] if pick_device().bf16 else ["fp32"])
-    cases = [(method, variant, precision) for method, variant in VARIANTS for precision in precisions
-             if method in options.methods and variant in options.variants and not (variant == "ours" and precision != precisions[-1])]
+    cases = [
+        (method, variant, precision)
+        for method, variant in VARIANTS
+        for precision in precisions
+        if method in options.methods
+        and variant in options.variants
+        and not (variant == "ours" and precision != precisions[-1])
+    ]
     if "sft" in options.methods and "scaling" in options.variants:
         cases += [("sft", variant, precisions[-1]) for variant in SCALING]
     peaks, results = {precision: matrix_peak(precision) for precision in precisions}, {}
-    given = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in
-             ("model", "train_file", "pairs_file", "steps", "max_length", "rows", "threads")]
+    given = [
+        f"--{name.replace('_', '-')}={getattr(options, name)}"
+        for name in ("model", "train_file", "pairs_file", "steps", "max_length", "rows", "threads")
+    ]
     for number in range(options.rounds):
         for method, variant, precision in cases:
-            changed = [f"--{name.replace('_', '-')}={value}" for name, value in SCALING.get(variant, {}).items()]
-            done = subprocess.run([sys.executable, __file__, *given, *changed, "--method", method, "--variant", variant,
-                                   "--precision", precision], capture_output=True, text=True, encoding="utf-8")
+            changed = [
+                f"--{name.replace('_', '-')}={value}" for name, value in SCALING.get(variant, {}).items()
+            ]
+            done = subprocess.run(
+                [
+                    sys.executable,
+                    __file__,
+                    *given,
+                    *changed,
+                    "--method",
+                    method,
+                    "--variant",
+                    variant,
+                    "--precision",
+                    precision,
+                ],
+                capture_output=True,
+                text=True,
+                encoding="utf-8",
+            )
             if done.returncode:
                 sys.exit(f"{method} {variant} {precision} failed:\n{done.stderr[-2000:]}")
             result = json.loads(done.stdout.splitlines()[-1])
             results.setdefault((method, variant, precision), []).append(result)
-            print(f"round {number + 1}: {method} {variant} {precision}: {result['tokens_per_second']:.1f} tokens/s, "
-                  f"{result['peak_gib']:.1f} GiB", flush=True)
+            print(
+                f"round {number + 1}: {method} {variant} {precision}: {result['tokens_per_second']:.1f} tokens/s, "
+                f"{result['peak_gib']:.1f} GiB",
+                flush=True,
+            )
     print_table(results, peaks, options)
 
 
@@ -269,27 +399,53 @@ def print_table(results, peaks, options):
     for (method, variant, precision), rounds in results.items():
         speed = statistics.median(result["tokens_per_second"] for result in rounds)
         flop = (4 if method == "lora" else 6) * 596_049_920
-        table.append({"method": method, "variant": variant, "precision": precision, "tokens_per_second": round(speed, 1),
-                      "of_peak": round(speed * flop / peaks[precision], 3), "peak_gib": round(max(r["peak_gib"] for r in rounds), 1)})
+        table.append(
+            {
+                "method": method,
+                "variant": variant,
+                "precision": precision,
+                "tokens_per_second": round(speed, 1),
+                "of_peak": round(speed * flop / peaks[precision], 3),
+                "peak_gib": round(max(r["peak_gib"] for r in rounds), 1),
+            }
+        )
         own = next((rounds for case, rounds in results.items() if case[:2] == (method, "ours")), None)
-        if own and variant != "ours":       # round by round: the machine may be slower in one than in another
-            table[-1]["ours_is"] = round(statistics.median(o["tokens_per_second"] / r["tokens_per_second"] for o, r in zip(own, rounds)), 2)
+        if own and variant != "ours":  # round by round: the machine may be slower in one than in another
+            table[-1]["ours_is"] = round(
+                statistics.median(
+                    o["tokens_per_second"] / r["tokens_per_second"] for o, r in zip(own, rounds)
+                ),
+                2,
+            )
     print("\n| method | trainer | tokens/s | ours is | of peak | memory |\n|---|---|---|---|---|---|")
     for row in table:
         ratio = f"{row['ours_is']:.2f} x" if "ours_is" in row else ""
-        print(f"| {row['method']} | {row['variant']}, {row['precision']} | {row['tokens_per_second']:.1f} | {ratio} | "
-              f"{row['of_peak']:.0%} | {row['peak_gib']:.1f} GiB |")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8").stdout.strip()
+        print(
+            f"| {row['method']} | {row['variant']}, {row['precision']} | {row['tokens_per_second']:.1f} | {ratio} | "
+            f"{row['of_peak']:.0%} | {row['peak_gib']:.1f} GiB |"
+        )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
+    ).stdout.strip()
     record = {
-        "command": " ".join(["python", "tests/benchmarks/bench_training.py", *sys.argv[1:]]), "commit": commit,
+        "command": " ".join(["python", "tests/benchmarks/bench_training.py", *sys.argv[1:]]),
+        "commit": commit,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",
         "matrix_peak_gflops": {name: round(peak / 1e9) for name, peak in peaks.items()},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "trl", "peft")}},
-        "rounds": options.rounds, "steps": options.steps, "max_length": options.max_length, "table": table,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "trl", "peft")},
+        },
+        "rounds": options.rounds,
+        "steps": options.steps,
+        "max_length": options.max_length,
+        "table": table,
         "all": [{"case": list(case), "rounds": rounds} for case, rounds in results.items()],
     }
     Path(options.output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{record['machine']}; matrix product: {record['matrix_peak_gflops']} GFLOP/s; written to {options.output}")
+    print(
+        f"\n{record['machine']}; matrix product: {record['matrix_peak_gflops']} GFLOP/s; written to {options.output}"
+    )
 
 
 if __name__ == "__main__":

@@ -16,12 +16,15 @@ def rows(name):
     return list(read_jsonl(SAMPLE / f"{name}.jsonl"))
 
 
-@pytest.mark.parametrize("table, least, fields", [
-    ("herbs", 180, {"nature", "flavours", "channels", "actions", "caution"}),
-    ("formulas", 80, {"composition", "actions", "indication"}),
-    ("acupoints", 80, {"meridian", "location", "indications"}),
-    ("syndromes", 40, {"signs", "tongue", "pulse", "principle", "formula"}),
-])
+@pytest.mark.parametrize(
+    "table, least, fields",
+    [
+        ("herbs", 180, {"nature", "flavours", "channels", "actions", "caution"}),
+        ("formulas", 80, {"composition", "actions", "indication"}),
+        ("acupoints", 80, {"meridian", "location", "indications"}),
+        ("syndromes", 40, {"signs", "tongue", "pulse", "principle", "formula"}),
+    ],
+)
 def test_tables_are_large_and_complete(table, least, fields):
     entries = rows(table)
     assert len(entries) >= least
@@ -69,16 +72,25 @@ def test_exam_items_have_one_right_answer():
         assert not any(make_sample.too_close(attribute, entity["facts"][attribute], text) for text in wrong)
         assert not set(wrong) & set(entity["also"].get(attribute, []))
         letters[item["answer"]] += 1
-    assert max(letters.values()) < 0.32 * sum(letters.values())         # the place of the answer tells nothing
+    assert max(letters.values()) < 0.32 * sum(letters.values())  # the place of the answer tells nothing
 
 
-@pytest.mark.parametrize("attribute, right, other, close", [
-    ("nature", "寒", "微寒", True), ("nature", "寒", "温", False),
-    ("flavours", "辛、苦", "辛", True), ("flavours", "苦", "微苦", True), ("flavours", "辛、苦", "甘", False),
-    ("channels", "肺、脾经", "肺经", True), ("channels", "肺、脾经", "肺、肾经", False),
-    ("actions", "利水消肿", "渗湿", True), ("actions", "活血调经", "安神", False),
-    ("pulse", "脉弦滑", "脉弦有力", True), ("tongue", "舌红苔黄", "舌淡苔白", False),
-])
+@pytest.mark.parametrize(
+    "attribute, right, other, close",
+    [
+        ("nature", "寒", "微寒", True),
+        ("nature", "寒", "温", False),
+        ("flavours", "辛、苦", "辛", True),
+        ("flavours", "苦", "微苦", True),
+        ("flavours", "辛、苦", "甘", False),
+        ("channels", "肺、脾经", "肺经", True),
+        ("channels", "肺、脾经", "肺、肾经", False),
+        ("actions", "利水消肿", "渗湿", True),
+        ("actions", "活血调经", "安神", False),
+        ("pulse", "脉弦滑", "脉弦有力", True),
+        ("tongue", "舌红苔黄", "舌淡苔白", False),
+    ],
+)
 def test_what_counts_as_too_close(attribute, right, other, close):
     assert make_sample.too_close(attribute, right, other) == close
 
@@ -102,10 +114,18 @@ def test_terms_swap_to_something_wrong_and_alike():
     import random
 
     terms = Terms(SAMPLE / "terms.jsonl")
-    for answer, question in (("麻黄的药性是温。", "麻黄的药性是什么？"), ("肺、膀胱经。", "麻黄归哪些经？"),
-                             ("麻黄、桂枝、苦杏仁、甘草。", "麻黄汤由哪些药组成？")):
+    for answer, question in (
+        ("麻黄的药性是温。", "麻黄的药性是什么？"),
+        ("肺、膀胱经。", "麻黄归哪些经？"),
+        ("麻黄、桂枝、苦杏仁、甘草。", "麻黄汤由哪些药组成？"),
+    ):
         wrong, reason = terms.swap(answer, question, random.Random(1))
-        assert not reason and wrong != answer and abs(len(wrong) - len(answer)) <= max(1, 0.2 * len(answer)), (answer, wrong)
+        assert (
+            not reason and wrong != answer and abs(len(wrong) - len(answer)) <= max(1, 0.2 * len(answer))
+        ), (answer, wrong)
         assert terms.stated(wrong, question) != terms.stated(answer, question)
-    assert terms.swap("今天天气很好。", "天气如何？", random.Random(1)) == (None, "no known term in the answer")
-    assert terms.stated("本品温通经脉。", "") == {"温通经脉"}           # 温 inside a word is not the nature 温
+    assert terms.swap("今天天气很好。", "天气如何？", random.Random(1)) == (
+        None,
+        "no known term in the answer",
+    )
+    assert terms.stated("本品温通经脉。", "") == {"温通经脉"}  # 温 inside a word is not the nature 温

@@ -10,8 +10,10 @@ from utils.model.cached_forward import CachedModel
 from utils.model.half_weights import hold_half_weights
 from utils.model.load import load_for_answers, load_model
 
-TINY = str(ROOT / "model_download/tiny_qwen3_tcm")          # trained, and published in bfloat16 as Qwen3 is
-NEEDS_FBGEMM = pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="not an x86 CPU with AVX2")
+TINY = str(ROOT / "model_download/tiny_qwen3_tcm")  # trained, and published in bfloat16 as Qwen3 is
+NEEDS_FBGEMM = pytest.mark.skipif(
+    "fbgemm" not in torch.backends.quantized.supported_engines, reason="not an x86 CPU with AVX2"
+)
 
 
 def some_ids(count):
@@ -34,11 +36,13 @@ def test_feeding_by_parts_equals_one_pass_of_transformers(dtype, accuracy):
     for end in (*range(1, 4), 255, 256, 257, 300, 301, 450, 699, 700):
         logits = cached.feed(ids[start:end])
         assert logits.dtype == torch.float32 and cached.length == end
-        assert close(logits.double(), double[end - 1], accuracy) and close(theirs[end - 1], double[end - 1], accuracy), end
+        assert close(logits.double(), double[end - 1], accuracy) and close(
+            theirs[end - 1], double[end - 1], accuracy
+        ), end
         start = end
     cached.keep(300)
     assert close(cached.feed(ids[300:450]).double(), theirs[449], accuracy)
-    cached.keep(900)                    # more than there is: nothing to forget
+    cached.keep(900)  # more than there is: nothing to forget
     assert cached.length == 450
 
 
@@ -49,7 +53,7 @@ def test_bfloat16_weights_lose_nothing_as_float16():
     with torch.no_grad():
         double = exact(torch.tensor([ids])).logits[0, -1]
     halved = load_for_answers(TINY, Device("cpu", False, "test", half_weights=True))
-    assert not [name for name, _ in halved.named_parameters() if "proj" in name]        # those weights are gone
+    assert not [name for name, _ in halved.named_parameters() if "proj" in name]  # those weights are gone
     assert close(CachedModel(halved).feed(ids).double(), double, 1e-5)
     one_by_one = CachedModel(halved)
     assert close([one_by_one.feed([token]) for token in ids][-1].double(), double, 1e-5)
@@ -61,11 +65,14 @@ def test_float32_weights_keep_more_than_bfloat16_would():
         torch.manual_seed(0)
         model = load_model(TINY, torch.float32).eval()
         for weight in model.parameters():
-            weight.data *= 1 + torch.rand_like(weight) / 100        # now they have 24 bits
+            weight.data *= 1 + torch.rand_like(weight) / 100  # now they have 24 bits
         return CachedModel(change(model)).feed(some_ids(100)).double()
 
     exact = logits(torch.nn.Module.double)
-    off = {name: (logits(change) - exact).norm() for name, change in (("half", hold_half_weights), ("bf16", torch.nn.Module.bfloat16))}
+    off = {
+        name: (logits(change) - exact).norm()
+        for name, change in (("half", hold_half_weights), ("bf16", torch.nn.Module.bfloat16))
+    }
     assert 0 < off["half"] < off["bf16"] / 4
 
 
@@ -84,11 +91,20 @@ def test_weights_that_float16_cannot_hold_stay(value):
 def test_other_models_are_refused(tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    for number, (kind, changes) in enumerate((("qwen2", {}), ("qwen3", {"use_sliding_window": True, "sliding_window": 8,
-                                                                      "max_window_layers": 1}))):
+    for number, (kind, changes) in enumerate(
+        (("qwen2", {}), ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}))
+    ):
         folder = tmp_path / str(number)
-        config = AutoConfig.for_model(kind, vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
-                                      num_attention_heads=2, num_key_value_heads=2, **changes)
+        config = AutoConfig.for_model(
+            kind,
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            **changes,
+        )
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
         with pytest.raises(UserError, match=f"is a {kind} model; wanted Qwen3, without sliding windows"):

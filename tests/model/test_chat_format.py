@@ -14,7 +14,11 @@ SINGLE = [{"role": "user", "content": "麻黄的药性是什么？"}, {"role": "
 SYSTEM = [{"role": "system", "content": "你是中医。"}, *SINGLE]
 THINKING = [SINGLE[0], {"role": "assistant", "content": "温。", "reasoning_content": "麻黄味辛，\n性温。"}]
 MULTI = [*SYSTEM, {"role": "user", "content": "归经呢？"}, {"role": "assistant", "content": "肺、膀胱经。"}]
-MIXED = [*THINKING, {"role": "user", "content": "归经呢？"}, {"role": "assistant", "content": "肺经。", "reasoning_content": "想"}]
+MIXED = [
+    *THINKING,
+    {"role": "user", "content": "归经呢？"},
+    {"role": "assistant", "content": "肺经。", "reasoning_content": "想"},
+]
 ALL = [SINGLE, SYSTEM, THINKING, MULTI, MIXED]
 
 
@@ -32,10 +36,12 @@ def test_trained_text_is_what_the_template_renders(tokenizer, messages):
     for index, (prompt, answer) in enumerate(encode_turns(tokenizer, messages)):
         turn = [i for i, message in enumerate(messages) if message["role"] == "assistant"][index]
         thinking = bool(messages[turn].get("reasoning_content"))
-        chat = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
+        chat = tokenizer.apply_chat_template(
+            messages[:turn], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
         assert tokenizer.decode(prompt) == chat
-        assert prompt == encode_prompt(tokenizer, messages[:turn], thinking)        # as chat feeds it
-        whole = tokenizer.apply_chat_template(messages[:turn + 1], tokenize=False)
+        assert prompt == encode_prompt(tokenizer, messages[:turn], thinking)  # as chat feeds it
+        whole = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
         assert tokenizer.decode(prompt + answer) + "\n" == whole
         assert tokenizer.decode(answer).endswith("<|im_end|>") and answer[-1] == tokenizer.eos_token_id
         assert ("<think>" in tokenizer.decode(answer)) == thinking
@@ -44,7 +50,7 @@ def test_trained_text_is_what_the_template_renders(tokenizer, messages):
 def test_every_assistant_turn_is_trained_once(tokenizer):
     turns = encode_turns(tokenizer, MULTI)
     assert [tokenizer.decode(answer) for _, answer in turns] == ["温。<|im_end|>", "肺、膀胱经。<|im_end|>"]
-    assert "<think>" not in tokenizer.decode(turns[1][0]).split("温。")[0]     # history carries no think block
+    assert "<think>" not in tokenizer.decode(turns[1][0]).split("温。")[0]  # history carries no think block
 
 
 @pytest.mark.parametrize("thinking", [True, False])
@@ -55,7 +61,9 @@ def test_the_template_remembers_the_mode(tokenizer, thinking, tmp_path):
     tokenizer.chat_template = before
     saved = AutoTokenizer.from_pretrained(tmp_path)
     for asked in (None, True, False):
-        assert encode_prompt(saved, SYSTEM[:2], asked) == encode_prompt(tokenizer, SYSTEM[:2], thinking if asked is None else asked)
+        assert encode_prompt(saved, SYSTEM[:2], asked) == encode_prompt(
+            tokenizer, SYSTEM[:2], thinking if asked is None else asked
+        )
     assert saved.chat_template.count("set enable_thinking") == 1
 
 
@@ -67,7 +75,10 @@ def test_generation_settings_hold_both_ends(tokenizer):
 
 def test_long_rows_are_set_aside_and_counted_never_cut(tokenizer, tmp_path, capsys):
     long = [SINGLE[0], {"role": "assistant", "content": "温。" * 200}]
-    write_jsonl(tmp_path / "rows.jsonl", [{"id": str(n), "messages": messages} for n, messages in enumerate([SINGLE, long, SYSTEM])])
+    write_jsonl(
+        tmp_path / "rows.jsonl",
+        [{"id": str(n), "messages": messages} for n, messages in enumerate([SINGLE, long, SYSTEM])],
+    )
     rows, thinking = load_conversations(tmp_path / "rows.jsonl", tokenizer, 120)
     assert len(rows.items) == 2 and not thinking
     assert all(answer[-1] == tokenizer.eos_token_id for item in rows.items for _, answer in item["documents"])
@@ -78,7 +89,12 @@ def test_long_rows_are_set_aside_and_counted_never_cut(tokenizer, tmp_path, caps
 
 @pytest.mark.parametrize("rejected", ["温。", " "])
 def test_pairs_that_teach_nothing_are_refused(tokenizer, tmp_path, rejected):
-    pair = {"id": "1", "prompt": SINGLE[:1], "chosen": SINGLE[1:], "rejected": [{"role": "assistant", "content": rejected}]}
+    pair = {
+        "id": "1",
+        "prompt": SINGLE[:1],
+        "chosen": SINGLE[1:],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
     write_jsonl(tmp_path / "pairs.jsonl", [pair])
     with pytest.raises(UserError, match="row 1: chosen and rejected must differ"):
         load_pairs(tmp_path / "pairs.jsonl", tokenizer, 100)

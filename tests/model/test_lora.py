@@ -13,8 +13,11 @@ def layers(dtype, seed):
     """An adapted layer of 24 -> 40 and states for it, the same for the same seed."""
     torch.manual_seed(seed)
     config = LoraConfig(r=4, lora_alpha=12, lora_dropout=0.0, target_modules=["0"])
-    layer = next(part for part in get_peft_model(nn.Sequential(nn.Linear(24, 40, bias=False)), config).modules()
-                 if isinstance(part, Linear))
+    layer = next(
+        part
+        for part in get_peft_model(nn.Sequential(nn.Linear(24, 40, bias=False)), config).modules()
+        if isinstance(part, Linear)
+    )
     nn.init.normal_(layer.lora_B["default"].weight)
     return layer.to(dtype), torch.randn(1, 50, 24).to(dtype).requires_grad_()
 

@@ -25,6 +25,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def norms_in_float64(monkeypatch):
     """transformers' norm rounds to float32 whatever it gets. A reference in float64 must not."""
+
     def forward(norm, states):
         exact = states.to(torch.promote_types(states.dtype, torch.float32))
         exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
@@ -43,7 +44,7 @@ def test_rows_hold_every_item_once_and_never_too_much():
     rows = pack(lengths, 100)
     assert sorted(index for row in rows for index in row) == list(range(1000))
     assert max(sum(lengths[index] for index in row) for row in rows) <= 100
-    assert len(rows) <= 1.1 * sum(lengths) / 100            # hardly any room is left
+    assert len(rows) <= 1.1 * sum(lengths) / 100  # hardly any room is left
     assert rows == pack(lengths, 100) != pack(lengths, 100, seed=1)
 
 
@@ -61,8 +62,10 @@ def test_hidden_states_of_a_packed_row_are_those_of_each_document_alone(folder):
         hidden = packed(**split_batch(collate([items]))[0])
         logits = hidden @ packed.lm_head.weight.T
         order = sorted(range(30), key=lambda index: item_length(items[index]))
-        alone = [plain(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1]
-                 for prompt, answer in (items[index]["documents"][0] for index in order)]
+        alone = [
+            plain(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            for prompt, answer in (items[index]["documents"][0] for index in order)
+        ]
     assert torch.allclose(logits, torch.cat(alone), atol=2e-5)
 
 
@@ -73,8 +76,15 @@ def test_loss_and_gradients_equal_the_plain_computation(folder, monkeypatch, chu
     packed, plain = prepare_packed(load(folder, torch.float64)), load(folder, torch.float64)
     inputs, targets, _ = split_batch(collate([items]))
     (sum_of_losses(packed(**inputs), packed.lm_head.weight, targets) / len(targets)).backward()
-    total = sum(F.cross_entropy(plain(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1], torch.tensor(answer),
-                                reduction="sum") for item in items for prompt, answer in item["documents"])
+    total = sum(
+        F.cross_entropy(
+            plain(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1],
+            torch.tensor(answer),
+            reduction="sum",
+        )
+        for item in items
+        for prompt, answer in item["documents"]
+    )
     (total / len(targets)).backward()
     for (name, one), other in zip(packed.named_parameters(), plain.parameters()):
         assert torch.allclose(one.grad, other.grad, rtol=1e-9, atol=1e-12), name
@@ -84,8 +94,12 @@ def test_one_row_is_blind_to_another(folder):
     """Changing every token of one document leaves the loss of the other as it was, to the bit."""
     model = prepare_packed(load(folder))
     one, other = some_items(2, seed=2)
-    changed = {"documents": [([token + 1 for token in prompt], [token + 1 for token in answer])
-                             for prompt, answer in other["documents"]]}
+    changed = {
+        "documents": [
+            ([token + 1 for token in prompt], [token + 1 for token in answer])
+            for prompt, answer in other["documents"]
+        ]
+    }
 
     def logps(second):
         inputs, targets, rest = split_batch(collate([[one, second]]))
@@ -109,8 +123,10 @@ def test_weighted_loss_gradients_by_finite_rules():
     hidden, weight = torch.randn(11, 6, dtype=torch.float64), torch.randn(17, 6, dtype=torch.float64)
     targets, scale = torch.randint(17, (11,)), torch.randn(11, dtype=torch.float64)
     results = []
-    for compute in (lambda h, w: sum_of_losses(h, w, targets, scale),
-                    lambda h, w: (scale * F.cross_entropy(h @ w.T, targets, reduction="none")).sum()):
+    for compute in (
+        lambda h, w: sum_of_losses(h, w, targets, scale),
+        lambda h, w: (scale * F.cross_entropy(h @ w.T, targets, reduction="none")).sum(),
+    ):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         loss = compute(h, w)
         (3 * loss).backward()
@@ -132,7 +148,9 @@ def test_bf16_is_no_further_from_float64_than_the_plain_bf16_path():
     exact = gradients(lambda h, w: F.cross_entropy(h @ w.T, targets, reduction="sum"), torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         ours = gradients(lambda h, w: sum_of_losses(h, w, targets), torch.float32)
-        plain = gradients(lambda h, w: F.cross_entropy((h @ w.T).float(), targets, reduction="sum"), torch.float32)
+        plain = gradients(
+            lambda h, w: F.cross_entropy((h @ w.T).float(), targets, reduction="sum"), torch.float32
+        )
     for reference, one, other in zip(exact, ours, plain):
         assert (one - reference).norm() <= 1.05 * (other - reference).norm()
 
@@ -141,8 +159,14 @@ def gradients_of(model, plain, documents, dtype=torch.float32):
     """Gradients of the summed loss, float64: by plain transformers one document after another, or by ours, packed."""
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         if plain:
-            losses = [F.cross_entropy(model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1].float(),
-                                      torch.tensor(answer), reduction="sum") for prompt, answer in documents]
+            losses = [
+                F.cross_entropy(
+                    model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float(),
+                    torch.tensor(answer),
+                    reduction="sum",
+                )
+                for prompt, answer in documents
+            ]
             loss = sum(losses)
         else:
             inputs, targets, _ = split_batch(collate([[{"documents": [document]} for document in documents]]))
@@ -156,7 +180,9 @@ def test_a_model_in_bf16_is_no_further_from_float64_than_plain_transformers(fold
     exact = gradients_of(load(folder, torch.float64), True, documents)
     ours = gradients_of(prepare_packed(load(folder)), False, documents, torch.bfloat16)
     plain = gradients_of(load(folder), True, documents, torch.bfloat16)
-    errors = torch.tensor([[(one - right).norm() / right.norm() for one in found] for *found, right in zip(ours, plain, exact)])
+    errors = torch.tensor(
+        [[(one - right).norm() / right.norm() for one in found] for *found, right in zip(ours, plain, exact)]
+    )
     assert errors.max() < 0.1 and errors[:, 0].mean() <= 1.02 * errors[:, 1].mean(), errors
 
 
@@ -164,9 +190,12 @@ def test_layers_keep_a_quarter_less_for_the_backward_pass(folder):
     def bytes_kept(model, **inputs):
         kept = {}
         with torch.autograd.graph.saved_tensors_hooks(
-                lambda tensor: kept.update({tensor.data_ptr(): tensor.nbytes}) or tensor, lambda tensor: tensor):
+            lambda tensor: kept.update({tensor.data_ptr(): tensor.nbytes}) or tensor, lambda tensor: tensor
+        ):
             model.model(**inputs, use_cache=False)
-        return sum(kept.values()) - sum(parameter.nbytes for parameter in model.parameters() if parameter.data_ptr() in kept)
+        return sum(kept.values()) - sum(
+            parameter.nbytes for parameter in model.parameters() if parameter.data_ptr() in kept
+        )
 
     inputs, _, _ = split_batch(collate([some_items(30)]))
     del inputs["shift_labels"]
@@ -178,7 +207,11 @@ def test_layers_keep_a_quarter_less_for_the_backward_pass(folder):
 def test_packed_rows_count_tokens():
     items = some_items(10, seed=3)
     rows = PackedRows(items, 100)
-    assert rows.tokens == sum(map(item_length, items)) + len(items) == sum(item_length(item) + 1 for row in rows for item in row)
+    assert (
+        rows.tokens
+        == sum(map(item_length, items)) + len(items)
+        == sum(item_length(item) + 1 for row in rows for item in row)
+    )
     assert rows.trained_tokens == sum(len(answer) for item in items for _, answer in item["documents"])
 
 
@@ -204,12 +237,15 @@ def test_answers_to_one_prompt_share_its_tokens(folder):
     shared, plain = (prepare_packed(load(folder, torch.float64)) for _ in range(2))
     inputs, targets, rest = split_batch(batch)
     sums = torch.zeros(36, dtype=torch.float64).index_add_(
-        0, rest["label_documents"], token_logps(shared(**inputs), shared.lm_head.weight, targets))
+        0, rest["label_documents"], token_logps(shared(**inputs), shared.lm_head.weight, targets)
+    )
     sum_of_losses(shared(**inputs), shared.lm_head.weight, targets).backward()
     for number, document in enumerate(document for item in items for document in item["documents"]):
         inputs, targets, _ = split_batch(collate([[{"documents": [document]}]]))
         hidden = plain(**inputs)
-        assert sums[number].item() == pytest.approx(token_logps(hidden, plain.lm_head.weight, targets).sum().item(), rel=1e-12)
+        assert sums[number].item() == pytest.approx(
+            token_logps(hidden, plain.lm_head.weight, targets).sum().item(), rel=1e-12
+        )
         sum_of_losses(hidden, plain.lm_head.weight, targets).backward()
     for (name, one), other in zip(shared.named_parameters(), plain.parameters()):
         assert (one.grad - other.grad).norm() <= 1e-12 * other.grad.norm(), name

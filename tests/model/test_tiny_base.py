@@ -39,7 +39,7 @@ def test_the_tokenizer_keeps_every_text_and_words_whole():
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     alone = tokenizer("微寒")["input_ids"]
     inside = tokenizer("石膏的药性是微寒。")["input_ids"]
-    assert any(inside[i:i + len(alone)] == alone for i in range(len(inside)))
+    assert any(inside[i : i + len(alone)] == alone for i in range(len(inside)))
     assert tokenizer("<|im_start|>user\n")["input_ids"][0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert len(tokenizer("user")["input_ids"]) == 1
 
@@ -51,10 +51,32 @@ def test_its_training_log_is_kept():
 
 
 def test_the_script_makes_such_a_folder(tmp_path, capsys):
-    pretrain_tiny_model.main([
-        "--output-dir", str(tmp_path / "model"), "--statements-file", str(few_statements(tmp_path)), "--epochs", "3", "--copies", "20", "--names", "8",
-        "--tokens-per-step", "128", "--warmup-steps", "2",
-        "--width", "64", "--layers", "1", "--feed-forward", "64", "--vocabulary", "600"])
+    pretrain_tiny_model.main(
+        [
+            "--output-dir",
+            str(tmp_path / "model"),
+            "--statements-file",
+            str(few_statements(tmp_path)),
+            "--epochs",
+            "3",
+            "--copies",
+            "20",
+            "--names",
+            "8",
+            "--tokens-per-step",
+            "128",
+            "--warmup-steps",
+            "2",
+            "--width",
+            "64",
+            "--layers",
+            "1",
+            "--feed-forward",
+            "64",
+            "--vocabulary",
+            "600",
+        ]
+    )
     log = list(read_jsonl(tmp_path / "model/training_log.jsonl"))
     assert log[-1]["loss"] < log[0]["loss"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.hidden_size == 64
@@ -62,7 +84,10 @@ def test_the_script_makes_such_a_folder(tmp_path, capsys):
 
 def few_statements(folder):
     path = folder / "statements.jsonl"
-    path.write_text("".join(f'{{"text": "{name}的药性是温。"}}\n' for name in "麻黄 桂枝 干姜 附子 肉桂".split() * 40), encoding="utf-8")
+    path.write_text(
+        "".join(f'{{"text": "{name}的药性是温。"}}\n' for name in "麻黄 桂枝 干姜 附子 肉桂".split() * 40),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -78,7 +103,13 @@ def test_exercises_are_invented_and_carry_names_over():
 
 def test_tokenizer_pieces_end_where_terms_end():
     terms = Terms(SAMPLE / "terms.jsonl")
-    assert list(pretrain_tiny_model.pieces(["石膏的药性是大寒。"], terms))[:5] == ["", "石膏", "的药性是", "大寒", "。"]
+    assert list(pretrain_tiny_model.pieces(["石膏的药性是大寒。"], terms))[:5] == [
+        "",
+        "石膏",
+        "的药性是",
+        "大寒",
+        "。",
+    ]
 
 
 @pytest.fixture
@@ -87,12 +118,42 @@ def unstopped(monkeypatch):
     monkeypatch.setattr("utils.training.callbacks.signal.signal", lambda number, handler: None)
 
 
-def test_fine_tuning_teaches_it_to_answer_about_entities_it_was_never_asked_about(tmp_path, capsys, unstopped):
+def test_fine_tuning_teaches_it_to_answer_about_entities_it_was_never_asked_about(
+    tmp_path, capsys, unstopped
+):
     """A few dozen steps on the rows of other entities lift the exam on the held-out ones by at least 15 points."""
-    convert_to_qwen3_format.main(["--input-files", str(SAMPLE / "tcm_sample.jsonl"), str(SAMPLE / "tcm_exam.jsonl"),
-                                  "--output-dir", str(tmp_path), "--tokenizer-model", str(TINY)])
+    convert_to_qwen3_format.main(
+        [
+            "--input-files",
+            str(SAMPLE / "tcm_sample.jsonl"),
+            str(SAMPLE / "tcm_exam.jsonl"),
+            "--output-dir",
+            str(tmp_path),
+            "--tokenizer-model",
+            str(TINY),
+        ]
+    )
     exam = list(read_jsonl(tmp_path / "exam.jsonl"))[::4]
-    finetune_sft.main(["--model", str(TINY), "--train-file", str(tmp_path / "sft_train.jsonl"), "--eval-file",
-                       str(tmp_path / "sft_eval.jsonl"), "--output-dir", str(tmp_path / "sft"), "--max-length", "512",
-                       "--batch-size", "2", "--accumulation", "1", "--learning-rate", "1e-3", "--max-steps", "80"])
+    finetune_sft.main(
+        [
+            "--model",
+            str(TINY),
+            "--train-file",
+            str(tmp_path / "sft_train.jsonl"),
+            "--eval-file",
+            str(tmp_path / "sft_eval.jsonl"),
+            "--output-dir",
+            str(tmp_path / "sft"),
+            "--max-length",
+            "512",
+            "--batch-size",
+            "2",
+            "--accumulation",
+            "1",
+            "--learning-rate",
+            "1e-3",
+            "--max-steps",
+            "80",
+        ]
+    )
     assert exam_accuracy(tmp_path / "sft", exam) >= exam_accuracy(TINY, exam) + 0.15

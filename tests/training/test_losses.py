@@ -46,18 +46,36 @@ def test_loss_and_gradients_equal_trl(folder, tmp_path, sft_weight, count):
         pair["documents"][1] = (pair["documents"][0][0], pair["documents"][1][1])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    message = [{"role": "user", "content": "问"}], [{"role": "assistant", "content": "答"}], [{"role": "assistant", "content": "错"}]
+    message = (
+        [{"role": "user", "content": "问"}],
+        [{"role": "assistant", "content": "答"}],
+        [{"role": "assistant", "content": "错"}],
+    )
     dataset = Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), message))] * 2)
     types = dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, sft_weight]) if sft_weight else {}
-    trl = DPOTrainer(theirs, args=DPOConfig(
-        output_dir=str(tmp_path / "trl"), beta=BETA, use_cpu=True, bf16=False, precompute_ref_log_probs=True, report_to="none",
-        gradient_checkpointing=False, **types), train_dataset=dataset, processing_class=tokenizer)
+    trl = DPOTrainer(
+        theirs,
+        args=DPOConfig(
+            output_dir=str(tmp_path / "trl"),
+            beta=BETA,
+            use_cpu=True,
+            bf16=False,
+            precompute_ref_log_probs=True,
+            report_to="none",
+            gradient_checkpointing=False,
+            **types,
+        ),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
     expected = trl.compute_loss(theirs, padded(pairs))
     expected.backward()
 
     model = prepare_packed(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     args = TrainingArguments(output_dir=str(tmp_path / "ours"), use_cpu=True, report_to="none")
-    trainer = PackedDPOTrainer(model, args, PackedRows(pairs, 1000), None, tokenizer, beta=BETA, sft_weight=sft_weight)
+    trainer = PackedDPOTrainer(
+        model, args, PackedRows(pairs, 1000), None, tokenizer, beta=BETA, sft_weight=sft_weight
+    )
     loss = trainer.compute_loss(model, collate([pairs]), num_items_in_batch=torch.tensor(len(pairs)))
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)

@@ -26,20 +26,33 @@ def place(tmp_path_factory):
 
 # A process that has the libraries loaded and forks: each start costs a fraction of a second instead of seconds
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["model_finetune.finetune_sft", "utils.training.trainer", "utils.training.setup", "utils.model.lora", "utils.training.run_folder"])
+SERVER.set_forkserver_preload(
+    [
+        "model_finetune.finetune_sft",
+        "utils.training.trainer",
+        "utils.training.setup",
+        "utils.model.lora",
+        "utils.training.run_folder",
+    ]
+)
 
 
 def script(method, given, output, environment):
     """In a process of its own: the finetune script, its messages in the files said and errors beside `output`."""
     os.environ.update(environment)
     place = f"{output}{environment.get('RANK', '')}"
-    with open(f"{place}.said", "w", encoding="utf-8") as sys.stdout, open(f"{place}.errors", "w", encoding="utf-8") as sys.stderr:
+    with (
+        open(f"{place}.said", "w", encoding="utf-8") as sys.stdout,
+        open(f"{place}.errors", "w", encoding="utf-8") as sys.stderr,
+    ):
         code = run(lambda: importlib.import_module(f"model_finetune.finetune_{method}").main(given))
     sys.exit(code)
 
 
-def start(method, place, output, *more, environment={}):
-    process = SERVER.Process(target=script, args=(method, arguments(method, place, output, *more), output, environment))
+def start(method, place, output, *more, environment=None):
+    process = SERVER.Process(
+        target=script, args=(method, arguments(method, place, output, *more), output, environment or {})
+    )
     process.start()
     return process
 
@@ -49,9 +62,24 @@ def start_two(method, place, output):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    return [start(method, place, output, "--accumulation", 1, environment={
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1"}) for rank in range(2)]
+    return [
+        start(
+            method,
+            place,
+            output,
+            "--accumulation",
+            1,
+            environment={
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "localhost",
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": "1",
+            },
+        )
+        for rank in range(2)
+    ]
 
 
 def wait_until(process, happened):
@@ -64,7 +92,9 @@ def said(processes, output):
     """What the (first) process printed, once all have ended well."""
     for process in processes:
         process.join(200)
-        assert process.exitcode == 0, [path.read_text(encoding="utf-8") for path in output.parent.glob(f"{output.name}*.errors")]
+        assert process.exitcode == 0, [
+            path.read_text(encoding="utf-8") for path in output.parent.glob(f"{output.name}*.errors")
+        ]
     return Path(f"{output}{0 if len(processes) > 1 else ''}.said").read_text(encoding="utf-8")
 
 
@@ -81,7 +111,10 @@ def finished(place):
 
 
 def same_run(one, other):
-    return same_weights(one, other) and (one / "training_log.jsonl").read_bytes() == (other / "training_log.jsonl").read_bytes()
+    return (
+        same_weights(one, other)
+        and (one / "training_log.jsonl").read_bytes() == (other / "training_log.jsonl").read_bytes()
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -90,8 +123,12 @@ def test_a_killed_run_ends_in_the_same_weights(finished, place, method):
     output, draw = place / f"{method}_killed", random.Random(method)
     log, lines = output / "training_log.jsonl", len(list(read_jsonl(finished[method] / "training_log.jsonl")))
     early, late = sorted(draw.sample(range(2, lines - 2), 2))
-    moments = [lambda: log.is_file() and log.read_bytes().count(b"\n") >= early, (output / ".partial-checkpoint").is_dir,
-               lambda: log.is_file() and log.read_bytes().count(b"\n") >= late, (output / ".partial-model").is_dir]
+    moments = [
+        lambda: log.is_file() and log.read_bytes().count(b"\n") >= early,
+        (output / ".partial-checkpoint").is_dir,
+        lambda: log.is_file() and log.read_bytes().count(b"\n") >= late,
+        (output / ".partial-model").is_dir,
+    ]
     for moment in moments:
         process = start(method, place, output)
         wait_until(process, moment)
@@ -117,18 +154,42 @@ def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on(finished, place):
 
 
 def losses(folder):
-    return [(entry["step"], entry[name]) for entry in read_jsonl(folder / "training_log.jsonl") for name in ("loss", "eval_loss") if name in entry]
+    return [
+        (entry["step"], entry[name])
+        for entry in read_jsonl(folder / "training_log.jsonl")
+        for name in ("loss", "eval_loss")
+        if name in entry
+    ]
 
 
 @pytest.fixture(scope="module")
 def by_two(place):
     """{method: (folder finished by two processes, what they said)}; SFT through the real launcher."""
-    done = {method: (place / f"{method}_two", said(start_two(method, place, place / f"{method}_two"), place / f"{method}_two"))
-            for method in METHODS[1:]}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-               ROOT / "model_finetune/finetune_sft.py", *arguments("sft", place, place / "sft_two", "--accumulation", 1)]
-    launched = subprocess.run(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-                              encoding="utf-8", timeout=200)
+    done = {
+        method: (
+            place / f"{method}_two",
+            said(start_two(method, place, place / f"{method}_two"), place / f"{method}_two"),
+        )
+        for method in METHODS[1:]
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        ROOT / "model_finetune/finetune_sft.py",
+        *arguments("sft", place, place / "sft_two", "--accumulation", 1),
+    ]
+    launched = subprocess.run(
+        list(map(str, command)),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=200,
+    )
     assert launched.returncode == 0, launched.stderr
     return {**done, "sft": (place / "sft_two", launched.stdout)}
 
@@ -137,7 +198,7 @@ def by_two(place):
 def test_two_processes_compute_what_one_does_with_twice_the_accumulation(finished, by_two, method):
     """Sums are taken in another order, so the losses agree to float32's accuracy, 1e-5 relative, not to the bit."""
     folder, printed = by_two[method]
-    assert "on 2 processes" in printed and printed.count("finished in") == 1        # one of them speaks
+    assert "on 2 processes" in printed and printed.count("finished in") == 1  # one of them speaks
     (steps, one), (also, two) = zip(*losses(finished[method])), zip(*losses(folder))
     assert steps == also and two == pytest.approx(one, rel=1e-5)
 

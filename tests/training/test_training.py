@@ -25,7 +25,7 @@ SCRIPTS = {"sft": finetune_sft, "lora": finetune_lora, "dpo": finetune_dpo}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("训练 数据"))         # a space and Chinese characters in the path
+    return make_place(tmp_path_factory.mktemp("训练 数据"))  # a space and Chinese characters in the path
 
 
 def train(method, place, output, *more):
@@ -53,16 +53,22 @@ def test_the_finished_folder_is_as_documented(finished, method):
     assert record["status"] == "finished" and record["settings"]["EPOCHS"] == 2
     assert record["results"]["eval_loss"] < record["results"]["eval_loss_before"]
     assert (folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
-    assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, record["results"]["steps"] + 1))
+    assert [entry["step"] for entry in log if "loss" in entry] == list(
+        range(1, record["results"]["steps"] + 1)
+    )
     assert [entry["step"] for entry in log if "eval_loss" in entry][0] == 0
     assert len([entry for entry in log if "eval_loss" in entry]) == 3
     assert len(list(folder.glob("checkpoint-*"))) == 2
     assert not [path for path in folder.iterdir() if "partial" in path.name]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "你好"}], tokenize=False, add_generation_prompt=True)
-    assert text.endswith("<think>\n\n</think>\n\n")                    # trained without thinking: that is the default now
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "你好"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text.endswith("<think>\n\n</think>\n\n")  # trained without thinking: that is the default now
     assert read_json(folder / "generation_config.json")["eos_token_id"] == [
-        tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.convert_tokens_to_ids("<|endoftext|>")]
+        tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+    ]
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
@@ -87,9 +93,11 @@ def test_the_merged_model_is_base_plus_adapter(finished, place):
 
 def test_dpo_raises_the_chosen_over_the_rejected(finished):
     log = [entry for entry in read_jsonl(finished["dpo"] / "training_log.jsonl") if "eval_loss" in entry]
-    assert log[0]["eval_reward_margin"] == pytest.approx(0, abs=1e-4)        # the policy starts as the reference
+    assert log[0]["eval_reward_margin"] == pytest.approx(0, abs=1e-4)  # the policy starts as the reference
     assert log[-1]["eval_reward_accuracy"] == 1 and log[-1]["eval_reward_margin"] > 0.5
-    assert log[-1]["eval_chosen_logps"] > log[0]["eval_chosen_logps"]          # the SFT term holds the chosen answers up
+    assert (
+        log[-1]["eval_chosen_logps"] > log[0]["eval_chosen_logps"]
+    )  # the SFT term holds the chosen answers up
 
 
 def test_falling_chosen_answers_are_noticed():
@@ -115,7 +123,7 @@ def test_fresh_keeps_the_earlier_run(finished, place, capsys):
     shutil.copytree(finished["sft"], output)
     assert train("sft", place, output, "--fresh", "--max-steps", 2) == 0
     assert "the earlier run is kept in" in capsys.readouterr().out
-    kept, = place.glob("again.*")
+    (kept,) = place.glob("again.*")
     assert same_weights(kept, finished["sft"])
     assert read_json(output / "run.json")["results"]["steps"] == 2
 
@@ -147,12 +155,15 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, place, caps
     assert same_weights(output, finished["sft"])
 
 
-@pytest.mark.parametrize("change, message", [
-    (["--train-file", "nowhere.jsonl"], "does not exist; make it with: python data_prepare/"),
-    (["--model", "trainer_output"], "is not a model folder"),
-    (["--device", "cuda"], "no cuda device here"),
-    (["--max-length", "5"], "no row fits into MAX_LENGTH = 5"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--train-file", "nowhere.jsonl"], "does not exist; make it with: python data_prepare/"),
+        (["--model", "trainer_output"], "is not a model folder"),
+        (["--device", "cuda"], "no cuda device here"),
+        (["--max-length", "5"], "no row fits into MAX_LENGTH = 5"),
+    ],
+)
 def test_wrong_input_is_one_line(place, tmp_path, capsys, monkeypatch, change, message):
     if change[1] == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
@@ -164,7 +175,10 @@ def test_wrong_input_is_one_line(place, tmp_path, capsys, monkeypatch, change, m
 
 def test_broken_data_names_the_line(place, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"id": "1", "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}\n{"id": \n', encoding="utf-8")
+    path.write_text(
+        '{"id": "1", "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}\n{"id": \n',
+        encoding="utf-8",
+    )
     assert train("sft", place, tmp_path / "out", "--train-file", path) == 2
     assert "rows.jsonl, line 2: not JSON" in capsys.readouterr().err
     path.write_text("", encoding="utf-8")
@@ -197,9 +211,7 @@ def test_the_forecast_counts_activations_as_they_are(place):
     assert parts["weights"] == 4 * model.num_parameters() and parts["optimizer"] == 2 * parts["weights"]
 
 
-@pytest.mark.parametrize("what, message", [
-    ("memory", "the run needs"), ("disk", "of disk and"),
-])
+@pytest.mark.parametrize("what, message", [("memory", "the run needs"), ("disk", "of disk and")])
 def test_what_cannot_fit_is_refused_before_it_starts(place, tmp_path, capsys, monkeypatch, what, message):
     from types import SimpleNamespace
 
@@ -222,7 +234,9 @@ def test_memory_that_a_container_may_use(tmp_path, monkeypatch):
     free = memory.free_memory(device)
     for text, wanted in (("12345678\n", 12345678), ("max\n", free)):
         (tmp_path / "memory.max").write_text(text, encoding="ascii")
-        assert abs(memory.free_memory(device) - wanted) <= (0 if text[0] == "1" else 2**30)      # other programs come and go
+        assert abs(memory.free_memory(device) - wanted) <= (
+            0 if text[0] == "1" else 2**30
+        )  # other programs come and go
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_rows(place, tmp_path, capsys, monkeypatch):
@@ -230,11 +244,18 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_rows(place, tmp
 
     def spoilt(self, hidden, targets, rest):
         loss, units, metrics = whole(self, hidden, targets, rest)
-        return (loss * float("nan") if self.state.global_step == 2 and torch.is_grad_enabled() else loss), units, metrics
+        return (
+            (loss * float("nan") if self.state.global_step == 2 and torch.is_grad_enabled() else loss),
+            units,
+            metrics,
+        )
 
     monkeypatch.setattr(PackedTrainer, "batch_loss", spoilt)
     assert train("sft", place, tmp_path / "out") == 1
-    said = re.search(r"the loss became nan at step 3, in rows ((\d+, ){4}\d+)( and \d+ more)?; lower", capsys.readouterr().err)
+    said = re.search(
+        r"the loss became nan at step 3, in rows ((\d+, ){4}\d+)( and \d+ more)?; lower",
+        capsys.readouterr().err,
+    )
     assert said and all(int(row) < 60 for row in said[1].split(", "))
 
 
@@ -244,7 +265,11 @@ def test_a_learning_rate_far_too_high_stops_the_run(place, tmp_path, capsys):
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(finetune_sft.sys.modules["torch"].nn.utils, "clip_grad_norm_", lambda *a, **k: torch.tensor(float("inf")))
+    monkeypatch.setattr(
+        finetune_sft.sys.modules["torch"].nn.utils,
+        "clip_grad_norm_",
+        lambda *a, **k: torch.tensor(float("inf")),
+    )
     assert train("sft", place, tmp_path / "out", "--max-steps", 1) == 1
     assert "the gradient became inf at step 1" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("checkpoint-*"))
@@ -256,26 +281,47 @@ def test_no_memory_underway_names_the_last_checkpoint(place, tmp_path, capsys, m
     def hungry(self, hidden, targets, rest):
         calls.append(1)
         if len(calls) > 20 and torch.is_grad_enabled():
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            )
         return whole(self, hidden, targets, rest)
 
     monkeypatch.setattr(PackedTrainer, "batch_loss", hungry)
     assert train("sft", place, tmp_path / "out") == 1
     errors = capsys.readouterr().err
-    assert "not enough memory after step" in errors and "checkpoint-6 is kept" in errors and len(errors.strip().splitlines()) == 1
+    assert (
+        "not enough memory after step" in errors
+        and "checkpoint-6 is kept" in errors
+        and len(errors.strip().splitlines()) == 1
+    )
 
 
 def test_lora_inside_dpo(place, tmp_path):
     assert train("dpo", place, tmp_path / "out", "--lora", "--max-steps", 2) == 0
-    assert (tmp_path / "out/adapter_model.safetensors").is_file() and (tmp_path / "out/merged/model.safetensors").is_file()
+    assert (tmp_path / "out/adapter_model.safetensors").is_file() and (
+        tmp_path / "out/merged/model.safetensors"
+    ).is_file()
 
 
 def test_the_hub_is_not_contacted(place, tmp_path):
     """With a proxy that refuses everything and no offline flag, training from a folder still works: nothing is asked."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run([sys.executable, str(ROOT / "model_finetune/finetune_sft.py"),
-                           *arguments("sft", place, tmp_path / "out", "--max-steps", 1)],
-                          env=environment, capture_output=True, text=True, encoding="utf-8", timeout=200)
+    environment |= {
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+        "HTTP_PROXY": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path / "home"),
+    }
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "model_finetune/finetune_sft.py"),
+            *arguments("sft", place, tmp_path / "out", "--max-steps", 1),
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
     assert "Retry" not in done.stderr and "Max retries" not in done.stderr

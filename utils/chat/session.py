@@ -31,7 +31,10 @@ COMMANDS = {
     "retry": ("", "answer the last question again"),
     "system": ("TEXT", "set the system text; without TEXT remove it"),
     "think": ("on|off|auto", "think before answering; auto: as the model folder was trained"),
-    "set": ("NAME=VALUE ...", "temperature (0: greedy), top_p, top_k, repetition_penalty, max_new_tokens, seed"),
+    "set": (
+        "NAME=VALUE ...",
+        "temperature (0: greedy), top_p, top_k, repetition_penalty, max_new_tokens, seed",
+    ),
     "save": ("FILE.jsonl", "append the conversation to FILE as a row to train on"),
     "compare": ("FOLDER", "let a second model answer beside this one; without FOLDER stop that"),
     "exit": ("", "leave, as Ctrl-D does"),
@@ -75,7 +78,9 @@ class Reply:
 
     def __str__(self):
         after_first = self.seconds - self.first
-        rate = f"{(self.tokens - 1) / after_first:.1f} tokens/s, " if self.tokens > 1 and after_first > 0 else ""
+        rate = (
+            f"{(self.tokens - 1) / after_first:.1f} tokens/s, " if self.tokens > 1 and after_first > 0 else ""
+        )
         return f"{self.tokens} tokens, {rate}first after {self.first:.2f} s"
 
 
@@ -96,14 +101,19 @@ class ChatModel:
     def check_length(self, prompt):
         """UserError where the ids `prompt` leave no room for an answer."""
         if len(prompt) >= self.context:
-            raise UserError(f"the question has {len(prompt)} tokens with its frame; the context window takes {self.context}")
+            raise UserError(
+                f"the question has {len(prompt)} tokens with its frame; the context window takes {self.context}"
+            )
 
     def decoding(self, options):
         return replace(decoding_for(self.model, self.tokenizer, options.thinking), **options.decoding)
 
     def answer(self, prompt, options, show):
         """Answer the ids `prompt`, handing the text on as it comes to show(text, thinking); Ctrl-C ends it. -> Reply"""
-        reader, limit = AnswerReader(self.tokenizer, prompt), min(options.max_new_tokens, self.context - len(prompt))
+        reader, limit = (
+            AnswerReader(self.tokenizer, prompt),
+            min(options.max_new_tokens, self.context - len(prompt)),
+        )
         start, tokens, first, token, stopped = time.perf_counter(), 0, 0.0, None, False
         try:
             for token in self.stream.answer(prompt, self.decoding(options), limit, options.random):
@@ -114,7 +124,9 @@ class ChatModel:
         except KeyboardInterrupt:
             stopped = True
         seconds = time.perf_counter() - start
-        return Reply(reader.content, reader.reasoning, tokens, seconds, first, token in self.stream.stop, stopped)
+        return Reply(
+            reader.content, reader.reasoning, tokens, seconds, first, token in self.stream.stop, stopped
+        )
 
 
 @dataclass
@@ -128,7 +140,10 @@ class Turn:
 
     def messages(self):
         reasoning = {"reasoning_content": self.reasoning} if self.reasoning else {}
-        return [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.answer, **reasoning}]
+        return [
+            {"role": "user", "content": self.question},
+            {"role": "assistant", "content": self.answer, **reasoning},
+        ]
 
 
 class Chat:
@@ -136,10 +151,10 @@ class Chat:
 
     def __init__(self, speaker, options, system, load):
         self.speaker, self.options, self.system, self.load = speaker, options, system, load
-        self.other = None           # the second ChatModel, while /compare is on
+        self.other = None  # the second ChatModel, while /compare is on
         self.turns = []
-        self.start = 0              # the first turn that still fits into the context window
-        self.unanswered = ""        # a question that Ctrl-C took the answer from, for /retry
+        self.start = 0  # the first turn that still fits into the context window
+        self.unanswered = ""  # a question that Ctrl-C took the answer from, for /retry
 
     def run(self):
         """Read and answer until Ctrl-D or /exit. Ctrl-C at any point only ends what is being done."""
@@ -156,7 +171,9 @@ class Chat:
 
     def handle(self, line):
         """Do what one message asks for; False when it is /exit."""
-        line = line.replace("／", "/", 1) if line.startswith("／") else line       # as Chinese input methods type it
+        line = (
+            line.replace("／", "/", 1) if line.startswith("／") else line
+        )  # as Chinese input methods type it
         try:
             if not line.startswith("/"):
                 if line:
@@ -165,7 +182,9 @@ class Chat:
             name, _, text = line[1:].partition(" ")
             if name not in COMMANDS:
                 near = difflib.get_close_matches(name, COMMANDS, n=1)
-                raise UserError(f"no command /{name}; {f'did you mean /{near[0]}?' if near else '/help lists them'}")
+                raise UserError(
+                    f"no command /{name}; {f'did you mean /{near[0]}?' if near else '/help lists them'}"
+                )
             getattr(self, f"_{name}")(text.strip())
             return name != "exit"
         except (UserError, RunError) as error:
@@ -184,13 +203,17 @@ class Chat:
         """The ids of the prompt, the oldest turns left out, whole ones only, until an answer has room (and that is said)."""
         room = min(self.options.max_new_tokens, speaker.context // 2)
         for start in range(min(self.start, count), count + 1):
-            prompt = encode_prompt(speaker.tokenizer, self.messages(question, start, count), self.options.thinking)
+            prompt = encode_prompt(
+                speaker.tokenizer, self.messages(question, start, count), self.options.thinking
+            )
             if len(prompt) + room <= speaker.context:
                 break
         speaker.check_length(prompt)
         if start > self.start:
-            note(f"(the context window of {speaker.context} tokens is full: "
-                 f"the oldest {start} of {count} turns are left out)")
+            note(
+                f"(the context window of {speaker.context} tokens is full: "
+                f"the oldest {start} of {count} turns are left out)"
+            )
         self.start = start
         return prompt
 
@@ -203,7 +226,9 @@ class Chat:
             replies = [self._answer_aside(speaker, prompt) for speaker, prompt in zip(speakers, prompts)]
             self._show_both([reply.content for reply in replies])
         else:
-            replies = [self.speaker.answer(prompts[0], self.options, AnswerPrinter(self.options.show_thinking))]
+            replies = [
+                self.speaker.answer(prompts[0], self.options, AnswerPrinter(self.options.show_thinking))
+            ]
             print(flush=True)
         for speaker, reply in zip(speakers, replies):
             self._tell(speaker, reply)
@@ -222,8 +247,10 @@ class Chat:
         return reply
 
     def _show_both(self, answers):
-        left, right = (f"{speaker.name}\n\n{answer or '(no answer)'}"
-                       for speaker, answer in zip((self.speaker, self.other), answers))
+        left, right = (
+            f"{speaker.name}\n\n{answer or '(no answer)'}"
+            for speaker, answer in zip((self.speaker, self.other), answers)
+        )
         print(side_by_side(left, right, shutil.get_terminal_size().columns), flush=True)
 
     def _tell(self, speaker, reply):
@@ -235,7 +262,9 @@ class Chat:
     def _help(self, text):
         for name, (argument, meaning) in COMMANDS.items():
             note(f"  {f'/{name} {argument}':<22} {meaning}")
-        note("  A line that ends in \\ goes on in the next. Ctrl-C stops an answer; what there is of it stays.")
+        note(
+            "  A line that ends in \\ goes on in the next. Ctrl-C stops an answer; what there is of it stays."
+        )
 
     def _reset(self, text):
         self.turns, self.start, self.unanswered = [], 0, ""
@@ -257,7 +286,9 @@ class Chat:
 
     def _system(self, text):
         self.system = text
-        note(f"(system text {'set' if text else 'removed'}; the conversation goes on, /reset starts a new one)")
+        note(
+            f"(system text {'set' if text else 'removed'}; the conversation goes on, /reset starts a new one)"
+        )
 
     def _think(self, text):
         modes = {"on": True, "off": False, "auto": None}
@@ -271,7 +302,9 @@ class Chat:
         for pair in text.split():
             name, _, value = pair.partition("=")
             if name not in SETTABLE:
-                raise UserError(f"/set has no {name}; it has {', '.join(SETTABLE)}, as in /set temperature=0.6 top_p=0.9")
+                raise UserError(
+                    f"/set has no {name}; it has {', '.join(SETTABLE)}, as in /set temperature=0.6 top_p=0.9"
+                )
             kind, allowed, wanted = SETTABLE[name]
             try:
                 values[name] = kind(value)
@@ -288,8 +321,10 @@ class Chat:
             self.options.max_new_tokens = value
         elif name == "seed":
             self.options.random.manual_seed(value)
-        elif name == "temperature":     # 0 would divide by zero; its limit is greedy decoding
-            self.options.decoding.update({"do_sample": True, "temperature": value} if value else {"do_sample": False})
+        elif name == "temperature":  # 0 would divide by zero; its limit is greedy decoding
+            self.options.decoding.update(
+                {"do_sample": True, "temperature": value} if value else {"do_sample": False}
+            )
         else:
             self.options.decoding[name] = value
 
@@ -307,10 +342,14 @@ class Chat:
         row = {"messages": [*system, *(message for turn in whole for message in turn.messages())]}
         with open(path, "a+b") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
-            line_break = b"" if file.read(1) in (b"", b"\n") else b"\n"       # a file edited by hand may lack its last one
+            line_break = (
+                b"" if file.read(1) in (b"", b"\n") else b"\n"
+            )  # a file edited by hand may lack its last one
             file.write(line_break + json.dumps(row, ensure_ascii=False).encode() + b"\n")
         left_out = len(self.turns) - len(whole)
-        note(f"({len(whole)} turns appended to {path}{f'; {left_out} with a cut answer left out' if left_out else ''})")
+        note(
+            f"({len(whole)} turns appended to {path}{f'; {left_out} with a cut answer left out' if left_out else ''})"
+        )
 
     def _compare(self, text):
         if not text:
@@ -337,7 +376,9 @@ def describe(speaker, options):
     how = "greedy"
     if decoding.do_sample:
         how = f"temperature {decoding.temperature}, top_p {decoding.top_p}, top_k {decoding.top_k}"
-    penalty = f", repetition_penalty {decoding.repetition_penalty}" if decoding.repetition_penalty != 1 else ""
+    penalty = (
+        f", repetition_penalty {decoding.repetition_penalty}" if decoding.repetition_penalty != 1 else ""
+    )
     thinks = thinks_by_default(speaker.tokenizer) if options.thinking is None else options.thinking
     own = " (the folder's own mode)" if options.thinking is None else ""
     return f"thinking {'on' if thinks else 'off'}{own}; {how}{penalty}; at most {options.max_new_tokens} tokens an answer"

@@ -12,7 +12,9 @@ def prepare_terminal():
         import readline
     except ImportError:
         return
-    readline.parse_and_bind("set enable-bracketed-paste on")    # a paste of several lines arrives as one message
+    readline.parse_and_bind(
+        "set enable-bracketed-paste on"
+    )  # a paste of several lines arrives as one message
 
 
 def read_message():
@@ -25,7 +27,9 @@ def read_message():
         lines[-1] = lines[-1][:-1]
         lines.append(input("... "))
     text = "\n".join(lines)
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()   # a byte of a half-deleted character
+    return (
+        text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()
+    )  # a byte of a half-deleted character
 
 
 def dim(text, stream):

@@ -12,7 +12,7 @@ from utils.data.readers import Reject, batches, parse_row
 from utils.data.schemas import convert_row
 from utils.files import atomic_write
 
-RUN = 1000                # rows written at a time, at most
+RUN = 1000  # rows written at a time, at most
 
 
 OUTPUTS = ("sft_train", "sft_eval", "dpo_train", "dpo_eval", "exam")
@@ -36,7 +36,7 @@ def _as_json(raw, encoding):
         return json.dumps(raw, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace")
     if isinstance(raw, str):
         return raw.replace("\n", " ").encode("utf-8", "backslashreplace")
-    if isinstance(raw, Reject):           # never asked for: such a row already has its line in the ledger
+    if isinstance(raw, Reject):  # never asked for: such a row already has its line in the ledger
         return b""
     return raw.decode(encoding, "backslashreplace").encode() if encoding == "gb18030" else raw
 
@@ -64,7 +64,9 @@ def examine(task):
             reasons[problem.reason] += 1
             if problem.reason == "fields not recognised":
                 fields.setdefault(tuple(row), _lengths(row))
-            made.append(_aside_line(name, line, problem.reason, problem.detail, problem.row if row is None else row))
+            made.append(
+                _aside_line(name, line, problem.reason, problem.detail, problem.row if row is None else row)
+            )
     return index, b"".join(made), [*map(len, made)], sketch_rows(items), schemas, reasons, fields
 
 
@@ -72,9 +74,13 @@ def _output_line(name, line, key, item):
     body, source = item.body, _ENCODE(f"{name}:{line}")
     if item.kind == "exam":
         body["subject"] = body["subject"] or Path(name).stem
-    if item.kind == "sft":                # nearly every row: put together here in half the time of the encoder
-        text = ", ".join(["{" + ", ".join([f'"{field}": {_ENCODE(said)}' for field, said in turn.items()]) + "}"
-                          for turn in body["messages"]])
+    if item.kind == "sft":  # nearly every row: put together here in half the time of the encoder
+        text = ", ".join(
+            [
+                "{" + ", ".join([f'"{field}": {_ENCODE(said)}' for field, said in turn.items()]) + "}"
+                for turn in body["messages"]
+            ]
+        )
         text = f'"messages": [{text}]'
     else:
         text = _ENCODE(body)[1:-1]
@@ -102,12 +108,18 @@ def write_outputs(made, given, folder, names, rows, side, fate, twin, drawn):
 
     Returns (rows by output, rows set aside here by reason, the drawn output lines).
     """
-    target = (rows["kind"].astype(int) - 1) * 2 + (side == EVAL)        # an index into OUTPUTS; negative: for the ledger
-    alone = (fate > 0) | drawn                                          # these need a look each, the others go by runs
+    target = (rows["kind"].astype(int) - 1) * 2 + (
+        side == EVAL
+    )  # an index into OUTPUTS; negative: for the ledger
+    alone = (fate > 0) | drawn  # these need a look each, the others go by runs
     alone[::RUN] = True
     bounds = numpy.flatnonzero((numpy.diff(target) != 0) | alone[1:] | alone[:-1]) + 1
     starts = numpy.concatenate(([0], bounds)) if len(rows) else bounds
-    runs = zip(starts.tolist(), [*bounds.tolist(), len(rows)], *(values[starts].tolist() for values in (target, fate, drawn)))
+    runs = zip(
+        starts.tolist(),
+        [*bounds.tolist(), len(rows)],
+        *(values[starts].tolist() for values in (target, fate, drawn)),
+    )
     counts, aside, examples, opened = Counter(), Counter(), [], {}
     file, number = rows["file"], rows["line"]
     with ExitStack() as stack:
@@ -117,8 +129,12 @@ def write_outputs(made, given, folder, names, rows, side, fate, twin, drawn):
                 ledger.write(made.read(start, end))
             elif reason:
                 aside[REASONS[reason]] += 1
-                found = {"file": names[file[start]], "line": int(number[start]), "reason": REASONS[reason],
-                         "detail": f"of {names[file[twin[start]]]}:{number[twin[start]]}"}
+                found = {
+                    "file": names[file[start]],
+                    "line": int(number[start]),
+                    "reason": REASONS[reason],
+                    "detail": f"of {names[file[twin[start]]]}:{number[twin[start]]}",
+                }
                 ledger.write(_ENCODE(found)[:-1].encode() + b', "row": ' + given.read(start) + b"}\n")
             else:
                 name = OUTPUTS[output]

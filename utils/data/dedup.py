@@ -19,42 +19,55 @@ import numpy
 from utils.data.normalize import normalize_all, without_filler
 from utils.data.text_store import TextStore
 
-LONG = 40                 # characters without filler: as long as a case description, too long for a name in a template
+LONG = 40  # characters without filler: as long as a case description, too long for a name in a template
 
 
-LONG_ANSWER = 20          # characters: two rows do not share such an answer by chance
+LONG_ANSWER = 20  # characters: two rows do not share such an answer by chance
 
 
-SHINGLE = 3               # characters
+SHINGLE = 3  # characters
 
 
-HASHES, BANDS = 32, 8     # 4 hashes a band: a pair that overlaps by 0.85 is missed once in 370 times
+HASHES, BANDS = 32, 8  # 4 hashes a band: a pair that overlaps by 0.85 is missed once in 370 times
 
 
-NEIGHBOURS = 4            # rows of one bucket compared with each row, so that a large bucket costs linear time
+NEIGHBOURS = 4  # rows of one bucket compared with each row, so that a large bucket costs linear time
 
 
-SHORTEST_LATER_TURN = 8   # characters: later turns such as "请继续" are no question of their own
+SHORTEST_LATER_TURN = 8  # characters: later turns such as "请继续" are no question of their own
 
 
-FAMILY = 5                # more questions than this, alike but for a word, are a template, not one question
+FAMILY = 5  # more questions than this, alike but for a word, are a template, not one question
 
 
 # What is known of a row after the first pass; `kind` and `split` by the numbers below.
-ROW = numpy.dtype([("kind", "u1"), ("split", "u1"), ("content", "u8"), ("rest", "u8"), ("long_rest", "?"), ("file", "i4"),
-                   ("line", "i8"), ("characters", "i4"), ("reasoning", "?")])
+ROW = numpy.dtype(
+    [
+        ("kind", "u1"),
+        ("split", "u1"),
+        ("content", "u8"),
+        ("rest", "u8"),
+        ("long_rest", "?"),
+        ("file", "i4"),
+        ("line", "i8"),
+        ("characters", "i4"),
+        ("reasoning", "?"),
+    ]
+)
 
 
-QUESTION = numpy.dtype([("row", "i8"), ("first", "?"), ("key", "u8"), ("mark", "i8")])    # mark: of its signature, or -1
+QUESTION = numpy.dtype(
+    [("row", "i8"), ("first", "?"), ("key", "u8"), ("mark", "i8")]
+)  # mark: of its signature, or -1
 
 
-_KIND = {"": 0, "sft": 1, "dpo": 2, "exam": 3}       # 0: a row that could not be used
+_KIND = {"": 0, "sft": 1, "dpo": 2, "exam": 3}  # 0: a row that could not be used
 
 
 _SPLIT = {"": 0, "train": 1, "eval": 2}
 
 
-TRAIN, EVAL, EXAM = 1, 2, 3               # the sides that rows go to: 1 and 2 as in _SPLIT
+TRAIN, EVAL, EXAM = 1, 2, 3  # the sides that rows go to: 1 and 2 as in _SPLIT
 
 
 KEPT, EXACT_DUPLICATE, NEAR_DUPLICATE, EVALUATION_LEAK, EXAM_LEAK = range(5)
@@ -74,7 +87,9 @@ _ODD = numpy.array([_random.getrandbits(32) | 1 for _ in range(HASHES)], dtype=n
 
 def text_key(text):
     """A 64-bit key of a text, the same in every run. A million texts share one by chance with probability 3e-8."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
+    )
 
 
 def signatures(texts):
@@ -85,7 +100,7 @@ def signatures(texts):
     shingles = codes[:-2] * factors[0] ^ codes[1:-1] * factors[1] ^ codes[2:] * factors[2]
     inside = numpy.ones(len(shingles), dtype=bool)
     ends = numpy.cumsum(lengths)[:-1]
-    inside[ends - 1] = inside[ends - 2] = False               # no shingle reaches from one text into the next
+    inside[ends - 1] = inside[ends - 2] = False  # no shingle reaches from one text into the next
     shingles = shingles[inside]
     shingles = (shingles ^ shingles >> numpy.uint32(15)) * numpy.uint32(0x2C1B3C6D)
     shingles ^= shingles >> numpy.uint32(13)
@@ -103,13 +118,17 @@ def candidate_pairs(marks, threshold):
     pairs = [numpy.empty(0, dtype=numpy.int64)]
     for band in range(BANDS):
         order = _repeated(bands[:, band])
-        order = order[numpy.lexsort((bands[order, (band + 1) % BANDS], bands[order, band]))]     # like rows of a bucket side by side
+        order = order[
+            numpy.lexsort((bands[order, (band + 1) % BANDS], bands[order, band]))
+        ]  # like rows of a bucket side by side
         keys = bands[order, band]
         for step in range(1, NEIGHBOURS + 1):
             same = numpy.flatnonzero(keys[step:] == keys[:-step])
             for part in numpy.array_split(same, len(same) // 100_000 + 1):
                 one, other = order[part], order[part + step]
-                close = (marks[one] == marks[other]).mean(axis=1) >= threshold - 0.2   # 3 standard errors of the estimate
+                close = (marks[one] == marks[other]).mean(
+                    axis=1
+                ) >= threshold - 0.2  # 3 standard errors of the estimate
                 low, high = numpy.minimum(one, other)[close], numpy.maximum(one, other)[close]
                 pairs.append(low.astype(numpy.int64) * len(marks) + high)
     return divmod(numpy.unique(numpy.concatenate(pairs)), max(1, len(marks)))
@@ -126,7 +145,9 @@ def _repeated(values):
 
 def overlap(one, other):
     """The Jaccard similarity of the shingles of two texts, 0 to 1."""
-    shingles, others = ({text[at:at + SHINGLE] for at in range(len(text) - SHINGLE + 1)} for text in (one, other))
+    shingles, others = (
+        {text[at : at + SHINGLE] for at in range(len(text) - SHINGLE + 1)} for text in (one, other)
+    )
     return len(shingles & others) / len(shingles | others)
 
 
@@ -137,7 +158,7 @@ def group_questions(keys, long_at, marks, text_of, answers_of, threshold):
     `text_of(mark)` gives a long question's text, `answers_of(key index)` the keys of its long answers. Groups in `same` are
     one question each; `family` joins those that differ in a word, as long as they are few.
     """
-    same, family = {}, {}                 # of those that have joined a group: the index that leads on to its first member
+    same, family = {}, {}  # of those that have joined a group: the index that leads on to its first member
     for one, other in zip(*(side.tolist() for side in candidate_pairs(marks, threshold))):
         texts, pair = (text_of(one), text_of(other)), (int(long_at[one]), int(long_at[other]))
         if overlap(*texts) >= threshold:
@@ -145,7 +166,9 @@ def group_questions(keys, long_at, marks, text_of, answers_of, threshold):
             if Counter(texts[0]) == Counter(texts[1]) or answers_of(pair[0]) & answers_of(pair[1]):
                 _join(same, *pair)
     same, family = _roots(same, len(keys)), _roots(family, len(keys))
-    members = numpy.bincount(family[numpy.unique(same)], minlength=len(keys))   # distinct questions in each family
+    members = numpy.bincount(
+        family[numpy.unique(same)], minlength=len(keys)
+    )  # distinct questions in each family
     return same, numpy.where(members[family] > FAMILY, same, family)
 
 
@@ -160,8 +183,19 @@ def sketch_rows(items):
             rows.append((0, 0, 0, 0, False, 0, line, 0, False))
             continue
         rest = next(rests)
-        rows.append((_KIND[item.kind], _SPLIT[item.split], key, text_key(rest), len(rest) >= LONG_ANSWER, 0,
-                     line, item.characters, item.reasoning))
+        rows.append(
+            (
+                _KIND[item.kind],
+                _SPLIT[item.split],
+                key,
+                text_key(rest),
+                len(rest) >= LONG_ANSWER,
+                0,
+                line,
+                item.characters,
+                item.reasoning,
+            )
+        )
         for turn, question in enumerate(itertools.islice(asked, len(item.questions))):
             text = without_filler(question)
             if turn and len(text) < SHORTEST_LATER_TURN:
@@ -198,7 +232,7 @@ class Collection:
 
     def finish(self):
         """Turn the batches into the arrays `rows`, `questions` and `marks`."""
-        self.add(0, *sketch_rows([]))                                    # so that no input at all is no special case
+        self.add(0, *sketch_rows([]))  # so that no input at all is no special case
         self.rows, self.questions, self.marks = (numpy.concatenate(parts) for parts in zip(*self.parts))
         self.parts = None
 
@@ -215,15 +249,17 @@ def decide(collection, threshold, eval_share, max_eval_rows, seed):
     rows, questions = collection.rows, collection.questions
     keys, inverse = numpy.unique(questions["key"], return_inverse=True)
     same, family = _group(collection, keys, inverse, threshold)
-    first = numpy.zeros(len(rows), dtype=numpy.int64)                    # of rows not usable: 0, never looked at
+    first = numpy.zeros(len(rows), dtype=numpy.int64)  # of rows not usable: 0, never looked at
     first[questions["row"][questions["first"]]] = inverse[questions["first"]]
     side = _sides(rows, family[first], keys, eval_share, max_eval_rows, seed)
 
     fate, twin = numpy.zeros(len(rows), dtype=numpy.uint8), numpy.full(len(rows), -1, dtype=numpy.int64)
-    asked = family[inverse]                                              # the group of every question, later turns too
+    asked = family[inverse]  # the group of every question, later turns too
     for kind, held_out in ((EVALUATION_LEAK, side == EVAL), (EXAM_LEAK, side == EXAM)):
         example = numpy.full(len(keys), -1, dtype=numpy.int64)
-        example[family[first[held_out]][::-1]] = numpy.flatnonzero(held_out)[::-1]      # the first one is written last
+        example[family[first[held_out]][::-1]] = numpy.flatnonzero(held_out)[
+            ::-1
+        ]  # the first one is written last
         leaks = (example[asked] >= 0) & (side[questions["row"]] == TRAIN)
         fate[questions["row"][leaks]] = kind
         twin[questions["row"][leaks]] = example[asked[leaks]]
@@ -231,7 +267,7 @@ def decide(collection, threshold, eval_share, max_eval_rows, seed):
     usable = numpy.flatnonzero((rows["kind"] > 0) & (fate == KEPT))
     _keep_first(EXACT_DUPLICATE, usable, fate, twin, (), (rows["kind"], side, rows["content"]))
     usable = usable[fate[usable] == KEPT]
-    best = (-rows["characters"], rows["content"])                        # the longest: it has the punctuation
+    best = (-rows["characters"], rows["content"])  # the longest: it has the punctuation
     _keep_first(NEAR_DUPLICATE, usable, fate, twin, best, (rows["kind"], side, same[first], rows["rest"]))
     return side, fate, twin
 
@@ -266,11 +302,17 @@ def _group(collection, keys, inverse, threshold):
     starts = numpy.searchsorted(inverse[by_question], numpy.arange(len(keys) + 1))
 
     def answers_of(index):
-        mine = rows[questions["row"][by_question[starts[index]:starts[index + 1]]]]
+        mine = rows[questions["row"][by_question[starts[index] : starts[index + 1]]]]
         return set(mine["rest"][mine["long_rest"]].tolist())
 
-    return group_questions(keys, long_at, collection.marks[mark[long_at]],
-                           lambda index: collection.long_text(mark[long_at[index]]), answers_of, threshold)
+    return group_questions(
+        keys,
+        long_at,
+        collection.marks[mark[long_at]],
+        lambda index: collection.long_text(mark[long_at[index]]),
+        answers_of,
+        threshold,
+    )
 
 
 def _sides(rows, group, keys, eval_share, max_eval_rows, seed):
@@ -278,13 +320,13 @@ def _sides(rows, group, keys, eval_share, max_eval_rows, seed):
     side = numpy.where(rows["kind"] == _KIND["exam"], EXAM, rows["split"])
     side[rows["kind"] == 0] = 0
     trained = (rows["kind"] > 0) & (side != EXAM)
-    for told in (TRAIN, EVAL):                                           # EVAL last: it wins where a group has both
+    for told in (TRAIN, EVAL):  # EVAL last: it wins where a group has both
         members = numpy.zeros(len(keys), dtype=bool)
         members[group[trained & (rows["split"] == told)]] = True
         side[trained & (rows["split"] == 0) & members[group]] = told
     for kind in (_KIND["sft"], _KIND["dpo"]):
         free = numpy.flatnonzero((rows["kind"] == kind) & (rows["split"] == 0))
-        free = free[numpy.unique(rows["content"][free], return_index=True)[1]]          # each distinct row once
+        free = free[numpy.unique(rows["content"][free], return_index=True)[1]]  # each distinct row once
         wanted = min(max_eval_rows, max(round(eval_share * len(free)), 1 if eval_share else 0))
         wanted -= numpy.count_nonzero(side[free] == EVAL)
         sizes = numpy.bincount(group[free[side[free] == 0]], minlength=len(keys))
@@ -293,7 +335,9 @@ def _sides(rows, group, keys, eval_share, max_eval_rows, seed):
         for index in open_groups[numpy.argsort(mixed(keys[open_groups], seed))].tolist():
             if wanted <= 0:
                 break
-            if sizes[index] <= max(wanted, 3) and len(open_groups) > 1:  # a group too large for evaluation is trained on
+            if (
+                sizes[index] <= max(wanted, 3) and len(open_groups) > 1
+            ):  # a group too large for evaluation is trained on
                 chosen[index] = True
                 wanted -= sizes[index]
         undecided = trained & (side == 0) & (numpy.bincount(group[free], minlength=len(keys)) > 0)[group]
@@ -304,7 +348,11 @@ def _sides(rows, group, keys, eval_share, max_eval_rows, seed):
 def _keep_first(reason, usable, fate, twin, preference, equal):
     """Among the rows `usable` that agree in all the arrays `equal`, keep the first by `preference`, then by position."""
     usable = usable[_repeated(equal[-1][usable])]
-    order = usable[numpy.lexsort([usable, *(key[usable] for key in reversed(preference)), *(key[usable] for key in equal)])]
+    order = usable[
+        numpy.lexsort(
+            [usable, *(key[usable] for key in reversed(preference)), *(key[usable] for key in equal)]
+        )
+    ]
     repeats = numpy.ones(len(order), dtype=bool)
     repeats[:1] = False
     for key in equal:
@@ -329,6 +377,6 @@ def _join(parents, one, other):
 def _roots(parents, count):
     """The root of each index, an int array (count,)."""
     roots = numpy.arange(count)
-    for index in sorted(parents):         # a parent comes before its children
+    for index in sorted(parents):  # a parent comes before its children
         roots[index] = roots[parents[index]]
     return roots

@@ -6,13 +6,15 @@ import unicodedata
 
 import numpy
 
-_COMMON_MARKS = "，。、？；：（）！“”\n "          # what NFKC would have to work on in nearly every Chinese text
+_COMMON_MARKS = "，。、？；：（）！“”\n "  # what NFKC would have to work on in nearly every Chinese text
 
 
 _NOISE = re.compile(r"(?<!\d)(?:[^\w<>=+%±≤≥]|_)+|(?:[^\w<>=+%±≤≥]|_)+(?!\d)")
 
 
-_FILLER = re.compile("请问|您好|你好|谢谢|是什么|有哪些|是哪些|有什么|什么是|分别|一下|医生|大夫|怎么办|[请吗呢呀啊的了]")
+_FILLER = re.compile(
+    "请问|您好|你好|谢谢|是什么|有哪些|是哪些|有什么|什么是|分别|一下|医生|大夫|怎么办|[请吗呢呀啊的了]"
+)
 
 
 # In the tables: a sign that is left out, the end of a text, and what only normalize itself can judge.
@@ -22,9 +24,9 @@ _NOTHING, _END, _UNKNOWN = 0, 1, 0xFFFF
 def normalize(text):
     """The letters and digits of a text, NFKC and case-folded. A sign between two digits stays (1.5 is not 15)."""
     letters = text
-    for mark in _COMMON_MARKS:            # a shortcut: NFKC leaves text at once that holds nothing to change
+    for mark in _COMMON_MARKS:  # a shortcut: NFKC leaves text at once that holds nothing to change
         letters = letters.replace(mark, "")
-    if letters.isalpha():                 # else there may be digits, between which signs count, or what will become digits
+    if letters.isalpha():  # else there may be digits, between which signs count, or what will become digits
         text = letters
     text = unicodedata.normalize("NFKC", text).casefold()
     return text if text.isalnum() else _NOISE.sub("", text)
@@ -38,7 +40,7 @@ def normalize_all(texts):
     letters, signs = _tables()
     given = numpy.frombuffer(joined.encode("utf-16-le", "surrogatepass"), dtype=numpy.uint16)
     codes = letters.take(given)
-    digits = codes - numpy.uint16(ord("0")) < 10                # below "0" it wraps around to large numbers
+    digits = codes - numpy.uint16(ord("0")) < 10  # below "0" it wraps around to large numbers
     if digits.any():
         between = numpy.flatnonzero((codes[1:-1] == _NOTHING) & digits[:-2] & digits[2:]) + 1
         codes[between] = signs[given[between]]
@@ -53,13 +55,19 @@ def _tables():
     Unknown stay those that may join with their neighbours (combining marks, Korean letters), that become several characters,
     digits that are not ASCII, and halves of characters beyond 16 bits.
     """
-    letters, signs = numpy.full(1 << 16, _UNKNOWN, dtype=numpy.uint16), numpy.full(1 << 16, _NOTHING, dtype=numpy.uint16)
+    letters, signs = (
+        numpy.full(1 << 16, _UNKNOWN, dtype=numpy.uint16),
+        numpy.full(1 << 16, _NOTHING, dtype=numpy.uint16),
+    )
     letters[0] = _END
-    letters[0x3400:0xA000] = numpy.arange(0x3400, 0xA000)      # Chinese characters: nothing becomes of them
+    letters[0x3400:0xA000] = numpy.arange(0x3400, 0xA000)  # Chinese characters: nothing becomes of them
     for code in (*range(2, 0x3400), *range(0x4DC0, 0x4E00), *range(0xF900, 0xFFFE)):
         text = unicodedata.normalize("NFKC", chr(code)).casefold()
         kept = _NOISE.sub("", text)
-        if any(unicodedata.category(part)[0] == "M" or "\u1100" <= part <= "\u11ff" or part > "\uffff" for part in text):
+        if any(
+            unicodedata.category(part)[0] == "M" or "\u1100" <= part <= "\u11ff" or part > "\uffff"
+            for part in text
+        ):
             continue
         if not kept:
             letters[code] = _NOTHING

@@ -23,16 +23,16 @@ from utils.files import show_path
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
-BLOCK = 1 << 20                       # characters read at a time from a JSON array
+BLOCK = 1 << 20  # characters read at a time from a JSON array
 
 
-LARGEST_ELEMENT = 64 << 20            # characters; an array element that has not ended by then is not JSON
+LARGEST_ELEMENT = 64 << 20  # characters; an array element that has not ended by then is not JSON
 
 
-BATCH_ROWS, BATCH_CHARACTERS = 2000, 4 << 20      # what one worker gets at a time
+BATCH_ROWS, BATCH_CHARACTERS = 2000, 4 << 20  # what one worker gets at a time
 
 
-ENCODING_LINES = 1000                 # non-ASCII lines looked at to tell UTF-8 from GB18030
+ENCODING_LINES = 1000  # non-ASCII lines looked at to tell UTF-8 from GB18030
 
 
 BOM = b"\xef\xbb\xbf"
@@ -57,13 +57,21 @@ def data_files(inputs, made_by):
     files = []
     for given in inputs:
         if given.is_dir():
-            files += sorted(path for path in given.iterdir() if path.suffix.lower() in KINDS and path.is_file()
-                            and not path.name.startswith(".") and not path.name.endswith(".source.json"))
+            files += sorted(
+                path
+                for path in given.iterdir()
+                if path.suffix.lower() in KINDS
+                and path.is_file()
+                and not path.name.startswith(".")
+                and not path.name.endswith(".source.json")
+            )
         elif not given.exists():
             raise UserError(f"{show_path(given)} does not exist; make it with: {made_by}")
         elif given.suffix.lower() not in KINDS:
-            raise UserError(f"{show_path(given)}: cannot read {given.suffix or 'a file without extension'}; "
-                            f"wanted {', '.join(KINDS)}")
+            raise UserError(
+                f"{show_path(given)}: cannot read {given.suffix or 'a file without extension'}; "
+                f"wanted {', '.join(KINDS)}"
+            )
         else:
             files.append(given)
     if not files:
@@ -71,7 +79,9 @@ def data_files(inputs, made_by):
         raise UserError(f"no data file ({', '.join(KINDS)}) in {places}; make one with: {made_by}")
     for path in files:
         if not _encodes(path.name):
-            raise UserError(f"{ascii(path.name)}: the file's name is not UTF-8; rename it and run the same command again")
+            raise UserError(
+                f"{ascii(path.name)}: the file's name is not UTF-8; rename it and run the same command again"
+            )
     return list({path.resolve(): path for path in files}.values())
 
 
@@ -84,7 +94,7 @@ def _encodes(text):
 
 
 def detect_encoding(path):
-    """"utf-8", "utf-8-sig" (with a BOM), "gb18030", or "parquet" for a file that is no text.
+    """ "utf-8", "utf-8-sig" (with a BOM), "gb18030", or "parquet" for a file that is no text.
 
     A UTF-8 file with damaged lines stays UTF-8: GB18030 is chosen only where most non-ASCII lines are not UTF-8 and more of
     them are GB18030 (which accepts most byte pairs, so it cannot be asked first).
@@ -160,7 +170,9 @@ def map_tasks(function, tasks, workers):
         while under_way:
             yield under_way.popleft().result()
     except BrokenProcessPool:
-        raise RunError("a worker process was killed, most likely for want of memory; try again with --workers 1") from None
+        raise RunError(
+            "a worker process was killed, most likely for want of memory; try again with --workers 1"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -175,7 +187,9 @@ def _start_worker():
 @contextlib.contextmanager
 def _interrupt_held_back():
     """Hold Ctrl-C back for the block. A process started in it inherits that, so none of them dies with a traceback."""
-    if not hasattr(signal, "pthread_sigmask"):          # Windows: there, a worker is deaf to Ctrl-C only once it has started
+    if not hasattr(
+        signal, "pthread_sigmask"
+    ):  # Windows: there, a worker is deaf to Ctrl-C only once it has started
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -207,7 +221,7 @@ def parse_row(raw, encoding):
         raise
     except RecursionError:
         raise Reject("not JSON", "nested too deep", raw) from None
-    except ValueError as error:       # JSONDecodeError, and numbers of more than 4,300 digits
+    except ValueError as error:  # JSONDecodeError, and numbers of more than 4,300 digits
         raise Reject("not JSON", str(error), raw) from None
     if not isinstance(row, dict):
         raise Reject("not an object", f"the line holds a {type(row).__name__}", row)
@@ -229,7 +243,7 @@ def _no_constant(name):
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
 
 
-_LENIENT = json.JSONDecoder(strict=False, parse_int=str)   # finds where an element ends; parse_row judges it
+_LENIENT = json.JSONDecoder(strict=False, parse_int=str)  # finds where an element ends; parse_row judges it
 
 
 def _decodes(line, encoding):
@@ -243,8 +257,8 @@ def _decodes(line, encoding):
 def _lines(path):
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            if line.startswith(BOM):               # any line may carry one: files are joined with `cat`
-                line = line[len(BOM):]
+            if line.startswith(BOM):  # any line may carry one: files are joined with `cat`
+                line = line[len(BOM) :]
             line = line.rstrip()
             if line:
                 yield number, line
@@ -262,7 +276,9 @@ def _array_rows(path, encoding):
             at = start
             end = _element_end(text, start, ended or len(text) - start > LARGEST_ELEMENT)
             if end is None:
-                more = file.read(max(BLOCK, len(text) - start))      # doubling: a long element is scanned a few times only
+                more = file.read(
+                    max(BLOCK, len(text) - start)
+                )  # doubling: a long element is scanned a few times only
                 text, at, ended = text[start:] + more, 0, not more
             elif text[start:end] in ("", "]"):
                 return
@@ -293,7 +309,7 @@ def _next_object(text, damaged, final):
 
 
 def _table_rows(path, encoding, delimiter):
-    csv.field_size_limit(1 << 30)                   # the default, 131,072 characters, stops at long answers
+    csv.field_size_limit(1 << 30)  # the default, 131,072 characters, stops at long answers
     with open(path, encoding=encoding, errors="surrogateescape", newline="") as file:
         table = csv.reader(file, delimiter=delimiter)
         names, line = None, 1
@@ -317,7 +333,9 @@ def _table_row(names, cells, encoding):
     if len(cells) != len(names):
         return Reject("not a table row", f"{len(cells)} cells under {len(names)} columns", cells)
     if any(not cell.isascii() and re.search("[\udc80-\udcff]", cell) for cell in cells):
-        cells = [cell.encode(encoding, "surrogateescape").decode(encoding, "backslashreplace") for cell in cells]
+        cells = [
+            cell.encode(encoding, "surrogateescape").decode(encoding, "backslashreplace") for cell in cells
+        ]
         return Reject("undecodable bytes", f"not {encoding}", dict(zip(names, cells)))
     return dict(zip(names, cells))
 
@@ -334,11 +352,15 @@ def _parquet_rows(path):
                     number += 1
                     yield number, _parquet_row(batch.slice(index, 1))
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{show_path(path)} is not a whole Parquet file ({str(error).splitlines()[0]})") from None
+        raise UserError(
+            f"{show_path(path)} is not a whole Parquet file ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def _parquet_row(one):
     try:
         return one.to_pylist()[0]
-    except UnicodeDecodeError as error:             # Arrow does not check its text columns
-        return Reject("undecodable bytes", str(error), {name: repr(one.column(name)) for name in one.schema.names})
+    except UnicodeDecodeError as error:  # Arrow does not check its text columns
+        return Reject(
+            "undecodable bytes", str(error), {name: repr(one.column(name)) for name in one.schema.names}
+        )

@@ -24,8 +24,11 @@ def count_tokens(model, examples):
 def lengths(characters, tokens, max_length):
     """The report's fields about length; `tokens` may be counted in a part of the conversations only, or in none."""
     return {
-        "characters": _spread(characters), "tokens": _spread(tokens), "tokens_counted_in": len(tokens),
-        "max_length": max_length, "kept_by_max_length": share(numpy.array(tokens) <= max_length),
+        "characters": _spread(characters),
+        "tokens": _spread(tokens),
+        "tokens_counted_in": len(tokens),
+        "max_length": max_length,
+        "kept_by_max_length": share(numpy.array(tokens) <= max_length),
     }
 
 
@@ -39,17 +42,24 @@ def show(report):
     print(f"\n{'rows':>12}  input")
     for file in report["files"]:
         print(f"{file['rows']:>12,}  {file['file']} ({file['encoding']})")
-    print(f"{report['rows_in']:>12,}  in all; recognised as "
-          + (", ".join(f"{name} {count:,}" for name, count in report["schemas"].items()) or "nothing"))
-    for title, counts, total in (("kept", report["outputs"], report["rows_kept"]),
-                                 ("set aside", report["set_aside"], report["rows_set_aside"])):
+    print(
+        f"{report['rows_in']:>12,}  in all; recognised as "
+        + (", ".join(f"{name} {count:,}" for name, count in report["schemas"].items()) or "nothing")
+    )
+    for title, counts, total in (
+        ("kept", report["outputs"], report["rows_kept"]),
+        ("set aside", report["set_aside"], report["rows_set_aside"]),
+    ):
         print(f"\n{total:>12,}  {title}")
         for name, count in counts.items():
             print(f"{count:>12,}    {name}")
     counted = {"characters": "", "tokens": f" (counted in {report['tokens_counted_in']:,} conversations)"}
     for unit, of in counted.items():
         if report[unit]:
-            print(f"\nlength in {unit}{of}: " + ", ".join(f"{name} {value:,}" for name, value in report[unit].items()))
+            print(
+                f"\nlength in {unit}{of}: "
+                + ", ".join(f"{name} {value:,}" for name, value in report[unit].items())
+            )
     if report["tokens"]:
         print(f"MAX_LENGTH {report['max_length']:,} keeps {report['kept_by_max_length']:.1%} of them")
     elif report["characters"]:
@@ -63,4 +73,6 @@ def show(report):
 
 
 def _spread(values):
-    return {name: int(numpy.percentile(values, point)) for name, point in POINTS.items()} if len(values) else {}
+    return (
+        {name: int(numpy.percentile(values, point)) for name, point in POINTS.items()} if len(values) else {}
+    )

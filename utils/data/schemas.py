@@ -30,19 +30,33 @@ COLUMN_ROLES = ("question", "input", "reasoning", "answer", "system", "chosen", 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
-SPLITS = {"": "", "train": "train", "eval": "eval", "validation": "eval", "valid": "eval", "dev": "eval", "test": "eval"}
+SPLITS = {
+    "": "",
+    "train": "train",
+    "eval": "eval",
+    "validation": "eval",
+    "valid": "eval",
+    "dev": "eval",
+    "test": "eval",
+}
 
 
 LETTERS = "ABCDEFGH"
 
 
 # Text that no tokenizer or file can carry, and Qwen's own control tokens, which would forge a turn of the conversation.
-_UNFIT = re.compile("(?P<control>[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f])|(?P<surrogate>[\ud800-\udfff])|(?P<lost>\ufffd)"
-                    r"|(?P<token><\|(?:im_start|im_end|endoftext)\|>)")
+_UNFIT = re.compile(
+    "(?P<control>[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f])|(?P<surrogate>[\ud800-\udfff])|(?P<lost>\ufffd)"
+    r"|(?P<token><\|(?:im_start|im_end|endoftext)\|>)"
+)
 
 
-_UNFIT_REASON = {"control": "control characters", "surrogate": "lone surrogate", "lost": "undecodable bytes",
-                 "token": "control tokens"}
+_UNFIT_REASON = {
+    "control": "control characters",
+    "surrogate": "lone surrogate",
+    "lost": "undecodable bytes",
+    "token": "control tokens",
+}
 
 
 _OPTION_LINE = re.compile(r"^\s*([A-H])\s*[.、．:：)）]\s*(.+?)\s*$", re.MULTILINE)
@@ -56,7 +70,7 @@ class Item(NamedTuple):
     body: dict
     questions: list
     rest: str
-    split: str              # "train", "eval", or "" where the row does not say
+    split: str  # "train", "eval", or "" where the row does not say
     characters: int
     reasoning: bool
 
@@ -92,7 +106,9 @@ def convert_row(row, columns=(), system="", max_characters=None):
     if row.get("split") is not None:
         split = SPLITS.get(row["split"].strip().lower()) if isinstance(row["split"], str) else None
         if split is None:
-            raise Reject("unknown split", f"{row['split']!r}; wanted one of {', '.join(filter(None, SPLITS))}")
+            raise Reject(
+                "unknown split", f"{row['split']!r}; wanted one of {', '.join(filter(None, SPLITS))}"
+            )
     kind, schema, body = read(row, schema)
     if kind == "exam":
         questions, rest, reasoning = [body["question"]], [*body["options"].values(), body["answer"]], False
@@ -124,7 +140,7 @@ def _check_text(text):
     if not text.replace("\n", "").isprintable() or "\ufffd" in text or "<|" in text:
         found = _UNFIT.search(text)
         if found:
-            around = text[max(0, found.start() - 10):found.start() + 20]
+            around = text[max(0, found.start() - 10) : found.start() + 20]
             raise Reject(_UNFIT_REASON[found.lastgroup], f"{found.group()!r} in {around!r}")
 
 
@@ -169,7 +185,7 @@ def _question_answer_reader(question, context, reasoning, answer):
 
 def _question_answer(row, schema, fields):
     question, context, reasoning, answer = fields
-    if isinstance(row[question], list):                       # TRL's prompt/completion in message form
+    if isinstance(row[question], list):  # TRL's prompt/completion in message form
         turns = _turns(row[question], "prompt") + _turns(row[answer], "completion")
         return "sft", schema, {"messages": _in_order(_system(row, turns) + turns, "assistant")}
     asked = _text(row, question, "question", optional=bool(context))
@@ -178,10 +194,15 @@ def _question_answer(row, schema, fields):
         if not asked:
             raise Reject("missing or empty question", f"{question} and {context} are empty")
     answered = _text(row, answer, "answer")
-    options = dict(_OPTION_LINE.findall(asked)) if len(answered) <= 8 and set(answered) <= set(LETTERS) else {}
-    if len(options) > 1:                                      # Monor/hwtcm: the options stand in the question
-        stem = asked[:_OPTION_LINE.search(asked).start()]
-        return _exam({"question": stem, "options": options, "answer": answered, **_subject(row)}, "exam in the question")
+    options = (
+        dict(_OPTION_LINE.findall(asked)) if len(answered) <= 8 and set(answered) <= set(LETTERS) else {}
+    )
+    if len(options) > 1:  # Monor/hwtcm: the options stand in the question
+        stem = asked[: _OPTION_LINE.search(asked).start()]
+        return _exam(
+            {"question": stem, "options": options, "answer": answered, **_subject(row)},
+            "exam in the question",
+        )
     messages = [*_system(row), *_history(row), {"role": "user", "content": asked}]
     messages.append(_assistant(answered, reasoning and _text(row, reasoning, "reasoning", optional=True)))
     return "sft", schema, {"messages": messages}
@@ -200,14 +221,21 @@ def _preference(row, schema):
     elif isinstance(row.get("prompt"), list):
         prompt = _turns(row["prompt"], "prompt")
     else:
-        field = next((name for name in ("prompt", "question", "instruction", "query", "input") if row.get(name)), "prompt")
+        field = next(
+            (name for name in ("prompt", "question", "instruction", "query", "input") if row.get(name)),
+            "prompt",
+        )
         context = _text(row, "input", "question", optional=True) if field == "instruction" else ""
         asked = "\n".join(filter(None, [_text(row, field, "question", optional=True), context]))
         prompt = [{"role": "user", "content": asked}] if asked else []
-    if len(chosen) > 1 or len(rejected) > 1:                  # whole conversations: what they share is the prompt
+    if len(chosen) > 1 or len(rejected) > 1:  # whole conversations: what they share is the prompt
         if chosen[:-1] != rejected[:-1]:
             raise Reject("roles out of order", "chosen and rejected differ before their last turn")
-        prompt = chosen[:-1] if chosen[0]["role"] == "system" or len(chosen) > len(prompt) else prompt + chosen[:-1]
+        prompt = (
+            chosen[:-1]
+            if chosen[0]["role"] == "system" or len(chosen) > len(prompt)
+            else prompt + chosen[:-1]
+        )
     if not prompt:
         raise Reject("missing or empty question", "prompt")
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
@@ -227,9 +255,15 @@ def _exam(row, schema):
         options = {letter: row.get(letter.lower()) for letter in LETTERS}
     if isinstance(options, list) and all(isinstance(option, dict) for option in options):
         options = {option.get("key"): option.get("value") for option in options}
-    if not isinstance(options, dict) or not all(isinstance(value, (str, type(None))) for value in options.values()):
+    if not isinstance(options, dict) or not all(
+        isinstance(value, (str, type(None))) for value in options.values()
+    ):
         raise Reject("wrong type", "the options are not texts by letter")
-    options = {str(letter).strip().upper(): value.strip() for letter, value in options.items() if value and value.strip()}
+    options = {
+        str(letter).strip().upper(): value.strip()
+        for letter, value in options.items()
+        if value and value.strip()
+    }
     if len(options) < 2:
         raise Reject("missing or empty options", f"{len(options)} options")
     answer = re.sub(r"[\s,、]", "", unicodedata.normalize("NFKC", _text(row, "answer", "answer"))).upper()
@@ -242,7 +276,11 @@ def _exam(row, schema):
 
 def _subject(row):
     names = ("subject", "exam_subject", "exam_class")
-    return {"subject": next((row[name] for name in names if isinstance(row.get(name), str) and row[name].strip()), "")}
+    return {
+        "subject": next(
+            (row[name] for name in names if isinstance(row.get(name), str) and row[name].strip()), ""
+        )
+    }
 
 
 def _side(row, field):
@@ -263,7 +301,9 @@ def _turns(value, field):
         said = turn.get("role", turn.get("from"))
         role = ROLES.get(said) if isinstance(said, str) else None
         if role is None:
-            raise Reject("roles out of order", f"{field}, turn {number}: role {said!r}; wanted {', '.join(ROLES)}")
+            raise Reject(
+                "roles out of order", f"{field}, turn {number}: role {said!r}; wanted {', '.join(ROLES)}"
+            )
         name = "content" if "content" in turn else "value"
         text = _text(turn, name, "answer" if role == "assistant" else "question", optional=role == "system")
         if role == "assistant":
@@ -296,7 +336,9 @@ def _history(row):
     history = row.get("history")
     if not history:
         return []
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 for pair in history
+    ):
         raise Reject("wrong type", "history is not a list of [question, answer]")
     turns = []
     for question, answer in history:

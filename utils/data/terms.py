@@ -23,8 +23,11 @@ class Terms:
             self.by_kind.setdefault(row["kind"], []).append(row["term"])
         longest_first = sorted(self.kinds, key=lambda term: (-len(term), term))
         alone = f"(?:(?<=[{LEFT}])|^)(?:{{}})(?=[{RIGHT}]|$)"
-        self.pattern = re.compile("|".join(
-            re.escape(term) if len(term) > 1 else alone.format(re.escape(term)) for term in longest_first))
+        self.pattern = re.compile(
+            "|".join(
+                re.escape(term) if len(term) > 1 else alone.format(re.escape(term)) for term in longest_first
+            )
+        )
 
     def find(self, text):
         """[(start, end, term), ...] in order, longest terms first, without overlaps."""
@@ -50,7 +53,10 @@ class Terms:
         if names:
             chosen, substitute = [rng.choice(names)], self._other_name
         else:
-            chosen, substitute = [place for place in facts if rng.random() < 0.5] or [rng.choice(facts)], self._other_fact
+            chosen, substitute = (
+                [place for place in facts if rng.random() < 0.5] or [rng.choice(facts)],
+                self._other_fact,
+            )
         used, pieces, swapped, end = {term for _, _, term in found}, [], 0, len(answer)
         for start, stop, term in reversed(chosen):
             other = substitute(term, question, used, rng)
@@ -65,7 +71,7 @@ class Terms:
     def _other_fact(self, term, question, used, rng):
         kind = rng.choice(self.kinds[term])
         kin = self.by_kind[kind]
-        own = {c for c in term if 2 * sum(c in other for other in kin) < len(kin)}     # of 足太阴脾经: not 经
+        own = {c for c in term if 2 * sum(c in other for other in kin) < len(kin)}  # of 足太阴脾经: not 经
         fits = [other for other in self._like(kind, term, question, used) if not own & set(other)]
         return rng.choice(fits) if fits else None
 
@@ -76,6 +82,11 @@ class Terms:
         return rng.choice(alike) if alike else None
 
     def _like(self, kind, term, question, used):
-        return [other for other in self.by_kind[kind]
-                if other not in used and other not in question and other not in self.near[kind, term]
-                and abs(len(other) - len(term)) <= max(1, 0.2 * len(term))]
+        return [
+            other
+            for other in self.by_kind[kind]
+            if other not in used
+            and other not in question
+            and other not in self.near[kind, term]
+            and abs(len(other) - len(term)) <= max(1, 0.2 * len(term))
+        ]

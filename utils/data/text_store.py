@@ -20,6 +20,6 @@ class TextStore:
     def read(self, start, end=None):
         """The texts number `start` to `end` - 1, joined; without `end` the one text. Nothing can be added after that."""
         self.file.flush()
-        unbuffered, place = self.file.raw, self.ends[start]       # a buffer would read 8 KB for each text
+        unbuffered, place = self.file.raw, self.ends[start]  # a buffer would read 8 KB for each text
         unbuffered.seek(place)
         return unbuffered.read(self.ends[start + 1 if end is None else end] - place)

@@ -63,20 +63,33 @@ def results(folder, tests, settings, device):
         return list(read_jsonl(path, ["test"]))
     began = time.monotonic()
     generation_seconds, items = _measure(folder, tests, settings, device)
-    first = {"test": "model", "folder": show_path(folder), "identity": identity, "seconds": round(time.monotonic() - began, 1),
-             "generation_seconds": generation_seconds}
+    first = {
+        "test": "model",
+        "folder": show_path(folder),
+        "identity": identity,
+        "seconds": round(time.monotonic() - began, 1),
+        "generation_seconds": generation_seconds,
+    }
     write_jsonl(path, [first, *items])
     return [first, *items]
 
 
 def _identity(folder, settings, device):
     """All that decides the results: weights, files and settings by content, device and number format."""
-    identity = {name: f"sha256 {sha256_of(value)}" if name.endswith("_FILE") and value and value.is_file() else str(value)
-                for name, value in vars(settings).items() if name.isupper() and name not in NOT_IDENTITY}
+    identity = {
+        name: f"sha256 {sha256_of(value)}"
+        if name.endswith("_FILE") and value and value.is_file()
+        else str(value)
+        for name, value in vars(settings).items()
+        if name.isupper() and name not in NOT_IDENTITY
+    }
     parts = [folder, adapter_base(folder)] if (Path(folder) / "adapter_config.json").is_file() else [folder]
     stops = Path(folder) / "generation_config.json"
-    return identity | {"model": [model_sha256(part) for part in parts], "stops": sha256_of(stops) if stops.is_file() else "",
-                       "device": f"{device.name} {'bf16' if device.bf16 else 'fp32'}"}
+    return identity | {
+        "model": [model_sha256(part) for part in parts],
+        "stops": sha256_of(stops) if stops.is_file() else "",
+        "device": f"{device.name} {'bf16' if device.bf16 else 'fp32'}",
+    }
 
 
 def _measure(folder, tests, settings, device):
@@ -87,35 +100,97 @@ def _measure(folder, tests, settings, device):
     from utils.model.packed_forward import prepare_packed
 
     tokenizer, model = load_tokenizer(folder), load_model(folder, device.dtype).to(device.name).eval()
-    seconds, items = _answers(model, tokenizer, tests, settings)    # first: prepare_packed changes how the model computes
+    seconds, items = _answers(
+        model, tokenizer, tests, settings
+    )  # first: prepare_packed changes how the model computes
     prepare_packed(model)
 
-    general = [{"id": row["id"], "messages": [{"role": "user", "content": row["question"]},
-                                              {"role": "assistant", "content": row["answer"]}]} for row in tests.general]
+    general = [
+        {
+            "id": row["id"],
+            "messages": [
+                {"role": "user", "content": row["question"]},
+                {"role": "assistant", "content": row["answer"]},
+            ],
+        }
+        for row in tests.general
+    ]
     for test, rows in (("heldout", tests.rows), ("general", general)):
         turns = [(row["id"], turn) for row in rows for turn in encode_turns(tokenizer, row["messages"])]
         if turns:
-            logps = answer_logps(model, pack_for_scoring([{"documents": [turn]} for _, turn in turns]), device,
-                                 progress(f"loss on {len(turns):,} {test} answers", always=True))
-            items += [{"test": test, "id": id, "loss": -logp, "tokens": len(answer)}
-                      for (id, (_, answer)), [logp] in zip(turns, logps)]
+            logps = answer_logps(
+                model,
+                pack_for_scoring([{"documents": [turn]} for _, turn in turns]),
+                device,
+                progress(f"loss on {len(turns):,} {test} answers", always=True),
+            )
+            items += [
+                {"test": test, "id": row_id, "loss": -logp, "tokens": len(answer)}
+                for (row_id, (_, answer)), [logp] in zip(turns, logps)
+            ]
     if tests.exam:
-        by_text = exam_choices(model, tokenizer, tests.exam, settings.EXAM_INSTRUCTION, device,
-                               progress(f"exam by option text, {len(tests.exam):,} questions", always=True))
+        by_text = exam_choices(
+            model,
+            tokenizer,
+            tests.exam,
+            settings.EXAM_INSTRUCTION,
+            device,
+            progress(f"exam by option text, {len(tests.exam):,} questions", always=True),
+        )
         some = sample_by_id(tests.exam, settings.LETTER_ROWS)
-        by_letter = exam_letter_choices(model, tokenizer, some, device,
-                                        progress(f"exam by option letter, {len(some):,} questions, every rotation", always=True))
-        letters = {item["id"]: dict(zip(("letter_choice", "letter", "rotations"), result)) for item, result in zip(some, by_letter)}
-        items += [{"test": "exam", "id": item["id"], "question": item["question"], "options": item["options"],
-                   "answer": item["answer"], "text_choice": text[0], "text": text[1], **letters.get(item["id"], {})}
-                  for item, text in zip(tests.exam, by_text)]
+        by_letter = exam_letter_choices(
+            model,
+            tokenizer,
+            some,
+            device,
+            progress(f"exam by option letter, {len(some):,} questions, every rotation", always=True),
+        )
+        letters = {
+            item["id"]: dict(zip(("letter_choice", "letter", "rotations"), result))
+            for item, result in zip(some, by_letter)
+        }
+        items += [
+            {
+                "test": "exam",
+                "id": item["id"],
+                "question": item["question"],
+                "options": item["options"],
+                "answer": item["answer"],
+                "text_choice": text[0],
+                "text": text[1],
+                **letters.get(item["id"], {}),
+            }
+            for item, text in zip(tests.exam, by_text)
+        ]
     if tests.pairs:
-        documents = [[(encode_prompt(tokenizer, pair["prompt"], bool(pair["chosen"][-1].get("reasoning_content"))),
-                       encode_answer(tokenizer, pair[side][-1])) for side in ("chosen", "rejected")] for pair in tests.pairs]
-        logps = answer_logps(model, pack_for_scoring([{"documents": pair} for pair in documents]), device,
-                             progress(f"{len(documents):,} preference pairs", always=True))
-        items += [{"test": "preference", "id": pair["id"], "kind": pair.get("kind", ""), "chosen": chosen, "rejected": rejected}
-                  for pair, (chosen, rejected) in zip(tests.pairs, logps)]
+        documents = [
+            [
+                (
+                    encode_prompt(
+                        tokenizer, pair["prompt"], bool(pair["chosen"][-1].get("reasoning_content"))
+                    ),
+                    encode_answer(tokenizer, pair[side][-1]),
+                )
+                for side in ("chosen", "rejected")
+            ]
+            for pair in tests.pairs
+        ]
+        logps = answer_logps(
+            model,
+            pack_for_scoring([{"documents": pair} for pair in documents]),
+            device,
+            progress(f"{len(documents):,} preference pairs", always=True),
+        )
+        items += [
+            {
+                "test": "preference",
+                "id": pair["id"],
+                "kind": pair.get("kind", ""),
+                "chosen": chosen,
+                "rejected": rejected,
+            }
+            for pair, (chosen, rejected) in zip(tests.pairs, logps)
+        ]
     return seconds, items
 
 
@@ -127,21 +202,47 @@ def _answers(model, tokenizer, tests, settings):
     if not settings.GENERATE:
         return 0.0, []
     drawn = random.Random(settings.SEED).sample(tests.rows, min(settings.GENERATE, len(tests.rows)))
-    asked = [("heldout", row["id"], row["messages"][:-1], row["messages"][-1]["content"], None) for row in drawn]
-    asked += [("general", row["id"], [{"role": "user", "content": row["question"]}], row["answer"], row["accept"])
-              for row in tests.general]
-    prompts = [encode_prompt(tokenizer, messages, THINKING_MODES[settings.THINKING]) for _, _, messages, _, _ in asked]
+    asked = [
+        ("heldout", row["id"], row["messages"][:-1], row["messages"][-1]["content"], None) for row in drawn
+    ]
+    asked += [
+        ("general", row["id"], [{"role": "user", "content": row["question"]}], row["answer"], row["accept"])
+        for row in tests.general
+    ]
+    prompts = [
+        encode_prompt(tokenizer, messages, THINKING_MODES[settings.THINKING])
+        for _, _, messages, _, _ in asked
+    ]
     stop, began = stop_tokens(model, tokenizer), time.monotonic()
-    generated = generate_tokens(model, prompts, stop, settings.MAX_NEW_TOKENS, batch_size=settings.BATCH_SIZE,
-                                watch=progress(f"{len(prompts):,} answers in full", always=True))
+    generated = generate_tokens(
+        model,
+        prompts,
+        stop,
+        settings.MAX_NEW_TOKENS,
+        batch_size=settings.BATCH_SIZE,
+        watch=progress(f"{len(prompts):,} answers in full", always=True),
+    )
     seconds, items = time.monotonic() - began, []
-    for (about, id, messages, reference, accept), prompt, ids in zip(asked, prompts, generated):
+    for (about, row_id, messages, reference, accept), prompt, ids in zip(asked, prompts, generated):
         question, answer = messages[-1]["content"], read_answer(tokenizer, prompt, ids).content
-        right = states_one_of(answer, accept) if accept else same_facts(tests.terms, reference, answer, question)
+        right = (
+            states_one_of(answer, accept) if accept else same_facts(tests.terms, reference, answer, question)
+        )
         ended = ids[-1] in stop
-        items.append({"test": "answer", "about": about, "id": id, "question": question, "reference": reference,
-                      "answer": answer, "tokens": len(ids), "ended": ended, "right": right,
-                      "repetition": repetition(ids[:-1] if ended else ids)})
+        items.append(
+            {
+                "test": "answer",
+                "about": about,
+                "id": row_id,
+                "question": question,
+                "reference": reference,
+                "answer": answer,
+                "tokens": len(ids),
+                "ended": ended,
+                "right": right,
+                "repetition": repetition(ids[:-1] if ended else ids),
+            }
+        )
     return round(seconds, 3), items
 
 
@@ -153,8 +254,16 @@ def same_facts(terms, reference, answer, question):
 
 def states_one_of(answer, accept):
     """Whether one of the texts in `accept` is in the answer; a number has to stand by itself: no 2 in 1024."""
-    return any(re.search(f"(?<![{DIGITS}]){re.escape(text)}(?![{DIGITS}])" if re.search(f"[{DIGITS}]", text) else
-                         re.escape(text), answer, re.IGNORECASE) for text in accept)
+    return any(
+        re.search(
+            f"(?<![{DIGITS}]){re.escape(text)}(?![{DIGITS}])"
+            if re.search(f"[{DIGITS}]", text)
+            else re.escape(text),
+            answer,
+            re.IGNORECASE,
+        )
+        for text in accept
+    )
 
 
 def repetition(ids, n=4):
@@ -166,18 +275,27 @@ def repetition(ids, n=4):
 def by_measure(items):
     """{measure: its items in order}: for SHARES list of bool, for LOSSES (sums of losses, tokens); what was not tested is
     missing."""
-    of = {test: [item for item in items if item["test"] == test] for test in ("heldout", "general", "exam", "preference")}
+    of = {
+        test: [item for item in items if item["test"] == test]
+        for test in ("heldout", "general", "exam", "preference")
+    }
     answers = [item for item in items if item["test"] == "answer" and item["right"] is not None]
     shares = {
         "exam": [item["text_choice"] == item["answer"] for item in of["exam"]],
-        "exam_letter": [item["letter_choice"] == item["answer"] for item in of["exam"] if "letter_choice" in item],
+        "exam_letter": [
+            item["letter_choice"] == item["answer"] for item in of["exam"] if "letter_choice" in item
+        ],
         "preference": [item["chosen"] > item["rejected"] for item in of["preference"]],
         "facts": [item["right"] for item in answers if item["about"] == "heldout"],
         "general": [item["right"] for item in answers if item["about"] == "general"],
     }
-    losses = {f"{test}_loss": ([item["loss"] for item in of[test]], [item["tokens"] for item in of[test]]) for test in LOSSES}
+    losses = {
+        f"{test}_loss": ([item["loss"] for item in of[test]], [item["tokens"] for item in of[test]])
+        for test in LOSSES
+    }
     return {name: right for name, right in shares.items() if right} | {
-        name: (sums, tokens) for name, (sums, tokens) in losses.items() if sums}
+        name: (sums, tokens) for name, (sums, tokens) in losses.items() if sums
+    }
 
 
 def figures(results):
@@ -185,8 +303,11 @@ def figures(results):
     (first, *items), found = results, {}
     for name, values in by_measure(items).items():
         if name in SHARES:
-            found |= {f"{name}_accuracy": sum(values) / len(values), f"{name}_interval": wilson(sum(values), len(values)),
-                      f"{name}_n": len(values)}
+            found |= {
+                f"{name}_accuracy": sum(values) / len(values),
+                f"{name}_interval": wilson(sum(values), len(values)),
+                f"{name}_n": len(values),
+            }
         else:
             loss, interval = mean_per_token(*values)
             found |= {name: loss, f"{name}_interval": interval, f"{name}_n": len(values[0])}
@@ -197,9 +318,13 @@ def figures(results):
     answers = [item for item in items if item["test"] == "answer"]
     if answers:
         tokens = sum(item["tokens"] for item in answers)
-        found |= {"ended_share": _mean(answers, "ended"), "repetition": _mean(answers, "repetition"),
-                  "mean_tokens": tokens / len(answers), "tokens_per_second": tokens / first["generation_seconds"],
-                  "answers_n": len(answers)}
+        found |= {
+            "ended_share": _mean(answers, "ended"),
+            "repetition": _mean(answers, "repetition"),
+            "mean_tokens": tokens / len(answers),
+            "tokens_per_second": tokens / first["generation_seconds"],
+            "answers_n": len(answers),
+        }
     return {"folder": first["folder"], **found, "seconds": first["seconds"]}
 
 
@@ -214,7 +339,9 @@ def differences(one, other):
             change, interval = share_difference(ours[name], theirs[name])
             found[name] = {"difference": change, "interval": interval, "p": mcnemar(ours[name], theirs[name])}
         elif ours[name][1] == theirs[name][1]:
-            change, interval = mean_per_token([b - a for a, b in zip(ours[name][0], theirs[name][0])], ours[name][1])
+            change, interval = mean_per_token(
+                [b - a for a, b in zip(ours[name][0], theirs[name][0])], ours[name][1]
+            )
             found[name] = {"difference": change, "interval": interval}
     return found
 

@@ -1,6 +1,5 @@
 """Exams: single-choice questions from any file that holds some, and the prompts that ask for an option's letter."""
 
-
 from collections import Counter
 
 from utils.data.readers import Reject, data_files, detect_encoding, parse_row, read_rows
@@ -39,13 +38,18 @@ def exam_letter_choices(model, tokenizer, exam, device, watch=iter):
     """
     questions = [letter_questions(item) for item in exam]
     prompts = [_prompt(tokenizer, question) for rotations in questions for question, _ in rotations]
-    letters = LETTERS[:max(len(item["options"]) for item in exam)]
-    tokens = [token for letter in letters for token in tokenizer(letter, add_special_tokens=False)["input_ids"]]
+    letters = LETTERS[: max(len(item["options"]) for item in exam)]
+    tokens = [
+        token for letter in letters for token in tokenizer(letter, add_special_tokens=False)["input_ids"]
+    ]
     assert len(tokens) == len(letters), "every tokenizer of bytes has the Latin letters"
     logps, choices = iter(next_token_logps(model, prompts, tokens, device, watch)), []
     for item, rotations in zip(exam, questions):
         rotations = [dict(zip(order, next(logps))) for _, order in rotations]
-        scores = {letter: sum(rotation[letter] for rotation in rotations) / len(rotations) for letter in item["options"]}
+        scores = {
+            letter: sum(rotation[letter] for rotation in rotations) / len(rotations)
+            for letter in item["options"]
+        }
         choices.append((max(scores, key=scores.get), scores, rotations))
     return choices
 
@@ -56,7 +60,9 @@ def _prompt(tokenizer, question):
 
 
 # As CMMLU asks (Li et al. 2023, zero-shot). Its own name for the subject stands in where an item names none.
-LETTER_PROMPT = "以下是关于{subject}的单项选择题，请直接给出正确答案的选项。\n\n题目：{question}\n{options}\n答案是："
+LETTER_PROMPT = (
+    "以下是关于{subject}的单项选择题，请直接给出正确答案的选项。\n\n题目：{question}\n{options}\n答案是："
+)
 
 
 SUBJECT = "中医中药"
@@ -95,7 +101,13 @@ def letter_questions(item):
     order, questions = list(item["options"]), []
     for _ in order:
         options = "\n".join(f"{letter}. {item['options'][own]}" for letter, own in zip(LETTERS, order))
-        questions.append((LETTER_PROMPT.format(subject=item["subject"] or SUBJECT, question=item["question"], options=options),
-                          order))
+        questions.append(
+            (
+                LETTER_PROMPT.format(
+                    subject=item["subject"] or SUBJECT, question=item["question"], options=options
+                ),
+                order,
+            )
+        )
         order = order[1:] + order[:1]
     return questions

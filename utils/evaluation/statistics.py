@@ -2,7 +2,7 @@
 
 import math
 
-Z = 1.96        # a normal distribution holds 95 % within this many standard deviations
+Z = 1.96  # a normal distribution holds 95 % within this many standard deviations
 
 
 def wilson(right, total):
@@ -26,14 +26,17 @@ def mean_per_token(sums, tokens):
 
 def discordant(one, other):
     """(items that only `one` has right, items that only `other` has right) of two lists of bool about the same items."""
-    return (sum(a and not b for a, b in zip(one, other, strict=True)), sum(b and not a for a, b in zip(one, other)))
+    return (
+        sum(a and not b for a, b in zip(one, other, strict=True)),
+        sum(b and not a for a, b in zip(one, other)),
+    )
 
 
 def mcnemar(one, other):
     """p, two-sided and exact, that two models with such answers (lists of bool) are equally good (McNemar 1947)."""
     first, second = discordant(one, other)
     total = first + second
-    return min(1.0, 2 * sum(math.comb(total, k) for k in range(min(first, second) + 1)) / 2 ** total)
+    return min(1.0, 2 * sum(math.comb(total, k) for k in range(min(first, second) + 1)) / 2**total)
 
 
 def share_difference(one, other):
@@ -44,5 +47,5 @@ def share_difference(one, other):
     first, second = discordant(one, other)
     total = len(one) + 2
     centre = (second - first) / total
-    half = Z * math.sqrt((first + second + 1) / total - centre ** 2) / math.sqrt(total)
+    half = Z * math.sqrt((first + second + 1) / total - centre**2) / math.sqrt(total)
     return (second - first) / len(one), [centre - half, centre + half]

@@ -17,7 +17,9 @@ def document_attention(module, query, key, value, attention_mask, scaling, layou
     shapes = [(shape, len(list(run))) for shape, run in itertools.groupby(layout)]
     spans = [sum(shape) * count for shape, count in shapes]
     parts = []
-    for (shape, count), *states in zip(shapes, *(states[0].split(spans, dim=1) for states in (query, key, value))):
+    for (shape, count), *states in zip(
+        shapes, *(states[0].split(spans, dim=1) for states in (query, key, value))
+    ):
         # (heads, count x length, head_dim) -> (count, heads, length, head_dim)
         states = (part.unflatten(1, (count, sum(shape))).transpose(0, 1) for part in states)
         parts.append(_group_attention(*states, shape, scaling).transpose(1, 2).flatten(0, 1))
@@ -26,7 +28,9 @@ def document_attention(module, query, key, value, attention_mask, scaling, layou
 
 def _group_attention(query, key, value, shape, scaling):
     """The shared tokens see themselves; each branch sees the shared tokens and itself. Causal throughout."""
-    attend = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+    attend = functools.partial(
+        F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
     shared, *branches = shape
     if not shared and len(branches) == 1:
         return attend(query, key, value, is_causal=True)
@@ -34,10 +38,12 @@ def _group_attention(query, key, value, shape, scaling):
     parts = [attend(q, k, v, is_causal=True)] if shared else []
     for branch, (own_q, own_k, own_v) in zip(branches, rest):
         mask = _seen(shared, branch, query.device)
-        parts.append(attend(own_q, torch.cat([k, own_k], dim=2), torch.cat([v, own_v], dim=2), attn_mask=mask))
+        parts.append(
+            attend(own_q, torch.cat([k, own_k], dim=2), torch.cat([v, own_v], dim=2), attn_mask=mask)
+        )
     return torch.cat(parts, dim=2)
 
 
-@functools.lru_cache(maxsize=512)       # the layers of one step ask for the same masks
+@functools.lru_cache(maxsize=512)  # the layers of one step ask for the same masks
 def _seen(shared, branch, device):
     return torch.ones(branch, shared + branch, dtype=torch.bool, device=device).tril(shared)

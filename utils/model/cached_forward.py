@@ -13,7 +13,11 @@ class CachedModel:
     """`model` (Qwen3ForCausalLM) and the keys and values of the `length` tokens it has seen."""
 
     def __init__(self, model):
-        self.model, self.length, self.cache = model, 0, []      # cache: (keys, values) a layer, (1, heads, capacity, head_dim)
+        self.model, self.length, self.cache = (
+            model,
+            0,
+            [],
+        )  # cache: (keys, values) a layer, (1, heads, capacity, head_dim)
 
     def keep(self, count):
         """Forget all but the first `count` tokens."""
@@ -30,10 +34,12 @@ class CachedModel:
         states = model.embed_tokens(torch.tensor([ids], device=self.model.device))
         turn = model.rotary_emb(states, torch.arange(self.length, end, device=states.device)[None])
         mask = None
-        if self.length and len(ids) > 1:        # new tokens see the old ones and, causally, themselves
+        if self.length and len(ids) > 1:  # new tokens see the old ones and, causally, themselves
             mask = torch.ones(len(ids), end, dtype=torch.bool, device=states.device).tril(self.length)
         for layer, cache in zip(model.layers, self.cache):
-            states = states + self._attention(layer.self_attn, _norm(layer.input_layernorm, states), turn, cache, end, mask)
+            states = states + self._attention(
+                layer.self_attn, _norm(layer.input_layernorm, states), turn, cache, end, mask
+            )
             normed, mlp = _norm(layer.post_attention_layernorm, states), layer.mlp
             states = states + mlp.down_proj(F.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed))
         logits = self.model.lm_head(_norm(model.norm, states[0, -1:]))[0].float().cpu()
@@ -42,13 +48,22 @@ class CachedModel:
 
     def _attention(self, layer, states, turn, cache, end, mask):
         heads = (*states.shape[:-1], -1, layer.head_dim)
-        query, key = (_rotate(_norm(norm, project(states).view(heads)).transpose(1, 2), *turn)
-                      for norm, project in ((layer.q_norm, layer.q_proj), (layer.k_norm, layer.k_proj)))
+        query, key = (
+            _rotate(_norm(norm, project(states).view(heads)).transpose(1, 2), *turn)
+            for norm, project in ((layer.q_norm, layer.q_proj), (layer.k_norm, layer.k_proj))
+        )
         keys, values = (states[:, :, :end] for states in cache)
-        keys[:, :, self.length:] = key
-        values[:, :, self.length:] = layer.v_proj(states).view(heads).transpose(1, 2)
-        output = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=self.length == 0 and end > 1,
-                                                scale=layer.scaling, enable_gqa=True)
+        keys[:, :, self.length :] = key
+        values[:, :, self.length :] = layer.v_proj(states).view(heads).transpose(1, 2)
+        output = F.scaled_dot_product_attention(
+            query,
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=self.length == 0 and end > 1,
+            scale=layer.scaling,
+            enable_gqa=True,
+        )
         return layer.o_proj(output.transpose(1, 2).flatten(2))
 
     def _reserve(self, end):
@@ -61,7 +76,7 @@ class CachedModel:
         for number in range(config.num_hidden_layers):
             grown.append(tuple(weight.new_empty(shape) for _ in range(2)))
             for new, old in zip(grown[-1], self.cache[number] if self.cache else ()):
-                new[:, :, :self.length] = old[:, :, :self.length]
+                new[:, :, : self.length] = old[:, :, : self.length]
         self.cache = grown
 
 

@@ -18,7 +18,9 @@ DECODING = {
 }
 
 
-_DEFAULT_MODE = "{{%- if enable_thinking is not defined %}}{{%- set enable_thinking = {mode} %}}{{%- endif %}}"
+_DEFAULT_MODE = (
+    "{{%- if enable_thinking is not defined %}}{{%- set enable_thinking = {mode} %}}{{%- endif %}}"
+)
 
 
 _ANY_DEFAULT_MODE = re.compile(re.escape(_DEFAULT_MODE.format(mode="MODE")).replace("MODE", "(?:true|false)"))
@@ -56,7 +58,9 @@ def encode_turns(tokenizer, messages):
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
             thinking = bool(message.get("reasoning_content"))
-            turns.append((encode_prompt(tokenizer, messages[:index], thinking), encode_answer(tokenizer, message)))
+            turns.append(
+                (encode_prompt(tokenizer, messages[:index], thinking), encode_answer(tokenizer, message))
+            )
     return turns
 
 

@@ -29,27 +29,41 @@ def check_model(model):
             if known == (ROOT / place).as_posix():
                 raise UserError(f"the model folder {model} does not exist; make it with: {command}")
         if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) and not (ROOT / model).parent.is_dir():
-            return model                        # a Hub id such as Qwen/Qwen3-0.6B; not C:/models, ~/models or ./models
-        raise UserError(f"the model folder {model} does not exist; download one: python model_download/download_model.py")
+            return model  # a Hub id such as Qwen/Qwen3-0.6B; not C:/models, ~/models or ./models
+        raise UserError(
+            f"the model folder {model} does not exist; download one: python model_download/download_model.py"
+        )
     if not folder.is_dir():
-        hint = f"; did you mean {show_path(folder.parent)}?" if (folder.parent / "config.json").is_file() else ""
+        hint = (
+            f"; did you mean {show_path(folder.parent)}?" if (folder.parent / "config.json").is_file() else ""
+        )
         raise UserError(f"{show_path(folder)} is a file, wanted a model folder{hint}")
     if (folder / "adapter_config.json").is_file():
         base = adapter_base(folder)
         if not Path(base).is_dir():
-            raise UserError(f"{show_path(folder)} is a LoRA adapter for {base}, which is not there; use its merged/ folder")
+            raise UserError(
+                f"{show_path(folder)} is a LoRA adapter for {base}, which is not there; use its merged/ folder"
+            )
         check_model(base)
     elif not (folder / "config.json").is_file():
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
-        nested = [path for name in ("config.json", "adapter_config.json") for path in folder.glob(f"*/{name}")]
+        nested = [
+            path for name in ("config.json", "adapter_config.json") for path in folder.glob(f"*/{name}")
+        ]
         newest = max(nested, key=lambda path: path.stat().st_mtime, default=None)
-        hint = f"did you mean {show_path(newest.parent)}?" if nested else "a model has config.json and *.safetensors"
+        hint = (
+            f"did you mean {show_path(newest.parent)}?"
+            if nested
+            else "a model has config.json and *.safetensors"
+        )
         raise UserError(f"{show_path(folder)} is not a model folder (it holds {found}); {hint}")
     weights = "adapter_model.safetensors" if (folder / "adapter_config.json").is_file() else "*.safetensors"
-    if not list(folder.glob(weights)):      # peft would go on with a pickled adapter_model.bin
+    if not list(folder.glob(weights)):  # peft would go on with a pickled adapter_model.bin
         raise UserError(f"{show_path(folder)} holds no *.safetensors weights; other formats are not loaded")
     if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{show_path(folder)} has no tokenizer; copy tokenizer*.json and chat_template.jinja from its base")
+        raise UserError(
+            f"{show_path(folder)} has no tokenizer; copy tokenizer*.json and chat_template.jinja from its base"
+        )
     return model
 
 
@@ -76,7 +90,9 @@ def adapter_base(folder):
     """The base model that a LoRA adapter folder names: a path (relative ones are to the repository) or a Hub id."""
     base = read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
     if not base:
-        raise UserError(f"{show_path(Path(folder) / 'adapter_config.json')} names no base model (base_model_name_or_path)")
+        raise UserError(
+            f"{show_path(Path(folder) / 'adapter_config.json')} names no base model (base_model_name_or_path)"
+        )
     inside = ROOT / base
     return str(inside) if inside.is_dir() else base
 
@@ -84,8 +100,12 @@ def adapter_base(folder):
 def model_sha256(model):
     """One sha256 over the weights, config and tokenizer of a model folder; of a Hub id, over its name."""
     folder = Path(model)
-    names = [path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".jinja") or path.name in
-             ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")]
+    names = [
+        path
+        for path in sorted(folder.glob("*"))
+        if path.suffix in (".safetensors", ".jinja")
+        or path.name in ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
+    ]
     digests = {path.name: sha256_of(path) for path in names} or {"hub": model}
     return _sha256_text(json.dumps(digests, sort_keys=True))
 

@@ -27,9 +27,13 @@ def _norm(norm, states):
     return _Norm.apply(states, norm.weight, norm.variance_epsilon, None, None)
 
 
-def _attention(layer, attention, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **given):
+def _attention(
+    layer, attention, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **given
+):
     heads = (*hidden_states.shape[:-1], -1, layer.head_dim)
-    query, key, value = (project(hidden_states).view(heads) for project in (layer.q_proj, layer.k_proj, layer.v_proj))
+    query, key, value = (
+        project(hidden_states).view(heads) for project in (layer.q_proj, layer.k_proj, layer.v_proj)
+    )
     query = _Norm.apply(query, layer.q_norm.weight, layer.q_norm.variance_epsilon, *position_embeddings)
     key = _Norm.apply(key, layer.k_norm.weight, layer.k_norm.variance_epsilon, *position_embeddings)
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))
@@ -57,7 +61,7 @@ class _Norm(torch.autograd.Function):
     def backward(ctx, upstream):
         normed, factor, weight, cos, sin = ctx.saved_tensors
         if cos is not None:
-            upstream = _rotate(upstream, cos, -sin)         # back again
+            upstream = _rotate(upstream, cos, -sin)  # back again
         both = (upstream * normed).flatten(0, -2)
         # d normed = upstream x weight; what of it lies along `normed` changes only the length, which the norm takes away
         along = (both @ weight / weight.shape[0]).view(factor.shape)
@@ -67,7 +71,7 @@ class _Norm(torch.autograd.Function):
 
 def _rotate(states, cos, sin):
     """(1, T, heads, head_dim) turned by the angles of (1, T, head_dim) cosines and sines, whose two halves are the same."""
-    cos, sin, half = cos[:, :, None], sin[:, :, None, :cos.shape[-1] // 2], cos.shape[-1] // 2
+    cos, sin, half = cos[:, :, None], sin[:, :, None, : cos.shape[-1] // 2], cos.shape[-1] // 2
     turned = states * cos
     turned[..., :half].addcmul_(states[..., half:], sin, value=-1)
     turned[..., half:].addcmul_(states[..., :half], sin)

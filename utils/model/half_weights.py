@@ -32,14 +32,19 @@ def hold_half_weights(model):
     A layer whose weights do not fit, among them those of a diverged training (NaN), stays as it is. Takes seconds for
     0.6 B parameters: FBGEMM packs one weight after another, so that threads share them, the largest first.
     """
-    linear = [(parent, name) for parent in model.modules() for name, layer in parent.named_children() if type(layer) is nn.Linear]
+    linear = [
+        (parent, name)
+        for parent in model.modules()
+        for name, layer in parent.named_children()
+        if type(layer) is nn.Linear
+    ]
     linear.sort(key=lambda place: getattr(*place).weight.numel(), reverse=True)
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         list(threads.map(_halve_layer, *zip(*linear)))
     return model
 
 
-@torch.no_grad()        # as for anything of torch's, in each thread by itself
+@torch.no_grad()  # as for anything of torch's, in each thread by itself
 def _halve_layer(parent, name):
     layer = getattr(parent, name)
     if max(abs(end) for end in torch.aminmax(layer.weight)) <= LARGEST:

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-CHUNK = 512         # positions scored at once, at most: 512 x 151,936 fp32 logits are 311 MB
+CHUNK = 512  # positions scored at once, at most: 512 x 151,936 fp32 logits are 311 MB
 
 
 def sum_of_losses(hidden, weight, targets, token_weights=None):
@@ -47,7 +47,9 @@ class _SumOfLosses(torch.autograd.Function):
                     if need_hidden:
                         hidden_gradient[part] = gradient @ head
                     if need_weight:
-                        weight_gradient.addmm_(gradient.T.to(weight.dtype), states.to(weight.dtype), beta=int(part.start > 0))
+                        weight_gradient.addmm_(
+                            gradient.T.to(weight.dtype), states.to(weight.dtype), beta=int(part.start > 0)
+                        )
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.hidden_dtype = hidden.dtype
         return total

@@ -18,17 +18,21 @@ def quiet_offline(*models):
     UserError or RunError, in one line, where a Hub id among them cannot be had: the libraries would say so many times over.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # threads and forks do not mix, and we batch anyway
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # threads and forks do not mix, and we batch anyway
     if all(Path(model).is_dir() for model in models):
         os.environ["HF_HUB_OFFLINE"] = "1"
     for model in models:
         if not Path(model).is_dir():
             _ask_hub(model)
     # peft asks transformers for this under its old name; nothing that a user could change
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+    )
     from transformers.utils import logging
 
-    logging.disable_progress_bar()              # "Loading weights" bars of a fraction of a second
+    logging.disable_progress_bar()  # "Loading weights" bars of a fraction of a second
 
 
 def _ask_hub(model):
@@ -38,7 +42,7 @@ def _ask_hub(model):
     from utils.hub import Hub
 
     if not isinstance(try_to_load_from_cache(model, "config.json"), str):
-        with contextlib.redirect_stdout(sys.stderr):        # chat's stdout holds answers and nothing else
+        with contextlib.redirect_stdout(sys.stderr):  # chat's stdout holds answers and nothing else
             Hub(timeout=30, retries=1).look_up("model", model, "main")
 
 
@@ -49,7 +53,9 @@ def load_tokenizer(model):
     with _told_in_one_line(model):
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     if tokenizer.chat_template is None or "<|im_end|>" not in tokenizer.get_vocab():
-        raise UserError(f"{model} is not a Qwen chat model: its tokenizer has no chat template with <|im_end|>")
+        raise UserError(
+            f"{model} is not a Qwen chat model: its tokenizer has no chat template with <|im_end|>"
+        )
     return tokenizer
 
 
@@ -69,7 +75,7 @@ def load_model(model, dtype):
     base = _load_whole(adapter_base(model), torch.float32)
     with _told_in_one_line(model):
         merged = PeftModel.from_pretrained(base, model).merge_and_unload()
-    for weight in merged.parameters():          # not .to(dtype), which would round the rotary frequencies as well
+    for weight in merged.parameters():  # not .to(dtype), which would round the rotary frequencies as well
         weight.data = weight.data.to(dtype)
     if (Path(model) / "generation_config.json").is_file():
         merged.generation_config = GenerationConfig.from_pretrained(model)
@@ -91,22 +97,29 @@ def _load_whole(model, dtype):
 
     with _told_in_one_line(model):
         loaded, report = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+            model, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
     if loaded.config.model_type != "qwen3" or set(loaded.config.layer_types) != {"full_attention"}:
-        raise UserError(f"{model} is a {loaded.config.model_type} model; wanted Qwen3, without sliding windows")
-    if report["missing_keys"]:      # transformers would go on with random numbers in their place
-        raise UserError(f"{model} is not whole: its weights lack {', '.join(sorted(report['missing_keys'])[:3])} ...")
+        raise UserError(
+            f"{model} is a {loaded.config.model_type} model; wanted Qwen3, without sliding windows"
+        )
+    if report["missing_keys"]:  # transformers would go on with random numbers in their place
+        raise UserError(
+            f"{model} is not whole: its weights lack {', '.join(sorted(report['missing_keys'])[:3])} ..."
+        )
     return loaded
 
 
 def _check_base(adapter, base):
     """UserError where `base` is not what the adapter was trained on, as its run.json tells: the answers would be noise."""
-    for folder in (adapter, adapter.parent):        # a checkpoint belongs to the run in the folder above it
+    for folder in (adapter, adapter.parent):  # a checkpoint belongs to the run in the folder above it
         if (folder / "run.json").is_file():
             trained_on = read_json(folder / "run.json").get("identity", {}).get("MODEL")
             if trained_on and trained_on != f"sha256 {model_sha256(base)}":
-                raise UserError(f"{show_path(adapter)} was trained on other weights than {show_path(base)} holds now; "
-                                "use its merged/ folder, or bring that base model back")
+                raise UserError(
+                    f"{show_path(adapter)} was trained on other weights than {show_path(base)} holds now; "
+                    "use its merged/ folder, or bring that base model back"
+                )
             return
 
 
@@ -121,5 +134,7 @@ def _told_in_one_line(model):
         if any(sign in str(error) for sign in NO_MEMORY):
             raise
         if "trust_remote_code" in str(error):
-            raise UserError(f"{model} needs Python code of its own to load, and code from a model is not run here") from None
+            raise UserError(
+                f"{model} needs Python code of its own to load, and code from a model is not run here"
+            ) from None
         raise UserError(f"{model} cannot be loaded: {textwrap.shorten(str(error), 300)}") from None

@@ -9,7 +9,7 @@ import torch
 from utils.model.lm_head import token_logps
 from utils.model.packing import PackedRows, collate, item_length, split_batch
 
-TOKENS_AT_ONCE = 1024       # packed tokens in one forward pass; more only costs memory, and on CPUs page faults
+TOKENS_AT_ONCE = 1024  # packed tokens in one forward pass; more only costs memory, and on CPUs page faults
 
 
 def pack_for_scoring(items):
@@ -30,10 +30,14 @@ def answer_logps(model, rows, device, watch=iter):
 
 def next_token_logps(model, prompts, tokens, device, watch=iter):
     """Log-probability of each of `tokens` (ids) as the next one after each of `prompts` (lists of ids): [[float, ...], ...]."""
-    rows = pack_for_scoring([{"documents": [(prompt, tokens[:1])]} for prompt in prompts])      # one label: after the prompt
+    rows = pack_for_scoring(
+        [{"documents": [(prompt, tokens[:1])]} for prompt in prompts]
+    )  # one label: after the prompt
     results, wanted = {}, torch.tensor(tokens)
     for row, hidden, _, documents in _hidden_states(model, rows, device, watch):
-        logps = _token_logps(model, hidden.repeat_interleave(len(tokens), 0), wanted.repeat(len(hidden)), device)
+        logps = _token_logps(
+            model, hidden.repeat_interleave(len(tokens), 0), wanted.repeat(len(hidden)), device
+        )
         for document, values in zip(documents.tolist(), logps.view(-1, len(tokens)).tolist()):
             results[row[document]] = values
     return [results[index] for index in range(len(prompts))]
@@ -45,7 +49,9 @@ def _hidden_states(model, rows, device, watch):
     model.eval().to(device.name)
     for row in watch(rows.rows):
         inputs, targets, rest = split_batch(collate([[rows.items[index] for index in row]]))
-        inputs = {name: value.to(device.name) if torch.is_tensor(value) else value for name, value in inputs.items()}
+        inputs = {
+            name: value.to(device.name) if torch.is_tensor(value) else value for name, value in inputs.items()
+        }
         with torch.autocast(device.name, torch.bfloat16, enabled=device.bf16):
             hidden = model(**inputs)
         yield row, hidden, targets, rest["label_documents"]

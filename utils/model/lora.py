@@ -15,8 +15,13 @@ def add_lora(model, settings):
     The embeddings and the LM head, which Qwen3 ties together, are left alone: an adapter on one of them is lost or changes
     both when it is merged. No dropout: with it, gradient checkpointing on Apple GPUs gives wrong gradients.
     """
-    config = LoraConfig(r=settings.RANK, lora_alpha=settings.ALPHA, lora_dropout=0.0, target_modules="all-linear",
-                        task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=settings.RANK,
+        lora_alpha=settings.ALPHA,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
     adapted = get_peft_model(model, config)
     # inside the repository: relative to it, so that adapter and base can move together
     adapted.peft_config["default"].base_model_name_or_path = settings.as_dict()["MODEL"]

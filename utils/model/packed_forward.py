@@ -20,16 +20,18 @@ def prepare_packed(model):
     Its forward then gives a (N, hidden) tensor: the final hidden states of the N positions that have a label. The LM head
     is left to the loss, which sees only those. Call it before an adapter is put on.
     """
-    model.set_attn_implementation("document_attention")      # for which transformers builds no mask
+    model.set_attn_implementation("document_attention")  # for which transformers builds no mask
     fuse_layers(model, document_attention)
 
-    def forward(input_ids, position_ids, shift_labels, layout, **unset):      # PEFT adds arguments that are None
+    def forward(input_ids, position_ids, shift_labels, layout, **unset):  # PEFT adds arguments that are None
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         if embedding is head and head.requires_grad and head.device.type == "cpu":
             given = {"inputs_embeds": _TiedEmbedding.apply(embedding, input_ids)}
         else:
             given = {"input_ids": input_ids}
-        hidden = model.model(**given, position_ids=position_ids, layout=layout, use_cache=False).last_hidden_state
+        hidden = model.model(
+            **given, position_ids=position_ids, layout=layout, use_cache=False
+        ).last_hidden_state
         return hidden[shift_labels != IGNORED]
 
     model.forward = forward

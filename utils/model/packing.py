@@ -13,7 +13,7 @@ import torch
 
 from utils.errors import UserError
 
-IGNORED = -100      # label of a position that is not trained, as everywhere in PyTorch
+IGNORED = -100  # label of a position that is not trained, as everywhere in PyTorch
 
 
 def pack(lengths, max_length, seed=0):
@@ -24,7 +24,7 @@ def pack(lengths, max_length, seed=0):
     to and fro, and it learns far less from the same tokens. The cost is O(items x max_length) at the very worst.
     """
     order = random.Random(seed).sample(range(len(lengths)), len(lengths))
-    rows, with_space = [], [[] for _ in range(max_length + 1)]     # with_space[s]: rows that have s tokens left
+    rows, with_space = [], [[] for _ in range(max_length + 1)]  # with_space[s]: rows that have s tokens left
     for index in order:
         space = next((s for s in range(lengths[index], max_length + 1) if with_space[s]), None)
         if space is None:
@@ -63,9 +63,11 @@ class PackedRows(torch.utils.data.Dataset):
         while len(self.rows) % count:
             row = max(self.rows, key=len)
             if len(row) == 1:
-                raise UserError(f"{len(self.items)} examples cannot be shared out evenly among {count} processes; use fewer")
-            self.rows.append(row[len(row) // 2:])
-            del row[len(row) // 2:]
+                raise UserError(
+                    f"{len(self.items)} examples cannot be shared out evenly among {count} processes; use fewer"
+                )
+            self.rows.append(row[len(row) // 2 :])
+            del row[len(row) // 2 :]
 
     def fullest(self, count):
         """Tokens of the `count` fullest rows together: the most that a step of `count` rows can hold."""
@@ -86,7 +88,10 @@ def shared_prefix_groups(item):
 
 def item_length(item):
     """Tokens that an item takes in a row. The last token of an answer predicts nothing, and is not fed."""
-    return sum(len(shared) + sum(len(rest) + len(answer) - 1 for rest, answer in branches) for shared, branches in shared_prefix_groups(item))
+    return sum(
+        len(shared) + sum(len(rest) + len(answer) - 1 for rest, answer in branches)
+        for shared, branches in shared_prefix_groups(item)
+    )
 
 
 def collate(rows):
@@ -108,7 +113,7 @@ def collate(rows):
             number += len(branches)
     forest.sort(key=lambda tree: tree[:2])
     ids, positions, labels, label_documents = [], [], [], []
-    for shape, number, shared, branches in forest:
+    for _, number, shared, branches in forest:
         ids += shared
         positions += range(len(shared))
         labels += [IGNORED] * len(shared)
@@ -118,8 +123,11 @@ def collate(rows):
             labels += [IGNORED] * (len(rest) - 1) + answer
             label_documents += [number + branch] * len(answer)
     batch = {
-        "input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions]), "shift_labels": torch.tensor([labels]),
-        "layout": [shape for shape, *_ in forest], "label_documents": torch.tensor(label_documents),
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([positions]),
+        "shift_labels": torch.tensor([labels]),
+        "layout": [shape for shape, *_ in forest],
+        "label_documents": torch.tensor(label_documents),
         "ids": [item.get("id") for item in items],
     }
     for name in items[0]:
@@ -132,4 +140,8 @@ def split_batch(batch):
     """(what the model's forward takes, the N targets as (N,) int64, the rest) of a batch that `collate` made."""
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "shift_labels", "layout")}
     labels = batch["shift_labels"]
-    return inputs, labels[labels != IGNORED], {name: value for name, value in batch.items() if name not in inputs}
+    return (
+        inputs,
+        labels[labels != IGNORED],
+        {name: value for name, value in batch.items() if name not in inputs},
+    )

@@ -1,6 +1,5 @@
 """Save a model folder: weights, decoding settings, tokenizer, and the thinking mode it was trained in."""
 
-
 from utils.model.chat_format import generation_settings, with_default_mode
 
 
@@ -18,7 +17,7 @@ def save_model(model, tokenizer, folder):
     Weights keep float32: rounding them to bfloat16 would lose updates as small as DPO's.
     """
     model.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)     # an adapter's save_pretrained leaves it out
+    model.generation_config.save_pretrained(folder)  # an adapter's save_pretrained leaves it out
     tokenizer.save_pretrained(folder)
 
 

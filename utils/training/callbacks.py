@@ -14,7 +14,7 @@ from utils.plots import plot_training
 from utils.progress import PLAIN_SECONDS
 from utils.text import duration
 
-REDRAW_SECONDS = 30     # the PNG takes about half a second to draw
+REDRAW_SECONDS = 30  # the PNG takes about half a second to draw
 
 
 class RunLog(TrainerCallback):
@@ -26,11 +26,18 @@ class RunLog(TrainerCallback):
     def __init__(self, run, tokens_per_step, title):
         self.run, self.tokens_per_step, self.title = run, tokens_per_step, title
         self.path, self.picture = run.folder / "training_log.jsonl", run.folder / "loss_curve.png"
-        self.entries, self.step_seconds, self.last_drawn, self.last_line = [], 0.0, 0.0, 0.0     # seconds; monotonic
+        self.entries, self.step_seconds, self.last_drawn, self.last_line = (
+            [],
+            0.0,
+            0.0,
+            0.0,
+        )  # seconds; monotonic
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.path.is_file() and state.global_step:
-            lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]      # after the last line break: cut by a kill
+            lines = self.path.read_text(encoding="utf-8").split("\n")[
+                :-1
+            ]  # after the last line break: cut by a kill
             self.entries = [entry for entry in map(json.loads, lines) if entry["step"] <= state.global_step]
         self.began, self.first_step = time.monotonic(), state.global_step
         if state.is_world_process_zero:
@@ -62,8 +69,11 @@ class RunLog(TrainerCallback):
             self.last_drawn = time.monotonic()
             try:
                 plot_training(self.entries, self.picture, self.title)
-            except PermissionError as error:        # on Windows, while a picture viewer has it open
-                self._print(f"{show_path(self.picture)} cannot be redrawn now ({error.strerror}); training goes on", keep=True)
+            except PermissionError as error:  # on Windows, while a picture viewer has it open
+                self._print(
+                    f"{show_path(self.picture)} cannot be redrawn now ({error.strerror}); training goes on",
+                    keep=True,
+                )
 
     def tokens_per_second(self, state):
         """Real (unpadded) tokens a second over the steps of this process, evaluations and checkpoints left out."""
@@ -71,19 +81,30 @@ class RunLog(TrainerCallback):
 
     def _show(self, state, entry):
         if "eval_loss" in entry:
-            more = f", margin > 0 in {entry['eval_reward_accuracy']:.1%}" if "eval_reward_accuracy" in entry else ""
-            self._print(f"evaluation after step {entry['step']}: loss {entry['eval_loss']:.4f}{more}", keep=True)
+            more = (
+                f", margin > 0 in {entry['eval_reward_accuracy']:.1%}"
+                if "eval_reward_accuracy" in entry
+                else ""
+            )
+            self._print(
+                f"evaluation after step {entry['step']}: loss {entry['eval_loss']:.4f}{more}", keep=True
+            )
             if chosen_fell(self.entries):
-                self._print("warning: the chosen answers are losing probability as well; lower LEARNING_RATE, or raise SFT_WEIGHT",
-                            keep=True)
+                self._print(
+                    "warning: the chosen answers are losing probability as well; lower LEARNING_RATE, or raise SFT_WEIGHT",
+                    keep=True,
+                )
             return
         last = entry["step"] == state.max_steps
         if not sys.stdout.isatty() and not last and time.monotonic() - self.last_line < PLAIN_SECONDS:
             return
         done = state.global_step - self.first_step
         left = (time.monotonic() - self.began) / done * (state.max_steps - state.global_step)
-        self._print(f"step {entry['step']}/{state.max_steps}  loss {entry['loss']:.4f}  "
-                    f"{self.tokens_per_second(state):,.0f} tokens/s  {duration(left)} left", keep=last)
+        self._print(
+            f"step {entry['step']}/{state.max_steps}  loss {entry['loss']:.4f}  "
+            f"{self.tokens_per_second(state):,.0f} tokens/s  {duration(left)} left",
+            keep=last,
+        )
 
     def _print(self, text, keep):
         terminal = sys.stdout.isatty()
@@ -98,22 +119,28 @@ class SaveAndStop(TrainerCallback):
     """
 
     def __init__(self):
-        self.requested, self.saved_step = None, None       # requested: when, in monotonic seconds
+        self.requested, self.saved_step = None, None  # requested: when, in monotonic seconds
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._request)
 
     def _request(self, number, frame):
-        if self.requested and time.monotonic() - self.requested > 1:      # a launcher hands the same Ctrl-C on once more
+        if (
+            self.requested and time.monotonic() - self.requested > 1
+        ):  # a launcher hands the same Ctrl-C on once more
             raise KeyboardInterrupt("stopped at once; the same command goes on from the last checkpoint")
         if self.requested:
             return
         self.requested = time.monotonic()
-        print("\nstopping after this step, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        print(
+            "\nstopping after this step, with a checkpoint; Ctrl-C again stops at once",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def on_step_end(self, args, state, control, **kwargs):
         stop = bool(self.requested)
-        if args.world_size > 1:     # all processes stop after the same step
+        if args.world_size > 1:  # all processes stop after the same step
             wish = torch.tensor(int(stop), device=args.device)
             torch.distributed.all_reduce(wish, torch.distributed.ReduceOp.MAX)
             stop = bool(wish)
@@ -126,7 +153,7 @@ class SaveAndStop(TrainerCallback):
         self.saved_step = state.global_step
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.saved_step == state.global_step:    # done a moment ago, at the step's end
+        if self.saved_step == state.global_step:  # done a moment ago, at the step's end
             control.should_evaluate = control.should_save = False
 
 

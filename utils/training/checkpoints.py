@@ -9,7 +9,11 @@ from utils.progress import progress
 
 def write_manifest(checkpoint):
     """Write MANIFEST.json, {file: [bytes, sha256]}, as the last file of a checkpoint."""
-    files = {path.name: [path.stat().st_size, sha256_of(path)] for path in sorted(Path(checkpoint).iterdir()) if path.is_file()}
+    files = {
+        path.name: [path.stat().st_size, sha256_of(path)]
+        for path in sorted(Path(checkpoint).iterdir())
+        if path.is_file()
+    }
     (Path(checkpoint) / MANIFEST).write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
 
 
@@ -22,8 +26,11 @@ def whole_checkpoints(folder):
     for path in list_checkpoints(folder):
         try:
             files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            damaged = [name for name, (size, digest) in progress(f"checking {path.name}", "files")(list(files.items()))
-                       if (path / name).stat().st_size != size or sha256_of(path / name) != digest]
+            damaged = [
+                name
+                for name, (size, digest) in progress(f"checking {path.name}", "files")(list(files.items()))
+                if (path / name).stat().st_size != size or sha256_of(path / name) != digest
+            ]
         except (OSError, ValueError) as error:
             damaged = [str(error)]
         if damaged:

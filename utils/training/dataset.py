@@ -35,12 +35,16 @@ def load_pairs(path, tokenizer, max_length, count=0):
     for row in progress(f"tokenizing {path.name}", "pairs")(rows):
         answers = [row[side][-1] for side in ("chosen", "rejected")]
         if answers[0] == answers[1] or not all(answer["content"].strip() for answer in answers):
-            raise UserError(f"{show_path(path)}, row {row['id']}: chosen and rejected must differ and neither be empty; "
-                            "make pairs with: python data_prepare/build_preference_pairs.py")
+            raise UserError(
+                f"{show_path(path)}, row {row['id']}: chosen and rejected must differ and neither be empty; "
+                "make pairs with: python data_prepare/build_preference_pairs.py"
+            )
         thinking = bool(answers[0].get("reasoning_content"))
         thoughtful += thinking
         prompt = encode_prompt(tokenizer, row["prompt"], thinking)
-        items.append({"id": row["id"], "documents": [(prompt, encode_answer(tokenizer, answer)) for answer in answers]})
+        items.append(
+            {"id": row["id"], "documents": [(prompt, encode_answer(tokenizer, answer)) for answer in answers]}
+        )
     return _pack(items, path, max_length), thoughtful * 2 > len(items)
 
 
@@ -49,10 +53,14 @@ def _pack(items, path, max_length):
     kept = [item for item in items if item_length(item) <= max_length]
     if len(kept) < len(items):
         enough = lengths[int(0.99 * (len(lengths) - 1))]
-        print(f"{show_path(path)}: {len(items) - len(kept):,} of {len(items):,} are longer than MAX_LENGTH = {max_length} tokens and "
-              f"are set aside (longest {lengths[-1]:,}; --max-length {enough} keeps 99 %)")
+        print(
+            f"{show_path(path)}: {len(items) - len(kept):,} of {len(items):,} are longer than MAX_LENGTH = {max_length} tokens and "
+            f"are set aside (longest {lengths[-1]:,}; --max-length {enough} keeps 99 %)"
+        )
     if not kept:
-        raise UserError(f"{show_path(path)}: no row fits into MAX_LENGTH = {max_length} tokens; the shortest needs {lengths[0]}")
+        raise UserError(
+            f"{show_path(path)}: no row fits into MAX_LENGTH = {max_length} tokens; the shortest needs {lengths[0]}"
+        )
     return PackedRows(kept, max_length)
 
 

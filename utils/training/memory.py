@@ -12,13 +12,13 @@ from utils.model.lm_head import CHUNK
 from utils.model.packing import collate, split_batch
 from utils.text import format_bytes_binary
 
-PROBE_TOKENS = 64       # enough to count what a token costs, cheap enough to compute anywhere
+PROBE_TOKENS = 64  # enough to count what a token costs, cheap enough to compute anywhere
 
 
-FLOAT = 4               # bytes
+FLOAT = 4  # bytes
 
 
-CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")     # bytes that a container may use (cgroup v2), or "max"
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # bytes that a container may use (cgroup v2), or "max"
 
 
 def forecast(model, train_rows, args, settings, folder):
@@ -33,18 +33,31 @@ def forecast(model, train_rows, args, settings, folder):
     print(f"memory: {format_bytes_binary(needed)} needed ({listed}), {format_bytes_binary(free)} free")
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     stored = sum(weight.numel() for weight in model.parameters())
-    disk = (3 * trainable * (settings.KEEP_CHECKPOINTS + 1) + stored) * FLOAT        # weights and two moments a checkpoint
-    disk_free = shutil.disk_usage(next(place for place in (folder.folder, *folder.folder.parents) if place.is_dir())).free
-    print(f"disk: {format_bytes_binary(disk)} needed (at most {settings.KEEP_CHECKPOINTS + 1} checkpoints at a time, and the finished model), "
-          f"{format_bytes_binary(disk_free)} free")
+    disk = (
+        3 * trainable * (settings.KEEP_CHECKPOINTS + 1) + stored
+    ) * FLOAT  # weights and two moments a checkpoint
+    disk_free = shutil.disk_usage(
+        next(place for place in (folder.folder, *folder.folder.parents) if place.is_dir())
+    ).free
+    print(
+        f"disk: {format_bytes_binary(disk)} needed (at most {settings.KEEP_CHECKPOINTS + 1} checkpoints at a time, and the finished model), "
+        f"{format_bytes_binary(disk_free)} free"
+    )
     if disk > disk_free:
-        raise UserError(f"{show_path(folder.folder)} needs {format_bytes_binary(disk)} of disk and {format_bytes_binary(disk_free)} are free; free "
-                        "some, lower KEEP_CHECKPOINTS, or choose another --output-dir")
+        raise UserError(
+            f"{show_path(folder.folder)} needs {format_bytes_binary(disk)} of disk and {format_bytes_binary(disk_free)} are free; free "
+            "some, lower KEEP_CHECKPOINTS, or choose another --output-dir"
+        )
     if needed > free:
         room = (free - needed + parts["activations"]) / parts["activations"] * tokens
-        mend = (f"lower MAX_LENGTH x BATCH_SIZE from {tokens:,} to {int(room):,} tokens" if room >= 128
-                else "train with LoRA, or a smaller model")
-        raise UserError(f"the run needs {format_bytes_binary(needed)} of memory and {format_bytes_binary(free)} are free; {mend}")
+        mend = (
+            f"lower MAX_LENGTH x BATCH_SIZE from {tokens:,} to {int(room):,} tokens"
+            if room >= 128
+            else "train with LoRA, or a smaller model"
+        )
+        raise UserError(
+            f"the run needs {format_bytes_binary(needed)} of memory and {format_bytes_binary(free)} are free; {mend}"
+        )
 
 
 def memory_parts(model, tokens, args):
@@ -52,12 +65,18 @@ def memory_parts(model, tokens, args):
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     head = model.get_output_embeddings().weight
-    scores = 2 * min(CHUNK, tokens) * head.shape[0] * FLOAT                 # logits, and a copy of them (bfloat16: two of half the size)
+    scores = (
+        2 * min(CHUNK, tokens) * head.shape[0] * FLOAT
+    )  # logits, and a copy of them (bfloat16: two of half the size)
     if head.requires_grad:
-        scores += head.numel() * FLOAT                                      # the head's gradient before it joins the others
+        scores += head.numel() * FLOAT  # the head's gradient before it joins the others
     return {
-        "weights": weights, "gradients": trainable * FLOAT, "optimizer": 2 * trainable * FLOAT,
-        "activations": int(bytes_per_token(model, args) * tokens), "scores": scores, "program": _program(args),
+        "weights": weights,
+        "gradients": trainable * FLOAT,
+        "optimizer": 2 * trainable * FLOAT,
+        "activations": int(bytes_per_token(model, args) * tokens),
+        "scores": scores,
+        "program": _program(args),
     }
 
 
@@ -77,11 +96,15 @@ def bytes_per_token(model, args):
 
     item = {"documents": [([0] * (PROBE_TOKENS - 1), [0])]}
     inputs, _, _ = split_batch(collate([[item]]))
-    inputs = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+    inputs = {
+        name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()
+    }
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
             hidden = model.train()(**inputs)
-    total = sum(storage.nbytes() for storage in seen.values())      # `seen` keeps the storages alive: no address comes twice
+    total = sum(
+        storage.nbytes() for storage in seen.values()
+    )  # `seen` keeps the storages alive: no address comes twice
     del hidden
     return total / PROBE_TOKENS
 
@@ -97,7 +120,7 @@ def free_memory(device):
     free = psutil.virtual_memory().available + process
     try:
         return min(free, int(CONTAINER_LIMIT.read_text(encoding="ascii")))
-    except (OSError, ValueError):       # no container, or one without a limit
+    except (OSError, ValueError):  # no container, or one without a limit
         return free
 
 

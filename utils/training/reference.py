@@ -1,6 +1,5 @@
 """DPO's reference: log-probabilities of all answers under the starting model."""
 
-
 from utils.errors import UserError
 from utils.files import read_json, show_path, write_json
 from utils.model.logprobs import answer_logps
@@ -18,8 +17,13 @@ def add_reference(model, splits, args, device, run):
     with args.main_process_first(local=False, desc="reference log-probabilities"):
         if not path.is_file():
             print("computing the reference log-probabilities, once", flush=True)
-            write_json(path, {name: answer_logps(model, rows, device, progress(f"reference, {name} pairs", "rows"))
-                              for name, rows in splits.items()})
+            write_json(
+                path,
+                {
+                    name: answer_logps(model, rows, device, progress(f"reference, {name} pairs", "rows"))
+                    for name, rows in splits.items()
+                },
+            )
         kept = read_json(path)
     for name, rows in splits.items():
         if len(kept[name]) != len(rows.items):

@@ -42,9 +42,9 @@ class RunFolder:
         # where accelerate launch or torchrun started several processes, they meet here; a day, because the others wait at
         # a barrier while the first computes DPO's reference log-probabilities
         self.processes = PartialState(cpu=device.name == "cpu", timeout=datetime.timedelta(days=1))
-        self.main = self.processes.is_main_process              # the one writer
+        self.main = self.processes.is_main_process  # the one writer
         self.checkpoint, self.finished = None, False
-        if settings.ESTIMATE:           # looks, and touches nothing
+        if settings.ESTIMATE:  # looks, and touches nothing
             return
         identity = _identity(settings, device) | {"processes": self.processes.num_processes}
         with self.processes.main_process_first():
@@ -60,16 +60,24 @@ class RunFolder:
         self.finished = bool(record) and record["status"] == "finished"
         found = [] if self.finished else whole_checkpoints(self.folder)
         if not record and (found or any(self.folder.glob("*.safetensors"))):
-            raise UserError(f"{show_path(self.folder)} holds a model that this script did not train; "
-                            "choose another --output-dir, or --fresh to move it aside")
+            raise UserError(
+                f"{show_path(self.folder)} holds a model that this script did not train; "
+                "choose another --output-dir, or --fresh to move it aside"
+            )
         if record and not found and not self.finished:
-            record = None                       # stopped before its first checkpoint: there is nothing to go on from or to lose
+            record = None  # stopped before its first checkpoint: there is nothing to go on from or to lose
         if record:
             _refuse_changes(record["identity"], identity, self.folder)
         self.checkpoint = found[-1] if found else None
         self.record = record or {
-            "status": "running", "identity": identity, "settings": settings.as_dict(), "device": str(device),
-            "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}},
+            "status": "running",
+            "identity": identity,
+            "settings": settings.as_dict(),
+            "device": str(device),
+            "versions": {
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in PACKAGES},
+            },
             "started": _now(),
         }
 
@@ -89,15 +97,19 @@ class RunFolder:
             self.record.update(status="finished", finished=_now(), results=results)
             write_json(self.folder / "run.json", self.record)
         if self.processes.num_processes > 1:
-            LAST_MEETING.append(torch.distributed.barrier(async_op=True, device_ids=[self.processes.local_process_index]))
+            LAST_MEETING.append(
+                torch.distributed.barrier(async_op=True, device_ids=[self.processes.local_process_index])
+            )
             LAST_MEETING[-1].wait()
             self.processes.destroy_process_group()
 
     def say_finished(self):
         """Tell that this very run is done."""
         place = show_path(self.folder)
-        print(f"{place} is finished already (held-out loss {self.record['results']['eval_loss']:.4f}); nothing to do. Chat with it: "
-              f"python model_download/load_local_model.py {place}; train again: --fresh")
+        print(
+            f"{place} is finished already (held-out loss {self.record['results']['eval_loss']:.4f}); nothing to do. Chat with it: "
+            f"python model_download/load_local_model.py {place}; train again: --fresh"
+        )
 
     def _read(self):
         path = self.folder / "run.json"
@@ -124,8 +136,10 @@ def _lock(folder):
     except OSError:
         file.seek(0)
         owner = file.read().strip() or "unknown"
-        raise UserError(f"{show_path(folder)} is in use by another run (process {owner}); wait for it, or choose "
-                        "another --output-dir") from None
+        raise UserError(
+            f"{show_path(folder)} is in use by another run (process {owner}); wait for it, or choose "
+            "another --output-dir"
+        ) from None
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
@@ -136,7 +150,9 @@ def _hold(file):
     """Lock an open file until this process ends; OSError where another one has it."""
     try:
         import fcntl
-    except ImportError:     # Windows locks bytes, and nobody else can read them: one far behind the text, the same for all
+    except (
+        ImportError
+    ):  # Windows locks bytes, and nobody else can read them: one far behind the text, the same for all
         import msvcrt
 
         os.lseek(file.fileno(), 1 << 20, os.SEEK_SET)
@@ -159,11 +175,17 @@ def _identity(settings, device):
 
 
 def _refuse_changes(before, now, folder):
-    changed = [f"{name}: {before.get(name)} -> {now.get(name)}" for name in {**before, **now} if before.get(name) != now.get(name)]
+    changed = [
+        f"{name}: {before.get(name)} -> {now.get(name)}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
     if changed:
-        raise UserError(f"{show_path(folder)} holds a run with other settings or data ({'; '.join(changed)}); restore them to go "
-                        "on, choose another --output-dir, or start over with --fresh")
+        raise UserError(
+            f"{show_path(folder)} holds a run with other settings or data ({'; '.join(changed)}); restore them to go "
+            "on, choose another --output-dir, or start over with --fresh"
+        )
 
 
 def _now():
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

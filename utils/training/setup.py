@@ -20,16 +20,34 @@ def training_arguments(settings, device, run):
     Every step is logged (so that a resumed log has no seam); a checkpoint and an evaluation end every epoch.
     """
     return TrainingArguments(
-        output_dir=str(run.folder), num_train_epochs=settings.EPOCHS, max_steps=settings.MAX_STEPS or -1,
-        per_device_train_batch_size=settings.BATCH_SIZE, gradient_accumulation_steps=settings.ACCUMULATION,
-        learning_rate=settings.LEARNING_RATE, lr_scheduler_type="cosine", warmup_steps=settings.WARMUP,
-        weight_decay=settings.WEIGHT_DECAY, max_grad_norm=1.0, optim="adamw_torch_fused",
-        use_cpu=device.name == "cpu", bf16=device.bf16, seed=settings.SEED, data_seed=settings.SEED,
-        logging_steps=1, logging_nan_inf_filter=False, eval_strategy="epoch", eval_on_start=run.checkpoint is None,
-        save_strategy="epoch", save_total_limit=settings.KEEP_CHECKPOINTS, report_to="none", disable_tqdm=True,
+        output_dir=str(run.folder),
+        num_train_epochs=settings.EPOCHS,
+        max_steps=settings.MAX_STEPS or -1,
+        per_device_train_batch_size=settings.BATCH_SIZE,
+        gradient_accumulation_steps=settings.ACCUMULATION,
+        learning_rate=settings.LEARNING_RATE,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.WARMUP,
+        weight_decay=settings.WEIGHT_DECAY,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        use_cpu=device.name == "cpu",
+        bf16=device.bf16,
+        seed=settings.SEED,
+        data_seed=settings.SEED,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="epoch",
+        eval_on_start=run.checkpoint is None,
+        save_strategy="epoch",
+        save_total_limit=settings.KEEP_CHECKPOINTS,
+        report_to="none",
+        disable_tqdm=True,
         # lengths differ from row to row, and on Apple GPUs every new one leaves buffers and a compiled graph behind
         torch_empty_cache_steps=10 if device.name == "mps" else None,
-        remove_unused_columns=False, dataloader_pin_memory=device.name == "cuda", ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.name == "cuda",
+        ddp_find_unused_parameters=False,
     )
 
 
@@ -41,9 +59,11 @@ def describe_run(train_rows, eval_rows, args):
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps_per_epoch = math.ceil(len(train_rows) / rows_per_step)
     steps = args.max_steps if args.max_steps > 0 else steps_per_epoch * int(args.num_train_epochs)
-    print(f"training: {len(train_rows.items):,} examples, {train_rows.tokens:,} tokens ({train_rows.trained_tokens:,} trained) in "
-          f"{len(train_rows):,} packed rows; evaluation: {len(eval_rows.items):,} examples; {steps:,} steps"
-          + (f" on {args.world_size} processes" if args.world_size > 1 else ""))
+    print(
+        f"training: {len(train_rows.items):,} examples, {train_rows.tokens:,} tokens ({train_rows.trained_tokens:,} trained) in "
+        f"{len(train_rows):,} packed rows; evaluation: {len(eval_rows.items):,} examples; {steps:,} steps"
+        + (f" on {args.world_size} processes" if args.world_size > 1 else "")
+    )
     return train_rows.tokens / steps_per_epoch
 
 
@@ -58,23 +78,31 @@ def train(trainer, run, log, stop):
     try:
         trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     except pickle.UnpicklingError:
-        raise RunError(f"{show_path(run.checkpoint)} holds more than numbers, and code from files is not run here; delete it, and "
-                       "the same command goes on from the checkpoint before") from None
+        raise RunError(
+            f"{show_path(run.checkpoint)} holds more than numbers, and code from files is not run here; delete it, and "
+            "the same command goes on from the checkpoint before"
+        ) from None
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in NO_MEMORY):
             raise
         checkpoints = list_checkpoints(run.folder)
         kept = f"{show_path(checkpoints[-1])} is kept" if checkpoints else "no checkpoint was written yet"
-        raise RunError(f"not enough memory after step {trainer.state.global_step}; lower BATCH_SIZE or MAX_LENGTH; {kept}") from None
+        raise RunError(
+            f"not enough memory after step {trainer.state.global_step}; lower BATCH_SIZE or MAX_LENGTH; {kept}"
+        ) from None
     finally:
         log.draw()
     if trainer.control.should_training_stop and trainer.state.global_step < trainer.state.max_steps:
-        raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}, checkpoint written; the same command goes on")
+        raise KeyboardInterrupt(
+            f"stopped after step {trainer.state.global_step}, checkpoint written; the same command goes on"
+        )
     evaluations = [entry for entry in log.entries if "eval_loss" in entry]
     return {
-        "steps": trainer.state.global_step, "tokens": round(log.tokens_per_step * trainer.state.global_step),
+        "steps": trainer.state.global_step,
+        "tokens": round(log.tokens_per_step * trainer.state.global_step),
         "train_loss": log.entries[-2]["loss"],
-        "eval_loss_before": evaluations[0]["eval_loss"], "eval_loss": evaluations[-1]["eval_loss"],
+        "eval_loss_before": evaluations[0]["eval_loss"],
+        "eval_loss": evaluations[-1]["eval_loss"],
         "tokens_per_second": round(log.tokens_per_second(trainer.state), 1),
         "peak_memory_bytes": peak_memory(trainer.args.device),
     }
@@ -82,10 +110,14 @@ def train(trainer, run, log, stop):
 
 def report(run, results, began):
     """Print where the finished run lies and what to do next."""
-    print(f"finished in {duration(began)}: held-out loss {results['eval_loss_before']:.4f} -> {results['eval_loss']:.4f}, "
-          f"{results['tokens_per_second']:,.0f} tokens/s, peak memory {format_bytes_binary(results['peak_memory_bytes'])}")
+    print(
+        f"finished in {duration(began)}: held-out loss {results['eval_loss_before']:.4f} -> {results['eval_loss']:.4f}, "
+        f"{results['tokens_per_second']:,.0f} tokens/s, peak memory {format_bytes_binary(results['peak_memory_bytes'])}"
+    )
     place = show_path(run.folder)
-    print(f"model: {place}   loss curve: {place}/loss_curve.png\nchat with it: python model_download/load_local_model.py {place}")
+    print(
+        f"model: {place}   loss curve: {place}/loss_curve.png\nchat with it: python model_download/load_local_model.py {place}"
+    )
 
 
 def peak_memory(device):
@@ -97,4 +129,4 @@ def peak_memory(device):
     import resource  # not there on Windows
 
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return usage if sys.platform == "darwin" else usage * 1024      # bytes on macOS, KiB elsewhere
+    return usage if sys.platform == "darwin" else usage * 1024  # bytes on macOS, KiB elsewhere

@@ -25,13 +25,22 @@ from utils.training.checkpoints import list_checkpoints, write_manifest
 class PackedTrainer(Trainer):
     """Supervised fine-tuning. The loss is the mean cross-entropy over the trained tokens of a whole optimizer step."""
 
-    loss_is_scaled_for_ga = True        # compute_loss divides by the units of the whole step, not of one micro-batch
+    loss_is_scaled_for_ga = (
+        True  # compute_loss divides by the units of the whole step, not of one micro-batch
+    )
 
     def __init__(self, model, args, train_dataset, eval_dataset, tokenizer, callbacks=()):
-        super().__init__(model=model, args=args, data_collator=collate, train_dataset=train_dataset, eval_dataset=eval_dataset,
-                         processing_class=tokenizer, callbacks=list(callbacks))
-        self.remove_callback(PrinterCallback)       # our own callback prints one line a step
-        self.metrics = {}                           # sums over the present step: {name: float}
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=list(callbacks),
+        )
+        self.remove_callback(PrinterCallback)  # our own callback prints one line a step
+        self.metrics = {}  # sums over the present step: {name: float}
 
     def batch_loss(self, hidden, targets, rest):
         """(summed loss with gradient, its number of units, {metric: sum over units}) of one micro-batch.
@@ -60,8 +69,10 @@ class PackedTrainer(Trainer):
         # every process divides by the units of all; the gradients are then averaged over the processes
         loss = loss * self.accelerator.num_processes / num_items_in_batch
         if not torch.isfinite(loss):
-            raise RunError(f"the loss became {loss.item()} at step {self.state.global_step + 1}, in rows {listed(rest['ids'])}; lower "
-                           "LEARNING_RATE, or look at these rows; the last checkpoint is unharmed")
+            raise RunError(
+                f"the loss became {loss.item()} at step {self.state.global_step + 1}, in rows {listed(rest['ids'])}; lower "
+                "LEARNING_RATE, or look at these rows; the last checkpoint is unharmed"
+            )
         return loss
 
     @torch.no_grad()
@@ -77,9 +88,14 @@ class PackedTrainer(Trainer):
             units += count
             for name, value in {"loss": loss.item(), **sums}.items():
                 totals[name] = totals.get(name, 0.0) + value
-        joined = torch.tensor([units, *totals.values()], dtype=torch.float64 if self.args.device.type == "cpu" else torch.float32)
+        joined = torch.tensor(
+            [units, *totals.values()],
+            dtype=torch.float64 if self.args.device.type == "cpu" else torch.float32,
+        )
         joined = self.accelerator.reduce(joined.to(self.args.device), "sum").tolist()
-        metrics = {f"{metric_key_prefix}_{name}": total / joined[0] for name, total in zip(totals, joined[1:])}
+        metrics = {
+            f"{metric_key_prefix}_{name}": total / joined[0] for name, total in zip(totals, joined[1:])
+        }
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -87,8 +103,10 @@ class PackedTrainer(Trainer):
     def log(self, logs, start_time=None):
         if "loss" in logs:
             if not math.isfinite(logs.get("grad_norm", 0.0)):
-                raise RunError(f"the gradient became {logs['grad_norm']} at step {self.state.global_step}; lower LEARNING_RATE; the "
-                               "last checkpoint is unharmed")
+                raise RunError(
+                    f"the gradient became {logs['grad_norm']} at step {self.state.global_step}; lower LEARNING_RATE; the "
+                    "last checkpoint is unharmed"
+                )
             names = list(self.metrics)
             values = torch.tensor([self.metrics[name] for name in names], device=self.args.device)
             logs.update(zip(names, self.accelerator.reduce(values, "sum").tolist()))
@@ -96,23 +114,29 @@ class PackedTrainer(Trainer):
         super().log(logs, start_time)
 
     def _issue_warnings_after_load(self, load_result):
-        tied = getattr(self.model, "_tied_weights_keys", None) or {}      # stored once, under the embedding's name
+        tied = (
+            getattr(self.model, "_tied_weights_keys", None) or {}
+        )  # stored once, under the embedding's name
         missing = [name for name in load_result.missing_keys if name not in tied]
         if missing or load_result.unexpected_keys:
-            raise RunError(f"the checkpoint does not fit the model: {', '.join([*missing, *load_result.unexpected_keys][:3])} ...")
+            raise RunError(
+                f"the checkpoint does not fit the model: {', '.join([*missing, *load_result.unexpected_keys][:3])} ..."
+            )
 
     def _save_checkpoint(self, model, trial):
         """Write the checkpoint under a hidden name and move it into place when it is whole."""
         run_dir = Path(self.args.output_dir)
         partial = run_dir / ".partial-checkpoint"
         if self.args.should_save:
-            print(f"writing {PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", flush=True)      # 7 GB take a while
+            print(
+                f"writing {PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", flush=True
+            )  # 7 GB take a while
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.args.output_dir = str(partial)
         try:
             super()._save_checkpoint(model, trial)
-        except BaseException:           # a full disk, above all: the half that was written must not keep it full
+        except BaseException:  # a full disk, above all: the half that was written must not keep it full
             if self.args.should_save:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -122,13 +146,13 @@ class PackedTrainer(Trainer):
         if self.args.should_save:
             name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             write_manifest(partial / name)
-            for file in (partial / name).iterdir():     # the data on the disk before the name, for the power cut
-                with open(file, "r+b") as opened:       # Windows flushes only what is open for writing
+            for file in (partial / name).iterdir():  # the data on the disk before the name, for the power cut
+                with open(file, "r+b") as opened:  # Windows flushes only what is open for writing
                     os.fsync(opened.fileno())
-            shutil.rmtree(run_dir / name, ignore_errors=True)   # there only if it was found damaged
+            shutil.rmtree(run_dir / name, ignore_errors=True)  # there only if it was found damaged
             os.replace(partial / name, run_dir / name)
             partial.rmdir()
-            for old in list_checkpoints(run_dir)[:-self.args.save_total_limit]:
+            for old in list_checkpoints(run_dir)[: -self.args.save_total_limit]:
                 shutil.rmtree(old)
 
 
@@ -156,13 +180,18 @@ class PackedDPOTrainer(PackedTrainer):
         with torch.enable_grad():
             sums.requires_grad_()
             chosen, rejected = sums.view(pairs, 2).unbind(1)
-            rewards = self.beta * (chosen - rest["reference_chosen"]), self.beta * (rejected - rest["reference_rejected"])
+            rewards = (
+                self.beta * (chosen - rest["reference_chosen"]),
+                self.beta * (rejected - rest["reference_rejected"]),
+            )
             margins = rewards[0] - rewards[1]
             loss = (-F.logsigmoid(margins) - self.sft_weight * chosen / lengths.view(pairs, 2)[:, 0]).sum()
             (per_document,) = torch.autograd.grad(loss, sums)
         metrics = {
-            "reward_margin": margins.sum(), "reward_accuracy": (margins > 0).sum(),
-            "chosen_logps": chosen.sum(), "rejected_logps": rejected.sum(),
+            "reward_margin": margins.sum(),
+            "reward_accuracy": (margins > 0).sum(),
+            "chosen_logps": chosen.sum(),
+            "rejected_logps": rejected.sum(),
         }
         metrics = {name: value.item() for name, value in metrics.items()}
         if not torch.is_grad_enabled():
