@@ -15,12 +15,13 @@ SMALL  := --max-length 512 --batch-size 2 --accumulation 1
 # Tests of one file stay on one core: many share a model that takes seconds to make.
 PYTEST := $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo demo-clean test test-fast lint bench sample tiny clean
+.PHONY: help install demo demo-clean test test-fast test-interop lint bench sample tiny clean
 
 help:
 	@grep -E '^# make' Makefile | cut -c3-
 	@echo "make install     the environment only ($(VENV))"
 	@echo "make demo-clean  remove the demo's results, so that the next demo trains again"
+	@echo "make test-interop  the finished folders in llama.cpp, mlx-lm, vLLM and others: environments of their own (several GB), then minutes"
 	@echo "make lint        ruff: style and formatting"
 	@echo "make bench       training speed against TRL on Qwen3-0.6B's shape (under two hours on 2 cores; nothing else should run beside it)"
 	@echo "make sample      make the built-in sample again from its fact tables"
@@ -74,6 +75,10 @@ test: $(READY)
 
 test-fast: $(READY)
 	$(PYTEST) -m "not slow"
+
+test-interop: $(READY)
+	$(PY) tests/interop/environments.py
+	$(PY) -m pytest -q -rs tests/interop
 
 lint: $(READY)
 	$(PY) -m ruff check .

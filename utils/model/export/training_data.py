@@ -121,7 +121,11 @@ def _for_mlx(found, place, thinking):
     for path in sft:
         rows = ({"messages": [*turn.prompt, _with_reasoning(turn.replies[0])]} for turn in read_turns(path))
         write_jsonl(place / names[path.stem], rows)
-    return [f"python -m mlx_lm lora --train --mask-prompt --data {show_path(place)} --model FOLDER"]
+    mode = "on" if thinking["sft_train"] else "off"
+    return [
+        f"python -m mlx_lm lora --train --mask-prompt --data {show_path(place)} --model FOLDER",
+        f"(FOLDER: one whose chat template has thinking {mode} by default, as a run of these scripts saves it)",
+    ]
 
 
 # ---- TRL: prompt and completion, so that the loss is on the answer alone
