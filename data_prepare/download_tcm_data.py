@@ -105,7 +105,7 @@ def choose_files(repo, wanted):
     return wanted or data
 
 
-def place(folder, dataset, names):
+def local_paths(folder, dataset, names):
     """{path on disk: name in the data set}: the set's name and the whole path of the file make its name here.
 
     UserError where two files would get the same name, by letter case or by ending too.
@@ -157,7 +157,7 @@ def main(argv=None):
     )
 
     # 2. Nothing to do where it is there already, known without the network
-    paths = place(folder, dataset, names)
+    paths = local_paths(folder, dataset, names)
     pinned = names and COMMIT.fullmatch(revision)
     if pinned and all(is_finished(path, dataset, revision, name) for path, name in paths.items()):
         print(
@@ -169,7 +169,7 @@ def main(argv=None):
     # 3. What the Hub lists at that commit
     hub = Hub(settings.TIMEOUT, settings.RETRIES)
     repo = hub.look_up("dataset", dataset, revision)
-    paths = place(folder, dataset, choose_files(repo, names))
+    paths = local_paths(folder, dataset, choose_files(repo, names))
     ours = {path for path in paths if is_ours(path, dataset, repo.commit, paths[path])}
 
     # 4. Fetch, verify, move into place, and record where each file came from
