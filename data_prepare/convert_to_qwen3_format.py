@@ -21,7 +21,7 @@ from utils.data.schemas import parse_columns
 from utils.data.text_store import TextStore
 from utils.errors import UserError, run
 from utils.files import sha256_of, show_path, write_json
-from utils.progress import Meter
+from utils.progress import ByteProgress
 from utils.settings import parse_settings
 
 # fmt: off
@@ -68,7 +68,7 @@ def main(argv=None):
     made, given = TextStore(settings.OUTPUT_DIR), TextStore(settings.OUTPUT_DIR)
     schemas, reasons, fields = Counter(), Counter(), {}
     tasks = convert.tasks(files, encodings, options, given)
-    with Meter("rows recognised", 0, size, always=False) as meter:
+    with ByteProgress("rows recognised", 0, size, always=False) as progress:
         for index, lines, sizes, sketch, recognised, rejected, unfit in map_tasks(
             convert.examine, tasks, workers
         ):
@@ -77,10 +77,10 @@ def main(argv=None):
             schemas += recognised
             reasons += rejected
             fields = fields or unfit  # of the first batch that has rows with unknown fields
-            meter.show(
+            progress.show(
                 min(given.ends[-1], size - 1)
             )  # about: as JSON lines, tables and arrays take more or less
-        meter.show(size)
+        progress.show(size)
     refuse_unusable(settings, schemas, reasons, fields)
 
     # 3. Decide for every row: its side of the split, and whether it is a duplicate or a leak

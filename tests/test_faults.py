@@ -523,7 +523,7 @@ def stopped_half_way(world, hub, tmp_path, name, number):
 def test_killed_download(world, hub, tmp_path, name):
     script, output = stopped_half_way(world, hub, tmp_path, name, signal.SIGKILL)
     assert script.end() == -signal.SIGKILL
-    assert "going on at 100.0 kB" in assert_works_again(world, name, output, hub).out
+    assert "going on at 97.7 KiB" in assert_works_again(world, name, output, hub).out
     assert_same(world, name, output)
 
 

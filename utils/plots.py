@@ -1,11 +1,13 @@
 """Pictures: loss curves of a training run, and the comparison of models. Labels are English: no font has to hold Chinese."""
 
 import logging
+from pathlib import Path
+from types import ModuleType
 
 from utils.files import atomic_write
 
 
-def draw_lengths(path, characters, tokens, max_length):
+def draw_lengths(path: Path, characters: list[int], tokens: list[int], max_length: int) -> None:
     """A histogram of the conversations' lengths: in tokens where they were counted, else in characters."""
     pyplot = load_pyplot()
     unit = "tokens" if tokens else "characters"
@@ -25,7 +27,7 @@ def draw_lengths(path, characters, tokens, max_length):
 SMOOTHING = 0.05  # the smoothed curve averages over about this share of the run
 
 
-def load_pyplot():
+def load_pyplot() -> ModuleType:
     """matplotlib.pyplot, which draws to files and needs no screen."""
     logging.getLogger("matplotlib").addFilter(_not_about_its_cache)
     import matplotlib
@@ -41,7 +43,7 @@ def _not_about_its_cache(record):
     return not str(record.msg).startswith(("mkdir -p failed", "Matplotlib created a temporary cache"))
 
 
-def plot_training(log, path, title):
+def plot_training(log: list[dict], path: Path, title: str) -> None:
     """Draw a run from its log (list of dicts as in training_log.jsonl) to a PNG at `path`.
 
     SFT and LoRA: training loss (raw and smoothed), evaluation loss, learning rate. DPO runs get two more panels: reward margin
@@ -103,9 +105,8 @@ def _draw(axis, steps, evaluations, name, label, colour, prefix=""):
     """Training values, raw and smoothed, and evaluation points of one quantity."""
     x, y = [entry["step"] for entry in steps], [entry[name] for entry in steps]
     reach = max(1, round(SMOOTHING * len(y) / 2))
-    windows = [
-        y[max(0, i - reach) : i + reach + 1] for i in range(len(y))
-    ]  # centred, so that the curve does not lag behind
+    # centred, so that the curve does not lag behind
+    windows = [y[max(0, i - reach) : i + reach + 1] for i in range(len(y))]
     smooth = [sum(window) / len(window) for window in windows]
     axis.plot(x, y, color=colour, alpha=0.25, linewidth=0.8, label=f"{prefix}training, each step")
     axis.plot(x, smooth, color=colour, linewidth=1.8, label=f"{prefix}training, smoothed")
@@ -120,7 +121,7 @@ def _draw(axis, steps, evaluations, name, label, colour, prefix=""):
     axis.set_ylabel(label)
 
 
-def plot_comparison(models, path):
+def plot_comparison(models: dict[str, dict], path: Path) -> None:
     """Draw the comparison (dict name -> figures, as in comparison.json) to a PNG: a panel a measure, a bar a model."""
     pyplot = load_pyplot()
     panels = [
