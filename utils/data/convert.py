@@ -17,7 +17,7 @@ from utils.data.schemas import Item, RowOptions, convert_row
 from utils.data.text_store import TextStore
 from utils.data.workers import map_tasks
 from utils.files import atomic_write
-from utils.progress import Meter
+from utils.progress import ByteProgress
 
 OUTPUTS = ("sft_train", "sft_eval", "dpo_train", "dpo_eval", "exam")
 RUN = 1000  # rows written at a time, at most
@@ -75,7 +75,7 @@ def recognise(sources: list[Source], options: RowOptions, folder: Path, workers:
     workers = workers or (1 if size < LARGE else min(os.cpu_count() or 1, 8))
     found = Recognised(RowIndex(folder), TextStore(folder), TextStore(folder), Counter(), Counter(), {})
     tasks = _tasks(sources, options, found.originals)
-    with Meter("rows recognised", 0, size, always=False) as meter:
+    with ByteProgress("rows recognised", 0, size, always=False) as meter:
         for examined in map_tasks(examine, tasks, workers):
             found.lines.add(examined.lines, examined.lengths)
             found.index.add(examined.file, examined.index)
