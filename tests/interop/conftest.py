@@ -17,7 +17,7 @@ from utils.model.generate import generate_tokens, stop_tokens
 from utils.model.load import load_model, load_tokenizer
 
 TINY = ROOT / "model_download/tiny_qwen3_tcm"
-SMALL = "--epochs 1 --max-length 512 --batch-size 2 --accumulation 1 --max-steps 160 --eval-rows 100".split()
+SMALL = "--epochs 1 --max-length 512 --rows-per-step 2 --max-steps 160 --eval-rows 100".split()
 MODELS = ("sft", "lora", "dpo", "thinking")
 
 

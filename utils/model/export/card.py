@@ -20,19 +20,7 @@ SCORES = (
 )
 
 # Settings of a run that say what was done; paths and settings of the display are left out.
-SHOWN = (
-    *(
-        "LEARNING_RATE",
-        "EPOCHS",
-        "MAX_STEPS",
-        "MAX_LENGTH",
-        "BATCH_SIZE",
-        "ACCUMULATION",
-        "WARMUP",
-        "WEIGHT_DECAY",
-    ),
-    *("RANK", "ALPHA", "BETA", "SFT_WEIGHT", "SEED"),
-)
+SHOWN = "LEARNING_RATE EPOCHS MAX_STEPS MAX_LENGTH ROWS_PER_STEP WARMUP WEIGHT_DECAY RANK ALPHA BETA SFT_WEIGHT SEED".split()
 
 LIMITS = (
     "For study and research only. **This is not medical advice**, and the model is no source for any: a model of this size "
