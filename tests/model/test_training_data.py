@@ -1,10 +1,8 @@
 """Training rows for other trainers: nothing is lost, and TRL trains the tokens that we train, and one final line break."""
 
 import pytest
-from datasets import load_dataset
 from tiny_model import make_tiny_model
 from transformers import AutoTokenizer
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from model_download import export_model
 from utils.errors import run
@@ -91,6 +89,9 @@ def test_rows_of_both_modes_are_refused_where_they_cannot_be_trained_so(export, 
 
 @pytest.mark.slow
 def test_trl_trains_the_same_tokens(export, folder, tmp_path):
+    from datasets import load_dataset
+    from trl import SFTConfig, SFTTrainer
+
     output, tokenizer = export("trl", [LONGER, THOUGHTFUL]), AutoTokenizer.from_pretrained(folder)
     rows = load_dataset(
         "json", data_files=str(output / "sft_train.jsonl"), split="train", cache_dir=tmp_path / "c"
@@ -107,6 +108,9 @@ def test_trl_trains_the_same_tokens(export, folder, tmp_path):
 
 @pytest.mark.slow
 def test_trl_trains_the_same_pairs(export, folder, tmp_path):
+    from datasets import load_dataset
+    from trl import DPOConfig, DPOTrainer
+
     output, tokenizer = export("trl", [PLAIN]), AutoTokenizer.from_pretrained(folder)
     rows = load_dataset(
         "json", data_files=str(output / "dpo_train.jsonl"), split="train", cache_dir=tmp_path / "c"
