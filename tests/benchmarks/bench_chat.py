@@ -57,7 +57,6 @@ def generate(model, prompt: list[int], count: int) -> tuple[list[float], list[in
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
         do_sample=False,
         max_new_tokens=count,
-        min_new_tokens=count,
         streamer=streamer,
     )
     return streamer.times, streamer.tokens
@@ -80,6 +79,7 @@ def ways_to_answer(folder: str, device) -> dict[str, tuple]:
     from utils.model.load import load_for_answers, load_model
 
     model = load_model(folder, device.dtype).to(device.name).eval()
+    model.generation_config.eos_token_id = None  # generate would avoid the end token, ours may choose it
     if not device.half_weights:
         return {"generate": (generate, model), "ours": (ours, model)}
     return {
