@@ -44,7 +44,7 @@ def like_windows(tmp_path, run_script):
     environment |= {
         "PYTHONPATH": str(tmp_path / "site"),
         "LIKE_WINDOWS_ROOT": str(ROOT),
-        "LIKE_WINDOWS_PLACE": str(tmp_path),
+        "LIKE_WINDOWS_FOLDER": str(tmp_path),
         "PYTHONIOENCODING": "cp936",
         "PYTHONWARNDEFAULTENCODING": "1",
     }
