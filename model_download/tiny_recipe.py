@@ -12,9 +12,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 from utils.data.terms import Terms
 from utils.model.chat_format import generation_settings
-from utils.model.lm_head import sum_of_losses
+from utils.model.lm_head import cross_entropy_sum
 from utils.model.packed_forward import prepare_packed
-from utils.model.packing import PackedRows, collate, split_batch
+from utils.model.packing import PackedRows, collate, model_inputs
 from utils.settings import Settings
 
 # ---- Tokenizer
@@ -167,8 +167,10 @@ def train(model: Qwen3ForCausalLM, rows: PackedRows, settings: Settings) -> Iter
         for number in rng.sample(range(len(rows)), len(rows)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, settings)
-            inputs, targets, _ = split_batch(collate([rows[number]]))
-            loss = sum_of_losses(model(**inputs), model.lm_head.weight, targets) / len(targets)
+            batch = collate([rows[number]])
+            hidden = model(**model_inputs(batch))
+            targets = batch["targets"]
+            loss = cross_entropy_sum(hidden, model.lm_head.weight, targets) / len(targets)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

@@ -61,3 +61,20 @@ def like_windows(tmp_path, run_script):
         return done
 
     return call
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A model folder: a tiny Qwen3 with random weights."""
+    from tiny_model import make_tiny_model
+
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", context=4096)
+
+
+@pytest.fixture(scope="session")
+def chat_model(tiny_folder):
+    """The ChatModel of that folder, in fp32 on the CPU."""
+    from utils.chat.model import ChatModel
+    from utils.device import Device
+
+    return ChatModel(str(tiny_folder), Device("cpu", False, "test"))

@@ -41,6 +41,7 @@ def test_the_eighteen_and_the_nineteen_are_there():
     assert len(rows("pregnancy")) >= 40
 
 
+@pytest.mark.slow
 def test_the_script_makes_the_committed_files_again(tmp_path, capsys):
     make_sample.main(["--output-dir", str(tmp_path)])
     for name in ("tcm_sample.jsonl", "tcm_exam.jsonl", "statements.jsonl", "terms.jsonl"):

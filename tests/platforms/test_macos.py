@@ -58,16 +58,17 @@ def test_losses_and_scores_keep_to_what_apple_gpus_can_do(tmp_path):
     from tiny_model import make_tiny_model
     from transformers import AutoModelForCausalLM
 
-    from utils.model.lm_head import CHUNK, sum_of_losses, token_logps
+    from utils.model.lm_head import CHUNK, cross_entropy_sum, token_logps
     from utils.model.packed_forward import prepare_packed
-    from utils.model.packing import collate, split_batch
+    from utils.model.packing import collate, model_inputs
 
     model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path / "tiny"))
     document = ([1] * 5, [7, 8, 9] * CHUNK)  # three chunks
     with AppleGPU(model.config.vocab_size, CHUNK) as gpu:
-        inputs, targets, _ = split_batch(collate([[{"documents": [document]}]]))
+        batch = collate([[{"documents": [document]}]])
+        inputs, targets = model_inputs(batch), batch["targets"]
         hidden = prepare_packed(model)(**inputs)
-        (sum_of_losses(hidden, model.lm_head.weight, targets) / len(targets)).backward()
+        (cross_entropy_sum(hidden, model.lm_head.weight, targets) / len(targets)).backward()
         token_logps(hidden, model.lm_head.weight, targets)
     assert gpu.widest == CHUNK
 

@@ -9,8 +9,8 @@ import torch
 from utils.errors import UserError
 from utils.files import show_path
 from utils.model.lm_head import CHUNK
-from utils.model.packing import collate, split_batch
-from utils.text import format_bytes_binary
+from utils.model.packing import collate, model_inputs
+from utils.text import format_bytes
 
 PROBE_TOKENS = 64  # enough to count what a token costs, cheap enough to compute anywhere
 
@@ -29,8 +29,8 @@ def forecast(model, train_rows, args, settings, folder):
     tokens = train_rows.fullest(args.per_device_train_batch_size)
     parts = memory_parts(model, tokens, args)
     needed, free = sum(parts.values()), free_memory(args.device)
-    listed = ", ".join(f"{name} {format_bytes_binary(size)}" for name, size in parts.items())
-    print(f"memory: {format_bytes_binary(needed)} needed ({listed}), {format_bytes_binary(free)} free")
+    listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+    print(f"memory: {format_bytes(needed)} needed ({listed}), {format_bytes(free)} free")
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     stored = sum(weight.numel() for weight in model.parameters())
     disk = (
@@ -40,12 +40,12 @@ def forecast(model, train_rows, args, settings, folder):
         next(place for place in (folder.folder, *folder.folder.parents) if place.is_dir())
     ).free
     print(
-        f"disk: {format_bytes_binary(disk)} needed (at most {settings.KEEP_CHECKPOINTS + 1} checkpoints at a time, and the finished model), "
-        f"{format_bytes_binary(disk_free)} free"
+        f"disk: {format_bytes(disk)} needed (at most {settings.KEEP_CHECKPOINTS + 1} checkpoints at a time, and the finished model), "
+        f"{format_bytes(disk_free)} free"
     )
     if disk > disk_free:
         raise UserError(
-            f"{show_path(folder.folder)} needs {format_bytes_binary(disk)} of disk and {format_bytes_binary(disk_free)} are free; free "
+            f"{show_path(folder.folder)} needs {format_bytes(disk)} of disk and {format_bytes(disk_free)} are free; free "
             "some, lower KEEP_CHECKPOINTS, or choose another --output-dir"
         )
     if needed > free:
@@ -56,7 +56,7 @@ def forecast(model, train_rows, args, settings, folder):
             else "train with LoRA, or a smaller model"
         )
         raise UserError(
-            f"the run needs {format_bytes_binary(needed)} of memory and {format_bytes_binary(free)} are free; {mend}"
+            f"the run needs {format_bytes(needed)} of memory and {format_bytes(free)} are free; {mend}"
         )
 
 
@@ -95,7 +95,7 @@ def bytes_per_token(model, args):
         return tensor
 
     item = {"documents": [([0] * (PROBE_TOKENS - 1), [0])]}
-    inputs, _, _ = split_batch(collate([[item]]))
+    inputs = model_inputs(collate([[item]]))
     inputs = {
         name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()
     }

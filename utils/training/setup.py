@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from utils.errors import NO_MEMORY, RunError
 from utils.files import show_path
-from utils.text import duration, format_bytes_binary
+from utils.text import duration, format_bytes
 from utils.training.checkpoints import list_checkpoints
 
 
@@ -112,7 +112,7 @@ def report(run, results, began):
     """Print where the finished run lies and what to do next."""
     print(
         f"finished in {duration(began)}: held-out loss {results['eval_loss_before']:.4f} -> {results['eval_loss']:.4f}, "
-        f"{results['tokens_per_second']:,.0f} tokens/s, peak memory {format_bytes_binary(results['peak_memory_bytes'])}"
+        f"{results['tokens_per_second']:,.0f} tokens/s, peak memory {format_bytes(results['peak_memory_bytes'])}"
     )
     place = show_path(run.folder)
     print(
