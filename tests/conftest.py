@@ -20,7 +20,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.fixture
 def run_script(tmp_path):
-    """run_script("model_finetune/finetune_sft.py", "--batch-size", 2) -> CompletedProcess, run from another folder."""
+    """run_script("model_finetune/finetune_sft.py", "--epochs", 2) -> CompletedProcess, run from another folder."""
 
     def run(script, *arguments, cwd=tmp_path, timeout=300, **options):
         command = [sys.executable, str(ROOT / script), *map(str, arguments)]
