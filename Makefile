@@ -52,7 +52,7 @@ demo: $(READY)
 	@$(PY) model_finetune/finetune_lora.py --model $(TINY) --train-file $(DATA)/sft_train.jsonl --eval-file $(DATA)/sft_eval.jsonl \
 	  --output-dir $(DEMO)/lora_finetuned $(SMALL) --epochs 1 --max-steps 160 --learning-rate 2e-3 --eval-rows 200
 	@echo; echo "== 5/9 preference pairs from the same rows"
-	@$(PY) data_prepare/build_preference_pairs.py --input-dir $(DATA) --output-dir $(DATA) --max-train 1200 --max-eval 600
+	@$(PY) data_prepare/build_preference_pairs.py --kind facts --input-dir $(DATA) --output-dir $(DATA) --max-train 1200 --max-eval 600
 	@echo; echo "== 6/9 DPO, from the SFT result"
 	@$(PY) model_finetune/finetune_dpo.py --model $(DEMO)/sft_finetuned --train-file $(DATA)/dpo_train.jsonl \
 	  --eval-file $(DATA)/dpo_eval.jsonl --output-dir $(DEMO)/dpo_finetuned $(SMALL) --learning-rate 1e-4 --sft-weight 1
