@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy
+import psutil
 
 from utils.data.columns import UnknownRow
 from utils.data.dedup import KEPT, REASONS, Decisions
@@ -19,12 +20,18 @@ from utils.data.schemas import Item, RowOptions, convert_row
 from utils.data.sources import Source
 from utils.data.text_store import TextStore
 from utils.data.workers import map_tasks
+from utils.errors import UserError
 from utils.files import atomic_write
 from utils.progress import Meter
+from utils.text import format_bytes
 
 OUTPUTS = ("sft_train", "sft_eval", "dpo_train", "dpo_eval", "exam")
 RUN = 1000  # rows written at a time, at most
 LARGE = 32e6  # bytes: from here up, several processes are worth their start
+BYTES_A_ROW = (
+    650  # of memory at the most, while questions are compared; measured, see tests/benchmarks/README.md
+)
+FORECAST_ROWS = 50_000  # rows after which the memory is forecast for the first time
 UNKNOWN_ROWS, UNKNOWN_CHARACTERS = 200, 300  # kept of a batch to suggest columns by: rows, and of each text
 
 # One encoder for all rows, where json.dumps would make one a call; what was just read from JSON holds no circles to check for.
@@ -85,11 +92,12 @@ class Written(NamedTuple):
 
 def recognise(sources: list[Source], options: RowOptions, folder: Path, workers: int) -> Recognised:
     """Read and recognise every row. Texts wait in temporary files in `folder`; `workers` 0: as the size suggests."""
-    size = sum(source.path.stat().st_size for source in sources)
+    size = sum(source.size for source in sources)
     workers = workers or (1 if size < LARGE else min(os.cpu_count() or 1, 8))
     stores = RowIndex(folder), TextStore(folder), TextStore(folder)
     found = Recognised(*stores, Counter(), Counter(), [], {}, {})
     tasks = _tasks(sources, options, found.originals)
+    forecast_at = FORECAST_ROWS
     with Meter("rows recognised", 0, size, always=False) as meter:
         for examined in map_tasks(examine, tasks, workers):
             found.lines.add(examined.lines, examined.lengths)
@@ -102,10 +110,25 @@ def recognise(sources: list[Source], options: RowOptions, folder: Path, workers:
             if examined.unknown:
                 found.unknown.setdefault(examined.file, examined.unknown)
             # About: the same rows take more or less as tables and arrays than as JSON lines.
-            meter.show(min(found.originals.ends[-1], size - 1))
+            done = min(found.originals.ends[-1], size - 1)
+            meter.show(done)
+            if found.index.count >= forecast_at:
+                refuse_too_many(found.index.count, done / size)
+                forecast_at *= 2
         meter.show(size)
     found.index.finish()
     return found
+
+
+def refuse_too_many(rows: int, share: float) -> None:
+    """UserError with the forecast where all rows, of which `rows` are this share, would not fit into the memory."""
+    needed, free = BYTES_A_ROW * rows / share, psutil.virtual_memory().available + BYTES_A_ROW * rows
+    if needed > free:
+        raise UserError(
+            f"about {rows / share:,.0f} rows are to be compared with one another, which takes {format_bytes(needed)} of memory "
+            f"({BYTES_A_ROW} bytes a row); {format_bytes(free)} are free, enough for {free / BYTES_A_ROW:,.0f} rows: "
+            "convert the files in parts, each to its own --output-dir"
+        )
 
 
 def _tasks(sources, options, originals) -> Iterator[Batch]:

@@ -20,6 +20,7 @@ from utils.data.minhash import candidate_pairs, containment, overlap, repeated
 from utils.data.row_index import EVAL, EXAM, KIND, TRAIN, RowIndex
 from utils.data.split import SplitSettings, assign_splits
 from utils.data.text_store import TextStore
+from utils.progress import progress
 
 FAMILY = 5  # more questions than this, alike but for a word, are a template, not one question
 
@@ -152,7 +153,8 @@ def group_questions(
     text, `answers_of(question)` the keys of its long answers. A family has FAMILY members at most.
     """
     same, family = {}, {}  # of those that have joined a group: the index that leads on to its first member
-    for one, other in zip(*(side.tolist() for side in candidate_pairs(marks, threshold))):
+    watch = progress("comparing long questions", "pairs")
+    for one, other in watch(_as_list(candidate_pairs(marks, threshold))):
         texts, pair = (text_of(one), text_of(other)), (int(long_at[one]), int(long_at[other]))
         if overlap(*texts) >= threshold:
             _join(family, *pair)
@@ -163,6 +165,10 @@ def group_questions(
     same, family = _roots(same, count), _roots(family, count)
     members = numpy.bincount(family[numpy.unique(same)], minlength=count)  # distinct questions in each family
     return same, numpy.where(members[family] > FAMILY, same, family)
+
+
+def _as_list(pairs):
+    return list(zip(*(side.tolist() for side in pairs)))
 
 
 def differ_in_fact(one: str, other: str) -> bool:
@@ -177,8 +183,8 @@ def group_passages(
 ) -> numpy.ndarray:
     """The families, those joined that share a passage; the other arguments as in `group_questions`."""
     joined = {}
-    pairs = candidate_pairs(marks, PASSAGE, band=2, neighbours=2)
-    for one, other in zip(*(side.tolist() for side in pairs)):
+    watch = progress("looking for shared passages", "pairs")
+    for one, other in watch(_as_list(candidate_pairs(marks, PASSAGE, band=2, neighbours=2))):
         pair = int(family[long_at[one]]), int(family[long_at[other]])
         if (
             _root(joined, pair[0]) != _root(joined, pair[1])

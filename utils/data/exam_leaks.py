@@ -22,6 +22,7 @@ from utils.data.exam_rows import options_in
 from utils.data.normalize import normalize, normalize_all, without_filler
 from utils.data.row_index import EXAM, KIND, TRAIN
 from utils.data.text_store import TextStore
+from utils.progress import progress
 
 PIECES = (6, 3)  # characters looked for: of stems that are long enough the first, of others the second
 LONG_STEM = 10  # characters, without filler: so long a text is not part of another question by chance
@@ -99,7 +100,7 @@ def _by_piece(items, length):
 def _leaks_of(by_piece, length, lines, rows, split):
     wanted = numpy.sort(_hashes("".join(by_piece), length)[::length])
     trained = (split == TRAIN) & (rows["kind"] != KIND["exam"])
-    for start in range(0, len(rows), ROWS):
+    for start in progress("looking for exam questions", f"x {ROWS:,} rows")(range(0, len(rows), ROWS)):
         end = min(start + ROWS, len(rows))
         if not trained[start:end].any():
             continue

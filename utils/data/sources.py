@@ -38,6 +38,18 @@ class Source(NamedTuple):
         name = self.member or self.path.name.lower().removesuffix(".gz")
         return Path(name).suffix.lower()
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file unpacked, about: what a .gz of more than 4 GB says of itself is too little."""
+        packed = self.path.stat().st_size
+        if self.member:
+            return zipfile.ZipFile(self.path).getinfo(self.member).file_size
+        if self.path.suffix.lower() != ".gz":
+            return packed
+        with open(self.path, "rb") as file:
+            file.seek(max(packed - 4, 0))
+            return max(int.from_bytes(file.read(4), "little"), packed)
+
     def open(self) -> BinaryIO:
         """The file as bytes, unpacked. UserError where the archive is damaged or locked."""
         try:
