@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.errors import UserError, run
 from utils.files import atomic_write, require_file, sha256_of, show_path, write_json
-from utils.hub import COMMIT, Hub, read_record, unchanged
+from utils.hub import COMMIT, Hub, Repo, read_record, unchanged
 from utils.settings import ROOT, parse_settings
 
 # fmt: off
@@ -41,11 +41,11 @@ SAMPLE_DIR = ROOT / "data_prepare" / "sample"
 NEXT = "next: python data_prepare/convert_to_qwen3_format.py"
 
 
-def source_of(path):
+def source_of(path: Path) -> Path:
     return path.with_suffix(".source.json")
 
 
-def write_source(path, **origin):
+def write_source(path: Path, **origin: str | None) -> None:
     """Write <name>.source.json for a file that is whole, and tell about it."""
     record = {
         **origin,
@@ -59,7 +59,7 @@ def write_source(path, **origin):
     print(f"{show_path(path)}: {record['size']:,} bytes{rows}, licence: {record['licence'] or 'not stated'}")
 
 
-def count_rows(path):
+def count_rows(path: Path) -> int | None:
     """Rows of a file of JSON lines (some are named .json), None for any other kind. Blank lines are no rows."""
     if path.suffix not in (".jsonl", ".json"):
         return None
@@ -72,7 +72,7 @@ def count_rows(path):
         return sum(1 for line in file if line.strip())
 
 
-def copy_sample(folder):
+def copy_sample(folder: Path) -> None:
     """Put the built-in files into `folder`, offline."""
     for name in ("tcm_sample.jsonl", "tcm_exam.jsonl"):
         sample = require_file(SAMPLE_DIR / name, f"git checkout {show_path(SAMPLE_DIR / name)}")
@@ -88,7 +88,7 @@ def copy_sample(folder):
     print(NEXT)
 
 
-def choose_files(repo, wanted):
+def choose_files(repo: Repo, wanted: list[str]) -> list[str]:
     """The names in `wanted`, or those of all data files. UserError where a name is not there or is of no known kind."""
     data = [name for name in sorted(repo.files) if name.endswith(KINDS) and Path(name).name not in NOT_DATA]
     if not data:
@@ -105,7 +105,7 @@ def choose_files(repo, wanted):
     return wanted or data
 
 
-def local_paths(folder, dataset, names):
+def disk_paths(folder: Path, dataset: str, names: list[str]) -> dict[Path, str]:
     """{path on disk: name in the data set}: the set's name and the whole path of the file make its name here.
 
     UserError where two files would get the same name, by letter case or by ending too.
@@ -120,7 +120,7 @@ def local_paths(folder, dataset, names):
     return paths
 
 
-def is_ours(path, dataset, commit, name):
+def is_ours(path: Path, dataset: str, commit: str, name: str) -> bool:
     """Whether an earlier run brought `path` as this file at this commit. UserError where it came from somewhere else."""
     record = read_record(source_of(path)) if path.exists() else {}
     if record and (record.get("repo"), record.get("revision"), record.get("file")) != (dataset, commit, name):
@@ -131,13 +131,13 @@ def is_ours(path, dataset, commit, name):
     return bool(record)
 
 
-def is_finished(path, dataset, commit, name):
+def is_finished(path: Path, dataset: str, commit: str, name: str) -> bool:
     """Whether `path` is this file at this commit, whole and unchanged since; known without the network."""
     source = source_of(path)
     return is_ours(path, dataset, commit, name) and unchanged(path, read_record(source), source)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     # 1. Which data set, from where, to where
     settings = parse_settings(__file__, argv)
     if settings.DATASET == "sample":
@@ -149,15 +149,11 @@ def main(argv=None):
     if settings.DATASET != PINNED_DATASET:  # the pinned values are those of the default data set only
         settings.REVISION = "main" if settings.REVISION == PINNED_COMMIT else settings.REVISION
         settings.FILES = [] if settings.FILES == PINNED_FILES else settings.FILES
-    dataset, revision, names, folder = (
-        settings.DATASET,
-        settings.REVISION,
-        settings.FILES,
-        settings.OUTPUT_DIR,
-    )
+    dataset, revision = settings.DATASET, settings.REVISION
+    names, folder = settings.FILES, settings.OUTPUT_DIR
 
     # 2. Nothing to do where it is there already, known without the network
-    paths = local_paths(folder, dataset, names)
+    paths = disk_paths(folder, dataset, names)
     pinned = names and COMMIT.fullmatch(revision)
     if pinned and all(is_finished(path, dataset, revision, name) for path, name in paths.items()):
         print(
@@ -169,11 +165,11 @@ def main(argv=None):
     # 3. What the Hub lists at that commit
     hub = Hub(settings.TIMEOUT, settings.RETRIES)
     repo = hub.look_up("dataset", dataset, revision)
-    paths = local_paths(folder, dataset, choose_files(repo, names))
+    paths = disk_paths(folder, dataset, choose_files(repo, names))
     ours = {path for path in paths if is_ours(path, dataset, repo.commit, paths[path])}
 
     # 4. Fetch, verify, move into place, and record where each file came from
-    for path in hub.bring(repo, {path: repo.files[name] for path, name in paths.items()}, ours):
+    for path in hub.download(repo, {path: repo.files[name] for path, name in paths.items()}, ours):
         write_source(
             path,
             repo=dataset,

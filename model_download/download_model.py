@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.errors import RunError, UserError, run
 from utils.files import sha256_of, show_path, write_json
-from utils.hub import COMMIT, Hub, read_record, unchanged
+from utils.hub import COMMIT, Hub, HubFile, Repo, read_record, unchanged
 from utils.model.folders import check_model
 from utils.settings import ROOT, parse_settings
 
@@ -65,11 +65,11 @@ PINNED_FILES = {
 }
 
 
-def show_next(folder):
+def show_next(folder: Path) -> None:
     print(f"next: python model_download/load_local_model.py {show_path(folder)}")
 
 
-def use_tiny():
+def use_tiny() -> None:
     """Check the built-in model; there is nothing to download."""
     if not TINY_DIR.is_dir():
         raise UserError(
@@ -80,7 +80,7 @@ def use_tiny():
     show_next(TINY_DIR)
 
 
-def recorded_files(folder, model, commit):
+def recorded_files(folder: Path, model: str, commit: str) -> dict:
     """{name: {"size", "sha256"}} of a folder that was finished before, else {}. UserError where it holds something else."""
     record = read_record(folder / "source.json")
     if record and (record.get("repo"), record.get("revision")) != (model, commit):
@@ -91,7 +91,7 @@ def recorded_files(folder, model, commit):
     return record.get("files", {})
 
 
-def is_finished(folder, model, commit):
+def is_finished(folder: Path, model: str, commit: str) -> bool:
     """Whether `folder` holds `model` at `commit`, whole and unchanged since; known without the network."""
     files = recorded_files(folder, model, commit)
     return bool(files) and all(
@@ -99,7 +99,7 @@ def is_finished(folder, model, commit):
     )
 
 
-def choose_files(repo):
+def choose_files(repo: Repo) -> dict[str, HubFile]:
     """{name: HubFile} of what transformers needs. UserError where there are no safetensors weights or no config."""
     files = {
         name: file
@@ -114,7 +114,7 @@ def choose_files(repo):
     return files
 
 
-def check_pinned(repo):
+def check_pinned(repo: Repo) -> None:
     """RunError where the listing of the default model is not the one that this script knows."""
     if (repo.id, repo.commit) != (PINNED_MODEL, PINNED_COMMIT):
         return
@@ -127,7 +127,7 @@ def check_pinned(repo):
             )
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     # 1. Which model, from where, to where
     settings = parse_settings(__file__, argv)
     if settings.MODEL == "tiny":
@@ -157,7 +157,7 @@ def main(argv=None):
 
     # 4. Fetch, verify, move into place
     record = {}
-    for path in hub.bring(repo, files, ours):
+    for path in hub.download(repo, files, ours):
         record[path.name] = {"size": files[path].size, "sha256": files[path].sha256 or sha256_of(path)}
 
     # 5. Record where it came from

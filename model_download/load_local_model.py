@@ -9,19 +9,20 @@ With --prompt or piped questions (one a line, each a conversation of its own) st
 Nothing is written but what /save FILE.jsonl appends in a chat: the conversation, as a row to train on.
 """
 
-import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.chat.terminal import AnswerPrinter, note, prepare_terminal
+from utils.chat.terminal import note, prepare_terminal
 from utils.errors import UserError, run
 from utils.files import show_path
 from utils.model.folders import check_model, find_models, written_at
 from utils.model.load import quiet_offline
-from utils.settings import parse_settings
+from utils.settings import Settings, parse_settings
 
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--max-new-tokens 512) ----
@@ -42,7 +43,7 @@ PRECISION = "auto"        # auto (bf16 where the hardware computes in it, fp16 w
 THINKING_MODES = {"auto": None, "on": True, "off": False}
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     # 1. Settings
     settings = parse_settings(__file__, argv, positional="MODEL")
     chatting = check_settings(settings)
@@ -53,28 +54,28 @@ def main(argv=None):
     quiet_offline(folder)
 
     # 3. Load it
-    from utils.chat.session import Chat, ChatModel, describe
+    from utils.chat.model import ChatModel
+    from utils.chat.session import Chat, answer_once, greet
     from utils.device import pick_device
 
     device = pick_device(settings.DEVICE, settings.PRECISION)
-    speaker = ChatModel(folder, device)
+    chat_model = ChatModel(folder, device)
     options = make_options(settings)
-    note(f"{speaker.name} on {device.name}, {device.answers} ({device.reason})")
-    note(describe(speaker, options))
-    note("For study and research only, not medical advice.")
+    greet(chat_model, options, device)
 
     # 4. Chat, or answer the questions given
     if chatting:
         prepare_terminal()
         note("/help lists the commands, Ctrl-D leaves.")
-        Chat(speaker, options, settings.SYSTEM, lambda other: ChatModel(other, device)).run()
+        Chat(chat_model, options, settings.SYSTEM, lambda other: ChatModel(other, device)).run()
         return
     questions = [("--prompt", settings.PROMPT)] if settings.PROMPT else read_questions(sys.stdin.buffer)
     for place, question in questions:
-        answer_once(speaker, options, settings, place, question)
+        seed_answers(options, settings.SEED)  # each as if it were the only one
+        answer_once(chat_model, options, settings.SYSTEM, place, question, settings.JSON)
 
 
-def check_settings(settings):
+def check_settings(settings: Settings) -> bool:
     """Whether this is a chat at a terminal; UserError for values that cannot be used."""
     if settings.THINKING not in THINKING_MODES:
         raise UserError(f"--thinking: wanted auto, on or off, got {settings.THINKING!r}")
@@ -88,7 +89,7 @@ def check_settings(settings):
     return chatting
 
 
-def choose_model(ask):
+def choose_model(ask: bool) -> str:
     """A folder (str) from trainer_output/ or model_download/: asked for at the terminal, else the first of the list."""
     found = find_models()
     if not found:
@@ -108,32 +109,27 @@ def choose_model(ask):
             return str(found[int(answer) - 1])
 
 
-def make_options(settings):
-    """The settings that hold for every answer, as utils.chat.session.Options."""
+def make_options(settings: Settings):
+    """The settings that hold for every answer, as utils.chat.model.Options."""
     import torch
 
-    from utils.chat.session import Options
+    from utils.chat.model import Options
 
     greedy = {"do_sample": False} if settings.GREEDY else {}
-    options = Options(
-        THINKING_MODES[settings.THINKING],
-        settings.MAX_NEW_TOKENS,
-        settings.SHOW_THINKING,
-        greedy,
-        torch.Generator(),
-    )
+    thinking, generator = THINKING_MODES[settings.THINKING], torch.Generator()
+    options = Options(thinking, settings.MAX_NEW_TOKENS, settings.SHOW_THINKING, greedy, generator)
     seed_answers(options, settings.SEED)
     return options
 
 
-def seed_answers(options, seed):
+def seed_answers(options, seed: int) -> None:
     if seed < 0:
-        options.random.seed()
+        options.generator.seed()
     else:
-        options.random.manual_seed(seed)
+        options.generator.manual_seed(seed)
 
 
-def read_questions(stream):
+def read_questions(stream: BinaryIO) -> Iterator[tuple[str, str]]:
     """Yield ("stdin, line 3", question) for every line of a binary stream that is not blank; UserError if all are."""
     found = False
     for number, line in enumerate(stream, 1):
@@ -148,40 +144,6 @@ def read_questions(stream):
         raise UserError(
             'no question on stdin, wanted one a line; or ask with --prompt "...", or chat at a terminal'
         )
-
-
-def answer_once(speaker, options, settings, place, question):
-    """Answer one question by itself, as if it were the only one: cache and random numbers start anew."""
-    from utils.model.chat_format import encode_prompt
-
-    speaker.stream.reset()
-    seed_answers(options, settings.SEED)
-    system = [{"role": "system", "content": settings.SYSTEM}] if settings.SYSTEM else []
-    prompt = encode_prompt(
-        speaker.tokenizer, [*system, {"role": "user", "content": question}], options.thinking
-    )
-    try:
-        speaker.check_length(prompt)
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from None
-
-    reply = speaker.answer(
-        prompt, options, AnswerPrinter(options.show_thinking, show_answer=not settings.JSON)
-    )
-    if reply.stopped:
-        raise KeyboardInterrupt
-    if settings.JSON:
-        row = {
-            "question": question,
-            "answer": reply.content,
-            "tokens": reply.tokens,
-            "seconds": round(reply.seconds, 3),
-        }
-        print(json.dumps(row, ensure_ascii=False), flush=True)
-    else:
-        print(flush=True)
-    cut = "" if reply.ended else f"; cut at the limit of {settings.MAX_NEW_TOKENS} tokens (--max-new-tokens)"
-    note(f"[{place}: {reply}{cut}]")
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ def test_wrong_flags_are_refused_in_one_line(script, capsys, arguments, message)
     assert capsys.readouterr().err == message + "\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_fast_and_tells_every_setting(script, run_script):
     seconds = []

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import sys
+from collections.abc import Callable
 
 
 class UserError(Exception):
@@ -21,71 +22,80 @@ class RunError(Exception):
     exit_code = 1
 
 
-def run(main):
-    """Call `main()` and return the exit code, with foreseeable failures told in one line on stderr."""
-    if (
-        sys.getfilesystemencoding() == "ascii"
-    ):  # LANG=C with PYTHONUTF8=0: neither file names nor libraries could hold Chinese
+FULL = "the disk is full{where}; free some space and run the same command again"
+# FAT32 ends at 4 GB
+TOO_LARGE = "this disk, or a limit set here, takes no file so large{where}; choose another folder"
+MORE_MEMORY = "not enough memory; close other programs or choose a smaller model or batch, or --device cpu"
+STOPPED = "stopped by Ctrl-C; the same command starts it again"
+READER_LEFT = (
+    "stopped, because the program that read this output has ended; the same command without it does the rest"
+)
+
+# torch on a GPU, on a CPU; the system; Python, whose threads need memory too
+NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory", "can't start new thread")
+NO_SPACE = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed", "unexpected pos")
+
+# What is meant where a library (safetensors, torch) has words for it but no OSError.
+SIGNS = {
+    **dict.fromkeys(NO_SPACE, FULL.format(where="")),
+    "File too large": TOO_LARGE.format(where=""),
+    **dict.fromkeys(NO_MEMORY, MORE_MEMORY),
+}
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """Call `main()` and return the exit code, with foreseeable failures told in one line on stderr.
+
+    Of several processes (torchrun, accelerate launch) only the first prints; a UserError, the same in all, is told once.
+    """
+    prepare_streams()
+    first, code = int(os.environ.get("RANK", 0)) == 0, None
+    try:
+        with contextlib.nullcontext() if first else _silent_stdout():
+            code = _exit_code_of(main)
+        sys.stdout.flush()
+        return code
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, BrokenPipeError) and code is not None:
+            return code  # `script | head`: only the last lines went unread
+        failure = explain(error)
+        if failure is None:
+            raise
+        return failure[1] if isinstance(error, UserError) and not first else complain(*failure)
+    finally:
+        _flush_or_drop_stdout()
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """(one line, exit code) for a foreseeable failure; None for a bug, whose traceback is wanted."""
+    if isinstance(error, (UserError, RunError)):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or STOPPED, 130
+    if isinstance(error, BrokenPipeError):
+        return READER_LEFT, 1
+    if isinstance(error, MemoryError):
+        return MORE_MEMORY, 1
+    if isinstance(error, OSError):
+        return explain_os_error(error), 1
+    return next(((meaning, 1) for sign, meaning in SIGNS.items() if sign in str(error)), None)
+
+
+def prepare_streams() -> None:
+    """Make stdin, stdout and stderr usable for Chinese text, whatever started this process."""
+    if sys.getfilesystemencoding() == "ascii":  # LANG=C with PYTHONUTF8=0: file names could not be Chinese
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if (
-            getattr(sys, name) is None
-        ):  # closed by what started this (cron, `>&-`): or a data file would get its number
+        if getattr(sys, name) is None:  # closed by the caller (cron, `>&-`): a data file would get its number
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(
-            encoding="utf-8", errors="replace"
-        )  # LANG=C and cp936 terminals cannot hold Chinese
+    for stream in (sys.stdout, sys.stderr):  # terminals in LANG=C and cp936 cannot show every character
+        stream.reconfigure(encoding="utf-8", errors="replace")
     if os.name == "nt" and sys.stdout.isatty():
-        os.system(
-            ""
-        )  # makes older Windows consoles understand the codes for dim text and lines rewritten in place
-    first = (
-        int(os.environ.get("RANK", 0)) == 0
-    )  # of several processes (torchrun, accelerate launch) only the first speaks
-    done = None
-    try:
-        with (
-            contextlib.nullcontext()
-            if first
-            else contextlib.redirect_stdout(open(os.devnull, "w", encoding="utf-8"))
-        ):
-            done = _exit_code_of(main)
-        sys.stdout.flush()
-        return done
-    except UserError as error:
-        return complain(error, error.exit_code) if first else error.exit_code  # the same in every process
-    except RunError as error:
-        return complain(error, error.exit_code)
-    except KeyboardInterrupt as stop:
-        return complain(str(stop) or "stopped by Ctrl-C; the same command starts it again", 130)
-    except (
-        BrokenPipeError
-    ):  # `script | head`: the reader has left. No fault where only the last lines went unread
-        return (
-            done
-            if done is not None
-            else complain(
-                "stopped, because the program that read this output has ended; the same command without it does the rest",
-                1,
-            )
-        )
-    except MemoryError:
-        return complain(MORE_MEMORY, 1)
-    except OSError as error:
-        return complain(explain_os_error(error), 1)
-    except Exception as error:
-        for sign, meaning in SIGNS.items():
-            if sign in str(error):
-                return complain(meaning, 1)
-        raise
-    finally:
-        try:
-            sys.stdout.flush()
-        except (
-            OSError
-        ):  # nothing more can be said there; or the interpreter would try once more, and complain
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.system("")  # lets older Windows consoles understand escape codes
+
+
+def _silent_stdout():
+    return contextlib.redirect_stdout(open(os.devnull, "w", encoding="utf-8"))
 
 
 def _exit_code_of(main):
@@ -95,42 +105,21 @@ def _exit_code_of(main):
         return end.code
 
 
-FULL = "the disk is full{where}; free some space and run the same command again"
+def _flush_or_drop_stdout():
+    """Send stdout to nowhere where its reader has left: the interpreter would flush once more, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-TOO_LARGE = "this disk, or a limit set here, takes no file so large{where}; choose another folder"  # FAT32 ends at 4 GB
-
-
-# torch on a GPU, on a CPU; the system; Python, whose threads need memory too
-NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory", "can't start new thread")
-
-
-MORE_MEMORY = "not enough memory; close other programs or choose a smaller model or batch, or --device cpu"
-
-
-# What is meant where a library (safetensors, torch) has words for it but no OSError.
-SIGNS = {
-    **dict.fromkeys(
-        (
-            "No space left on device",
-            "Disk quota exceeded",
-            "PytorchStreamWriter failed writing",
-            "unexpected pos",
-        ),
-        FULL.format(where=""),
-    ),
-    "File too large": TOO_LARGE.format(where=""),
-    **dict.fromkeys(NO_MEMORY, MORE_MEMORY),
-}
-
-
-def complain(message, exit_code):
+def complain(message: object, exit_code: int) -> int:
     """Print one line on stderr and return `exit_code`."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     return exit_code
 
 
-def explain_os_error(error):
+def explain_os_error(error: OSError) -> str:
     """One line for an OSError: the cause, the path, and what to do."""
     where = f" ({error.filename})" if error.filename else ""
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):  # Windows has no quotas of this name

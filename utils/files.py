@@ -4,22 +4,23 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 from utils.errors import UserError
 from utils.settings import ROOT
 
 
-def show_path(path):
+def show_path(path: str | Path) -> str:
     """A path for a message: relative to the repository where it lies inside it, whole otherwise."""
     path = Path(path)
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
 
 
-def require_file(path, command):
+def require_file(path: str | Path, command: str) -> Path:
     """Return `path` if it is a file, else raise UserError naming `command`, the one that makes it."""
     path = Path(path)
     if path.is_dir():
@@ -29,7 +30,7 @@ def require_file(path, command):
     return path
 
 
-def read_jsonl(path, wanted=()):
+def read_jsonl(path: str | Path, wanted: Sequence[str] = ()) -> Iterator[dict]:
     """Yield one dict a line of a file that a script here wrote; every dict has the fields in `wanted`.
 
     Raises UserError naming the line where the file is not UTF-8, not JSON, not objects, or a field is missing or not what it
@@ -40,16 +41,7 @@ def read_jsonl(path, wanted=()):
         try:
             for number, line in enumerate(lines, 1):
                 row = json.loads(line)
-                missing = (
-                    [name for name in wanted if name not in row] if isinstance(row, dict) else list(wanted)
-                )
-                if missing or not isinstance(row, dict):
-                    raise UserError(
-                        f"{show_path(path)}, line {number}: no field {', '.join(missing) or 'at all'}"
-                    )
-                for name in wanted:
-                    if name in FIELDS and not FIELDS[name][0](row[name]):
-                        raise UserError(f"{show_path(path)}, line {number}: {name} is not {FIELDS[name][1]}")
+                _check_fields(row, wanted, f"{show_path(path)}, line {number}")
                 yield row
         except UnicodeDecodeError as error:
             raise UserError(f"{show_path(path)}, line {number + 1}: not UTF-8 ({error.reason})") from None
@@ -59,33 +51,37 @@ def read_jsonl(path, wanted=()):
         raise UserError(f"{show_path(path)} is empty")
 
 
+def _check_fields(row, wanted, where):
+    present = row if isinstance(row, dict) else {}
+    missing = [name for name in wanted if name not in present]
+    if missing or not isinstance(row, dict):
+        raise UserError(f"{where}: no field {', '.join(missing) or 'at all'}")
+    for name in wanted:
+        if name in FIELDS and not FIELDS[name][0](row[name]):
+            raise UserError(f"{where}: {name} is not {FIELDS[name][1]}")
+
+
 def _is_text(value):
     return isinstance(value, str)
 
 
+def _is_message(value):
+    return isinstance(value, dict) and _is_text(value.get("role")) and _is_text(value.get("content"))
+
+
 def _are_messages(value):
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-            for message in value
-        )
-    )
+    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
 
 
 def _is_conversation(value):
-    return _are_messages(value) and re.search(
-        "user.*assistant", " ".join(message["role"] for message in value)
-    )
+    if not _are_messages(value):
+        return False
+    roles = [message["role"] for message in value]
+    return "user" in roles and "assistant" in roles[roles.index("user") :]
 
 
 # What the fields of our files hold, as a test and in words.
 MESSAGES = (_are_messages, 'a list of {"role", "content"}')
-
-
 FIELDS = {
     **dict.fromkeys(("id", "text", "question", "kind", "term"), (_is_text, "a text")),
     **dict.fromkeys(("prompt", "chosen", "rejected"), MESSAGES),
@@ -94,7 +90,7 @@ FIELDS = {
 
 
 @contextlib.contextmanager
-def atomic_write(path, mode="w"):
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Open a temporary file beside `path` (UTF-8 unless binary); move it into place when the block ends well.
 
     The data reaches the disk before the name does, so that after a power cut the name never holds half a file.
@@ -113,7 +109,7 @@ def atomic_write(path, mode="w"):
         temporary.unlink(missing_ok=True)
 
 
-def write_folder(folder, save):
+def write_folder(folder: Path, save: Callable[[Path], None]) -> None:
     """Write a model: `save(place)` fills a hidden folder, whose entries then move to `folder`, whole, one by one."""
     partial = folder / ".partial-model"
     shutil.rmtree(partial, ignore_errors=True)
@@ -128,13 +124,13 @@ def write_folder(folder, save):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def prepare_folder(folder):
+def prepare_folder(folder: Path) -> None:
     """Make `folder` where it is missing and try whether it can be written to: OSError now, not after hours of work."""
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
 
 
-def write_jsonl(path, rows):
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> int:
     """Write dicts as JSON lines and return how many."""
     count = 0
     with atomic_write(path) as file:
@@ -144,13 +140,13 @@ def write_jsonl(path, rows):
     return count
 
 
-def write_json(path, value):
+def write_json(path: str | Path, value: object) -> None:
     """Write one JSON value, indented for reading."""
     with atomic_write(path) as file:
         file.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
-def read_json(path):
+def read_json(path: str | Path) -> Any:
     """Read one JSON value; UserError where the file is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
@@ -158,7 +154,7 @@ def read_json(path):
         raise UserError(f"{show_path(path)}: not JSON ({error})") from None
 
 
-def sha256_of(path):
+def sha256_of(path: str | Path) -> str:
     """The sha256 of a file, as 64 hex digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -167,11 +163,10 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
-def sample_by_id(rows, count):
+def sample_by_id(rows: list[dict], count: int) -> list[dict]:
     """`count` of the rows (0: all), in their order, chosen by the hash of their "id": the same whatever the order or seed."""
     if not count or count >= len(rows):
         return rows
-    drawn = {
-        row["id"] for row in sorted(rows, key=lambda row: hashlib.sha256(row["id"].encode()).digest())[:count]
-    }
+    by_hash = sorted(rows, key=lambda row: hashlib.sha256(row["id"].encode()).digest())
+    drawn = {row["id"] for row in by_hash[:count]}
     return [row for row in rows if row["id"] in drawn]

@@ -1,87 +1,99 @@
-"""How far something is, and the time left: one line rewritten in place on a terminal, now and then a new line elsewhere."""
+"""How far something is, and the time left: tqdm's bar on a terminal, a plain line now and then elsewhere."""
 
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from utils.text import duration, format_bytes
 
-PLAIN_SECONDS = 15  # without a terminal: a line this often
-
-
+PLAIN_SECONDS = 15  # off a terminal: a line this often
 QUIET_SECONDS = 2  # what is over by then needs no line
 
 
-class Meter:
-    """`with Meter(name, start, size) as meter: meter.show(done)`; all three counts in bytes, `start` what was there before.
+class ByteProgress:
+    """`with ByteProgress(name, start, size) as progress: progress.show(done)`, in bytes; `start`: what was there before.
 
     With `always` False, what takes less than QUIET_SECONDS is not mentioned.
     """
 
-    def __init__(self, name, start, size, always=True):
+    def __init__(self, name: str, start: int, size: int, always: bool = True):
         self.name, self.start, self.size, self.done, self.always = name, start, size, start, always
-        self.terminal = sys.stdout.isatty()
         self.began = self.shown = time.monotonic()
+        self.bar = None
+        if sys.stdout.isatty():
+            units = {"unit": "iB", "unit_scale": True, "unit_divisor": 1024}
+            self.bar = _bar(name, total=size, initial=start, delay=0 if always else QUIET_SECONDS, **units)
 
     def __enter__(self):
         if self.start:
-            print(
-                f"  {self.name}: going on at {format_bytes(self.start)} of {format_bytes(self.size)}",
-                flush=True,
-            )
+            there = f"{format_bytes(self.start)} of {format_bytes(self.size)}"
+            print(f"  {self.name}: going on at {there}", flush=True)
         return self
 
-    def show(self, done):
-        """Tell that `done` bytes are there, at most five times a second."""
+    def show(self, done: int) -> None:
+        """Tell that `done` bytes are there."""
+        if self.bar is not None:
+            self.bar.update(done - self.done)
         self.done, now = done, time.monotonic()
-        if now - self.shown >= (0.2 if self.terminal else PLAIN_SECONDS) and (
-            self.always or now - self.began >= QUIET_SECONDS
-        ):
+        if self.bar is None and now - self.shown >= PLAIN_SECONDS:
             self.shown = now
-            self._print(self._line(now), "\r" if self.terminal else "\n")
+            self._print_line(now)
 
     def __exit__(self, *_):
         now = time.monotonic()
-        if self.always or now - self.began >= QUIET_SECONDS:
-            self._print(self._line(now), "\n")
+        if self.bar is not None:
+            self.bar.close()
+        elif self.always or now - self.began >= QUIET_SECONDS:
+            self._print_line(now)
 
-    def _line(self, now):
+    def _print_line(self, now):
         seconds = max(now - self.began, 1e-3)
         speed = (self.done - self.start) / seconds
-        share = (
-            f"{self.done / max(self.size, 1):4.0%}  {format_bytes(self.done)} of {format_bytes(self.size)}"
+        line = (
+            f"  {self.name}  {self.done / max(self.size, 1):4.0%}  "
+            f"{format_bytes(self.done)} of {format_bytes(self.size)}  {format_bytes(speed)}/s"
         )
-        line = f"  {self.name}  {share}  {format_bytes(speed)}/s"
         if self.done >= self.size:
-            return f"{line}  in {duration(seconds)}"
-        return f"{line}  {duration((self.size - self.done) / speed)} left" if speed else line
-
-    def _print(self, line, end):
-        if self.terminal:  # spaces over what is left of a longer line before
-            columns = shutil.get_terminal_size().columns - 1
-            line = line[:columns].ljust(columns)
-        print(line, end=end, flush=True)
+            line += f"  in {duration(seconds)}"
+        elif speed:
+            line += f"  {duration((self.size - self.done) / speed)} left"
+        print(line, flush=True)
 
 
-def progress(label, unit="batches", always=False):
-    """A function that wraps a list to be gone through: shows how far that is, the time left, and at its end the time it took.
+def progress(label: str, unit: str = "batches", always: bool = False) -> Callable[[Sequence], Iterator]:
+    """A function that wraps a list to be gone through: shows how far that is, the time left, and in the end the time it took.
 
     What takes less than QUIET_SECONDS is not mentioned, unless `always`.
     """
 
     def watch(steps):
-        count, live = len(steps), sys.stdout.isatty()
-        began = shown = time.monotonic()
-        for number, step in enumerate(steps):
-            now = time.monotonic()
-            if number and now - began >= QUIET_SECONDS and now - shown >= (0.2 if live else PLAIN_SECONDS):
-                shown = now
-                line = f"  {label}: {number:,} of {count:,} {unit}, {duration((now - began) / number * (count - number))} left"
-                print(f"\r\033[K{line}" if live else line, end="" if live else "\n", flush=True)
-            yield step
+        began = time.monotonic()
+        if sys.stdout.isatty():
+            yield from _bar(label, steps, unit=f" {unit}", leave=False, delay=QUIET_SECONDS)
+        else:
+            yield from _with_plain_lines(steps, label, unit, began)
         seconds = time.monotonic() - began
         if always or seconds >= QUIET_SECONDS:
-            line = f"  {label}: {duration(seconds)}"
-            print(f"\r\033[K{line}" if live else line, flush=True)
+            print(f"  {label}: {duration(seconds)}", flush=True)
 
     return watch
+
+
+def _with_plain_lines(steps, label, unit, began) -> Iterator:
+    shown, count = began, len(steps)
+    for number, step in enumerate(steps):
+        now = time.monotonic()
+        if number and now - shown >= PLAIN_SECONDS:
+            shown = now
+            left = duration((now - began) / number * (count - number))
+            print(f"  {label}: {number:,} of {count:,} {unit}, {left} left", flush=True)
+        yield step
+
+
+def _bar(label, steps: Iterable | None = None, **options):
+    from tqdm import tqdm  # a tenth of a second, which --help does not have to wait for
+
+    # A terminal that does not tell its size has 80 columns here; tqdm would take it to have none, and print nothing.
+    size = {"ncols": shutil.get_terminal_size().columns - 1, "nrows": 20}
+    return tqdm(steps, desc=f"  {label}", file=sys.stdout, mininterval=0.2, **size, **options)

@@ -18,6 +18,7 @@ import argparse
 import ast
 import difflib
 import itertools
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -32,28 +33,22 @@ class Settings(argparse.Namespace):
 
     overridden: set
 
-    def as_dict(self):
+    def as_dict(self) -> dict:
         """{name: value}, with paths inside the repository written relative to it (for printing and run.json)."""
         return {name: _plain(value) for name, value in vars(self).items() if name.isupper()}
 
-    def show(self):
+    def show(self) -> None:
         """Print the settings on a few lines, those from the command line marked with a star."""
         shown = [
             f"{name}={value!r}{'*' if name in self.overridden else ''}"
             for name, value in self.as_dict().items()
         ]
-        print(
-            textwrap.fill(
-                "settings (* from the command line): " + "  ".join(shown),
-                118,
-                subsequent_indent="  ",
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-        )
+        line = "settings (* from the command line): " + "  ".join(shown)
+        whole_words = {"break_long_words": False, "break_on_hyphens": False}
+        print(textwrap.fill(line, 118, subsequent_indent="  ", **whole_words))
 
 
-def parse_settings(script, argv=None, positional=""):
+def parse_settings(script: str | Path, argv: list | None = None, positional: str = "") -> Settings:
     """Read the settings block of `script` and the flags in `argv` (default: sys.argv[1:]) into a Settings object.
 
     `positional` names the one constant that may also be given without its flag. Exits 0 after --help; exits 2, with one
@@ -61,66 +56,90 @@ def parse_settings(script, argv=None, positional=""):
     """
     source = Path(script).read_text(encoding="utf-8")
     constants = read_constants(source)
+    parser = _make_parser(script, ast.get_docstring(ast.parse(source)), constants, positional)
+    given = _read_flags(parser, sys.argv[1:] if argv is None else argv, constants, positional)
+    settings = Settings(overridden=set(given))
+    here = _current_folder(parser)
+    for name, (value, _) in constants.items():
+        resolved = _resolve(name, given.get(name, value), here if name in given else ROOT)
+        if name.endswith("_DIR") and resolved:
+            _refuse_file_in_path(parser, name, resolved)
+        setattr(settings, name, resolved)
+    return settings
+
+
+def read_constants(source: str) -> dict[str, tuple]:
+    """{NAME: (value, comment)} of the settings block in a script's source text, in order."""
+    lines = source.splitlines()
+    start, end = _settings_block(lines)
+    return {
+        node.targets[0].id: (ast.literal_eval(node.value), _comment_of(node, lines[:end]))
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and start < node.lineno <= end and node.targets[0].id.isupper()
+    }
+
+
+def _settings_block(lines):
+    """The indices of the two lines that begin with # ---- around the settings."""
+    rules = [index for index, line in enumerate(lines) if line.startswith("# ----")]
+    start = next(index for index in rules if lines[index].startswith("# ---- Settings"))
+    return start, next(index for index in rules if index > start)
+
+
+def _comment_of(node, lines):
+    """The comment behind an assignment (an ast node, which counts in bytes) and in the indented lines below it."""
+    behind = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
+    below = itertools.takewhile(re.compile(r"\s+#").match, lines[node.end_lineno :])
+    return " ".join(line.partition("#")[2].strip() for line in (behind, *below))
+
+
+def _make_parser(script, description, constants, positional):
     parser = _Parser(
         prog=f"python {_plain(Path(script).resolve())}",
         usage="%(prog)s [flags]",
-        description=ast.get_docstring(ast.parse(source)),
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.flags = [_flag(name) for name in constants]
     for name, (value, comment) in constants.items():
-        options = dict(
-            default=argparse.SUPPRESS,
-            help=f"{comment} [{value!r}]".replace("%", "%%"),
-            metavar=_metavar(value),
+        help_line = f"{comment} [{value!r}]".replace("%", "%%")
+        parser.add_argument(
+            _flag(name), dest=name, default=argparse.SUPPRESS, help=help_line, **_value_options(value)
         )
-        if isinstance(value, bool):
-            parser.add_argument(_flag(name), dest=name, type=_boolean, nargs="?", const=True, **options)
-        elif isinstance(value, list):
-            parser.add_argument(_flag(name), dest=name, nargs="+", **options)
-        else:
-            parser.add_argument(_flag(name), dest=name, type=_typed(type(value)), **options)
     if positional:
-        parser.add_argument("positional", nargs="?", metavar=positional, default=None, help=argparse.SUPPRESS)
-    argv = sys.argv[1:] if argv is None else argv
+        parser.add_argument("positional", nargs="?", default=None, help=argparse.SUPPRESS)
+    return parser
+
+
+def _value_options(value):
+    """What argparse has to know to read a value of the same type as a constant's."""
+    if isinstance(value, bool):
+        return {"type": _boolean, "nargs": "?", "const": True, "metavar": "true|false"}
+    if isinstance(value, list):
+        return {"nargs": "+", "metavar": "TEXT"}
+    metavar = {int: "N", float: "X", str: "TEXT"}[type(value)]
+    return {"type": _typed(type(value)), "metavar": metavar}
+
+
+def _read_flags(parser, argv, constants, positional):
+    """{NAME: value} of the constants that the command line gives."""
     given = vars(parser.parse_args(_switched_on(argv, constants) if positional else argv))
     first = given.pop("positional", None)
-    if first is not None:
-        given[positional] = first
-    settings = Settings(overridden=set(given))
+    return given if first is None else {**given, positional: first}
+
+
+def _current_folder(parser):
     try:
-        here = Path.cwd()
+        return Path.cwd()
     except FileNotFoundError:
         parser.error("the folder that this was started in has been deleted; go to one that is there, with cd")
-    for name, (value, _) in constants.items():
-        base = here if name in given else ROOT
-        resolved = _resolve(name, given.get(name, value), base)
-        if name.endswith("_DIR") and resolved:
-            for path in (resolved, *resolved.parents):
-                if path.is_file():
-                    parser.error(f"{_flag(name)}: {path} is a file, wanted a folder")
-        setattr(settings, name, resolved)
-    return settings
 
 
-def read_constants(source):
-    """{NAME: (value, comment)} of the settings block in a script's source text, in order."""
-    lines = source.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("# ---- Settings"))
-    end = next(i for i, line in enumerate(lines) if i > start and line.startswith("# ----"))
-    constants = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and start < node.lineno <= end and node.targets[0].id.isupper():
-            comments = [
-                lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode().partition("#")[2].strip()
-            ]
-            for line in lines[node.end_lineno : end]:  # a comment goes on in the lines below it
-                if not line.lstrip().startswith("#") or line.startswith("#"):
-                    break
-                comments.append(line.strip("# \t"))
-            constants[node.targets[0].id] = (ast.literal_eval(node.value), " ".join(comments))
-    return constants
+def _refuse_file_in_path(parser, name, folder):
+    for path in (folder, *folder.parents):
+        if path.is_file():
+            parser.error(f"{_flag(name)}: {path} is a file, wanted a folder")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -144,12 +163,8 @@ def _flag(name):
     return "--" + name.lower().replace("_", "-")
 
 
-def _metavar(value):
-    return {bool: "true|false", int: "N", float: "X", str: "TEXT", list: "TEXT"}[type(value)]
-
-
 def _switched_on(argv, constants):
-    """argv with "=true" put to a bare true-or-false flag, so that the word after it (a folder) is not taken for its value."""
+    """argv with =true added to true-or-false flags without a value: the word after them may be the model folder."""
     switches = {_flag(name) for name, (value, _) in constants.items() if isinstance(value, bool)}
     return [
         f"{word}=true" if word in switches and after.lower() not in BOOLEANS else word

@@ -7,12 +7,12 @@ from itertools import zip_longest
 _CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "�")
 
 
-def printable(text):
+def printable(text: str) -> str:
     """`text` without characters that would control the terminal; line breaks and tabs stay."""
     return text.translate(_CONTROLS)
 
 
-def side_by_side(left, right, columns):
+def side_by_side(left: str, right: str, columns: int) -> str:
     """Two texts in two columns of together `columns` character cells, wrapped (str of lines)."""
     width = max((columns - 3) // 2, 2)
     pairs = zip_longest(_wrap(printable(left), width), _wrap(printable(right), width), fillvalue="")
@@ -30,41 +30,36 @@ def _wrap(text, width):
         yield line[start:]
 
 
-def text_width(text):
+def text_width(text: str) -> int:
     """Character cells: Chinese characters and full-width punctuation take two, combining marks none."""
     return sum(
         0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
     )
 
 
-def shorten(text, limit=70):
+def shorten(text: str, limit: int = 70) -> str:
     """The text in one line of at most `limit` characters."""
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def format_bytes(count):
-    """1503300328 -> "1.503 GB"; decimal units, as the Hub's pages show them."""
-    for unit, digits in (("B", 0), ("kB", 1), ("MB", 1)):
-        if count < 1000:
+def format_bytes(count: float) -> str:
+    """1503300328 -> "1.40 GiB": binary units, for memory and disk alike."""
+    for unit, digits in (("B", 0), ("KiB", 1), ("MiB", 1)):
+        if count < 1024:
             return f"{count:.{digits}f} {unit}"
-        count /= 1000
-    return f"{count:.3f} GB"
+        count /= 1024
+    return f"{count:.2f} GiB"
 
 
-def duration(seconds):
+def duration(seconds: float) -> str:
     """62 -> "62 s", 90 -> "1.5 min", 7300 -> "2.0 h"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def listed(names, most=5):
+def listed(names: list, most: int = 5) -> str:
     """The first few of `names` for a message, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(str, names[:most])) + more
-
-
-def format_bytes_binary(size):
-    """Bytes as text: 1.5 GiB, 14 MiB."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 2 else f"{size / 2**20:.0f} MiB"

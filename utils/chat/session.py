@@ -1,26 +1,23 @@
-"""A conversation with one model, or with two at once: its history, its commands, and what the models are asked.
+"""A conversation with one model, or with two at once: its history, its commands, and what is printed about them.
 
 The history is kept as questions and answers in plain text; every prompt is rendered from it anew, by the path that
-training uses (utils.chat_format), so the model sees the conversation as it was trained to see one.
+training uses (utils/model/chat_format.py), so the model sees the conversation as it was trained to see one.
 """
 
 import difflib
 import json
 import os
 import shutil
-import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from utils.chat.model import ChatModel, Options, Reply
 from utils.chat.terminal import AnswerPrinter, note, read_message
+from utils.device import Device
 from utils.errors import RunError, UserError, complain, explain_os_error
-from utils.files import show_path
 from utils.model.chat_format import encode_prompt
-from utils.model.folders import check_model
-from utils.model.generate import AnswerReader, TokenStream, decoding_for, stop_tokens, thinks_by_default
-from utils.model.load import load_for_answers, load_tokenizer
+from utils.model.generate import thinks_by_default
 from utils.settings import ROOT
 from utils.text import printable, side_by_side
 
@@ -53,83 +50,6 @@ SETTABLE = {
 
 
 @dataclass
-class Options:
-    """What holds for every answer. `thinking`: True, False or None (the folder's own mode); `decoding`: changes to its
-    generation_config, by name."""
-
-    thinking: bool | None
-    max_new_tokens: int
-    show_thinking: bool
-    decoding: dict
-    random: torch.Generator
-
-
-@dataclass
-class Reply:
-    """One answer. `first`: seconds to the first token; `ended`: by its end token; `stopped`: by Ctrl-C."""
-
-    content: str
-    reasoning: str
-    tokens: int
-    seconds: float
-    first: float
-    ended: bool
-    stopped: bool
-
-    def __str__(self):
-        after_first = self.seconds - self.first
-        rate = (
-            f"{(self.tokens - 1) / after_first:.1f} tokens/s, " if self.tokens > 1 and after_first > 0 else ""
-        )
-        return f"{self.tokens} tokens, {rate}first after {self.first:.2f} s"
-
-
-class ChatModel:
-    """A loaded model folder, ready to answer."""
-
-    def __init__(self, folder, device):
-        check_model(folder)
-        self.name = show_path(folder) if Path(folder).is_dir() else folder
-        self.tokenizer = load_tokenizer(folder)
-        try:
-            self.model = load_for_answers(folder, device)
-        except torch.OutOfMemoryError:
-            raise RunError(f"not enough memory on {device.name} for {self.name}; add --device cpu") from None
-        self.stream = TokenStream(self.model, stop_tokens(self.model, self.tokenizer))
-        self.context = self.model.config.max_position_embeddings
-
-    def check_length(self, prompt):
-        """UserError where the ids `prompt` leave no room for an answer."""
-        if len(prompt) >= self.context:
-            raise UserError(
-                f"the question has {len(prompt)} tokens with its frame; the context window takes {self.context}"
-            )
-
-    def decoding(self, options):
-        return replace(decoding_for(self.model, self.tokenizer, options.thinking), **options.decoding)
-
-    def answer(self, prompt, options, show):
-        """Answer the ids `prompt`, handing the text on as it comes to show(text, thinking); Ctrl-C ends it. -> Reply"""
-        reader, limit = (
-            AnswerReader(self.tokenizer, prompt),
-            min(options.max_new_tokens, self.context - len(prompt)),
-        )
-        start, tokens, first, token, stopped = time.perf_counter(), 0, 0.0, None, False
-        try:
-            for token in self.stream.answer(prompt, self.decoding(options), limit, options.random):
-                tokens += 1
-                first = first or time.perf_counter() - start
-                show(reader.feed(token), reader.thinking)
-            show(reader.finish(), reader.thinking)
-        except KeyboardInterrupt:
-            stopped = True
-        seconds = time.perf_counter() - start
-        return Reply(
-            reader.content, reader.reasoning, tokens, seconds, first, token in self.stream.stop, stopped
-        )
-
-
-@dataclass
 class Turn:
     """A question and its answer; `whole` is False where Ctrl-C or the token limit cut the answer."""
 
@@ -138,7 +58,7 @@ class Turn:
     reasoning: str
     whole: bool
 
-    def messages(self):
+    def messages(self) -> list[dict]:
         reasoning = {"reasoning_content": self.reasoning} if self.reasoning else {}
         return [
             {"role": "user", "content": self.question},
@@ -149,14 +69,16 @@ class Turn:
 class Chat:
     """A session at the terminal. `load(folder)` makes the ChatModel for /compare."""
 
-    def __init__(self, speaker, options, system, load):
-        self.speaker, self.options, self.system, self.load = speaker, options, system, load
+    def __init__(
+        self, chat_model: ChatModel, options: Options, system: str, load: Callable[[str], ChatModel]
+    ):
+        self.chat_model, self.options, self.system, self.load = chat_model, options, system, load
         self.other = None  # the second ChatModel, while /compare is on
         self.turns = []
         self.start = 0  # the first turn that still fits into the context window
         self.unanswered = ""  # a question that Ctrl-C took the answer from, for /retry
 
-    def run(self):
+    def run(self) -> None:
         """Read and answer until Ctrl-D or /exit. Ctrl-C at any point only ends what is being done."""
         while True:
             try:
@@ -169,11 +91,10 @@ class Chat:
             except KeyboardInterrupt:
                 note("\n(stopped; Ctrl-D or /exit leaves)")
 
-    def handle(self, line):
+    def handle(self, line: str) -> bool:
         """Do what one message asks for; False when it is /exit."""
-        line = (
-            line.replace("／", "/", 1) if line.startswith("／") else line
-        )  # as Chinese input methods type it
+        if line.startswith("／"):  # as Chinese input methods type it
+            line = line.replace("／", "/", 1)
         try:
             if not line.startswith("/"):
                 if line:
@@ -193,45 +114,46 @@ class Chat:
             complain(explain_os_error(error), 1)
         return True
 
-    def messages(self, question, start, count):
+    def messages(self, question: str, start: int, count: int) -> list[dict]:
         """The conversation as the model is to see it: system text, turns `start` to `count`, the question."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         history = [message for turn in self.turns[start:count] for message in turn.messages()]
         return [*system, *history, {"role": "user", "content": question}]
 
-    def fit(self, speaker, question, count):
+    def fit(self, chat_model: ChatModel, question: str, count: int) -> list[int]:
         """The ids of the prompt, the oldest turns left out, whole ones only, until an answer has room (and that is said)."""
-        room = min(self.options.max_new_tokens, speaker.context // 2)
+        room = min(self.options.max_new_tokens, chat_model.context // 2)
         for start in range(min(self.start, count), count + 1):
             prompt = encode_prompt(
-                speaker.tokenizer, self.messages(question, start, count), self.options.thinking
+                chat_model.tokenizer, self.messages(question, start, count), self.options.thinking
             )
-            if len(prompt) + room <= speaker.context:
+            if len(prompt) + room <= chat_model.context:
                 break
-        speaker.check_length(prompt)
+        chat_model.check_length(prompt)
         if start > self.start:
             note(
-                f"(the context window of {speaker.context} tokens is full: "
+                f"(the context window of {chat_model.context} tokens is full: "
                 f"the oldest {start} of {count} turns are left out)"
             )
         self.start = start
         return prompt
 
-    def ask(self, question, count):
+    def ask(self, question: str, count: int) -> None:
         """Answer `question` after the first `count` turns of the history, and put it in their place if it was answered."""
-        speakers = [self.speaker, self.other] if self.other else [self.speaker]
-        prompts = [self.fit(speaker, question, count) for speaker in speakers]
+        chat_models = [self.chat_model, self.other] if self.other else [self.chat_model]
+        prompts = [self.fit(chat_model, question, count) for chat_model in chat_models]
         self.unanswered = question
         if self.other:
-            replies = [self._answer_aside(speaker, prompt) for speaker, prompt in zip(speakers, prompts)]
+            replies = [
+                self._answer_aside(chat_model, prompt) for chat_model, prompt in zip(chat_models, prompts)
+            ]
             self._show_both([reply.content for reply in replies])
         else:
-            replies = [
-                self.speaker.answer(prompts[0], self.options, AnswerPrinter(self.options.show_thinking))
-            ]
+            printer = AnswerPrinter(self.options.show_thinking)
+            replies = [self.chat_model.answer(prompts[0], self.options, printer)]
             print(flush=True)
-        for speaker, reply in zip(speakers, replies):
-            self._tell(speaker, reply)
+        for chat_model, reply in zip(chat_models, replies):
+            self._tell(chat_model, reply)
         reply = replies[0]
         if not reply.content:
             note("(no answer, so the question is not kept; /retry asks it again)")
@@ -239,25 +161,25 @@ class Chat:
         self.turns[count:] = [Turn(question, reply.content, reply.reasoning, reply.ended)]
         self.unanswered = ""
 
-    def _answer_aside(self, speaker, prompt):
-        note(f"({speaker.name} is answering ...)")
-        reply = speaker.answer(prompt, self.options, lambda text, thinking: None)
+    def _answer_aside(self, chat_model, prompt):
+        note(f"({chat_model.name} is answering ...)")
+        reply = chat_model.answer(prompt, self.options, lambda text, thinking: None)
         if reply.stopped:
             raise KeyboardInterrupt
         return reply
 
     def _show_both(self, answers):
         left, right = (
-            f"{speaker.name}\n\n{answer or '(no answer)'}"
-            for speaker, answer in zip((self.speaker, self.other), answers)
+            f"{chat_model.name}\n\n{answer or '(no answer)'}"
+            for chat_model, answer in zip((self.chat_model, self.other), answers)
         )
         print(side_by_side(left, right, shutil.get_terminal_size().columns), flush=True)
 
-    def _tell(self, speaker, reply):
+    def _tell(self, chat_model, reply):
         cut = "" if reply.ended else "; cut at the limit (/set max_new_tokens=...)"
         cut = "; stopped by Ctrl-C" if reply.stopped else cut
-        who = f"{speaker.name}: " if self.other else ""
-        note(f"[{who}{reply}{cut}]")
+        who = f"{chat_model.name}: " if self.other else ""
+        note(f"[{who}{speed_of(reply)}{cut}]")
 
     def _help(self, text):
         for name, (argument, meaning) in COMMANDS.items():
@@ -320,7 +242,7 @@ class Chat:
         if name == "max_new_tokens":
             self.options.max_new_tokens = value
         elif name == "seed":
-            self.options.random.manual_seed(value)
+            self.options.generator.manual_seed(value)
         elif name == "temperature":  # 0 would divide by zero; its limit is greedy decoding
             self.options.decoding.update(
                 {"do_sample": True, "temperature": value} if value else {"do_sample": False}
@@ -329,7 +251,7 @@ class Chat:
             self.options.decoding[name] = value
 
     def _show_decoding(self):
-        note(f"({describe(self.speaker, self.options)})")
+        note(f"({describe(self.chat_model, self.options)})")
 
     def _save(self, text):
         path = Path(text).expanduser()
@@ -342,9 +264,8 @@ class Chat:
         row = {"messages": [*system, *(message for turn in whole for message in turn.messages())]}
         with open(path, "a+b") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
-            line_break = (
-                b"" if file.read(1) in (b"", b"\n") else b"\n"
-            )  # a file edited by hand may lack its last one
+            # a file edited by hand may lack its last line break
+            line_break = b"" if file.read(1) in (b"", b"\n") else b"\n"
             file.write(line_break + json.dumps(row, ensure_ascii=False).encode() + b"\n")
         left_out = len(self.turns) - len(whole)
         note(
@@ -359,7 +280,7 @@ class Chat:
         folder = Path(text).expanduser()
         folder = folder if folder.exists() else ROOT / folder
         self.other = self.load(str(folder) if folder.exists() else text)
-        note(f"({self.other.name} now answers beside {self.speaker.name}, whose answers make the history)")
+        note(f"({self.other.name} now answers beside {self.chat_model.name}, whose answers make the history)")
         if self.turns:
             last = self.turns[-1]
             reply = self._answer_aside(self.other, self.fit(self.other, last.question, len(self.turns) - 1))
@@ -370,15 +291,55 @@ class Chat:
         """Nothing to do: `handle` ends the session."""
 
 
-def describe(speaker, options):
-    """How the speaker is going to answer, in one line."""
-    decoding = speaker.decoding(options)
-    how = "greedy"
+def greet(chat_model: ChatModel, options: Options, device: Device) -> None:
+    """Say what is going to answer, and how."""
+    note(f"{chat_model.name} on {device.name}, {device.answers} ({device.reason})")
+    note(describe(chat_model, options))
+    note("For study and research only, not medical advice.")
+
+
+def describe(chat_model: ChatModel, options: Options) -> str:
+    """How the model is going to answer, in one line."""
+    decoding, how = chat_model.decoding(options), "greedy"
     if decoding.do_sample:
         how = f"temperature {decoding.temperature}, top_p {decoding.top_p}, top_k {decoding.top_k}"
-    penalty = (
-        f", repetition_penalty {decoding.repetition_penalty}" if decoding.repetition_penalty != 1 else ""
-    )
-    thinks = thinks_by_default(speaker.tokenizer) if options.thinking is None else options.thinking
-    own = " (the folder's own mode)" if options.thinking is None else ""
-    return f"thinking {'on' if thinks else 'off'}{own}; {how}{penalty}; at most {options.max_new_tokens} tokens an answer"
+    if decoding.repetition_penalty != 1:
+        how += f", repetition_penalty {decoding.repetition_penalty}"
+    mode = "on" if options.thinking else "off"
+    if options.thinking is None:
+        mode = "on" if thinks_by_default(chat_model.tokenizer) else "off"
+        mode += " (the folder's own mode)"
+    return f"thinking {mode}; {how}; at most {options.max_new_tokens} tokens an answer"
+
+
+def speed_of(reply: Reply) -> str:
+    """Tokens and speed of an answer, in words."""
+    after_first = reply.seconds - reply.first
+    rate = ""
+    if reply.tokens > 1 and after_first > 0:
+        rate = f"{(reply.tokens - 1) / after_first:.1f} tokens/s, "
+    return f"{reply.tokens} tokens, {rate}first after {reply.first:.2f} s"
+
+
+def answer_once(
+    chat_model: ChatModel, options: Options, system: str, place: str, question: str, as_json: bool
+):
+    """Answer one question that came from `place` by itself, its cache new: on stdout the answer and nothing else."""
+    chat_model.stream.reset()
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": question})
+    prompt = encode_prompt(chat_model.tokenizer, messages, options.thinking)
+    try:
+        chat_model.check_length(prompt)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+    reply = chat_model.answer(prompt, options, AnswerPrinter(options.show_thinking, show_answer=not as_json))
+    if reply.stopped:
+        raise KeyboardInterrupt
+    if as_json:
+        row = {"question": question, "answer": reply.content, "tokens": reply.tokens}
+        print(json.dumps(row | {"seconds": round(reply.seconds, 3)}, ensure_ascii=False), flush=True)
+    else:
+        print(flush=True)
+    cut = "" if reply.ended else f"; cut at the limit of {options.max_new_tokens} tokens (--max-new-tokens)"
+    note(f"[{place}: {speed_of(reply)}{cut}]")

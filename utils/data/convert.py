@@ -22,7 +22,7 @@ from utils.data.text_store import TextStore
 from utils.data.workers import map_tasks
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.progress import Meter
+from utils.progress import ByteProgress
 from utils.text import format_bytes
 
 OUTPUTS = ("sft_train", "sft_eval", "dpo_train", "dpo_eval", "exam")
@@ -98,7 +98,7 @@ def recognise(sources: list[Source], options: RowOptions, folder: Path, workers:
     found = Recognised(*stores, Counter(), Counter(), [], {}, {})
     tasks = _tasks(sources, options, found.originals)
     forecast_at = FORECAST_ROWS
-    with Meter("rows recognised", 0, size, always=False) as meter:
+    with ByteProgress("rows recognised", 0, size, always=False) as meter:
         for examined in map_tasks(examine, tasks, workers):
             found.lines.add(examined.lines, examined.lengths)
             found.index.add(examined.file, examined.index)

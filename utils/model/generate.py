@@ -4,15 +4,18 @@
 every turn. `generate_answers` answers many conversations in batches. Both choose tokens as transformers' `generate` does.
 """
 
-import codecs
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
-from transformers import DynamicCache
+from tokenizers.decoders import DecodeStream
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.errors import RunError
 from utils.model.cached_forward import CachedModel
 from utils.model.chat_format import DECODING, END_OF_TURN, encode_prompt
+
+NOT_NUMBERS = "the model's scores are not numbers (NaN): its training diverged, or its weights are damaged"
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,9 @@ class Decoding:
     top_p: float = 1.0
 
 
-def decoding_for(model, tokenizer, thinking=None):
+def decoding_for(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, thinking: bool | None = None
+) -> Decoding:
     """The Decoding of the folder's generation_config, or Qwen's advice where `thinking` is not the folder's own mode.
 
     Of generation_config only the fields of Decoding and the end tokens are used.
@@ -37,44 +42,46 @@ def decoding_for(model, tokenizer, thinking=None):
     return Decoding(**{name: value for name, value in given.items() if value is not None})
 
 
-def thinks_by_default(tokenizer):
+def thinks_by_default(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer's chat template leaves room for thinking when nobody says which mode to use."""
     question = [{"role": "user", "content": "?"}]
     return encode_prompt(tokenizer, question) != encode_prompt(tokenizer, question, thinking=False)
 
 
-def stop_tokens(model, tokenizer):
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The ids (set of int) that end an answer: those of the folder's generation_config, and `<|im_end|>`."""
     listed = model.generation_config.eos_token_id
     listed = listed if isinstance(listed, list) else [listed]
     return {*listed, tokenizer.convert_tokens_to_ids(END_OF_TURN)} - {None}
 
 
-def choose(logits, decoding, seen, random):
-    """The next token id. `logits`: float32 (vocabulary,) on the CPU; `seen`: all ids so far; `random`: torch.Generator.
+def choose(
+    logits: torch.Tensor, decoding: Decoding, seen: Sequence[int], generator: torch.Generator | None
+) -> int:
+    """The next token id. `logits`: float32 (vocabulary,) on the CPU; `seen`: all ids so far.
 
     Raises RunError where the logits are not numbers, as those of a diverged model are.
     """
-    if decoding.repetition_penalty != 1:
-        ids = torch.tensor(sorted(set(seen)))
-        logits = logits.clone()
-        logits[ids] = torch.where(
-            logits[ids] < 0,
-            logits[ids] * decoding.repetition_penalty,
-            logits[ids] / decoding.repetition_penalty,
-        )
+    logits = penalized(logits, decoding.repetition_penalty, seen)
     best = int(logits.argmax())  # of NaN and numbers, argmax returns NaN
     if not torch.isfinite(logits[best]):
-        raise RunError(
-            "the model's scores are not numbers (NaN): its training diverged, or its weights are damaged"
-        )
+        raise RunError(NOT_NUMBERS)
     if not decoding.do_sample:
         return best
     ids, probabilities = candidates(logits, decoding)
-    return int(ids[torch.multinomial(probabilities, 1, generator=random)])
+    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
 
 
-def candidates(logits, decoding):
+def penalized(logits: torch.Tensor, penalty: float, seen: Sequence[int]) -> torch.Tensor:
+    """The logits with every token of `seen` made less likely (CTRL, Keskar et al. 2019)."""
+    if penalty == 1:
+        return logits
+    ids = torch.tensor(sorted(set(seen)))
+    scores = logits[ids]
+    return logits.index_copy(0, ids, torch.where(scores < 0, scores * penalty, scores / penalty))
+
+
+def candidates(logits: torch.Tensor, decoding: Decoding) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, probabilities) that a sampled token is drawn from, after temperature, top_k and top_p, in that order.
 
     Sorting only the top_k saves about 10 ms a token on a vocabulary of 152 thousand.
@@ -94,38 +101,43 @@ def candidates(logits, decoding):
 class TokenStream:
     """One model answering prompts in turn. What a prompt shares with the tokens before it is not computed again."""
 
-    def __init__(self, model, stop):
+    def __init__(self, model: PreTrainedModel, stop: set[int]):
         self.model, self.stop = model, stop
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         """Forget the cache: the next answer depends on its prompt alone, to the last bit."""
-        self.cached, self.ids = (
-            CachedModel(self.model),
-            [],
-        )  # ids: the tokens whose keys and values are in the cache
+        self.cached = CachedModel(self.model)
+        self.ids = []  # the tokens whose keys and values are in the cache
 
-    def answer(self, prompt_ids, decoding, max_new_tokens, random=None):
+    def answer(
+        self,
+        prompt_ids: list[int],
+        decoding: Decoding,
+        max_new_tokens: int,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[int]:
         """Yield the answer's token ids one by one, the end token included; it is missing where the limit came first.
 
         May be left at any point, by Ctrl-C too: `ids` grows only after a whole forward pass, and the next call cuts the
         cache back to it.
         """
-        shared = next(
-            (i for i, (old, new) in enumerate(zip(self.ids, prompt_ids)) if old != new),
-            min(len(self.ids), len(prompt_ids)),
-        )
-        shared = min(shared, len(prompt_ids) - 1)  # at least one token has to go in for logits to come out
+        shared = min(self._shared_with(prompt_ids), len(prompt_ids) - 1)  # logits come out for a new token
         self.cached.keep(shared)
         del self.ids[shared:]
         new, seen = prompt_ids[shared:], list(prompt_ids)
         for _ in range(max_new_tokens):
-            token = choose(self._logits(new), decoding, seen, random)
+            token = choose(self._logits(new), decoding, seen, generator)
             yield token
             if token in self.stop:
                 return
             new = [token]
             seen.append(token)
+
+    def _shared_with(self, prompt_ids):
+        """How many ids at the beginning of `prompt_ids` are in the cache."""
+        differing = (i for i, (old, new) in enumerate(zip(self.ids, prompt_ids)) if old != new)
+        return next(differing, min(len(self.ids), len(prompt_ids)))
 
     def _logits(self, new):
         try:
@@ -141,17 +153,17 @@ class TokenStream:
 
 
 def generate_answers(
-    model,
-    tokenizer,
-    conversations,
-    max_new_tokens=512,
-    greedy=True,
-    thinking=None,
-    batch_size=16,
-    seed=0,
-    watch=iter,
-):
-    """The answers (list of str, without their thinking) to `conversations` (lists of messages that end with the user's).
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[list[dict]],
+    max_new_tokens: int = 512,
+    greedy: bool = True,
+    thinking: bool | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    watch: Callable = iter,
+) -> list[str]:
+    """The answers, without their thinking, to `conversations` (lists of messages that end with the user's).
 
     Greedy, or decoded as the folder's generation_config says. `thinking`: True, False, or None for the template's default.
     `watch` wraps the batches, to show progress.
@@ -159,72 +171,103 @@ def generate_answers(
     prompts = [encode_prompt(tokenizer, messages, thinking) for messages in conversations]
     decoding = decoding_for(model, tokenizer, thinking)
     decoding = replace(decoding, do_sample=False) if greedy else decoding
-    answers = generate_tokens(
-        model, prompts, stop_tokens(model, tokenizer), max_new_tokens, decoding, batch_size, seed, watch
-    )
+    stop = stop_tokens(model, tokenizer)
+    answers = generate_tokens(model, prompts, stop, max_new_tokens, decoding, batch_size, seed, watch)
     return [read_answer(tokenizer, prompt, answer).content for prompt, answer in zip(prompts, answers)]
 
 
 def generate_tokens(
-    model, prompts, stop, max_new_tokens, decoding=Decoding(), batch_size=16, seed=0, watch=iter
-):
-    """The answers to `prompts` (lists of ids) as lists of ids, computed `batch_size` at a time.
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    stop: set[int],
+    max_new_tokens: int,
+    decoding: Decoding = Decoding(),
+    batch_size: int = 16,
+    seed: int = 0,
+    watch: Callable = iter,
+) -> list[list[int]]:
+    """The answers to `prompts` (ids) as ids, computed `batch_size` at a time.
 
     An answer that ended by itself has its end token (one of `stop`) last. `watch` wraps the batches, to show progress.
     """
-    random = torch.Generator().manual_seed(seed)
-    by_length = sorted(
-        range(len(prompts)), key=lambda row: len(prompts[row])
-    )  # like lengths together: little padding
+    generator = torch.Generator().manual_seed(seed)
+    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # little padding in a batch
     answers = {}
-    for rows in watch(
-        [by_length[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-    ):
+    batches = [by_length[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    for rows in watch(batches):
         batch = [prompts[row] for row in rows]
-        answers.update(zip(rows, _generate_batch(model, batch, stop, max_new_tokens, decoding, random)))
+        answers.update(zip(rows, _generate_batch(model, batch, stop, max_new_tokens, decoding, generator)))
     return [answers[row] for row in range(len(prompts))]
 
 
 @torch.inference_mode()
-def _generate_batch(model, prompts, stop, max_new_tokens, decoding, random):
-    width, device = max(map(len, prompts)), model.device
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    real = torch.tensor(
-        [[False] * (width - len(prompt)) + [True] * len(prompt) for prompt in prompts], device=device
-    )
-    # Padding sees itself, and nothing sees it. With no key at all its row would be NaN on some devices, and 0 x NaN spreads.
-    square = torch.ones(width, width, dtype=torch.bool, device=device)
-    mask = (real[:, None, None, :] & square.tril()) | torch.eye(width, dtype=torch.bool, device=device)
-    positions = (real.cumsum(1) - 1).clamp(min=0)
-    cache, answers = DynamicCache(), [[] for _ in prompts]
+def _generate_batch(model, prompts, stop, max_new_tokens, decoding, generator):
+    batch, answers = _PaddedBatch(model, prompts), [[] for _ in prompts]
     going = list(range(len(prompts)))  # the answers that have not ended: the batch shrinks to them
     for _ in range(max_new_tokens):
-        logits = (
-            model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            .logits[:, -1]
-            .float()
-            .cpu()
-        )
-        for place, row in enumerate(going):
-            answers[row].append(choose(logits[place], decoding, prompts[row] + answers[row], random))
-        kept = [place for place, row in enumerate(going) if answers[row][-1] not in stop]
+        seen = [prompts[row] + answers[row] for row in going]
+        tokens = _choose_for_all(batch.next_logits(), decoding, seen, generator)
+        for row, token in zip(going, tokens):
+            answers[row].append(token)
+        kept = [place for place, token in enumerate(tokens) if token not in stop]
         if not kept:
             break
-        if len(kept) < len(going):
-            going, kept = [going[place] for place in kept], torch.tensor(kept, device=device)
-            cache.batch_select_indices(kept)
-            real, positions = real[kept], positions[kept]
-        ids = torch.tensor([answers[row][-1:] for row in going], device=device)
-        real = torch.cat([real, real.new_ones(len(going), 1)], dim=1)
-        mask, positions = real[:, None, None, :], positions[:, -1:] + 1
+        batch.keep(kept)
+        going = [going[place] for place in kept]
+        batch.append([tokens[place] for place in kept])
     return answers
+
+
+def _choose_for_all(logits, decoding, seen, generator):
+    """A token id for each row of `logits` (rows, vocabulary). Greedy: decided on the device, only the ids leave it."""
+    if decoding.do_sample or decoding.repetition_penalty != 1:
+        return [choose(row, decoding, ids, generator) for row, ids in zip(logits.float().cpu(), seen)]
+    finite = torch.isfinite(logits).all(-1)
+    tokens = torch.where(finite, logits.argmax(-1), -1).tolist()
+    if -1 in tokens:
+        raise RunError(NOT_NUMBERS)
+    return tokens
+
+
+class _PaddedBatch:
+    """Prompts padded on the left, with their KV cache, advancing by one token a row at a time."""
+
+    def __init__(self, model, prompts):
+        self.model, self.cache = model, DynamicCache()
+        width, device = max(map(len, prompts)), model.device
+        padding = [width - len(prompt) for prompt in prompts]
+        self.ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts)], device=device)
+        columns = torch.arange(width, device=device)
+        self.real = columns >= torch.tensor(padding, device=device)[:, None]  # (rows, width), False: padding
+        self.positions = (self.real.cumsum(1) - 1).clamp(min=0)
+        # Padding sees itself, and nothing sees it. A row of the mask without any key would be NaN on some devices.
+        causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+        itself = torch.eye(width, dtype=torch.bool, device=device)
+        self.mask = (self.real[:, None, None, :] & causal) | itself
+
+    def next_logits(self):
+        """(rows, vocabulary), in the model's number format, of the token after the last one fed."""
+        return self.model(
+            input_ids=self.ids,
+            attention_mask=self.mask,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+
+    def keep(self, rows):
+        """Drop all rows but these (list of int)."""
+        if len(rows) < len(self.real):
+            rows = torch.tensor(rows, device=self.real.device)
+            self.cache.batch_select_indices(rows)
+            self.real, self.positions = self.real[rows], self.positions[rows]
+
+    def append(self, tokens):
+        """Feed one token a row next, which sees all real ones before it."""
+        self.ids = torch.tensor(tokens, device=self.real.device)[:, None]
+        self.real = torch.cat([self.real, self.real.new_ones(len(tokens), 1)], dim=1)
+        self.mask, self.positions = self.real[:, None, None, :], self.positions[:, -1:] + 1
 
 
 class AnswerReader:
@@ -233,62 +276,55 @@ class AnswerReader:
     `reasoning` and `content` (str) hold what has been read so far; `thinking` tells which of the two comes next.
     """
 
-    def __init__(self, tokenizer, prompt_ids):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]):
         self.tokenizer = tokenizer
-        self.added = {
-            number: "" if token.special else token.content
-            for number, token in tokenizer.added_tokens_decoder.items()
-        }
         self.start, self.end = (tokenizer.convert_tokens_to_ids(tag) for tag in ("<think>", "</think>"))
         self.thinking = self.start in prompt_ids[-2:]  # templates of thinking-only models end in "<think>\n"
         self.reasoning = self.content = ""
-        self.bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._begin_text()
 
-    def feed(self, token):
+    def feed(self, token: int) -> str:
         """Take one token id; return the text that became whole with it ("" often: a rare character takes three tokens)."""
         if token in (self.start, self.end):
-            rest = self._add(self.bytes.decode(b"", final=True))
+            rest = self._add(self._held_text())
             self.thinking = token == self.start
             return rest
-        return self._add(self.bytes.decode(self._bytes_of(token)))
+        self.held.append(token)
+        text = self.stream.step(self.tokenizer.backend_tokenizer, token)
+        if text is None:
+            return ""
+        self.held.clear()
+        return self._add(text)
 
-    def finish(self):
+    def finish(self) -> str:
         """The answer has ended: return what is left of a cut character, as U+FFFD."""
-        rest = self._add(self.bytes.decode(b"", final=True))
+        rest = self._add(self._held_text())
         self.reasoning = self.reasoning.rstrip("\n")
         return rest
 
+    def _begin_text(self):
+        self.stream = DecodeStream(skip_special_tokens=True)
+        self.held = []  # ids that the stream holds back, because they may be half a character
+
+    def _held_text(self):
+        text = self.tokenizer.decode(self.held, skip_special_tokens=True)
+        self._begin_text()
+        return text
+
     def _add(self, text):
         part = "reasoning" if self.thinking else "content"
-        text = (
-            text if getattr(self, part) else text.lstrip("\n")
-        )  # the format's own line breaks around the think block
+        if not getattr(self, part):
+            text = text.lstrip("\n")  # the format's own line breaks around the think block
         setattr(self, part, getattr(self, part) + text)
         return text
 
-    def _bytes_of(self, token):
-        if token in self.added:
-            return self.added[token].encode()
-        text = self.tokenizer.convert_ids_to_tokens(token) or ""  # ids above the vocabulary pad the weights
-        return bytes(_BYTES[letter] for letter in text)
 
-
-def read_answer(tokenizer, prompt_ids, answer_ids):
+def read_answer(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], answer_ids: Sequence[int]
+) -> AnswerReader:
     """The finished AnswerReader of a whole answer: its `reasoning` and `content`."""
     reader = AnswerReader(tokenizer, prompt_ids)
     for token in answer_ids:
         reader.feed(token)
     reader.finish()
     return reader
-
-
-def _byte_alphabet():
-    """{letter: byte} of byte-level BPE (GPT-2, Radford et al. 2019): printable bytes as themselves, the rest from U+0100."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + index): byte for index, byte in enumerate(rest)
-    }
-
-
-_BYTES = _byte_alphabet()

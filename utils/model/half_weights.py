@@ -1,8 +1,8 @@
 """Weights held in float16 on x86 CPUs without bfloat16 instructions: answers in less than half the time, from less memory.
 
-To make one token every weight is read once, and on a CPU the memory is what takes the time. Products and sums stay float32. A
-bfloat16 weight, as Qwen3 is published, is as good as unchanged (below 8e-6 it moves by 3e-8 at most); a float32 weight
-of a finished training is rounded to 11 bits, where bfloat16 would keep 8.
+Every token reads every weight once, and on a CPU reading is what takes the time. Products and sums stay float32. A bfloat16
+weight, as Qwen3 is published, keeps its value; only one below 8e-6 moves, by 3e-8 at most. A float32 weight of a finished
+training is rounded to 11 bits, where bfloat16 would keep 8.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -26,11 +26,11 @@ class _HalfLinear(nn.Module):
         return torch.ops.quantized.linear_dynamic_fp16(states, self.packed)
 
 
-def hold_half_weights(model):
+def hold_half_weights(model: nn.Module) -> nn.Module:
     """Let the linear layers of `model` (float32, on the CPU) hold float16 weights, in place; the model is then for answers only.
 
-    A layer whose weights do not fit, among them those of a diverged training (NaN), stays as it is. Takes seconds for
-    0.6 B parameters: FBGEMM packs one weight after another, so that threads share them, the largest first.
+    A layer whose weights do not fit, such as those of a diverged training (NaN), stays as it is. Takes seconds for 0.6 B
+    parameters: FBGEMM packs a weight on one core, so threads share the layers, the largest first.
     """
     linear = [
         (parent, name)

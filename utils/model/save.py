@@ -1,6 +1,15 @@
 """Save a model folder: weights, decoding settings, tokenizer, and the thinking mode it was trained in."""
 
+from pathlib import Path
+
+import torch
+
+from utils.device import release_memory
+from utils.files import read_json, write_json
 from utils.model.chat_format import generation_settings, with_default_mode
+from utils.model.load import load_model
+
+TOKENS_OF_CONFIG = ("bos_token_id", "pad_token_id")  # in config.json as well as in generation_config.json
 
 
 def remember_mode(model, tokenizer, thinking):
@@ -8,7 +17,7 @@ def remember_mode(model, tokenizer, thinking):
     tokenizer.chat_template = with_default_mode(tokenizer.chat_template, thinking)
     settings = generation_settings(tokenizer, thinking)
     model.generation_config.update(**settings)
-    model.config.update({name: settings[name] for name in ("bos_token_id", "pad_token_id")})
+    model.config.update({name: settings[name] for name in TOKENS_OF_CONFIG})
 
 
 def save_model(model, tokenizer, folder):
@@ -19,9 +28,47 @@ def save_model(model, tokenizer, folder):
     model.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)  # an adapter's save_pretrained leaves it out
     tokenizer.save_pretrained(folder)
+    write_config_for_other_tools(Path(folder))
 
 
-def save_adapter_and_merged(model, tokenizer, folder):
-    """Save the adapter at the root of `folder` and the merged model in merged/. `model` is merged by this."""
+def write_config_for_other_tools(folder: Path) -> None:
+    """Make a folder that transformers 5 saved readable for transformers 4 too, and for what is built on either.
+
+    config.json gets the RoPE base where 4.x looks for it: without it, 4.57 computes with 10,000 and says nothing. The
+    tokenizer gets a class that both know. It is not Qwen2Tokenizer, with which 5.x would ignore how tokenizer.json splits words.
+    PEFT's README.md, a form to fill in with a path of this machine, is removed.
+    """
+    if (folder / "config.json").is_file():
+        config = read_json(folder / "config.json")
+        rope = dict(config["rope_parameters"])
+        config["rope_theta"] = rope.pop("rope_theta")
+        config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+        write_json(folder / "config.json", config)
+    config = read_json(folder / "tokenizer_config.json")
+    if config["tokenizer_class"] == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config["model_input_names"] = ["input_ids", "attention_mask"]
+    for name in ("backend", "is_local", "local_files_only"):
+        config.pop(name, None)
+    if isinstance(
+        config.get("extra_special_tokens"), list
+    ):  # the name that 4.x has for such a list, and 5.x takes
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    write_json(folder / "tokenizer_config.json", config)
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def save_adapter_and_merged(model, tokenizer, folder: Path) -> None:
+    """Save the adapter at the root of `folder` and the merged model in merged/. `model` is of no use afterwards.
+
+    The base is read from its folder once more, in float32: in training it may have been held in bfloat16, and the merged
+    weights are to be rounded no further than those of a base that was not.
+    """
     save_model(model, tokenizer, folder)
-    save_model(model.merge_and_unload(), tokenizer, folder / "merged")
+    for weight in model.parameters():  # two models at once would be the peak of the whole run
+        if not weight.requires_grad:
+            weight.data = weight.data.new_empty(0)
+    release_memory()
+    merged = load_model(str(folder), torch.float32)
+    merged.config.update({name: getattr(model.config, name) for name in TOKENS_OF_CONFIG})
+    save_model(merged, tokenizer, folder / "merged")

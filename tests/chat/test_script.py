@@ -1,0 +1,206 @@
+"""The chat script: which model it offers, answers for other programs, wrong arguments."""
+
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from chat_helpers import QUESTIONS, prompts_of, reference
+from conftest import ROOT
+from small_runs import arguments, make_place
+
+from utils.errors import UserError
+from utils.model import folders
+from utils.model.chat_format import DECODING
+from utils.model.generate import Decoding, TokenStream, read_answer
+
+SCRIPT = "model_download/load_local_model.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("load_local_model", ROOT / SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_models_are_offered_newest_first(tiny_folder, script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(folders, "ROOT", tmp_path)
+    with pytest.raises(UserError, match="download_model.py"):
+        script.choose_model(ask=False)
+    bases, runs = (
+        ["model_download/tiny", "model_download/Qwen3-0.6B"],
+        ["trainer_output/new", "trainer_output/old"],
+    )
+    for age, name in enumerate(bases + runs):
+        shutil.copytree(tiny_folder, tmp_path / name)
+        os.utime(tmp_path / name / "model.safetensors", (1e9 - age, 1e9 - age))
+    (tmp_path / "trainer_output/unfinished/checkpoint-5").mkdir(parents=True)
+    assert [path.name for path in folders.find_models()] == ["new", "old", "Qwen3-0.6B", "tiny"]
+    assert script.choose_model(ask=False) == str(tmp_path / "trainer_output/new")
+    answers = iter(["7", "x", "2"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
+    assert script.choose_model(ask=True) == str(tmp_path / "trainer_output/old")
+    assert "3  " in capsys.readouterr().err
+
+
+def test_prompt_prints_the_answer_and_nothing_else(script, tiny_folder, chat_model, capsys):
+    command = [
+        str(tiny_folder),
+        "--prompt",
+        "甘草",
+        "--max-new-tokens",
+        "12",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+    ]
+    script.main([*command, "--greedy"])
+    output = capsys.readouterr()
+    prompt = prompts_of(chat_model)[0]
+    assert (
+        output.out
+        == read_answer(chat_model.tokenizer, prompt, reference(chat_model, prompt, 12)).content + "\n"
+    )
+    assert (
+        "not medical advice" in output.err and "12 tokens" in output.err and "cut at the limit" in output.err
+    )
+    answers = []
+    for seed in (5, 5, 6):
+        script.main([*command, "--seed", str(seed)])
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_questions_from_a_pipe(script, tiny_folder, chat_model, monkeypatch, capsys):
+    questions = "\ufeff" + "\r\n\n".join(QUESTIONS)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(questions.encode()), encoding="ascii"))
+    script.main(
+        [
+            str(tiny_folder),
+            "--json",
+            "--max-new-tokens",
+            "12",
+            "--seed",
+            "4",
+            "--device",
+            "cpu",
+            "--precision",
+            "fp32",
+        ]
+    )
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["question"] for row in rows] == QUESTIONS
+    assert all(
+        list(row) == ["question", "answer", "tokens", "seconds"] and row["seconds"] > 0 for row in rows
+    )
+    for row, prompt in zip(rows, prompts_of(chat_model)):  # each as if it were the only one
+        ids = list(
+            TokenStream(chat_model.model, chat_model.stream.stop).answer(
+                prompt, Decoding(**DECODING[True]), 12, torch.Generator().manual_seed(4)
+            )
+        )
+        assert (row["answer"], row["tokens"]) == (
+            read_answer(chat_model.tokenizer, prompt, ids).content,
+            len(ids),
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, inside", [("sft", ""), ("lora", "merged")])
+def test_a_trained_folder_answers_the_same_through_the_code_in_the_readme(
+    script, tmp_path, capsys, monkeypatch, method, inside
+):
+    monkeypatch.setattr(
+        signal, "signal", lambda number, handler: None
+    )  # the trainer's handlers of Ctrl-C are its script's
+    trainer = importlib.import_module(f"model_finetune.finetune_{method}")
+    assert trainer.main(
+        arguments(method, make_place(tmp_path), tmp_path / "trained", "--rows-per-step", "4")
+    ) in (None, 0)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(from transformers import .*?)```", readme, re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) <= 10
+    question = re.search('"content": "(.*?)"', code)[1]
+    folder = str(tmp_path / "trained" / inside)
+    code = re.sub('folder = ".*"', f"folder = {folder!r}", code)
+    code = re.sub(
+        r"max_new_tokens=\d+(, do_sample=False)?", "max_new_tokens=60, do_sample=False", code
+    )  # both greedy
+
+    capsys.readouterr()
+    script.main(
+        [
+            folder,
+            "--prompt",
+            question,
+            "--greedy",
+            "--max-new-tokens",
+            "60",
+            "--device",
+            "cpu",
+            "--precision",
+            "fp32",
+        ]
+    )
+    ours = capsys.readouterr().out
+    exec(code, {})
+    assert capsys.readouterr().out == ours and len(set(ours)) > 3
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ("甘草\n".encode() + b"\xb8\xca", "stdin, line 2: not UTF-8"),
+        (("长" * 5000).encode(), "stdin, line 1: the question has"),
+        (b" \n\n", "no question on stdin"),
+    ],
+)
+def test_questions_that_cannot_be_answered(script, tiny_folder, monkeypatch, capsys, lines, message):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    with pytest.raises(UserError, match=message):
+        script.main([str(tiny_folder), "--max-new-tokens", "2", "--precision", "fp32"])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["no/such/tiny_folder/at/all", "--prompt", "x"], "does not exist"),
+        (["--prompt", " "], "--prompt"),
+        (["--thinking", "maybe", "--prompt", "x"], "--thinking"),
+        (["--max-new-tokens", "0"], "--max-new-tokens"),
+        ([str(ROOT / "utils"), "--prompt", "x"], "is not a model folder"),
+        (["--promt", "x"], "did you mean --prompt?"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line(run_script, arguments, message):
+    result = run_script(SCRIPT, *arguments)
+    assert result.returncode == 2 and result.stdout == ""
+    assert message in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_wrong_device(script, tiny_folder):
+    for flag, value in (("--device", "abacus"), ("--precision", "fp8")):
+        with pytest.raises(UserError, match=value):
+            script.main([str(tiny_folder), "--prompt", "x", flag, value])
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import runpy, sys\nsys.argv = ['x', '--help']\n"
+        f"try: runpy.run_path({str(ROOT / SCRIPT)!r}, run_name='__main__')\n"
+        "except SystemExit: print('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8"
+    ).stdout
+    assert "--show-thinking" in output and output.endswith("False\n")

@@ -1,0 +1,149 @@
+"""What chat prints, and a session in a pseudo-terminal."""
+
+import json
+import os
+import re
+import select
+import sys
+import time
+
+import pytest
+from chat_helpers import QUESTIONS, damaged, prompts_of, reference
+from conftest import ROOT
+
+from utils.chat.terminal import AnswerPrinter
+from utils.text import side_by_side
+
+SCRIPT = ROOT / "model_download/load_local_model.py"
+
+
+@pytest.mark.parametrize("show, aside", [(True, "想一想\n\n\n"), (False, "thinking ...\n\n")])
+def test_thinking_goes_to_stderr(capsys, monkeypatch, show, aside):
+    for printer, answer in (
+        (AnswerPrinter(show), "甘草\x1b[2J。"),
+        (AnswerPrinter(show, show_answer=False), ""),
+    ):
+        for text, thinking in (
+            ("", True),
+            ("想一", True),
+            ("想\n", True),
+            ("", False),
+            ("甘草", False),
+            ("\x1b[2J。", False),
+        ):
+            printer(text, thinking)
+        assert capsys.readouterr() == (answer, aside)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    AnswerPrinter(show)("\x1b[2J。", False)
+    assert capsys.readouterr().out == "\ufffd[2J。"  # a terminal is not to be controlled by a model
+
+
+def test_side_by_side_counts_wide_characters():
+    lines = side_by_side("麻黄汤由麻黄组成", "abcdefghij\n\nx", 17).split("\n")
+    assert lines == ["麻黄汤  | abcdefg", "由麻黄  | hij", "组成    |", "        | x"]
+
+
+class Terminal:
+    """The script in a pseudo-terminal: type(text), then read on until a pattern has been seen."""
+
+    def __init__(self, *command, **environment):
+        import pty
+
+        self.pid, self.file = pty.fork()
+        if self.pid == 0:
+            os.execve(command[0], command, {**os.environ, "TERM": "xterm", **environment})
+        self.screen = ""
+
+    def type(self, text, wanted=r"> $"):
+        """Returns what was printed from then on, up to the regular expression `wanted`."""
+        start = len(self.screen)
+        os.write(self.file, text if isinstance(text, bytes) else text.encode())
+        return self.read(wanted, start)
+
+    def read(self, wanted, start=0, seconds=60):
+        deadline, raw = time.monotonic() + seconds, b""
+        while not re.search(wanted, self._plain(self.screen[start:])):
+            assert time.monotonic() < deadline, f"no {wanted!r} in {self.screen[start:]!r}"
+            if select.select([self.file], [], [], 0.1)[0]:
+                try:
+                    raw += os.read(self.file, 65536)
+                except OSError:  # Linux says EIO once the other end is closed
+                    break
+                whole = raw.decode("utf-8", "ignore")
+                self.screen, raw = self.screen + whole, raw[len(whole.encode()) :]
+        return self._plain(self.screen[start:])
+
+    @staticmethod
+    def _plain(text):
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", text)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pty")
+def test_session_in_a_terminal(tiny_folder, chat_model, tmp_path):
+    # A folder whose answer to the first question ends soon: the tenth token of that answer becomes an end token.
+    own = damaged(tiny_folder, tmp_path / "中医模型")
+    settings = json.loads((tiny_folder / "generation_config.json").read_text(encoding="utf-8"))
+    end = reference(chat_model, prompts_of(chat_model)[0], 40)[9]
+    settings["eos_token_id"].append(end)
+    (own / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert end not in reference(
+        chat_model, prompts_of(chat_model, False)[3], 500
+    )  # the answer for Ctrl-C does not end soon
+    terminal = Terminal(
+        sys.executable,
+        str(ROOT / SCRIPT),
+        str(own),
+        "--greedy",
+        "--precision",
+        "fp32",
+        "--max-new-tokens",
+        "3000",
+        OMP_NUM_THREADS="1",
+        LC_ALL="C.UTF-8",
+    )
+    assert "not medical advice" in terminal.read(r"> $")
+    saved, answered = tmp_path / "saved.jsonl", r"tokens/s.*\n> $"
+
+    assert "/undo" in terminal.type("/help\n")
+    terminal.type("甘草\n", answered)
+    assert "1 turns appended" in terminal.type(f"/save {saved}\n")
+    assert "set" in terminal.type("/system 你是中医师。\n")
+    assert "thinking off" in terminal.type("/think off\n")
+    assert "temperature 0.9" in terminal.type("/set temperature=0.9\n")
+    assert "greedy" in terminal.type("/set temperature=0 max_new_tokens=20\n")
+    assert "error: /set has no tempo" in terminal.type("/set tempo=1\n")
+    terminal.type(
+        "麻黄的功效\x1b[D\x1b[D\x1b[D汤龘\x7f\n", answered
+    )  # three steps left, two typed, one deleted
+    assert "taken back: 麻黄汤的功效)" in terminal.type("/undo\n")
+    terminal.type("麻黄汤的\\\n功效是什么？\n", answered)
+    assert "taken back: 麻黄汤的\n功效是什么？)" in terminal.type("/undo\n")
+    terminal.type("/retry\n", answered)
+    terminal.type("\x1b[200~合谷是什么？\n为什么？\x1b[201~\n", answered)  # a paste of two lines
+    assert "taken back: 合谷是什么？\n为什么？)" in terminal.type("/undo\n")
+    assert "did you mean /reset?" in terminal.type("/rset\n")
+    terminal.type("龘", "龘$")
+    time.sleep(
+        0.5
+    )  # CPython loses a Ctrl-C that comes in the microseconds between the echo and its wait for the next key
+    assert "stopped" in terminal.type("\x03", r"stopped; .*\n> $")  # it drops what is being typed
+    terminal.type(f"/compare {tiny_folder}\n", answered)
+    assert "one model" in terminal.type("/compare\n")
+    terminal.type(b"/system \xe7\x94\xb2\xe7\n", r"set.*\n> $")  # half a character
+    terminal.type("/system\n", r"removed.*\n> $")
+    terminal.type("/reset\n")
+
+    # Ctrl-C in the middle of an answer; afterwards the same question as in the beginning gets the same answer.
+    terminal.type("/set max_new_tokens=3000\n")
+    terminal.type(QUESTIONS[3] + "\n", r"说明。\n+[^\n]{5}")
+    assert "stopped by Ctrl-C" in terminal.type("\x03", answered)
+    terminal.type("/undo\n")
+    terminal.type("/think auto\n")
+    terminal.type("甘草\n", answered)
+    assert "1 turns appended" in terminal.type(f"/save {saved}\n")
+    terminal.type("\x04", r"\n$")
+    assert os.waitpid(terminal.pid, 0)[1] == 0
+    assert "Traceback" not in terminal.screen
+    first, second = (json.loads(line)["messages"] for line in saved.read_text(encoding="utf-8").splitlines())
+    assert first == second and first[0] == {"role": "user", "content": "甘草"} and len(first) == 2

@@ -1,0 +1,219 @@
+"""The decode loop against transformers' generate, one conversation and many; from tokens to text."""
+
+import pytest
+import torch
+from chat_helpers import QUESTIONS, prompts_of, reference
+
+from utils.chat.model import ChatModel
+from utils.device import Device
+from utils.errors import RunError
+from utils.model.chat_format import DECODING, encode_prompt
+from utils.model.generate import (
+    AnswerReader,
+    Decoding,
+    TokenStream,
+    candidates,
+    choose,
+    decoding_for,
+    generate_answers,
+    generate_tokens,
+    read_answer,
+    stop_tokens,
+)
+
+
+@pytest.mark.parametrize(
+    "dtype, penalty", [(torch.float32, 1.0), (torch.float32, 1.3), (torch.bfloat16, 1.0)]
+)
+def test_greedy_equals_generate(tiny_folder, dtype, penalty):
+    chat_model = ChatModel(str(tiny_folder), Device("cpu", dtype is torch.bfloat16, "test"))
+    for prompt in prompts_of(chat_model):
+        stream = TokenStream(chat_model.model, chat_model.stream.stop)
+        ours = list(stream.answer(prompt, Decoding(repetition_penalty=penalty), 40))
+        assert ours == reference(chat_model, prompt, 40, repetition_penalty=penalty)
+        assert len(set(ours)) > 3  # a model that says one token for ever would prove nothing
+
+
+def test_stops_where_generate_stops(chat_model):
+    prompt = prompts_of(chat_model)[1]
+    stop = {reference(chat_model, prompt, 40)[20]}
+    ours = list(TokenStream(chat_model.model, stop).answer(prompt, Decoding(), 40))
+    assert ours == reference(chat_model, prompt, 40, eos_token_id=list(stop))
+    assert len(ours) < 40 and ours[-1] in stop
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(temperature=0.6, top_k=20, top_p=0.95),
+        dict(temperature=0.7, top_k=20, top_p=0.8),
+        dict(top_k=1),
+        dict(temperature=1.7, top_k=0, top_p=0.5),
+        dict(top_k=10**6, top_p=1.0),
+        dict(temperature=0.01, top_k=3, top_p=0.01),
+    ],
+)
+def test_sampling_equals_the_warpers_of_transformers(settings):
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    decoding = Decoding(do_sample=True, **settings)
+    generator = torch.Generator().manual_seed(1)
+    for rounded in (False, True):  # rounded as bf16 logits are: many equal values at the border of top_k
+        logits = 3 * torch.randn(5000, generator=generator)
+        logits = logits.bfloat16().float() if rounded else logits
+        warped = TemperatureLogitsWarper(decoding.temperature)(None, logits[None])
+        if decoding.top_k:
+            warped = TopKLogitsWarper(decoding.top_k)(None, warped)
+        tied = warped[0][torch.isfinite(warped[0])]
+        if decoding.top_p < 1:
+            warped = TopPLogitsWarper(decoding.top_p)(None, warped)
+        ids, probabilities = candidates(logits, decoding)
+        ours = torch.zeros(5000).scatter(0, ids, probabilities)
+        if len(tied.unique()) == len(tied):
+            torch.testing.assert_close(ours, warped[0].softmax(-1))
+        else:  # which of two equal tokens top_p cuts is up to the sort: compare the values
+            torch.testing.assert_close(ours.sort().values, warped[0].softmax(-1).sort().values)
+
+
+def test_sampling_follows_its_probabilities_and_its_seed():
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.2]))
+    decoding = Decoding(do_sample=True, top_k=0)
+    draws = [
+        choose(logits, decoding, [], random)
+        for random in [torch.Generator().manual_seed(3)]
+        for _ in range(4000)
+    ]
+    shares = [draws.count(token) / len(draws) for token in range(3)]
+    assert shares == pytest.approx([0.5, 0.3, 0.2], abs=0.03)  # four standard deviations
+    again = [
+        choose(logits, decoding, [], random)
+        for random in [torch.Generator().manual_seed(3)]
+        for _ in range(100)
+    ]
+    assert again == draws[:100]
+
+
+def test_nan_is_a_run_error():
+    with pytest.raises(RunError, match="NaN"):
+        choose(torch.tensor([1.0, float("nan")]), Decoding(), [], None)
+
+
+def test_batched_equals_one_by_one(chat_model):
+    prompts = prompts_of(chat_model)
+    stop = {reference(chat_model, prompts[1], 30)[10]}  # one answer ends early, the others go on
+    alone = [list(TokenStream(chat_model.model, stop).answer(prompt, Decoding(), 30)) for prompt in prompts]
+    assert len({len(answer) for answer in alone}) > 1
+    for size in (1, 3, 4):
+        assert generate_tokens(chat_model.model, prompts, stop, 30, batch_size=size) == alone
+
+
+def test_generate_answers(chat_model):
+    conversations = [[{"role": "user", "content": text}] for text in QUESTIONS]
+    texts = generate_answers(
+        chat_model.model, chat_model.tokenizer, conversations, max_new_tokens=20, thinking=False
+    )
+    assert texts == [
+        read_answer(chat_model.tokenizer, prompt, reference(chat_model, prompt, 20)).content
+        for prompt in prompts_of(chat_model, False)
+    ]
+    sampled = [
+        generate_answers(chat_model.model, chat_model.tokenizer, conversations, 20, greedy=False, seed=seed)
+        for seed in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_cache_is_reused_and_changes_nothing(chat_model, monkeypatch):
+    stream, fed, history = TokenStream(chat_model.model, set()), [], []
+    logits = TokenStream._logits
+    monkeypatch.setattr(
+        TokenStream, "_logits", lambda self, new: (fed.append(len(new)), logits(self, new))[1]
+    )
+    shared = 0
+    for question in QUESTIONS:
+        history.append({"role": "user", "content": question})
+        prompt = encode_prompt(chat_model.tokenizer, history, thinking=False)
+        fed.clear()
+        answer = list(stream.answer(prompt, Decoding(), 25))
+        assert fed[0] == len(prompt) - shared
+        assert answer == list(TokenStream(chat_model.model, set()).answer(prompt, Decoding(), 25))
+        shared = len(
+            encode_prompt(chat_model.tokenizer, history, thinking=True)
+        )  # all but the last prompt's think block
+        history.append(
+            {"role": "assistant", "content": read_answer(chat_model.tokenizer, prompt, answer).content}
+        )
+    fed.clear()
+    assert list(stream.answer(prompt, Decoding(), 25)) == answer and fed[0] == 1  # /retry
+
+
+def test_ctrl_c_within_a_pass_leaves_a_usable_cache(chat_model):
+    stream = TokenStream(chat_model.model, set())
+    prompt = prompts_of(chat_model)[1]
+    expected = list(TokenStream(chat_model.model, set()).answer(prompt, Decoding(), 12))
+
+    def press(*_):
+        presses.append(1)
+        if len(presses) == stop_at:
+            raise KeyboardInterrupt
+
+    for stop_at in (1, 5):  # noqa: B007 - read by press; in the first pass over the prompt, and in that of the fourth token
+        presses = []
+        handle = chat_model.model.model.layers[1].mlp.gate_proj.register_forward_pre_hook(
+            press
+        )  # layer 0 is in the cache already
+        with pytest.raises(KeyboardInterrupt):
+            list(stream.answer(prompt, Decoding(), 12))
+        handle.remove()
+        assert list(stream.answer(prompt, Decoding(), 12)) == expected
+
+
+def test_decoding_comes_from_the_folder_or_from_qwen(chat_model):
+    assert decoding_for(chat_model.model, chat_model.tokenizer) == Decoding(**DECODING[True])
+    assert decoding_for(chat_model.model, chat_model.tokenizer, True) == Decoding(**DECODING[True])
+    assert decoding_for(chat_model.model, chat_model.tokenizer, False) == Decoding(**DECODING[False])
+    assert stop_tokens(chat_model.model, chat_model.tokenizer) == set(
+        chat_model.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    )
+
+
+def test_text_comes_in_whole_characters(chat_model):
+    text = "龘龖先煎 🌿麻黄汤，\n\t𠮷 é <tool_call> \u200d完"
+    ids = chat_model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    reader = AnswerReader(chat_model.tokenizer, [])
+    pieces = [reader.feed(token) for token in ids]
+    assert "".join(pieces) == text == reader.content and "" in pieces
+    assert not any("\ufffd" in piece for piece in pieces) and reader.finish() == ""
+
+
+def test_any_tokens_give_what_decode_gives(chat_model):
+    generator = torch.Generator().manual_seed(0)
+    tokens = chat_model.tokenizer.convert_ids_to_tokens(range(len(chat_model.tokenizer)))
+    outside = [number for number, token in enumerate(tokens) if "think>" not in token]
+    for _ in range(20):  # random bytes: most of them no valid text
+        ids = [outside[index] for index in torch.randint(len(outside), (50,), generator=generator)]
+        expected = chat_model.tokenizer.decode(ids, skip_special_tokens=True).lstrip("\n")
+        ids.append(10**6)  # an id above the vocabulary is no text
+        assert read_answer(chat_model.tokenizer, [], ids).content == expected
+
+
+@pytest.mark.parametrize(
+    "text, reasoning, content",
+    [
+        ("<think>\n先想一想。\n\n再想。\n</think>\n\n甘草。", "先想一想。\n\n再想。", "甘草。"),
+        ("甘草。\n", "", "甘草。\n"),
+        ("<think>\n\n</think>\n\n甘草。", "", "甘草。"),
+        ("<think>\n没有想完", "没有想完", ""),
+    ],
+)
+def test_thinking_is_told_apart(chat_model, text, reasoning, content):
+    reader = read_answer(chat_model.tokenizer, [], chat_model.tokenizer(text)["input_ids"])
+    assert (reader.reasoning, reader.content) == (reasoning, content)
+
+
+def test_template_that_opens_the_think_block(chat_model):
+    prompt = chat_model.tokenizer("<|im_start|>assistant\n<think>\n")["input_ids"]
+    reader = read_answer(
+        chat_model.tokenizer, prompt, chat_model.tokenizer("想。\n</think>\n\n甘草。")["input_ids"]
+    )
+    assert (reader.reasoning, reader.content) == ("想。", "甘草。")
