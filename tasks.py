@@ -47,7 +47,7 @@ python model_finetune/finetune_lora.py --model {TINY} --output-dir {DEMO}/lora_f
     {SMALL} --epochs 1 --max-steps 160 --learning-rate 2e-3
 
 # preference pairs from the same rows
-python data_prepare/build_preference_pairs.py --input-dir {DATA} --output-dir {DATA} --max-train 1200 --max-eval 600
+python data_prepare/build_preference_pairs.py --kind facts --input-dir {DATA} --output-dir {DATA} --max-train 1200 --max-eval 600
 
 # DPO, from the SFT result
 python model_finetune/finetune_dpo.py --model {DEMO}/sft_finetuned --output-dir {DEMO}/dpo_finetuned
