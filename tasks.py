@@ -115,6 +115,13 @@ def test_fast() -> None:
     run(PYTHON, *PYTEST, "-m", "not slow")
 
 
+def test_interop() -> None:
+    """Ask finished folders in other tools (llama.cpp, mlx-lm, vLLM, ...): makes environments of several GB, then takes minutes."""
+    install()
+    run(PYTHON, "tests/interop/environments.py")
+    run(PYTHON, "-m", "pytest", "-q", "-rs", "tests/interop")
+
+
 def lint() -> None:
     """Check style and formatting with ruff."""
     install()
@@ -198,7 +205,7 @@ def show_help() -> None:
     """List the commands."""
     print("python3.11 tasks.py COMMAND, on Windows py -3.11 tasks.py COMMAND, or make COMMAND:\n")
     for name, task in TASKS.items():
-        print(f"{name:11s} {task.__doc__}")
+        print(f"{name:12s} {task.__doc__}")
 
 
 def refuse(message: str, code: int = 2) -> None:
@@ -213,6 +220,7 @@ TASKS = {
     "demo-clean": demo_clean,
     "test": test,
     "test-fast": test_fast,
+    "test-interop": test_interop,
     "lint": lint,
     "bench": bench,
     "sample": sample,

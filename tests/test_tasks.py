@@ -153,7 +153,7 @@ def test_on_windows_the_environment_has_other_folders(project):
 
 
 def test_tasks_like_on_windows(like_windows):
-    assert "demo-clean  Remove" in like_windows("tasks.py", "help").stdout
+    assert "demo-clean   Remove" in like_windows("tasks.py", "help").stdout
 
 
 def test_an_unknown_command(project):

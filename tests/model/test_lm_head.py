@@ -68,6 +68,11 @@ def test_gradients_added_to_grad_at_once_are_those_of_autograd(folder):
             cross_entropy_sum(hidden, model.lm_head.weight, batch["targets"], weights, into_grad).backward()
     for (name, one), other in zip(direct.named_parameters(), plain.parameters()):
         assert torch.allclose(one.grad, other.grad, rtol=1e-12), name
+    before = direct.lm_head.weight.grad.clone()
+    with torch.no_grad():  # an evaluation leaves no gradient behind
+        hidden = direct(**model_inputs(batches[0]))
+        cross_entropy_sum(hidden, direct.lm_head.weight, batches[0]["targets"], None, True)
+    assert torch.equal(direct.lm_head.weight.grad, before)
     hidden = direct(**model_inputs(batches[0]))
     loss = cross_entropy_sum(hidden, direct.lm_head.weight, batches[0]["targets"], None, True)
     with pytest.raises(RuntimeError, match="scaled by 2.0 after its gradient had been added up"):

@@ -35,6 +35,8 @@ def cross_entropy_sum(
     """
     if token_weights is None:
         token_weights = torch.ones(len(targets), device=hidden.device)
+    if not torch.is_grad_enabled():  # autograd asks for the gradient of a weight even then
+        hidden, weight = hidden.detach(), weight.detach()
     return _CrossEntropySum.apply(hidden, weight, targets, token_weights, into_grad)
 
 
