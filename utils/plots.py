@@ -6,7 +6,6 @@ from types import ModuleType
 
 from utils.files import atomic_write
 
-
 SMOOTHING = 0.05  # the smoothed curve averages over about this share of the run
 
 PANELS = {  # of the comparison: the figure shown, and its title

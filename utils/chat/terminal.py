@@ -37,7 +37,7 @@ def dim(text: str, stream: TextIO) -> str:
 def note(text: str) -> None:
     """Print a line that is not part of an answer: on stderr, dimmed."""
     sys.stdout.flush()
-    print(dim(text, sys.stderr), file=sys.stderr, flush=True)
+    print(dim(printable(text), sys.stderr), file=sys.stderr, flush=True)
 
 
 class AnswerPrinter:
