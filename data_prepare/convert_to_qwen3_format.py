@@ -9,19 +9,14 @@ goes whole, with file, line and reason, to set_aside.jsonl; report.json and leng
 text, which waits in temporary files in the output folder (about twice its size) until all questions have been compared.
 """
 
-import os
-import random
 import sys
-from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.data.readers import data_files, detect_encoding, map_tasks
-from utils.data.schemas import parse_columns
-from utils.data.text_store import TextStore
+from utils.data.readers import Source, data_files, detect_encoding
+from utils.data.schemas import RowOptions, parse_columns
 from utils.errors import UserError, run
-from utils.files import sha256_of, show_path, write_json
-from utils.progress import ByteProgress
+from utils.files import show_path, write_json
 from utils.settings import parse_settings
 
 # fmt: off
@@ -50,133 +45,70 @@ COMPARE = "python model_finetune/compare_models.py"
 
 def main(argv=None):
     settings = parse_settings(__file__, argv)
-    options = conversion_options(settings)
+    options = row_options(settings)
     settings.show()
-    from utils.data import convert, dedup  # numpy, which --help does not need
-    from utils.data.report import count_tokens, lengths, share, show
+    from utils.data import convert, dedup, report, split  # numpy, which --help does not need
     from utils.plots import draw_lengths
 
     # 1. Find the files and tell their encodings
     files = data_files(settings.INPUT_FILES, DOWNLOAD)
-    encodings = [detect_encoding(path) for path in files]
-    size = sum(path.stat().st_size for path in files)
-    workers = settings.WORKERS or (1 if size < 32e6 else min(os.cpu_count() or 1, 8))
+    sources = [Source(path, detect_encoding(path)) for path in files]
     settings.OUTPUT_DIR.mkdir(parents=True, exist_ok=True)
 
     # 2. Recognise every row; its text waits in temporary files, only keys and signatures of it stay in memory
-    collection = dedup.Collection(settings.OUTPUT_DIR)
-    made, given = TextStore(settings.OUTPUT_DIR), TextStore(settings.OUTPUT_DIR)
-    schemas, reasons, fields = Counter(), Counter(), {}
-    tasks = convert.tasks(files, encodings, options, given)
-    with ByteProgress("rows recognised", 0, size, always=False) as progress:
-        for index, lines, sizes, sketch, recognised, rejected, unfit in map_tasks(
-            convert.examine, tasks, workers
-        ):
-            made.add(lines, sizes)
-            collection.add(index, *sketch)
-            schemas += recognised
-            reasons += rejected
-            fields = fields or unfit  # of the first batch that has rows with unknown fields
-            progress.show(
-                min(given.ends[-1], size - 1)
-            )  # about: as JSON lines, tables and arrays take more or less
-        progress.show(size)
-    refuse_unusable(settings, schemas, reasons, fields)
+    found = convert.recognise(sources, options, settings.OUTPUT_DIR, settings.WORKERS)
+    refuse_unusable(settings, found)
 
-    # 3. Decide for every row: its side of the split, and whether it is a duplicate or a leak
-    collection.finish()
-    rows = collection.rows
-    if size >= 32e6:
+    # 3. Decide for every row: its split, and whether it is a duplicate or a leak
+    rows = found.index.rows
+    if len(rows) > 100_000:
         print(f"  comparing the questions of {len(rows):,} rows, then writing them", flush=True)
-    side, fate, twin = dedup.decide(
-        collection, settings.NEAR_DUPLICATE, settings.EVAL_SHARE, settings.MAX_EVAL_ROWS, settings.SEED
-    )
-    trained = (fate == dedup.KEPT) & (rows["kind"] == 1)  # the sft rows that are kept
-    drawn = dedup.draw(rows, trained, settings.TOKEN_ROWS, settings.SEED)
+    shares = split.SplitSettings(settings.EVAL_SHARE, settings.MAX_EVAL_ROWS, settings.SEED)
+    decisions = dedup.decide(found.index, settings.NEAR_DUPLICATE, shares)
 
-    # 4. Put every row in its place
-    names = [path.name for path in files]
-    counts, aside, examples = convert.write_outputs(
-        made, given, settings.OUTPUT_DIR, names, rows, side, fate, twin, drawn
-    )
-    reasons += aside
-    outputs = [settings.OUTPUT_DIR / f"{name}.jsonl" for name in convert.OUTPUTS]
-    written = [path for path in outputs if counts[path.stem]]
-    remove_stale(outputs, counts)
+    # 4. Write every row to its file
+    trained = (decisions.status == dedup.KEPT) & (rows["kind"] == 1)  # the conversations that are kept
+    sampled = split.sample_rows(rows, trained, settings.TOKEN_ROWS, settings.SEED)
+    written = convert.write_outputs(found, decisions, sampled, sources, settings.OUTPUT_DIR)
+    convert.remove_stale(settings.OUTPUT_DIR, written.outputs)
 
     # 5. Measure, report, and say what comes next
-    kept = rows[trained]
-    tokens = count_tokens(settings.TOKENIZER_MODEL, examples)
-    report = {
-        "rows_in": len(rows),
-        "rows_kept": counts.total(),
-        "rows_set_aside": reasons.total(),
-        "set_aside": dict(reasons.most_common()),
-        "outputs": {path.stem: counts[path.stem] for path in written},
-        "files": [
-            {"file": path.name, "encoding": encoding, "rows": int(count), "sha256": sha256_of(path)}
-            for path, encoding, count in zip(files, encodings, dedup.count_by_file(rows, len(files)))
-        ],
-        "schemas": dict(schemas.most_common()),
-        **lengths(kept["characters"], tokens, settings.MAX_LENGTH),
-        "reasoning_share": share(kept["reasoning"]),
-        "fingerprints": {path.stem: sha256_of(path) for path in written},
-        "examples": random.Random(settings.SEED).sample(examples, min(5, len(examples))),
-        "settings": settings.as_dict(),
-    }
-    write_json(settings.OUTPUT_DIR / "report.json", report)
-    draw_lengths(settings.OUTPUT_DIR / "lengths.png", kept["characters"], tokens, settings.MAX_LENGTH)
-    show(report)
+    tokens = report.count_tokens(settings.TOKENIZER_MODEL, written.sampled)
+    summary = report.build_report(sources, found, written, trained, tokens, settings)
+    write_json(settings.OUTPUT_DIR / "report.json", summary)
+    draw_lengths(
+        settings.OUTPUT_DIR / "lengths.png", rows["characters"][trained], tokens, settings.MAX_LENGTH
+    )
+    report.show(summary)
     print(f"\nwritten to {show_path(settings.OUTPUT_DIR)}; what was set aside, and why: set_aside.jsonl")
-    for path in (path for path in outputs if path.exists() and path not in written):
-        print(
-            f"note: {path.name} there is from an earlier run and was not compared with these rows; make it again"
-            + (f" with: {PAIRS}" if path.name.startswith("dpo") else "")
-        )
-    if counts["sft_train"] and not counts["sft_eval"]:
-        print(
-            "note: no row is held out for evaluation (EVAL_SHARE is 0, or there are too few different questions)"
-        )
-    print(f"next: {TRAIN if counts['sft_train'] else COMPARE}")
+    say_what_is_odd(settings.OUTPUT_DIR, written.outputs)
+    print(f"next: {TRAIN if written.outputs['sft_train'] else COMPARE}")
     return 0
 
 
-def conversion_options(settings):
-    """The arguments of convert_row, out of the settings; UserError where a setting makes no sense."""
+def row_options(settings):
+    """How rows are read, out of the settings; UserError where any setting makes no sense."""
     if not 0 <= settings.EVAL_SHARE < 1:
         raise UserError(f"--eval-share is {settings.EVAL_SHARE}, wanted 0 or more and less than 1")
     if not 0.5 <= settings.NEAR_DUPLICATE <= 1:
         raise UserError(f"--near-duplicate is {settings.NEAR_DUPLICATE}, wanted 0.5 to 1")
-    for name, least in {
-        "MAX_CHARACTERS": 1,
-        "MAX_LENGTH": 1,
-        "MAX_EVAL_ROWS": 0,
-        "TOKEN_ROWS": 0,
-        "WORKERS": 0,
-    }.items():
+    for name in ("MAX_CHARACTERS", "MAX_LENGTH", "MAX_EVAL_ROWS", "TOKEN_ROWS", "WORKERS"):
+        least = 1 if name in ("MAX_CHARACTERS", "MAX_LENGTH") else 0
         if getattr(settings, name) < least:
-            raise UserError(
-                f"--{name.lower().replace('_', '-')} is {getattr(settings, name)}, wanted {least} or more"
-            )
+            flag = "--" + name.lower().replace("_", "-")
+            raise UserError(f"{flag} is {getattr(settings, name)}, wanted {least} or more")
     try:
         columns = parse_columns(settings.COLUMNS)
     except ValueError as error:
         raise UserError(f"--columns: {error}") from None
-    return {
-        "columns": tuple(columns.items()),
-        "system": settings.SYSTEM,
-        "max_characters": settings.MAX_CHARACTERS,
-    }
+    return RowOptions(tuple(columns.items()), settings.SYSTEM, settings.MAX_CHARACTERS)
 
 
-def refuse_unusable(settings, schemas, reasons, fields):
+def refuse_unusable(settings, found):
     """UserError, with the fields found and a line to copy, if no row can be used or --columns fits none."""
-    if schemas and (not settings.COLUMNS or schemas["--columns"]):
+    if found.schemas and (not settings.COLUMNS or found.schemas["--columns"]):
         return
-    counted = (
-        ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common()) or "the input is empty"
-    )
-    names, lengths = next(iter(fields.items()), ((), ()))
+    names, lengths = next(iter(found.unknown.items()), ((), ()))
     hint = f"; fields found: {', '.join(map(str, names))}" if names else ""
     if len(names) > 1:  # the longest text is most likely the answer, the next one the question
         answer, question = (name for _, name in sorted(zip(lengths, map(str, names)), reverse=True)[:2])
@@ -184,18 +116,26 @@ def refuse_unusable(settings, schemas, reasons, fields):
             f"; name them, for example: python data_prepare/convert_to_qwen3_format.py "
             f"--columns question={question},answer={answer}"
         )
-    elif reasons["not JSON"] or names:  # pretty-printed, or wrapped in an object
+    elif found.reasons["not JSON"] or names:  # pretty-printed, or wrapped in an object
         hint += "; wanted one JSON object for each row: one a line, or all in one array"
-    if schemas:
+    if found.schemas:
         raise UserError(f"no row has the fields of --columns {settings.COLUMNS}{hint}")
-    raise UserError(f"no row could be used ({counted}){hint}")
+    counted = ", ".join(f"{count:,} {reason}" for reason, count in found.reasons.most_common())
+    raise UserError(f"no row could be used ({counted or 'the input is empty'}){hint}")
 
 
-def remove_stale(outputs, counts):
-    """Remove the evaluation file of an earlier run that the new training file does not belong to."""
-    for path in outputs:
-        if not counts[path.stem] and counts[path.stem.replace("_eval", "_train")]:
-            path.unlink(missing_ok=True)
+def say_what_is_odd(folder, outputs):
+    """Notes on files of an earlier run, and on an evaluation set that is missing."""
+    for name in ("sft_train", "sft_eval", "dpo_train", "dpo_eval", "exam"):
+        if not outputs[name] and (folder / f"{name}.jsonl").exists():
+            print(
+                f"note: {name}.jsonl there is from an earlier run and was not compared with these rows; make it again"
+                + (f" with: {PAIRS}" if name.startswith("dpo") else "")
+            )
+    if outputs["sft_train"] and not outputs["sft_eval"]:
+        print(
+            "note: no row is held out for evaluation (EVAL_SHARE is 0, or there are too few different questions)"
+        )
 
 
 if __name__ == "__main__":

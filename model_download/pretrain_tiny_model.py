@@ -192,9 +192,9 @@ def train(model, rows, settings):
     """AdamW over the packed rows, a cosine schedule; yields one log entry a step."""
     import torch
 
-    from utils.model.lm_head import sum_of_losses
+    from utils.model.lm_head import cross_entropy_sum
     from utils.model.packed_forward import prepare_packed
-    from utils.model.packing import collate, split_batch
+    from utils.model.packing import collate, model_inputs
 
     prepare_packed(model).train()
     matrices = [p for p in model.parameters() if p.dim() == 2]
@@ -215,8 +215,9 @@ def train(model, rows, settings):
         cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
         for group in optimizer.param_groups:
             group["lr"] = settings.LEARNING_RATE * min(cosine, (step + 1) / settings.WARMUP_STEPS)
-        inputs, targets, _ = split_batch(collate([rows[order[step % len(rows)]]]))
-        loss = sum_of_losses(model(**inputs), model.lm_head.weight, targets) / len(targets)
+        batch = collate([rows[order[step % len(rows)]]])
+        inputs, targets = model_inputs(batch), batch["targets"]
+        loss = cross_entropy_sum(model(**inputs), model.lm_head.weight, targets) / len(targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -9,8 +9,11 @@ import sys
 import pytest
 from conftest import ROOT
 
+import tasks
+
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 CHINESE = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+ROOMS = (ROOT / "utils/README.md").read_text(encoding="utf-8")
 
 
 def commands(text):
@@ -54,10 +57,20 @@ def test_the_chinese_readme_has_the_same_commands():
     assert commands(TEXT) == commands(CHINESE)
 
 
-def test_make_targets_exist():
-    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    named = [line.split()[1] for line in commands(TEXT) if line.startswith("make ")]
-    assert named and set(named) <= set(targets)
+def test_the_commands_of_make_and_tasks_exist():
+    named = re.findall(r"^    (?:make|py -3.11 tasks.py) (.*?)(?:  .*)?$", TEXT, re.MULTILINE)
+    assert named.count("demo") == named.count("test") == 2 and set(named) <= set(tasks.TASKS)
+
+
+def test_the_commands_for_powershell_are_those_for_other_shells():
+    """The same in both languages; scripts that exist, started by the environment's own Python; nothing to activate."""
+    lines, chinese = (
+        re.findall(r"^    ((?:py -3\.11|\.venv\\|\$env:).*?)(?:  .*)?$", text, re.MULTILINE)
+        for text in (TEXT, CHINESE)
+    )
+    assert lines == chinese
+    scripts = [line.split()[1] for line in lines if line.startswith(".venv")]
+    assert scripts and all((ROOT / script).is_file() for script in scripts)
 
 
 def test_every_file_that_is_named_exists():
@@ -71,6 +84,23 @@ def test_every_file_that_is_named_exists():
         assert (ROOT / path).exists(), path
 
 
+def test_utils_readme_lists_every_module_and_no_other():
+    listed = re.findall(r"^\| `([\w/]+\.py)` \| ", ROOMS, re.MULTILINE)
+    there = [path.relative_to(ROOT / "utils").as_posix() for path in (ROOT / "utils").rglob("*.py")]
+    assert sorted(listed) == sorted(name for name in there if not name.endswith("__init__.py"))
+
+
+def test_every_change_opens_two_modules_at_most():
+    changes, _, _ = ROOMS.partition("## To change X, open Y")[2].partition("\n## ")
+    rows = [line for line in changes.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 6
+    for row in rows:
+        modules = set(re.findall(r"`([\w/]+\.py)`", row))
+        assert 1 <= len(modules) <= 2, row
+        assert all((ROOT / "utils" / module).is_file() for module in modules), row
+
+
+@pytest.mark.slow
 def test_the_commands_run_one_after_another(copy):
     """In the order of the README, with its default settings and no flag but those written there."""
     ran = []

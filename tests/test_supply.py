@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT
 from fake_hub import TOKEN, FakeHub
 from small_runs import arguments, make_place
+from sources import FOR_USERS, SOURCES
 
 from model_finetune import finetune_sft
 from utils.errors import UserError, run
@@ -22,64 +23,51 @@ from utils.model.folders import check_model
 from utils.model.load import load_model, load_tokenizer
 from utils.training.checkpoints import write_manifest
 
-PINS = dict(
-    re.findall(
-        r"^([\w-]+)==([\w.]+)\s*(?:#.*)?$",
-        (ROOT / "requirements.txt").read_text(encoding="utf-8"),
-        re.MULTILINE,
-    )
-)
-SOURCES = {
-    path: path.read_text(encoding="utf-8")
-    for folder in ("data_prepare", "model_download", "model_finetune", "utils")
-    for path in (ROOT / folder).rglob("*.py")
-}
+REQUIREMENTS = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+PACKAGES = [line for line in REQUIREMENTS if line and not line.startswith("#")]
+PINS = dict(re.match(r"([\w-]+)==([\w.]+) ", line).groups() for line in PACKAGES)
 CODE = "from pathlib import Path\nPath({!r}).write_text('ran', encoding='utf-8')\nclass Own: pass\n"
 
 
 # ---- Packages
 
 
-def test_every_requirement_is_pinned_and_installed_as_pinned():
-    lines = [
-        line
-        for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-        if line and not line.startswith("#")
-    ]
-    assert len(lines) == len(PINS), "a line without =="
+def test_every_requirement_is_installed_as_pinned_and_says_what_for():
+    for line in PACKAGES:
+        assert re.fullmatch(r"[\w-]+==[\w.]+ +# \S.*", line), line
     for name, version in PINS.items():
         assert importlib.metadata.version(name).partition("+")[0] == version, name
 
 
-def test_every_import_is_pinned_or_comes_with_something_pinned():
-    normal = {name.replace("_", "-") for name in PINS}
-    for name in PINS:
-        normal |= {
-            re.match(r"[\w-]+", needed)[0].replace("_", "-").lower()
-            for needed in importlib.metadata.requires(name) or ()
-            if "extra ==" not in needed
-        }
-    ours = {path.name for path in ROOT.iterdir()} | {
-        path.stem for path in [*SOURCES, *(ROOT / "tests").rglob("*.py")]
-    }
-    for path in [*SOURCES, *(ROOT / "tests").rglob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = (
-                [alias.name for alias in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module]
-                if isinstance(node, ast.ImportFrom)
-                else []
-            )
-            for name in {name.partition(".")[0] for name in names} - ours - set(sys.stdlib_module_names):
-                assert name.replace("_", "-") in normal | {"msvcrt"}, f"{name} in {path.name}"
+def third_party(source):
+    """The packages that a source text imports, by the names that are imported, without our own."""
+    ours = {path.stem for path in ROOT.iterdir()} | {name.rpartition("/")[2][:-3] for name in SOURCES}
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module]
+        yield from {name.partition(".")[0] for name in names} - ours - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_import_is_pinned(name):
+    assert set(third_party(SOURCES[name])) <= PINS.keys()
+
+
+def test_packages_are_told_from_our_own():
+    source = (
+        "import os, torch.nn\nfrom utils.files import x\nfrom . import y\ndef f():\n    from trl import z"
+    )
+    assert set(third_party(source)) == {"torch", "trl"}
 
 
 # ---- Model folders and checkpoints: no code of theirs is run
 
 
 def test_no_call_here_could_run_code_from_a_file():
-    for path, source in SOURCES.items():
+    for path, source in FOR_USERS.items():
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
@@ -149,6 +137,7 @@ class Evil:
         return os.mkdir, (self.trace,)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_code_in_it_is_refused(place, tmp_path, capsys, monkeypatch):
     """Optimizer and scheduler are pickles of torch, whose loader takes tensors and numbers only; even with a fresh manifest."""
     monkeypatch.setenv("HF_TOKEN", "hf_marker")

@@ -33,7 +33,7 @@ SCRIPT = ROOT / "data_prepare" / "convert_to_qwen3_format.py"
 WITH_DATASETS = """
 import sys
 import datasets
-from utils.data.dedup import text_key
+from utils.data.row_index import text_key
 from utils.data.normalize import normalize, normalize_all
 
 source, cache, output, form = sys.argv[1:]

@@ -7,6 +7,7 @@ from conftest import ROOT
 from tiny_model import make_tiny_model
 
 from data_prepare import build_preference_pairs
+from utils.data.pairs import agreement
 from utils.data.terms import Terms
 from utils.errors import run
 from utils.files import read_jsonl, write_jsonl
@@ -73,12 +74,13 @@ def test_the_same_command_makes_the_same_pairs(data, capsys):
     assert (data / "dpo_train.jsonl").read_bytes() != before
 
 
+@pytest.mark.slow
 def test_answers_of_a_model_that_knows_nothing_are_worse(data, tmp_path, capsys):
     folder = make_tiny_model(tmp_path / "model")
     assert build(data, "--kind", "model", "--model", folder, "--max-new-tokens", 8, "--samples", 2) == 0
     for pair in read_jsonl(data / "dpo_train.jsonl"):
         good, bad = pair["chosen"][0]["content"], pair["rejected"][0]["content"]
-        assert build_preference_pairs.agreement(good, bad) < 0.8
+        assert agreement(good, bad) < 0.8
 
 
 def test_swaps_are_wrong_answers_of_the_same_kind():
@@ -99,9 +101,9 @@ def test_swaps_are_wrong_answers_of_the_same_kind():
 
 
 def test_agreement():
-    assert build_preference_pairs.agreement("清热解毒", "清热解毒") == 1
-    assert build_preference_pairs.agreement("清热解毒", "补气养血") == 0
-    assert 0 < build_preference_pairs.agreement("清热解毒", "清热凉血") < 1
+    assert agreement("清热解毒", "清热解毒") == 1
+    assert agreement("清热解毒", "补气养血") == 0
+    assert 0 < agreement("清热解毒", "清热凉血") < 1
 
 
 @pytest.mark.parametrize(

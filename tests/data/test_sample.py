@@ -1,11 +1,14 @@
 """The built-in sample: large enough, always the same, held out by entity, and an exam with one right answer an item."""
 
 import collections
+import random
 
 import pytest
 from conftest import ROOT
 
 from data_prepare.sample import make_sample
+from data_prepare.sample.entities import load_entities
+from data_prepare.sample.exam import too_close
 from utils.data.terms import Terms
 from utils.files import read_json, read_jsonl
 
@@ -38,11 +41,12 @@ def test_the_eighteen_and_the_nineteen_are_there():
     assert len(rows("pregnancy")) >= 40
 
 
+@pytest.mark.slow
 def test_the_script_makes_the_committed_files_again(tmp_path, capsys):
     make_sample.main(["--output-dir", str(tmp_path)])
-    for name in ("tcm_sample.jsonl", "tcm_exam.jsonl", "terms.jsonl"):
+    for name in ("tcm_sample.jsonl", "tcm_exam.jsonl", "statements.jsonl", "terms.jsonl"):
         assert (tmp_path / name).read_bytes() == (SAMPLE / name).read_bytes(), name
-    assert len((tmp_path / "statements.jsonl").read_bytes().splitlines()) > 15_000
+    assert len(rows("statements")) > 15_000
 
 
 def test_rows_are_many_and_no_held_out_entity_is_asked_about_in_training():
@@ -61,16 +65,16 @@ def test_rows_are_many_and_no_held_out_entity_is_asked_about_in_training():
 
 def test_exam_items_have_one_right_answer():
     wordings = read_json(SAMPLE / "wordings.json")
-    entities = {(e["kind"], e["name"]): e for e in make_sample.load_entities(SAMPLE, wordings)}
+    entities = {(entity.kind, entity.name): entity for entity in load_entities(SAMPLE, wordings)}
     letters = collections.Counter()
     for item in rows("tcm_exam"):
         kind, attribute, name = item["id"].split("-", 2)
         entity = entities[kind, name]
-        assert item["options"][item["answer"]] == entity["facts"][attribute]
+        assert item["options"][item["answer"]] == entity.facts[attribute]
         assert len(set(item["options"].values())) == 4 and list(item["options"]) == list("ABCD")
         wrong = [text for letter, text in item["options"].items() if letter != item["answer"]]
-        assert not any(make_sample.too_close(attribute, entity["facts"][attribute], text) for text in wrong)
-        assert not set(wrong) & set(entity["also"].get(attribute, []))
+        assert not any(too_close(attribute, entity.facts[attribute], text) for text in wrong)
+        assert not set(wrong) & set(entity.also.get(attribute, []))
         letters[item["answer"]] += 1
     assert max(letters.values()) < 0.32 * sum(letters.values())  # the place of the answer tells nothing
 
@@ -92,7 +96,7 @@ def test_exam_items_have_one_right_answer():
     ],
 )
 def test_what_counts_as_too_close(attribute, right, other, close):
-    assert make_sample.too_close(attribute, right, other) == close
+    assert too_close(attribute, right, other) == close
 
 
 def test_held_out_entities_are_stated_but_their_questions_are_not():
@@ -103,16 +107,12 @@ def test_held_out_entities_are_stated_but_their_questions_are_not():
 
 
 def make_sample_statements():
-    import random
-
     wordings = read_json(SAMPLE / "wordings.json")
-    for entity in make_sample.load_entities(SAMPLE, wordings):
+    for entity in load_entities(SAMPLE, wordings):
         yield from make_sample.statements_of(entity, wordings, 2, random.Random(0))
 
 
 def test_terms_swap_to_something_wrong_and_alike():
-    import random
-
     terms = Terms(SAMPLE / "terms.jsonl")
     for answer, question in (
         ("麻黄的药性是温。", "麻黄的药性是什么？"),

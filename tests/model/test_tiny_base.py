@@ -12,7 +12,7 @@ from model_download import pretrain_tiny_model
 from model_finetune import finetune_sft
 from utils.data.terms import Terms
 from utils.device import pick_device
-from utils.evaluation.exams import exam_choices
+from utils.evaluation.exams import choices_by_text
 from utils.files import read_json, read_jsonl
 from utils.model.packed_forward import prepare_packed
 
@@ -22,7 +22,7 @@ TINY, SAMPLE = ROOT / "model_download/tiny_qwen3_tcm", ROOT / "data_prepare/samp
 def exam_accuracy(folder, exam):
     model = prepare_packed(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    choices = exam_choices(model, tokenizer, exam, "请只写出答案。", pick_device("cpu", "fp32"))
+    choices = choices_by_text(model, tokenizer, exam, pick_device("cpu", "fp32"))
     return sum(choice == item["answer"] for (choice, _), item in zip(choices, exam)) / len(exam)
 
 

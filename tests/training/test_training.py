@@ -242,13 +242,11 @@ def test_memory_that_a_container_may_use(tmp_path, monkeypatch):
 def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_rows(place, tmp_path, capsys, monkeypatch):
     whole = PackedTrainer.batch_loss
 
-    def spoilt(self, hidden, targets, rest):
-        loss, units, metrics = whole(self, hidden, targets, rest)
-        return (
-            (loss * float("nan") if self.state.global_step == 2 and torch.is_grad_enabled() else loss),
-            units,
-            metrics,
-        )
+    def spoilt(self, hidden, batch):
+        result = whole(self, hidden, batch)
+        if self.state.global_step == 2 and torch.is_grad_enabled():
+            return result._replace(loss=result.loss * float("nan"))
+        return result
 
     monkeypatch.setattr(PackedTrainer, "batch_loss", spoilt)
     assert train("sft", place, tmp_path / "out") == 1
@@ -278,13 +276,13 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(place, t
 def test_no_memory_underway_names_the_last_checkpoint(place, tmp_path, capsys, monkeypatch):
     whole, calls = PackedTrainer.batch_loss, []
 
-    def hungry(self, hidden, targets, rest):
+    def hungry(self, hidden, batch):
         calls.append(1)
         if len(calls) > 20 and torch.is_grad_enabled():
             raise RuntimeError(
                 "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
             )
-        return whole(self, hidden, targets, rest)
+        return whole(self, hidden, batch)
 
     monkeypatch.setattr(PackedTrainer, "batch_loss", hungry)
     assert train("sft", place, tmp_path / "out") == 1

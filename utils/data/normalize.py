@@ -7,21 +7,16 @@ import unicodedata
 import numpy
 
 _COMMON_MARKS = "，。、？；：（）！“”\n "  # what NFKC would have to work on in nearly every Chinese text
-
-
 _NOISE = re.compile(r"(?<!\d)(?:[^\w<>=+%±≤≥]|_)+|(?:[^\w<>=+%±≤≥]|_)+(?!\d)")
-
-
 _FILLER = re.compile(
     "请问|您好|你好|谢谢|是什么|有哪些|是哪些|有什么|什么是|分别|一下|医生|大夫|怎么办|[请吗呢呀啊的了]"
 )
-
 
 # In the tables: a sign that is left out, the end of a text, and what only normalize itself can judge.
 _NOTHING, _END, _UNKNOWN = 0, 1, 0xFFFF
 
 
-def normalize(text):
+def normalize(text: str) -> str:
     """The letters and digits of a text, NFKC and case-folded. A sign between two digits stays (1.5 is not 15)."""
     letters = text
     for mark in _COMMON_MARKS:  # a shortcut: NFKC leaves text at once that holds nothing to change
@@ -32,7 +27,7 @@ def normalize(text):
     return text if text.isalnum() else _NOISE.sub("", text)
 
 
-def normalize_all(texts):
+def normalize_all(texts: list[str]) -> list[str]:
     """`[normalize(text) for text in texts]`, several times as fast: one table look-up for all characters at once."""
     joined = "\0".join(texts)
     if joined.count("\0") != len(texts) - 1:
@@ -40,12 +35,17 @@ def normalize_all(texts):
     letters, signs = _tables()
     given = numpy.frombuffer(joined.encode("utf-16-le", "surrogatepass"), dtype=numpy.uint16)
     codes = letters.take(given)
+    _keep_signs_between_digits(codes, given, signs)
+    done = codes.tobytes().decode("utf-16-le").replace(chr(_NOTHING), "").split(chr(_END))
+    return [normalize(text) if chr(_UNKNOWN) in short else short for text, short in zip(texts, done)]
+
+
+def _keep_signs_between_digits(codes, given, signs):
+    """Put the signs of the texts `given` that stand between two digits back into their normalised `codes`, in place."""
     digits = codes - numpy.uint16(ord("0")) < 10  # below "0" it wraps around to large numbers
     if digits.any():
         between = numpy.flatnonzero((codes[1:-1] == _NOTHING) & digits[:-2] & digits[2:]) + 1
         codes[between] = signs[given[between]]
-    done = codes.tobytes().decode("utf-16-le").replace(chr(_NOTHING), "").split(chr(_END))
-    return [normalize(text) if chr(_UNKNOWN) in short else short for text, short in zip(texts, done)]
 
 
 @functools.cache
@@ -55,19 +55,14 @@ def _tables():
     Unknown stay those that may join with their neighbours (combining marks, Korean letters), that become several characters,
     digits that are not ASCII, and halves of characters beyond 16 bits.
     """
-    letters, signs = (
-        numpy.full(1 << 16, _UNKNOWN, dtype=numpy.uint16),
-        numpy.full(1 << 16, _NOTHING, dtype=numpy.uint16),
-    )
+    letters = numpy.full(1 << 16, _UNKNOWN, dtype=numpy.uint16)
+    signs = numpy.full(1 << 16, _NOTHING, dtype=numpy.uint16)
     letters[0] = _END
     letters[0x3400:0xA000] = numpy.arange(0x3400, 0xA000)  # Chinese characters: nothing becomes of them
     for code in (*range(2, 0x3400), *range(0x4DC0, 0x4E00), *range(0xF900, 0xFFFE)):
         text = unicodedata.normalize("NFKC", chr(code)).casefold()
         kept = _NOISE.sub("", text)
-        if any(
-            unicodedata.category(part)[0] == "M" or "\u1100" <= part <= "\u11ff" or part > "\uffff"
-            for part in text
-        ):
+        if any(map(_joins_or_is_wide, text)):
             continue
         if not kept:
             letters[code] = _NOTHING
@@ -77,6 +72,12 @@ def _tables():
     return letters, signs
 
 
-def without_filler(normalised):
+def _joins_or_is_wide(character):
+    """Whether it joins with its neighbours (marks, Korean letters), or lies beyond 16 bits."""
+    mark = unicodedata.category(character)[0] == "M"
+    return mark or "\u1100" <= character <= "\u11ff" or character > "\uffff"
+
+
+def without_filler(normalised: str) -> str:
     """A normalised question without the words that do not change what is asked (itself, if nothing else would be left)."""
     return _FILLER.sub("", normalised) or normalised

@@ -5,54 +5,42 @@ Reject that already knows why the row cannot be used. `parse_row` turns the text
 because it is the slow half, which worker processes share.
 """
 
-import contextlib
 import csv
 import json
-import multiprocessing
-import os
 import re
-import signal
-import threading
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
 
-from utils.errors import RunError, UserError
+from utils.errors import UserError
 from utils.files import show_path
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-
-
 BLOCK = 1 << 20  # characters read at a time from a JSON array
-
-
 LARGEST_ELEMENT = 64 << 20  # characters; an array element that has not ended by then is not JSON
-
-
 BATCH_ROWS, BATCH_CHARACTERS = 2000, 4 << 20  # what one worker gets at a time
-
-
 ENCODING_LINES = 1000  # non-ASCII lines looked at to tell UTF-8 from GB18030
-
-
 BOM = b"\xef\xbb\xbf"
-
-
 _NEXT_OBJECT = re.compile(r"\}(?=\s*,\s*\{)")
-
-
 _BETWEEN = re.compile(r"[\s,]*")
+
+
+class Source(NamedTuple):
+    """A data file and its encoding, as `detect_encoding` tells it."""
+
+    path: Path
+    encoding: str
 
 
 class Reject(Exception):
     """Why a row is set aside: `reason` is one of few, to count by, `detail` about this row, `row` what was read of it."""
 
-    def __init__(self, reason, detail="", row=None):
+    def __init__(self, reason: str, detail: str = "", row: object = None):
         super().__init__(reason, detail)
         self.reason, self.detail, self.row = reason, detail, row
 
 
-def data_files(inputs, made_by):
+def data_files(inputs: list[Path], made_by: str) -> list[Path]:
     """The data files among `inputs` (files, or folders of them), each once. UserError names `made_by`, which makes them."""
     files = []
     for given in inputs:
@@ -93,7 +81,7 @@ def _encodes(text):
     return True
 
 
-def detect_encoding(path):
+def detect_encoding(path: Path) -> str:
     """ "utf-8", "utf-8-sig" (with a BOM), "gb18030", or "parquet" for a file that is no text.
 
     A UTF-8 file with damaged lines stays UTF-8: GB18030 is chosen only where most non-ASCII lines are not UTF-8 and more of
@@ -120,7 +108,7 @@ def detect_encoding(path):
     return "gb18030" if 2 * failing["utf-8"] > seen and failing["gb18030"] < failing["utf-8"] else "utf-8"
 
 
-def read_rows(path, encoding):
+def read_rows(path: Path, encoding: str) -> Iterator[tuple]:
     """Yield `(line, raw)` for every row of a file, blank lines left out; `line`: where it starts, in Parquet its number."""
     kind = path.suffix.lower()
     if kind == ".parquet":
@@ -133,73 +121,27 @@ def read_rows(path, encoding):
     return _array_rows(path, encoding) if array else _lines(path)
 
 
-def batches(files, encodings):
-    """Yield `(file index, [(line, raw), ...])` with at most BATCH_ROWS rows and about BATCH_CHARACTERS characters."""
-    for index, (path, encoding) in enumerate(zip(files, encodings)):
+def batches(sources: list[Source]) -> Iterator[tuple[int, list]]:
+    """Yield `(number of the source, [(line, raw), ...])`: at most BATCH_ROWS rows and about BATCH_CHARACTERS characters."""
+    for number, source in enumerate(sources):
         batch, size = [], 0
-        for line, raw in read_rows(path, encoding):
+        for line, raw in read_rows(*source):
             batch.append((line, raw))
-            size += sum(len(str(value)) for value in raw.values()) if isinstance(raw, dict) else _length(raw)
+            size += _characters(raw)
             if len(batch) == BATCH_ROWS or size > BATCH_CHARACTERS:
-                yield index, batch
+                yield number, batch
                 batch, size = [], 0
         if batch:
-            yield index, batch
+            yield number, batch
 
 
-def _length(raw):
+def _characters(raw):
+    if isinstance(raw, dict):
+        return sum(len(str(value)) for value in raw.values())
     return 0 if isinstance(raw, Reject) else len(raw)
 
 
-def map_tasks(function, tasks, workers):
-    """Yield `function(task)` for every task, in order, from `workers` processes; in this one if there is only one worker.
-
-    Only a few tasks are under way at a time, so that reading ahead does not fill the memory.
-    """
-    if workers == 1:
-        yield from map(function, tasks)
-        return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-    try:
-        under_way = deque()
-        for task in tasks:
-            with _interrupt_held_back():
-                under_way.append(pool.submit(function, task))
-            if len(under_way) > 2 * workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-    except BrokenProcessPool:
-        raise RunError(
-            "a worker process was killed, most likely for want of memory; try again with --workers 1"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker():
-    """In a new worker: leave Ctrl-C to the parent, and end when the parent has ended, killed or not."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-@contextlib.contextmanager
-def _interrupt_held_back():
-    """Hold Ctrl-C back for the block. A process started in it inherits that, so none of them dies with a traceback."""
-    if not hasattr(
-        signal, "pthread_sigmask"
-    ):  # Windows: there, a worker is deaf to Ctrl-C only once it has started
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def parse_row(raw, encoding):
+def parse_row(raw: "bytes | str | dict | Reject", encoding: str) -> dict:
     """The dict of one raw row; raises Reject where it is none."""
     if isinstance(raw, Reject):
         raise raw
@@ -241,8 +183,6 @@ def _no_constant(name):
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-
-
 _LENIENT = json.JSONDecoder(strict=False, parse_int=str)  # finds where an element ends; parse_row judges it
 
 

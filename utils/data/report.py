@@ -1,17 +1,23 @@
 """What a converted data set looks like: lengths in characters and tokens, a histogram, and the table a person reads."""
 
+import random
 from pathlib import Path
 
 import numpy
 
+from utils.data.convert import OUTPUTS, Recognised, Written
+from utils.data.readers import Source
+from utils.files import sha256_of
 from utils.model.chat_format import encode_turns
 from utils.model.load import load_tokenizer, quiet_offline
+from utils.settings import Settings
 from utils.text import shorten
 
 POINTS = {"median": 50, "90 %": 90, "99 %": 99, "longest": 100}
+EXAMPLES = 5  # rows shown
 
 
-def count_tokens(model, examples):
+def count_tokens(model: str, examples: list[dict]) -> list[int]:
     """The tokens of each example as a trainer sees it (the longest turn, with all before it); [] if `model` is no folder."""
     if not model or not Path(model).is_dir() or not examples:
         return []
@@ -21,49 +27,67 @@ def count_tokens(model, examples):
     return [max(len(prompt) + len(answer) for prompt, answer in pairs) for pairs in turns]
 
 
-def lengths(characters, tokens, max_length):
-    """The report's fields about length; `tokens` may be counted in a part of the conversations only, or in none."""
+def build_report(
+    sources: list[Source],
+    found: Recognised,
+    written: Written,
+    trained: numpy.ndarray,
+    tokens: list[int],
+    settings: Settings,
+) -> dict:
+    """report.json. `trained`: a mask of the conversations that are kept; `tokens`: those of the sampled ones."""
+    rows, reasons = found.index.rows, found.reasons + written.set_aside
+    outputs = [name for name in OUTPUTS if written.outputs[name]]
+    by_file = numpy.bincount(rows["file"], minlength=len(sources)).tolist()
     return {
-        "characters": _spread(characters),
+        "rows_in": len(rows),
+        "rows_kept": written.outputs.total(),
+        "rows_set_aside": reasons.total(),
+        "set_aside": dict(reasons.most_common()),
+        "outputs": {name: written.outputs[name] for name in outputs},
+        "files": [
+            {"file": path.name, "encoding": encoding, "rows": count, "sha256": sha256_of(path)}
+            for (path, encoding), count in zip(sources, by_file)
+        ],
+        "schemas": dict(found.schemas.most_common()),
+        "characters": _spread(rows["characters"][trained]),
         "tokens": _spread(tokens),
         "tokens_counted_in": len(tokens),
-        "max_length": max_length,
-        "kept_by_max_length": share(numpy.array(tokens) <= max_length),
+        "max_length": settings.MAX_LENGTH,
+        "kept_by_max_length": _share(numpy.array(tokens) <= settings.MAX_LENGTH),
+        "reasoning_share": _share(rows["reasoning"][trained]),
+        "fingerprints": {name: sha256_of(settings.OUTPUT_DIR / f"{name}.jsonl") for name in outputs},
+        "examples": random.Random(settings.SEED).sample(written.sampled, min(EXAMPLES, len(written.sampled))),
+        "settings": settings.as_dict(),
     }
 
 
-def share(values):
+def _share(values):
     """The share of true values, or None of no values."""
     return round(float(numpy.mean(values)), 4) if len(values) else None
 
 
-def show(report):
+def _spread(values):
+    if not len(values):
+        return {}
+    return {name: int(numpy.percentile(values, point)) for name, point in POINTS.items()}
+
+
+def show(report: dict) -> None:
     """Print the report as a compact table."""
     print(f"\n{'rows':>12}  input")
     for file in report["files"]:
         print(f"{file['rows']:>12,}  {file['file']} ({file['encoding']})")
-    print(
-        f"{report['rows_in']:>12,}  in all; recognised as "
-        + (", ".join(f"{name} {count:,}" for name, count in report["schemas"].items()) or "nothing")
-    )
-    for title, counts, total in (
-        ("kept", report["outputs"], report["rows_kept"]),
-        ("set aside", report["set_aside"], report["rows_set_aside"]),
+    schemas = ", ".join(f"{name} {count:,}" for name, count in report["schemas"].items())
+    print(f"{report['rows_in']:>12,}  in all; recognised as {schemas or 'nothing'}")
+    for title, total, counts in (
+        ("kept", report["rows_kept"], report["outputs"]),
+        ("set aside", report["rows_set_aside"], report["set_aside"]),
     ):
         print(f"\n{total:>12,}  {title}")
         for name, count in counts.items():
             print(f"{count:>12,}    {name}")
-    counted = {"characters": "", "tokens": f" (counted in {report['tokens_counted_in']:,} conversations)"}
-    for unit, of in counted.items():
-        if report[unit]:
-            print(
-                f"\nlength in {unit}{of}: "
-                + ", ".join(f"{name} {value:,}" for name, value in report[unit].items())
-            )
-    if report["tokens"]:
-        print(f"MAX_LENGTH {report['max_length']:,} keeps {report['kept_by_max_length']:.1%} of them")
-    elif report["characters"]:
-        print("no tokens counted: TOKENIZER_MODEL is not there yet")
+    _show_lengths(report)
     if report["reasoning_share"] is not None:
         print(f"with reasoning: {report['reasoning_share']:.1%}")
     for example in report["examples"]:
@@ -72,7 +96,13 @@ def show(report):
             print(f"  {message['role']:<10}{shorten(message['content'])}")
 
 
-def _spread(values):
-    return (
-        {name: int(numpy.percentile(values, point)) for name, point in POINTS.items()} if len(values) else {}
-    )
+def _show_lengths(report):
+    counted = {"characters": "", "tokens": f" (counted in {report['tokens_counted_in']:,} conversations)"}
+    for unit, of in counted.items():
+        if report[unit]:
+            values = ", ".join(f"{name} {value:,}" for name, value in report[unit].items())
+            print(f"\nlength in {unit}{of}: {values}")
+    if report["tokens"]:
+        print(f"MAX_LENGTH {report['max_length']:,} keeps {report['kept_by_max_length']:.1%} of them")
+    elif report["characters"]:
+        print("no tokens counted: TOKENIZER_MODEL is not there yet")

@@ -23,12 +23,9 @@ QUESTION_ANSWER = (
     ("prompt/completion", "prompt", None, None, "completion"),
 )
 
-
 COLUMN_ROLES = ("question", "input", "reasoning", "answer", "system", "chosen", "rejected")
 
-
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-
 
 SPLITS = {
     "": "",
@@ -40,9 +37,7 @@ SPLITS = {
     "test": "eval",
 }
 
-
 LETTERS = "ABCDEFGH"
-
 
 # Text that no tokenizer or file can carry, and Qwen's own control tokens, which would forge a turn of the conversation.
 _UNFIT = re.compile(
@@ -50,14 +45,12 @@ _UNFIT = re.compile(
     r"|(?P<token><\|(?:im_start|im_end|endoftext)\|>)"
 )
 
-
 _UNFIT_REASON = {
     "control": "control characters",
     "surrogate": "lone surrogate",
     "lost": "undecodable bytes",
     "token": "control tokens",
 }
-
 
 _OPTION_LINE = re.compile(r"^\s*([A-H])\s*[.、．:：)）]\s*(.+?)\s*$", re.MULTILINE)
 
@@ -75,7 +68,19 @@ class Item(NamedTuple):
     reasoning: bool
 
 
-def parse_columns(text):
+class RowOptions(NamedTuple):
+    """How rows are to be read: `columns`, pairs (role, field) for an unknown schema; `system`, the system text of rows that
+    have none; `max_characters` of a row (None: any number)."""
+
+    columns: tuple = ()
+    system: str = ""
+    max_characters: int | None = None
+
+
+PLAIN = RowOptions()
+
+
+def parse_columns(text: str) -> dict[str, str]:
     """{role: field} of a setting such as "question=Content,answer=Summary"; ValueError says what is wrong with it."""
     columns = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -92,47 +97,57 @@ def parse_columns(text):
     return columns
 
 
-def convert_row(row, columns=(), system="", max_characters=None):
-    """The Item that a row (dict) makes; raises Reject.
-
-    `columns`: pairs of parse_columns' answer, as a tuple; `system`: system text for rows that have none.
-    """
-    schema, read, renamed = _recognise(tuple(row), columns)
+def convert_row(row: dict, options: RowOptions = PLAIN) -> Item:
+    """The Item that a row makes; raises Reject."""
+    schema, read, renamed = _recognise(tuple(row), options.columns)
     if read is None:
         raise Reject("fields not recognised", f"fields: {', '.join(map(str, row)) or 'none'}")
     if renamed:
         row = {name: row[field] for name, field in renamed}
-    split = ""
-    if row.get("split") is not None:
-        split = SPLITS.get(row["split"].strip().lower()) if isinstance(row["split"], str) else None
-        if split is None:
-            raise Reject(
-                "unknown split", f"{row['split']!r}; wanted one of {', '.join(filter(None, SPLITS))}"
-            )
+    split = _told_split(row)
     kind, schema, body = read(row, schema)
     if kind == "exam":
         questions, rest, reasoning = [body["question"]], [*body["options"].values(), body["answer"]], False
     else:
         prompt = body["messages" if kind == "sft" else "prompt"]
-        if system and prompt[0]["role"] != "system":
-            prompt.insert(0, {"role": "system", "content": system})
-        questions, rest, reasoning = [], [], False
-        for turn in prompt if kind == "sft" else prompt + body["chosen"] + body["rejected"]:
-            if turn["role"] == "user":
-                questions.append(turn["content"])
-                if len(questions) == 1:
-                    continue
-            elif "reasoning_content" in turn:
-                rest.append(turn["reasoning_content"])
-                reasoning = True
-            rest.append(turn["content"])
+        if options.system and prompt[0]["role"] != "system":
+            prompt.insert(0, {"role": "system", "content": options.system})
+        questions, rest, reasoning = _spoken(
+            prompt if kind == "sft" else prompt + body["chosen"] + body["rejected"]
+        )
     rest = "\n".join(rest)
     for text in (questions[0], rest, body.get("subject", ""), body.get("kind", "")):
         _check_text(text)
     characters = len(questions[0]) + len(rest)
-    if max_characters and characters > max_characters:
+    if options.max_characters and characters > options.max_characters:
         raise Reject("too long", f"{characters:,} characters")
     return Item(kind, schema, body, questions, rest, split, characters, reasoning)
+
+
+def _told_split(row):
+    """The split that a row names for itself, or ""."""
+    told = row.get("split")
+    if told is None:
+        return ""
+    split = SPLITS.get(told.strip().lower()) if isinstance(told, str) else None
+    if split is None:
+        raise Reject("unknown split", f"{told!r}; wanted one of {', '.join(filter(None, SPLITS))}")
+    return split
+
+
+def _spoken(turns):
+    """(the user's turns, all other text and the user's later turns, whether there is reasoning) of messages."""
+    questions, rest, reasoning = [], [], False
+    for turn in turns:
+        if turn["role"] == "user":
+            questions.append(turn["content"])
+            if len(questions) == 1:
+                continue
+        elif "reasoning_content" in turn:
+            rest.append(turn["reasoning_content"])
+            reasoning = True
+        rest.append(turn["content"])
+    return questions, rest, reasoning
 
 
 def _check_text(text):
@@ -215,7 +230,7 @@ def _conversation(row, schema):
 
 def _preference(row, schema):
     """TRL: prompt/chosen/rejected as text or messages, the prompt explicit or shared; LLaMA-Factory: both its forms."""
-    chosen, rejected = _side(row, "chosen"), _side(row, "rejected")
+    chosen, rejected = _answer_turns(row, "chosen"), _answer_turns(row, "rejected")
     if "conversations" in row:
         prompt = _turns(row["conversations"], "conversations")
     elif isinstance(row.get("prompt"), list):
@@ -283,7 +298,7 @@ def _subject(row):
     }
 
 
-def _side(row, field):
+def _answer_turns(row, field):
     value = row[field]
     if isinstance(value, str):
         return [_assistant(_text(row, field, "answer"))]

@@ -1,81 +1,76 @@
-"""One model's results, item by item; the figures that follow from them; and what two models' results say of each other.
+"""Results of a model, measured once and kept; the metrics that follow from them; the differences between two models.
 
-Results are a list of dicts, one an item, kept as JSON lines, so that a model once measured is not measured again:
-
-    {"test": "model", "folder", "identity", "seconds", "generation_seconds"}      the first line
-    {"test": "heldout" or "general", "id", "loss" (nats, sum over the answer), "tokens"}
-    {"test": "exam", "id", "question", "options", "answer", "text_choice", "text": {letter: score}, and for those asked by
-     letter "letter_choice", "letter", "rotations"}
-    {"test": "preference", "id", "kind", "chosen", "rejected"}                    log-probabilities
-    {"test": "answer", "about": "heldout" or "general", "id", "question", "reference", "answer", "tokens", "ended", "right",
-     "repetition"}
+Kept results are JSON lines: one for the model ({"test": "model", "folder", "identity", "seconds", "generation_seconds",
+"sha256"}), then one an item, as utils/evaluation/measure.py describes them.
 """
 
 import hashlib
+import itertools
 import json
 import math
-import random
-import re
 import time
+from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
-from utils.data.terms import Terms
+from utils.device import Device
+from utils.errors import UserError
+from utils.evaluation.exams import prompt_texts
+from utils.evaluation.measure import Tests, measure
 from utils.evaluation.statistics import mcnemar, mean_per_token, share_difference, wilson
-from utils.files import read_jsonl, sample_by_id, sha256_of, show_path, write_jsonl
+from utils.files import read_jsonl, sha256_of, show_path, write_jsonl
 from utils.model.folders import adapter_base, model_sha256
-from utils.model.load import load_model, load_tokenizer
-from utils.progress import progress
+
+# Raise this number with every change of the code that changes a score or what counts as right.
+SCORING_VERSION = 2
 
 # Settings that decide where results go and how they are shown, not what they are.
 NOT_IDENTITY = {"MODELS", "BASE_MODEL", "OUTPUT_DIR", "SHOW", "FRESH", "DEVICE", "PRECISION"}
 
 
-THINKING_MODES = {"auto": None, "on": True, "off": False}
+class Results(NamedTuple):
+    """`items`: dicts of the kinds in utils/evaluation/measure.py; seconds: in all, and of generating answers."""
+
+    folder: str
+    seconds: float
+    generation_seconds: float
+    items: list[Any]
+
+    def of(self, test: str) -> list[Any]:
+        return [item for item in self.items if item["test"] == test]
 
 
-SHARES = ("exam", "exam_letter", "preference", "facts", "general")
+class Difference(TypedDict):
+    """`p` (McNemar, exact) for shares only."""
+
+    difference: float
+    interval: list[float] | None
+    p: NotRequired[float]
 
 
-LOSSES = ("heldout", "general")
+# ---- Kept results
 
 
-DIGITS = "0-9一二三四五六七八九十百千"
-
-
-class Tests(NamedTuple):
-    """What every model is asked: rows of the project's files, lists of dicts (empty: this test is left out)."""
-
-    rows: list
-    exam: list
-    pairs: list
-    general: list
-    terms: Terms
-
-
-def results(folder, tests, settings, device):
+def measured_or_kept(folder: str, tests: Tests, settings, device: Device) -> Results:
     """The results of a model folder: read where it was measured before in just this way, else measured and kept."""
-    identity = _identity(folder, settings, device)
+    identity = result_identity(folder, settings, device)
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     path = settings.OUTPUT_DIR / "comparison" / f"{Path(folder).resolve().name}-{key}.jsonl"
     if path.is_file() and not settings.FRESH:
-        print(f"  measured before: {show_path(path)} (--fresh measures again)", flush=True)
-        return list(read_jsonl(path, ["test"]))
+        kept = _read_kept(path, identity)
+        if kept:
+            print(f"  measured before: {show_path(path)} (--fresh measures again)", flush=True)
+            return kept
+        print(f"  {show_path(path)} is damaged or edited; measured again", flush=True)
     began = time.monotonic()
-    generation_seconds, items = _measure(folder, tests, settings, device)
-    first = {
-        "test": "model",
-        "folder": show_path(folder),
-        "identity": identity,
-        "seconds": round(time.monotonic() - began, 1),
-        "generation_seconds": generation_seconds,
-    }
-    write_jsonl(path, [first, *items])
-    return [first, *items]
+    generation_seconds, items = measure(folder, tests, settings, device)
+    results = Results(show_path(folder), round(time.monotonic() - began, 1), generation_seconds, items)
+    _keep(path, identity, results)
+    return results
 
 
-def _identity(folder, settings, device):
-    """All that decides the results: weights, files and settings by content, device and number format."""
+def result_identity(folder: str, settings, device: Device) -> dict[str, Any]:
+    """All that decides the results: weights, files and settings by content, prompts, code, libraries, number format."""
     identity = {
         name: f"sha256 {sha256_of(value)}"
         if name.endswith("_FILE") and value and value.is_file()
@@ -84,267 +79,117 @@ def _identity(folder, settings, device):
         if name.isupper() and name not in NOT_IDENTITY
     }
     parts = [folder, adapter_base(folder)] if (Path(folder) / "adapter_config.json").is_file() else [folder]
-    stops = Path(folder) / "generation_config.json"
+    decoding = Path(folder) / "generation_config.json"  # its end tokens
     return identity | {
         "model": [model_sha256(part) for part in parts],
-        "stops": sha256_of(stops) if stops.is_file() else "",
+        "generation_config": sha256_of(decoding) if decoding.is_file() else "",
+        "prompts": prompt_texts(),
+        "scoring_version": SCORING_VERSION,
+        "libraries": {
+            package: version(package) for package in ("torch", "transformers", "tokenizers", "peft")
+        },
         "device": f"{device.name} {'bf16' if device.bf16 else 'fp32'}",
     }
 
 
-def _measure(folder, tests, settings, device):
-    """(seconds of generating, items)"""
-    from utils.evaluation.exams import exam_choices, exam_letter_choices
-    from utils.model.chat_format import encode_answer, encode_prompt, encode_turns
-    from utils.model.logprobs import answer_logps, pack_for_scoring
-    from utils.model.packed_forward import prepare_packed
-
-    tokenizer, model = load_tokenizer(folder), load_model(folder, device.dtype).to(device.name).eval()
-    seconds, items = _answers(
-        model, tokenizer, tests, settings
-    )  # first: prepare_packed changes how the model computes
-    prepare_packed(model)
-
-    general = [
-        {
-            "id": row["id"],
-            "messages": [
-                {"role": "user", "content": row["question"]},
-                {"role": "assistant", "content": row["answer"]},
-            ],
-        }
-        for row in tests.general
-    ]
-    for test, rows in (("heldout", tests.rows), ("general", general)):
-        turns = [(row["id"], turn) for row in rows for turn in encode_turns(tokenizer, row["messages"])]
-        if turns:
-            logps = answer_logps(
-                model,
-                pack_for_scoring([{"documents": [turn]} for _, turn in turns]),
-                device,
-                progress(f"loss on {len(turns):,} {test} answers", always=True),
-            )
-            items += [
-                {"test": test, "id": row_id, "loss": -logp, "tokens": len(answer)}
-                for (row_id, (_, answer)), [logp] in zip(turns, logps)
-            ]
-    if tests.exam:
-        by_text = exam_choices(
-            model,
-            tokenizer,
-            tests.exam,
-            settings.EXAM_INSTRUCTION,
-            device,
-            progress(f"exam by option text, {len(tests.exam):,} questions", always=True),
-        )
-        some = sample_by_id(tests.exam, settings.LETTER_ROWS)
-        by_letter = exam_letter_choices(
-            model,
-            tokenizer,
-            some,
-            device,
-            progress(f"exam by option letter, {len(some):,} questions, every rotation", always=True),
-        )
-        letters = {
-            item["id"]: dict(zip(("letter_choice", "letter", "rotations"), result))
-            for item, result in zip(some, by_letter)
-        }
-        items += [
-            {
-                "test": "exam",
-                "id": item["id"],
-                "question": item["question"],
-                "options": item["options"],
-                "answer": item["answer"],
-                "text_choice": text[0],
-                "text": text[1],
-                **letters.get(item["id"], {}),
-            }
-            for item, text in zip(tests.exam, by_text)
-        ]
-    if tests.pairs:
-        documents = [
-            [
-                (
-                    encode_prompt(
-                        tokenizer, pair["prompt"], bool(pair["chosen"][-1].get("reasoning_content"))
-                    ),
-                    encode_answer(tokenizer, pair[side][-1]),
-                )
-                for side in ("chosen", "rejected")
-            ]
-            for pair in tests.pairs
-        ]
-        logps = answer_logps(
-            model,
-            pack_for_scoring([{"documents": pair} for pair in documents]),
-            device,
-            progress(f"{len(documents):,} preference pairs", always=True),
-        )
-        items += [
-            {
-                "test": "preference",
-                "id": pair["id"],
-                "kind": pair.get("kind", ""),
-                "chosen": chosen,
-                "rejected": rejected,
-            }
-            for pair, (chosen, rejected) in zip(tests.pairs, logps)
-        ]
-    return seconds, items
-
-
-def _answers(model, tokenizer, tests, settings):
-    """(seconds of generating, an item for each answer): some held-out questions and the general ones, answered greedily."""
-    from utils.model.chat_format import encode_prompt
-    from utils.model.generate import generate_tokens, read_answer, stop_tokens
-
-    if not settings.GENERATE:
-        return 0.0, []
-    drawn = random.Random(settings.SEED).sample(tests.rows, min(settings.GENERATE, len(tests.rows)))
-    asked = [
-        ("heldout", row["id"], row["messages"][:-1], row["messages"][-1]["content"], None) for row in drawn
-    ]
-    asked += [
-        ("general", row["id"], [{"role": "user", "content": row["question"]}], row["answer"], row["accept"])
-        for row in tests.general
-    ]
-    prompts = [
-        encode_prompt(tokenizer, messages, THINKING_MODES[settings.THINKING])
-        for _, _, messages, _, _ in asked
-    ]
-    stop, began = stop_tokens(model, tokenizer), time.monotonic()
-    generated = generate_tokens(
-        model,
-        prompts,
-        stop,
-        settings.MAX_NEW_TOKENS,
-        batch_size=settings.BATCH_SIZE,
-        watch=progress(f"{len(prompts):,} answers in full", always=True),
-    )
-    seconds, items = time.monotonic() - began, []
-    for (about, row_id, messages, reference, accept), prompt, ids in zip(asked, prompts, generated):
-        question, answer = messages[-1]["content"], read_answer(tokenizer, prompt, ids).content
-        right = (
-            states_one_of(answer, accept) if accept else same_facts(tests.terms, reference, answer, question)
-        )
-        ended = ids[-1] in stop
-        items.append(
-            {
-                "test": "answer",
-                "about": about,
-                "id": row_id,
-                "question": question,
-                "reference": reference,
-                "answer": answer,
-                "tokens": len(ids),
-                "ended": ended,
-                "right": right,
-                "repetition": repetition(ids[:-1] if ended else ids),
-            }
-        )
-    return round(seconds, 3), items
-
-
-def same_facts(terms, reference, answer, question):
-    """Whether `answer` states exactly the terms that `reference` does; None where that states none beyond the question's."""
-    wanted = terms.stated(reference, question)
-    return terms.stated(answer, question) == wanted if wanted else None
-
-
-def states_one_of(answer, accept):
-    """Whether one of the texts in `accept` is in the answer; a number has to stand by itself: no 2 in 1024."""
-    return any(
-        re.search(
-            f"(?<![{DIGITS}]){re.escape(text)}(?![{DIGITS}])"
-            if re.search(f"[{DIGITS}]", text)
-            else re.escape(text),
-            answer,
-            re.IGNORECASE,
-        )
-        for text in accept
-    )
-
-
-def repetition(ids, n=4):
-    """The share of an answer's runs of `n` tokens that it has said before (seq-rep-4 of Welleck et al. 2019)."""
-    runs = list(zip(*(ids[start:] for start in range(n))))
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
-
-
-def by_measure(items):
-    """{measure: its items in order}: for SHARES list of bool, for LOSSES (sums of losses, tokens); what was not tested is
-    missing."""
-    of = {
-        test: [item for item in items if item["test"] == test]
-        for test in ("heldout", "general", "exam", "preference")
+def _keep(path, identity, results):
+    first = {
+        "test": "model",
+        "folder": results.folder,
+        "identity": identity,
+        "seconds": results.seconds,
+        "generation_seconds": results.generation_seconds,
     }
-    answers = [item for item in items if item["test"] == "answer" and item["right"] is not None]
-    shares = {
-        "exam": [item["text_choice"] == item["answer"] for item in of["exam"]],
-        "exam_letter": [
-            item["letter_choice"] == item["answer"] for item in of["exam"] if "letter_choice" in item
-        ],
-        "preference": [item["chosen"] > item["rejected"] for item in of["preference"]],
+    write_jsonl(path, [first | {"sha256": _digest([first, *results.items])}, *results.items])
+
+
+def _read_kept(path, identity) -> Results | None:
+    """The results that a file holds; None where it is not whole, was edited, or belongs to something else."""
+    try:
+        first, *items = read_jsonl(path, ["test"])
+    except UserError:
+        return None
+    digest = first.pop("sha256", None)
+    if digest != _digest([first, *items]) or first.get("identity") != identity:
+        return None
+    return Results(first["folder"], first["seconds"], first["generation_seconds"], items)
+
+
+def _digest(rows):
+    return hashlib.sha256("\n".join(json.dumps(row) for row in rows).encode()).hexdigest()
+
+
+# ---- Metrics and differences
+
+
+def shares(results: Results) -> dict[str, list[bool]]:
+    """{metric: whether each item is right}; a test that was not made is missing."""
+    exam, answers = results.of("exam"), [item for item in results.of("answer") if item["right"] is not None]
+    found = {
+        "exam": [item["text_choice"] == item["answer"] for item in exam],
+        "exam_letter": [item["letter_choice"] == item["answer"] for item in exam if "letter_choice" in item],
+        "preference": [item["chosen"] > item["rejected"] for item in results.of("preference")],
         "facts": [item["right"] for item in answers if item["about"] == "heldout"],
         "general": [item["right"] for item in answers if item["about"] == "general"],
     }
-    losses = {
-        f"{test}_loss": ([item["loss"] for item in of[test]], [item["tokens"] for item in of[test]])
-        for test in LOSSES
-    }
-    return {name: right for name, right in shares.items() if right} | {
-        name: (sums, tokens) for name, (sums, tokens) in losses.items() if sums
+    return {name: right for name, right in found.items() if right}
+
+
+def losses(results: Results) -> dict[str, tuple[list[float], list[int]]]:
+    """{metric: (the sum of losses, the tokens) of each item}; a test that was not made is missing."""
+    found = {f"{test}_loss": results.of(test) for test in ("heldout", "general")}
+    return {
+        name: ([item["loss"] for item in items], [item["tokens"] for item in items])
+        for name, items in found.items()
+        if items
     }
 
 
-def figures(results):
-    """The figures of one model, a dict as in comparison.json. Losses are nats a token, intervals 95 %."""
-    (first, *items), found = results, {}
-    for name, values in by_measure(items).items():
-        if name in SHARES:
-            found |= {
-                f"{name}_accuracy": sum(values) / len(values),
-                f"{name}_interval": wilson(sum(values), len(values)),
-                f"{name}_n": len(values),
-            }
-        else:
-            loss, interval = mean_per_token(*values)
-            found |= {name: loss, f"{name}_interval": interval, f"{name}_n": len(values[0])}
+def metrics(results: Results) -> dict[str, Any]:
+    """The metrics of one model, as in comparison.json. Losses are nats a token, intervals 95 %."""
+    found: dict[str, Any] = {"folder": results.folder}
+    for name, right in shares(results).items():
+        found[f"{name}_accuracy"] = sum(right) / len(right)
+        found[f"{name}_interval"] = wilson(sum(right), len(right))
+        found[f"{name}_n"] = len(right)
+    for name, (sums, tokens) in losses(results).items():
+        found[name], found[f"{name}_interval"] = mean_per_token(sums, tokens)
+        found[f"{name}_n"] = len(sums)
     found["perplexity"] = math.exp(found["heldout_loss"])
-    exam = [item for item in items if item["test"] == "exam"]
-    if exam:
+    if exam := results.of("exam"):
         found["exam_chance"] = sum(1 / len(item["text"]) for item in exam) / len(exam)
-    answers = [item for item in items if item["test"] == "answer"]
-    if answers:
-        tokens = sum(item["tokens"] for item in answers)
-        found |= {
-            "ended_share": _mean(answers, "ended"),
-            "repetition": _mean(answers, "repetition"),
-            "mean_tokens": tokens / len(answers),
-            "tokens_per_second": tokens / first["generation_seconds"],
-            "answers_n": len(answers),
-        }
-    return {"folder": first["folder"], **found, "seconds": first["seconds"]}
+    if answers := results.of("answer"):
+        tokens_in_all = sum(item["tokens"] for item in answers)
+        found["ended_share"] = sum(item["ended"] for item in answers) / len(answers)
+        found["repetition"] = sum(item["repetition"] for item in answers) / len(answers)
+        found["mean_tokens"] = tokens_in_all / len(answers)
+        found["tokens_per_second"] = tokens_in_all / results.generation_seconds
+        found["answers_n"] = len(answers)
+    return found | {"seconds": results.seconds}
 
 
-def differences(one, other):
-    """{measure: {"difference", "interval", "p"}} of two models' results, `other` minus `one`, on the same items.
+def differences(one: Results, other: Results) -> dict[str, Difference]:
+    """{metric: Difference}, `other` minus `one`, on the same items.
 
-    p (McNemar, exact) for shares only. Losses a token of two models with different tokenizers cannot be compared: left out.
+    Losses a token of two models with different tokenizers cannot be compared: left out.
     """
-    ours, theirs, found = by_measure(one), by_measure(other), {}
+    found: dict[str, Difference] = {}
+    ours, theirs = shares(one), shares(other)
     for name in [name for name in ours if name in theirs]:
-        if name in SHARES:
-            change, interval = share_difference(ours[name], theirs[name])
-            found[name] = {"difference": change, "interval": interval, "p": mcnemar(ours[name], theirs[name])}
-        elif ours[name][1] == theirs[name][1]:
-            change, interval = mean_per_token(
-                [b - a for a, b in zip(ours[name][0], theirs[name][0])], ours[name][1]
-            )
-            found[name] = {"difference": change, "interval": interval}
+        change, interval = share_difference(ours[name], theirs[name])
+        found[name] = {"difference": change, "interval": interval, "p": mcnemar(ours[name], theirs[name])}
+    before, after = losses(one), losses(other)
+    for name in [name for name in before if name in after]:
+        (sums, tokens), (other_sums, other_tokens) = before[name], after[name]
+        if tokens == other_tokens:
+            mean, spread = mean_per_token([b - a for a, b in zip(sums, other_sums)], tokens)
+            found[name] = {"difference": mean, "interval": spread}
     return found
 
 
-def _mean(items, name):
-    return sum(item[name] for item in items) / len(items)
+def compare_all(measured: dict[str, Results]) -> list[dict[str, Any]]:
+    """The "differences" of comparison.json: every two of {name: results}, in their order."""
+    return [
+        {"from": one, "to": other, **differences(measured[one], measured[other])}
+        for one, other in itertools.combinations(measured, 2)
+    ]

@@ -1,193 +1,200 @@
 """The comparison in words and tables: for the terminal, and as Markdown for someone who was not there."""
 
 import datetime
+from collections import Counter
+from typing import Any, NamedTuple
 
-from utils.files import show_path
+from utils.evaluation.compare import Results
+from utils.files import atomic_write, show_path, write_json
+from utils.plots import plot_comparison
 from utils.text import printable, text_width
-
-# Key in comparison.json, label, form, what it means. The interval's key is this one, less _accuracy, plus _interval.
-METRICS = [
-    (
-        "heldout_loss",
-        "held-out loss",
-        "{:.3f}",
-        "mean cross-entropy of the reference answers to held-out questions, in nats a "
-        "token, every token counted once; lower is better",
-    ),
-    (
-        "perplexity",
-        "perplexity",
-        "{:.2f}",
-        "e to the held-out loss: among how many equally likely tokens the model hesitates",
-    ),
-    (
-        "exam_accuracy",
-        "exam by option text",
-        "{:.1%}",
-        "single-choice questions whose right option is the likeliest as an "
-        "answer, per character; the options are not shown, so their order plays no part; chance is {chance:.0%}",
-    ),
-    (
-        "exam_letter_accuracy",
-        "exam by option letter",
-        "{:.1%}",
-        "the same questions asked as CMMLU asks them: options listed, "
-        "the likeliest letter counts; each is asked once for every rotation of its options and the scores are averaged, so that "
-        "a favourite letter gains nothing; chance is {chance:.0%}. A model that never saw such questions stays near chance",
-    ),
-    (
-        "preference_accuracy",
-        "preference pairs",
-        "{:.1%}",
-        "held-out pairs of which the better answer is the likelier one; chance is 50%",
-    ),
-    (
-        "facts_accuracy",
-        "facts stated right",
-        "{:.1%}",
-        "generated answers that state exactly the terms (herbs, actions, channels, ...) of the reference",
-    ),
-    (
-        "general_accuracy",
-        "general questions right",
-        "{:.1%}",
-        "generated answers to everyday questions that have nothing to do "
-        "with Chinese medicine: what falls here was forgotten. A model that never learned such things has nothing to forget",
-    ),
-    (
-        "general_loss",
-        "general loss",
-        "{:.3f}",
-        "cross-entropy of the short reference answers to them, in nats a token",
-    ),
-    (
-        "ended_share",
-        "answers that end",
-        "{:.0%}",
-        "share of generated answers that ended by themselves within the limit",
-    ),
-    ("repetition", "repetition", "{:.1%}", "share of runs of four tokens that the same answer said before"),
-    ("mean_tokens", "mean answer, tokens", "{:.1f}", "mean length of the generated answers"),
-    (
-        "tokens_per_second",
-        "tokens/s",
-        "{:.0f}",
-        "speed of generating, all answers of a batch together, on this machine",
-    ),
-]
-
-
-LABELS = {key.removesuffix("_accuracy"): label for key, label, _, _ in METRICS}
-
 
 LONGEST = 300  # characters of a sample answer that are shown
 
 
-def terminal_lines(models, pairs, measured, show):
-    """The figures, the differences in words, and `show` sample answers. Arguments as for `markdown_lines`."""
-    lines = [*_figures(models), ""]
+class Metric(NamedTuple):
+    """`key` in comparison.json; its interval's key is this one, less _accuracy, plus _interval."""
+
+    key: str
+    label: str
+    form: str
+    meaning: str
+
+
+# fmt: off
+METRICS = [
+    Metric("heldout_loss", "held-out loss", "{:.3f}",
+           "mean cross-entropy of the reference answers to held-out questions, in nats a token, every token counted once; "
+           "lower is better"),
+    Metric("perplexity", "perplexity", "{:.2f}",
+           "e to the held-out loss: among how many equally likely tokens the model hesitates"),
+    Metric("exam_accuracy", "exam by option text", "{:.1%}",
+           "single-choice questions whose right option is the likeliest as an answer, per character; the options are not "
+           "shown, so their order plays no part; chance is {chance:.0%}"),
+    Metric("exam_letter_accuracy", "exam by option letter", "{:.1%}",
+           "the same questions asked as CMMLU asks them: options listed, the likeliest letter counts; each is asked once for "
+           "every rotation of its options and the scores are averaged, so that a favourite letter gains nothing; chance is "
+           "{chance:.0%}. A model that never saw such questions stays near chance"),
+    Metric("preference_accuracy", "preference pairs", "{:.1%}",
+           "held-out pairs of which the better answer is the likelier one; chance is 50%"),
+    Metric("facts_accuracy", "facts stated right", "{:.1%}",
+           "generated answers that state exactly the terms (herbs, actions, channels, ...) of the reference"),
+    Metric("general_accuracy", "general questions right", "{:.1%}",
+           "generated answers to everyday questions that have nothing to do with Chinese medicine: what falls here was "
+           "forgotten. A model that never learned such things has nothing to forget"),
+    Metric("general_loss", "general loss", "{:.3f}",
+           "cross-entropy of the short reference answers to them, in nats a token"),
+    Metric("ended_share", "answers that end", "{:.0%}",
+           "share of generated answers that ended by themselves within the limit"),
+    Metric("repetition", "repetition", "{:.1%}", "share of runs of four tokens that the same answer said before"),
+    Metric("mean_tokens", "mean answer, tokens", "{:.1f}", "mean length of the generated answers"),
+    Metric("tokens_per_second", "tokens/s", "{:.0f}",
+           "speed of generating, all answers of a batch together, on this machine"),
+]
+# fmt: on
+
+LABELS = {metric.key.removesuffix("_accuracy"): metric.label for metric in METRICS}
+
+
+def write_report(models, pairs, measured, settings, device, left_out) -> None:
+    """comparison.png, comparison.md and comparison.json in OUTPUT_DIR. Arguments as for `markdown_lines`."""
+    place = settings.OUTPUT_DIR
+    plot_comparison(models, place / "comparison.png")
+    with atomic_write(place / "comparison.md") as file:
+        file.write("\n".join(markdown_lines(models, pairs, measured, settings, device, left_out)) + "\n")
+    write_json(
+        place / "comparison.json",
+        {
+            "models": models,
+            "differences": pairs,
+            "settings": settings.as_dict(),
+            "device": str(device),
+            "exam_rows_left_out": left_out,
+        },
+    )
+
+
+def terminal_lines(models: dict, pairs: list, measured: dict[str, Results], show: int) -> list[str]:
+    """The metrics, the differences in words, and `show` sample answers. Arguments as for `markdown_lines`."""
+    lines = [*_metrics_table(models), ""]
     if pairs:
-        lines += [
-            *(f"{name}: {verdict}" for name, verdict in _verdicts(models, pairs)),
-            "(each difference with its interval and p: comparison.md)",
-            "",
-        ]
+        lines += [f"{name}: {verdict}" for name, verdict in _verdicts(models, pairs)]
+        lines += ["(each difference with its interval and p: comparison.md)", ""]
     for question, answers in _samples(measured, show):
         width = max(map(text_width, answers))
         lines += [f"> {question}"]
-        lines += [
-            f"  {name}{' ' * (width - text_width(name))}  {answer}" for name, answer in answers.items()
-        ] + [""]
+        lines += [f"  {name}{' ' * (width - text_width(name))}  {text}" for name, text in answers.items()]
+        lines += [""]
     return lines
 
 
-def markdown_lines(models, pairs, measured, settings, device, left_out):
-    """The lines of comparison.md. `models`, `pairs`: as in comparison.json; `measured`: {name: results}; `left_out`:
-    {reason: rows of the exam file}."""
-    first = next(iter(models.values()))
-    lines = [
+def markdown_lines(
+    models: dict[str, dict],
+    pairs: list[dict],
+    measured: dict[str, Results],
+    settings: Any,
+    device: Any,
+    left_out: Counter[str],
+) -> list[str]:
+    """The lines of comparison.md. `models`, `pairs`: as in comparison.json; `left_out`: {reason: rows of the exam file}."""
+    return [
         f"# Comparison of {', '.join(models)}",
         "",
         f"Made on {datetime.date.today()} by `model_finetune/compare_models.py` on {device}.",
         "",
-        *(f"- **{name}**: `{figures['folder']}`" for name, figures in models.items()),
+        *(f"- **{name}**: `{found['folder']}`" for name, found in models.items()),
+        "",
+        *_in_short(models, pairs),
+        *_metrics_section(models),
+        *_differences_section(pairs),
+        *_samples_section(_samples(measured, settings.SHOW)),
+        *_method_section(next(iter(models.values())), settings, left_out),
+    ]
+
+
+def _in_short(models, pairs):
+    if not pairs:
+        return []
+    return [
+        "## In short",
+        "",
+        *(f"- **{name}**: {verdict}" for name, verdict in _verdicts(models, pairs)),
         "",
     ]
-    if pairs:
-        lines += [
-            "## In short",
-            "",
-            *(f"- **{name}**: {verdict}" for name, verdict in _verdicts(models, pairs)),
-            "",
-        ]
-    chance = first.get("exam_chance", 0)
-    lines += [
+
+
+def _metrics_section(models):
+    chance = next(iter(models.values())).get("exam_chance", 0)
+    return [
         "## Figures",
         "",
         "In brackets: 95 % intervals (shares: Wilson; losses: ratio estimate).",
         "",
-        *_figures(models),
+        *_metrics_table(models),
         "",
         "![the figures as bars](comparison.png)",
         "",
-        *(f"- *{label}*: {meaning.format(chance=chance)}." for _, label, _, meaning in _present(models)),
+        *(f"- *{metric.label}*: {metric.meaning.format(chance=chance)}." for metric in _present(models)),
         "",
     ]
-    if pairs:
-        names = _compared(pairs)
-        lines += [
-            "## Differences",
-            "",
-            "Every two models on the same items: `b - a` is the figure of b minus that of a. Shares: above zero is better "
-            "for b; losses: below zero.",
-            "",
-            *_table(
-                [
-                    ["", *(LABELS[name] for name in names)],
-                    *(
-                        [f"{pair['to']} - {pair['from']}", *(_difference(pair.get(name)) for name in names)]
-                        for pair in pairs
-                    ),
-                ]
-            ),
-            "",
-            "In brackets: 95 % interval (shares: Agresti and Min 2005; losses: ratio estimate). p: McNemar's exact test, how "
-            "often equally good models would differ as much. A star marks p < 0.05, for losses an interval without 0: about "
-            "one in twenty comparisons of equally good models gets one. A dash: not measured, or losses a token of models with "
-            "different tokenizers, which cannot be compared.",
-            "",
-        ]
-    lines += ["## Sample answers", ""]
-    for question, answers in _samples(measured, settings.SHOW):
+
+
+def _differences_section(pairs):
+    if not pairs:
+        return []
+    names = _compared(pairs)
+    rows = [
+        [f"{pair['to']} - {pair['from']}", *(_difference(pair.get(name)) for name in names)] for pair in pairs
+    ]
+    return [
+        "## Differences",
+        "",
+        "Every two models on the same items: `b - a` is the figure of b minus that of a. Shares: above zero is better for b; "
+        "losses: below zero.",
+        "",
+        *_table([["", *(LABELS[name] for name in names)], *rows]),
+        "",
+        "In brackets: 95 % interval (shares: Agresti and Min 2005; losses: ratio estimate). p: McNemar's exact test, how "
+        "often equally good models would differ as much. A star marks p < 0.05, for losses an interval without 0: about "
+        "one in twenty comparisons of equally good models gets one. A dash: not measured, or losses a token of models with "
+        "different tokenizers, which cannot be compared.",
+        "",
+    ]
+
+
+def _samples_section(samples):
+    lines = ["## Sample answers", ""]
+    for question, answers in samples:
         cells = [
-            answer.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
-            for answer in answers.values()
+            text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;") for text in answers.values()
         ]
-        lines += [
-            f"**{question}**",
-            "",
-            f"| {' | '.join(answers)} |",
-            "|---" * len(answers) + "|",
-            f"| {' | '.join(cells)} |",
-            "",
-        ]
+        lines += [f"**{question}**", "", f"| {' | '.join(answers)} |", "|---" * len(answers) + "|"]
+        lines += [f"| {' | '.join(cells)} |", ""]
+    return lines
+
+
+def _method_section(first, settings, left_out):
+    """`first`: the metrics of one model; how many items there were is the same for all."""
     files = [
         ("heldout_loss_n", "held-out answers", settings.EVAL_FILE),
         ("exam_n", "exam questions", settings.EXAM_FILE),
         ("preference_n", "preference pairs", settings.PAIRS_FILE),
         ("general_loss_n", "general questions", settings.GENERAL_FILE),
     ]
+    lines = ["## How it was measured", ""]
     lines += [
-        "## How it was measured",
-        "",
-        *(f"- {first[key]:,} {what} from `{show_path(path)}`" for key, what, path in files if key in first),
-        *(f"- {count:,} rows of the exam file were left out: {reason}" for reason, count in left_out.items()),
+        f"- {first[key]:,} {what} from `{show_path(path)}`" for key, what, path in files if key in first
+    ]
+    lines += [
+        f"- {count:,} rows of the exam file were left out: {reason}" for reason, count in left_out.items()
     ]
     if "answers_n" in first:
         lines += [
             f"- {first['answers_n']:,} answers generated: always the likeliest token, thinking {settings.THINKING}, "
             f"at most {settings.MAX_NEW_TOKENS} tokens each"
         ]
+    if "exam_letter_n" in first:
+        lines += ["- the exam by option letter in float32, whatever the number format of the rest"]
     return lines + [
         "- held-out answers and pairs are those that the conversion kept apart from the training rows",
         "- the scores of every single item are in `comparison/`, one JSON object a line",
@@ -195,45 +202,32 @@ def markdown_lines(models, pairs, measured, settings, device, left_out):
 
 
 def _present(models):
-    return [measure for measure in METRICS if any(measure[0] in figures for figures in models.values())]
+    return [metric for metric in METRICS if any(metric.key in found for found in models.values())]
 
 
-def _figures(models):
-    return _table(
-        [["", *models]]
-        + [
-            [label, *(_figure(figures, key, form) for figures in models.values())]
-            for key, label, form, _ in _present(models)
-        ]
-    )
+def _metrics_table(models):
+    rows = [
+        [metric.label, *(_cell(found, metric) for found in models.values())] for metric in _present(models)
+    ]
+    return _table([["", *models], *rows])
 
 
-def _verdicts(models, pairs):
-    """[("sft against base", "better in ...; worse in ..."), ...]: every model against the first."""
-    base = next(iter(models))
-    return [(f"{pair['to']} against {base}", _verdict(pair)) for pair in pairs if pair["from"] == base]
-
-
-def _figure(figures, key, form):
-    if key not in figures:
+def _cell(found, metric):
+    if metric.key not in found:
         return "-"
-    interval = figures.get(f"{key.removesuffix('_accuracy')}_interval")
-    return form.format(figures[key]) + (
-        f" ({' to '.join(form.format(end).rstrip('%') for end in interval)})" if interval else ""
-    )
+    interval = found.get(f"{metric.key.removesuffix('_accuracy')}_interval")
+    ends = [metric.form.format(end).rstrip("%") for end in interval or []]
+    return metric.form.format(found[metric.key]) + (f" ({' to '.join(ends)})" if ends else "")
 
 
 def _difference(found):
     if not found:
         return "-"
     scale, digits, sign = (100, 1, "%") if "p" in found else (1, 3, "")
-    ends = (
-        " to ".join(f"{scale * end:+.{digits}f}" for end in found["interval"])
-        if found["interval"]
-        else "no interval"
-    )
+    numbers = [f"{scale * value:+.{digits}f}" for value in (found["difference"], *(found["interval"] or []))]
+    ends = " to ".join(numbers[1:]) or "no interval"
     p = f", p {'< 0.001' if found['p'] < 0.001 else format(found['p'], '.3f')}" if "p" in found else ""
-    return f"{scale * found['difference']:+.{digits}f}{sign} ({ends}){p}{' *' if _clear(found) else ''}"
+    return f"{numbers[0]}{sign} ({ends}){p}{' *' if _clear(found) else ''}"
 
 
 def _clear(found):
@@ -247,20 +241,19 @@ def _compared(pairs):
     return [name for name in LABELS if any(name in pair for pair in pairs)]
 
 
+def _verdicts(models, pairs):
+    """[("sft against base", "better in ...; worse in ..."), ...]: every model against the first."""
+    base = next(iter(models))
+    return [(f"{pair['to']} against {base}", _verdict(pair)) for pair in pairs if pair["from"] == base]
+
+
 def _verdict(pair):
-    better, worse, same = [], [], []
+    groups = {"better in": [], "worse in": [], "no clear difference in": []}
     for name in _compared([pair]):
-        rises = pair[name]["difference"] > 0
-        group = same if not _clear(pair[name]) else better if rises != name.endswith("_loss") else worse
-        group.append(LABELS[name])
-    return (
-        "; ".join(
-            f"{word} {', '.join(group)}"
-            for word, group in (("better in", better), ("worse in", worse), ("no clear difference in", same))
-            if group
-        )
-        + "."
-    )
+        better = (pair[name]["difference"] > 0) != name.endswith("_loss")
+        word = "no clear difference in" if not _clear(pair[name]) else "better in" if better else "worse in"
+        groups[word].append(LABELS[name])
+    return "; ".join(f"{word} {', '.join(labels)}" for word, labels in groups.items() if labels) + "."
 
 
 def _table(rows):
@@ -275,23 +268,17 @@ def _table(rows):
 
 def _samples(measured, count):
     """[(question, {"reference" or model name: answer}), ...]: the first held-out and the first general ones, all on one line."""
-    answers = {name: [item for item in items if item["test"] == "answer"] for name, items in measured.items()}
+    answers = {name: results.of("answer") for name, results in measured.items()}
     some = next(iter(answers.values()))
-    picked = [
-        number
-        for about in ("heldout", "general")
-        for number in [number for number, item in enumerate(some) if item["about"] == about][:count]
-    ]
-    return [
-        (
-            _one_line(some[number]["question"]),
-            {
-                "reference": _one_line(some[number]["reference"]),
-                **{name: _one_line(items[number]["answer"]) for name, items in answers.items()},
-            },
-        )
-        for number in picked
-    ]
+    samples = []
+    for about in ("heldout", "general"):
+        for number in [number for number, item in enumerate(some) if item["about"] == about][:count]:
+            texts = {"reference": some[number]["reference"]}
+            texts |= {name: items[number]["answer"] for name, items in answers.items()}
+            samples.append(
+                (_one_line(some[number]["question"]), {name: _one_line(text) for name, text in texts.items()})
+            )
+    return samples
 
 
 def _one_line(text):

@@ -6,8 +6,6 @@ and thinking off (an empty think block ends the prompt). A row with reasoning is
 thinking off; earlier assistant turns carry no think block, as in Qwen3's own rendering of the history.
 """
 
-import re
-
 END_OF_TURN = "<|im_end|>"
 
 
@@ -18,12 +16,17 @@ DECODING = {
 }
 
 
-_DEFAULT_MODE = (
-    "{{%- if enable_thinking is not defined %}}{{%- set enable_thinking = {mode} %}}{{%- endif %}}"
-)
-
-
-_ANY_DEFAULT_MODE = re.compile(re.escape(_DEFAULT_MODE.format(mode="MODE")).replace("MODE", "(?:true|false)"))
+# Put in front of a chat template: the mode that holds where nobody asks for another. llama.cpp's server and mlx-lm ask every
+# template that names enable_thinking for True, so that a model trained with thinking off has to take that for no wish at all;
+# who means it sets force_thinking as well, as encode_prompt does.
+_DEFAULT_MODE = {
+    True: "{%- if enable_thinking is not defined %}{%- set enable_thinking = true %}{%- endif %}",
+    False: "{%- set enable_thinking = force_thinking is defined and force_thinking %}",
+}
+_ANY_DEFAULT_MODE = [
+    *_DEFAULT_MODE.values(),
+    _DEFAULT_MODE[True].replace("true", "false"),
+]  # the last: earlier folders'
 
 
 def encode_prompt(tokenizer, messages, thinking=None):
@@ -31,7 +34,7 @@ def encode_prompt(tokenizer, messages, thinking=None):
 
     `thinking`: True, False, or None for the default of the tokenizer's own template.
     """
-    mode = {} if thinking is None else {"enable_thinking": thinking}
+    mode = {} if thinking is None else {"enable_thinking": thinking, "force_thinking": thinking}
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **mode)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -66,8 +69,9 @@ def encode_turns(tokenizer, messages):
 
 def with_default_mode(template, thinking):
     """The chat template with its default thinking mode set, so that any tool that loads it needs no flag."""
-    template = _ANY_DEFAULT_MODE.sub("", template)
-    return _DEFAULT_MODE.format(mode="true" if thinking else "false") + template
+    for mode in _ANY_DEFAULT_MODE:
+        template = template.replace(mode, "")
+    return _DEFAULT_MODE[thinking] + template
 
 
 def generation_settings(tokenizer, thinking):

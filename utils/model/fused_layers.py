@@ -1,9 +1,8 @@
-"""Qwen3's layers with the same results, but fewer tensors kept for the backward pass and fewer passes over memory.
+"""Qwen3's layers with the same results, fewer tensors kept for the backward pass and fewer passes over memory.
 
-A norm keeps what it normalised, not also what came in; SwiGLU keeps its two inputs and works its inner steps out again.
-Activations shrink by a quarter, which decides how long a row fits into memory. Plain PyTorch on any device. Formulas: RMSNorm,
-Zhang and Sennrich 2019 (arXiv:1910.07467); rotary positions, Su et al. 2021 (arXiv:2104.09864); SwiGLU, Shazeer 2020
-(arXiv:2002.05202).
+A norm keeps what it has normalised and not what came in. SwiGLU keeps its two inputs and computes its inner steps again. Activations
+shrink by a quarter, which decides how long a row fits into memory. Plain PyTorch, for any device. Formulas: RMSNorm, Zhang and
+Sennrich 2019 (arXiv:1910.07467); rotary positions, Su et al. 2021 (arXiv:2104.09864); SwiGLU, Shazeer 2020 (arXiv:2002.05202).
 """
 
 import functools
@@ -12,40 +11,39 @@ import torch
 import torch.nn.functional as F
 
 
-def fuse_layers(model, attention):
-    """Let the layers of `model` (Qwen3ForCausalLM) compute this way. `attention`: a transformers attention function, which gets
-    the keyword arguments that a layer does not use itself."""
+def fuse_layers(model) -> None:
+    """Let the layers of `model` (Qwen3ForCausalLM) compute this way.
+
+    Its forward then needs `attention` (utils.model.attention.Attention) among the keyword arguments for the layers.
+    """
     for layer in model.model.layers:
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            norm.forward = functools.partial(_norm, norm)
-        layer.self_attn.forward = functools.partial(_attention, layer.self_attn, attention)
+            norm.forward = functools.partial(_rms_norm, norm)
+        layer.self_attn.forward = functools.partial(_self_attention, layer.self_attn)
         layer.mlp.forward = functools.partial(_mlp, layer.mlp)
-    model.model.norm.forward = functools.partial(_norm, model.model.norm)
+    model.model.norm.forward = functools.partial(_rms_norm, model.model.norm)
 
 
-def _norm(norm, states):
-    return _Norm.apply(states, norm.weight, norm.variance_epsilon, None, None)
+def _rms_norm(norm, states):
+    return _RMSNorm.apply(states, norm.weight, norm.variance_epsilon, None, None)
 
 
-def _attention(
-    layer, attention, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **given
-):
+def _self_attention(layer, hidden_states, position_embeddings, attention, **unused):
     heads = (*hidden_states.shape[:-1], -1, layer.head_dim)
     query, key, value = (
         project(hidden_states).view(heads) for project in (layer.q_proj, layer.k_proj, layer.v_proj)
     )
-    query = _Norm.apply(query, layer.q_norm.weight, layer.q_norm.variance_epsilon, *position_embeddings)
-    key = _Norm.apply(key, layer.k_norm.weight, layer.k_norm.variance_epsilon, *position_embeddings)
+    query = _RMSNorm.apply(query, layer.q_norm.weight, layer.q_norm.variance_epsilon, *position_embeddings)
+    key = _RMSNorm.apply(key, layer.k_norm.weight, layer.k_norm.variance_epsilon, *position_embeddings)
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))
-    output, _ = attention(layer, query, key, value, attention_mask, scaling=layer.scaling, **given)
-    return layer.o_proj(output.flatten(2)), None
+    return layer.o_proj(attention(query, key, value, layer.scaling).flatten(2)), None
 
 
 def _mlp(mlp, states):
     return mlp.down_proj(_SwiGLU.apply(mlp.gate_proj(states), mlp.up_proj(states)))
 
 
-class _Norm(torch.autograd.Function):
+class _RMSNorm(torch.autograd.Function):
     """RMSNorm over the last dimension; with cos, sin (1, T, head_dim) of states (1, T, heads, head_dim), rotated after it."""
 
     @staticmethod
@@ -63,7 +61,7 @@ class _Norm(torch.autograd.Function):
         if cos is not None:
             upstream = _rotate(upstream, cos, -sin)  # back again
         both = (upstream * normed).flatten(0, -2)
-        # d normed = upstream x weight; what of it lies along `normed` changes only the length, which the norm takes away
+        # Only the part of the gradient at right angles to `normed` counts: the norm cancels any change of length.
         along = (both @ weight / weight.shape[0]).view(factor.shape)
         gradient = (upstream * weight).addcmul_(normed, along, value=-1).mul_(factor)
         return gradient, both.sum(0) if ctx.needs_input_grad[1] else None, None, None, None

@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 
-from utils.model.lm_head import dtypes
+from utils.model.lm_head import matmul_dtype
 
 
 def add_lora(model, settings):
@@ -45,7 +45,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, weight, down, up, scaling):
-        dtype, _ = dtypes(states)
+        dtype = matmul_dtype(states)
         ctx.shape, ctx.dtype, ctx.scaling = states.shape, states.dtype, scaling
         states, weight, down, up = (given.to(dtype) for given in (states.flatten(0, -2), weight, down, up))
         small = states @ down.T

@@ -1,4 +1,4 @@
-"""What makes packed training exact and cheap: attention within each document, and an LM head on trained positions only.
+"""The forward pass over packed rows: attention within each document, hidden states of the trained positions only.
 
 `prepare_packed(model)` changes how a Qwen3 model computes while it trains; its weights and what it saves stay as they are.
 """
@@ -7,42 +7,53 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from utils.model.attention import document_attention
+from utils.model.attention import plan_attention
 from utils.model.fused_layers import fuse_layers
-from utils.model.packing import IGNORED
+from utils.model.lm_head import matmul_dtype
 
-AttentionInterface.register("document_attention", document_attention)
+
+def packed_attention(module, query, key, value, attention_mask, scaling, attention, **unset):
+    """transformers' form of an attention function, for the `attention` that this forward pass has planned."""
+    return attention(query, key, value, scaling), None
+
+
+AttentionInterface.register("packed_attention", packed_attention)
 
 
 def prepare_packed(model):
-    """Let `model` (Qwen3ForCausalLM) take the batches of utils.packing.collate and return the hidden states that count.
+    """Let `model` (Qwen3ForCausalLM) take the inputs that utils.model.packing.collate makes, and return it.
 
-    Its forward then gives a (N, hidden) tensor: the final hidden states of the N positions that have a label. The LM head
-    is left to the loss, which sees only those. Call it before an adapter is put on.
+    Its forward then gives the final hidden states (N, hidden) of the N positions that have a label. The LM head is left to
+    the loss, which sees only those. Call it before an adapter is put on.
     """
-    model.set_attn_implementation("document_attention")  # for which transformers builds no mask
-    fuse_layers(model, document_attention)
+    model.set_attn_implementation("packed_attention")  # for which transformers builds no mask
+    fuse_layers(model)
 
-    def forward(input_ids, position_ids, shift_labels, layout, **unset):  # PEFT adds arguments that are None
-        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        if embedding is head and head.requires_grad and head.device.type == "cpu":
-            given = {"inputs_embeds": _TiedEmbedding.apply(embedding, input_ids)}
-        else:
-            given = {"input_ids": input_ids}
-        hidden = model.model(
-            **given, position_ids=position_ids, layout=layout, use_cache=False
+    def forward(
+        input_ids, position_ids, label_positions, layout, row_length, **unset
+    ):  # PEFT adds arguments that are None
+        embedded = _embed(model, input_ids)
+        attention = plan_attention(layout, row_length, input_ids.device, matmul_dtype(embedded))
+        states = model.model(
+            inputs_embeds=embedded, position_ids=position_ids, attention=attention, use_cache=False
         ).last_hidden_state
-        return hidden[shift_labels != IGNORED]
+        return states[0].index_select(0, label_positions)
 
     model.forward = forward
     return model
 
 
+def _embed(model, input_ids):
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding.weight is head.weight and head.weight.requires_grad and head.weight.device.type == "cpu":
+        return _TiedEmbedding.apply(embedding.weight, input_ids)
+    return embedding(input_ids)
+
+
 class _TiedEmbedding(torch.autograd.Function):
     """Embedding of ids (1, T) whose gradient names only the T rows of `weight` (V, H) that it touches.
 
-    The LM head's gradient of the same weight is there first, and autograd adds these rows to it in place. The usual gradient
-    is a second matrix of 0.6 GB, nearly all zeros, to be filled and added in every step.
+    The usual gradient is a second matrix of 0.6 GB, nearly all zeros, beside the LM head's gradient of the same weight.
     """
 
     @staticmethod

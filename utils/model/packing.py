@@ -1,30 +1,68 @@
 """Packing: many short documents in one row of tokens, without padding and without one seeing another.
 
 A *document* is one sequence (a prompt and its answer). An *item* is what must stay together: one document for SFT, the
-chosen and the rejected one for DPO, the options of an exam question. Documents of an item that answer the same prompt
-share its tokens: a *tree*, whose branches see the prompt and themselves, not one another. Items are packed into rows of at
-most `max_length` tokens once, before training, so that every epoch costs the same and a resumed run finds the same rows; the
-trainer shuffles rows, never their content.
+chosen and the rejected one for DPO, the options of an exam question. The documents of an item that answer the same prompt
+form one *shared-prefix group*: its branches see the prompt and themselves, not one another. Items are packed once, before
+training, into rows of at most `max_length` tokens, so that every epoch costs the same and a resumed run finds the same rows.
+The trainer shuffles rows, never their content.
 """
 
 import random
+from collections.abc import Iterator, Sequence
+from typing import NotRequired, TypedDict
 
 import torch
 
 from utils.errors import UserError
 
-IGNORED = -100  # label of a position that is not trained, as everywhere in PyTorch
+Document = tuple[list[int], list[int]]  # token ids of a prompt and of its answer
+GroupShape = tuple[int, ...]  # tokens of a group's shared prefix, then tokens of each of its branches
 
 
-def pack(lengths, max_length, seed=0):
-    """Pack item `lengths` (list of int, each at most max_length) into rows; return a list of lists of item indices.
+class Item(TypedDict):
+    """What must stay together in a row. Numbers for the loss, such as "reference_chosen", may stand beside these fields."""
+
+    documents: list[Document]
+    id: NotRequired[str]  # for messages
+
+
+class PackedBatch(TypedDict):
+    """The rows of one forward pass, joined into one sequence of T tokens with N labels. Further numbers of the items, such as
+    "reference_chosen", are there under their own names as float32 tensors (items,)."""
+
+    input_ids: torch.Tensor  # (1, T) int64
+    position_ids: torch.Tensor  # (1, T) int64, from 0 in each document
+    label_positions: torch.Tensor  # (N,) int64: the positions that predict a trained token
+    layout: list[GroupShape]  # the groups in the order in which they stand, T tokens together
+    row_length: int  # of rows padded to one length; 0 where they are joined without padding
+    targets: torch.Tensor  # (N,) int64: the tokens to predict there
+    label_documents: (
+        torch.Tensor
+    )  # (N,) int64: the document of each label, counted through the items in their order
+    ids: list[str | None]
+
+
+INPUTS = (
+    "input_ids",
+    "position_ids",
+    "label_positions",
+    "layout",
+    "row_length",
+)  # what the model's forward takes
+
+
+def pack(lengths: Sequence[int], max_length: int, seed: int = 0) -> list[list[int]]:
+    """Pack items of these lengths (tokens, each at most max_length) into rows; return the rows as lists of item indices.
 
     The items come in a random order that `seed` fixes, each goes to the fullest row that still holds it. Packing the longest
-    first would fill a little better, but makes rows of items of one length, which is one kind: such steps pull the model
-    to and fro, and it learns far less from the same tokens. The cost is O(items x max_length) at the very worst.
+    first would fill a little better, but it makes rows of items of one length, which is one kind: the model learns far less
+    from the same tokens. The cost is O(items x max_length) at the very worst.
     """
     order = random.Random(seed).sample(range(len(lengths)), len(lengths))
-    rows, with_space = [], [[] for _ in range(max_length + 1)]  # with_space[s]: rows that have s tokens left
+    rows: list[list[int]] = []
+    with_space: list[list[int]] = [
+        [] for _ in range(max_length + 1)
+    ]  # with_space[s]: rows that have s tokens left
     for index in order:
         space = next((s for s in range(lengths[index], max_length + 1) if with_space[s]), None)
         if space is None:
@@ -38,28 +76,28 @@ def pack(lengths, max_length, seed=0):
 
 
 class PackedRows(torch.utils.data.Dataset):
-    """Rows of packed items. `items`: dicts with "documents", a list of (prompt_ids, answer_ids), and what else they carry:
-    an "id" for messages, numbers for the loss.
+    """Rows of packed items; an element is the list of items of one row.
 
-    An element is the list of items of one row. `tokens` and `trained_tokens` count over all documents, each by itself.
+    `tokens` and `trained_tokens` count over all documents, each by itself.
     """
 
-    def __init__(self, items, max_length):
-        lengths = [item_length(item) for item in items]
-        self.items = items
-        self.rows = pack(lengths, max_length)
+    def __init__(self, items: list[Item], max_length: int):
+        self.items, self.max_length = items, max_length
+        self.rows = pack([item_length(item) for item in items], max_length)
         self.tokens = sum(len(prompt) + len(answer) for item in items for prompt, answer in item["documents"])
         self.trained_tokens = sum(len(answer) for item in items for _, answer in item["documents"])
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> list[Item]:
         return [self.items[item] for item in self.rows[index]]
 
-    def even_out(self, count):
-        """Split the rows of most items until the number of rows is a multiple of `count`, as many processes need: the libraries
-        would fill up by giving some rows twice. UserError where there are not as many items."""
+    def even_out(self, count: int) -> None:
+        """Split the rows of most items until the number of rows is a multiple of `count`, as several processes need.
+
+        The libraries would give some rows to two processes otherwise. UserError where there are not as many items.
+        """
         while len(self.rows) % count:
             row = max(self.rows, key=len)
             if len(row) == 1:
@@ -69,79 +107,87 @@ class PackedRows(torch.utils.data.Dataset):
             self.rows.append(row[len(row) // 2 :])
             del row[len(row) // 2 :]
 
-    def fullest(self, count):
-        """Tokens of the `count` fullest rows together: the most that a step of `count` rows can hold."""
+    def fullest(self, count: int) -> int:
+        """Tokens of the `count` fullest rows together: the most that a batch of `count` rows can hold."""
         return sum(sorted((sum(map(item_length, row)) for row in self), reverse=True)[:count])
 
 
-def shared_prefix_groups(item):
-    """The item's documents as [(shared, [(rest of the prompt, answer), ...]), ...], in their order.
+def shared_prefix_groups(item: Item) -> Iterator[tuple[list[int], list[Document]]]:
+    """The item's documents as (shared ids, [(rest of the prompt, answer), ...]), in their order.
 
     Where all have the same prompt, all but its last token is shared: the last one predicts another token in each branch.
     """
     documents = item["documents"]
     prompt = documents[0][0]
     if len(documents) > 1 and all(other == prompt for other, _ in documents):
-        return [(prompt[:-1], [(prompt[-1:], answer) for _, answer in documents])]
-    return [([], [document]) for document in documents]
+        yield prompt[:-1], [(prompt[-1:], answer) for _, answer in documents]
+    else:
+        yield from (([], [document]) for document in documents)
 
 
-def item_length(item):
+def item_length(item: Item) -> int:
     """Tokens that an item takes in a row. The last token of an answer predicts nothing, and is not fed."""
-    return sum(
-        len(shared) + sum(len(rest) + len(answer) - 1 for rest, answer in branches)
-        for shared, branches in shared_prefix_groups(item)
-    )
+    return sum(sum(_shape(shared, branches)) for shared, branches in shared_prefix_groups(item))
 
 
-def collate(rows):
-    """Join the rows of one step into one sequence of T tokens.
+def _shape(shared: list[int], branches: list[Document]) -> GroupShape:
+    return (len(shared), *(len(rest) + len(answer) - 1 for rest, answer in branches))
 
-    Trees stand in order of their shape, so that attention can take those of one shape together. Returns a dict:
-    input_ids, position_ids, shift_labels: (1, T) int64. Positions start at 0 in each document. shift_labels[t] is the token to
-    predict AT position t, for the last position of a prompt and those of its answer, and IGNORED elsewhere.
-    layout: a tuple (shared tokens, tokens of each branch ...) for each tree, sum T. label_documents: (N,) int64, for each of
-    the N labels the number of its document, counted through the items in their order. ids: list of the items' ids.
-    Numbers that items carry beside these are joined under their own names as float32 tensors.
+
+def collate(rows: list[list[Item]], row_length: int = 0) -> PackedBatch:
+    """Join the rows of one forward pass into one sequence.
+
+    Groups stand in order of their shape, so that attention can take those of one shape together. With `row_length` (tokens)
+    every row is padded to it, for devices that want one shape in every step; a row's groups stay inside the row then.
     """
+    numbered, number = [], 0  # rows of (shape, number of the group's first document, shared ids, branches)
+    for row in rows:
+        groups = []
+        for item in row:
+            for shared, branches in shared_prefix_groups(item):
+                groups.append((_shape(shared, branches), number, shared, branches))
+                number += len(branches)
+        numbered.append(groups)
+    if not row_length:
+        numbered = [[group for groups in numbered for group in groups]]
+    ids: list[int] = []
+    positions: list[int] = []
+    label_positions: list[int] = []
+    targets: list[int] = []
+    label_documents: list[int] = []
+    layout: list[GroupShape] = []
+    for groups in numbered:
+        for shape, first, shared, branches in sorted(groups, key=lambda group: group[:2]):
+            layout.append(shape)
+            ids += shared
+            positions += range(len(shared))
+            for document, (rest, answer) in enumerate(branches, first):
+                label_positions += range(len(ids) + len(rest) - 1, len(ids) + len(rest) + len(answer) - 1)
+                positions += range(len(shared), len(shared) + len(rest) + len(answer) - 1)
+                ids += rest + answer[:-1]
+                targets += answer
+                label_documents += [document] * len(answer)
+        if padding := -len(ids) % row_length if row_length else 0:
+            layout.append((padding,))  # a group of its own: it sees only itself
+            ids += [0] * padding
+            positions += range(padding)
     items = [item for row in rows for item in row]
-    forest, number = [], 0
-    for item in items:
-        for shared, branches in shared_prefix_groups(item):
-            shape = (len(shared), *(len(rest) + len(answer) - 1 for rest, answer in branches))
-            forest.append((shape, number, shared, branches))
-            number += len(branches)
-    forest.sort(key=lambda tree: tree[:2])
-    ids, positions, labels, label_documents = [], [], [], []
-    for _, number, shared, branches in forest:
-        ids += shared
-        positions += range(len(shared))
-        labels += [IGNORED] * len(shared)
-        for branch, (rest, answer) in enumerate(branches):
-            ids += rest + answer[:-1]
-            positions += range(len(shared), len(shared) + len(rest) + len(answer) - 1)
-            labels += [IGNORED] * (len(rest) - 1) + answer
-            label_documents += [number + branch] * len(answer)
-    batch = {
-        "input_ids": torch.tensor([ids]),
-        "position_ids": torch.tensor([positions]),
-        "shift_labels": torch.tensor([labels]),
-        "layout": [shape for shape, *_ in forest],
-        "label_documents": torch.tensor(label_documents),
-        "ids": [item.get("id") for item in items],
-    }
-    for name in items[0]:
-        if name not in ("id", "documents"):
-            batch[name] = torch.tensor([item[name] for item in items], dtype=torch.float32)
-    return batch
-
-
-def split_batch(batch):
-    """(what the model's forward takes, the N targets as (N,) int64, the rest) of a batch that `collate` made."""
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "shift_labels", "layout")}
-    labels = batch["shift_labels"]
-    return (
-        inputs,
-        labels[labels != IGNORED],
-        {name: value for name, value in batch.items() if name not in inputs},
+    batch = PackedBatch(
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([positions]),
+        label_positions=torch.tensor(label_positions),
+        layout=layout,
+        row_length=row_length,
+        targets=torch.tensor(targets),
+        label_documents=torch.tensor(label_documents),
+        ids=[item.get("id") for item in items],
     )
+    numbers = [name for name in items[0] if name not in ("id", "documents")]
+    return batch | {
+        name: torch.tensor([item[name] for item in items], dtype=torch.float32) for name in numbers
+    }
+
+
+def model_inputs(batch: PackedBatch) -> dict:
+    """What the forward of a model takes that `prepare_packed` has prepared."""
+    return {name: batch[name] for name in INPUTS}

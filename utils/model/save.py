@@ -1,5 +1,8 @@
 """Save a model folder: weights, decoding settings, tokenizer, and the thinking mode it was trained in."""
 
+from pathlib import Path
+
+from utils.files import read_json, write_json
 from utils.model.chat_format import generation_settings, with_default_mode
 
 
@@ -19,6 +22,34 @@ def save_model(model, tokenizer, folder):
     model.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)  # an adapter's save_pretrained leaves it out
     tokenizer.save_pretrained(folder)
+    write_config_for_other_tools(Path(folder))
+
+
+def write_config_for_other_tools(folder: Path) -> None:
+    """Make a folder that transformers 5 saved readable for transformers 4 too, and for what is built on either.
+
+    config.json gets the RoPE base where 4.x looks for it: without it, 4.57 computes with 10,000 and says nothing. The
+    tokenizer gets a class that both know. It is not Qwen2Tokenizer, with which 5.x would ignore how tokenizer.json splits words.
+    PEFT's README.md, a form to fill in with a path of this machine, is removed.
+    """
+    if (folder / "config.json").is_file():
+        config = read_json(folder / "config.json")
+        rope = dict(config["rope_parameters"])
+        config["rope_theta"] = rope.pop("rope_theta")
+        config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+        write_json(folder / "config.json", config)
+    config = read_json(folder / "tokenizer_config.json")
+    if config["tokenizer_class"] == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config["model_input_names"] = ["input_ids", "attention_mask"]
+    for name in ("backend", "is_local", "local_files_only"):
+        config.pop(name, None)
+    if isinstance(
+        config.get("extra_special_tokens"), list
+    ):  # the name that 4.x has for such a list, and 5.x takes
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    write_json(folder / "tokenizer_config.json", config)
+    (folder / "README.md").unlink(missing_ok=True)
 
 
 def save_adapter_and_merged(model, tokenizer, folder):

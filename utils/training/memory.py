@@ -9,7 +9,7 @@ import torch
 from utils.errors import UserError
 from utils.files import show_path
 from utils.model.lm_head import CHUNK
-from utils.model.packing import collate, split_batch
+from utils.model.packing import collate, model_inputs
 from utils.text import format_bytes
 
 PROBE_TOKENS = 64  # enough to count what a token costs, cheap enough to compute anywhere
@@ -95,7 +95,7 @@ def bytes_per_token(model, args):
         return tensor
 
     item = {"documents": [([0] * (PROBE_TOKENS - 1), [0])]}
-    inputs, _, _ = split_batch(collate([[item]]))
+    inputs = model_inputs(collate([[item]]))
     inputs = {
         name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()
     }

@@ -1,0 +1,228 @@
+"""The project's commands for any machine: the environment, the demo, the tests. With make, `make demo` is the same.
+
+    python3.11 tasks.py demo        (in PowerShell: py -3.11 tasks.py demo)
+
+Needs nothing but Python. The commands make the environment .venv where it is missing, and run in it: nothing has to be
+activated. `python3.11 tasks.py help` lists them.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+OLDEST_PYTHON = (3, 11)  # numpy and others in requirements.txt need it
+VENV = ROOT / ".venv"
+PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+INSTALLED = VENV / ".installed"  # a copy of the requirements.txt that the environment was made from
+
+# ---- The demo: what a user would type, one command after another
+TINY = "model_download/tiny_qwen3_tcm"
+DEMO = "trainer_output/demo"
+DATA = DEMO + "/qwen3"
+# A model of 3.7 M parameters takes far larger rates than one of 0.6 B, and shorter rows.
+SMALL = "--max-length 512 --batch-size 2 --accumulation 1"
+QUESTION = "麻黄的药性是什么？"
+INTRODUCTION = f"""\
+This demo fine-tunes a tiny Qwen3 of 3.7 M parameters, pre-trained on the built-in sample, not Qwen3-0.6B: the same
+scripts, the same steps, minutes instead of hours. Everything lands in {DEMO}/."""
+STEPS = [
+    (
+        "the built-in TCM sample, as if downloaded",
+        f"data_prepare/download_tcm_data.py --dataset sample --output-dir {DEMO}/raw",
+    ),
+    (
+        "convert it to Qwen3's chat format",
+        f"data_prepare/convert_to_qwen3_format.py --input-files {DEMO}/raw --output-dir {DATA} --tokenizer-model {TINY}",
+    ),
+    (
+        "full fine-tuning (SFT)",
+        f"model_finetune/finetune_sft.py --model {TINY} --train-file {DATA}/sft_train.jsonl --eval-file {DATA}/sft_eval.jsonl"
+        f" --output-dir {DEMO}/sft_finetuned {SMALL} --epochs 1 --max-steps 160 --learning-rate 5e-4 --eval-rows 200",
+    ),
+    (
+        "LoRA fine-tuning of the same base",
+        f"model_finetune/finetune_lora.py --model {TINY} --train-file {DATA}/sft_train.jsonl --eval-file {DATA}/sft_eval.jsonl"
+        f" --output-dir {DEMO}/lora_finetuned {SMALL} --epochs 1 --max-steps 160 --learning-rate 2e-3 --eval-rows 200",
+    ),
+    (
+        "preference pairs from the same rows",
+        f"data_prepare/build_preference_pairs.py --input-dir {DATA} --output-dir {DATA} --max-train 1200 --max-eval 600",
+    ),
+    (
+        "DPO, from the SFT result",
+        f"model_finetune/finetune_dpo.py --model {DEMO}/sft_finetuned --train-file {DATA}/dpo_train.jsonl"
+        f" --eval-file {DATA}/dpo_eval.jsonl --output-dir {DEMO}/dpo_finetuned {SMALL} --learning-rate 1e-4 --sft-weight 1",
+    ),
+    (
+        "compare them on held-out herbs, formulas, points and syndromes",
+        f"model_finetune/compare_models.py --models {TINY} {DEMO}/sft_finetuned {DEMO}/lora_finetuned {DEMO}/dpo_finetuned"
+        f" --eval-file {DATA}/sft_eval.jsonl --exam-file {DATA}/exam.jsonl --pairs-file {DATA}/dpo_eval.jsonl"
+        f" --output-dir {DEMO} --eval-rows 300 --letter-rows 40",
+    ),
+    (
+        f"ask the result a question\n> {QUESTION}",
+        f"model_download/load_local_model.py {DEMO}/dpo_finetuned --prompt {QUESTION} --greedy",
+    ),
+]
+
+
+def demo() -> None:
+    """Go the whole way on the built-in sample and the tiny base model: minutes, offline after the installation."""
+    install()
+    began = time.monotonic()
+    print(INTRODUCTION)
+    for number, (title, command) in enumerate(STEPS, start=1):
+        print(f"\n== {number}/{len(STEPS) + 1} {title}")
+        run(PYTHON, *command.split())
+    print(f"\n== {len(STEPS) + 1}/{len(STEPS) + 1} done in {time.monotonic() - began:.0f} s. Look at:")
+    for pattern in ("*/loss_curve.png", "comparison.png", "comparison.md"):
+        for path in sorted((ROOT / DEMO).glob(pattern)):
+            print(path.relative_to(ROOT))
+    print(f"Chat: {PYTHON.relative_to(ROOT)} model_download/load_local_model.py {DEMO}/dpo_finetuned")
+
+
+def demo_clean() -> None:
+    """Remove the demo's results, so that the next demo trains again."""
+    remove(ROOT / DEMO)
+
+
+# Tests of one file stay on one core: many share a model that takes seconds to make.
+PYTEST = "-m pytest -q -n 2 --dist loadfile --no-loadscope-reorder".split()
+
+
+def test() -> None:
+    """Run all tests: minutes."""
+    install()
+    run(PYTHON, *PYTEST)
+
+
+def test_fast() -> None:
+    """Run the tests that take under a minute together."""
+    install()
+    run(PYTHON, *PYTEST, "-m", "not slow")
+
+
+def lint() -> None:
+    """Check style and formatting with ruff."""
+    install()
+    run(PYTHON, "-m", "ruff", "check", ".")
+    run(PYTHON, "-m", "ruff", "format", "--check", "--quiet", ".")
+
+
+def bench() -> None:
+    """Time training against TRL on Qwen3-0.6B's shape: under two hours on 2 cores with nothing else running."""
+    install()
+    run(PYTHON, "tests/benchmarks/bench_training.py")
+
+
+def sample() -> None:
+    """Make the built-in sample again from its fact tables."""
+    install()
+    run(PYTHON, "data_prepare/sample/make_sample.py")
+
+
+def tiny() -> None:
+    """Make the sample, and pre-train the tiny base model again: under 40 minutes on 2 cores."""
+    sample()
+    run(PYTHON, "model_download/pretrain_tiny_model.py")
+
+
+def clean() -> None:
+    """Remove the environment and all caches, not the models that you trained."""
+    remove(VENV)
+    for name in ("__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache"):
+        for path in list(ROOT.rglob(name)):
+            remove(path)
+
+
+def install() -> None:
+    """Make the environment (.venv) and nothing else."""
+    wanted = (ROOT / "requirements.txt").read_bytes()
+    if PYTHON.exists() and INSTALLED.exists() and INSTALLED.read_bytes() == wanted:
+        return
+    if sys.version_info < OLDEST_PYTHON:  # pip's own message would name torch instead
+        better = "py -3.11 tasks.py" if os.name == "nt" else "python3.11 tasks.py, or make PYTHON=python3.11"
+        refuse("Python {}.{}, wanted {}.{} or newer: ".format(*sys.version_info[:2], *OLDEST_PYTHON) + better)
+    print("installing the packages of requirements.txt into .venv: some minutes, once")
+    if not has_pip():
+        run(sys.executable, "-m", "venv", "--clear", VENV)
+    run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", "requirements.txt")
+    run(PYTHON, "-m", "pip", "check")
+    INSTALLED.write_bytes(wanted)
+
+
+def has_pip() -> bool:
+    """Whether the environment is one that packages can be installed in, not one left half made."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return PYTHON.exists() and subprocess.call([str(PYTHON), "-m", "pip", "--version"], **quiet) == 0
+
+
+def run(*words: object) -> None:
+    """Run a program in the repository. Where it fails or Ctrl-C stops it, end with its exit code."""
+    sys.stdout.flush()
+    program = subprocess.Popen([str(word) for word in words], cwd=str(ROOT))
+    code, stopped = None, False
+    while code is None:
+        try:
+            code = program.wait()
+        except KeyboardInterrupt:  # the terminal told the program, too: it ends in its own way
+            stopped = True
+    if code or stopped:
+        sys.exit(128 - code if code < 0 else code or 130)  # below 0: ended by that signal
+
+
+def remove(path: Path) -> None:
+    if path.exists():
+        try:
+            shutil.rmtree(str(path))
+        except OSError as error:
+            refuse(
+                f"{error.filename} cannot be removed ({error.strerror}); close the program that uses it", 1
+            )
+
+
+def show_help() -> None:
+    """List the commands."""
+    print("python3.11 tasks.py COMMAND, on Windows py -3.11 tasks.py COMMAND, or make COMMAND:\n")
+    for name, task in TASKS.items():
+        print(f"{name:11s} {task.__doc__}")
+
+
+def refuse(message: str, code: int = 2) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+TASKS = {
+    "help": show_help,
+    "install": install,
+    "demo": demo,
+    "demo-clean": demo_clean,
+    "test": test,
+    "test-fast": test_fast,
+    "lint": lint,
+    "bench": bench,
+    "sample": sample,
+    "tiny": tiny,
+    "clean": clean,
+}
+
+
+def main(names: list) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")  # a pipe on Windows may not hold Chinese
+    if [name for name in names if name not in TASKS]:
+        refuse(f"unknown command in {' '.join(names)!r}; wanted one of: {', '.join(TASKS)}")
+    try:
+        for name in names or ["help"]:
+            TASKS[name]()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,120 @@
+"""Files of every kind and encoding give their rows, and what is damaged in them is told with its line."""
+
+import csv
+import json
+
+import pytest
+from data_rows import BAD, RAW
+
+from utils.data.readers import Source, batches, detect_encoding
+
+SCRIPT = "data_prepare/convert_to_qwen3_format.py"
+
+
+def test_torture_file(tmp_path, convert):
+    bad = RAW + [(json.dumps(row).encode(), reason) for row, reason in BAD]
+    good = json.dumps({"query": "麻黄的功效是什么？", "response": "发汗解表。"}, ensure_ascii=False).encode()
+    lines = [line for line, _ in bad]
+    path = tmp_path / "torture.jsonl"
+    path.write_bytes(
+        b"\xef\xbb\xbf" + good + b"\r\n\r\n   \n" + b"\n".join(lines) + b"\r\n" + good + b"\n" + good[:-9]
+    )
+    found = convert(path)
+    wanted = [(number, reason) for number, (_, reason) in enumerate(bad, 4)]
+    wanted += [
+        (len(bad) + 4, "exact duplicate"),
+        (len(bad) + 5, "undecodable bytes" if good[:-9][-1] > 127 else "not JSON"),
+    ]
+    ledger = sorted((row["line"], row["reason"]) for row in found["set_aside"])
+    assert len(bad) >= 60 and ledger == wanted
+    assert [row["messages"][0]["content"] for row in found["sft_train"] + found["sft_eval"]] == [
+        "麻黄的功效是什么？"
+    ]
+    assert all(
+        row["file"] == "torture.jsonl" and row["row"] is not None or row["line"] == 7
+        for row in found["set_aside"]
+    )
+    assert {row["line"]: row for row in found["set_aside"]}[len(bad) + 4]["detail"] == "of torture.jsonl:1"
+
+
+@pytest.mark.parametrize(
+    "name, encoding, label",
+    [
+        ("a.jsonl", "utf-8", "utf-8"),
+        ("a.jsonl", "utf-8-sig", "utf-8-sig"),
+        ("a.jsonl", "gb18030", "gb18030"),
+        ("a.json", "gb18030", "gb18030"),
+        ("a.csv", "gb18030", "gb18030"),
+        ("a.tsv", "utf-8-sig", "utf-8-sig"),
+        ("a.csv", "utf-8", "utf-8"),
+        ("a.json", "utf-8-sig", "utf-8-sig"),
+        ("lines.json", "utf-8", "utf-8"),
+        ("a.parquet", None, "parquet"),
+    ],
+)
+def test_file_kinds_and_encodings(tmp_path, convert, name, encoding, label):
+    rows = [
+        {"query": f'第{number}味药的功效，"是什么"？', "response": f"功效，{number}。\n第二行"}
+        for number in range(30)
+    ]
+    path = tmp_path / name
+    if name.startswith("lines") or name.endswith(".jsonl"):
+        path.write_bytes("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode(encoding))
+    elif name.endswith(".json"):
+        path.write_bytes(json.dumps(rows, ensure_ascii=False, indent=1).encode(encoding))
+    elif name.endswith(".parquet"):
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        with open(path, "w", encoding=encoding, newline="") as file:
+            table = csv.DictWriter(
+                file, ["query", "response"], delimiter="\t" if name.endswith(".tsv") else ","
+            )
+            table.writeheader()
+            table.writerows(rows)
+    found = convert(path)
+    answers = {row["messages"][1]["content"] for row in found["sft_train"] + found["sft_eval"]}
+    assert answers == {row["response"] for row in rows} and not found["set_aside"]
+    assert found["report"]["files"][0]["encoding"] == label
+
+
+def test_array_goes_on_after_a_damaged_element(tmp_path, convert, monkeypatch):
+    from utils.data import readers
+
+    monkeypatch.setattr(readers, "BLOCK", 50)  # every element crosses a border
+    rows = [
+        json.dumps({"query": f"问题{number}", "response": "答" * number}, ensure_ascii=False)
+        for number in range(1, 20)
+    ]
+    rows[5] = '{"query": "坏" "response": "x"}'
+    path = tmp_path / "a.json"
+    path.write_text("[\n" + ",\n".join(rows) + ',\n{"query": "断', encoding="utf-8")
+    found = convert(path)
+    assert sorted((row["line"], row["reason"]) for row in found["set_aside"]) == [
+        (7, "not JSON"),
+        (21, "not JSON"),
+    ]
+    assert sorted(int(row["source"].split(":")[1]) for row in found["sft_train"] + found["sft_eval"]) == [
+        line for line in range(2, 21) if line != 7
+    ]
+
+
+def test_table_rows_that_are_none(tmp_path, convert):
+    path = tmp_path / "a.csv"
+    path.write_bytes('query,response\n问,答\n只有一格\n一,二,三\n\n"多\n行",答二\n'.encode() + b"\xff,x\n")
+    found = convert(path)
+    assert [(row["line"], row["reason"]) for row in found["set_aside"]] == [
+        (3, "not a table row"),
+        (4, "not a table row"),
+        (8, "undecodable bytes"),
+    ]
+    assert {row["source"] for row in found["sft_train"] + found["sft_eval"]} == {"a.csv:2", "a.csv:6"}
+
+
+def test_encoding_of_a_damaged_utf8_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(["麻黄汤".encode()] * 5 + ["麻黄".encode("gb18030")] * 3 + [b"\xff"]))
+    assert detect_encoding(path) == "utf-8"
+    assert sum(len(batch) for _, batch in batches([Source(path, "utf-8")])) == 9

@@ -1,0 +1,139 @@
+"""Exams: choices agree with a plain transformers loop, letters are not favoured, files are read as they are."""
+
+import pytest
+from conftest import ROOT
+from evaluation_files import CPU, EXAM, alone, letters_alone, load_packed, load_plain, prompt_of
+from tiny_model import make_tiny_model
+from transformers import AutoTokenizer
+
+from utils.errors import UserError
+from utils.evaluation import exams
+from utils.evaluation.exams import read_exam
+from utils.files import read_jsonl, write_json, write_jsonl
+
+SAMPLE, TINY = ROOT / "data_prepare/sample", ROOT / "model_download/tiny_qwen3_tcm"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.mark.slow
+def test_letter_choices_equal_a_plain_loop_on_100_items():
+    tokenizer, model = load_plain(TINY)
+    exam = list(read_jsonl(SAMPLE / "tcm_exam.jsonl"))[::6][:100]
+    choices = exams.choices_by_letter(load_packed(TINY), tokenizer, exam, CPU)
+    assert len(choices) == 100
+    for item, (choice, scores, rotations) in zip(exam, choices):
+        expected = letters_alone(tokenizer, model, item)
+        assert [pytest.approx(rotation, abs=1e-3) for rotation in expected] == rotations
+        means = {letter: sum(rotation[letter] for rotation in expected) / 4 for letter in "ABCD"}
+        assert scores == pytest.approx(means, abs=1e-3) and choice == max(means, key=means.get)
+    assert len({choice for choice, _, _ in choices}) > 1
+
+
+def test_text_choices_equal_a_plain_loop(folder):
+    tokenizer, model = load_plain(folder)
+    for item, (choice, scores) in zip(EXAM, exams.choices_by_text(load_packed(folder), tokenizer, EXAM, CPU)):
+        prompt = prompt_of(tokenizer, f"{item['question']}\n请只写出答案。")
+        expected = {
+            letter: alone(model, prompt, tokenizer(text)["input_ids"]) / len(text)
+            for letter, text in item["options"].items()
+        }
+        assert scores == pytest.approx(expected, abs=1e-4)
+        assert choice == max(expected, key=expected.get)
+
+
+@pytest.mark.parametrize("favourite", "ABCDE")
+def test_a_favourite_letter_gains_nothing(folder, monkeypatch, favourite):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    exam = [
+        {**EXAM[0], "options": {"A": "温", "B": "大寒", "C": "平"}},
+        {**EXAM[1], "options": {**EXAM[1]["options"], "E": "凉"}},
+    ]
+
+    def biased(model, prompts, tokens, device, watch):
+        """Finds 大寒 a little likelier than the rest, and one letter much likelier than the others."""
+        letters = tokenizer.convert_ids_to_tokens(tokens)
+        assert letters == list("ABCDE")
+        return [
+            [
+                (5 if letter == favourite else 0) + (1 if f"\n{letter}. 大寒" in text else 0)
+                for letter in letters
+            ]
+            for text in tokenizer.batch_decode(prompts)
+        ]
+
+    monkeypatch.setattr(exams, "next_token_logps", biased)
+    choices = exams.choices_by_letter(None, tokenizer, exam, CPU)
+    assert [choice for choice, _, _ in choices] == ["B", "B"]
+    assert [len(rotations) for _, _, rotations in choices] == [3, 5]
+
+
+# ---- Exam files
+
+QUESTIONS = [
+    ("下列药物中性温的是？", ["麻黄", "石膏", "黄连", "知母"], "A"),
+    ("四君子汤的君药是？", ["白术", "人参", "茯苓", "甘草"], "B"),
+]
+
+
+def write_exam(kind, folder):
+    """Two questions as the data set of that name has them, and where it has such rows one with several right answers."""
+    path = folder / f"{kind}.{'csv' if kind == 'cmmlu' else 'json'}"
+    if kind == "cmmlu":
+        lines = [",Question,A,B,C,D,Answer"] + [
+            f"{n},{question},{','.join(options)},{answer}"
+            for n, (question, options, answer) in enumerate(QUESTIONS)
+        ]
+        path.write_text("\ufeff" + "\r\n".join(lines) + "\r\n", encoding="utf-8")
+    elif kind == "cmb":
+        write_json(
+            path,
+            [
+                {
+                    "exam_type": "医师考试",
+                    "exam_class": "执业医师",
+                    "exam_subject": "中医",
+                    "question": question,
+                    "answer": answer,
+                    "question_type": "单项选择题",
+                    "option": dict(zip("ABCDE", [*options, ""])),
+                }
+                for question, options, answer in [*QUESTIONS, (QUESTIONS[0][0], QUESTIONS[0][1], "AB")]
+            ],
+        )
+    else:
+        write_jsonl(
+            path,
+            [
+                {
+                    "Question": question,
+                    "Answer": answer,
+                    "Options": [{"key": key, "value": value} for key, value in zip("ABCD", options)],
+                }
+                for question, options, answer in [*QUESTIONS, (QUESTIONS[0][0], QUESTIONS[0][1], "ABC")]
+            ],
+        )
+    return path
+
+
+@pytest.mark.parametrize("kind, several", [("cmmlu", 0), ("cmb", 1), ("cmexam", 1)])
+def test_exam_files_are_read_as_they_are(tmp_path, kind, several):
+    exam, left_out = read_exam(write_exam(kind, tmp_path))
+    assert [(item["question"], list(item["options"].values()), item["answer"]) for item in exam] == QUESTIONS
+    assert len({item["id"] for item in exam}) == 2 and dict(left_out) == (
+        {"several right answers": several} if several else {}
+    )
+
+
+def test_our_own_exam_is_read_whole():
+    exam, left_out = read_exam(SAMPLE / "tcm_exam.jsonl")
+    assert exam == list(read_jsonl(SAMPLE / "tcm_exam.jsonl")) and not left_out
+
+
+def test_a_file_without_exam_questions_is_refused(tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [{"query": "甘草？", "response": "甘草。"}] * 3)
+    with pytest.raises(UserError, match="no single-choice question in it .3 x no exam question"):
+        read_exam(tmp_path / "rows.jsonl")

@@ -1,0 +1,115 @@
+"""For tests of the evaluation: ten questions, files of them, and scores computed the slow way, one sequence at a time."""
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from model_finetune import compare_models
+from utils.device import Device
+from utils.errors import run
+from utils.files import write_jsonl
+from utils.model.packed_forward import prepare_packed
+
+CPU = Device("cpu", False, "test")
+EXAM = [
+    {
+        "id": f"{n}",
+        "question": f"{name}的药性是什么？",
+        "answer": "ABCD"[n % 4],
+        "options": {"A": "温", "B": "大寒", "C": "平", "D": "微温而辛"},
+        "subject": "中药",
+    }
+    for n, name in enumerate("麻黄 桂枝 甘草 人参 黄芪 当归 川芎 白芍 茯苓 白术".split())
+]
+
+
+# ---- An independent path: one sequence at a time, full logits, no packing, prompts written out here
+
+
+def load_plain(folder):
+    return AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32
+    ).eval()
+
+
+def load_packed(folder):
+    return prepare_packed(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+
+
+def prompt_of(tokenizer, question):
+    text = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    return tokenizer(text)["input_ids"]
+
+
+def alone(model, prompt, answer):
+    """Log-probability of `answer` after `prompt` (lists of ids)."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return -F.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
+
+
+def letters_alone(tokenizer, model, item):
+    """[{own letter: log-probability}, ...] for the four rotations of an exam item."""
+    rotations = []
+    for start in range(4):
+        own = ["ABCD"[(start + place) % 4] for place in range(4)]
+        question = (
+            f"以下是关于{item['subject']}的单项选择题，请直接给出正确答案的选项。\n\n题目：{item['question']}\n"
+            f"A. {item['options'][own[0]]}\nB. {item['options'][own[1]]}\nC. {item['options'][own[2]]}\n"
+            f"D. {item['options'][own[3]]}\n答案是："
+        )
+        with torch.no_grad():
+            logps = model(torch.tensor([prompt_of(tokenizer, question)])).logits[0, -1].log_softmax(-1)
+        rotations.append(
+            {own[place]: logps[tokenizer.convert_tokens_to_ids("ABCD"[place])].item() for place in range(4)}
+        )
+    return rotations
+
+
+# ---- The script and its files
+
+
+def make_arguments(folder):
+    """Ten held-out rows, questions and pairs as files in `folder`; the arguments that name them."""
+    rows = [
+        {
+            "id": f"{n}",
+            "messages": [
+                {"role": "user", "content": item["question"]},
+                {"role": "assistant", "content": "药性是温。"},
+            ],
+        }
+        for n, item in enumerate(EXAM)
+    ]
+    write_jsonl(folder / "sft_eval.jsonl", rows)
+    write_jsonl(folder / "exam.jsonl", EXAM)
+    write_jsonl(
+        folder / "dpo_eval.jsonl",
+        [
+            {
+                "id": row["id"],
+                "prompt": row["messages"][:1],
+                "chosen": row["messages"][1:],
+                "rejected": [{"role": "assistant", "content": "寒。"}],
+                "kind": "facts",
+            }
+            for row in rows
+        ],
+    )
+    names = {"--eval-file": "sft_eval.jsonl", "--exam-file": "exam.jsonl", "--pairs-file": "dpo_eval.jsonl"}
+    files = [word for flag, name in names.items() for word in (flag, folder / name)]
+    return [
+        *files,
+        "--output-dir",
+        folder / "out",
+        "--max-new-tokens",
+        6,
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+    ]
+
+
+def compare(*arguments):
+    return run(lambda: compare_models.main([*map(str, arguments)]))

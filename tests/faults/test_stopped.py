@@ -1,0 +1,178 @@
+"""Stopped: Ctrl-C at each stage, kill -9, two runs at once."""
+
+import contextlib
+import os
+import re
+import signal
+
+import pytest
+from fault_runs import HEAVY, TRAINERS, assert_same, assert_told, assert_works_again, contents, copy_of, start
+
+pytestmark = pytest.mark.slow
+
+
+def stopped_half_way(world, hub, tmp_path, name, number):
+    """The download, ended by a signal after 100,000 bytes of its largest file; the folder that it writes."""
+    hub.fault("/storage/", cut=100_000, hang=60, times=1)
+    output = tmp_path / "new"
+    script = start(world, name, "--output-dir", output, hub=hub)
+    script.wait_for(lambda: any(path.stat().st_size >= 100_000 for path in output.glob("*.part")))
+    script.kill(number)
+    return script, output
+
+
+@pytest.mark.parametrize("name", ["data", "model"])
+def test_killed_download(world, hub, tmp_path, name):
+    script, output = stopped_half_way(world, hub, tmp_path, name, signal.SIGKILL)
+    assert script.end() == -signal.SIGKILL
+    said = assert_works_again(world, name, output, hub).out
+    assert re.search(r"going on at (100\.0 kB|97\.7 KiB)", said)
+    assert_same(world, name, output)
+
+
+@pytest.mark.parametrize("name", ["data", "model"])
+def test_ctrl_c_in_a_download(world, hub, tmp_path, name):
+    script, output = stopped_half_way(world, hub, tmp_path, name, signal.SIGINT)
+    assert_told(script, 130, "stopped by Ctrl-C; the same command starts it again")
+    assert_works_again(world, name, output, hub)
+
+
+# Enough work to be stopped in, and the words on stdout that say that it has begun
+AT_WORK = {
+    "pairs": ("--input-dir {w}/many", "settings"),
+    "pretrain": ("--epochs 100000", "parameters"),
+    "sft": ("--epochs 1000", "evaluation after step 0"),
+    "lora": ("--epochs 1000", "evaluation after step 0"),
+    "dpo": ("--epochs 1000", "evaluation after step 0"),
+    "compare": ("--max-new-tokens 900 --batch-size 1", "1/2 base"),
+    "chat": ("--max-new-tokens 900", ""),
+}
+
+
+@pytest.fixture(scope="module")
+def many(world):
+    """As many rows as keep a script busy for seconds, in {w}/many."""
+    (world / "many").mkdir()
+    for split in ("train", "eval"):
+        rows = (world / "qwen3" / f"sft_{split}.jsonl").read_text(encoding="utf-8")
+        (world / "many" / f"sft_{split}.jsonl").write_text(
+            rows * (100_000 // rows.count("\n")), encoding="utf-8"
+        )
+
+
+def at_work(world, name, *more):
+    """The script, in the middle of work that would go on for long."""
+    command, words = AT_WORK[name]
+    script = start(
+        world, f"{name} {command}", *more, ready=name in HEAVY, environment={"PYTHONUNBUFFERED": "1"}
+    )
+    script.wait_for(lambda: script.out and (words in script.out or "going on from" in script.out))
+    return script
+
+
+@pytest.mark.parametrize("name", AT_WORK)
+def test_ctrl_c(world, many, tmp_path, name):
+    output = (
+        []
+        if name == "chat"
+        else ["--output-dir", tmp_path / "new" if name in TRAINERS else copy_of(world, name, tmp_path)]
+    )
+    before = contents(output[1]) if output else {}
+    script = at_work(world, name, *output)
+    script.kill(signal.SIGINT)
+    assert_told(
+        script,
+        130,
+        "the same command goes on" if name in (*TRAINERS, "compare") else "the same command starts it again",
+    )
+    if name in TRAINERS:
+        assert list(output[1].glob("checkpoint-*"))
+        script = at_work(world, name, *output)
+        assert "going on from" in script.out
+        script.kill()
+        script.end()
+    elif output:
+        assert contents(output[1]) == before
+        if name != "pretrain":  # goes on with nothing: the next begins anew
+            assert_works_again(world, name, output[1], None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
+def test_stopped_conversion(world, tmp_path, number):
+    """It waits for rows from a pipe, which never come."""
+    pipe, output, writers = tmp_path / "rows.jsonl", copy_of(world, "convert", tmp_path), []
+    before = contents(output)
+    os.mkfifo(pipe)
+    script = start(world, "convert", "--input-files", pipe, "--output-dir", output)
+
+    def reads():
+        with contextlib.suppress(OSError):  # nobody has opened it for reading yet
+            writers.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        return writers
+
+    script.wait_for(reads)
+    script.kill(number)
+    if number == signal.SIGINT:
+        assert_told(script, 130, "stopped by Ctrl-C; the same command starts it again")
+    assert script.end() in (130, -signal.SIGKILL)
+    os.close(writers[0])
+    assert contents(output) == before
+    assert_works_again(world, "convert", output, None)
+
+
+def test_ctrl_c_while_libraries_are_imported(world, tmp_path):
+    script = start(world, "sft", "--output-dir", tmp_path / "new", environment={"PYTHONUNBUFFERED": "1"})
+    script.wait_for(lambda: "FRESH" in script.out)  # the last word before `import torch`
+    script.kill(signal.SIGINT)
+    assert_told(script, 130, "stopped by Ctrl-C; the same command starts it again")
+    assert not (tmp_path / "new").exists()
+
+
+def test_killed_trainer(world, tmp_path):
+    output = tmp_path / "new"
+    script = start(world, "sft", "--output-dir", output, "--epochs", 5, ready=True)
+    script.wait_for(lambda: list(output.glob("checkpoint-*")))
+    script.kill()
+    assert script.end() == -signal.SIGKILL
+    assert "going on from" in assert_works_again(world, "sft", output, None, "--epochs", 5).out
+
+
+def test_killed_comparison(world, tmp_path):
+    """The model that was measured is not measured again."""
+    output, more = tmp_path / "new", ["--max-new-tokens", "100", "--batch-size", "1"]
+    script = start(world, "compare", *more, "--output-dir", output, ready=True)
+    script.wait_for(lambda: "2/2 sft" in script.out)
+    script.kill()
+    assert script.end() == -signal.SIGKILL
+    assert assert_works_again(world, "compare", output, None, *more).out.count("measured before") == 1
+
+
+def test_two_trainers_in_one_folder(world, tmp_path):
+    first = at_work(world, "sft", "--output-dir", tmp_path / "new")
+    second = start(world, "lora", "--output-dir", tmp_path / "new", ready=True)
+    assert_told(
+        second,
+        2,
+        f"is in use by another run (process {first.process.pid}); wait for it, or choose another --output-dir",
+    )
+    first.kill()
+    first.end()
+    assert_works_again(
+        world, "lora", tmp_path / "new", None, "--fresh", "--max-steps", 1
+    )  # the lock went with its process
+
+
+def test_two_conversions_into_one_folder(world, tmp_path):
+    scripts = [start(world, "convert", "--output-dir", tmp_path / "new") for _ in range(2)]
+    assert [script.end() for script in scripts] == [0, 0], [script.err for script in scripts]
+    assert_same(world, "convert", tmp_path / "new")
+
+
+def test_two_downloads_into_one_folder(world, hub, tmp_path):
+    """The first is kept waiting by the server until the second has finished the file that is both of theirs."""
+    hub.fault("/storage/", stall=1.5, times=1)
+    first = start(world, "model", "--output-dir", tmp_path / "new", hub=hub)
+    first.wait_for(lambda: hub.faults[-1]["times"] == 0)  # the server has its request
+    assert_works_again(world, "model", tmp_path / "new", hub)
+    assert first.end() == 0, first.err
+    assert_same(world, "model", tmp_path / "new")

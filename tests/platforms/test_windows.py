@@ -1,0 +1,157 @@
+"""Windows: whole scripts on a Python that lacks what Windows lacks (tests/like_windows.py), and what differs there, faked."""
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+from small_runs import arguments, make_place, same_weights
+
+from model_download.download_model import choose_files
+from utils import errors
+from utils.errors import UserError, run
+from utils.hub import HubFile, Repo
+from utils.model.folders import check_model
+from utils.training import callbacks, run_folder
+
+
+@pytest.mark.slow
+def test_conversion_in_workers_like_on_windows(like_windows, tmp_path):
+    """Started anew (spawn), as on Windows and macOS; the terminal's encoding holds no rare characters."""
+    rows = [{"query": f"问题{number}", "response": f"答{number}"} for number in range(5000)]
+    (tmp_path / "问.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
+    done = like_windows(
+        "data_prepare/convert_to_qwen3_format.py",
+        "--input-files",
+        tmp_path / "问.jsonl",
+        "--output-dir",
+        tmp_path / "out",
+        "--workers",
+        2,
+        "--tokenizer-model",
+        "",
+    )
+    assert "问.jsonl" in done.stdout
+    assert len((tmp_path / "out/sft_train.jsonl").read_text(encoding="utf-8").splitlines()) == 4750
+
+
+TRAIN_STOP_AND_GO_ON = """
+import json, shutil, sys
+from pathlib import Path
+root, output, command = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
+sys.path.insert(0, root)
+from model_finetune import finetune_sft
+from utils.errors import run
+if run(lambda: finetune_sft.main(command)):
+    sys.exit(1)
+shutil.copytree(output, output.with_name("whole"))
+newest = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+shutil.rmtree(newest)                               # as if killed before it
+(output / "model.safetensors").unlink()
+record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+(output / "run.json").write_text(json.dumps({**record, "status": "running"}), encoding="utf-8")
+sys.exit(run(lambda: finetune_sft.main([*command, "--keep-checkpoints", "1"])))
+"""
+
+
+@pytest.mark.slow
+def test_training_and_resuming_like_on_windows(like_windows, tmp_path):
+    """Checkpoints are flushed and moved into place, old ones removed, with no file open; a stopped run goes on."""
+    place, output = make_place(tmp_path), tmp_path / "out"
+    (tmp_path / "twice.py").write_text(TRAIN_STOP_AND_GO_ON, encoding="utf-8")
+    done = like_windows(tmp_path / "twice.py", ROOT, output, *arguments("sft", place, output))
+    assert "going on from" in done.stdout and done.stdout.count("finished in") == 2
+    assert same_weights(output, tmp_path / "whole")
+    assert (
+        len(list((tmp_path / "whole").glob("checkpoint-*"))) == 2
+        and len(list(output.glob("checkpoint-*"))) == 1
+    )
+
+
+def test_a_folder_is_held_without_fcntl(tmp_path, monkeypatch):
+    """By a byte that is the same for all and no part of the text: on Windows a locked byte cannot even be read."""
+    held = set()
+
+    def locking(number, mode, count):
+        place = os.fstat(number).st_ino, os.lseek(number, 0, os.SEEK_CUR)
+        if place in held:
+            raise PermissionError(13, "Permission denied")
+        held.add(place)
+
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
+    (tmp_path / run_folder.LOCK).write_text("4711", encoding="utf-8")  # of a process that was killed
+    first = run_folder._lock(tmp_path)
+    with pytest.raises(UserError, match=rf"in use by another run \(process {os.getpid()}\)"):
+        run_folder._lock(tmp_path)
+    first.close()
+    assert all(position > (tmp_path / run_folder.LOCK).stat().st_size for _, position in held)
+
+
+def test_no_line_editing_where_there_is_no_readline(monkeypatch):
+    from utils.chat.terminal import prepare_terminal
+
+    monkeypatch.setitem(sys.modules, "readline", None)
+    prepare_terminal()
+
+
+def test_old_windows_consoles_are_told_to_understand_codes(monkeypatch):
+    told = []
+    monkeypatch.setattr(errors.os, "system", told.append)
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        with monkeypatch.context() as windows:  # as short as can be: pathlib looks at this name too
+            windows.setattr(errors.os, "name", "nt")
+            run(lambda: 0)
+        assert told == [""] * terminal
+
+
+def test_a_picture_that_a_viewer_holds_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(callbacks, "plot_training", refuse)
+    log = callbacks.RunLog(SimpleNamespace(folder=tmp_path, main=True), 1, "SFT")
+    log.entries.append({"step": 1, "loss": 1.0})
+    log.draw()
+    assert (
+        "loss_curve.png cannot be redrawn now (Permission denied); training goes on"
+        in capsys.readouterr().out
+    )
+
+
+def test_on_windows_a_file_that_is_open_elsewhere_is_thought_of(monkeypatch):
+    refused = PermissionError(13, "Permission denied", "comparison.png")
+    assert "close the program" not in errors.explain_os_error(refused)
+    with monkeypatch.context() as windows:
+        windows.setattr(errors.os, "name", "nt")
+        said = errors.explain_os_error(refused)
+    assert "(comparison.png); close the program that has it open, or choose another folder" in said
+
+
+@pytest.mark.parametrize(
+    "name", ["C:/models", "D:/Qwen3-0.6B", "~/models", "./models", "models\\tiny", "\\\\server/models"]
+)
+def test_a_path_that_is_not_there_is_no_hub_id(name):
+    with pytest.raises(UserError, match="does not exist"):
+        check_model(name)
+
+
+def test_names_in_a_listing_stay_in_their_folder():
+    """Windows takes a backslash for a separator and what stands before a colon for a drive."""
+    names = [
+        "config.json",
+        "model.safetensors",
+        "..\\..\\evil.safetensors",
+        "C:evil.safetensors",
+        "../evil.safetensors",
+    ]
+    listed = {name: HubFile(name, 1, "0" * 40, "") for name in names}
+    assert set(choose_files(Repo("model", "a/b", "0" * 40, None, listed))) == {
+        "config.json",
+        "model.safetensors",
+    }

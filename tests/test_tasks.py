@@ -1,0 +1,233 @@
+"""tasks.py: the demo's commands, the environment, Ctrl-C and failures, on what looks like Windows, and through make."""
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+import tasks
+from utils.settings import parse_settings
+
+# Stands in for every script of the demo: says how it was called, and may fail, be slow, or be stopped
+SCRIPT = """
+import os, sys, time
+sys.stdout.reconfigure(encoding="utf-8")
+print("ran", os.path.basename(__file__), "in", os.getcwd(), "by", sys.argv[-1], flush=True)
+{}
+"""
+STOPPED_LATE = """
+try:
+    open("waiting", "x").close()
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(0.8)     # a checkpoint is written
+    print("stopped well", flush=True)
+    sys.exit(130)
+"""
+# What os.name decides is decided as on Windows; pathlib alone must go on knowing where it is.
+AS_WINDOWS = """
+import os, pathlib, runpy, shutil, subprocess, sys, types
+pathlib.os, os.name = types.SimpleNamespace(**vars(os)), "nt"
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """tasks.py in a path with a space and Chinese characters, with an environment and scripts that only say what they are."""
+    folder = tmp_path / "中医 模型"
+    for _, command in tasks.STEPS:
+        script = folder / command.split()[0]
+        script.parent.mkdir(parents=True, exist_ok=True)
+        script.write_text(SCRIPT.format(""), encoding="utf-8")
+    for name in ("tasks.py", "Makefile", "requirements.txt"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "trainer_output/demo/sft").mkdir(parents=True)
+    (folder / "trainer_output/demo/sft/loss_curve.png").touch()
+    for name in ("bin/python", "Scripts/python.exe"):
+        python = folder / ".venv" / name
+        python.parent.mkdir(parents=True)
+        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
+        python.chmod(0o755)
+    shutil.copy(ROOT / "requirements.txt", folder / ".venv/.installed")
+    return folder
+
+
+def call(project, *words, **options):
+    """Run words as a user does, from another folder."""
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=project.parent,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=100,
+        **options,
+    )
+
+
+def test_the_demo_runs_every_script_with_flags_that_it_has():
+    for _, command in tasks.STEPS:
+        script, *words = command.split()
+        parse_settings(ROOT / script, words, positional="MODEL" if "load_local" in script else "")
+
+
+def test_the_demo_runs_its_steps_one_after_another(project):
+    done = call(project, project / "tasks.py", "demo")
+    assert (done.returncode, done.stderr) == (0, "")
+    titles = re.findall(r"^== (\d)/9 (.*)", done.stdout, re.MULTILINE)
+    assert [number for number, _ in titles] == list("123456789")
+    assert [title for _, title in titles[:8]] == [title.splitlines()[0] for title, _ in tasks.STEPS]
+    assert re.fullmatch(r"done in \d+ s\. Look at:", titles[8][1])
+    ran = re.findall(r"^ran (\S+) in (.*) by (\S+)$", done.stdout, re.MULTILINE)
+    assert [name for name, _, _ in ran] == [command.split()[0].split("/")[1] for _, command in tasks.STEPS]
+    assert {folder for _, folder, _ in ran} == {str(project)}
+    assert done.stdout.endswith(
+        "trainer_output/demo/sft/loss_curve.png\n"
+        "Chat: .venv/bin/python model_download/load_local_model.py trainer_output/demo/dpo_finetuned\n"
+    )
+
+
+def test_a_failing_step_is_the_last_and_its_exit_code_stays(project):
+    (project / "data_prepare/build_preference_pairs.py").write_text("raise SystemExit(7)", encoding="utf-8")
+    done = call(project, project / "tasks.py", "demo")
+    assert done.returncode == 7 and done.stderr == ""
+    assert "== 5/9" in done.stdout and "== 6/9" not in done.stdout
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "killpg"), reason="sends Ctrl-C to a process group, as a POSIX terminal does"
+)
+@pytest.mark.parametrize(
+    "ending, code", [(STOPPED_LATE, 130), (STOPPED_LATE.replace("exit(130)", "exit(0)"), 130)]
+)
+def test_ctrl_c_lets_the_step_end_in_its_own_way(project, ending, code):
+    (project / "model_finetune/finetune_sft.py").write_text(SCRIPT.format(ending), encoding="utf-8")
+    command = [sys.executable, str(project / "tasks.py"), "demo"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    ) as running:
+        deadline = time.monotonic() + 60
+        while not (project / "waiting").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(running.pid, signal.SIGINT)
+        said, complained = (text.decode("utf-8") for text in running.communicate(timeout=60))
+    assert (running.returncode, complained) == (code, "")
+    assert "stopped well" in said and "== 4/9" not in said
+
+
+def test_a_step_that_a_signal_ended(project):
+    (project / "data_prepare/download_tcm_data.py").write_text(
+        "import os; os.kill(os.getpid(), 9)", encoding="utf-8"
+    )
+    assert call(project, project / "tasks.py", "demo").returncode == 128 + 9
+
+
+def test_on_windows_the_environment_has_other_folders(project):
+    (project / "as_windows.py").write_text(AS_WINDOWS, encoding="utf-8")
+    shutil.rmtree(project / ".venv/bin")
+    done = call(
+        project,
+        project / "as_windows.py",
+        project / "tasks.py",
+        "demo",
+        env={**os.environ, "PYTHONIOENCODING": "cp936"},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"> {tasks.QUESTION}\n" in done.stdout and done.stdout.count("ran ") == 8
+    assert "Chat: .venv/Scripts/python.exe model_download" in done.stdout
+    (project / ".venv/.installed").unlink()
+    old = AS_WINDOWS.replace("del sys", "sys.version_info = (3, 9, 6)\ndel sys")
+    (project / "as_windows.py").write_text(old, encoding="utf-8")
+    done = call(project, project / "as_windows.py", project / "tasks.py", "install")
+    assert done.returncode == 2
+    assert done.stderr == "error: Python 3.9, wanted 3.11 or newer: py -3.11 tasks.py\n"
+
+
+def test_tasks_like_on_windows(like_windows):
+    assert "demo-clean  Remove" in like_windows("tasks.py", "help").stdout
+
+
+def test_an_unknown_command(project):
+    done = call(project, project / "tasks.py", "demmo")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: unknown command in 'demmo'; wanted one of: help, install, demo,")
+
+
+def test_old_pythons_can_read_it_so_that_they_are_told_what_is_wrong():
+    ast.parse((ROOT / "tasks.py").read_text(encoding="utf-8"), feature_version=(3, 7))
+
+
+@pytest.mark.slow
+def test_the_environment_is_made_once_and_again_where_requirements_changed(project):
+    shutil.rmtree(project / ".venv")
+    (project / "requirements.txt").write_text("# nothing\n", encoding="utf-8")
+
+    def install():
+        done = call(project, project / "tasks.py", "install")
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    assert install().startswith("installing the packages of requirements.txt into .venv")
+    assert install() == ""
+    kept = project / ".venv/kept"
+    kept.touch()
+    (project / "requirements.txt").write_text("# nothing more\n", encoding="utf-8")
+    assert "installing" in install() and kept.exists()
+    (project / ".venv/.installed").unlink()  # stopped half way, before pip was there
+    shutil.rmtree(next(project.glob(".venv/*/*/site-packages/pip")))
+    assert "installing" in install() and not kept.exists()
+    call(project, project / "tasks.py", "demo-clean", "clean")
+    assert not (project / ".venv").exists() and not (project / "trainer_output/demo").exists()
+    assert (project / "trainer_output").exists()
+
+
+# ---- make: version 3.81 and the BSD tools of macOS
+
+
+def test_make_has_the_same_commands():
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(r"^TASKS *:= (.*)$", text, re.MULTILINE)[1].split() == list(tasks.TASKS)
+
+
+def test_the_makefile_uses_nothing_of_gnu_alone():
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    only_gnu = (
+        r"\.ONESHELL|::=|^\w+ *!=|&:|\$\(file |\$\(let |"
+        r"sed -i|grep -\w*P|date -d|%N|readlink -f|realpath|cp --|xargs -r|nproc|sort -V"
+    )
+    assert not re.findall(only_gnu, text, re.MULTILINE)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+def test_make_runs_tasks_and_refuses_a_python_that_is_too_old_in_one_line(project):
+    """As the python3 of macOS is. Without this, pip says that it finds no torch."""
+
+    def make(*words):
+        return subprocess.run(
+            ["make", *words], cwd=project, capture_output=True, text=True, encoding="utf-8", timeout=60
+        )
+
+    assert make("demo", f"PYTHON={sys.executable}").stdout.count("ran ") == 8
+    pretend = "import runpy, sys; sys.version_info = (3, 9, 6); del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    old = project / "old python"
+    old.write_text(
+        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {shlex.quote(pretend)} "$@"\n', encoding="utf-8"
+    )
+    old.chmod(0o755)
+    shutil.rmtree(project / ".venv")
+    done = make("install", f"PYTHON={old}")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0].startswith(
+        "error: Python 3.9, wanted 3.11 or newer: python3.11 tasks.py, or make"
+    )
+    assert not (project / ".venv").exists()

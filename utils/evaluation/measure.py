@@ -1,0 +1,271 @@
+"""Ask one model every question: losses, exam, preference pairs, answers in full. One result (a dict) for each item."""
+
+import random
+import re
+import time
+from dataclasses import replace
+from typing import Any, NamedTuple, NotRequired, TypedDict
+
+import torch
+
+from utils.data.terms import Terms
+from utils.device import Device
+from utils.evaluation.exams import ExamQuestion, choices_by_letter, choices_by_text
+from utils.files import sample_by_id
+from utils.model.chat_format import encode_answer, encode_prompt, encode_turns
+from utils.model.generate import generate_tokens, read_answer, stop_tokens
+from utils.model.load import load_model, load_tokenizer
+from utils.model.logprobs import answer_logps, pack_for_scoring
+from utils.model.packed_forward import prepare_packed
+from utils.progress import progress
+
+THINKING_MODES = {"auto": None, "on": True, "off": False}
+
+DIGITS = "0-9一二三四五六七八九十百千"
+
+
+class Tests(NamedTuple):
+    """What every model is asked: rows of the project's files (no rows: this test is left out)."""
+
+    heldout: list[dict]
+    exam: list[ExamQuestion]
+    pairs: list[dict]
+    general: list[dict]
+    terms: Terms
+
+
+class Result(TypedDict):
+    test: str
+    id: str
+
+
+class LossResult(Result):
+    """test: heldout or general; loss: nats, the sum over the answer."""
+
+    loss: float
+    tokens: int
+
+
+class ExamResult(ExamQuestion):
+    """`text`, `letter`: {option letter: score}; the last three only for questions that are also asked by letter."""
+
+    test: str
+    text_choice: str
+    text: dict[str, float]
+    letter_choice: NotRequired[str]
+    letter: NotRequired[dict[str, float]]
+    rotations: NotRequired[list[dict[str, float]]]
+
+
+class PreferenceResult(Result):
+    """`chosen`, `rejected`: log-probabilities of the two answers."""
+
+    kind: str
+    chosen: float
+    rejected: float
+
+
+class AnswerResult(Result):
+    """about: heldout or general; right: None where it cannot be told; repetition: see the function of this name."""
+
+    about: str
+    question: str
+    reference: str
+    answer: str
+    tokens: int
+    ended: bool
+    right: bool | None
+    repetition: float
+
+
+def measure(folder, tests: Tests, settings, device: Device) -> tuple[float, list[Any]]:
+    """(seconds of generating, the results of all tests) of a model folder."""
+    tokenizer = load_tokenizer(folder)
+    by_letter = letter_choices(folder, tokenizer, tests.exam, settings.LETTER_ROWS, device)
+    model = load_model(folder, device.dtype).to(device.name).eval()
+    # answers first: prepare_packed changes how the model computes
+    seconds, answers = generated_answers(model, tokenizer, tests, settings)
+    prepare_packed(model)
+    return seconds, [
+        *answers,
+        *answer_losses(model, tokenizer, "heldout", tests.heldout, device),
+        *answer_losses(model, tokenizer, "general", as_conversations(tests.general), device),
+        *exam_results(model, tokenizer, tests.exam, by_letter, device),
+        *preference_results(model, tokenizer, tests.pairs, device),
+    ]
+
+
+def letter_choices(folder, tokenizer, exam, count, device) -> dict[str, dict]:
+    """{question id: its fields letter_choice, letter and rotations} for `count` of the questions (0: all).
+
+    Weights and products are float32 whatever the device's number format. An untrained model finds all letters about
+    equally likely, and bfloat16 would decide between them by rounding (4 of 60 choices were others).
+    """
+    if not exam:
+        return {}
+    asked, exact = sample_by_id(exam, count), replace(device, bf16=False)
+    model = prepare_packed(load_model(folder, torch.float32))
+    watch = progress(f"exam by option letter, {len(asked):,} questions, every rotation", always=True)
+    choices = choices_by_letter(model, tokenizer, asked, exact, watch)
+    return {
+        item["id"]: {"letter_choice": choice.letter, "letter": choice.scores, "rotations": choice.rotations}
+        for item, choice in zip(asked, choices)
+    }
+
+
+def generated_answers(model, tokenizer, tests, settings) -> tuple[float, list[AnswerResult]]:
+    """(seconds of generating, results) of some held-out questions and the general ones, answered greedily."""
+    if not settings.GENERATE:
+        return 0.0, []
+    questions = _questions(tests, settings)
+    thinking, stop = THINKING_MODES[settings.THINKING], stop_tokens(model, tokenizer)
+    prompts = [encode_prompt(tokenizer, asked.messages, thinking) for asked in questions]
+    watch = progress(f"{len(prompts):,} answers in full", always=True)
+    began = time.monotonic()
+    generated = generate_tokens(
+        model, prompts, stop, settings.MAX_NEW_TOKENS, batch_size=settings.BATCH_SIZE, watch=watch
+    )
+    seconds = round(time.monotonic() - began, 3)
+    results = []
+    for asked, prompt, ids in zip(questions, prompts, generated):
+        text, ended = read_answer(tokenizer, prompt, ids).content, ids[-1] in stop
+        results.append(_judge(asked, text, ids[:-1] if ended else ids, ended, tests.terms))
+    return seconds, results
+
+
+class _Question(NamedTuple):
+    """One that is answered in full. `accept`: texts one of which the answer has to hold; None: the facts of `reference`."""
+
+    about: str
+    id: str
+    messages: list[dict]
+    reference: str
+    accept: list[str] | None
+
+
+def _questions(tests, settings):
+    drawn = random.Random(settings.SEED).sample(tests.heldout, min(settings.GENERATE, len(tests.heldout)))
+    heldout = [
+        _Question("heldout", row["id"], row["messages"][:-1], row["messages"][-1]["content"], None)
+        for row in drawn
+    ]
+    general = [
+        _Question("general", row["id"], _asks(row["question"]), row["answer"], row["accept"])
+        for row in tests.general
+    ]
+    return heldout + general
+
+
+def _judge(asked, answer, said, ended, terms) -> AnswerResult:
+    """The result of one answer: its text, the ids `said` (less the end token), and whether it ended by itself."""
+    question = asked.messages[-1]["content"]
+    right = same_facts(terms, asked.reference, answer, question)
+    if asked.accept:
+        right = states_one_of(answer, asked.accept)
+    return {
+        "test": "answer",
+        "about": asked.about,
+        "id": asked.id,
+        "question": question,
+        "reference": asked.reference,
+        "answer": answer,
+        "tokens": len(said) + ended,
+        "ended": ended,
+        "right": right,
+        "repetition": repetition(said),
+    }
+
+
+def answer_losses(model, tokenizer, test, rows, device) -> list[LossResult]:
+    """The loss of every assistant turn of conversations."""
+    turns = [(row["id"], turn) for row in rows for turn in encode_turns(tokenizer, row["messages"])]
+    if not turns:
+        return []
+    packed = pack_for_scoring([{"documents": [turn]} for _, turn in turns])
+    watch = progress(f"loss on {len(turns):,} {test} answers", always=True)
+    return [
+        {"test": test, "id": row_id, "loss": -logp, "tokens": len(answer)}
+        for (row_id, (_, answer)), [logp] in zip(turns, answer_logps(model, packed, device, watch))
+    ]
+
+
+def as_conversations(general) -> list[dict]:
+    """Rows of question and answer as rows of messages."""
+    return [
+        {
+            "id": row["id"],
+            "messages": [*_asks(row["question"]), {"role": "assistant", "content": row["answer"]}],
+        }
+        for row in general
+    ]
+
+
+def exam_results(model, tokenizer, exam: list[ExamQuestion], by_letter, device) -> list[ExamResult]:
+    """Every question by option text, joined with the choices by letter (of `letter_choices`) where there are some."""
+    if not exam:
+        return []
+    watch = progress(f"exam by option text, {len(exam):,} questions", always=True)
+    return [
+        {
+            **item,
+            "test": "exam",
+            "text_choice": choice.letter,
+            "text": choice.scores,
+            **by_letter.get(item["id"], {}),
+        }
+        for item, choice in zip(exam, choices_by_text(model, tokenizer, exam, device, watch))
+    ]
+
+
+def preference_results(model, tokenizer, pairs, device) -> list[PreferenceResult]:
+    """Log-probabilities of the chosen and the rejected answer of every pair."""
+    if not pairs:
+        return []
+    documents = [
+        [
+            (
+                encode_prompt(tokenizer, pair["prompt"], bool(pair["chosen"][-1].get("reasoning_content"))),
+                encode_answer(tokenizer, pair[side][-1]),
+            )
+            for side in ("chosen", "rejected")
+        ]
+        for pair in pairs
+    ]
+    packed = pack_for_scoring([{"documents": pair} for pair in documents])
+    watch = progress(f"{len(pairs):,} preference pairs", always=True)
+    return [
+        {
+            "test": "preference",
+            "id": pair["id"],
+            "kind": pair.get("kind", ""),
+            "chosen": chosen,
+            "rejected": rejected,
+        }
+        for pair, (chosen, rejected) in zip(pairs, answer_logps(model, packed, device, watch))
+    ]
+
+
+def _asks(question):
+    return [{"role": "user", "content": question}]
+
+
+def same_facts(terms: Terms, reference: str, answer: str, question: str) -> bool | None:
+    """Whether `answer` states exactly the terms that `reference` does; None where that states none beyond the question's."""
+    wanted = terms.stated(reference, question)
+    return terms.stated(answer, question) == wanted if wanted else None
+
+
+def states_one_of(answer: str, accept: list[str]) -> bool:
+    """Whether one of the texts in `accept` is in the answer; a number has to stand by itself: no 2 in 1024."""
+
+    def pattern(text):
+        exact = re.escape(text)
+        return f"(?<![{DIGITS}]){exact}(?![{DIGITS}])" if re.search(f"[{DIGITS}]", text) else exact
+
+    return any(re.search(pattern(text), answer, re.IGNORECASE) for text in accept)
+
+
+def repetition(ids: list[int], n: int = 4) -> float:
+    """The share of an answer's runs of `n` tokens that it has said before (seq-rep-4 of Welleck et al. 2019)."""
+    runs = list(zip(*(ids[start:] for start in range(n))))
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
