@@ -4,6 +4,7 @@
     python model_download/load_local_model.py trainer_output/sft_finetuned     # /help lists the commands, Ctrl-D leaves
     python model_download/load_local_model.py trainer_output/sft_finetuned --prompt "四君子汤由哪些药组成？"
     python model_download/load_local_model.py trainer_output/sft_finetuned --json < questions.txt > answers.jsonl
+    python model_download/load_local_model.py trainer_output/sft_finetuned --serve    # http://127.0.0.1:8000/v1
 
 With --prompt or piped questions (one a line, each a conversation of its own) stdout holds the answers and nothing else.
 Nothing is written but what /save FILE.jsonl appends in a chat: the conversation, as a row to train on.
@@ -16,7 +17,7 @@ from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.chat.options import THINKING_MODES, Options, read_value
+from utils.chat.options import LOOPBACK, THINKING_MODES, Options, read_value
 from utils.chat.terminal import loading, note, prepare_terminal, show_models
 from utils.errors import UserError, run
 from utils.files import show_path
@@ -39,6 +40,10 @@ TOP_K = -1                # draw from this many, 0 for no limit
 REPETITION_PENALTY = -1.0 # above 1: tokens that were there already become less likely
 SEED = -1                 # of the sampling; the same seed gives the same answers, -1 different ones every time
 MAX_NEW_TOKENS = 2048     # longest answer in tokens, thinking included
+SERVE = False             # answer over HTTP as OpenAI's chat completions do, for chat pages and apps on this machine
+HOST = "127.0.0.1"        # of --serve; any other than the loopback needs a key
+PORT = 8000
+API_KEY = ""              # what clients of --serve have to send; empty: none
 DEVICE = "auto"           # auto (CUDA, else MPS, else CPU), cuda, mps, cpu
 PRECISION = "auto"        # auto (bf16 where the hardware computes in it, fp16 weights on other x86 CPUs), bf16, fp32
 # ----
@@ -68,7 +73,11 @@ def main(argv: list[str] | None = None) -> None:
     options = make_options(settings)
     greet(chat_model, options, device)
 
-    # 4. Chat, or answer the questions given
+    # 4. Chat, answer over HTTP, or answer the questions given
+    if settings.SERVE:
+        from utils.chat.serve import serve
+
+        serve(chat_model, options, settings.SYSTEM, settings.HOST, settings.PORT, settings.API_KEY)
     if chatting:
         prepare_terminal(ARGUMENTS)
         note("/help lists the commands, Ctrl-D leaves.")
@@ -91,10 +100,25 @@ def check_settings(settings: Settings) -> bool:
         raise UserError(f"--greedy and --temperature {settings.TEMPERATURE:g} exclude each other")
     if "PROMPT" in settings.overridden and not settings.PROMPT.strip():
         raise UserError("--prompt: wanted a question, got an empty text")
+    if settings.SERVE:
+        check_serving(settings)
+        return False
     chatting = not settings.PROMPT and sys.stdin.isatty()
     if chatting and settings.JSON:
         raise UserError('--json is for questions from --prompt "..." or from a pipe, not for a chat')
     return chatting
+
+
+def check_serving(settings: Settings) -> None:
+    """UserError for settings that a server has no use for, or that would open it to others without a key."""
+    if settings.PROMPT or settings.JSON or settings.SEED >= 0:
+        raise UserError("--serve takes no --prompt, --json or --seed: a request brings its own")
+    if settings.HOST not in LOOPBACK and not settings.API_KEY:
+        raise UserError(
+            f"--host {settings.HOST}: others could ask there; a key is wanted too: --api-key TEXT"
+        )
+    if not 0 <= settings.PORT < 65536:
+        raise UserError(f"--port: wanted 0 (any free one) to 65535, got {settings.PORT}")
 
 
 def choose_model(ask: bool) -> str:

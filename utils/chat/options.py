@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # torch takes seconds, and wrong flags are told before
     import torch
 
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 THINKING_MODES = {"auto": None, "on": True, "off": False}
 
 
@@ -38,7 +39,7 @@ def read_value(name: str, value: str | float, where: str) -> float:
     kind = KINDS[name]
     try:
         number = kind.type(value)
-    except (ValueError, OverflowError):
+    except (ValueError, TypeError, OverflowError):
         number = None
     if number is None or not kind.allowed(number):
         raise UserError(f"{where}: wanted {kind.wanted}, got {value!r}")
