@@ -24,7 +24,7 @@ TINY = "model_download/tiny_qwen3_tcm"
 DEMO = "trainer_output/demo"
 DATA = DEMO + "/qwen3"
 # A model of 3.7 M parameters takes far larger rates than one of 0.6 B, and shorter rows.
-SMALL = "--max-length 512 --batch-size 2 --accumulation 1"
+SMALL = "--max-length 512 --rows-per-step 2"
 QUESTION = "麻黄的药性是什么？"
 INTRODUCTION = f"""\
 This demo fine-tunes a tiny Qwen3 of 3.7 M parameters, pre-trained on the built-in sample, not Qwen3-0.6B: the same

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` 
 from utils.errors import run
 from utils.files import read_jsonl, require_file
 from utils.model.folders import check_model
-from utils.model.load import load_model, load_tokenizer, quiet_offline
+from utils.model.load import load_for_lora, load_model, load_tokenizer, quiet_offline
 from utils.settings import parse_settings
 
 # fmt: off
@@ -36,8 +36,7 @@ LEARNING_RATE = 5e-7        # peak rate; DPO takes far less than SFT
 WARMUP = 0.1                # share of the steps with a rising rate; a cosine down to zero follows
 WEIGHT_DECAY = 0.0          # pull of the weights towards zero
 MAX_LENGTH = 2048           # tokens a packed row; a pair (both its answers) that is longer is set aside, never cut
-BATCH_SIZE = 1              # packed rows computed at once; memory grows with BATCH_SIZE x MAX_LENGTH
-ACCUMULATION = 4            # rounds of BATCH_SIZE rows that make one optimizer step
+ROWS_PER_STEP = 4           # packed rows of an optimizer step; how many go at once follows from the memory there is
 MAX_STEPS = 0               # stop after this many optimizer steps; 0 trains all EPOCHS
 EVAL_ROWS = 200             # pairs of EVAL_FILE measured before training and after every epoch; 0: all
 KEEP_CHECKPOINTS = 2        # newest checkpoints to keep, about 7 GB each for 0.6 B parameters
@@ -73,10 +72,10 @@ def main(argv=None):
     from utils.model.save import remember_mode, save_adapter_and_merged, save_model
     from utils.training.callbacks import RunLog, SaveAndStop
     from utils.training.dataset import load_pairs, show_examples
-    from utils.training.memory import forecast
+    from utils.training.plan import check_disk, measure_run, plan_step
     from utils.training.reference import add_reference
     from utils.training.run_folder import RunFolder
-    from utils.training.setup import describe_run, report, train, training_arguments
+    from utils.training.setup import report, train, training_arguments
     from utils.training.trainer import PackedDPOTrainer
 
     began = time.monotonic()
@@ -96,25 +95,27 @@ def main(argv=None):
     if folder.finished:
         return folder.say_finished()
     set_seed(settings.SEED)
-    model = prepare_packed(load_model(settings.MODEL, torch.float32))
+    if settings.LORA:
+        model = add_lora(prepare_packed(load_for_lora(settings.MODEL, device.dtype)), settings)
+    else:
+        model = prepare_packed(load_model(settings.MODEL, torch.float32))
 
     # 2. Prepare the dataset: pairs packed into rows, each answer with its log-probability under the reference, once
     train_rows, thinking = load_pairs(settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH)
     eval_rows, _ = load_pairs(settings.EVAL_FILE, tokenizer, settings.MAX_LENGTH, settings.EVAL_ROWS)
     remember_mode(model, tokenizer, thinking)
 
-    # 3. Configure the training arguments
-    args = training_arguments(settings, device, folder)
-    tokens_per_step = describe_run(train_rows, eval_rows, args)
-    if settings.LORA:
-        model = add_lora(model, settings)
-    forecast(model, train_rows, args, settings, folder)
+    # 3. Plan the steps by the memory there is, and configure the training arguments
+    plan = plan_step(model, train_rows, settings, device, folder)
+    size = measure_run(train_rows, eval_rows, plan, settings, folder.processes.num_processes)
+    check_disk(model, settings, folder.folder)
     if settings.ESTIMATE:
         return
+    args = training_arguments(settings, device, folder, plan)
 
     # 4. Build the trainer; the reference's log-probabilities come first, from the model as it starts
     add_reference(model, {"train": train_rows, "eval": eval_rows}, args, device, folder)
-    log, stop = RunLog(folder, tokens_per_step, "DPO"), SaveAndStop()
+    log, stop = RunLog(folder, size.tokens_per_step, "DPO"), SaveAndStop()
     trainer = PackedDPOTrainer(
         model,
         args,

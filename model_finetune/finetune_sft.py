@@ -29,8 +29,7 @@ LEARNING_RATE = 2e-5        # peak rate for full fine-tuning; LoRA takes about t
 WARMUP = 0.03               # share of the steps with a rising rate; a cosine down to zero follows
 WEIGHT_DECAY = 0.0          # pull of the weights towards zero; a short fine-tuning needs none
 MAX_LENGTH = 1024           # tokens a packed row; a longer example is set aside, never cut
-BATCH_SIZE = 1              # packed rows computed at once; memory grows with BATCH_SIZE x MAX_LENGTH
-ACCUMULATION = 4            # rounds of BATCH_SIZE rows that make one optimizer step (4 x 1024 tokens)
+ROWS_PER_STEP = 4           # packed rows of an optimizer step; how many go at once follows from the memory there is
 MAX_STEPS = 0               # stop after this many optimizer steps; 0 trains all EPOCHS
 EVAL_ROWS = 200             # conversations of EVAL_FILE measured before training and after every epoch; 0: all
 KEEP_CHECKPOINTS = 2        # newest checkpoints to keep, about 7 GB each for 0.6 B parameters
@@ -64,9 +63,9 @@ def main(argv=None):
     from utils.model.save import remember_mode, save_model
     from utils.training.callbacks import RunLog, SaveAndStop
     from utils.training.dataset import load_conversations, show_examples
-    from utils.training.memory import forecast
+    from utils.training.plan import check_disk, measure_run, plan_step
     from utils.training.run_folder import RunFolder
-    from utils.training.setup import describe_run, report, train, training_arguments
+    from utils.training.setup import report, train, training_arguments
     from utils.training.trainer import PackedTrainer
 
     began = time.monotonic()
@@ -93,15 +92,16 @@ def main(argv=None):
     eval_rows, _ = load_conversations(settings.EVAL_FILE, tokenizer, settings.MAX_LENGTH, settings.EVAL_ROWS)
     remember_mode(model, tokenizer, thinking)
 
-    # 3. Configure the training arguments
-    args = training_arguments(settings, device, folder)
-    tokens_per_step = describe_run(train_rows, eval_rows, args)
-    forecast(model, train_rows, args, settings, folder)
+    # 3. Plan the steps by the memory there is, and configure the training arguments
+    plan = plan_step(model, train_rows, settings, device, folder)
+    size = measure_run(train_rows, eval_rows, plan, settings, folder.processes.num_processes)
+    check_disk(model, settings, folder.folder)
     if settings.ESTIMATE:
         return
+    args = training_arguments(settings, device, folder, plan)
 
     # 4. Build the trainer
-    log, stop = RunLog(folder, tokens_per_step, "SFT"), SaveAndStop()
+    log, stop = RunLog(folder, size.tokens_per_step, "SFT"), SaveAndStop()
     trainer = PackedTrainer(model, args, train_rows, eval_rows, tokenizer, callbacks=[log, stop])
 
     # 5. Train, going on where an earlier run stopped

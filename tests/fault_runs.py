@@ -30,11 +30,11 @@ COMMANDS = {
     "pretrain": "model_download/pretrain_tiny_model.py --statements-file {w}/statements.jsonl --output-dir {w}/pretrained "
     "--vocabulary 600 --width 64 --layers 1 --epochs 1 --copies 50 --names 30",
     "sft": "model_finetune/finetune_sft.py --model {w}/base --train-file {w}/sft_train.jsonl --eval-file {w}/sft_eval.jsonl "
-    "--output-dir {w}/sft --epochs 1 --max-length 256 --accumulation 2 --device cpu --precision fp32",
+    "--output-dir {w}/sft --epochs 1 --max-length 256 --rows-per-step 2 --device cpu --precision fp32",
     "lora": "model_finetune/finetune_lora.py --model {w}/base --train-file {w}/sft_train.jsonl --eval-file {w}/sft_eval.jsonl "
-    "--output-dir {w}/lora --epochs 1 --max-length 256 --accumulation 2 --device cpu --precision fp32",
+    "--output-dir {w}/lora --epochs 1 --max-length 256 --rows-per-step 2 --device cpu --precision fp32",
     "dpo": "model_finetune/finetune_dpo.py --model {w}/base --train-file {w}/dpo_train.jsonl --eval-file {w}/dpo_eval.jsonl "
-    "--output-dir {w}/dpo --epochs 1 --max-length 256 --accumulation 2 --device cpu --precision fp32",
+    "--output-dir {w}/dpo --epochs 1 --max-length 256 --rows-per-step 2 --device cpu --precision fp32",
     "compare": "model_finetune/compare_models.py --models {w}/base {w}/sft --eval-file {w}/sft_eval.jsonl --exam-rows 2 --generate 2 "
     "--general-file {w}/general.jsonl --max-new-tokens 4 --device cpu --output-dir {w}/compared",
     "chat": "model_download/load_local_model.py --model {w}/base --prompt 甘草 --greedy --max-new-tokens 8 --device cpu",

@@ -48,7 +48,7 @@ def arguments(method, place, output, *more):
                 2,
                 "--max-length",
                 256,
-                "--accumulation",
+                "--rows-per-step",
                 2,
                 "--learning-rate",
                 3e-3,

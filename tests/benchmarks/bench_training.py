@@ -142,6 +142,7 @@ def ours(method, precision, options, folder):
     from utils.model.packing import PackedRows
     from utils.settings import parse_settings
     from utils.training.dataset import load_conversations, load_pairs
+    from utils.training.plan import StepPlan
     from utils.training.setup import training_arguments
     from utils.training.trainer import PackedDPOTrainer, PackedTrainer
 
@@ -154,7 +155,7 @@ def ours(method, precision, options, folder):
             folder,
             "--max-length",
             str(options.max_length),
-            "--accumulation",
+            "--rows-per-step",
             "1",
             "--max-steps",
             str(options.steps),
@@ -166,7 +167,7 @@ def ours(method, precision, options, folder):
     )
     device = pick_device("auto", precision)
     run = argparse.Namespace(folder=Path(folder), checkpoint=None)
-    args = training_arguments(settings, device, run)
+    args = training_arguments(settings, device, run, StepPlan(1, 1, False))
     args.eval_on_start, args.eval_strategy, args.save_strategy = False, "no", "no"
     set_seed(0)
     tokenizer = load_tokenizer(options.model)

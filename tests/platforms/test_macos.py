@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from utils import device
 from utils.errors import run
 from utils.training import setup
+from utils.training.plan import StepPlan
 
 
 def test_memory_is_left_alone_where_there_is_no_glibc(monkeypatch):
@@ -77,25 +78,20 @@ def test_training_on_an_apple_gpu_clears_its_caches_and_starts_no_workers(tmp_pa
     """Rows differ in length, and every new length leaves buffers and a compiled graph behind; workers crash on macOS."""
     real = setup.TrainingArguments
     settings = SimpleNamespace(
-        EPOCHS=1,
-        MAX_STEPS=0,
-        BATCH_SIZE=1,
-        ACCUMULATION=4,
-        LEARNING_RATE=1e-5,
-        WARMUP=0.1,
-        WEIGHT_DECAY=0.0,
-        SEED=7,
-        KEEP_CHECKPOINTS=2,
+        EPOCHS=1, MAX_STEPS=0, LEARNING_RATE=1e-5, WARMUP=0.1, WEIGHT_DECAY=0.0, SEED=7, KEEP_CHECKPOINTS=2
     )
-    monkeypatch.setattr(setup, "TrainingArguments", lambda **given: given)
+    monkeypatch.setattr(setup, "TrainingArguments", lambda **given: SimpleNamespace(n_gpu=1, **given))
     given = {
         name: setup.training_arguments(
-            settings, device.Device(name, False, "test"), SimpleNamespace(folder=tmp_path, checkpoint=None)
+            settings,
+            device.Device(name, False, "test"),
+            SimpleNamespace(folder=tmp_path, checkpoint=None),
+            StepPlan(1, 4, False),
         )
         for name in ("mps", "cpu", "cuda")
     }
-    assert [given[name]["torch_empty_cache_steps"] for name in given] == [10, None, None]
-    assert real(**given["cpu"]).dataloader_num_workers == 0
+    assert [args.torch_empty_cache_steps for args in given.values()] == [10, None, None]
+    assert real(**{k: v for k, v in vars(given["cpu"]).items() if k != "n_gpu"}).dataloader_num_workers == 0
 
 
 def test_a_full_gpu_is_told_in_one_line(capsys):

@@ -58,7 +58,7 @@ def start(method, place, output, *more, environment=None):
 
 
 def start_two(method, place, output):
-    """Two processes joined by gloo, each with half the accumulation, as accelerate launch would start them."""
+    """Two processes joined by gloo, each with half of a step's rows, as accelerate launch would start them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -67,8 +67,6 @@ def start_two(method, place, output):
             method,
             place,
             output,
-            "--accumulation",
-            1,
             environment={
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
@@ -180,7 +178,7 @@ def by_two(place):
         "--num_processes",
         "2",
         ROOT / "model_finetune/finetune_sft.py",
-        *arguments("sft", place, place / "sft_two", "--accumulation", 1),
+        *arguments("sft", place, place / "sft_two"),
     ]
     launched = subprocess.run(
         list(map(str, command)),
@@ -195,7 +193,7 @@ def by_two(place):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_two_processes_compute_what_one_does_with_twice_the_accumulation(finished, by_two, method):
+def test_two_processes_compute_what_one_does(finished, by_two, method):
     """Sums are taken in another order, so the losses agree to float32's accuracy, 1e-5 relative, not to the bit."""
     folder, printed = by_two[method]
     assert "on 2 processes" in printed and printed.count("finished in") == 1  # one of them speaks

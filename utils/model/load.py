@@ -82,6 +82,25 @@ def load_model(model, dtype):
     return merged
 
 
+def load_for_lora(model, dtype):
+    """The model of a folder or Hub id with frozen weights, for adapters.
+
+    Linear layers and embeddings are held in `dtype`, in which their products are computed anyway: with bfloat16 half the memory,
+    and no copy of them in every step. The norms stay float32.
+    """
+    import torch
+    from torch import nn
+
+    adapter = (Path(model) / "adapter_config.json").is_file()
+    loaded = load_model(model, torch.float32 if adapter else "auto")
+    for module in loaded.modules():
+        for weight in module.parameters(recurse=False):
+            weight.data = weight.data.to(
+                dtype if isinstance(module, nn.Linear | nn.Embedding) else torch.float32
+            )
+    return loaded.requires_grad_(False)
+
+
 def load_for_answers(model, device):
     """load_model's result on `device` (utils.device.Device), in its number format for answers."""
     loaded = load_model(model, device.dtype).to(device.name).eval()

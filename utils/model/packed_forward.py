@@ -44,10 +44,11 @@ def prepare_packed(model):
 
 
 def _embed(model, input_ids):
+    """The residual stream begins in the dtype of the norms: float32 in training, also over a base held in bfloat16."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding.weight is head.weight and head.weight.requires_grad and head.weight.device.type == "cpu":
         return _TiedEmbedding.apply(embedding.weight, input_ids)
-    return embedding(input_ids)
+    return embedding(input_ids).to(model.model.norm.weight.dtype)
 
 
 class _TiedEmbedding(torch.autograd.Function):

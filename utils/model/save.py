@@ -2,8 +2,14 @@
 
 from pathlib import Path
 
+import torch
+
+from utils.device import release_memory
 from utils.files import read_json, write_json
 from utils.model.chat_format import generation_settings, with_default_mode
+from utils.model.load import load_model
+
+TOKENS_OF_CONFIG = ("bos_token_id", "pad_token_id")  # in config.json as well as in generation_config.json
 
 
 def remember_mode(model, tokenizer, thinking):
@@ -11,7 +17,7 @@ def remember_mode(model, tokenizer, thinking):
     tokenizer.chat_template = with_default_mode(tokenizer.chat_template, thinking)
     settings = generation_settings(tokenizer, thinking)
     model.generation_config.update(**settings)
-    model.config.update({name: settings[name] for name in ("bos_token_id", "pad_token_id")})
+    model.config.update({name: settings[name] for name in TOKENS_OF_CONFIG})
 
 
 def save_model(model, tokenizer, folder):
@@ -52,7 +58,17 @@ def write_config_for_other_tools(folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)
 
 
-def save_adapter_and_merged(model, tokenizer, folder):
-    """Save the adapter at the root of `folder` and the merged model in merged/. `model` is merged by this."""
+def save_adapter_and_merged(model, tokenizer, folder: Path) -> None:
+    """Save the adapter at the root of `folder` and the merged model in merged/. `model` is of no use afterwards.
+
+    The base is read from its folder once more, in float32: in training it may have been held in bfloat16, and the merged
+    weights are to be rounded no further than those of a base that was not.
+    """
     save_model(model, tokenizer, folder)
-    save_model(model.merge_and_unload(), tokenizer, folder / "merged")
+    for weight in model.parameters():  # two models at once would be the peak of the whole run
+        if not weight.requires_grad:
+            weight.data = weight.data.new_empty(0)
+    release_memory()
+    merged = load_model(str(folder), torch.float32)
+    merged.config.update({name: getattr(model.config, name) for name in TOKENS_OF_CONFIG})
+    save_model(merged, tokenizer, folder / "merged")

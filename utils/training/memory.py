@@ -1,129 +1,152 @@
-"""Before hours are spent: the memory and disk a run needs, against what is free. What cannot fit is refused."""
+"""The memory of a training step, counted before it runs, and the memory there is.
 
-import shutil
+The peak is reached between the forward and the backward pass of an optimizer step's last batch: weights, gradients of the batches
+before, the optimizer's two moments, what autograd keeps of this batch, and the LM head's scores. What autograd keeps is not a
+formula here but counted, on two short forward passes of the real model: one part grows with the tokens, another does
+not (with bfloat16, the copies of the weights that the products were computed with).
+"""
+
+import os
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
 
-from utils.errors import UserError
-from utils.files import show_path
+from utils.device import Device
+from utils.model.attention import wants_rows_of_one_length
 from utils.model.lm_head import CHUNK
 from utils.model.packing import collate, model_inputs
-from utils.text import format_bytes
 
-PROBE_TOKENS = 64  # enough to count what a token costs, cheap enough to compute anywhere
-
-
-FLOAT = 4  # bytes
-
-
-CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # bytes that a container may use (cgroup v2), or "max"
-
-
-def forecast(model, train_rows, args, settings, folder):
-    """Print the memory and disk that the run needs and that are free; UserError where it cannot fit.
-
-    Call it before the trainer exists, on the model as it will be trained (adapters on).
-    """
-    tokens = train_rows.fullest(args.per_device_train_batch_size)
-    parts = memory_parts(model, tokens, args)
-    needed, free = sum(parts.values()), free_memory(args.device)
-    listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
-    print(f"memory: {format_bytes(needed)} needed ({listed}), {format_bytes(free)} free")
-    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    stored = sum(weight.numel() for weight in model.parameters())
-    disk = (
-        3 * trainable * (settings.KEEP_CHECKPOINTS + 1) + stored
-    ) * FLOAT  # weights and two moments a checkpoint
-    disk_free = shutil.disk_usage(
-        next(place for place in (folder.folder, *folder.folder.parents) if place.is_dir())
-    ).free
-    print(
-        f"disk: {format_bytes(disk)} needed (at most {settings.KEEP_CHECKPOINTS + 1} checkpoints at a time, and the finished model), "
-        f"{format_bytes(disk_free)} free"
-    )
-    if disk > disk_free:
-        raise UserError(
-            f"{show_path(folder.folder)} needs {format_bytes(disk)} of disk and {format_bytes(disk_free)} are free; free "
-            "some, lower KEEP_CHECKPOINTS, or choose another --output-dir"
-        )
-    if needed > free:
-        room = (free - needed + parts["activations"]) / parts["activations"] * tokens
-        mend = (
-            f"lower MAX_LENGTH x BATCH_SIZE from {tokens:,} to {int(room):,} tokens"
-            if room >= 128
-            else "train with LoRA, or a smaller model"
-        )
-        raise UserError(
-            f"the run needs {format_bytes(needed)} of memory and {format_bytes(free)} are free; {mend}"
-        )
+PROBES = (
+    32,
+    96,
+)  # tokens of the two passes: enough to tell the two parts apart, cheap enough to compute anywhere
+FLOAT, HALF = 4, 2  # bytes
+LIBRARIES = 700 << 20  # bytes of Python, torch, transformers and their threads in a training process
+CGROUPS = Path("/sys/fs/cgroup")
 
 
-def memory_parts(model, tokens, args):
-    """{what: bytes} at the peak of a training step over `tokens` packed tokens."""
-    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+class Costs(NamedTuple):
+    """What a model costs in training, in bytes; weights and trainable in numbers of parameters where said."""
+
+    weights: int
+    trainable: int  # parameters
+    kept: int  # by autograd, whatever the tokens
+    kept_per_token: float
+    layers: int
+    hidden: int  # width of the residual stream
+    head: torch.Size  # (vocabulary, hidden)
+    head_trained: bool
+    bf16: bool
+
+
+def measure_costs(model, bf16: bool) -> Costs:
+    """Count the Costs of `model` as it will be trained: prepared for packed rows, adapters on."""
+    short, long = (_bytes_kept(model, tokens, bf16) for tokens in PROBES)
+    per_token = (long - short) / (PROBES[1] - PROBES[0])
+    parameters = list(model.parameters())
     head = model.get_output_embeddings().weight
-    scores = (
-        2 * min(CHUNK, tokens) * head.shape[0] * FLOAT
-    )  # logits, and a copy of them (bfloat16: two of half the size)
-    if head.requires_grad:
-        scores += head.numel() * FLOAT  # the head's gradient before it joins the others
-    return {
-        "weights": weights,
-        "gradients": trainable * FLOAT,
-        "optimizer": 2 * trainable * FLOAT,
-        "activations": int(bytes_per_token(model, args) * tokens),
-        "scores": scores,
-        "program": _program(args),
-    }
+    return Costs(
+        weights=sum(weight.numel() * weight.element_size() for weight in parameters),
+        trainable=sum(weight.numel() for weight in parameters if weight.requires_grad),
+        kept=max(0, round(short - per_token * PROBES[0])),
+        kept_per_token=per_token,
+        layers=model.config.num_hidden_layers,
+        hidden=model.config.hidden_size,
+        head=head.shape,
+        head_trained=head.requires_grad,
+        bf16=bf16,
+    )
 
 
-def bytes_per_token(model, args):
-    """Bytes that one token leaves in memory between forward and backward pass, counted on a short forward pass.
-
-    Every tensor that autograd saves is seen through saved_tensors_hooks; weights and views of the same storage count once.
-    """
+def _bytes_kept(model, tokens: int, bf16: bool) -> int:
+    """Bytes that autograd keeps between forward and backward pass of one document, weights themselves not counted."""
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     seen = {}
 
-    def note(tensor):
+    def count(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            seen[storage.data_ptr()] = storage
+            seen[storage.data_ptr()] = storage  # alive from now on, so that no address comes twice
         return tensor
 
-    item = {"documents": [([0] * (PROBE_TOKENS - 1), [0])]}
-    inputs = model_inputs(collate([[item]]))
+    row_length = tokens if wants_rows_of_one_length(model.device.type, bf16) else 0
+    inputs = model_inputs(collate([[{"documents": [([0] * tokens, [0])]}]], row_length))
     inputs = {
         name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()
     }
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
-            hidden = model.train()(**inputs)
-    total = sum(
-        storage.nbytes() for storage in seen.values()
-    )  # `seen` keeps the storages alive: no address comes twice
+    with (
+        torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+        torch.autocast(model.device.type, torch.bfloat16, enabled=bf16),
+    ):
+        hidden = model.train()(**inputs)
+    kept = sum(storage.nbytes() for storage in seen.values())
     del hidden
-    return total / PROBE_TOKENS
+    return kept
 
 
-def free_memory(device):
-    """Bytes that this process has or could still get, on the device that will compute."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device)
-    process = psutil.Process().memory_info().rss
-    if device.type == "mps":
-        return min(torch.mps.recommended_max_memory(), psutil.virtual_memory().available + process)
-    free = psutil.virtual_memory().available + process
+def memory_parts(costs: Costs, tokens: int, recompute: bool, device: Device) -> dict[str, int]:
+    """{what: bytes} at the peak of a training step whose largest batch holds `tokens` packed tokens."""
+    if recompute:  # the input of every layer, and one layer as a whole
+        kept = (costs.layers * costs.hidden * FLOAT + costs.kept_per_token / costs.layers) * tokens
+        kept += costs.kept / costs.layers
+    else:
+        kept = costs.kept_per_token * tokens + costs.kept
+    return {
+        "weights": costs.weights,
+        "gradients": costs.trainable * FLOAT,
+        "optimizer": 2 * costs.trainable * FLOAT,
+        "activations": round(kept),
+        "scores": _score_bytes(costs, tokens),
+        "program": 0 if device.name == "cuda" else LIBRARIES,
+    }
+
+
+def _score_bytes(costs: Costs, tokens: int) -> int:
+    """The LM head: logits of a chunk in float32 (with bfloat16 a copy before and after), and its weight's gradient."""
+    logits = min(CHUNK, tokens) * costs.head[0] * (FLOAT + HALF * costs.bf16)
+    copy = costs.head.numel() * HALF * costs.bf16
+    return logits + copy + costs.head.numel() * FLOAT * costs.head_trained
+
+
+def free_memory(device: Device) -> int:
+    """Bytes that this process has or could still get, on the device that will compute.
+
+    Processes that train together on one machine share what its CPU memory has.
+    """
+    if device.name == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved()
+    used = psutil.Process().memory_info()
+    free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + used.rss
+    if device.name == "mps":
+        free = min(free, torch.mps.recommended_max_memory())
+    return min([free, *_limits(used)])
+
+
+def _limits(used) -> list[int]:
+    """Limits set for this process, in bytes of resident memory: of its control groups (containers) and of `ulimit -v`."""
+    limits = []
+    for folder in _control_groups():
+        try:
+            limits.append(int((folder / "memory.max").read_text(encoding="ascii")))
+        except (OSError, ValueError):  # no such limit, or "max"
+            continue
+    if os.name == "posix":
+        import resource
+
+        address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if address_space != resource.RLIM_INFINITY:
+            limits.append(max(0, address_space - used.vms + used.rss))
+    return limits
+
+
+def _control_groups() -> list[Path]:
+    """The folders of this process's control group (version 2) and of those above it; a limit of any of them holds."""
     try:
-        return min(free, int(CONTAINER_LIMIT.read_text(encoding="ascii")))
-    except (OSError, ValueError):  # no container, or one without a limit
-        return free
-
-
-def _program(args):
-    """Python and its libraries, which share the memory with the model unless that is on a GPU of its own."""
-    return 0 if args.device.type == "cuda" else 600 * 2**20
+        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return []
+    own = next((line[3:] for line in lines if line.startswith("0::")), "/").lstrip("/")
+    return [CGROUPS / own, *(CGROUPS / parent for parent in Path(own).parents)]

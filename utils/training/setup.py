@@ -1,6 +1,5 @@
 """What the three finetune scripts share: training arguments, the run itself, and the finished folder."""
 
-import math
 import pickle
 import sys
 
@@ -8,23 +7,28 @@ import psutil
 import torch
 from transformers import TrainingArguments
 
+from utils.device import Device
 from utils.errors import NO_MEMORY, RunError
 from utils.files import show_path
 from utils.text import duration, format_bytes
 from utils.training.checkpoints import list_checkpoints
+from utils.training.plan import StepPlan
+from utils.training.run_folder import RunFolder
 
 
-def training_arguments(settings, device, run):
+def training_arguments(settings, device: Device, run: RunFolder, plan: StepPlan) -> TrainingArguments:
     """transformers' TrainingArguments from a script's settings.
 
     Every step is logged (so that a resumed log has no seam); a checkpoint and an evaluation end every epoch.
     """
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(run.folder),
         num_train_epochs=settings.EPOCHS,
         max_steps=settings.MAX_STEPS or -1,
-        per_device_train_batch_size=settings.BATCH_SIZE,
-        gradient_accumulation_steps=settings.ACCUMULATION,
+        per_device_train_batch_size=plan.rows_at_once,
+        gradient_accumulation_steps=plan.passes,
+        activation_checkpointing=plan.recompute,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         learning_rate=settings.LEARNING_RATE,
         lr_scheduler_type="cosine",
         warmup_steps=settings.WARMUP,
@@ -43,28 +47,24 @@ def training_arguments(settings, device, run):
         save_total_limit=settings.KEEP_CHECKPOINTS,
         report_to="none",
         disable_tqdm=True,
-        # lengths differ from row to row, and on Apple GPUs every new one leaves buffers and a compiled graph behind
+        # the number of trained tokens differs from row to row: on Apple GPUs each leaves buffers and a compiled graph behind
         torch_empty_cache_steps=10 if device.name == "mps" else None,
         remove_unused_columns=False,
         dataloader_pin_memory=device.name == "cuda",
         ddp_find_unused_parameters=False,
     )
+    _take_one_gpu(args)
+    return args
 
 
-def describe_run(train_rows, eval_rows, args):
-    """Share the rows out evenly among the processes, print what is about to be trained; return the mean number of tokens in
-    an optimizer step."""
-    if args.world_size > 1:
-        train_rows.even_out(args.per_device_train_batch_size * args.world_size)
-    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps_per_epoch = math.ceil(len(train_rows) / rows_per_step)
-    steps = args.max_steps if args.max_steps > 0 else steps_per_epoch * int(args.num_train_epochs)
-    print(
-        f"training: {len(train_rows.items):,} examples, {train_rows.tokens:,} tokens ({train_rows.trained_tokens:,} trained) in "
-        f"{len(train_rows):,} packed rows; evaluation: {len(eval_rows.items):,} examples; {steps:,} steps"
-        + (f" on {args.world_size} processes" if args.world_size > 1 else "")
-    )
-    return train_rows.tokens / steps_per_epoch
+def _take_one_gpu(args: TrainingArguments) -> None:
+    """One process computes on one GPU. transformers would split the batches among all with nn.DataParallel, without autocast."""
+    if args.n_gpu > 1:  # n_gpu is known only once it has been asked for
+        print(
+            f"one of {args.n_gpu} GPUs is used; all of them: accelerate launch --multi_gpu --num_processes {args.n_gpu} "
+            + " ".join(sys.argv)
+        )
+        args._n_gpu = 1
 
 
 def train(trainer, run, log, stop):
@@ -88,7 +88,7 @@ def train(trainer, run, log, stop):
         checkpoints = list_checkpoints(run.folder)
         kept = f"{show_path(checkpoints[-1])} is kept" if checkpoints else "no checkpoint was written yet"
         raise RunError(
-            f"not enough memory after step {trainer.state.global_step}; lower BATCH_SIZE or MAX_LENGTH; {kept}"
+            f"not enough memory after step {trainer.state.global_step}; lower MAX_LENGTH, or close other programs; {kept}"
         ) from None
     finally:
         log.draw()

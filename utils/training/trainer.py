@@ -50,6 +50,10 @@ class PackedTrainer(Trainer):
             processing_class=tokenizer,
             callbacks=list(callbacks),
         )
+        if (
+            self.accelerator.ddp_handler
+        ):  # several processes: gradients are kept once, not also in the buckets they travel in
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.remove_callback(PrinterCallback)  # our own callback prints one line a step
         self.step_metrics: dict[str, Tensor] = {}  # means over the units of the present step, so far
         self.step_losses: list[tuple[Tensor, list]] = []  # (loss, ids of its rows) of the step's batches
