@@ -239,7 +239,7 @@ def test_the_script_serves_until_ctrl_c(tiny_folder, tmp_path):
         "0",
     ]
     server = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+        command, cwd=tmp_path, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, encoding="utf-8"
     )
     for line in server.stderr:
         if found := re.search(r"http://127.0.0.1:(\d+)/v1 answers", line):
