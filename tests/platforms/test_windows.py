@@ -106,7 +106,7 @@ def test_no_line_editing_where_there_is_no_readline(monkeypatch):
     from utils.chat.terminal import prepare_terminal
 
     monkeypatch.setitem(sys.modules, "readline", None)
-    prepare_terminal()
+    prepare_terminal({})
 
 
 def test_old_windows_consoles_are_told_to_understand_codes(monkeypatch):
