@@ -1,4 +1,4 @@
-"""What comes from outside: packages are the pinned ones, model folders run no code, and no token or usage figure leaves."""
+"""What comes from outside and what leaves: pinned packages, no code from model folders, no token, no usage figures."""
 
 import ast
 import importlib.metadata
@@ -143,7 +143,7 @@ class Evil:
 
 @pytest.mark.slow
 def test_a_checkpoint_with_code_in_it_is_refused(place, tmp_path, capsys, monkeypatch):
-    """Optimizer and scheduler are pickles of torch, whose loader takes tensors and numbers only; even with a fresh manifest."""
+    """torch pickles optimizer and scheduler; its loader here takes tensors and numbers only, whatever the manifest says."""
     monkeypatch.setenv("HF_TOKEN", "hf_marker")
     command, handlers = (
         arguments("sft", place, tmp_path / "run", "--max-steps", 2),
