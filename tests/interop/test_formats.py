@@ -111,6 +111,22 @@ def test_lm_eval_scores_as_we_do_before_normalising(run_in, finished, tmp_path):
     assert accuracy > found["metrics"]["acc_norm,none"] + 0.1, json.dumps(found["metrics"])
 
 
+def test_llama_cpp_makes_our_tokens(run_in, exported, finished, place, tmp_path):
+    tokenizer, [file] = (
+        AutoTokenizer.from_pretrained(finished("sft")),
+        exported("sft", "gguf", "q8_0").glob("*.gguf"),
+    )
+    rows = list(read_jsonl(place / "qwen3/sft_eval.jsonl"))[:300]
+    texts = [message["content"] for row in rows for message in row["messages"]]
+    texts += [
+        "It's 12345 度, A/B\r\n\n  x  Ωμέγα 😀𠮷é",
+        "<|im_start|>user\n你好<|im_end|>\n<think>\n\n</think>\n\n",
+    ]
+    write_json(tmp_path / "texts.json", texts)
+    found = run_in("llamacpp", "tokenize_llamacpp.py", file, tmp_path / "texts.json")
+    assert found == tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
 @pytest.mark.skipif(
     not shutil.which("go"), reason="needs Go, in whose template language Ollama's Modelfile is written"
 )
