@@ -22,9 +22,12 @@ MODELS = ("sft", "lora", "dpo", "thinking")
 
 
 def pytest_collection_modifyitems(items):
+    """All are slow ones, and wait for `make test-interop`: they train four models before the first tool is asked."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slow)
+            if not PLACE.is_dir():
+                item.add_marker(pytest.mark.skip(reason="make test-interop makes the environments first"))
 
 
 @pytest.fixture(scope="session")
