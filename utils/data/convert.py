@@ -28,9 +28,7 @@ from utils.text import format_bytes
 OUTPUTS = ("sft_train", "sft_eval", "dpo_train", "dpo_eval", "exam")
 RUN = 1000  # rows written at a time, at most
 LARGE = 32e6  # bytes: from here up, several processes are worth their start
-BYTES_A_ROW = (
-    650  # of memory at the most, while questions are compared; measured, see tests/benchmarks/README.md
-)
+BYTES_A_ROW = 1000  # of memory: 300 measured for mixed questions, 1,000 where all are one long template
 FORECAST_ROWS = 50_000  # rows after which the memory is forecast for the first time
 UNKNOWN_ROWS, UNKNOWN_CHARACTERS = 200, 300  # kept of a batch to suggest columns by: rows, and of each text
 

@@ -27,6 +27,9 @@ FAMILY = 5  # more questions than this, alike but for a word, are a template, no
 PASSAGE = (
     0.6  # of the shorter question's shingles: with so much in common, two questions are about one passage
 )
+PASSAGE_TRIES = (
+    4  # questions with which one is compared in vain, so that a template of many rows costs linear time
+)
 LARGEST_PASSAGE = (
     100,
     0.1,
@@ -153,8 +156,7 @@ def group_questions(
     text, `answers_of(question)` the keys of its long answers. A family has FAMILY members at most.
     """
     same, family = {}, {}  # of those that have joined a group: the index that leads on to its first member
-    watch = progress("comparing long questions", "pairs")
-    for one, other in watch(_as_list(candidate_pairs(marks, threshold))):
+    for one, other in _one_by_one(candidate_pairs(marks, threshold), "comparing long questions"):
         texts, pair = (text_of(one), text_of(other)), (int(long_at[one]), int(long_at[other]))
         if overlap(*texts) >= threshold:
             _join(family, *pair)
@@ -167,8 +169,11 @@ def group_questions(
     return same, numpy.where(members[family] > FAMILY, same, family)
 
 
-def _as_list(pairs):
-    return list(zip(*(side.tolist() for side in pairs)))
+def _one_by_one(pairs, label):
+    """The pairs of two arrays as ints, with a progress bar."""
+    one, other = pairs
+    for number in progress(label, "pairs")(range(len(one))):
+        yield int(one[number]), int(other[number])
 
 
 def differ_in_fact(one: str, other: str) -> bool:
@@ -182,15 +187,16 @@ def group_passages(
     family: numpy.ndarray, long_at: numpy.ndarray, marks: numpy.ndarray, text_of: Callable[[int], str]
 ) -> numpy.ndarray:
     """The families, those joined that share a passage; the other arguments as in `group_questions`."""
-    joined = {}
-    watch = progress("looking for shared passages", "pairs")
-    for one, other in watch(_as_list(candidate_pairs(marks, PASSAGE, band=2, neighbours=2))):
+    joined, failed = {}, Counter()
+    pairs = candidate_pairs(marks, PASSAGE, band=2, neighbours=1)
+    for one, other in _one_by_one(pairs, "looking for shared passages"):
         pair = int(family[long_at[one]]), int(family[long_at[other]])
-        if (
-            _root(joined, pair[0]) != _root(joined, pair[1])
-            and containment(text_of(one), text_of(other)) >= PASSAGE
-        ):
+        if failed[one] >= PASSAGE_TRIES or _root(joined, pair[0]) == _root(joined, pair[1]):
+            continue
+        if containment(text_of(one), text_of(other)) >= PASSAGE:
             _join(joined, *pair)
+        else:
+            failed[one] += 1
     together = _roots(joined, len(family))[family]
     members = numpy.bincount(together[long_at], minlength=len(family))
     least, share = LARGEST_PASSAGE
