@@ -62,7 +62,7 @@ def _read_as(sources, found, file):
 
 def notes(sources: list[Source], found: Recognised, columns: dict[str, str]) -> list[str]:
     """A line for each file of which no row could be used, and for columns that look the wrong way round."""
-    rows, said = found.index.rows, []
+    rows, said = found.row_index.rows, []
     for file, source in enumerate(sources):
         mine = rows["kind"][rows["file"] == file]
         if len(mine) and (mine == KIND[""]).all() and file in found.rejects:

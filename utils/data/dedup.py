@@ -36,8 +36,10 @@ LARGEST_PASSAGE = (
 )  # questions, share of the long ones: what more than both share is an instruction, no passage
 
 KEPT, EXACT_DUPLICATE, NEAR_DUPLICATE, EVALUATION_LEAK, EXAM_LEAK, MARKED_BAD, ALSO_GOOD = range(7)
-REASONS = ("", "exact duplicate", "near-duplicate", "evaluation leak", "exam leak")
-REASONS += ("marked as a bad answer, no good one", "marked as a bad answer, and as a good one")
+REASONS = (
+    *("", "exact duplicate", "near-duplicate", "evaluation leak", "exam leak"),
+    *("marked as a bad answer, no good one", "marked as a bad answer, and as a good one"),
+)
 
 _NUMBERS = re.compile(r"\d+(?:[.,:/%-]\d+)*|[零〇一二三四五六七八九十百千万两半]+")
 _DECIDING = re.compile("[无不未非否没伴有男女左右上下升降增减高低轻重阴阳寒热虚实浮沉迟数滑涩弦细]")
@@ -51,7 +53,7 @@ class Decisions(NamedTuple):
     status: numpy.ndarray
     duplicate_of: numpy.ndarray
 
-    def set_aside(self, rows: numpy.ndarray, reason: int, duplicate_of: numpy.ndarray) -> None:
+    def set_aside(self, rows: numpy.ndarray | int, reason: int, duplicate_of: numpy.ndarray | int) -> None:
         """Note for `rows` (their numbers) why they are not kept."""
         self.status[rows] = reason
         self.duplicate_of[rows] = duplicate_of
@@ -155,7 +157,9 @@ def group_questions(
     `long_at`: which of them are long; `marks`: their signatures, row by row. `text_of(row of marks)` gives a long question's
     text, `answers_of(question)` the keys of its long answers. A family has FAMILY members at most.
     """
-    same, family = {}, {}  # of those that have joined a group: the index that leads on to its first member
+    # Of those that have joined a group: the index that leads on to its first member.
+    same: dict[int, int] = {}
+    family: dict[int, int] = {}
     for one, other in _one_by_one(candidate_pairs(marks, threshold), "comparing long questions"):
         texts, pair = (text_of(one), text_of(other)), (int(long_at[one]), int(long_at[other]))
         if overlap(*texts) >= threshold:
@@ -164,9 +168,9 @@ def group_questions(
                 continue
             if Counter(texts[0]) == Counter(texts[1]) or answers_of(pair[0]) & answers_of(pair[1]):
                 _join(same, *pair)
-    same, family = _roots(same, count), _roots(family, count)
-    members = numpy.bincount(family[numpy.unique(same)], minlength=count)  # distinct questions in each family
-    return same, numpy.where(members[family] > FAMILY, same, family)
+    one_question, alike = _roots(same, count), _roots(family, count)
+    members = numpy.bincount(alike[numpy.unique(one_question)], minlength=count)  # distinct questions in each
+    return one_question, numpy.where(members[alike] > FAMILY, one_question, alike)
 
 
 def _one_by_one(pairs, label):
@@ -187,7 +191,8 @@ def group_passages(
     family: numpy.ndarray, long_at: numpy.ndarray, marks: numpy.ndarray, text_of: Callable[[int], str]
 ) -> numpy.ndarray:
     """The families, those joined that share a passage; the other arguments as in `group_questions`."""
-    joined, failed = {}, Counter()
+    joined: dict[int, int] = {}
+    failed: Counter[int] = Counter()
     pairs = candidate_pairs(marks, PASSAGE, band=2, neighbours=1)
     for one, other in _one_by_one(pairs, "looking for shared passages"):
         pair = int(family[long_at[one]]), int(family[long_at[other]])
