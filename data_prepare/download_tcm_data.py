@@ -21,6 +21,7 @@ from utils.errors import UserError, run
 from utils.files import atomic_write, require_file, sha256_of, show_path, write_json
 from utils.hub import COMMIT, Hub, Repo, read_record, unchanged
 from utils.settings import ROOT, parse_settings
+from utils.text import say
 
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--dataset Monor/hwtcm-sft-v1) ----
@@ -56,7 +57,7 @@ def write_source(path: Path, **origin: str | None) -> None:
     }
     write_json(source_of(path), record)
     rows = "" if record["rows"] is None else f", {record['rows']:,} rows"
-    print(f"{show_path(path)}: {record['size']:,} bytes{rows}, licence: {record['licence'] or 'not stated'}")
+    say(f"{show_path(path)}: {record['size']:,} bytes{rows}, licence: {record['licence'] or 'not stated'}")
 
 
 def count_rows(path: Path) -> int | None:
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     paths = disk_paths(folder, dataset, names)
     pinned = names and COMMIT.fullmatch(revision)
     if pinned and all(is_finished(path, dataset, revision, name) for path, name in paths.items()):
-        print(
+        say(
             f"{dataset} at {revision[:7]} is complete in {show_path(folder)}: {', '.join(path.name for path in paths)}"
         )
         return

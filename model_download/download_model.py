@@ -22,6 +22,7 @@ from utils.files import sha256_of, show_path, write_json
 from utils.hub import COMMIT, Hub, HubFile, Repo, read_record, unchanged
 from utils.model.folders import check_model
 from utils.settings import ROOT, parse_settings
+from utils.text import say
 
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--model Qwen/Qwen3-1.7B) ----
@@ -66,7 +67,7 @@ PINNED_FILES = {
 
 
 def show_next(folder: Path) -> None:
-    print(f"next: python model_download/load_local_model.py {show_path(folder)}")
+    say(f"next: python model_download/load_local_model.py {show_path(folder)}")
 
 
 def use_tiny() -> None:
@@ -76,7 +77,7 @@ def use_tiny() -> None:
             f"the built-in model is missing; get it back with: git checkout {show_path(TINY_DIR)}"
         )
     check_model(str(TINY_DIR))
-    print(f"the built-in model is in {show_path(TINY_DIR)}")
+    say(f"the built-in model is in {show_path(TINY_DIR)}")
     show_next(TINY_DIR)
 
 
@@ -144,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. Nothing to do where it is there already, known without the network
     if COMMIT.fullmatch(revision) and is_finished(folder, model, revision):
-        print(f"{model} at {revision[:7]} is complete in {show_path(folder)}")
+        say(f"{model} at {revision[:7]} is complete in {show_path(folder)}")
         return
     settings.show()
 
@@ -172,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
             "files": record,
         },
     )
-    print(
+    say(
         f"{model} at {repo.commit} (licence: {repo.licence or 'not stated'}) is complete in {show_path(folder)}"
     )
     show_next(folder)

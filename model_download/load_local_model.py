@@ -4,23 +4,24 @@
     python model_download/load_local_model.py trainer_output/sft_finetuned     # /help lists the commands, Ctrl-D leaves
     python model_download/load_local_model.py trainer_output/sft_finetuned --prompt "四君子汤由哪些药组成？"
     python model_download/load_local_model.py trainer_output/sft_finetuned --json < questions.txt > answers.jsonl
+    python model_download/load_local_model.py trainer_output/sft_finetuned --serve    # http://127.0.0.1:8000/v1
 
 With --prompt or piped questions (one a line, each a conversation of its own) stdout holds the answers and nothing else.
 Nothing is written but what /save FILE.jsonl appends in a chat: the conversation, as a row to train on.
 """
 
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.chat.terminal import note, prepare_terminal
+from utils.chat.options import LOOPBACK, THINKING_MODES, Options, read_value
+from utils.chat.terminal import loading, note, prepare_terminal, show_models
 from utils.errors import UserError, run
 from utils.files import show_path
-from utils.model.folders import check_model, find_models, written_at
+from utils.model.folders import check_model, find_models
 from utils.model.load import quiet_offline
 from utils.settings import Settings, parse_settings
 
@@ -33,14 +34,22 @@ SYSTEM = ""               # system text in front of every conversation
 THINKING = "auto"         # auto: as the folder was trained (its chat template's default); on; off
 SHOW_THINKING = True      # print the thinking, dimmed, on stderr where stdout is for answers only
 GREEDY = False            # always the likeliest token: repeatable; with thinking on it tends to go round in circles
+TEMPERATURE = -1.0        # of the sampling, 0 for greedy; this and the next three: -1 as the model folder says
+TOP_P = -1.0              # draw from the likeliest tokens that make up this share
+TOP_K = -1                # draw from this many, 0 for no limit
+REPETITION_PENALTY = -1.0 # above 1: tokens that were there already become less likely
 SEED = -1                 # of the sampling; the same seed gives the same answers, -1 different ones every time
 MAX_NEW_TOKENS = 2048     # longest answer in tokens, thinking included
+SERVE = False             # answer over HTTP as OpenAI's chat completions do, for chat pages and apps on this machine
+HOST = "127.0.0.1"        # of --serve; any other than the loopback needs a key
+PORT = 8000
+API_KEY = ""              # what clients of --serve have to send; empty: none
 DEVICE = "auto"           # auto (CUDA, else MPS, else CPU), cuda, mps, cpu
 PRECISION = "auto"        # auto (bf16 where the hardware computes in it, fp16 weights on other x86 CPUs), bf16, fp32
 # ----
 # fmt: on
 
-THINKING_MODES = {"auto": None, "on": True, "off": False}
+SAMPLING = ("TEMPERATURE", "TOP_P", "TOP_K", "REPETITION_PENALTY")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,18 +63,23 @@ def main(argv: list[str] | None = None) -> None:
     quiet_offline(folder)
 
     # 3. Load it
-    from utils.chat.model import ChatModel
-    from utils.chat.session import Chat, answer_once, greet
-    from utils.device import pick_device
+    with loading(show_path(folder)):
+        from utils.chat.model import ChatModel
+        from utils.chat.session import ARGUMENTS, Chat, answer_once, greet
+        from utils.device import pick_device
 
-    device = pick_device(settings.DEVICE, settings.PRECISION)
-    chat_model = ChatModel(folder, device)
+        device = pick_device(settings.DEVICE, settings.PRECISION)
+        chat_model = ChatModel(folder, device)
     options = make_options(settings)
     greet(chat_model, options, device)
 
-    # 4. Chat, or answer the questions given
+    # 4. Chat, answer over HTTP, or answer the questions given
+    if settings.SERVE:
+        from utils.chat.serve import serve
+
+        serve(chat_model, options, settings.SYSTEM, settings.HOST, settings.PORT, settings.API_KEY)
     if chatting:
-        prepare_terminal()
+        prepare_terminal(ARGUMENTS)
         note("/help lists the commands, Ctrl-D leaves.")
         Chat(chat_model, options, settings.SYSTEM, lambda other: ChatModel(other, device)).run()
         return
@@ -79,14 +93,32 @@ def check_settings(settings: Settings) -> bool:
     """Whether this is a chat at a terminal; UserError for values that cannot be used."""
     if settings.THINKING not in THINKING_MODES:
         raise UserError(f"--thinking: wanted auto, on or off, got {settings.THINKING!r}")
-    if settings.MAX_NEW_TOKENS < 1:
-        raise UserError(f"--max-new-tokens: wanted 1 or more, got {settings.MAX_NEW_TOKENS}")
+    read_value("max_new_tokens", settings.MAX_NEW_TOKENS, "--max-new-tokens")
+    for name, value in sampling(settings).items():
+        read_value(name, value, f"--{name.replace('_', '-')}")
+    if settings.GREEDY and settings.TEMPERATURE > 0:
+        raise UserError(f"--greedy and --temperature {settings.TEMPERATURE:g} exclude each other")
     if "PROMPT" in settings.overridden and not settings.PROMPT.strip():
         raise UserError("--prompt: wanted a question, got an empty text")
+    if settings.SERVE:
+        check_serving(settings)
+        return False
     chatting = not settings.PROMPT and sys.stdin.isatty()
     if chatting and settings.JSON:
         raise UserError('--json is for questions from --prompt "..." or from a pipe, not for a chat')
     return chatting
+
+
+def check_serving(settings: Settings) -> None:
+    """UserError for settings that a server has no use for, or that would open it to others without a key."""
+    if settings.PROMPT or settings.JSON or settings.SEED >= 0:
+        raise UserError("--serve takes no --prompt, --json or --seed: a request brings its own")
+    if settings.HOST not in LOOPBACK and not settings.API_KEY:
+        raise UserError(
+            f"--host {settings.HOST}: others could ask there; a key is wanted too: --api-key TEXT"
+        )
+    if not 0 <= settings.PORT < 65536:
+        raise UserError(f"--port: wanted 0 (any free one) to 65535, got {settings.PORT}")
 
 
 def choose_model(ask: bool) -> str:
@@ -97,9 +129,7 @@ def choose_model(ask: bool) -> str:
     if not ask:
         note(f"no model named, taking {show_path(found[0])}")
         return str(found[0])
-    for number, folder in enumerate(found, 1):
-        finished = time.strftime("%Y-%m-%d %H:%M", time.localtime(written_at(folder)))
-        note(f"  {number}  {show_path(folder):<40} {finished}")
+    show_models(found)
     while True:
         try:
             answer = input(f"Which model? [1-{len(found)}, Enter for 1] ").strip() or "1"
@@ -109,20 +139,26 @@ def choose_model(ask: bool) -> str:
             return str(found[int(answer) - 1])
 
 
-def make_options(settings: Settings):
-    """The settings that hold for every answer, as utils.chat.model.Options."""
+def make_options(settings: Settings) -> Options:
+    """The settings that hold for every answer."""
     import torch
 
-    from utils.chat.model import Options
-
-    greedy = {"do_sample": False} if settings.GREEDY else {}
-    thinking, generator = THINKING_MODES[settings.THINKING], torch.Generator()
-    options = Options(thinking, settings.MAX_NEW_TOKENS, settings.SHOW_THINKING, greedy, generator)
+    thinking = THINKING_MODES[settings.THINKING]
+    options = Options(thinking, settings.MAX_NEW_TOKENS, settings.SHOW_THINKING, torch.Generator())
+    for name, value in sampling(settings).items():
+        options.apply(name, value)
+    if settings.GREEDY:
+        options.apply("temperature", 0)
     seed_answers(options, settings.SEED)
     return options
 
 
-def seed_answers(options, seed: int) -> None:
+def sampling(settings: Settings) -> dict[str, float]:
+    """What is to be other than the model folder says."""
+    return {name.lower(): getattr(settings, name) for name in SAMPLING if getattr(settings, name) != -1}
+
+
+def seed_answers(options: Options, seed: int) -> None:
     if seed < 0:
         options.generator.seed()
     else:

@@ -5,8 +5,11 @@ import shutil
 
 import torch
 
+from utils.chat.model import ChatModel, Reply
+from utils.device import Device
 from utils.model.chat_format import encode_prompt
 
+CPU = Device("cpu", False, "test")
 QUESTIONS = ["甘草", "麻黄汤的功效是什么？龘", "What is this? 合谷", "四君子汤由哪些药组成？请一一说明。"]
 
 
@@ -32,3 +35,44 @@ def damaged(folder, where, **changes):
     config = json.loads((where / "config.json").read_text(encoding="utf-8"))
     (where / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
     return where
+
+
+class Echo:
+    """Stands in for a ChatModel: answers with the number of the question; a question that holds a word below behaves so."""
+
+    name = "echo"
+
+    def __init__(self, chat_model, context=4096):
+        self.tokenizer, self.model, self.context, self.seen = (
+            chat_model.tokenizer,
+            chat_model.model,
+            context,
+            [],
+        )
+
+    encode, check_length, decoding = ChatModel.encode, ChatModel.check_length, ChatModel.decoding
+
+    def answer(self, prompt, options, show):
+        text = self.tokenizer.decode(prompt)
+        self.seen.append(text)
+        stopped = "stop" in text.split("<|im_start|>user")[-1]
+        content = "" if stopped and "early" in text else f"答{len(self.seen)}"
+        show(content, False)
+        return Reply(
+            content,
+            "想" if options.thinking else "",
+            3,
+            0.5,
+            0.1,
+            not stopped and "long" not in text,
+            stopped,
+        )
+
+
+def talk(chat, *lines):
+    for line in lines:
+        assert chat.handle(line)
+
+
+def plain(chat):
+    return [(turn.question, turn.answer) for turn in chat.history.turns]

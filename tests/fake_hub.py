@@ -62,8 +62,8 @@ class FakeHub:
     def fault(self, where, times=10**9, **action):
         """Misbehave on the next `times` requests whose path matches the regex `where`. Actions, one or more:
 
-        status=503 (with headers={...}); stall=seconds before the answer; cut=n: n bytes of the body, then FIN, or with
-        rst=True a reset, with hang=seconds silence, with short=True nothing amiss (the length is what was sent);
+        status=503 (with headers={...}, body=b"..."); endless=bytes that are sent again and again; stall=seconds before the
+        answer; cut=n: n bytes of the body, then FIN, or with rst=True a reset, with hang=seconds silence, with short=True nothing amiss (the length is what was sent);
         corrupt=True: one byte flipped; ignore_range=True: the whole file.
         """
         self.faults.append({"where": where, "times": times, **action})
@@ -98,7 +98,11 @@ def _handler(hub):
             try:
                 time.sleep(self.act.get("stall", 0))
                 if "status" in self.act:
-                    return self.answer(self.act["status"], b"", self.act.get("headers", {}))
+                    return self.answer(
+                        self.act["status"], self.act.get("body", b""), self.act.get("headers", {})
+                    )
+                if "endless" in self.act:
+                    return self.drip(self.act["endless"])
                 self.route(path)
             except (BrokenPipeError, ConnectionResetError):
                 self.close_connection = True
@@ -109,6 +113,13 @@ def _handler(hub):
                 self.send_header(name, str(value))
             self.end_headers()
             self.wfile.write(body)
+
+        def drip(self, piece):
+            self.send_response(200)
+            self.end_headers()
+            self.close_connection = True
+            while True:
+                self.wfile.write(piece)
 
         def refuse(self, status, code, message):
             self.answer(status, b"", {"X-Error-Code": code, "X-Error-Message": message})

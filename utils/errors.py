@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from utils.text import printable
+
 
 class UserError(Exception):
     """What the user gave cannot be used. The text says what is wrong, where, and the command that mends it."""
@@ -114,8 +116,9 @@ def _flush_or_drop_stdout():
 
 
 def complain(message: object, exit_code: int) -> int:
-    """Print one line on stderr and return `exit_code`."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    """Print one line on stderr, whatever the message holds, and return `exit_code`."""
+    line = " ".join(str(message).splitlines())
+    print(f"error: {printable(line)}", file=sys.stderr, flush=True)
     return exit_code
 
 

@@ -12,12 +12,13 @@ from typing import IO, Any
 
 from utils.errors import UserError
 from utils.settings import ROOT
+from utils.text import printable
 
 
 def show_path(path: str | Path) -> str:
-    """A path for a message: relative to the repository where it lies inside it, whole otherwise."""
+    """A path for a message: relative to the repository where it lies inside it, whole otherwise; always printable."""
     path = Path(path)
-    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+    return printable(path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path))
 
 
 def require_file(path: str | Path, command: str) -> Path:

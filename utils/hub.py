@@ -2,35 +2,28 @@
 
 huggingface_hub's own download functions are not used. They do not compare a file with the sha256 of the listing, begin a file
 again after a kill, retry in silence or not at all, and their fast path (Xet) goes around mirrors. Here every file is verified,
-goes on where it stopped, and retries are announced. Its session and headers are used (proxies, HF_TOKEN, HF_HUB_OFFLINE);
-files come over plain HTTP from HF_ENDPOINT, the Hub or a mirror.
+goes on where it stopped, and retries are announced. Files come over plain HTTP from HF_ENDPOINT, the Hub or a mirror
+(utils/hub_requests.py).
 """
 
-import contextlib
-import email.utils
 import hashlib
 import os
 import re
 import shutil
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from utils.errors import RunError, UserError
 from utils.files import read_json, sha256_of, show_path
+from utils.hub_requests import OTHER_MIRROR, Endpoint, ListingBudget, TemporaryFailure, Wanted, web_page
 from utils.progress import ByteProgress
-from utils.text import format_bytes
+from utils.text import format_bytes, printable, say, shorten
 
-HOME = "https://huggingface.co"
-COMMIT = re.compile(r"[0-9a-f]{40}")
-LONGEST_WAIT = 600  # seconds; the Hub counts requests in windows of 300 s, a longer wait is left to the user
-RETRIES_START_ANEW = 1 << 20  # bytes that arrived since the last failure: retrying gets somewhere
+COMMIT, SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 SPARE_BYTES = 64 << 20  # to leave free on the disk
-PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
-OTHER_MIRROR = "try later, or another mirror in HF_ENDPOINT"
+LISTING_PAGES = 1000  # of 1,000 files each
 
 
 @dataclass(frozen=True)
@@ -62,35 +55,12 @@ class Repo:
         return web_page(self.kind, self.id)
 
 
-class Wanted(NamedTuple):
-    """What a request is about, for messages: `path` is None where it is a listing."""
-
-    kind: str
-    repo_id: str
-    revision: str
-    path: str | None = None
-
-
-class TemporaryFailure(Exception):
-    """Worth another try. `wait`: seconds that the server asks for, or None; `advice`: what to do when it stays like this."""
-
-    def __init__(self, what: str, advice: str = OTHER_MIRROR, wait: int | None = None):
-        super().__init__(what)
-        self.advice, self.wait = advice, wait
-
-
 class Hub:
-    """The Hub that HF_ENDPOINT names. `timeout`: seconds without a byte; `retries`: failures in a row that are forgiven."""
+    """Repositories on the Hub or the mirror that HF_ENDPOINT names, and their files."""
 
     def __init__(self, timeout: float, retries: int):
-        # before huggingface_hub is imported: not even versions are told
-        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-        self.endpoint = (os.environ.get("HF_ENDPOINT") or HOME).rstrip("/")
-        self.timeout, self.retries = timeout, retries
-        if timeout <= 0 or retries < 0:
-            raise UserError(f"--timeout {timeout:g} --retries {retries}: wanted more than 0, and 0 or more")
-        if not _is_address(self.endpoint):
-            raise UserError(f"HF_ENDPOINT is {self.endpoint!r}, wanted an address such as {HOME}")
+        self.server = Endpoint(timeout, retries)
+        self.endpoint = self.server.address
 
     # ---- what a repository holds
 
@@ -99,47 +69,30 @@ class Hub:
         if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id):
             raise UserError(f"{repo_id!r} is not the name of a {kind} on the Hub, wanted owner/name")
         api, wanted = f"{self.endpoint}/api/{kind}s/{repo_id}", Wanted(kind, repo_id, revision)
-        info, _ = self._json(f"{api}/revision/{quote(revision, safe='')}", wanted)
-        commit = info.get("sha", "") if isinstance(info, dict) else ""
-        if not COMMIT.fullmatch(commit) or COMMIT.fullmatch(revision) and revision != commit:
-            raise RunError(
-                f"{self.endpoint} gives commit {commit!r} for {repo_id} at {revision}; it is no Hub mirror"
-            )
-        licence = next((tag[8:] for tag in info.get("tags") or () if tag.startswith("license:")), None)
-        files = self._list_files(f"{api}/tree/{commit}?recursive=true", wanted)
+        budget = ListingBudget(self.endpoint)
+        info, _ = self.server.get_json(f"{api}/revision/{quote(revision, safe='')}", wanted, budget)
+        commit, tags = (info.get("sha"), info.get("tags") or []) if isinstance(info, dict) else (None, [])
+        if not (_is_text(commit, COMMIT) and isinstance(tags, list) and all(map(_is_text, tags))):
+            raise RunError(f"{self.endpoint} does not describe {repo_id} as the Hub does")
+        if COMMIT.fullmatch(revision) and revision != commit:
+            raise RunError(f"{self.endpoint} gives commit {commit} for {repo_id} at {revision}")
+        licence = next((tag[8:] for tag in tags if tag.startswith("license:")), None)
+        files = self._list_files(f"{api}/tree/{commit}", wanted, budget)
         return Repo(kind, repo_id, commit, licence, {file.path: file for file in files})
 
-    def _list_files(self, url, wanted):
-        entries = []
-        while url:
-            page, url = self._json(url, wanted)
-            entries += page
-        try:
-            return [
-                HubFile(entry["path"], entry["size"], entry["oid"], (entry.get("lfs") or {}).get("oid", ""))
-                for entry in entries
-                if entry["type"] == "file"
-            ]
-        except (KeyError, TypeError):
-            raise RunError(f"{self.endpoint} does not list files as the Hub does") from None
-
-    def _json(self, url, wanted):
-        """(the JSON at `url`, the address of the next page or None), with retries."""
-
-        def attempt():
-            with self._network_errors():
-                response = _session().get(url, headers=_headers(), timeout=self.timeout)
-            self._check(response, wanted)
-            return response
-
-        response = self._with_retries(attempt)
-        try:
-            return response.json(), response.links.get("next", {}).get("url")
-        except ValueError:
-            raise RunError(
-                f"{response.url} did not answer in JSON; is a login page of this network in the way, "
-                f"or is HF_ENDPOINT ({self.endpoint}) no mirror of the Hub?"
-            ) from None
+    def _list_files(self, url, wanted, budget):
+        """The HubFiles that the pages at `url` list. Of a link to the next page only the query counts: mirrors pass on the
+        Hub's own links, and a page is asked of nobody but the endpoint."""
+        files, query, seen = [], "recursive=true", set()
+        while query is not None:
+            if query in seen or len(seen) == LISTING_PAGES:
+                raise RunError(f"{self.endpoint} lists {wanted.repo_id} in pages without end; {OTHER_MIRROR}")
+            seen.add(query)
+            page, query = self.server.get_json(f"{url}?{query}", wanted, budget)
+            if not isinstance(page, list) or not all(isinstance(entry, dict) for entry in page):
+                raise RunError(f"{self.endpoint} does not list files as the Hub does")
+            files += [_read_entry(entry, self.endpoint) for entry in page if entry.get("type") != "directory"]
+        return files
 
     # ---- files
 
@@ -155,10 +108,9 @@ class Hub:
         missing = self._missing(repo, wanted, ours)
         to_fetch = sum(max(0, file.size - _size(_part(path, file))) for path, file in missing.items())
         total = sum(file.size for file in wanted.values())
-        print(
+        say(
             f"{repo.id} at {repo.commit[:7]} from {self.endpoint}: {len(wanted)} file{'s' * (len(wanted) > 1)}, "
-            f"{format_bytes(total)}, {format_bytes(to_fetch)} to fetch",
-            flush=True,
+            f"{format_bytes(total)}, {format_bytes(to_fetch)} to fetch"
         )
         for folder in {path.parent for path in missing}:
             _check_space(folder, to_fetch)
@@ -178,7 +130,7 @@ class Hub:
                     f"({problem}); delete it, or choose another folder with --output-dir"
                 )
             if problem:
-                print(f"{show_path(path)} is damaged ({problem}); fetching it again")
+                say(f"{show_path(path)} is damaged ({problem}); fetching it again")
             if problem or not path.exists():
                 missing[path] = file
         return missing
@@ -189,7 +141,7 @@ class Hub:
         _remove_other_parts(path, part)
         for last in (False, True):
             try:
-                self._with_retries(lambda: self._transfer(repo, file, part), lambda: _size(part))
+                self.server.with_retries(lambda: self._transfer(repo, file, part), lambda: _size(part))
                 problem = damage(part, file)
                 if not problem:
                     os.replace(part, path)
@@ -200,7 +152,7 @@ class Hub:
                 if not problem:
                     return
             if not last:
-                print(f"  {file.path} arrived damaged ({problem}); fetching it once more", flush=True)
+                say(f"  {file.path} arrived damaged ({problem}); fetching it once more")
         raise RunError(
             f"{file.path} of {repo.id} arrived damaged twice from {self.endpoint} ({problem}); {OTHER_MIRROR}"
         )
@@ -213,19 +165,14 @@ class Hub:
             return
         prefix = "datasets/" if repo.kind == "dataset" else ""
         url = f"{self.endpoint}/{prefix}{repo.id}/resolve/{repo.commit}/{quote(file.path)}"
-        # identity: a compressed answer would have neither the listed size nor ranges of the file itself
-        headers = _headers() | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
-        with (
-            self._network_errors(),
-            _session().stream("GET", url, headers=headers, timeout=self.timeout) as response,
-        ):
+        wanted = Wanted(repo.kind, repo.id, repo.commit, file.path)
+        with self.server.get(url, wanted, {"Range": f"bytes={done}-"} if done else None) as response:
             status, sent_range = response.status_code, response.headers.get("Content-Range", "")
             if status == 416 or status == 206 and not sent_range.startswith(f"bytes {done}-"):
                 part.unlink()
                 raise TemporaryFailure(
                     f"{response.url.host} cannot resume {file.path} at {done:,}; starting it anew"
                 )
-            self._check(response, Wanted(repo.kind, repo.id, repo.commit, file.path))
             # a server that knows no ranges answers 200 and sends the file from its start
             done = _write_blocks(response.iter_bytes(), part, 0 if status == 200 else done, file)
         if done < file.size:
@@ -233,117 +180,36 @@ class Hub:
                 f"{response.url.host} ended {file.path} at {done:,} of {file.size:,} bytes"
             )
 
-    # ---- when it does not work
 
-    def _with_retries(self, attempt: Callable, arrived: Callable[[], int] = lambda: 0):
-        """`attempt()`, again after each TemporaryFailure, announced. Failures count anew where `arrived()` (bytes) grew."""
-        failures, reached = 0, arrived()
-        while True:
-            try:
-                return attempt()
-            except TemporaryFailure as failure:
-                if arrived() - reached >= RETRIES_START_ANEW:
-                    failures, reached = 0, arrived()
-                failures += 1
-                if failures > self.retries:
-                    times = f"{failures} failure{'s' * (failures > 1)}"
-                    raise RunError(
-                        f"{failure}; gave up after {times}: {failure.advice}; the same command goes on from here"
-                    ) from None
-                wait = min(2 ** (failures - 1), 30) if failure.wait is None else failure.wait
-                if wait > LONGEST_WAIT:
-                    raise RunError(
-                        f"{failure} and asks to wait {wait} s; run this again after that"
-                    ) from None
-                print(f"  {failure}; retry {failures} of {self.retries} in {wait} s", flush=True)
-                time.sleep(wait)
-
-    @contextlib.contextmanager
-    def _network_errors(self):
-        """Turn what the HTTP client raises into a TemporaryFailure, or into the error that ends the script."""
-        import httpx2
-        from huggingface_hub.errors import OfflineModeIsEnabled
-
-        proxies = [name for name in os.environ if name.upper() in PROXIES and os.environ[name]]
-        advice = f"check the network and {', '.join([f'HF_ENDPOINT ({self.endpoint})', *proxies])}"
-        try:
-            yield
-        except OfflineModeIsEnabled:
-            raise UserError("HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it") from None
-        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, httpx2.LocalProtocolError) as error:
-            raise UserError(
-                f"no request to {self.endpoint} can be made ({error}); check HF_ENDPOINT and HF_TOKEN"
-            ) from None
-        except httpx2.TimeoutException as error:
-            raise TemporaryFailure(
-                f"no byte from {error.request.url.host} for {self.timeout:g} s",
-                f"{advice}, or allow more with --timeout",
-            ) from None
-        except (httpx2.ConnectError, httpx2.ProxyError) as error:
-            host = error.request.url.host
-            if "CERTIFICATE" in str(error):
-                raise RunError(
-                    f"the certificate of {host} is not trusted ({error}); name a company proxy's in SSL_CERT_FILE"
-                ) from None
-            raise TemporaryFailure(f"cannot connect to {host} ({error})", advice) from None
-        except httpx2.HTTPError as error:
-            reason = error or type(error).__name__
-            raise TemporaryFailure(
-                f"the connection to {error.request.url.host} broke ({reason})", advice
-            ) from None
-
-    def _check(self, response, wanted: Wanted) -> None:
-        """Raise what an answer with an error status means: TemporaryFailure, or UserError with what to do."""
-        status, headers = response.status_code, response.headers
-        if status in (200, 206):
-            return
-        if status == 429:
-            raise TemporaryFailure(
-                f"{response.url.host} answered 429 (too many requests)",
-                "wait some minutes, or set HF_TOKEN: a user may ask more often than a guest",
-                server_wait(headers),
-            )
-        reason = headers.get("X-Error-Message") or response.reason_phrase
-        # links to the storage are good for a while only
-        expired = status == 403 and response.history and "X-Error-Code" not in headers
-        if status >= 500 or status == 408 or expired:
-            raise TemporaryFailure(
-                f"{response.url.host} answered {status} ({reason})",
-                f"the trouble is the server's, {OTHER_MIRROR}",
-                server_wait(headers),
-            )
-        refusal = self._refusal(response, reason, wanted)
-        if refusal:
-            raise UserError(refusal)
-        raise RunError(f"{response.url} answered {status} ({reason})")
-
-    def _refusal(self, response, reason, wanted):
-        """What the Hub refuses and what to do about it, in one line; None where it is not the user's doing."""
-        kind, repo_id, revision, path = wanted
-        status, host, page = response.status_code, response.url.host, web_page(kind, repo_id)
-        code = response.headers.get("X-Error-Code", "")
-        if code == "GatedRepo":
-            return f"{repo_id} is gated: accept its terms at {page}, then set HF_TOKEN to a token of that account"
-        if status == 401 and "authorization" in response.request.headers:
-            return f"{host} refused the token in HF_TOKEN (401, {reason}); make a new one at {HOME}/settings/tokens"
-        if status == 403:
-            return f"{host} does not allow reading {repo_id} (403, {reason}); ask for access at {page}"
-        if code == "RevisionNotFound":
-            return f"{repo_id} has no revision {revision!r}; see {page}/commits/main"
-        if code == "EntryNotFound" and path:
-            return f"{repo_id} has no file {path} at {revision[:7]} on {host}; see {page}/tree/main"
-        if status in (401, 404):
-            where = f"on {self.endpoint} ({status}, {reason})"
-            return f"no {kind} {repo_id} {where}; check the name, or set HF_TOKEN where it is private"
-        return None
+def _read_entry(entry, endpoint):
+    """The HubFile of one entry of a listing (dict); RunError where a field is not as the Hub has it."""
+    path, size, blob, lfs = (entry.get(name) for name in ("path", "size", "oid", "lfs"))
+    sha256 = lfs.get("oid") if isinstance(lfs, dict) else ""
+    if not (
+        entry.get("type") == "file"
+        and _is_file_path(path)
+        and type(size) is int
+        and size >= 0
+        and _is_text(blob, COMMIT)
+        and (lfs is None or _is_text(sha256, SHA256))
+    ):
+        raise RunError(f"{endpoint} does not list files as the Hub does: {shorten(repr(entry), 200)}")
+    return HubFile(path, size, blob, sha256)
 
 
-def _is_address(endpoint):
-    try:
-        address = urlsplit(endpoint)
-        return address.scheme in ("http", "https") and address.hostname and address.port != 0
-    except ValueError:  # a port that is no number, brackets without an end
+def _is_text(value, pattern=re.compile(".*", re.DOTALL)):
+    return isinstance(value, str) and bool(pattern.fullmatch(value))
+
+
+def _is_file_path(path):
+    """Whether `path` can be a file's in a repository: relative, inside it, without control characters or half characters."""
+    if (
+        not _is_text(path)
+        or printable(path) != path
+        or any("\ud800" <= letter <= "\udfff" for letter in path)
+    ):
         return False
+    return not {"", ".", ".."} & set(path.split("/"))
 
 
 def _check_space(folder, to_fetch):
@@ -369,11 +235,6 @@ def _write_blocks(blocks, part, done, file):
         out.truncate()
         os.fsync(out.fileno())
     return done
-
-
-def web_page(kind: str, repo_id: str) -> str:
-    """The address of a repository for people: always the Hub's own, where terms are accepted and commits listed."""
-    return f"{HOME}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
 
 
 def damage(path: Path, file: HubFile) -> str:
@@ -406,45 +267,6 @@ def unchanged(path: Path, recorded: dict, record_path: Path) -> bool:
     return path.stat().st_mtime_ns < record_path.stat().st_mtime_ns or sha256_of(path) == recorded.get(
         "sha256"
     )
-
-
-def server_wait(headers: Mapping) -> int | None:
-    """The seconds that a server asks to wait (Retry-After as a number or a date, the Hub's RateLimit), or None."""
-    from huggingface_hub.utils import parse_ratelimit_headers
-
-    asked = headers.get("Retry-After", "").strip()
-    if asked.isdigit():
-        return int(asked)
-    date = email.utils.parsedate_tz(asked)
-    if date:
-        return max(0, round(email.utils.mktime_tz(date) - time.time()))
-    limit = parse_ratelimit_headers(headers)
-    return limit.reset_in_seconds if limit and limit.remaining == 0 else None
-
-
-def _session():
-    from huggingface_hub import get_session
-
-    try:
-        return get_session()
-    except ImportError:  # it is made with the proxies of the environment
-        raise UserError(
-            "a SOCKS proxy is set (ALL_PROXY, HTTPS_PROXY); it needs: pip install socksio"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"the proxy that is set ({', '.join(PROXIES)}) cannot be used: {error}") from None
-
-
-def _headers():
-    from huggingface_hub.utils import build_hf_headers
-
-    try:
-        headers = build_hf_headers()
-    except OSError:  # a home folder that cannot be read holds no token
-        headers = build_hf_headers(token=False)
-    if not headers.get("authorization", "").isascii():
-        raise UserError("HF_TOKEN is not a token: it holds characters that no token has")
-    return headers
 
 
 def _part(path, file):

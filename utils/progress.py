@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from utils.text import duration, format_bytes
+from utils.text import duration, format_bytes, printable
 
 PLAIN_SECONDS = 15  # off a terminal: a line this often
 QUIET_SECONDS = 2  # what is over by then needs no line
@@ -18,12 +18,14 @@ class ByteProgress:
     """
 
     def __init__(self, name: str, start: int, size: int, always: bool = True):
-        self.name, self.start, self.size, self.done, self.always = name, start, size, start, always
+        self.name, self.start, self.size, self.done, self.always = printable(name), start, size, start, always
         self.began = self.shown = time.monotonic()
         self.bar = None
         if sys.stdout.isatty():
             units = {"unit": "iB", "unit_scale": True, "unit_divisor": 1024}
-            self.bar = _bar(name, total=size, initial=start, delay=0 if always else QUIET_SECONDS, **units)
+            self.bar = _bar(
+                self.name, total=size, initial=start, delay=0 if always else QUIET_SECONDS, **units
+            )
 
     def __enter__(self):
         if self.start:
@@ -66,6 +68,8 @@ def progress(label: str, unit: str = "batches", always: bool = False) -> Callabl
 
     What takes less than QUIET_SECONDS is not mentioned, unless `always`.
     """
+
+    label = printable(label)
 
     def watch(steps):
         began = time.monotonic()

@@ -3,13 +3,20 @@
 import unicodedata
 from itertools import zip_longest
 
-# A model may write any byte: control characters would move the cursor or change the terminal, so they are shown as U+FFFD.
-_CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "�")
+# Text from a model, a server or a file may hold anything. Control characters would move the cursor or change the terminal,
+# and bidirectional ones show letters in another order than they are in: all are shown as U+FFFD.
+_CONTROLS = (*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_CONTROLS = dict.fromkeys(_CONTROLS, "\ufffd")
 
 
 def printable(text: str) -> str:
     """`text` without characters that would control the terminal; line breaks and tabs stay."""
     return text.translate(_CONTROLS)
+
+
+def say(text: str) -> None:
+    """Print on stdout a text that may come from elsewhere."""
+    print(printable(text), flush=True)
 
 
 def side_by_side(left: str, right: str, columns: int) -> str:

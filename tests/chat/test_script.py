@@ -81,6 +81,30 @@ def test_prompt_prints_the_answer_and_nothing_else(script, tiny_folder, chat_mod
     assert answers[0] == answers[1] != answers[2]
 
 
+def test_sampling_by_flags(script, tiny_folder, capsys):
+    command = [
+        str(tiny_folder),
+        "--prompt",
+        "甘草",
+        "--max-new-tokens",
+        "12",
+        "--seed",
+        "3",
+        "--device",
+        "cpu",
+    ]
+
+    def said(*flags):
+        script.main([*command, *flags])
+        return capsys.readouterr()
+
+    greedy = said("--greedy").out
+    assert said("--temperature", "0").out == greedy == said("--top-k", "1").out
+    told = said("--temperature", "1.5", "--top-p", "0.5", "--top-k", "9", "--repetition-penalty", "1.2").err
+    assert "temperature 1.5, top_p 0.5, top_k 9, repetition_penalty 1.2" in told
+    assert "temperature 0.6, top_p 0.95, top_k 20;" in said().err  # as the folder says
+
+
 def test_questions_from_a_pipe(script, tiny_folder, chat_model, monkeypatch, capsys):
     questions = "\ufeff" + "\r\n\n".join(QUESTIONS)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(questions.encode()), encoding="ascii"))
@@ -178,6 +202,16 @@ def test_questions_that_cannot_be_answered(script, tiny_folder, monkeypatch, cap
         (["--prompt", " "], "--prompt"),
         (["--thinking", "maybe", "--prompt", "x"], "--thinking"),
         (["--max-new-tokens", "0"], "--max-new-tokens"),
+        (
+            ["--temperature", "1e-40"],
+            "--temperature: wanted 0 (greedy) or a number from 0.01 to 10, got 1e-40",
+        ),
+        (["--top-p", "2"], "--top-p: wanted a number above 0, up to 1, got 2.0"),
+        (["--repetition-penalty", "0"], "--repetition-penalty: wanted"),
+        (["--serve", "--host", "0.0.0.0"], "a key is wanted too: --api-key TEXT"),
+        (["--serve", "--prompt", "甘草"], "--serve takes no --prompt"),
+        (["--serve", "--port", "70000"], "--port: wanted 0 (any free one) to 65535"),
+        (["--greedy", "--temperature", "0.5"], "--greedy and --temperature 0.5 exclude each other"),
         ([str(ROOT / "utils"), "--prompt", "x"], "is not a model folder"),
         (["--promt", "x"], "did you mean --prompt?"),
     ],

@@ -2,62 +2,9 @@
 
 import json
 
-import pytest
-import torch
+from chat_helpers import Echo, plain, talk
 
-from utils.chat.model import ChatModel, Options, Reply
-from utils.chat.session import Chat
-from utils.device import Device
 from utils.model.chat_format import encode_turns
-
-CPU = Device("cpu", False, "test")
-
-
-class Echo:
-    """Stands in for a ChatModel: answers with the number of the question; a question that holds a word below behaves so."""
-
-    name = "echo"
-
-    def __init__(self, chat_model, context=4096):
-        self.tokenizer, self.model, self.context, self.seen = (
-            chat_model.tokenizer,
-            chat_model.model,
-            context,
-            [],
-        )
-
-    check_length, decoding = ChatModel.check_length, ChatModel.decoding
-
-    def answer(self, prompt, options, show):
-        text = self.tokenizer.decode(prompt)
-        self.seen.append(text)
-        stopped = "stop" in text.split("<|im_start|>user")[-1]
-        content = "" if stopped and "early" in text else f"答{len(self.seen)}"
-        show(content, False)
-        return Reply(
-            content,
-            "想" if options.thinking else "",
-            3,
-            0.5,
-            0.1,
-            not stopped and "long" not in text,
-            stopped,
-        )
-
-
-@pytest.fixture
-def chat(chat_model):
-    options = Options(False, 64, True, {}, torch.Generator())
-    return Chat(Echo(chat_model), options, "", lambda name: ChatModel(name, CPU))
-
-
-def talk(chat, *lines):
-    for line in lines:
-        assert chat.handle(line)
-
-
-def plain(chat):
-    return [(turn.question, turn.answer) for turn in chat.turns]
 
 
 def test_history_commands(chat, capsys):
@@ -71,7 +18,7 @@ def test_history_commands(chat, capsys):
     )
     talk(chat, "/reset", "/undo", "/retry", "/nonsense", "/rest", "／help")
     said = capsys.readouterr().err
-    assert not chat.turns and chat.system
+    assert not chat.history.turns and chat.history.system
     assert "nothing to take back" in said and "nothing to answer again" in said
     assert "no command /nonsense" in said and "did you mean /reset?" in said and "/compare FOLDER" in said
     assert not chat.handle("/exit")
@@ -79,14 +26,18 @@ def test_history_commands(chat, capsys):
 
 def test_reasoning_is_kept_apart_and_not_shown_to_the_next_turn(chat):
     talk(chat, "/think on", "一", "二")
-    assert chat.turns[0].messages()[1] == {"role": "assistant", "content": "答1", "reasoning_content": "想"}
+    assert chat.history.turns[0].messages()[1] == {
+        "role": "assistant",
+        "content": "答1",
+        "reasoning_content": "想",
+    }
     assert "想" not in chat.chat_model.seen[1]
     assert chat.chat_model.seen[1].endswith("<|im_start|>assistant\n")
 
 
 def test_a_stopped_answer_stays_and_an_empty_one_takes_its_question_back(chat, capsys):
     talk(chat, "一", "stop", "early stop")
-    assert plain(chat) == [("一", "答1"), ("stop", "答2")] and not chat.turns[1].whole
+    assert plain(chat) == [("一", "答1"), ("stop", "答2")] and not chat.history.turns[1].whole
     assert "/retry asks it again" in capsys.readouterr().err
     talk(chat, "/retry", "/undo", "二", "/retry")
     assert plain(chat) == [("一", "答1"), ("二", "答6")]
@@ -161,16 +112,16 @@ def test_oldest_turns_are_left_out_whole(chat, chat_model, capsys):
     talk(chat, "/system 你是中医。", *[f"问题{number}：麻黄汤由哪些药组成？" for number in range(8)])
     last = chat.chat_model.seen[-1]
     assert last.startswith("<|im_start|>system\n你是中医。<|im_end|>\n<|im_start|>user\n问题")
-    left_out = chat.start
+    left_out = chat.history.start
     assert 0 < left_out < 7 and f"问题{left_out - 1}" not in last
     assert all(f"问题{number}" in last for number in range(left_out, 8))
     assert len(chat_model.tokenizer(last)["input_ids"]) + 64 <= 256
     assert f"the oldest {left_out} of 7 turns are left out" in capsys.readouterr().err
-    assert len(chat.turns) == 8  # /save and /undo still know them
+    assert len(chat.history.turns) == 8  # /save and /undo still know them
     talk(chat, "长" * 300)
-    assert "the context window takes 256" in capsys.readouterr().err and len(chat.turns) == 8
+    assert "the context window takes 256" in capsys.readouterr().err and len(chat.history.turns) == 8
     talk(chat, "/undo", "短")
-    assert chat.turns[-1].question == "短"
+    assert chat.history.turns[-1].question == "短"
 
 
 def test_compare(chat, tiny_folder, capsys):

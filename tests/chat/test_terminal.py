@@ -123,6 +123,9 @@ def test_session_in_a_terminal(tiny_folder, chat_model, tmp_path):
     terminal.type("\x1b[200~合谷是什么？\n为什么？\x1b[201~\n", answered)  # a paste of two lines
     assert "taken back: 合谷是什么？\n为什么？)" in terminal.type("/undo\n")
     assert "did you mean /reset?" in terminal.type("/rset\n")
+    assert "thinking off" in terminal.type("/thi\t\n")  # Tab makes it /think
+    terminal.type('"""麻黄\n\\\n汤"""\n', answered)
+    assert "taken back: 麻黄\n\\\n汤)" in terminal.type("/undo\n")
     terminal.type("龘", "龘$")
     time.sleep(
         0.5
@@ -142,7 +145,7 @@ def test_session_in_a_terminal(tiny_folder, chat_model, tmp_path):
     terminal.type("/think auto\n")
     terminal.type("甘草\n", answered)
     assert "1 turns appended" in terminal.type(f"/save {saved}\n")
-    terminal.type("\x04", r"\n$")
+    terminal.type("/bye\n", r"\n$")
     assert os.waitpid(terminal.pid, 0)[1] == 0
     assert "Traceback" not in terminal.screen
     first, second = (json.loads(line)["messages"] for line in saved.read_text(encoding="utf-8").splitlines())

@@ -28,7 +28,10 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_ENDPOINT", fake.url)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr("utils.hub.time", SimpleNamespace(sleep=fake.waits.append, time=time.time))
+    monkeypatch.setattr(
+        "utils.hub_requests.time",
+        SimpleNamespace(sleep=fake.waits.append, time=time.time, monotonic=time.monotonic),
+    )
     yield fake
     huggingface_hub.close_session()
     fake.stop()

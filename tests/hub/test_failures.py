@@ -190,5 +190,6 @@ def test_proxy_that_cannot_be_used(hub, get, monkeypatch, proxy, told):
 def test_proxy_is_used(hub, get, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", hub.url)
     monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+    hub.add("dataset", "tcm/rows", {"train.json": b"{}\n"})  # small: no storage elsewhere
     assert get.data()[0] == 0
     assert {headers["Host"] for _, headers in hub.asked("/api/")} == {"hub.invalid"}

@@ -1,4 +1,4 @@
-"""A model that answers in chat: how it is to answer, what an answer is, and the loaded folder that gives it."""
+"""A model that answers in chat: a loaded folder, and what one answer of it is."""
 
 import time
 from collections.abc import Callable
@@ -7,24 +7,14 @@ from pathlib import Path
 
 import torch
 
+from utils.chat.options import Options
 from utils.device import Device
 from utils.errors import RunError, UserError
 from utils.files import show_path
+from utils.model.chat_format import encode_prompt
 from utils.model.folders import check_model
 from utils.model.generate import AnswerReader, Decoding, TokenStream, decoding_for, stop_tokens
 from utils.model.load import load_for_answers, load_tokenizer
-
-
-@dataclass
-class Options:
-    """What holds for every answer. `thinking`: True, False or None (the folder's own mode); `decoding`: changes to its
-    generation_config, by name."""
-
-    thinking: bool | None
-    max_new_tokens: int
-    show_thinking: bool
-    decoding: dict
-    generator: torch.Generator
 
 
 @dataclass
@@ -53,6 +43,10 @@ class ChatModel:
             raise RunError(f"not enough memory on {device.name} for {self.name}; add --device cpu") from None
         self.stream = TokenStream(self.model, stop_tokens(self.model, self.tokenizer))
         self.context = self.model.config.max_position_embeddings
+
+    def encode(self, messages: list[dict], options: Options) -> list[int]:
+        """The ids that ask for an answer to `messages`."""
+        return encode_prompt(self.tokenizer, messages, options.thinking)
 
     def check_length(self, prompt: list[int]) -> None:
         """UserError where the ids `prompt` leave no room for an answer."""

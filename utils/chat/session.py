@@ -1,89 +1,59 @@
-"""A conversation with one model, or with two at once: its history, its commands, and what is printed about them.
-
-The history is kept as questions and answers in plain text; every prompt is rendered from it anew, by the path that
-training uses (utils/model/chat_format.py), so the model sees the conversation as it was trained to see one.
-"""
+"""A conversation at the terminal, with one model or with two at once: its commands, and what is printed about it."""
 
 import difflib
+import itertools
 import json
-import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from utils.chat.model import ChatModel, Options, Reply
-from utils.chat.terminal import AnswerPrinter, note, read_message
+from utils.chat.history import History, Turn, load_history
+from utils.chat.model import ChatModel, Reply
+from utils.chat.options import KINDS, THINKING_MODES, Options, read_value
+from utils.chat.terminal import QUOTES, AnswerPrinter, loading, note, read_message, show_models
 from utils.device import Device
-from utils.errors import RunError, UserError, complain, explain_os_error
-from utils.model.chat_format import encode_prompt
+from utils.errors import UserError, complain, explain
+from utils.files import show_path
+from utils.model.folders import find_models
 from utils.model.generate import thinks_by_default
 from utils.settings import ROOT
-from utils.text import printable, side_by_side
+from utils.text import shorten, side_by_side
 
-COMMANDS = {
-    "help": ("", "list these commands"),
-    "reset": ("", "forget the conversation; the system text stays"),
+COMMANDS = {  # name: (argument, meaning)
+    "help": ("", "list these commands; also /?"),
+    "clear": ("", "forget the conversation, keep the system text; also /reset"),
     "undo": ("", "take back the last question and its answer"),
     "retry": ("", "answer the last question again"),
     "system": ("TEXT", "set the system text; without TEXT remove it"),
     "think": ("on|off|auto", "think before answering; auto: as the model folder was trained"),
-    "set": (
-        "NAME=VALUE ...",
-        "temperature (0: greedy), top_p, top_k, repetition_penalty, max_new_tokens, seed",
-    ),
+    "set": ("NAME VALUE", f"{', '.join(KINDS)}; temperature 0 is greedy"),
     "save": ("FILE.jsonl", "append the conversation to FILE as a row to train on"),
+    "load": ("FILE.jsonl", "go on with the last conversation in FILE"),
+    "model": ("FOLDER", "go on with another model; without FOLDER list them"),
     "compare": ("FOLDER", "let a second model answer beside this one; without FOLDER stop that"),
-    "exit": ("", "leave, as Ctrl-D does"),
+    "exit": ("", "leave, as Ctrl-D does; also /bye, exit, quit"),
 }
-
-
-# What /set takes: the type, and the values allowed.
-SETTABLE = {
-    "temperature": (float, lambda value: 0 <= value <= 10, "a number from 0 to 10"),
-    "top_p": (float, lambda value: 0 < value <= 1, "a number above 0, up to 1"),
-    "top_k": (int, lambda value: value >= 0, "a whole number, 0 for no limit"),
-    "repetition_penalty": (float, lambda value: 0 < value <= 10, "a number above 0, up to 10"),
-    "max_new_tokens": (int, lambda value: value > 0, "a whole number from 1"),
-    "seed": (int, lambda value: 0 <= value < 2**63, "a whole number from 0"),
-}
-
-
-@dataclass
-class Turn:
-    """A question and its answer; `whole` is False where Ctrl-C or the token limit cut the answer."""
-
-    question: str
-    answer: str
-    reasoning: str
-    whole: bool
-
-    def messages(self) -> list[dict]:
-        reasoning = {"reasoning_content": self.reasoning} if self.reasoning else {}
-        return [
-            {"role": "user", "content": self.question},
-            {"role": "assistant", "content": self.answer, **reasoning},
-        ]
+OTHER_NAMES = {"?": "help", "reset": "clear", "bye": "exit", "quit": "exit"}
+# For Tab: a command's argument.
+ARGUMENTS = {name: argument for name, (argument, _) in COMMANDS.items()} | dict.fromkeys(OTHER_NAMES, "")
 
 
 class Chat:
-    """A session at the terminal. `load(folder)` makes the ChatModel for /compare."""
+    """A session. `load(folder)` makes the ChatModel for /model and /compare."""
 
     def __init__(
         self, chat_model: ChatModel, options: Options, system: str, load: Callable[[str], ChatModel]
     ):
-        self.chat_model, self.options, self.system, self.load = chat_model, options, system, load
+        self.chat_model, self.options, self.load = chat_model, options, load
+        self.history = History(system)
         self.other = None  # the second ChatModel, while /compare is on
-        self.turns = []
-        self.start = 0  # the first turn that still fits into the context window
         self.unanswered = ""  # a question that Ctrl-C took the answer from, for /retry
 
     def run(self) -> None:
         """Read and answer until Ctrl-D or /exit. Ctrl-C at any point only ends what is being done."""
         while True:
             try:
-                line = read_message()
-                if not self.handle(line):
+                if not self.handle(read_message()):
                     return
             except EOFError:
                 print()
@@ -92,74 +62,67 @@ class Chat:
                 note("\n(stopped; Ctrl-D or /exit leaves)")
 
     def handle(self, line: str) -> bool:
-        """Do what one message asks for; False when it is /exit."""
+        """Do what one message asks for; False when that is to leave. Whatever goes wrong, the conversation stays."""
         if line.startswith("／"):  # as Chinese input methods type it
             line = line.replace("／", "/", 1)
         try:
-            if not line.startswith("/"):
-                if line:
-                    self.ask(line, len(self.turns))
-                return True
-            name, _, text = line[1:].partition(" ")
-            if name not in COMMANDS:
-                near = difflib.get_close_matches(name, COMMANDS, n=1)
-                raise UserError(
-                    f"no command /{name}; {f'did you mean /{near[0]}?' if near else '/help lists them'}"
-                )
-            getattr(self, f"_{name}")(text.strip())
-            return name != "exit"
-        except (UserError, RunError) as error:
-            complain(error, error.exit_code)
-        except OSError as error:
-            complain(explain_os_error(error), 1)
+            if line in ("exit", "quit"):
+                return False
+            if line.startswith("/"):
+                return self._command(line)
+            question = (
+                line.removeprefix(QUOTES).removesuffix(QUOTES).strip() if line.startswith(QUOTES) else line
+            )
+            if question:
+                self.ask(question, len(self.history.turns))
+        except Exception as error:
+            unforeseen = f"that failed: {type(error).__name__}: {shorten(str(error), 300)}"
+            complain(*(explain(error) or (unforeseen, 1)))
         return True
 
-    def messages(self, question: str, start: int, count: int) -> list[dict]:
-        """The conversation as the model is to see it: system text, turns `start` to `count`, the question."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        history = [message for turn in self.turns[start:count] for message in turn.messages()]
-        return [*system, *history, {"role": "user", "content": question}]
+    def _command(self, line):
+        name, _, text = line[1:].partition(" ")
+        name = OTHER_NAMES.get(name, name)
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, ARGUMENTS, n=1)
+            hint = f"did you mean /{near[0]}?" if near else "/help lists them"
+            raise UserError(f"no command /{name}; {hint}")
+        if name != "exit":
+            getattr(self, f"_{name}")(text.strip())
+        return name != "exit"
 
-    def fit(self, chat_model: ChatModel, question: str, count: int) -> list[int]:
-        """The ids of the prompt, the oldest turns left out, whole ones only, until an answer has room (and that is said)."""
-        room = min(self.options.max_new_tokens, chat_model.context // 2)
-        for start in range(min(self.start, count), count + 1):
-            prompt = encode_prompt(
-                chat_model.tokenizer, self.messages(question, start, count), self.options.thinking
-            )
-            if len(prompt) + room <= chat_model.context:
-                break
-        chat_model.check_length(prompt)
-        if start > self.start:
-            note(
-                f"(the context window of {chat_model.context} tokens is full: "
-                f"the oldest {start} of {count} turns are left out)"
-            )
-        self.start = start
-        return prompt
+    # ---- questions
 
     def ask(self, question: str, count: int) -> None:
         """Answer `question` after the first `count` turns of the history, and put it in their place if it was answered."""
         chat_models = [self.chat_model, self.other] if self.other else [self.chat_model]
-        prompts = [self.fit(chat_model, question, count) for chat_model in chat_models]
+        prompts = [self._prompt(chat_model, question, count) for chat_model in chat_models]
         self.unanswered = question
         if self.other:
-            replies = [
-                self._answer_aside(chat_model, prompt) for chat_model, prompt in zip(chat_models, prompts)
-            ]
+            replies = list(map(self._answer_aside, chat_models, prompts))
             self._show_both([reply.content for reply in replies])
         else:
             printer = AnswerPrinter(self.options.show_thinking)
             replies = [self.chat_model.answer(prompts[0], self.options, printer)]
             print(flush=True)
         for chat_model, reply in zip(chat_models, replies):
-            self._tell(chat_model, reply)
+            self._show_speed(chat_model, reply)
         reply = replies[0]
         if not reply.content:
             note("(no answer, so the question is not kept; /retry asks it again)")
             return
-        self.turns[count:] = [Turn(question, reply.content, reply.reasoning, reply.ended)]
+        self.history.turns[count:] = [Turn(question, reply.content, reply.reasoning, reply.ended)]
         self.unanswered = ""
+
+    def _prompt(self, chat_model, question, count):
+        before = self.history.start
+        prompt = self.history.prompt(chat_model, self.options, question, count)
+        if self.history.start > before:
+            note(
+                f"(the context window of {chat_model.context} tokens is full: "
+                f"the oldest {self.history.start} of {count} turns are left out)"
+            )
+        return prompt
 
     def _answer_aside(self, chat_model, prompt):
         note(f"({chat_model.name} is answering ...)")
@@ -169,126 +132,133 @@ class Chat:
         return reply
 
     def _show_both(self, answers):
-        left, right = (
-            f"{chat_model.name}\n\n{answer or '(no answer)'}"
-            for chat_model, answer in zip((self.chat_model, self.other), answers)
-        )
-        print(side_by_side(left, right, shutil.get_terminal_size().columns), flush=True)
+        names = (self.chat_model.name, self.other.name)
+        columns = [f"{name}\n\n{answer or '(no answer)'}" for name, answer in zip(names, answers)]
+        print(side_by_side(*columns, shutil.get_terminal_size().columns), flush=True)
 
-    def _tell(self, chat_model, reply):
-        cut = "" if reply.ended else "; cut at the limit (/set max_new_tokens=...)"
+    def _show_speed(self, chat_model, reply):
+        cut = "" if reply.ended else "; cut at the limit (/set max_new_tokens ...)"
         cut = "; stopped by Ctrl-C" if reply.stopped else cut
         who = f"{chat_model.name}: " if self.other else ""
         note(f"[{who}{speed_of(reply)}{cut}]")
 
+    # ---- commands: each takes the text after its name
+
     def _help(self, text):
         for name, (argument, meaning) in COMMANDS.items():
-            note(f"  {f'/{name} {argument}':<22} {meaning}")
-        note(
-            "  A line that ends in \\ goes on in the next. Ctrl-C stops an answer; what there is of it stays."
-        )
+            note(f"  {f'/{name} {argument}':<20} {meaning}")
+        note(f"  Several lines: {QUOTES} before and after them, or \\ at the end of a line. Tab completes.")
+        note("  Ctrl-C stops an answer; what there is of it stays.")
 
-    def _reset(self, text):
-        self.turns, self.start, self.unanswered = [], 0, ""
+    def _clear(self, text):
+        self.history, self.unanswered = History(self.history.system), ""
         note("(the conversation is forgotten)")
 
     def _undo(self, text):
-        if not self.turns:
+        if not self.history.turns:
             raise UserError("nothing to take back")
-        note(f"(taken back: {printable(self.turns.pop().question)})")
-        self.start, self.unanswered = 0, ""
+        note(f"(taken back: {self.history.turns.pop().question})")
+        self.history.start, self.unanswered = 0, ""
 
     def _retry(self, text):
+        turns = self.history.turns
         if self.unanswered:
-            self.ask(self.unanswered, len(self.turns))
-        elif self.turns:
-            self.ask(self.turns[-1].question, len(self.turns) - 1)
+            self.ask(self.unanswered, len(turns))
+        elif turns:
+            self.ask(turns[-1].question, len(turns) - 1)
         else:
             raise UserError("nothing to answer again")
 
     def _system(self, text):
-        self.system = text
+        self.history.system = text
         note(
-            f"(system text {'set' if text else 'removed'}; the conversation goes on, /reset starts a new one)"
+            f"(system text {'set' if text else 'removed'}; the conversation goes on, /clear starts a new one)"
         )
 
     def _think(self, text):
-        modes = {"on": True, "off": False, "auto": None}
-        if text not in modes:
+        if text and text not in THINKING_MODES:
             raise UserError(f"/think takes on, off or auto, got {text!r}")
-        self.options.thinking = modes[text]
-        self._show_decoding()
+        if text:
+            self.options.thinking = THINKING_MODES[text]
+        self._show_options()
 
     def _set(self, text):
+        words = text.replace("=", " ").split()
         values = {}
-        for pair in text.split():
-            name, _, value = pair.partition("=")
-            if name not in SETTABLE:
-                raise UserError(
-                    f"/set has no {name}; it has {', '.join(SETTABLE)}, as in /set temperature=0.6 top_p=0.9"
-                )
-            kind, allowed, wanted = SETTABLE[name]
-            try:
-                values[name] = kind(value)
-            except ValueError:
-                raise UserError(f"/set {name}: wanted {wanted}, got {value!r}") from None
-            if not allowed(values[name]):
-                raise UserError(f"/set {name}: wanted {wanted}, got {value}")
-        for name, value in values.items():
-            self._apply(name, value)
-        self._show_decoding()
+        for name, value in itertools.zip_longest(words[::2], words[1::2], fillvalue=""):
+            if name not in KINDS:
+                raise UserError(f"/set has no {name}; it has {', '.join(KINDS)}, as in /set temperature 0.6")
+            values[name] = read_value(name, value, f"/set {name}")
+        for name, value in values.items():  # of a line with a mistake nothing is taken
+            self.options.apply(name, value)
+        self._show_options()
 
-    def _apply(self, name, value):
-        if name == "max_new_tokens":
-            self.options.max_new_tokens = value
-        elif name == "seed":
-            self.options.generator.manual_seed(value)
-        elif name == "temperature":  # 0 would divide by zero; its limit is greedy decoding
-            self.options.decoding.update(
-                {"do_sample": True, "temperature": value} if value else {"do_sample": False}
-            )
-        else:
-            self.options.decoding[name] = value
-
-    def _show_decoding(self):
+    def _show_options(self):
         note(f"({describe(self.chat_model, self.options)})")
 
     def _save(self, text):
-        path = Path(text).expanduser()
-        if path.suffix != ".jsonl":
-            raise UserError("/save needs the name of a .jsonl file, as in /save my_chats.jsonl")
-        whole = [turn for turn in self.turns if turn.whole]
-        if not whole:
-            raise UserError("nothing to save: no answer that came to its end")
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        row = {"messages": [*system, *(message for turn in whole for message in turn.messages())]}
-        with open(path, "a+b") as file:
-            file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
-            # a file edited by hand may lack its last line break
-            line_break = b"" if file.read(1) in (b"", b"\n") else b"\n"
-            file.write(line_break + json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        left_out = len(self.turns) - len(whole)
-        note(
-            f"({len(whole)} turns appended to {path}{f'; {left_out} with a cut answer left out' if left_out else ''})"
-        )
+        path = _jsonl_path("/save", text)
+        count = self.history.save(path)
+        left_out = len(self.history.turns) - count
+        cut = f"; {left_out} with a cut answer left out" if left_out else ""
+        note(f"({count} turns appended to {show_path(path)}{cut})")
+
+    def _load(self, text):
+        path = _jsonl_path("/load", text)
+        self.history, self.unanswered = load_history(path), ""
+        turns = self.history.turns
+        last = f"; the last question: {shorten(turns[-1].question)}" if turns else ""
+        note(f"({len(turns)} turns from {show_path(path)}{last})")
+
+    def _model(self, text):
+        if not text:
+            show_models(find_models())
+            note(f"({self.chat_model.name} is answering; /model FOLDER or its number changes that)")
+            return
+        self.chat_model = self._load_model(text)
+        note(f"({self.chat_model.name} goes on)")
+        self._show_options()
 
     def _compare(self, text):
         if not text:
             self.other = None
             note("(one model answers)")
             return
-        folder = Path(text).expanduser()
-        folder = folder if folder.exists() else ROOT / folder
-        self.other = self.load(str(folder) if folder.exists() else text)
+        self.other = self._load_model(text)
         note(f"({self.other.name} now answers beside {self.chat_model.name}, whose answers make the history)")
-        if self.turns:
-            last = self.turns[-1]
-            reply = self._answer_aside(self.other, self.fit(self.other, last.question, len(self.turns) - 1))
+        if self.history.turns:
+            last = self.history.turns[-1]
+            prompt = self._prompt(self.other, last.question, len(self.history.turns) - 1)
+            reply = self._answer_aside(self.other, prompt)
             self._show_both([last.answer, reply.content])
-            self._tell(self.other, reply)
+            self._show_speed(self.other, reply)
 
-    def _exit(self, text):
-        """Nothing to do: `handle` ends the session."""
+    def _load_model(self, text):
+        """The ChatModel of a folder, found from here or in the repository, of a number in the list, or of a Hub id."""
+        found = find_models() if text.isdecimal() else []
+        if text.isdecimal() and 1 <= int(text) <= len(found):
+            text = str(found[int(text) - 1])
+        folder = next((path for path in (_user_path(text), ROOT / text) if path.exists()), text)
+        with loading(show_path(folder)):
+            chat_model = self.load(str(folder))
+        describe(
+            chat_model, self.options
+        )  # renders its template: a broken one is told now, not at every question
+        return chat_model
+
+
+def _user_path(text):
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~somebody who is not there
+        raise UserError(f"{text}: {error}") from None
+
+
+def _jsonl_path(command, text):
+    path = _user_path(text)
+    if path.suffix != ".jsonl":
+        raise UserError(f"{command} needs the name of a .jsonl file, as in {command} my_chats.jsonl")
+    return path
 
 
 def greet(chat_model: ChatModel, options: Options, device: Device) -> None:
@@ -323,12 +293,10 @@ def speed_of(reply: Reply) -> str:
 
 def answer_once(
     chat_model: ChatModel, options: Options, system: str, place: str, question: str, as_json: bool
-):
+) -> None:
     """Answer one question that came from `place` by itself, its cache new: on stdout the answer and nothing else."""
     chat_model.stream.reset()
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": question})
-    prompt = encode_prompt(chat_model.tokenizer, messages, options.thinking)
+    prompt = chat_model.encode(History(system).messages([], question), options)
     try:
         chat_model.check_length(prompt)
     except UserError as error:

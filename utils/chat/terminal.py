@@ -1,32 +1,73 @@
-"""The terminal: reading a message that may be Chinese and several lines long, dimmed text, and two texts side by side."""
+"""The terminal: reading a message that may be Chinese and several lines long, Tab completion, dimmed text, answers."""
 
+import contextlib
+import glob
 import os
 import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TextIO
 
+from utils.files import show_path
+from utils.model.folders import written_at
 from utils.text import printable
 
+LOADING_SECONDS = 1.5  # what takes longer is announced
+QUOTES = '"""'
 
-def prepare_terminal() -> None:
-    """Switch on line editing (arrow keys, history, whole pastes) where Python has readline; Windows edits by itself."""
+
+def prepare_terminal(arguments: Mapping[str, str]) -> None:
+    """Switch on line editing (arrow keys, history, whole pastes) and Tab where Python has readline; Windows edits by itself.
+
+    `arguments`: the argument of each command, for `completions`.
+    """
     try:
         import readline
     except ImportError:
         return
     readline.parse_and_bind("set enable-bracketed-paste on")  # a paste of several lines is one message
+    readline.set_completer_delims("")  # the whole line is completed: folders may have spaces in their names
+    readline.set_completer(lambda line, number: [*completions(line, arguments), None][number])
+    libedit = "libedit" in (readline.__doc__ or "")  # macOS
+    readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
+
+
+def completions(line: str, arguments: Mapping[str, str]) -> list[str]:
+    """The lines that Tab can make of `line`: a command of `arguments`, or the FOLDER or FILE that one takes."""
+    if not line.startswith("/"):
+        return []
+    name, space, begun = line[1:].partition(" ")
+    if not space:
+        return [f"/{known}{' ' if arguments[known] else ''}" for known in arguments if known.startswith(name)]
+    kind = arguments.get(name, "")
+    if not kind.startswith(("FOLDER", "FILE")):
+        return []
+    found = sorted(glob.glob(glob.escape(os.path.expanduser(begun)) + "*"))
+    folders = [f"/{name} {path}/" for path in found if os.path.isdir(path)]
+    files = [f"/{name} {path}" for path in found if path.endswith(".jsonl") and os.path.isfile(path)]
+    return folders + (files if kind.startswith("FILE") else [])
 
 
 def read_message() -> str:
-    """One message (str); a line that ends in a backslash goes on in the next. EOFError at Ctrl-D.
+    """One message; EOFError at Ctrl-D. It goes on after a line that ends in a backslash, and until quotes are closed.
 
     The prompts hold no colour codes, so that readline counts their width right.
     """
-    lines = [input("> ")]
-    while lines[-1].endswith("\\"):
-        lines[-1] = lines[-1][:-1]
-        lines.append(input("... "))
-    typed = "\n".join(lines).encode("utf-8", "surrogateescape")  # a character may be half deleted
+    text = input("> ")
+    while goes_on(text):
+        text = (text if text.lstrip().startswith(QUOTES) else text[:-1]) + "\n" + input("... ")
+    typed = text.encode("utf-8", "surrogateescape")  # a character may be half deleted
     return typed.decode("utf-8", "replace").strip()
+
+
+def goes_on(text: str) -> bool:
+    """Whether a message needs another line."""
+    begun = text.strip()
+    if begun.startswith(QUOTES):
+        return len(begun) < 2 * len(QUOTES) or not begun.endswith(QUOTES)
+    return text.endswith("\\")
 
 
 def dim(text: str, stream: TextIO) -> str:
@@ -37,7 +78,26 @@ def dim(text: str, stream: TextIO) -> str:
 def note(text: str) -> None:
     """Print a line that is not part of an answer: on stderr, dimmed."""
     sys.stdout.flush()
-    print(dim(text, sys.stderr), file=sys.stderr, flush=True)
+    print(dim(printable(text), sys.stderr), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Say that `name` is being loaded where the block takes a while."""
+    line = threading.Timer(LOADING_SECONDS, note, [f"loading {name} ..."])
+    line.daemon = True
+    line.start()
+    try:
+        yield
+    finally:
+        line.cancel()
+
+
+def show_models(found: list[Path]) -> None:
+    """List model folders with a number, and when they were finished."""
+    for number, folder in enumerate(found, 1):
+        finished = time.strftime("%Y-%m-%d %H:%M", time.localtime(written_at(folder)))
+        note(f"  {number}  {show_path(folder):<40} {finished}")
 
 
 class AnswerPrinter:

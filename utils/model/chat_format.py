@@ -4,9 +4,24 @@ Because all of them build the prompt here, the ids that a row is trained on up t
 for the same conversation. Qwen3's template has two modes: thinking on (the prompt ends after `<|im_start|>assistant\n`)
 and thinking off (an empty think block ends the prompt). A row with reasoning is trained with thinking on, any other with
 thinking off; earlier assistant turns carry no think block, as in Qwen3's own rendering of the history.
+
+What people write is text: a control token that is typed, `<|im_end|>` or `</think>`, is encoded as the characters it has and
+ends no turn.
 """
 
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # --help of the scripts is not to wait for it
+    from transformers import PreTrainedTokenizerBase
+
 END_OF_TURN = "<|im_end|>"
+TEXTS = ("content", "reasoning_content")  # of a message
+MARK = "\ufdd0"  # no character: Unicode keeps it for use inside a program
 
 
 # Qwen's decoding advice for Qwen3, by thinking mode (model card of Qwen/Qwen3-0.6B).
@@ -29,29 +44,77 @@ _ANY_DEFAULT_MODE = [
 ]  # the last: earlier folders'
 
 
-def encode_prompt(tokenizer, messages, thinking=None):
-    """Token ids (list of int) that the model is fed to answer `messages`, the generation prompt included.
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], thinking: bool | None = None
+) -> list[int]:
+    """Token ids that the model is fed to answer `messages`, the generation prompt included.
 
     `thinking`: True, False, or None for the default of the tokenizer's own template.
     """
     mode = {} if thinking is None else {"enable_thinking": thinking, "force_thinking": thinking}
+    messages, mark = _mark_controls(tokenizer, messages)
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **mode)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _encode(tokenizer, text, mark)
 
 
-def encode_answer(tokenizer, message):
-    """Token ids (list of int) of one assistant message as the model has to produce it, `<|im_end|>` included.
+def encode_answer(tokenizer: PreTrainedTokenizerBase, message: dict) -> list[int]:
+    """Token ids of one assistant message as the model has to produce it, `<|im_end|>` included.
 
     Encoded apart from the prompt, as generation does: no merge can cross the border between the two.
     """
+    [message], mark = _mark_controls(tokenizer, [message])
     text = message["content"].lstrip("\n")
     if message.get("reasoning_content"):
         reasoning = message["reasoning_content"].strip("\n")
         text = f"<think>\n{reasoning}\n</think>\n\n{text}"
-    return tokenizer(text + END_OF_TURN, add_special_tokens=False)["input_ids"]
+    return _encode(tokenizer, text + END_OF_TURN, mark)
 
 
-def encode_turns(tokenizer, messages):
+def _encode(tokenizer, text, mark):
+    """Token ids of a rendered text, cut at every `mark` ("" for none)."""
+    pieces = text.split(mark) if mark else [text]
+    ids = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids[0] if len(ids) == 1 else [token for piece in ids for token in piece]
+
+
+def _mark_controls(tokenizer, messages):
+    """(messages, mark): behind the first character of every control token in a text, `mark` is put in; "" where there is none.
+
+    Cut there, the text is encoded without that token. An answer's own think and tool tags stay: models write them as tokens.
+    """
+    every, special = _control_patterns(tokenizer)
+    texts = [message[name] for message in messages for name in TEXTS if message.get(name)]
+    if not any(map(every.search, texts)):
+        return messages, ""
+    mark = MARK
+    while any(mark in text for text in texts):
+        mark += MARK
+    marked = [dict(message) for message in messages]
+    for message in marked:
+        for name in TEXTS:
+            if message.get(name):
+                pattern = special if message["role"] == "assistant" and name == "content" else every
+                message[name] = pattern.sub(lambda found: found[0][0] + mark + found[0][1:], message[name])
+    return marked, mark
+
+
+@functools.lru_cache(maxsize=8)
+def _control_patterns(tokenizer):
+    """Two patterns: the tokenizer's control tokens (special ones and tags), and the special ones alone."""
+    added = tokenizer.added_tokens_decoder.values()
+    tags = [token.content for token in added if re.fullmatch("<.+>", token.content) and not token.special]
+    special = [token.content for token in added if token.special]
+    return _any_of(special + tags), _any_of(special)
+
+
+def _any_of(texts: Sequence[str]) -> re.Pattern:
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")  # (?!) is found nowhere
+
+
+def encode_turns(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict]
+) -> list[tuple[list[int], list[int]]]:
     """[(prompt_ids, answer_ids), ...]: one pair for each assistant turn, in the context that chat would give it.
 
     Qwen3 renders an answer differently once it has become history (its think block is dropped), so the turns of one
@@ -60,21 +123,19 @@ def encode_turns(tokenizer, messages):
     turns = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            thinking = bool(message.get("reasoning_content"))
-            turns.append(
-                (encode_prompt(tokenizer, messages[:index], thinking), encode_answer(tokenizer, message))
-            )
+            prompt = encode_prompt(tokenizer, messages[:index], bool(message.get("reasoning_content")))
+            turns.append((prompt, encode_answer(tokenizer, message)))
     return turns
 
 
-def with_default_mode(template, thinking):
+def with_default_mode(template: str, thinking: bool) -> str:
     """The chat template with its default thinking mode set, so that any tool that loads it needs no flag."""
     for mode in _ANY_DEFAULT_MODE:
         template = template.replace(mode, "")
     return _DEFAULT_MODE[thinking] + template
 
 
-def generation_settings(tokenizer, thinking):
+def generation_settings(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> dict:
     """Fields for generation_config.json: both end tokens, padding, and Qwen's decoding advice for the mode."""
     end, stop = tokenizer.convert_tokens_to_ids([END_OF_TURN, "<|endoftext|>"])
     return {"eos_token_id": [end, stop], "pad_token_id": stop, "bos_token_id": stop, **DECODING[thinking]}

@@ -1,0 +1,258 @@
+"""The commands of a chat as people type them, and that none of them ends it."""
+
+import json
+import shutil
+import time
+
+import pytest
+from chat_helpers import Echo, damaged, plain, talk
+
+from utils.chat.history import Turn
+from utils.chat.model import ChatModel
+from utils.chat.session import ARGUMENTS
+from utils.chat.terminal import completions, goes_on, loading, read_message
+
+
+@pytest.mark.parametrize("line", ["/bye", "/exit", "/quit", "exit", "quit", "／bye"])
+def test_words_that_leave(chat, line):
+    assert not chat.handle(line)
+    talk(chat, f"what does {line} mean?")
+    assert len(chat.history.turns) == 1
+
+
+def test_other_names(chat, capsys):
+    talk(chat, "一", "/?", "/clear", "二", "/reset")
+    assert not chat.history.turns and "/load FILE.jsonl" in capsys.readouterr().err
+
+
+def test_a_question_in_quotes_is_text(chat):
+    talk(chat, '"""\n第一行\n/undo\n"""', '"""/help"""')
+    assert [turn.question for turn in chat.history.turns] == ["第一行\n/undo", "/help"]
+
+
+@pytest.mark.parametrize(
+    "typed, message",
+    [
+        (["你好"], "你好"),
+        (["一\\", "二\\", "三"], "一\n二\n三"),
+        (['"""一', "二\\", "", '三"""'], '"""一\n二\\\n\n三"""'),
+        (['"""', "/undo", '"""'], '"""\n/undo\n"""'),
+        (['"""一"""'], '"""一"""'),
+        (['""" '], None),
+    ],
+)
+def test_messages_of_several_lines(monkeypatch, typed, message):
+    lines = iter(typed)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    if message is None:
+        assert goes_on(typed[0])
+    else:
+        assert read_message() == message and next(lines, None) is None
+
+
+def test_set_with_a_space(chat, capsys):
+    talk(chat, "/set temperature 0.5", "/set top_p = 0.8 top_k 7")
+    assert chat.options.decoding == {"do_sample": True, "temperature": 0.5, "top_p": 0.8, "top_k": 7}
+    assert "temperature 0.5, top_p 0.8, top_k 7" in capsys.readouterr().err
+    talk(chat, "/set temperature")
+    assert "error: /set temperature: wanted 0 (greedy) or a number from 0.01 to 10" in capsys.readouterr().err
+
+
+def test_bare_think_tells_the_mode(chat, capsys):
+    talk(chat, "/think")
+    assert "thinking off; " in capsys.readouterr().err and chat.options.thinking is False
+    talk(chat, "/think auto", "/think")
+    assert capsys.readouterr().err.count("(the folder's own mode)") == 2 and chat.options.thinking is None
+
+
+def test_load_goes_on_where_save_ended(chat, chat_model, tmp_path, capsys):
+    path = tmp_path / "对话.jsonl"
+    talk(
+        chat,
+        "别的",
+        f"/save {path}",
+        "/clear",
+        "/system 你是中医。",
+        "/think on",
+        "一",
+        "二",
+        f"/save {path}",
+    )
+    before = chat.history
+    chat.handle("/clear")
+    chat.history.system = ""
+    talk(chat, f"/load {path}")
+    assert chat.history.turns == before.turns and chat.history.system == "你是中医。"
+    assert "2 turns from" in capsys.readouterr().err
+    talk(chat, "三")
+    assert "你是中医。" in chat.chat_model.seen[-1] and "二" in chat.chat_model.seen[-1]
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (None, "No such file"),
+        (b"", "is empty"),
+        (b"\xff", "not UTF-8"),
+        (b"{}\n", "no field messages"),
+        (b'{"messages": []}\n', "messages is not a list of"),
+        (b'{"messages": [{"role": "user", "content": "a"}]}\n', "with a user and after it an assistant"),
+        (
+            json.dumps({"messages": [{"role": role, "content": "a"} for role in "uau"]}).encode(),
+            "with a user and after it an assistant",
+        ),
+        (
+            json.dumps(
+                {"messages": [{"role": role, "content": "a"} for role in ("user", "user", "assistant")]}
+            ).encode(),
+            "wanted questions and answers in turn",
+        ),
+    ],
+)
+def test_load_of_what_is_no_conversation(chat, tmp_path, capsys, content, told):
+    path = tmp_path / "x.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    talk(chat, "一", f"/load {path}")
+    assert told in capsys.readouterr().err and plain(chat) == [("一", "答1")]
+
+
+def test_model_changes_and_the_conversation_goes_on(chat, tiny_folder, capsys, monkeypatch):
+    monkeypatch.setattr("utils.chat.session.find_models", lambda: [tiny_folder])
+    talk(chat, "一", "/model", "/model 1", "二")
+    said = capsys.readouterr().err
+    assert (
+        "  1  " in said and "(echo is answering; /model FOLDER" in said and f"({tiny_folder} goes on)" in said
+    )
+    assert [turn.question for turn in chat.history.turns] == ["一", "二"] and chat.chat_model.name != "echo"
+    talk(chat, "/model 7", "/model no/such/folder")
+    said = capsys.readouterr().err
+    assert "the model folder 7 does not exist" in said and "no/such/folder does not exist" in said
+    assert chat.chat_model.name == str(tiny_folder)
+
+
+def broken(tiny_folder, where):
+    """A model folder whose chat template raises an error of its own."""
+    shutil.copytree(tiny_folder, where)
+    (where / "chat_template.jinja").write_text("{{ 1 / 0 }}", encoding="utf-8")
+    return where
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "/save ~nobody_here/x.jsonl",
+        "/load ~nobody_here/x.jsonl",
+        "/compare ~nobody_here",
+        "/model ~nobody_here",
+        "/save a\0b.jsonl",
+        f"/save {'x' * 300}.jsonl",
+        f"/compare {'x' * 5000}",
+        "/set temperature=1e-40",
+        "/set repetition_penalty=1e-40",
+        "/set top_k=" + "9" * 5000,
+        "/set temperature=nan",
+        "/compare BROKEN",
+        "/model BROKEN",
+        "/model CUT",
+    ],
+    ids=lambda line: line[:30],
+)
+def test_no_command_ends_the_chat(chat, tiny_folder, tmp_path, capsys, line):
+    cut = damaged(tiny_folder, tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes(b"\0" * 100)
+    line = line.replace("BROKEN", str(broken(tiny_folder, tmp_path / "broken"))).replace("CUT", str(cut))
+    talk(chat, "一", line, "二")
+    said = capsys.readouterr().err
+    assert said.count("error: ") == 1 and "Traceback" not in said
+    assert plain(chat) == [("一", "答1"), ("二", "答2")]
+
+
+def test_a_bug_in_an_answer_does_not_end_the_chat(chat, capsys, monkeypatch):
+    talk(chat, "一")
+    monkeypatch.setattr(Echo, "answer", lambda *_: 1 / 0)
+    talk(chat, "二")
+    assert "error: that failed: ZeroDivisionError: division by zero" in capsys.readouterr().err
+    monkeypatch.undo()
+    talk(chat, "/retry")
+    assert [turn.question for turn in chat.history.turns] == ["一", "二"]
+
+
+def test_lowest_temperature_still_answers(chat_model):
+    options_of = {"do_sample": True, "temperature": 0.01, "top_k": 0}
+    from utils.model.generate import Decoding, TokenStream
+
+    stream = TokenStream(chat_model.model, set())
+    assert len(list(stream.answer([1, 2, 3], Decoding(**options_of), 5))) == 5
+
+
+# ---- Fitting into the context window
+
+
+@pytest.fixture
+def long_chat(chat, chat_model, monkeypatch):
+    """1,000 turns, in a window that takes some 30 of them; `renderings` counts how often the template was rendered."""
+    chat.chat_model = Echo(chat_model, context=1024)
+    chat.history.turns = [
+        Turn(f"问题{n}：麻黄汤由哪些药组成？", "麻黄、桂枝、杏仁、甘草。", "", True) for n in range(1000)
+    ]
+    chat.renderings = []
+    encode = ChatModel.encode
+    monkeypatch.setattr(Echo, "encode", lambda *args: (chat.renderings.append(1), encode(*args))[1])
+    return chat
+
+
+def test_a_long_history_takes_a_handful_of_renderings(long_chat, chat_model):
+    began = time.perf_counter()
+    talk(long_chat, "一")
+    assert len(long_chat.renderings) <= 12 and time.perf_counter() - began < 10
+    start = long_chat.history.start
+    lengths = [
+        len(
+            ChatModel.encode(
+                chat_model, long_chat.history.messages(long_chat.history.turns[n:-1], "一"), long_chat.options
+            )
+        )
+        for n in (start - 1, start)
+    ]
+    assert lengths[0] + 64 > 1024 >= lengths[1] + 64  # not a turn more was left out than had to be
+    long_chat.renderings.clear()
+    talk(long_chat, "二")
+    assert len(long_chat.renderings) <= 12
+    long_chat.renderings.clear()
+    talk(long_chat, "/undo")
+    talk(long_chat, "三")
+    assert len(long_chat.renderings) <= 12
+
+
+def test_a_question_that_cannot_fit_is_refused_at_once(long_chat, capsys):
+    talk(long_chat, "长" * 10_000)
+    assert len(long_chat.renderings) == 1 and "the context window takes 1024" in capsys.readouterr().err
+    assert len(long_chat.history.turns) == 1000
+
+
+# ---- Tab, and what takes a while
+
+
+def test_tab_completes_commands_and_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("trainer_output/sft one", "trainer_output/sft_two", "其他"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("trainer_output/sft.jsonl", "trainer_output/note.txt"):
+        (tmp_path / name).touch()
+    assert completions("/s", ARGUMENTS) == ["/system ", "/set ", "/save "]
+    assert completions("/cl", ARGUMENTS) == ["/clear"] and completions("你", ARGUMENTS) == []
+    folders = ["/compare trainer_output/sft one/", "/compare trainer_output/sft_two/"]
+    assert completions("/compare trainer_output/s", ARGUMENTS) == folders
+    assert completions("/load trainer_output/", ARGUMENTS)[-1] == "/load trainer_output/sft.jsonl"
+    assert completions("/model 其", ARGUMENTS) == ["/model 其他/"]
+    assert completions("/set temp", ARGUMENTS) == [] and completions("/nothing x", ARGUMENTS) == []
+
+
+def test_loading_is_announced_where_it_takes_a_while(capsys, monkeypatch):
+    with loading("the model"):
+        pass
+    monkeypatch.setattr("utils.chat.terminal.LOADING_SECONDS", 0.01)
+    with loading("\x1b[2Ja folder"):
+        time.sleep(0.3)
+    assert capsys.readouterr().err == "loading \ufffd[2Ja folder ...\n"
