@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 from utils.errors import UserError
 from utils.files import show_path
@@ -50,7 +50,7 @@ class Source(NamedTuple):
             file.seek(max(packed - 4, 0))
             return max(int.from_bytes(file.read(4), "little"), packed)
 
-    def open_bytes(self) -> BinaryIO:
+    def open_bytes(self) -> IO[bytes]:
         """The file as bytes, unpacked. UserError where the archive is damaged or locked."""
         try:
             if self.member:
