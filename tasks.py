@@ -19,7 +19,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 INSTALLED = VENV / ".installed"  # a copy of the requirements.txt that the environment was made from
 
-# ---- The demo: what a user would type, one command after another
+# ---- The demo: the commands that a user would type, each with its title above it
 TINY = "model_download/tiny_qwen3_tcm"
 DEMO = "trainer_output/demo"
 DATA = DEMO + "/qwen3"
@@ -29,45 +29,52 @@ QUESTION = "麻黄的药性是什么？"
 INTRODUCTION = f"""\
 This demo fine-tunes a tiny Qwen3 of 3.7 M parameters, pre-trained on the built-in sample, not Qwen3-0.6B: the same
 scripts, the same steps, minutes instead of hours. Everything lands in {DEMO}/."""
-STEPS = [
-    (
-        "the built-in TCM sample, as if downloaded",
-        f"data_prepare/download_tcm_data.py --dataset sample --output-dir {DEMO}/raw",
-    ),
-    (
-        "convert it to Qwen3's chat format",
-        f"data_prepare/convert_to_qwen3_format.py --input-files {DEMO}/raw --output-dir {DATA} --tokenizer-model {TINY}",
-    ),
-    (
-        "full fine-tuning (SFT)",
-        f"model_finetune/finetune_sft.py --model {TINY} --train-file {DATA}/sft_train.jsonl --eval-file {DATA}/sft_eval.jsonl"
-        f" --output-dir {DEMO}/sft_finetuned {SMALL} --epochs 1 --max-steps 160 --learning-rate 5e-4 --eval-rows 200",
-    ),
-    (
-        "LoRA fine-tuning of the same base",
-        f"model_finetune/finetune_lora.py --model {TINY} --train-file {DATA}/sft_train.jsonl --eval-file {DATA}/sft_eval.jsonl"
-        f" --output-dir {DEMO}/lora_finetuned {SMALL} --epochs 1 --max-steps 160 --learning-rate 2e-3 --eval-rows 200",
-    ),
-    (
-        "preference pairs from the same rows",
-        f"data_prepare/build_preference_pairs.py --input-dir {DATA} --output-dir {DATA} --max-train 1200 --max-eval 600",
-    ),
-    (
-        "DPO, from the SFT result",
-        f"model_finetune/finetune_dpo.py --model {DEMO}/sft_finetuned --train-file {DATA}/dpo_train.jsonl"
-        f" --eval-file {DATA}/dpo_eval.jsonl --output-dir {DEMO}/dpo_finetuned {SMALL} --learning-rate 1e-4 --sft-weight 1",
-    ),
-    (
-        "compare them on held-out herbs, formulas, points and syndromes",
-        f"model_finetune/compare_models.py --models {TINY} {DEMO}/sft_finetuned {DEMO}/lora_finetuned {DEMO}/dpo_finetuned"
-        f" --eval-file {DATA}/sft_eval.jsonl --exam-file {DATA}/exam.jsonl --pairs-file {DATA}/dpo_eval.jsonl"
-        f" --output-dir {DEMO} --eval-rows 300 --letter-rows 40",
-    ),
-    (
-        f"ask the result a question\n> {QUESTION}",
-        f"model_download/load_local_model.py {DEMO}/dpo_finetuned --prompt {QUESTION} --greedy",
-    ),
-]
+STEPS = f"""\
+# the built-in TCM sample, as if downloaded
+python data_prepare/download_tcm_data.py --dataset sample --output-dir {DEMO}/raw
+
+# convert it to Qwen3's chat format
+python data_prepare/convert_to_qwen3_format.py --input-files {DEMO}/raw --output-dir {DATA} --tokenizer-model {TINY}
+
+# full fine-tuning (SFT)
+python model_finetune/finetune_sft.py --model {TINY} --output-dir {DEMO}/sft_finetuned
+    --train-file {DATA}/sft_train.jsonl --eval-file {DATA}/sft_eval.jsonl --eval-rows 200
+    {SMALL} --epochs 1 --max-steps 160 --learning-rate 5e-4
+
+# LoRA fine-tuning of the same base
+python model_finetune/finetune_lora.py --model {TINY} --output-dir {DEMO}/lora_finetuned
+    --train-file {DATA}/sft_train.jsonl --eval-file {DATA}/sft_eval.jsonl --eval-rows 200
+    {SMALL} --epochs 1 --max-steps 160 --learning-rate 2e-3
+
+# preference pairs from the same rows
+python data_prepare/build_preference_pairs.py --kind facts --input-dir {DATA} --output-dir {DATA} --max-train 1200 --max-eval 600
+
+# DPO, from the SFT result
+python model_finetune/finetune_dpo.py --model {DEMO}/sft_finetuned --output-dir {DEMO}/dpo_finetuned
+    --train-file {DATA}/dpo_train.jsonl --eval-file {DATA}/dpo_eval.jsonl
+    {SMALL} --learning-rate 1e-4 --sft-weight 1
+
+# compare them on held-out herbs, formulas, points and syndromes
+python model_finetune/compare_models.py --output-dir {DEMO}
+    --models {TINY} {DEMO}/sft_finetuned {DEMO}/lora_finetuned {DEMO}/dpo_finetuned
+    --eval-file {DATA}/sft_eval.jsonl --exam-file {DATA}/exam.jsonl --pairs-file {DATA}/dpo_eval.jsonl
+    --eval-rows 300 --letter-rows 40
+
+# ask the result a question
+# > {QUESTION}
+python model_download/load_local_model.py {DEMO}/dpo_finetuned --prompt {QUESTION} --greedy
+"""
+
+
+def demo_steps() -> list:
+    """[(title, [script, argument, ...]), ...] of STEPS."""
+    steps = []
+    for block in STEPS.split("\n\n"):
+        lines = block.splitlines()
+        title = "\n".join(line[2:] for line in lines if line.startswith("# "))
+        command = " ".join(line for line in lines if not line.startswith("# "))
+        steps.append((title, command.split()[1:]))
+    return steps
 
 
 def demo() -> None:
@@ -75,10 +82,12 @@ def demo() -> None:
     install()
     began = time.monotonic()
     print(INTRODUCTION)
-    for number, (title, command) in enumerate(STEPS, start=1):
-        print(f"\n== {number}/{len(STEPS) + 1} {title}")
-        run(PYTHON, *command.split())
-    print(f"\n== {len(STEPS) + 1}/{len(STEPS) + 1} done in {time.monotonic() - began:.0f} s. Look at:")
+    steps = demo_steps()
+    count = len(steps) + 1
+    for number, (title, command) in enumerate(steps, start=1):
+        print(f"\n== {number}/{count} {title}")
+        run(PYTHON, *command)
+    print(f"\n== {count}/{count} done in {time.monotonic() - began:.0f} s. Look at:")
     for pattern in ("*/loss_curve.png", "comparison.png", "comparison.md"):
         for path in sorted((ROOT / DEMO).glob(pattern)):
             print(path.relative_to(ROOT))
@@ -104,6 +113,13 @@ def test_fast() -> None:
     """Run the tests that take under a minute together."""
     install()
     run(PYTHON, *PYTEST, "-m", "not slow")
+
+
+def test_interop() -> None:
+    """Ask finished folders in other tools (llama.cpp, mlx-lm, vLLM, ...): makes environments of several GB, then takes minutes."""
+    install()
+    run(PYTHON, "tests/interop/environments.py")
+    run(PYTHON, "-m", "pytest", "-q", "-rs", "tests/interop")
 
 
 def lint() -> None:
@@ -189,7 +205,7 @@ def show_help() -> None:
     """List the commands."""
     print("python3.11 tasks.py COMMAND, on Windows py -3.11 tasks.py COMMAND, or make COMMAND:\n")
     for name, task in TASKS.items():
-        print(f"{name:11s} {task.__doc__}")
+        print(f"{name:12s} {task.__doc__}")
 
 
 def refuse(message: str, code: int = 2) -> None:
@@ -204,6 +220,7 @@ TASKS = {
     "demo-clean": demo_clean,
     "test": test,
     "test-fast": test_fast,
+    "test-interop": test_interop,
     "lint": lint,
     "bench": bench,
     "sample": sample,

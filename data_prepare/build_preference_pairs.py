@@ -1,10 +1,12 @@
 """Make preference pairs for DPO from the SFT rows: to each question its good answer (chosen) and a worse one (rejected).
 
+    python data_prepare/build_preference_pairs.py
     python data_prepare/build_preference_pairs.py --kind facts
 
 Reads data_prepare/qwen3/sft_train.jsonl and sft_eval.jsonl, writes dpo_train.jsonl and dpo_eval.jsonl beside them: the split stays.
-Kinds: facts (terms of the answer swapped for wrong ones of the same kind), mismatch (another question's answer), model (the
-worst of several answers sampled from a model, by agreement with the good one).
+Kinds: model (what a fine-tuned model itself says wrongly: the worst of several sampled answers), facts (terms of the answer
+swapped for wrong ones that stand in the same place elsewhere), mismatch (another question's answer). dpo_report.json keeps the
+counts, and how often the pairs can be told apart without the question: what a model could learn instead of facts.
 """
 
 import random
@@ -17,26 +19,35 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` 
 from utils.data import pairs
 from utils.data.terms import Terms
 from utils.errors import UserError, run
-from utils.files import prepare_folder, read_jsonl, require_file, sample_by_id, show_path, write_jsonl
+from utils.files import (
+    prepare_folder,
+    read_json,
+    read_jsonl,
+    require_file,
+    sample_by_id,
+    show_path,
+    write_json,
+    write_jsonl,
+)
 from utils.settings import parse_settings
 
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--kind mismatch) ----
-KIND = "facts"              # facts, mismatch or model
+KIND = "auto"               # facts, mismatch or model; auto: model if MODEL is a finished run, else facts
 INPUT_DIR = "data_prepare/qwen3"        # holds sft_train.jsonl and sft_eval.jsonl
 OUTPUT_DIR = "data_prepare/qwen3"       # where dpo_train.jsonl and dpo_eval.jsonl go
-TERMS_FILE = "data_prepare/sample/terms.jsonl"      # facts: the words that may stand for one another
+TERMS_FILE = "data_prepare/sample/terms.jsonl"      # the words that are facts, by kind
 MODEL = "trainer_output/sft_finetuned"  # model: whose answers are sampled
 SAMPLES = 4                 # model: answers sampled for a question
 MAX_NEW_TOKENS = 256        # model: longest sampled answer, in tokens
-DIFFERENT = 0.8             # model: an answer that agrees with the good one by this much or more is not worse
 MAX_TRAIN = 0               # at most this many training pairs, drawn evenly; 0 takes all
 MAX_EVAL = 0                # at most this many evaluation pairs; 0 takes all
 SEED = 0                    # changes the draws
 # ----
 # fmt: on
 
-KINDS = ("facts", "mismatch", "model")
+KINDS = ("auto", "facts", "mismatch", "model")
+TOLD_APART = 0.65  # share of the pairs told apart without the question from which a model would learn that
 
 
 def main(argv=None):
@@ -44,7 +55,13 @@ def main(argv=None):
     if settings.KIND not in KINDS:
         raise UserError(f"--kind: wanted one of {', '.join(KINDS)}, got {settings.KIND!r}")
     settings.show()
+    kind = settings.KIND
+    if kind == "auto":
+        kind = "model" if is_finished(settings.MODEL) else "facts"
+        print(f"kind {kind}: {settings.MODEL} is {'' if kind == 'model' else 'not '}a finished run")
     prepare_folder(settings.OUTPUT_DIR)
+    terms = Terms(require_file(settings.TERMS_FILE, "python data_prepare/sample/make_sample.py"))
+    report = {"kind": kind, "settings": settings.as_dict()}
     for split, count in (("train", settings.MAX_TRAIN), ("eval", settings.MAX_EVAL)):
         # 1. Read the SFT rows of this split
         source = require_file(
@@ -54,8 +71,8 @@ def main(argv=None):
 
         # 2. Make a worse answer for each
         made, reasons = [], Counter()
-        for row, worse in zip(rows, worse_answers(rows, settings, split)):
-            pair = pairs.make_pair(row, worse, settings.KIND)
+        for row, worse in zip(rows, worse_answers(kind, rows, terms, settings, split)):
+            pair = pairs.make_pair(row, worse, kind)
             if pair:
                 made.append(pair)
             else:
@@ -68,32 +85,57 @@ def main(argv=None):
         # 3. Write the pairs, and say what could not be paired
         target = settings.OUTPUT_DIR / f"dpo_{split}.jsonl"
         write_jsonl(target, made)
-        print(
-            f"{split}: {len(rows):,} rows = {len(made):,} pairs + {reasons.total():,} not paired -> {show_path(target)}"
-        )
-        for reason, times in reasons.most_common():
-            print(f"  {times:>6,}  {reason}")
-        chosen, rejected = (mean_length(made, side) for side in ("chosen", "rejected"))
-        print(f"  mean length: chosen {chosen:.1f}, rejected {rejected:.1f} characters")
+        report[split] = summary(rows, made, reasons)
+        show(split, report[split], target)
+    write_json(settings.OUTPUT_DIR / "dpo_report.json", report)
     print("next: python model_finetune/finetune_dpo.py")
 
 
-def worse_answers(rows, settings, split):
-    """The maker of settings.KIND at work on `rows`."""
+def is_finished(model):
+    """Whether a model folder is a finished run of training."""
+    record = Path(model) / "run.json"
+    return record.is_file() and read_json(record).get("status") == "finished"
+
+
+def worse_answers(kind, rows, terms, settings, split):
+    """The maker of this kind at work on `rows`."""
     rng = random.Random(f"{settings.SEED} {split}")
-    if settings.KIND == "facts":
-        terms = require_file(settings.TERMS_FILE, "python data_prepare/sample/make_sample.py")
-        return pairs.swapped_facts(rows, Terms(terms), rng)
-    if settings.KIND == "mismatch":
-        return pairs.mismatched(rows, rng)
-    sampling = pairs.Sampling(
-        settings.MODEL, settings.SAMPLES, settings.MAX_NEW_TOKENS, settings.DIFFERENT, settings.SEED
+    if kind == "facts":
+        return pairs.swapped_facts(rows, terms, rng)
+    if kind == "mismatch":
+        return pairs.mismatched(rows, terms, rng)
+    sampling = pairs.Sampling(settings.MODEL, settings.SAMPLES, settings.MAX_NEW_TOKENS, settings.SEED)
+    return pairs.sampled(rows, terms, sampling, settings.OUTPUT_DIR / f"sampled_{split}.jsonl")
+
+
+def summary(rows, made, reasons):
+    """What dpo_report.json keeps of a split."""
+    return {
+        "rows": len(rows),
+        "pairs": len(made),
+        "not_paired": dict(reasons.most_common()),
+        "mean_characters": {
+            side: round(sum(len(pair[side][0]["content"]) for pair in made) / len(made), 1)
+            for side in ("chosen", "rejected")
+        },
+        "told_apart": round(pairs.told_apart(made), 4),
+    }
+
+
+def show(split, found, target):
+    not_paired = sum(found["not_paired"].values())
+    print(
+        f"{split}: {found['rows']:,} rows = {found['pairs']:,} pairs + {not_paired:,} not paired -> {show_path(target)}"
     )
-    return pairs.sampled(rows, sampling)
-
-
-def mean_length(made, side):
-    return sum(len(pair[side][0]["content"]) for pair in made) / len(made)
+    for reason, times in found["not_paired"].items():
+        print(f"  {times:>6,}  {reason}")
+    lengths = found["mean_characters"]
+    print(f"  mean length: chosen {lengths['chosen']}, rejected {lengths['rejected']} characters")
+    print(f"  told apart without the question: {found['told_apart']:.0%} of the pairs (chance is 50%)")
+    if found["told_apart"] > TOLD_APART and found["pairs"] >= 100:
+        print(
+            f"  warning: above {TOLD_APART:.0%} a model learns to recognise bad text instead of wrong facts"
+        )
 
 
 if __name__ == "__main__":

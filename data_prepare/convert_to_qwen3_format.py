@@ -3,7 +3,7 @@
     python data_prepare/convert_to_qwen3_format.py
     python data_prepare/convert_to_qwen3_format.py --input-files my.json folder --columns question=Content,answer=Summary
 
-Reads .jsonl, .json, .csv, .tsv and .parquet (UTF-8 or GB18030) and recognises the fields of the usual data sets. Writes
+Reads .jsonl, .json, .csv, .tsv (UTF-8 or GB18030, also as .gz or .zip), .parquet and .xlsx, and recognises the fields of the usual data sets. Writes
 sft_train.jsonl, sft_eval.jsonl, and where such rows were given dpo_train.jsonl, dpo_eval.jsonl, exam.jsonl. What is not kept
 goes whole, with file, line and reason, to set_aside.jsonl; report.json and lengths.png sum up. Memory does not grow with the
 text, which waits in temporary files in the output folder (about twice its size) until all questions have been compared.
@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.data.readers import Source, data_files, detect_encoding
-from utils.data.schemas import RowOptions, parse_columns
+from utils.data.columns import parse_columns
+from utils.data.schemas import RowOptions
+from utils.data.sources import find_sources
 from utils.errors import UserError, run
 from utils.files import show_path, write_json
 from utils.settings import parse_settings
@@ -25,6 +26,8 @@ INPUT_FILES = ["data_prepare/raw"]    # data files, or folders of them
 OUTPUT_DIR = "data_prepare/qwen3"     # where the converted files go
 COLUMNS = ""                          # fields of an unknown schema, e.g. question=Content,answer=Summary
 SYSTEM = ""                           # system text for rows that have none; chat has none by default
+SPLIT_BY_NAME = True                  # in a folder, test.jsonl, valid*.json, dev, eval and folders named so are evaluation
+EXPLAINED = False                     # exam items with an explanation become conversations with reasoning to train on
 EVAL_SHARE = 0.05                     # share of the rows held out, for rows that do not say their split themselves
 MAX_EVAL_ROWS = 1000                  # and at most so many, because every evaluation in training takes its time
 NEAR_DUPLICATE = 0.85                 # long questions are alike from this overlap of 3-character shingles (Jaccard) up
@@ -47,41 +50,43 @@ def main(argv=None):
     settings = parse_settings(__file__, argv)
     options = row_options(settings)
     settings.show()
-    from utils.data import convert, dedup, report, split  # numpy, which --help does not need
+    from utils.data import advice, convert, dedup, report, split  # numpy, which --help does not need
     from utils.plots import draw_lengths
 
-    # 1. Find the files and tell their encodings
-    files = data_files(settings.INPUT_FILES, DOWNLOAD)
-    sources = [Source(path, detect_encoding(path)) for path in files]
+    # 1. Find the files, tell their encodings and the splits that their names say
+    sources, skipped = find_sources(settings.INPUT_FILES, DOWNLOAD, settings.SPLIT_BY_NAME)
     settings.OUTPUT_DIR.mkdir(parents=True, exist_ok=True)
 
     # 2. Recognise every row; its text waits in temporary files, only keys and signatures of it stay in memory
     found = convert.recognise(sources, options, settings.OUTPUT_DIR, settings.WORKERS)
-    refuse_unusable(settings, found)
+    problem = advice.refusal(sources, found, settings.COLUMNS)
+    if problem:
+        raise UserError(problem)
 
     # 3. Decide for every row: its split, and whether it is a duplicate or a leak
-    rows = found.index.rows
-    if len(rows) > 100_000:
-        print(f"  comparing the questions of {len(rows):,} rows, then writing them", flush=True)
     shares = split.SplitSettings(settings.EVAL_SHARE, settings.MAX_EVAL_ROWS, settings.SEED)
-    decisions = dedup.decide(found.index, settings.NEAR_DUPLICATE, shares)
+    decisions = dedup.decide(found.index, found.lines, settings.NEAR_DUPLICATE, shares)
 
     # 4. Write every row to its file
-    trained = (decisions.status == dedup.KEPT) & (rows["kind"] == 1)  # the conversations that are kept
+    rows = found.index.rows
+    trained = report.conversations(rows, decisions)
     sampled = split.sample_rows(rows, trained, settings.TOKEN_ROWS, settings.SEED)
     written = convert.write_outputs(found, decisions, sampled, sources, settings.OUTPUT_DIR)
     convert.remove_stale(settings.OUTPUT_DIR, written.outputs)
 
     # 5. Measure, report, and say what comes next
     tokens = report.count_tokens(settings.TOKENIZER_MODEL, written.sampled)
-    summary = report.build_report(sources, found, written, trained, tokens, settings)
+    summary = report.build_report(sources, skipped, found, decisions, written, tokens, settings)
     write_json(settings.OUTPUT_DIR / "report.json", summary)
-    draw_lengths(
-        settings.OUTPUT_DIR / "lengths.png", rows["characters"][trained], tokens, settings.MAX_LENGTH
-    )
+    lengths = rows["characters"][trained]
+    draw_lengths(settings.OUTPUT_DIR / "lengths.png", lengths, tokens, settings.MAX_LENGTH)
     report.show(summary)
     print(f"\nwritten to {show_path(settings.OUTPUT_DIR)}; what was set aside, and why: set_aside.jsonl")
-    say_what_is_odd(settings.OUTPUT_DIR, written.outputs)
+    for note in (
+        *advice.notes(sources, found, dict(options.columns)),
+        *old_files(settings.OUTPUT_DIR, written.outputs),
+    ):
+        print(f"note: {note}")
     print(f"next: {TRAIN if written.outputs['sft_train'] else COMPARE}")
     return 0
 
@@ -101,41 +106,19 @@ def row_options(settings):
         columns = parse_columns(settings.COLUMNS)
     except ValueError as error:
         raise UserError(f"--columns: {error}") from None
-    return RowOptions(tuple(columns.items()), settings.SYSTEM, settings.MAX_CHARACTERS)
+    return RowOptions(tuple(columns.items()), settings.SYSTEM, settings.MAX_CHARACTERS, settings.EXPLAINED)
 
 
-def refuse_unusable(settings, found):
-    """UserError, with the fields found and a line to copy, if no row can be used or --columns fits none."""
-    if found.schemas and (not settings.COLUMNS or found.schemas["--columns"]):
-        return
-    names, lengths = next(iter(found.unknown.items()), ((), ()))
-    hint = f"; fields found: {', '.join(map(str, names))}" if names else ""
-    if len(names) > 1:  # the longest text is most likely the answer, the next one the question
-        answer, question = (name for _, name in sorted(zip(lengths, map(str, names)), reverse=True)[:2])
-        hint += (
-            f"; name them, for example: python data_prepare/convert_to_qwen3_format.py "
-            f"--columns question={question},answer={answer}"
-        )
-    elif found.reasons["not JSON"] or names:  # pretty-printed, or wrapped in an object
-        hint += "; wanted one JSON object for each row: one a line, or all in one array"
-    if found.schemas:
-        raise UserError(f"no row has the fields of --columns {settings.COLUMNS}{hint}")
-    counted = ", ".join(f"{count:,} {reason}" for reason, count in found.reasons.most_common())
-    raise UserError(f"no row could be used ({counted or 'the input is empty'}){hint}")
-
-
-def say_what_is_odd(folder, outputs):
+def old_files(folder, outputs):
     """Notes on files of an earlier run, and on an evaluation set that is missing."""
     for name in ("sft_train", "sft_eval", "dpo_train", "dpo_eval", "exam"):
         if not outputs[name] and (folder / f"{name}.jsonl").exists():
-            print(
-                f"note: {name}.jsonl there is from an earlier run and was not compared with these rows; make it again"
+            yield (
+                f"{name}.jsonl there is from an earlier run and was not compared with these rows; make it again"
                 + (f" with: {PAIRS}" if name.startswith("dpo") else "")
             )
     if outputs["sft_train"] and not outputs["sft_eval"]:
-        print(
-            "note: no row is held out for evaluation (EVAL_SHARE is 0, or there are too few different questions)"
-        )
+        yield "no row is held out for evaluation (EVAL_SHARE is 0, or there are too few different questions)"
 
 
 if __name__ == "__main__":

@@ -13,15 +13,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny products: a second thread costs more than it brings
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # a shell starts its background jobs so, and every child would inherit it
+# A shell starts its background jobs with Ctrl-C ignored, and every child would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
 def run_script(tmp_path):
-    """run_script("model_finetune/finetune_sft.py", "--batch-size", 2) -> CompletedProcess, run from another folder."""
+    """run_script("model_finetune/finetune_sft.py", "--epochs", 2) -> CompletedProcess, run from another folder."""
 
     def run(script, *arguments, cwd=tmp_path, timeout=300, **options):
         command = [sys.executable, str(ROOT / script), *map(str, arguments)]
@@ -44,7 +43,7 @@ def like_windows(tmp_path, run_script):
     environment |= {
         "PYTHONPATH": str(tmp_path / "site"),
         "LIKE_WINDOWS_ROOT": str(ROOT),
-        "LIKE_WINDOWS_PLACE": str(tmp_path),
+        "LIKE_WINDOWS_FOLDER": str(tmp_path),
         "PYTHONIOENCODING": "cp936",
         "PYTHONWARNDEFAULTENCODING": "1",
     }

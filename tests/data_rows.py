@@ -148,11 +148,36 @@ BAD = [
     ({"prompt": "问", "chosen": "", "rejected": "坏"}, "missing or empty answer"),
     ({"prompt": turns("问", "答"), "chosen": "好", "rejected": "坏"}, "roles out of order"),
     ({"question": "问", "options": {"A": "甲", "B": "乙"}, "answer": "C"}, "answer not among the options"),
-    ({"question": "问", "options": {"A": "甲", "B": "乙"}, "answer": "AB"}, "several right answers"),
+    ({"question": "问", "options": ["甲", "乙"], "answer": 2}, "answer not among the options"),
     ({"question": "问", "options": {"A": "甲", "B": ""}, "answer": "A"}, "missing or empty options"),
-    ({"question": "问", "options": ["甲", "乙"], "answer": "A"}, "wrong type"),
+    ({"question": "问", "options": [1, 2], "answer": "A"}, "wrong type"),
+    ({"text": "麻黄发汗解表。"}, "plain text"),
     ({"question": "问", "options": {"A": 1, "B": "乙"}, "answer": "A"}, "wrong type"),
     ({"instruction": "问", "input": "", "output": "答", "history": "前"}, "wrong type"),
+    ({"问题": "", "答案": "答"}, "missing or empty question"),
+    ({"content": "麻黄发汗解表。", "title": "麻黄", "url": "x"}, "plain text"),
+    ({"question": "问", "options": "没有选项", "answer": "A"}, "missing or empty options"),
+    ({"question": "问", "options": ["甲"], "answer": "A"}, "missing or empty options"),
+    ({"question": "问", "choices": ["甲", "乙"], "answer": -1}, "answer not among the options"),
+    ({"question": "问", "options": {"A": "甲", "B": "乙"}, "answer": None}, "missing or empty answer"),
+    ({"question": "问", "options": {"A": "甲", "B": "乙"}, "answer": "丙"}, "answer not among the options"),
+    ({"question": "问", "options": {"A": "甲", "B": "乙"}, "answer": "ABC"}, "answer not among the options"),
+    ({"question": "问", "question_type": "判断题", "answer": "也许"}, "answer not among the options"),
+    ({"conversations": [["问", "答"]]}, "wrong type"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "wrong type"),
+    ({"messages": [{"role": "system", "content": "医"}]}, "roles out of order"),
+    ({"instruction": "问", "output": "答", "history": [["前"]]}, "wrong type"),
+    ({"chosen": "好", "rejected": "坏"}, "missing or empty question"),
+    (
+        {
+            "messages": [
+                turns("问")[0],
+                {"role": "assistant", "content": "坏", "weight": 0},
+                *turns("问", "答"),
+            ]
+        },
+        "an earlier answer has weight 0",
+    ),
 ]
 
 

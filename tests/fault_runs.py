@@ -10,13 +10,15 @@ then works.
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
 
 import pytest
 from conftest import ROOT
 
-pytest.importorskip("resource", reason="faults are made with POSIX signals, limits and permissions")
+if not hasattr(os, "fork"):
+    pytest.skip("makes faults with POSIX signals, limits and permissions", allow_module_level=True)
 
 from processes import SERVER, Script
 

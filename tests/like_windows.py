@@ -1,4 +1,4 @@
-"""Makes a Python on Linux lack what Windows lacks and refuse what Windows refuses, as far as this project could notice.
+"""Make a Python on Linux lack what Windows lacks and refuse what Windows refuses, as far as this project could notice.
 
 A test copies this file to a folder on PYTHONPATH under the name sitecustomize.py: every process started from there, the worker
 processes too, runs it before anything else. Libraries may go on using what is here; our own files may not.
@@ -7,14 +7,13 @@ processes too, runs it before anything else. Libraries may go on using what is h
 import builtins
 import errno
 import fcntl
+import multiprocessing
 import os
 import signal
 import types
 
 ROOT = os.environ["LIKE_WINDOWS_ROOT"]  # the project
-PLACE = os.environ[
-    "LIKE_WINDOWS_PLACE"
-]  # the folder in which open files cannot be moved, replaced or removed
+FOLDER = os.environ["LIKE_WINDOWS_FOLDER"]  # in which open files cannot be moved, replaced or removed
 ABSENT = {"fcntl", "grp", "pty", "pwd", "readline", "syslog", "termios", "tty"}
 
 
@@ -52,13 +51,15 @@ def opened():
 
 
 def unless_open(function):
+    """A function that refuses paths which are open, or hold an open file, as Windows does."""
+
     def call(*paths, **options):
         for path in paths:
             folder = (
                 os.readlink(f"/proc/self/fd/{options['dir_fd']}") if options.get("dir_fd") is not None else ""
             )
             path = os.path.realpath(os.path.join(folder, os.fspath(path)))
-            for name in opened() if path.startswith(PLACE) else ():
+            for name in opened() if path.startswith(FOLDER) else ():
                 if (name == path or name.startswith(f"{path}/")) and os.path.isfile(name):
                     raise PermissionError(errno.EACCES, "it is being used by another process", name)
         return function(*paths, **options)
@@ -66,7 +67,15 @@ def unless_open(function):
     return call
 
 
+def only_spawn(method=None):
+    """multiprocessing.get_context: Windows can only start processes anew."""
+    if method in ("fork", "forkserver"):
+        raise ValueError(f"cannot find context for {method!r}")
+    return real_context(method)
+
+
 real_import, builtins.__import__ = builtins.__import__, refuse_import
 real_fsync, os.fsync = os.fsync, flush
 os.replace, os.rename, os.unlink, os.remove = map(unless_open, (os.replace, os.rename, os.unlink, os.remove))
-del signal.pthread_sigmask
+real_context, multiprocessing.get_context = multiprocessing.get_context, only_spawn
+del os.fork, signal.pthread_sigmask

@@ -1,13 +1,13 @@
-"""Scripts in processes of their own: started as a shell starts them, stopped as a person or a machine stops them.
+"""Scripts in processes of their own, started as a shell starts them and stopped by signals.
 
     script = Script(["data_prepare/convert_to_qwen3_format.py", "--workers", "1"], repository, folder, before=[(os.close, 1)])
     script.wait_for(lambda: (folder / "half.part").exists())
     script.kill(signal.SIGINT)
     script.end()                        # the exit code; then script.out and script.err, the text of stdout and stderr
 
-Every process is forked from one server. Most then execute a new interpreter, which is just what a shell does. With
-`ready=True` the script runs in the forked process itself, where torch and transformers are imported already: its own process,
-arguments, folder, files and limits all the same, seconds earlier. That is for faults met after these imports.
+Every process is forked from one server. Most then execute a new interpreter, as a shell does. With `ready=True` the script
+runs in the forked process itself, in which torch and transformers are imported already: seconds earlier, with the same
+arguments, folder, files and limits. That is for faults that come after these imports.
 """
 
 import ctypes
@@ -75,7 +75,7 @@ class Script:
 
 
 def become(command, cwd, environment, files, before, ready):
-    """In the new process: take the place that a shell gives a command, and be that command."""
+    """In the new process: set folder, files and environment as a shell does, and run the command."""
     os.chdir(cwd)
     for number, (path, flags) in enumerate(
         zip(files, (os.O_RDONLY, *2 * [os.O_WRONLY | os.O_CREAT | os.O_TRUNC]))
@@ -99,7 +99,7 @@ def become(command, cwd, environment, files, before, ready):
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
-        except OSError:  # closed: so does Python tell it, too
+        except OSError:  # closed: Python itself has None there, too
             setattr(sys, name, None)
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
@@ -114,7 +114,7 @@ def nobody_reads():
 
 
 def obey_permissions():
-    """Where tests run as root, for whom permissions do not count: stay the owner of the files, without the power over them."""
+    """Permissions do not bind root. Give that power up and stay the owner of the files, or become nobody."""
     if os.geteuid():
         return
     if not sys.platform.startswith("linux"):
@@ -128,7 +128,7 @@ def obey_permissions():
 
 
 def little_memory(more):
-    """From here on the process gets `more` bytes and no more (Linux, by RLIMIT_AS)."""
+    """Limit the process to `more` bytes beyond what it has now (Linux, by RLIMIT_AS)."""
     import resource
 
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])

@@ -1,9 +1,13 @@
 """Small training runs for tests: a random tiny model, a few rows and pairs, and the arguments of the finetune scripts."""
 
+import importlib
+import signal
+
 import torch
 from safetensors.torch import load_file
 from tiny_model import make_tiny_model
 
+from utils.errors import run
 from utils.files import write_jsonl
 
 METHODS = ("sft", "lora", "dpo")
@@ -30,7 +34,7 @@ def make_place(folder):
     return folder
 
 
-def arguments(method, place, output, *more):
+def arguments(method, place, output, *more, precision="fp32"):
     data = "dpo" if method == "dpo" else "sft"
     return list(
         map(
@@ -55,11 +59,21 @@ def arguments(method, place, output, *more):
                 "--device",
                 "cpu",
                 "--precision",
-                "fp32",
+                precision,
                 *more,
             ],
         )
     )
+
+
+def train(method, place, output, *more, precision="fp32"):
+    """The finetune script in this process; its exit code. The handlers of Ctrl-C are put back afterwards."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    main = importlib.import_module(f"model_finetune.finetune_{method}").main
+    code = run(lambda: main(arguments(method, place, output, *more, precision=precision)))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return code
 
 
 def weights(folder):

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 import tasks
+from utils.settings import read_constants
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 CHINESE = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
@@ -82,6 +83,15 @@ def test_every_file_that_is_named_exists():
             assert (ROOT / path).is_file(), path
     for path in re.findall(r"\]\(([\w./-]+)\)", TEXT + CHINESE):
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("text", [TEXT, CHINESE], ids=["README.md", "README.zh-CN.md"])
+def test_every_setting_that_is_named_exists(text):
+    scripts = [*ROOT.glob("data_prepare/*.py"), *ROOT.glob("model_*/*.py")]
+    sources = [path.read_text(encoding="utf-8") for path in scripts]
+    settings = {name for source in sources if "# ---- Settings" in source for name in read_constants(source)}
+    environment = {"HF_ENDPOINT", "HF_TOKEN"}
+    assert set(re.findall(r"\b[A-Z]{2,}_[A-Z_]+\b", text)) - environment <= settings
 
 
 def test_utils_readme_lists_every_module_and_no_other():

@@ -45,8 +45,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def project(tmp_path):
     """tasks.py in a path with a space and Chinese characters, with an environment and scripts that only say what they are."""
     folder = tmp_path / "中医 模型"
-    for _, command in tasks.STEPS:
-        script = folder / command.split()[0]
+    for _, (name, *_) in tasks.demo_steps():
+        script = folder / name
         script.parent.mkdir(parents=True, exist_ok=True)
         script.write_text(SCRIPT.format(""), encoding="utf-8")
     for name in ("tasks.py", "Makefile", "requirements.txt"):
@@ -76,8 +76,7 @@ def call(project, *words, **options):
 
 
 def test_the_demo_runs_every_script_with_flags_that_it_has():
-    for _, command in tasks.STEPS:
-        script, *words = command.split()
+    for _, (script, *words) in tasks.demo_steps():
         parse_settings(ROOT / script, words, positional="MODEL" if "load_local" in script else "")
 
 
@@ -86,10 +85,10 @@ def test_the_demo_runs_its_steps_one_after_another(project):
     assert (done.returncode, done.stderr) == (0, "")
     titles = re.findall(r"^== (\d)/9 (.*)", done.stdout, re.MULTILINE)
     assert [number for number, _ in titles] == list("123456789")
-    assert [title for _, title in titles[:8]] == [title.splitlines()[0] for title, _ in tasks.STEPS]
+    assert [title for _, title in titles[:8]] == [title.splitlines()[0] for title, _ in tasks.demo_steps()]
     assert re.fullmatch(r"done in \d+ s\. Look at:", titles[8][1])
     ran = re.findall(r"^ran (\S+) in (.*) by (\S+)$", done.stdout, re.MULTILINE)
-    assert [name for name, _, _ in ran] == [command.split()[0].split("/")[1] for _, command in tasks.STEPS]
+    assert [name for name, _, _ in ran] == [command[0].split("/")[1] for _, command in tasks.demo_steps()]
     assert {folder for _, folder, _ in ran} == {str(project)}
     assert done.stdout.endswith(
         "trainer_output/demo/sft/loss_curve.png\n"
@@ -154,7 +153,7 @@ def test_on_windows_the_environment_has_other_folders(project):
 
 
 def test_tasks_like_on_windows(like_windows):
-    assert "demo-clean  Remove" in like_windows("tasks.py", "help").stdout
+    assert "demo-clean   Remove" in like_windows("tasks.py", "help").stdout
 
 
 def test_an_unknown_command(project):

@@ -3,11 +3,12 @@
     python tests/benchmarks/bench_chat.py
     python tests/benchmarks/bench_chat.py --model model_download/Qwen3-0.6B
 
-One process, all in turn in every round, medians over the rounds; "ours is" is the median of the ratios within a round. Greedy, no
-end token, so that all give the same number of tokens; the answers are compared. Generate is called as usual, with a streamer
-that notes when tokens come. Where chat holds its weights in float16, ours is timed with those and without. The bound: to
-make one token, every weight is read once (the embedding, tied to the LM head, too), so that no loop is faster than the
-memory's bandwidth over the bytes of the weights; the bandwidth is that of a sum over 1 GiB.
+One process; all ways in turn in every round; medians over the rounds. "Ours is" is the median of the ratios within a round.
+Answers are greedy and have no end token, so that all have the same number of tokens; they are compared. Generate is called
+with a streamer that notes when tokens come. Where chat holds its weights in float16, ours is timed with those and without.
+
+The bound: one token reads every weight once, the embedding as well, which is also the LM head. No loop is faster than the
+memory's bandwidth divided by the bytes of the weights. The bandwidth is that of a sum over 1 GiB.
 """
 
 import argparse
@@ -23,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 
-def ours(model, prompt, count):
-    """[seconds from the question to each token], and the tokens."""
+def ours(model, prompt: list[int], count: int) -> tuple[list[float], list[int]]:
+    """Seconds from the question to each token, and the tokens, of our decode loop."""
     from utils.model.generate import Decoding, TokenStream
 
     began, times, tokens = time.perf_counter(), [], []
@@ -34,8 +35,8 @@ def ours(model, prompt, count):
     return times, tokens
 
 
-def generate(model, prompt, count):
-    """The same of model.generate with a streamer."""
+def generate(model, prompt: list[int], count: int) -> tuple[list[float], list[int]]:
+    """The same of transformers' generate, with a streamer."""
     import torch
 
     class Streamer:
@@ -56,13 +57,12 @@ def generate(model, prompt, count):
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
         do_sample=False,
         max_new_tokens=count,
-        min_new_tokens=count,
         streamer=streamer,
     )
     return streamer.times, streamer.tokens
 
 
-def bandwidth():
+def bandwidth() -> float:
     """Bytes a second of summing 1 GiB, the best of five."""
     import torch
 
@@ -74,7 +74,58 @@ def bandwidth():
     return block.numel() * 4 / min(times)
 
 
-def main():
+def ways_to_answer(folder: str, device) -> dict[str, tuple]:
+    """{name: (function, model)} of what is compared. Where chat holds its weights in float16, ours with those comes last."""
+    from utils.model.load import load_for_answers, load_model
+
+    model = load_model(folder, device.dtype).to(device.name).eval()
+    model.generation_config.eos_token_id = None  # generate would avoid the end token, ours may choose it
+    if not device.half_weights:
+        return {"generate": (generate, model), "ours": (ours, model)}
+    return {
+        "generate": (generate, model),
+        "ours, fp32": (ours, model),
+        "ours": (ours, load_for_answers(folder, device)),
+    }
+
+
+def measure(ways: dict[str, tuple], prompt: list[int], tokens: int, rounds: int) -> tuple[dict, bool]:
+    """{name: [{"first_s", "tokens_per_second"}, one a round]}, and whether all gave the same tokens."""
+    measured = {name: [] for name in ways}
+    for number in range(rounds + 1):  # the first round warms up
+        answers = []
+        for name, (answer, model) in ways.items():
+            times, ids = answer(model, prompt, tokens)
+            answers.append(ids)
+            speed = (len(times) - 1) / (times[-1] - times[0])
+            if number:
+                measured[name].append({"first_s": times[0], "tokens_per_second": speed})
+    return measured, all(answer == answers[0] for answer in answers)
+
+
+def medians(measured: dict) -> dict[str, dict]:
+    """{name: {"first_s", "tokens_per_second", "of_generate"}}: medians over the rounds, of the ratio within a round too."""
+    table = {}
+    for name, rounds in measured.items():
+        table[name] = {key: round(statistics.median(one[key] for one in rounds), 3) for key in rounds[0]}
+        ratios = [
+            one["tokens_per_second"] / other["tokens_per_second"]
+            for one, other in zip(rounds, measured["generate"])
+        ]
+        table[name]["of_generate"] = round(statistics.median(ratios), 2)
+    return table
+
+
+def print_table(table: dict[str, dict], bound: float | None) -> None:
+    print("| | first token | tokens/s | ours is |\n|---|---|---|---|")
+    for name, row in table.items():
+        speed, ratio = f"{row['tokens_per_second']:.1f}", f"{row['of_generate']:.2f} x"
+        print(f"| {name} | {row['first_s']:.2f} s | {speed} | {ratio} |")
+    if bound:
+        print(f"| bound of the memory | | {bound:.1f} | |")
+
+
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -84,62 +135,35 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", default="auto", help="auto, bf16 or fp32")
     parser.add_argument("--output", default=str(ROOT / "trainer_output/bench/chat.json"))
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    options = parse_options()
+
+    # 1. Load the model, once for each way
     import torch
     from bench_training import shape_of_qwen3
 
     from utils.device import pick_device
-    from utils.model.load import load_for_answers, load_model
 
     place = ROOT / "trainer_output/bench"
     place.mkdir(parents=True, exist_ok=True)
     device = pick_device("auto", options.precision)
-    folder = options.model or str(shape_of_qwen3(place / "qwen3_0_6b_shape"))
-    model = load_model(folder, device.dtype).to(device.name).eval()
-    bytes_read = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    ways = {"generate": (generate, model), "ours": (ours, model)}
-    if device.half_weights:
-        ways = {
-            "generate": ways["generate"],
-            "ours, fp32": ways["ours"],
-            "ours": (ours, load_for_answers(folder, device)),
-        }
-        bytes_read /= 2
-    prompt = torch.randint(
-        1000, 3000, (options.context,), generator=torch.Generator().manual_seed(0)
-    ).tolist()
-    measured = {name: [] for name in ways}
-    for number in range(options.rounds + 1):  # the first round warms up
-        answers = []
-        for name, (way, its_model) in ways.items():
-            times, tokens = way(its_model, prompt, options.tokens)
-            answers.append(tokens)
-            if number:
-                measured[name].append(
-                    {"first_s": times[0], "tokens_per_second": (len(times) - 1) / (times[-1] - times[0])}
-                )
+    ways = ways_to_answer(options.model or str(shape_of_qwen3(place / "qwen3_0_6b_shape")), device)
+
+    # 2. Measure, and the memory's speed beside it
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(1000, 3000, (options.context,), generator=generator).tolist()
+    measured, same = measure(ways, prompt, options.tokens, options.rounds)
+    weights = ways["generate"][1].parameters()
+    bytes_read = sum(weight.numel() * weight.element_size() for weight in weights)
+    bytes_read /= 2 if device.half_weights else 1
     bound = bandwidth() / bytes_read if device.name == "cpu" else None
-    table = {
-        name: {key: round(statistics.median(one[key] for one in rounds), 3) for key in rounds[0]}
-        for name, rounds in measured.items()
-    }
-    for name, row in table.items():
-        row["of_generate"] = round(
-            statistics.median(
-                one["tokens_per_second"] / other["tokens_per_second"]
-                for one, other in zip(measured[name], measured["generate"])
-            ),
-            2,
-        )
-    print("| | first token | tokens/s | ours is |\n|---|---|---|---|")
-    for name, row in table.items():
-        print(
-            f"| {name} | {row['first_s']:.2f} s | {row['tokens_per_second']:.1f} | {row['of_generate']:.2f} x |"
-        )
-    if bound:
-        print(f"| bound of the memory | | {bound:.1f} | |")
-    same = all(answer == answers[0] for answer in answers)
+
+    # 3. Print and keep what was measured
+    table = medians(measured)
+    print_table(table, bound)
     print(
         f"same tokens: {same}; {device.name}, {device.answers}; {options.context} tokens of context, {options.tokens} of answer"
     )

@@ -11,8 +11,8 @@ from conftest import ROOT
 from data_rows import read, write_lines
 
 from utils.data.convert import Batch, examine
-from utils.data.readers import Source
 from utils.data.schemas import RowOptions
+from utils.data.sources import Source
 from utils.data.text_store import TextStore
 from utils.errors import UserError
 from utils.model.chat_format import encode_turns
@@ -168,7 +168,7 @@ def test_text_store_gives_back_what_it_took(tmp_path):
 )
 def test_output_lines_are_what_json_writes(row):
     """Lines of conversations are put together by hand, for speed."""
-    source = Source(Path('my "data".jsonl'), "utf-8")
+    source = Source(Path("my.jsonl"), 'my "data".jsonl', encoding="utf-8")
     examined = examine(Batch(0, source, [(7, row)], RowOptions(max_characters=100)))
     lines = examined.lines
     assert examined.lengths == [len(lines)]
@@ -192,8 +192,8 @@ def test_output_lines_are_what_json_writes(row):
             marks=pytest.mark.skipif(sys.platform != "linux", reason="such a name cannot be made there"),
         ),
         (
-            lambda folder: (folder / "a.xlsx").write_text("x", encoding="utf-8") and folder / "a.xlsx",
-            ["cannot read .xlsx", ".parquet"],
+            lambda folder: (folder / "a.docx").write_text("x", encoding="utf-8") and folder / "a.docx",
+            ["cannot read .docx", ".parquet"],
         ),
         (
             lambda folder: (folder / "a.jsonl").write_text("", encoding="utf-8") or folder / "a.jsonl",
@@ -205,14 +205,20 @@ def test_output_lines_are_what_json_writes(row):
                 and folder / "a.json"
             ),
             [
-                "no row could be used (4 not JSON); wanted one JSON object for each row: one a line, or all in one array"
+                "no row could be used (4 not JSON); the first is a.json, line 1: not JSON (",
+                "; wanted one JSON object for each row: one a line, or all in one array",
             ],
         ),
         (
-            lambda folder: write_lines(folder / "a.json", {"data": [{"query": "q", "response": "r"}]}),
+            lambda folder: write_lines(folder / "a.jsonl", {"data": "x", "n": 1}, {"data": "y", "n": 2}),
             [
-                "no row could be used (1 fields not recognised); fields found: data; wanted one JSON object for each row"
+                "no row could be used (2 fields not recognised); the first is a.jsonl, line 1: fields not recognised",
+                "fields found: data, n; wanted rows with a question and an answer",
             ],
+        ),
+        (
+            lambda folder: write_lines(folder / "a.jsonl", {"text": "麻黄发汗解表。"}),
+            ["no row could be used (1 plain text)", "continued pre-training is not done here"],
         ),
         (
             lambda folder: (folder / "a.parquet").write_text("x", encoding="utf-8") and folder / "a.parquet",
@@ -226,7 +232,10 @@ def test_output_lines_are_what_json_writes(row):
             lambda folder: write_lines(
                 folder / "a.jsonl", {"title": "短", "Content": "问题", "Summary": "很长的回答"}
             ),
-            ["fields found: title, Content, Summary", "--columns question=Content,answer=Summary"],
+            [
+                "fields found: title, Content, Summary",
+                "--columns question=Content,answer=Summary (line 1 is then read as question: 问题 answer: 很长的回答)",
+            ],
         ),
     ],
 )

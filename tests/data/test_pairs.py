@@ -1,137 +1,270 @@
-"""Preference pairs: never the same answer twice, lengths alike, every row accounted for, the split kept."""
+"""Preference pairs: wrong answers that only the question gives away, every row accounted for, the split kept."""
 
+import json
 import random
+from collections import Counter
 
 import pytest
 from conftest import ROOT
 from tiny_model import make_tiny_model
 
 from data_prepare import build_preference_pairs
-from utils.data.pairs import agreement
+from utils.data import pairs
+from utils.data.swap import Question, swap_facts
 from utils.data.terms import Terms
 from utils.errors import run
-from utils.files import read_jsonl, write_jsonl
+from utils.files import read_json, read_jsonl, write_json, write_jsonl
 
-ROWS = [
-    ("麻黄的药性是什么？", "温。"),
-    ("麻黄归哪些经？", "肺、膀胱经。"),
-    ("麻黄汤由哪些药组成？", "麻黄汤由麻黄、桂枝、苦杏仁、甘草组成。"),
-    ("合谷穴属于哪条经脉？", "手阳明大肠经。"),
-    ("今天天气如何？", "今天天气很好。"),
-    ("桂枝有哪些功效？", "桂枝能发汗解肌、温通经脉。"),
-]
+TERMS = Terms(ROOT / "data_prepare/sample/terms.jsonl")
+WEATHER = ("今天天气如何？", "今天天气很好。")
+
+
+def as_row(number, question, answer):
+    turns = zip(("user", "assistant"), (question, answer))
+    return {"id": str(number), "messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+@pytest.fixture(scope="module")
+def sample_rows():
+    rows = [
+        row for row in read_jsonl(ROOT / "data_prepare/sample/tcm_sample.jsonl") if row["split"] == "train"
+    ]
+    chosen = random.Random(0).sample(rows, 1500)
+    return [(row["instruction"], row["output"]) for row in chosen] + [WEATHER]
 
 
 @pytest.fixture
-def data(tmp_path):
-    for split in ("train", "eval"):
+def data(tmp_path, sample_rows):
+    for split, rows in (("train", sample_rows[300:]), ("eval", [*sample_rows[:300], WEATHER])):
         write_jsonl(
-            tmp_path / f"sft_{split}.jsonl",
-            [
-                {
-                    "id": f"{split}-{number}",
-                    "messages": [
-                        {"role": "user", "content": question},
-                        {"role": "assistant", "content": answer},
-                    ],
-                }
-                for number, (question, answer) in enumerate(ROWS)
-            ],
+            tmp_path / f"sft_{split}.jsonl", (as_row(f"{split}-{n}", *row) for n, row in enumerate(rows))
         )
     return tmp_path
 
 
 def build(data, *arguments):
-    return run(
-        lambda: build_preference_pairs.main(
-            ["--input-dir", str(data), "--output-dir", str(data), *map(str, arguments)]
-        )
-    )
+    arguments = ["--input-dir", str(data), "--output-dir", str(data), *map(str, arguments)]
+    return run(lambda: build_preference_pairs.main(arguments))
 
 
 @pytest.mark.parametrize("kind", ["facts", "mismatch"])
 def test_pairs_differ_are_alike_in_length_and_keep_the_split(data, capsys, kind):
     assert build(data, "--kind", kind) == 0
-    said = capsys.readouterr().out
+    said, report = capsys.readouterr().out, read_json(data / "dpo_report.json")
     for split in ("train", "eval"):
-        pairs = list(read_jsonl(data / f"dpo_{split}.jsonl"))
-        assert f"{split}: {len(ROWS)} rows = {len(pairs)} pairs + {len(ROWS) - len(pairs)} not paired" in said
-        assert {pair["id"].split("-")[0] for pair in pairs} == {split}
-        for pair in pairs:
+        made, rows = (
+            list(read_jsonl(data / f"dpo_{split}.jsonl")),
+            list(read_jsonl(data / f"sft_{split}.jsonl")),
+        )
+        good_of = {row["id"]: row["messages"] for row in rows}
+        assert (
+            f"{split}: {len(rows):,} rows = {len(made):,} pairs + {len(rows) - len(made):,} not paired"
+            in said
+        )
+        assert report[split]["pairs"] + sum(report[split]["not_paired"].values()) == len(rows)
+        assert len(made) > 0.8 * len(rows)
+        for pair in made:
             good, bad = pair["chosen"][0]["content"], pair["rejected"][0]["content"]
-            assert good != bad and bad and abs(len(good) - len(bad)) <= max(1, 0.2 * len(good))
-            assert (pair["prompt"][-1]["content"], good) in ROWS and pair["kind"] == kind
+            assert good_of[pair["id"]] == [*pair["prompt"], *pair["chosen"]] and pair["kind"] == kind
+            assert good != bad and pairs.similar_length(good, bad)
+            assert not pairs.says_the_same(good, bad, pair["prompt"][-1]["content"], TERMS)
+            assert kind == "mismatch" or len(good) == len(bad)
     if kind == "facts":
-        assert "no known term in the answer" in said  # the weather is not medicine
+        assert "no known term between borders in the answer" in said  # the weather is not medicine
+
+
+@pytest.mark.parametrize("kind", ["facts", "mismatch"])
+def test_pairs_cannot_be_told_apart_without_the_question(data, capsys, kind):
+    assert build(data, "--kind", kind) == 0
+    told = read_json(data / "dpo_report.json")["train"]["told_apart"]
+    assert told <= 0.6 and f"told apart without the question: {told:.0%}" in capsys.readouterr().out
+
+
+def test_what_tells_bad_answers_is_measured_and_warned_of(data, capsys):
+    rows = [
+        {
+            "chosen": [{"content": f"{good}。"}],
+            "rejected": [{"content": f"{good}乌须发。" if n % 10 else good}],
+        }
+        for n, (_, good) in enumerate(read_answers(data) * 2)
+    ]
+    assert pairs.told_apart(rows) > 0.85
+    halves = [{"chosen": [{"content": "麻黄"}], "rejected": [{"content": "麻黄"}]}] * 10
+    assert pairs.told_apart(halves) == 0.5
+    found = build_preference_pairs.summary(rows, rows, Counter())
+    build_preference_pairs.show("train", found, data)
+    assert "warning: above 65% a model learns to recognise bad text" in capsys.readouterr().out
+
+
+def read_answers(data):
+    return [
+        [message["content"] for message in row["messages"]] for row in read_jsonl(data / "sft_eval.jsonl")
+    ]
 
 
 def test_the_same_command_makes_the_same_pairs(data, capsys):
-    assert build(data) == 0
+    assert build(data, "--kind", "facts") == 0
     before = (data / "dpo_train.jsonl").read_bytes()
-    assert build(data) == 0
+    assert build(data, "--kind", "facts") == 0
     assert (data / "dpo_train.jsonl").read_bytes() == before
-    assert build(data, "--seed", 1) == 0
+    assert build(data, "--kind", "facts", "--seed", 1) == 0
     assert (data / "dpo_train.jsonl").read_bytes() != before
 
 
-@pytest.mark.slow
-def test_answers_of_a_model_that_knows_nothing_are_worse(data, tmp_path, capsys):
-    folder = make_tiny_model(tmp_path / "model")
-    assert build(data, "--kind", "model", "--model", folder, "--max-new-tokens", 8, "--samples", 2) == 0
-    for pair in read_jsonl(data / "dpo_train.jsonl"):
-        good, bad = pair["chosen"][0]["content"], pair["rejected"][0]["content"]
-        assert agreement(good, bad) < 0.8
+def swapped(*rows, seed=0):
+    results = swap_facts([Question(*row) for row in rows], TERMS, random.Random(seed))
+    return [text for text, _ in results]
 
 
-def test_swaps_are_wrong_answers_of_the_same_kind():
-    terms = Terms(ROOT / "data_prepare/sample/terms.jsonl")
-    named = {
-        terms.swap("血海穴属于足太阴脾经。", "血海穴属于哪条经脉？", random.Random(seed))
-        for seed in range(30)
+def test_only_whole_terms_are_swapped():
+    cut = (
+        "何药清热？",
+        "双黄连注射液，里急后重者用之，口服温通经脉片。",
+    )  # holds 黄连 and 温, neither of them whole
+    others = [("何药？", f"{herb}、石膏。") for herb in ("黄芩", "桂枝", "防风", "羌活")]
+    for seed in range(5):
+        assert swapped(cut, *others, seed=seed)[0] is None
+
+
+def test_a_substitute_is_a_term_that_stands_in_such_a_place():
+    herbs = ["麻黄", "桂枝", "防风", "羌活", "白芷", "细辛", "紫苏叶", "辛夷"]
+    rows = [(f"第{n}方用什么药？", f"{herb}200g,{herbs[n - 3]}100g") for n, herb in enumerate(herbs)]
+    for (_, good), bad in zip(rows, swapped(*rows)):
+        assert bad is None or (len(bad) == len(good) and bad != good)
+        for part in (bad or good).split(","):
+            assert part[:-4] in herbs
+    assert sum(bad is not None for bad in swapped(*rows)) >= 6
+
+
+def test_what_is_right_elsewhere_is_not_wrong():
+    rows = [("麻黄的功效是什么？", answer) for answer in ("发汗解表。", "宣肺平喘。", "利水消肿。")] * 3
+    assert swapped(*rows) == [None] * 9  # all that could be drawn is right of 麻黄
+
+
+def test_names_are_swapped_for_names_that_look_alike():
+    points = ("血海", "照海", "气海", "小海", "少海", "足三里", "手三里")
+    rows = [(f"{name}穴属于哪条经脉？", f"{name}穴属于足太阴脾经。") for name in points]
+    wrong = [swapped(*rows, seed=seed)[0] for seed in range(20)]
+    assert set(wrong) <= {
+        f"{name}穴属于足太阴脾经。" for name in points if name[1] == "海" and name != "血海"
     }
-    assert all(
-        wrong.endswith("穴属于足太阴脾经。") and len(set("血海") & set(wrong)) == 1 for wrong, _ in named
-    )  # such as 照海
-    bare = {terms.swap("足太阴脾经。", "血海穴属于哪条经脉？", random.Random(seed)) for seed in range(30)}
-    assert all(
-        wrong != "足太阴脾经。" and wrong in {f"{term}。" for term in terms.by_kind["acupoint.meridian"]}
-        for wrong, _ in bare
-    )
-    assert len(named) > 1 and len(bare) > 1
+    assert len(set(wrong)) > 1
+
+
+@pytest.mark.parametrize(
+    "good, other, same",
+    [
+        ("解表药。", "麻黄是解表药。", True),
+        ("证属肝胃不和证，治宜宣肺平喘。", "辨为肝胃不和证。", False),  # less than the good one says
+        ("风寒表实证。", "风寒表实证，宜麻黄汤。", True),
+        ("发汗解表、宣肺平喘。", "宣肺平喘、发汗解表、利水消肿。", True),
+        ("发汗解表、宣肺平喘。", "清热泻火、宣肺平喘。", False),
+        ("今天天气很好，适合出门。", "今天天气很好，很适合出门。", True),
+        ("今天天气很好。", "明天会下雨。", False),
+    ],
+)
+def test_what_says_the_same(good, other, same):
+    assert pairs.says_the_same(good, other, "问？", TERMS) == same
+
+
+def test_a_mismatch_never_names_the_same_syndrome():
+    rows = [
+        as_row(n, f"病例{n}应辨为何证？", f"此为{name}证。")
+        for n, name in enumerate(["肝胃不和", "脾虚湿困"] * 20)
+    ]
+    for row, worse in zip(rows, pairs.mismatched(rows, TERMS, random.Random(0))):
+        good = row["messages"][1]["content"]
+        assert worse.answer is not None and worse.answer != good
 
 
 def test_agreement():
-    assert agreement("清热解毒", "清热解毒") == 1
-    assert agreement("清热解毒", "补气养血") == 0
-    assert 0 < agreement("清热解毒", "清热凉血") < 1
+    assert pairs.agreement("清热解毒", "清热解毒") == 1
+    assert pairs.agreement("清热解毒", "补气养血") == 0
+    assert 0 < pairs.agreement("清热解毒", "清热凉血") < 1
+
+
+@pytest.fixture
+def model(tmp_path):
+    return make_tiny_model(tmp_path / "model")
+
+
+@pytest.mark.slow
+def test_answers_of_a_model_that_knows_nothing_are_worse(data, model, capsys):
+    flags = ["--kind", "model", "--model", model, "--max-new-tokens", 8, "--samples", 2, "--max-train", 30]
+    assert build(data, *flags, "--max-eval", 30) == 0
+    for pair in read_jsonl(data / "dpo_train.jsonl"):
+        good, bad = pair["chosen"][0]["content"], pair["rejected"][0]["content"]
+        assert not pairs.says_the_same(good, bad, pair["prompt"][-1]["content"], TERMS)
+
+
+@pytest.mark.slow
+def test_sampling_goes_on_where_it_was_stopped(tmp_path, model, monkeypatch):
+    rows = [as_row(n, f"问题{n}？", "答") for n in range(12)]
+    sampling, kept = pairs.Sampling(str(model), 2, 4, 0), tmp_path / "sampled.jsonl"
+    monkeypatch.setattr(pairs, "CHUNK", 4)
+    whole = pairs.sample_answers(rows, sampling, kept)
+    assert [len(answers) for answers in whole] == [2] * 12
+    lines = kept.read_bytes().splitlines(keepends=True)
+    kept.write_bytes(b"".join(lines[:2]) + lines[2][:10])  # killed while it wrote the second part
+
+    generator, begun = pairs._generator, []
+
+    def counting(sampling):
+        generate = generator(sampling)
+        return lambda conversations, start: begun.append(start) or generate(conversations, start)
+
+    monkeypatch.setattr(pairs, "_generator", counting)
+    assert pairs.sample_answers(rows, sampling, kept) == whole and begun == [4, 8]
+    assert pairs.sample_answers(rows, sampling, kept) == whole and begun == [4, 8]
+    pairs.sample_answers(rows, sampling._replace(seed=1), kept)
+    assert begun == [4, 8, 0, 4, 8] and len(kept.read_text(encoding="utf-8").splitlines()) == 4
+
+
+def test_worst_of_the_sampled_answers_by_its_facts(monkeypatch, tmp_path):
+    row = as_row(0, "麻黄的功效是什么？", "发汗解表、宣肺平喘。")
+    answers = ["宣肺平喘、发汗解表。", "发汗解表、清热泻火。", "清热泻火、补中益气。", "短"]
+    monkeypatch.setattr(pairs, "sample_answers", lambda *_: [answers])
+    assert list(pairs.sampled([row], TERMS, None, tmp_path)) == [pairs.Worse("清热泻火、补中益气。")]
+    for some, reason in (
+        (answers[:1], "every sampled answer is right"),
+        (answers[3:], "no sampled answer of similar length"),
+    ):
+        monkeypatch.setattr(pairs, "sample_answers", lambda *_, some=some: [some])
+        assert list(pairs.sampled([row], TERMS, None, tmp_path)) == [pairs.Worse(None, reason)]
+
+
+def test_the_default_kind_follows_the_model(data, tmp_path, capsys):
+    folder = tmp_path / "sft"
+    assert build(data, "--model", folder) == 0
+    assert "kind facts: " in capsys.readouterr().out
+    folder.mkdir()
+    write_json(folder / "run.json", {"status": "running"})
+    assert not build_preference_pairs.is_finished(folder)
+    write_json(folder / "run.json", {"status": "finished"})
+    assert build_preference_pairs.is_finished(folder)
+    assert (
+        build(data, "--model", folder) == 2
+    )  # a finished run without weights: the model kind was chosen, and says so
+    assert "is not a model folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--kind", "opinion"], "--kind: wanted one of facts, mismatch, model, got 'opinion'"),
+        (["--kind", "opinion"], "--kind: wanted one of auto, facts, mismatch, model, got 'opinion'"),
         (["--input-dir", "nowhere"], "make it with: python data_prepare/convert_to_qwen3_format.py"),
         (["--terms-file", "nowhere"], "make it with: python data_prepare/sample/make_sample.py"),
     ],
 )
 def test_wrong_input_is_one_line(data, capsys, arguments, message):
-    assert build(data, *arguments) == 2
+    assert build(data, "--kind", "facts", *arguments) == 2
     errors = capsys.readouterr().err
     assert message in errors and len(errors.splitlines()) == 1
 
 
 def test_no_pair_at_all_is_said(data, capsys):
-    write_jsonl(
-        data / "sft_train.jsonl",
-        [
-            {
-                "id": "1",
-                "messages": [
-                    {"role": "user", "content": "天气？"},
-                    {"role": "assistant", "content": "很好。"},
-                ],
-            }
-        ],
+    (data / "sft_train.jsonl").write_text(
+        json.dumps(as_row(1, *WEATHER), ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    assert build(data) == 2
+    assert build(data, "--kind", "facts") == 2
     assert "no pair could be made" in capsys.readouterr().err and not (data / "dpo_train.jsonl").exists()

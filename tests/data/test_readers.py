@@ -6,7 +6,8 @@ import json
 import pytest
 from data_rows import BAD, RAW
 
-from utils.data.readers import Source, batches, detect_encoding
+from utils.data.readers import batches
+from utils.data.sources import Source, detect_encoding
 
 SCRIPT = "data_prepare/convert_to_qwen3_format.py"
 
@@ -26,7 +27,7 @@ def test_torture_file(tmp_path, convert):
         (len(bad) + 5, "undecodable bytes" if good[:-9][-1] > 127 else "not JSON"),
     ]
     ledger = sorted((row["line"], row["reason"]) for row in found["set_aside"])
-    assert len(bad) >= 60 and ledger == wanted
+    assert len(bad) >= 80 and ledger == wanted
     assert [row["messages"][0]["content"] for row in found["sft_train"] + found["sft_eval"]] == [
         "麻黄的功效是什么？"
     ]
@@ -81,9 +82,9 @@ def test_file_kinds_and_encodings(tmp_path, convert, name, encoding, label):
 
 
 def test_array_goes_on_after_a_damaged_element(tmp_path, convert, monkeypatch):
-    from utils.data import readers
+    from utils.data import json_stream
 
-    monkeypatch.setattr(readers, "BLOCK", 50)  # every element crosses a border
+    monkeypatch.setattr(json_stream, "BLOCK", 50)  # every element crosses a border
     rows = [
         json.dumps({"query": f"问题{number}", "response": "答" * number}, ensure_ascii=False)
         for number in range(1, 20)
@@ -116,5 +117,5 @@ def test_table_rows_that_are_none(tmp_path, convert):
 def test_encoding_of_a_damaged_utf8_file(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join(["麻黄汤".encode()] * 5 + ["麻黄".encode("gb18030")] * 3 + [b"\xff"]))
-    assert detect_encoding(path) == "utf-8"
-    assert sum(len(batch) for _, batch in batches([Source(path, "utf-8")])) == 9
+    assert detect_encoding(Source(path, path.name)) == "utf-8"
+    assert sum(len(batch) for _, batch in batches([Source(path, path.name, encoding="utf-8")])) == 9

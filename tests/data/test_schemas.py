@@ -3,8 +3,9 @@
 import pytest
 from data_rows import BAD, EXAM, PREFERENCE, SFT, turns
 
-from utils.data.readers import Reject
-from utils.data.schemas import RowOptions, convert_row, parse_columns
+from utils.data.columns import parse_columns
+from utils.data.reject import Reject
+from utils.data.schemas import RowOptions, convert_row
 
 
 @pytest.mark.parametrize("row, messages", SFT)
@@ -75,3 +76,118 @@ def test_reasons(row, reason):
     with pytest.raises(Reject) as caught:
         convert_row(row, RowOptions(max_characters=50_000))
     assert caught.value.reason == reason
+
+
+OPTIONS = {"A": "麻黄", "B": "石膏", "C": "知母", "D": "黄连"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "性温的是", "choices": list(OPTIONS.values()), "answer": 0, "subject": "中药"},  # MMLU
+        {"question": "性温的是", "options": [f"{k}. {v}" for k, v in OPTIONS.items()], "answer": "A"},
+        {"question": "性温的是", "options": OPTIONS, "answer": "麻黄", "answer_idx": "A"},  # MedQA
+        {"question": "性温的是", "options": OPTIONS, "answer": "麻黄"},
+        {"question": "性温的是", "options": OPTIONS, "answer": "A. 麻黄"},
+        {"question": "性温的是", "options": OPTIONS, "answer": "（Ａ）".strip("（）")},
+        {"question": "性温的是", "options": "A.麻黄 B.石膏 C.知母 D.黄连", "answer": "A"},
+        {"question": "性温的是", "options": "A.麻黄|B.石膏|C.知母|D.黄连", "answer": "a"},
+        {"题目": "性温的是", "选项": OPTIONS, "答案": "A"},
+        {"题目": "性温的是", "选项": "A、麻黄\nB、石膏\nC、知母\nD、黄连", "答案": "A", "解析": "麻黄辛温。"},
+        {"id": 0, "question": "性温的是", **OPTIONS, "answer": "A", "explanation": ""},  # C-Eval
+        {"instruction": "性温的是 A.麻黄 B.石膏 C.知母 D.黄连", "input": "", "output": "A"},
+    ],
+)
+def test_exam_rows_in_other_forms(row):
+    body = convert_row(row).body
+    assert (body["question"], body["options"], body["answer"]) == (
+        "性温的是",
+        OPTIONS,
+        "A",
+    ) and "kind" not in body
+
+
+def test_more_options_than_four():
+    options = dict(zip("ABCDEFGHIJ", "甲乙丙丁戊己庚辛壬癸"))
+    assert (
+        convert_row({"question": "问", "options": list(options.values()), "answer": 9}).body["answer"] == "J"
+    )
+    assert (
+        convert_row({"question": "问", **{k: v for k, v in options.items() if k < "F"}, "answer": "E"}).body[
+            "options"
+        ]["E"]
+        == "戊"
+    )
+
+
+@pytest.mark.parametrize("answer", ["ABD", "A,B,D", "A、B、D", "DBA", "a b d", ["A", "B", "D"]])
+def test_several_right_answers_are_a_kind_of_their_own(answer):
+    body = convert_row({"question": "解表的有", "options": OPTIONS, "answer": answer}).body
+    assert (body["answer"], body["kind"]) == ("ABD", "multiple")
+
+
+def test_the_type_of_a_question_decides_its_kind():
+    row = {"question": "解表的有", "options": OPTIONS, "answer": "A", "question_type": "多项选择题"}
+    assert convert_row(row).body["kind"] == "multiple"
+    assert "kind" not in convert_row({**row, "question_type": "单项选择题"}).body
+    plain = convert_row({"question": "问", "answer": "答", "question_type": "简答题"})
+    assert (plain.kind, plain.body["messages"]) == ("sft", turns("问", "答"))
+
+
+@pytest.mark.parametrize(
+    "row, answer",
+    [
+        ({"question": "麻黄性温。", "question_type": "判断题", "answer": "对"}, "A"),
+        ({"question": "麻黄性温。", "question_type": "判断题", "answer": "×"}, "B"),
+        ({"question": "麻黄性温。", "options": {"A": "对", "B": "错"}, "answer": "B"}, "B"),
+        ({"question": "麻黄性温。", "options": ["True", "False"], "answer": "正确"}, "A"),
+        ({"question": "麻黄性温。", "question_type": "判断题", "answer": False}, "B"),
+    ],
+)
+def test_true_or_false(row, answer):
+    body = convert_row(row).body
+    assert (body["answer"], body["kind"], len(body["options"])) == (answer, "true_false", 2)
+
+
+def test_explanations_become_reasoning_on_request():
+    row = {"question": "性温的是", "options": OPTIONS, "answer": "A", "解析": "麻黄辛温，石膏大寒。"}
+    item = convert_row(row, RowOptions(explained=True))
+    assert item.kind == "sft" and item.reasoning and item.schema == "exam with explanation"
+    assert item.body["messages"][0]["content"] == "性温的是\nA. 麻黄\nB. 石膏\nC. 知母\nD. 黄连"
+    assert item.body["messages"][1] == {
+        "role": "assistant",
+        "content": "A. 麻黄",
+        "reasoning_content": "麻黄辛温，石膏大寒。",
+    }
+    assert convert_row(row).kind == "exam"
+    assert convert_row({**row, "解析": ""}, RowOptions(explained=True)).kind == "exam"
+
+
+@pytest.mark.parametrize(
+    "messages, kept",
+    [
+        (turns("", "欢迎", "问", "答")[1:], turns("问", "答")),
+        (turns("问", "答", "再问"), turns("问", "答")),
+        (
+            turns("", "欢迎", "问", "答", "再问", system="医")[:1]
+            + turns("", "欢迎", "问", "答", "再问")[1:],
+            turns("问", "答", system="医"),
+        ),
+        (turns("问", "答"), None),
+    ],
+)
+def test_conversations_are_trimmed_to_whole_exchanges(messages, kept):
+    item = convert_row({"messages": messages})
+    assert item.body["messages"] == (kept or messages) and item.trimmed == bool(kept)
+
+
+def test_text_in_parts_is_text():
+    parts = [{"type": "text", "text": "麻黄"}, {"type": "text", "text": "的药性？"}]
+    messages = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": [{"type": "text", "text": "温"}]},
+    ]
+    assert convert_row({"messages": messages}).body["messages"] == turns("麻黄\n的药性？", "温")
+    messages[0]["content"] = [{"type": "image_url", "image_url": {"url": "x"}}, *parts]
+    with pytest.raises(Reject, match="wrong type"):
+        convert_row({"messages": messages})

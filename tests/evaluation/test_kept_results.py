@@ -55,6 +55,7 @@ def test_a_second_call_measures_only_what_is_new(place, capsys):
     assert place.measured("--fresh") == ["one"] and place.measured("--exam-rows", 5) == ["one"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module, name, value",
     [
@@ -72,6 +73,7 @@ def test_a_change_in_the_code_is_measured_anew(place, monkeypatch, module, name,
     assert place.measured() == ["one"]
 
 
+@pytest.mark.slow
 def test_a_change_in_a_file_is_measured_anew(place):
     terms = shutil.copy(ROOT / "data_prepare/sample/terms.jsonl", place.path / "terms.jsonl")
     place.arguments += ["--terms-file", terms]
@@ -90,10 +92,12 @@ def test_a_change_in_a_file_is_measured_anew(place):
     assert place.measured() == ["one"] and place.measured() == []
 
 
+@pytest.mark.slow
 def test_another_number_format_is_measured_anew(place):
     assert place.measured() == ["one"] and place.measured("--precision", "bf16") == ["one"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [
@@ -119,6 +123,7 @@ def test_a_damaged_or_edited_result_is_measured_again(place, capsys, damage):
     assert place.measured() == []
 
 
+@pytest.mark.slow
 def test_a_result_under_another_models_name_is_not_taken(place):
     two = make_tiny_model(place.path / "two", seed=1)
     assert place.measured(models=[two]) == ["one", "two"]

@@ -76,7 +76,7 @@ def test_no_permission_to_read(world, command, kept):
         (world / "locked.jsonl").unlink()
 
 
-# Network disks and quotas say that they are full when they are asked to keep what was written: here at the {n}-th time.
+# Network disks and quotas report that they are full only at fsync: here at the {n}-th one.
 FULL_DISK = """import errno, os
 def keep(file, times=iter(range({n} - 1))):
     if next(times, None) is None:
@@ -118,7 +118,7 @@ def test_disk_full(world, hub, tmp_path, name, n, error):
     ],
 )
 def test_disk_that_takes_no_file_of_that_size(world, hub, tmp_path, name, size, words):
-    """As FAT32 does at 4 GB, here at `size` bytes, whoever writes: Python, safetensors, or torch, which cannot say why."""
+    """FAT32 ends at 4 GB, this disk at `size` bytes. Python and safetensors say why they failed, torch does not."""
     output = tmp_path / "new" if name in TRAINERS else copy_of(world, name, tmp_path)
     before, more = (
         contents(output),

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("name", ["data", "pairs"])
 def test_started_from_the_repository_through_a_link(world, hub, tmp_path, name):
-    """As `python data_prepare/...`, from another drive that is linked in."""
+    """`python data_prepare/...` in a folder that is a link to the repository."""
     (tmp_path / "链接 link").symlink_to(world / "tcm")
     script = start(
         world,
@@ -71,7 +71,7 @@ def test_a_fault_in_a_locale_without_utf8(world):
 
 @pytest.mark.parametrize("name", ["convert", "model", "sft"])
 def test_no_home(world, hub, tmp_path, name):
-    """Where libraries keep caches and settings nothing can be written, or even be; and for good measure a locale without UTF-8."""
+    """The folders for caches and settings cannot exist; and the locale has no UTF-8."""
     home = dict.fromkeys(
         ("HOME", "HF_HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"),
         str(world / "photo.png/home"),
@@ -110,7 +110,7 @@ def test_reader_of_stdout_has_left(world, tmp_path, command):
 
 @pytest.mark.parametrize("command", ["convert", "sft --help"])
 def test_reader_of_stdout_has_left_after_the_work(world, tmp_path, command):
-    """Only the last lines went unread, when all was done: that is no fault."""
+    """All was done, and only the last lines were not read: that is no fault."""
     script = start(world, command, "--output-dir", tmp_path / "new", before=[(nobody_reads,)])
     assert (script.end(), script.err) == (0, "")
     assert "--help" in command or list((tmp_path / "new").glob("*.jsonl"))
@@ -118,7 +118,7 @@ def test_reader_of_stdout_has_left_after_the_work(world, tmp_path, command):
 
 @pytest.mark.parametrize("number", [1, 2], ids=["stdout", "stderr"])
 def test_closed_by_who_started_it(world, tmp_path, number):
-    """As by cron, or `>&-`: the file that is opened next must not get the number, and with it what was meant for the terminal."""
+    """cron and `>&-` close a stream. The next file opened must not get its number, and with it the terminal's text."""
     script = start(world, "convert", "--output-dir", tmp_path / "new", before=[(os.close, number)])
     assert (script.end(), script.err) == (0, "")
     assert_same(world, "convert", tmp_path / "new")

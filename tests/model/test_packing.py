@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from utils.errors import UserError
-from utils.model import lm_head
 from utils.model.attention import plan_attention
 from utils.model.lm_head import cross_entropy_sum, token_logps
 from utils.model.packed_forward import prepare_packed
@@ -70,28 +69,6 @@ def test_hidden_states_of_a_packed_row_are_those_of_each_document_alone(folder):
     assert torch.allclose(logits, torch.cat(alone), atol=2e-5)
 
 
-@pytest.mark.parametrize("chunk", [256, 7])
-def test_loss_and_gradients_equal_the_plain_computation(folder, monkeypatch, chunk):
-    monkeypatch.setattr(lm_head, "CHUNK", chunk)
-    items = some_items(20, seed=1)
-    packed, plain = prepare_packed(load(folder, torch.float64)), load(folder, torch.float64)
-    batch = collate([items])
-    inputs, targets = model_inputs(batch), batch["targets"]
-    (cross_entropy_sum(packed(**inputs), packed.lm_head.weight, targets) / len(targets)).backward()
-    total = sum(
-        F.cross_entropy(
-            plain(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1],
-            torch.tensor(answer),
-            reduction="sum",
-        )
-        for item in items
-        for prompt, answer in item["documents"]
-    )
-    (total / len(targets)).backward()
-    for (name, one), other in zip(packed.named_parameters(), plain.parameters()):
-        assert torch.allclose(one.grad, other.grad, rtol=1e-9, atol=1e-12), name
-
-
 def test_one_row_is_blind_to_another(folder):
     """Changing every token of one document leaves the loss of the other as it was, to the bit."""
     model = prepare_packed(load(folder))
@@ -118,44 +95,6 @@ def test_labels_stand_before_their_tokens():
 
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3]]
     assert batch["reference_chosen"].tolist() == [-1.5]
-
-
-def test_weighted_loss_gradients_by_finite_rules():
-    """Against autograd on the full logits, in float64, with a weight for each token."""
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(11, 6, dtype=torch.float64), torch.randn(17, 6, dtype=torch.float64)
-    targets, scale = torch.randint(17, (11,)), torch.randn(11, dtype=torch.float64)
-    results = []
-    for compute in (
-        lambda h, w: cross_entropy_sum(h, w, targets, scale),
-        lambda h, w: (scale * F.cross_entropy(h @ w.T, targets, reduction="none")).sum(),
-    ):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        loss = compute(h, w)
-        (3 * loss).backward()
-        results.append((loss.detach(), h.grad, w.grad))
-    for one, other in zip(*results):
-        assert torch.allclose(one, other, rtol=1e-12)
-
-
-def test_bf16_is_no_further_from_float64_than_the_plain_bf16_path():
-    torch.manual_seed(1)
-    hidden, weight = torch.randn(64, 128), torch.randn(500, 128) * 0.1
-    targets = torch.randint(500, (64,))
-
-    def gradients(compute, dtype):
-        h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
-        compute(h, w).backward()
-        return h.grad.double(), w.grad.double()
-
-    exact = gradients(lambda h, w: F.cross_entropy(h @ w.T, targets, reduction="sum"), torch.float64)
-    with torch.autocast("cpu", torch.bfloat16):
-        ours = gradients(lambda h, w: cross_entropy_sum(h, w, targets), torch.float32)
-        plain = gradients(
-            lambda h, w: F.cross_entropy((h @ w.T).float(), targets, reduction="sum"), torch.float32
-        )
-    for reference, one, other in zip(exact, ours, plain):
-        assert (one - reference).norm() <= 1.05 * (other - reference).norm()
 
 
 def gradients_of(model, plain, documents, dtype=torch.float32):

@@ -1,6 +1,7 @@
 """The built-in base model: small, a real Qwen3, pre-trained on statements, and able to learn the exam from other entities."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from data_prepare import convert_to_qwen3_format
-from model_download import pretrain_tiny_model
+from model_download import pretrain_tiny_model, tiny_recipe
 from model_finetune import finetune_sft
 from utils.data.terms import Terms
 from utils.device import pick_device
@@ -94,16 +95,16 @@ def few_statements(folder):
 def test_exercises_are_invented_and_carry_names_over():
     terms, exercises = Terms(SAMPLE / "terms.jsonl"), read_json(SAMPLE / "exercises.json")
     rng = random.Random(0)
-    names = pretrain_tiny_model.invent_names(40, terms, rng)
+    names = tiny_recipe.invent_names(40, terms, rng)
     assert len(set(names)) == 40 and not set(names) & set(terms.kinds)
-    for messages in pretrain_tiny_model.copy_exercises(200, exercises["copy"], names, rng):
+    for messages in tiny_recipe.copy_exercises(200, exercises["copy"], names, rng):
         question, answer = (message["content"] for message in messages)
         assert [name for name in names if name in answer and name in question]
 
 
 def test_tokenizer_pieces_end_where_terms_end():
     terms = Terms(SAMPLE / "terms.jsonl")
-    assert list(pretrain_tiny_model.pieces(["石膏的药性是大寒。"], terms))[:5] == [
+    assert list(tiny_recipe.pieces(["石膏的药性是大寒。"], terms))[:5] == [
         "",
         "石膏",
         "的药性是",
@@ -112,12 +113,20 @@ def test_tokenizer_pieces_end_where_terms_end():
     ]
 
 
+def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
+    settings = SimpleNamespace(LEARNING_RATE=1.0, WARMUP_STEPS=10)
+    rates = [tiny_recipe.learning_rate(step, 1000, settings) for step in range(1000)]
+    assert rates[0] == 0.1 and max(rates) == pytest.approx(1, abs=0.01)
+    assert rates[-1] == pytest.approx(0.1, abs=0.001)
+
+
 @pytest.fixture
 def unstopped(monkeypatch):
     """Handlers of Ctrl-C as they were: the trainer's belong to its script."""
     monkeypatch.setattr("utils.training.callbacks.signal.signal", lambda number, handler: None)
 
 
+@pytest.mark.slow
 def test_fine_tuning_teaches_it_to_answer_about_entities_it_was_never_asked_about(
     tmp_path, capsys, unstopped
 ):

@@ -38,7 +38,7 @@ def test_peak_memory_is_in_bytes_everywhere(monkeypatch):
 
 
 class AppleGPU(TorchDispatchMode):
-    """Refuses what an Apple GPU refuses or gets wrong: float64, and products as wide as the vocabulary for many rows at once."""
+    """Refuses what an Apple GPU refuses (float64) or gets wrong (products as wide as the vocabulary, for many rows at once)."""
 
     def __init__(self, vocabulary, rows):
         super().__init__()

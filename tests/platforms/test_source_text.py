@@ -16,7 +16,7 @@ NOT_ON_WINDOWS = re.compile(
     r"\b(?:os\.(?:fork|forkpty|killpg|getuid|geteuid|getgid|getpgid|setsid|setpgrp|sysconf|uname|mkfifo|chown|chroot|nice|wait3|wait4"
     r"|statvfs|getloadavg|sched_\w+|posix_\w+|pread|pwrite|sync|register_at_fork|openpty)"
     r"|signal\.(?:SIGKILL|SIGALRM|SIGHUP|SIGQUIT|SIGUSR\d|SIGCHLD|SIGPIPE|SIGSTOP|alarm|setitimer|pause|sigwait|pthread_\w+)"
-    r"|time\.tzset|socket\.AF_UNIX)\b|[\"']/(?:proc|dev|tmp|etc|sys)/(?!fs/cgroup)"
+    r"|time\.tzset|socket\.AF_UNIX)\b|[\"']/(?:proc|dev|tmp|etc|sys)/(?!fs/cgroup|self/cgroup)"
 )  # a container's limit is read where there is one
 
 

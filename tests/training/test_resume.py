@@ -24,6 +24,8 @@ def place(tmp_path_factory):
     return make_place(tmp_path_factory.mktemp("runs"))
 
 
+if not hasattr(os, "fork"):
+    pytest.skip("stops trainings in forked processes", allow_module_level=True)
 # A process that has the libraries loaded and forks: each start costs a fraction of a second instead of seconds
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(

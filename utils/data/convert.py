@@ -9,19 +9,30 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy
+import psutil
 
+from utils.data.columns import UnknownRow
 from utils.data.dedup import KEPT, REASONS, Decisions
-from utils.data.readers import Reject, Source, batches, parse_row
-from utils.data.row_index import EVAL, IndexedBatch, RowIndex, content_key, index_rows
+from utils.data.readers import batches, parse_row
+from utils.data.reject import Reject
+from utils.data.row_index import EVAL, KIND, IndexedBatch, RowIndex, content_key, index_rows
 from utils.data.schemas import Item, RowOptions, convert_row
+from utils.data.sources import Source
 from utils.data.text_store import TextStore
 from utils.data.workers import map_tasks
+from utils.errors import UserError
 from utils.files import atomic_write
 from utils.progress import ByteProgress
+from utils.text import format_bytes
 
 OUTPUTS = ("sft_train", "sft_eval", "dpo_train", "dpo_eval", "exam")
 RUN = 1000  # rows written at a time, at most
 LARGE = 32e6  # bytes: from here up, several processes are worth their start
+BYTES_A_ROW = (
+    650  # of memory at the most, while questions are compared; measured, see tests/benchmarks/README.md
+)
+FORECAST_ROWS = 50_000  # rows after which the memory is forecast for the first time
+UNKNOWN_ROWS, UNKNOWN_CHARACTERS = 200, 300  # kept of a batch to suggest columns by: rows, and of each text
 
 # One encoder for all rows, where json.dumps would make one a call; what was just read from JSON holds no circles to check for.
 _ENCODE = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
@@ -36,6 +47,14 @@ class Batch(NamedTuple):
     options: RowOptions
 
 
+class FirstReject(NamedTuple):
+    """The first row of a file that cannot be used."""
+
+    line: int
+    reason: str
+    detail: str
+
+
 class Examined(NamedTuple):
     """What a worker gives back. Of a usable row `lines` holds its output line, of any other its line in the ledger."""
 
@@ -45,9 +64,9 @@ class Examined(NamedTuple):
     index: IndexedBatch
     schemas: Counter
     reasons: Counter
-    unknown: (
-        dict  # {field names: lengths of the first such row's fields}, of rows whose fields are not recognised
-    )
+    trimmed: int  # conversations of which turns at an end were left out
+    rejects: list  # [FirstReject] or []
+    unknown: list  # [UnknownRow, ...]: the first rows whose fields are not recognised
 
 
 class Recognised(NamedTuple):
@@ -58,7 +77,9 @@ class Recognised(NamedTuple):
     originals: TextStore  # the rows as they were given, a JSON text each
     schemas: Counter
     reasons: Counter
-    unknown: dict
+    trimmed: list  # counts of Examined
+    rejects: dict  # {file: FirstReject}
+    unknown: dict  # {file: [UnknownRow, ...]}, of the first batch that has some
 
 
 class Written(NamedTuple):
@@ -71,23 +92,43 @@ class Written(NamedTuple):
 
 def recognise(sources: list[Source], options: RowOptions, folder: Path, workers: int) -> Recognised:
     """Read and recognise every row. Texts wait in temporary files in `folder`; `workers` 0: as the size suggests."""
-    size = sum(source.path.stat().st_size for source in sources)
+    size = sum(source.size for source in sources)
     workers = workers or (1 if size < LARGE else min(os.cpu_count() or 1, 8))
-    found = Recognised(RowIndex(folder), TextStore(folder), TextStore(folder), Counter(), Counter(), {})
+    stores = RowIndex(folder), TextStore(folder), TextStore(folder)
+    found = Recognised(*stores, Counter(), Counter(), [], {}, {})
     tasks = _tasks(sources, options, found.originals)
+    forecast_at = FORECAST_ROWS
     with ByteProgress("rows recognised", 0, size, always=False) as meter:
         for examined in map_tasks(examine, tasks, workers):
             found.lines.add(examined.lines, examined.lengths)
             found.index.add(examined.file, examined.index)
             found.schemas.update(examined.schemas)
             found.reasons.update(examined.reasons)
-            if not found.unknown:  # those of the first batch that has some
-                found.unknown.update(examined.unknown)
+            found.trimmed.append(examined.trimmed)
+            for reject in examined.rejects:
+                found.rejects.setdefault(examined.file, reject)
+            if examined.unknown:
+                found.unknown.setdefault(examined.file, examined.unknown)
             # About: the same rows take more or less as tables and arrays than as JSON lines.
-            meter.show(min(found.originals.ends[-1], size - 1))
+            done = min(found.originals.ends[-1], size - 1)
+            meter.show(done)
+            if found.index.count >= forecast_at:
+                refuse_too_many(found.index.count, done / size)
+                forecast_at *= 2
         meter.show(size)
     found.index.finish()
     return found
+
+
+def refuse_too_many(rows: int, share: float) -> None:
+    """UserError with the forecast where all rows, of which `rows` are this share, would not fit into the memory."""
+    needed, free = BYTES_A_ROW * rows / share, psutil.virtual_memory().available + BYTES_A_ROW * rows
+    if needed > free:
+        raise UserError(
+            f"about {rows / share:,.0f} rows are to be compared with one another, which takes {format_bytes(needed)} of memory "
+            f"({BYTES_A_ROW} bytes a row); {format_bytes(free)} are free, enough for {free / BYTES_A_ROW:,.0f} rows: "
+            "convert the files in parts, each to its own --output-dir"
+        )
 
 
 def _tasks(sources, options, originals) -> Iterator[Batch]:
@@ -111,33 +152,42 @@ def _as_json(raw, encoding):
 
 def examine(batch: Batch) -> Examined:
     """Recognise the rows of one batch."""
-    name = batch.source.path.name
-    indexed, lines, schemas, reasons, unknown = [], [], Counter(), Counter(), {}
+    source, options = batch.source, batch.options
+    indexed, lines, rejects, unknown = [], [], [], []
+    schemas, reasons, trimmed = Counter(), Counter(), 0
     for number, raw in batch.rows:
         row = None
         try:
-            row = parse_row(raw, batch.source.encoding)
-            item = convert_row(row, batch.options)
+            row = parse_row(raw, source.encoding)
+            item = convert_row(row, options)
+            item = item if item.split else item._replace(split=source.split)
             key = content_key(item)
             indexed.append((number, key, item))
             schemas[item.schema] += 1
-            if batch.options.columns and item.schema != "--columns":
-                unknown.setdefault(tuple(row), _lengths(row))
-            lines.append(_output_line(name, number, key, item))
+            trimmed += item.trimmed
+            strange = options.columns and item.schema != "--columns"
+            lines.append(_output_line(source.name, number, key, item))
         except Reject as problem:
             indexed.append((number, 0, None))
             reasons[problem.reason] += 1
-            if problem.reason == "fields not recognised":
-                unknown.setdefault(tuple(row), _lengths(row))
-            lines.append(_ledger_line(name, number, problem, problem.row if row is None else row))
+            rejects = rejects or [FirstReject(number, problem.reason, problem.detail)]
+            strange = problem.reason == "fields not recognised"
+            lines.append(_ledger_line(source.name, number, problem, problem.row if row is None else row))
+        if strange and len(unknown) < UNKNOWN_ROWS:
+            unknown.append(UnknownRow(number, {name: _shortened(value) for name, value in row.items()}))
     lengths = [len(line) for line in lines]
-    return Examined(batch.file, b"".join(lines), lengths, index_rows(indexed), schemas, reasons, unknown)
+    index = index_rows(indexed)
+    return Examined(batch.file, b"".join(lines), lengths, index, schemas, reasons, trimmed, rejects, unknown)
+
+
+def _shortened(value):
+    return value[:UNKNOWN_CHARACTERS] if isinstance(value, str) else None
 
 
 def _output_line(name: str, line: int, key: int, item: Item) -> bytes:
     body, source = item.body, _ENCODE(f"{name}:{line}")
     if item.kind == "exam":
-        body["subject"] = body["subject"] or Path(name).stem
+        body["subject"] = body["subject"] or Path(name).name.partition(".")[0]
     if item.kind == "sft":  # nearly every row: put together here in half the time of the encoder
         fields = (
             ", ".join([f'"{field}": {_ENCODE(value)}' for field, value in turn.items()])
@@ -147,11 +197,6 @@ def _output_line(name: str, line: int, key: int, item: Item) -> bytes:
     else:
         text = _ENCODE(body)[1:-1]
     return f'{{"id": "{key:016x}", {text}, "source": {source}}}\n'.encode()
-
-
-def _lengths(row):
-    """The length of each field of a row; 0 for what is no text."""
-    return [len(value) if isinstance(value, str) else 0 for value in row.values()]
 
 
 def _ledger_line(name, line, problem, row):
@@ -193,6 +238,8 @@ def write_outputs(
                 if name not in files:
                     files[name] = stack.enter_context(atomic_write(folder / f"{name}.jsonl", "wb"))
                 lines = found.lines.read(run.start, run.end)
+                if found.index.rows["kind"][run.start] == KIND["bad"]:
+                    lines = _pair_line(lines, found.lines.read(decisions.duplicate_of[run.start]))
                 files[name].write(lines)
                 written.outputs[name] += run.end - run.start
                 if run.sampled:
@@ -201,8 +248,10 @@ def write_outputs(
 
 
 def _runs(rows, decisions, sampled) -> Iterator[Run]:
-    output = (rows["kind"].astype(int) - 1) * 2 + (decisions.split == EVAL)
-    alone = (decisions.status != KEPT) | sampled  # these need a look each, the others go by runs
+    bad = rows["kind"] == KIND["bad"]  # each becomes a preference pair with the good answer to its prompt
+    kind = numpy.where(bad, KIND["dpo"], rows["kind"]).astype(int)
+    output = (kind - 1) * 2 + (decisions.split == EVAL)
+    alone = (decisions.status != KEPT) | sampled | bad  # these need a look each, the others go by runs
     alone[::RUN] = True
     bounds = numpy.flatnonzero((numpy.diff(output) != 0) | alone[1:] | alone[:-1]) + 1
     starts = numpy.concatenate(([0], bounds)) if len(rows) else bounds
@@ -210,18 +259,28 @@ def _runs(rows, decisions, sampled) -> Iterator[Run]:
     return map(Run, starts.tolist(), [*bounds.tolist(), len(rows)], *of_run)
 
 
+def _pair_line(bad: bytes, good: bytes) -> bytes:
+    """The preference pair of a bad answer's line and the line of the conversation that answers the same prompt well."""
+    pair, chosen = json.loads(bad), json.loads(good)["messages"][-1:]
+    pair = {"id": pair["id"], "prompt": pair["prompt"], "chosen": chosen, "rejected": pair["rejected"]} | {
+        "kind": "given",
+        "source": pair["source"],
+    }
+    return _ENCODE(pair).encode() + b"\n"
+
+
 def _repeat_line(row, found, decisions, sources):
-    """The ledger's line of a row that repeats or leaks another."""
+    """The ledger's line of a row that repeats or leaks another, or is a bad answer alone."""
     rows, other = found.index.rows, decisions.duplicate_of[row]
 
     def name_of(number):
-        return sources[rows["file"][number]].path.name
+        return sources[rows["file"][number]].name
 
     entry = {
         "file": name_of(row),
         "line": int(rows["line"][row]),
         "reason": REASONS[decisions.status[row]],
-        "detail": f"of {name_of(other)}:{rows['line'][other]}",
+        "detail": f"of {name_of(other)}:{rows['line'][other]}" if other >= 0 else "",
     }
     return _ENCODE(entry)[:-1].encode() + b', "row": ' + found.originals.read(row) + b"}\n"
 

@@ -3,29 +3,46 @@
 Two questions are the same if their normalised texts (NFKC, case, spacing, punctuation), without politeness and filler words,
 are equal; or if both are long, their 3-character shingles overlap by `threshold` (Jaccard), and they either hold the same
 characters or have the same long answer. The last condition keeps template questions apart ("麻黄的性味是什么？",
-"桂枝的性味是什么？"): they overlap as much as true duplicates do, but ask something else. A few long questions that overlap
-so far and differ in a word with it are a family: not duplicates, but never in two splits.
+"桂枝的性味是什么？"): they overlap as much as true duplicates do, but ask something else. Where numbers, negations or opposites
+(左 and 右) differ, so do the questions: two patients' records are alike in all else. A few long questions that overlap so far
+and differ in a word with it are a family: not duplicates, but never in two splits. Nor are questions about one passage.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy
 
-from utils.data.minhash import candidate_pairs, overlap, repeated
-from utils.data.row_index import EVAL, EXAM, TRAIN, RowIndex
+from utils.data.exam_leaks import find_exam_leaks
+from utils.data.minhash import candidate_pairs, containment, overlap, repeated
+from utils.data.row_index import EVAL, EXAM, KIND, TRAIN, RowIndex
 from utils.data.split import SplitSettings, assign_splits
+from utils.data.text_store import TextStore
+from utils.progress import progress
 
 FAMILY = 5  # more questions than this, alike but for a word, are a template, not one question
 
-KEPT, EXACT_DUPLICATE, NEAR_DUPLICATE, EVALUATION_LEAK, EXAM_LEAK = range(5)
+PASSAGE = (
+    0.6  # of the shorter question's shingles: with so much in common, two questions are about one passage
+)
+LARGEST_PASSAGE = (
+    100,
+    0.1,
+)  # questions, share of the long ones: what more than both share is an instruction, no passage
+
+KEPT, EXACT_DUPLICATE, NEAR_DUPLICATE, EVALUATION_LEAK, EXAM_LEAK, MARKED_BAD, ALSO_GOOD = range(7)
 REASONS = ("", "exact duplicate", "near-duplicate", "evaluation leak", "exam leak")
+REASONS += ("marked as a bad answer, no good one", "marked as a bad answer, and as a good one")
+
+_NUMBERS = re.compile(r"\d+(?:[.,:/%-]\d+)*|[零〇一二三四五六七八九十百千万两半]+")
+_DECIDING = re.compile("[无不未非否没伴有男女左右上下升降增减高低轻重阴阳寒热虚实浮沉迟数滑涩弦细]")
 
 
 class Decisions(NamedTuple):
     """Arrays (rows,): `split` (TRAIN, EVAL, EXAM; 0: cannot be used), `status` (an index into REASONS), and
-    `duplicate_of`, the row that it repeats or leaks, or -1."""
+    `duplicate_of`, the row that it repeats or leaks, or of a bad answer the row of the good one, or -1."""
 
     split: numpy.ndarray
     status: numpy.ndarray
@@ -46,21 +63,26 @@ class QuestionGroups(NamedTuple):
         numpy.ndarray
     )  # (rows,) index into `keys` of the row's first question; 0 where the row cannot be used
     same: numpy.ndarray  # (distinct questions,) group of those that are one question
-    family: numpy.ndarray  # (distinct questions,) group of those that go to one split
+    family: numpy.ndarray  # (distinct questions,) group of those that differ in a word at most
+    together: (
+        numpy.ndarray
+    )  # (distinct questions,) group of those that go to one split: families that share a passage
 
 
-def decide(index: RowIndex, threshold: float, settings: SplitSettings) -> Decisions:
-    """What becomes of every row.
+def decide(index: RowIndex, lines: TextStore, threshold: float, settings: SplitSettings) -> Decisions:
+    """What becomes of every row. `lines`: the rows' output lines, of which those with exam questions are read.
 
     Depends on the rows and the seed, not on the order of the rows, except that of two equal rows the first is kept.
     """
     rows = index.rows
     groups = group_index(index, threshold)
-    split = assign_splits(rows, groups.family[groups.first], groups.keys, settings)
+    split = assign_splits(rows, groups.together[groups.first], groups.keys, settings)
     status = numpy.zeros(len(rows), dtype=numpy.uint8)
     decisions = Decisions(split, status, numpy.full(len(rows), -1, dtype=numpy.int64))
 
     _set_leaks_aside(decisions, index.questions, groups, EVAL, EVALUATION_LEAK)
+    for row, exam_row in find_exam_leaks(lines, rows, split):
+        decisions.set_aside(row, EXAM_LEAK, exam_row)
     _set_leaks_aside(decisions, index.questions, groups, EXAM, EXAM_LEAK)
 
     usable = numpy.flatnonzero((rows["kind"] > 0) & (status == KEPT))
@@ -69,7 +91,26 @@ def decide(index: RowIndex, threshold: float, settings: SplitSettings) -> Decisi
     same_question_and_answer = (rows["kind"], split, groups.same[groups.first], rows["rest"])
     longest_first = (-rows["characters"], rows["content"])  # the longest: it has the punctuation
     _set_repeats_aside(decisions, usable, NEAR_DUPLICATE, same_question_and_answer, longest_first)
+    _pair_bad_answers(decisions, rows)
     return decisions
+
+
+def _pair_bad_answers(decisions, rows):
+    """Give every bad answer that is left the good one to the same prompt and its split, or set it aside."""
+    left = decisions.status == KEPT
+    bad = numpy.flatnonzero(left & (rows["kind"] == KIND["bad"]))
+    good = numpy.flatnonzero(left & (rows["kind"] == KIND["sft"]))
+    if not len(bad):
+        return
+    prompts, first = numpy.unique(rows["prompt"][good], return_index=True)
+    found = numpy.minimum(numpy.searchsorted(prompts, rows["prompt"][bad]), max(len(prompts) - 1, 0))
+    has_good = prompts[found] == rows["prompt"][bad] if len(good) else numpy.zeros(len(bad), dtype=bool)
+    decisions.set_aside(bad[~has_good], MARKED_BAD, -1)
+    bad, partner = bad[has_good], good[first[found[has_good]]]
+    decisions.duplicate_of[bad] = partner
+    decisions.split[bad] = decisions.split[partner]
+    same = rows["rest"][bad] == rows["rest"][partner]
+    decisions.set_aside(bad[same], ALSO_GOOD, partner[same])
 
 
 def group_index(index: RowIndex, threshold: float) -> QuestionGroups:
@@ -93,9 +134,9 @@ def group_index(index: RowIndex, threshold: float) -> QuestionGroups:
         return set(mine["rest"][mine["long_rest"]].tolist())
 
     marks = index.marks[mark[long_at]]
-    return QuestionGroups(
-        keys, asked, first, *group_questions(len(keys), long_at, marks, text_of, answers_of, threshold)
-    )
+    same, family = group_questions(len(keys), long_at, marks, text_of, answers_of, threshold)
+    together = group_passages(family, long_at, marks, text_of)
+    return QuestionGroups(keys, asked, first, same, family, together)
 
 
 def group_questions(
@@ -112,15 +153,48 @@ def group_questions(
     text, `answers_of(question)` the keys of its long answers. A family has FAMILY members at most.
     """
     same, family = {}, {}  # of those that have joined a group: the index that leads on to its first member
-    for one, other in zip(*(side.tolist() for side in candidate_pairs(marks, threshold))):
+    watch = progress("comparing long questions", "pairs")
+    for one, other in watch(_as_list(candidate_pairs(marks, threshold))):
         texts, pair = (text_of(one), text_of(other)), (int(long_at[one]), int(long_at[other]))
         if overlap(*texts) >= threshold:
             _join(family, *pair)
+            if differ_in_fact(*texts):
+                continue
             if Counter(texts[0]) == Counter(texts[1]) or answers_of(pair[0]) & answers_of(pair[1]):
                 _join(same, *pair)
     same, family = _roots(same, count), _roots(family, count)
     members = numpy.bincount(family[numpy.unique(same)], minlength=count)  # distinct questions in each family
     return same, numpy.where(members[family] > FAMILY, same, family)
+
+
+def _as_list(pairs):
+    return list(zip(*(side.tolist() for side in pairs)))
+
+
+def differ_in_fact(one: str, other: str) -> bool:
+    """Whether two questions that are alike have other numbers, or more or fewer of the words that decide."""
+    if _NUMBERS.findall(one) != _NUMBERS.findall(other):
+        return True
+    return Counter(_DECIDING.findall(one)) != Counter(_DECIDING.findall(other))
+
+
+def group_passages(
+    family: numpy.ndarray, long_at: numpy.ndarray, marks: numpy.ndarray, text_of: Callable[[int], str]
+) -> numpy.ndarray:
+    """The families, those joined that share a passage; the other arguments as in `group_questions`."""
+    joined = {}
+    watch = progress("looking for shared passages", "pairs")
+    for one, other in watch(_as_list(candidate_pairs(marks, PASSAGE, band=2, neighbours=2))):
+        pair = int(family[long_at[one]]), int(family[long_at[other]])
+        if (
+            _root(joined, pair[0]) != _root(joined, pair[1])
+            and containment(text_of(one), text_of(other)) >= PASSAGE
+        ):
+            _join(joined, *pair)
+    together = _roots(joined, len(family))[family]
+    members = numpy.bincount(together[long_at], minlength=len(family))
+    least, share = LARGEST_PASSAGE
+    return numpy.where(members[together] > max(least, share * len(long_at)), family, together)
 
 
 def _set_leaks_aside(decisions, questions, groups, held_out, reason):

@@ -9,7 +9,7 @@ import random
 import numpy
 
 SHINGLE = 3  # characters
-HASHES, BANDS = 32, 8  # 4 hashes a band: of pairs that overlap by 0.85, 0.3 % share no band
+HASHES = 32  # in 8 bands of 4: of pairs that overlap by 0.85, 0.3 % share no band
 NEIGHBOURS = 4  # rows of one bucket compared with each row, so that a large bucket costs linear time
 
 _random = random.Random(0)
@@ -19,10 +19,10 @@ _ODD = numpy.array([_random.getrandbits(32) | 1 for _ in range(HASHES)], dtype=n
 
 def signatures(texts: list[str]) -> numpy.ndarray:
     """MinHash signatures of texts of at least SHINGLE characters: uint16 array (len(texts), HASHES)."""
-    shingles, starts = _hashed_shingles(texts) if texts else (numpy.empty(0, dtype=numpy.uint32), [])
+    hashes, starts = _hashed_shingles(texts) if texts else (numpy.empty(0, dtype=numpy.uint32), [])
     result = numpy.empty((len(texts), HASHES), dtype=numpy.uint16)
     for index in range(HASHES if texts else 0):
-        least = numpy.minimum.reduceat((shingles ^ _XOR[index]) * _ODD[index], starts)
+        least = numpy.minimum.reduceat((hashes ^ _XOR[index]) * _ODD[index], starts)
         result[:, index] = (least * numpy.uint32(0x9E3779B1)) >> numpy.uint32(16)
     return result
 
@@ -32,30 +32,35 @@ def _hashed_shingles(texts):
     lengths = numpy.array([len(text) for text in texts])
     codes = numpy.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype=numpy.uint32)
     factors = numpy.array([0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35], dtype=numpy.uint32)
-    shingles = codes[:-2] * factors[0] ^ codes[1:-1] * factors[1] ^ codes[2:] * factors[2]
-    inside = numpy.ones(len(shingles), dtype=bool)
+    hashes = codes[:-2] * factors[0] ^ codes[1:-1] * factors[1] ^ codes[2:] * factors[2]
+    inside = numpy.ones(len(hashes), dtype=bool)
     ends = numpy.cumsum(lengths)[:-1]
     inside[ends - 1] = inside[ends - 2] = False  # no shingle reaches from one text into the next
-    shingles = shingles[inside]
-    shingles = (shingles ^ shingles >> numpy.uint32(15)) * numpy.uint32(0x2C1B3C6D)
-    shingles ^= shingles >> numpy.uint32(13)
-    return shingles, numpy.concatenate(([0], numpy.cumsum(lengths - SHINGLE + 1)[:-1]))
+    hashes = hashes[inside]
+    hashes = (hashes ^ hashes >> numpy.uint32(15)) * numpy.uint32(0x2C1B3C6D)
+    hashes ^= hashes >> numpy.uint32(13)
+    return hashes, numpy.concatenate(([0], numpy.cumsum(lengths - SHINGLE + 1)[:-1]))
 
 
-def candidate_pairs(marks: numpy.ndarray, threshold: float) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Two arrays, the pairs of rows of `marks` (signatures, in an order set by content) that may overlap by `threshold`."""
-    bands = numpy.ascontiguousarray(marks).view(numpy.uint64)
+def candidate_pairs(
+    marks: numpy.ndarray, threshold: float, band: int = 4, neighbours: int = NEIGHBOURS
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Two arrays, the pairs of rows of `marks` (signatures, in an order set by content) that may overlap by `threshold`.
+
+    `band`: hashes that have to agree, 4 or 2; the fewer, the more of the pairs that overlap little are found.
+    """
+    bands = numpy.ascontiguousarray(marks).view({4: numpy.uint64, 2: numpy.uint32}[band])
     pairs = [numpy.empty(0, dtype=numpy.int64)]
-    for band in range(BANDS):
-        order = repeated(bands[:, band])
+    for number in range(bands.shape[1]):
+        order = repeated(bands[:, number])
         # Like rows of a bucket stand side by side.
-        order = order[numpy.lexsort((bands[order, (band + 1) % BANDS], bands[order, band]))]
-        keys = bands[order, band]
-        for step in range(1, NEIGHBOURS + 1):
+        order = order[numpy.lexsort((bands[order, (number + 1) % bands.shape[1]], bands[order, number]))]
+        keys = bands[order, number]
+        for step in range(1, neighbours + 1):
             same = numpy.flatnonzero(keys[step:] == keys[:-step])
             for part in numpy.array_split(same, len(same) // 100_000 + 1):
                 one, other = order[part], order[part + step]
-                # The estimate's standard error is below 0.07: three of them are left as leeway.
+                # The estimate's standard error is 0.09 at most: two of them are left as leeway.
                 close = (marks[one] == marks[other]).mean(axis=1) >= threshold - 0.2
                 low, high = numpy.minimum(one, other)[close], numpy.maximum(one, other)[close]
                 pairs.append(low.astype(numpy.int64) * len(marks) + high)
@@ -71,9 +76,18 @@ def repeated(values: numpy.ndarray) -> numpy.ndarray:
     return numpy.flatnonzero(found)
 
 
+def shingles(text: str) -> set[str]:
+    """All pieces of SHINGLE characters of a text."""
+    return {text[at : at + SHINGLE] for at in range(len(text) - SHINGLE + 1)}
+
+
 def overlap(one: str, other: str) -> float:
     """The Jaccard similarity of the shingles of two texts, 0 to 1."""
-    shingles, others = (
-        {text[at : at + SHINGLE] for at in range(len(text) - SHINGLE + 1)} for text in (one, other)
-    )
-    return len(shingles & others) / len(shingles | others)
+    own, others = shingles(one), shingles(other)
+    return len(own & others) / len(own | others)
+
+
+def containment(one: str, other: str) -> float:
+    """The share of the shingles of that text that has fewer which the other has too, 0 to 1."""
+    own, others = shingles(one), shingles(other)
+    return len(own & others) / min(len(own), len(others))

@@ -1,8 +1,14 @@
-"""Texts as they are compared: their letters and digits, whatever the width, case, spacing and punctuation they came in."""
+"""Texts as they are compared: their letters and digits, whatever the width, case, spacing and punctuation they came in.
+
+Traditional characters are compared as simplified ones, by OpenCC's table (one character for one; phrases are left out, because
+both texts go through the same table).
+"""
 
 import functools
+import importlib.util
 import re
 import unicodedata
+from pathlib import Path
 
 import numpy
 
@@ -23,8 +29,26 @@ def normalize(text: str) -> str:
         letters = letters.replace(mark, "")
     if letters.isalpha():  # else there may be digits, between which signs count, or what will become digits
         text = letters
-    text = unicodedata.normalize("NFKC", text).casefold()
+    text = unicodedata.normalize("NFKC", text).casefold().translate(_simplified())
     return text if text.isalnum() else _NOISE.sub("", text)
+
+
+def traditional_known() -> bool:
+    """Whether OpenCC's table is there (opencc-python-reimplemented in requirements.txt)."""
+    return importlib.util.find_spec("opencc") is not None
+
+
+@functools.cache
+def _simplified() -> dict[int, str]:
+    """{code of a traditional character: the simplified one}; {} where the table is not installed."""
+    if not traditional_known():
+        return {}
+    package = importlib.util.find_spec("opencc").submodule_search_locations[0]
+    lines = (Path(package) / "dictionary" / "TSCharacters.txt").read_text(encoding="utf-8-sig").splitlines()
+    pairs = (line.split("\t") for line in lines if "\t" in line)
+    return {
+        ord(traditional): simplified.split()[0] for traditional, simplified in pairs if len(traditional) == 1
+    }
 
 
 def normalize_all(texts: list[str]) -> list[str]:
@@ -58,9 +82,12 @@ def _tables():
     letters = numpy.full(1 << 16, _UNKNOWN, dtype=numpy.uint16)
     signs = numpy.full(1 << 16, _NOTHING, dtype=numpy.uint16)
     letters[0] = _END
-    letters[0x3400:0xA000] = numpy.arange(0x3400, 0xA000)  # Chinese characters: nothing becomes of them
+    letters[0x3400:0xA000] = numpy.arange(0x3400, 0xA000)
+    for code, character in _simplified().items():
+        if code <= 0xFFFF:
+            letters[code] = ord(character) if character <= "\uffff" else _UNKNOWN
     for code in (*range(2, 0x3400), *range(0x4DC0, 0x4E00), *range(0xF900, 0xFFFE)):
-        text = unicodedata.normalize("NFKC", chr(code)).casefold()
+        text = unicodedata.normalize("NFKC", chr(code)).casefold().translate(_simplified())
         kept = _NOISE.sub("", text)
         if any(map(_joins_or_is_wide, text)):
             continue

@@ -6,126 +6,37 @@ because it is the slow half, which worker processes share.
 """
 
 import csv
+import io
 import json
 import re
+import zipfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
 
+from utils.data.json_stream import JsonStream, wrapper_key
+from utils.data.reject import Reject
+from utils.data.sources import BOM, DAMAGED, Source, says_evaluation
 from utils.errors import UserError
 from utils.files import show_path
 
-KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-BLOCK = 1 << 20  # characters read at a time from a JSON array
-LARGEST_ELEMENT = 64 << 20  # characters; an array element that has not ended by then is not JSON
 BATCH_ROWS, BATCH_CHARACTERS = 2000, 4 << 20  # what one worker gets at a time
-ENCODING_LINES = 1000  # non-ASCII lines looked at to tell UTF-8 from GB18030
-BOM = b"\xef\xbb\xbf"
-_NEXT_OBJECT = re.compile(r"\}(?=\s*,\s*\{)")
-_BETWEEN = re.compile(r"[\s,]*")
+START, LONGEST_LINE = 4096, 64 << 20  # bytes looked at to tell JSON lines from arrays
+
+Raw = bytes | str | dict | Reject
 
 
-class Source(NamedTuple):
-    """A data file and its encoding, as `detect_encoding` tells it."""
-
-    path: Path
-    encoding: str
-
-
-class Reject(Exception):
-    """Why a row is set aside: `reason` is one of few, to count by, `detail` about this row, `row` what was read of it."""
-
-    def __init__(self, reason: str, detail: str = "", row: object = None):
-        super().__init__(reason, detail)
-        self.reason, self.detail, self.row = reason, detail, row
-
-
-def data_files(inputs: list[Path], made_by: str) -> list[Path]:
-    """The data files among `inputs` (files, or folders of them), each once. UserError names `made_by`, which makes them."""
-    files = []
-    for given in inputs:
-        if given.is_dir():
-            files += sorted(
-                path
-                for path in given.iterdir()
-                if path.suffix.lower() in KINDS
-                and path.is_file()
-                and not path.name.startswith(".")
-                and not path.name.endswith(".source.json")
-            )
-        elif not given.exists():
-            raise UserError(f"{show_path(given)} does not exist; make it with: {made_by}")
-        elif given.suffix.lower() not in KINDS:
-            raise UserError(
-                f"{show_path(given)}: cannot read {given.suffix or 'a file without extension'}; "
-                f"wanted {', '.join(KINDS)}"
-            )
-        else:
-            files.append(given)
-    if not files:
-        places = ", ".join(map(show_path, inputs))
-        raise UserError(f"no data file ({', '.join(KINDS)}) in {places}; make one with: {made_by}")
-    for path in files:
-        if not _encodes(path.name):
-            raise UserError(
-                f"{ascii(path.name)}: the file's name is not UTF-8; rename it and run the same command again"
-            )
-    return list({path.resolve(): path for path in files}.values())
-
-
-def _encodes(text):
+def read_rows(source: Source) -> Iterator[tuple[int, Raw]]:
+    """Yield `(line, raw)` for every row, blank lines left out; `line`: where it starts, in Parquet and Excel its number."""
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def detect_encoding(path: Path) -> str:
-    """ "utf-8", "utf-8-sig" (with a BOM), "gb18030", or "parquet" for a file that is no text.
-
-    A UTF-8 file with damaged lines stays UTF-8: GB18030 is chosen only where most non-ASCII lines are not UTF-8 and more of
-    them are GB18030 (which accepts most byte pairs, so it cannot be asked first).
-    """
-    if path.suffix.lower() == ".parquet":
-        return "parquet"
-    with open(path, "rb") as lines:
-        first = lines.read(4)
-        if first.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise UserError(f"{show_path(path)} is UTF-16; save it as UTF-8 and run the same command again")
-        if first.startswith(BOM):
-            return "utf-8-sig"
-        lines.seek(0)
-        seen, failing = 0, {"utf-8": 0, "gb18030": 0}
-        for line in lines:
-            if line.isascii():
-                continue
-            seen += 1
-            for encoding in failing:
-                failing[encoding] += not _decodes(line, encoding)
-            if seen == ENCODING_LINES:
-                break
-    return "gb18030" if 2 * failing["utf-8"] > seen and failing["gb18030"] < failing["utf-8"] else "utf-8"
-
-
-def read_rows(path: Path, encoding: str) -> Iterator[tuple]:
-    """Yield `(line, raw)` for every row of a file, blank lines left out; `line`: where it starts, in Parquet its number."""
-    kind = path.suffix.lower()
-    if kind == ".parquet":
-        return _parquet_rows(path)
-    if kind in (".csv", ".tsv"):
-        return _table_rows(path, encoding, "," if kind == ".csv" else "\t")
-    with open(path, "rb") as file:
-        start = file.read(4096).removeprefix(BOM).lstrip()
-    array = start.startswith(b"[") if kind == ".json" else re.match(rb"\[\s*(\{|$)", start)
-    return _array_rows(path, encoding) if array else _lines(path)
+        yield from _READERS[source.kind](source)
+    except DAMAGED as error:
+        raise UserError(f"{show_path(source.path)} cannot be unpacked ({error})") from None
 
 
 def batches(sources: list[Source]) -> Iterator[tuple[int, list]]:
     """Yield `(number of the source, [(line, raw), ...])`: at most BATCH_ROWS rows and about BATCH_CHARACTERS characters."""
     for number, source in enumerate(sources):
         batch, size = [], 0
-        for line, raw in read_rows(*source):
+        for line, raw in read_rows(source):
             batch.append((line, raw))
             size += _characters(raw)
             if len(batch) == BATCH_ROWS or size > BATCH_CHARACTERS:
@@ -183,74 +94,76 @@ def _no_constant(name):
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-_LENIENT = json.JSONDecoder(strict=False, parse_int=str)  # finds where an element ends; parse_row judges it
 
 
-def _decodes(line, encoding):
-    try:
-        line.decode(encoding)
-    except UnicodeDecodeError:
-        return False
-    return True
+def _json_rows(source):
+    """JSON lines, an array, or an object of arrays, whatever the file's name says."""
+    with source.open() as file:
+        first, more = file.readline(LONGEST_LINE), file.read(START)
+    start = (first + more)[:START].removeprefix(BOM).lstrip()
+    if first.rstrip().endswith((b"}", b"]")) and more.lstrip().startswith((b"{", b"[")):
+        return _lines(source)
+    if start.startswith(b"[") if source.kind == ".json" else re.match(rb"\[\s*([\[{]|$)", start):
+        return _array_rows(source)
+    if wrapper_key(start.decode(source.encoding, "replace")):
+        return _wrapped_rows(source)
+    return _lines(source)
 
 
-def _lines(path):
-    with open(path, "rb") as lines:
+def _lines(source):
+    with source.open() as lines:
         for number, line in enumerate(lines, 1):
             if line.startswith(BOM):  # any line may carry one: files are joined with `cat`
                 line = line[len(BOM) :]
             line = line.rstrip()
-            if line:
+            if line.startswith(b"["):
+                yield from ((number, raw) for raw in _unnested(line, source.encoding))
+            elif line:
                 yield number, line
 
 
-def _array_rows(path, encoding):
-    """The elements of a JSON array as texts, one at a time. After a damaged one, goes on at the next object."""
-    with open(path, encoding=encoding, errors="surrogateescape", newline="\n") as file:
-        text, line, ended = file.read(BLOCK), 1, False
-        at = text.index("[") + 1
-        line += text.count("\n", 0, at)
-        while True:
-            start = _BETWEEN.match(text, at).end()
-            line += text.count("\n", at, start)
-            at = start
-            end = _element_end(text, start, ended or len(text) - start > LARGEST_ELEMENT)
-            if end is None:
-                more = file.read(
-                    max(BLOCK, len(text) - start)
-                )  # doubling: a long element is scanned a few times only
-                text, at, ended = text[start:] + more, 0, not more
-            elif text[start:end] in ("", "]"):
-                return
+def _text(source, newline):
+    return io.TextIOWrapper(source.open(), source.encoding, "surrogateescape", newline)
+
+
+def _array_rows(source):
+    with _text(source, "\n") as file:
+        for line, text in JsonStream(file).array_rows():
+            if text.startswith("["):
+                yield from ((line, raw) for raw in _unnested(text, source.encoding))
             else:
-                yield line, text[start:end]
-                line += text.count("\n", start, end)
-                at = end
+                yield line, text
 
 
-def _element_end(text, start, final):
-    """Where the array element that starts at `start` ends; None if that needs more text than there is yet (not `final`)."""
-    if text.startswith("]", start) or start == len(text):
-        return len(text.rstrip()) if final else None
+def _wrapped_rows(source):
+    """The rows of {"data": [...]}; under "train" and "test" they say their split with that."""
+    with _text(source, "\n") as file:
+        for key, line, text in JsonStream(file).wrapped_rows():
+            if not says_evaluation(str(key)) or source.split:
+                yield line, text
+                continue
+            try:
+                yield line, {"split": "eval"} | parse_row(text, source.encoding)
+            except Reject as problem:
+                yield line, problem
+
+
+def _unnested(text, encoding):
+    """The rows in a list that stands where a row should: of objects each, of turns one conversation."""
     try:
-        end = _LENIENT.raw_decode(text, start)[1]
-    except json.JSONDecodeError as error:
-        if not final and (error.msg.startswith("Unterminated") or error.pos > len(text) - 16):
-            return None
-        return _next_object(text, error.pos, final)
-    except RecursionError:
-        return _next_object(text, start, final)
-    return end if final or _BETWEEN.match(text, end).end() < len(text) else None
+        rows = _DECODER.decode(text.decode(encoding) if isinstance(text, bytes) else text)
+    except (ValueError, RecursionError, Reject):
+        return [text]
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        return [text]
+    if all("role" in row or "from" in row for row in rows):
+        return [{"messages": rows}]
+    return rows
 
 
-def _next_object(text, damaged, final):
-    found = _NEXT_OBJECT.search(text, damaged)
-    return found.end() if found else len(text) if final else None
-
-
-def _table_rows(path, encoding, delimiter):
+def _csv_rows(source, delimiter=","):
     csv.field_size_limit(1 << 30)  # the default, 131,072 characters, stops at long answers
-    with open(path, encoding=encoding, errors="surrogateescape", newline="") as file:
+    with _text(source, "") as file:
         table = csv.reader(file, delimiter=delimiter)
         names, line = None, 1
         while True:
@@ -261,10 +174,42 @@ def _table_rows(path, encoding, delimiter):
                 if names is None:
                     names = cells or None
                 elif cells:
-                    yield line, _table_row(names, cells, encoding)
+                    yield line, _table_row(names, cells, source.encoding)
             except csv.Error as error:
                 yield line, Reject("not a table row", str(error))
             line = table.line_num + 1
+
+
+def _tsv_rows(source):
+    return _csv_rows(source, "\t")
+
+
+def _xlsx_rows(source):
+    """The rows of all sheets, each under the first row of its sheet."""
+    try:
+        import openpyxl
+        from openpyxl.utils.exceptions import InvalidFileException
+    except ImportError:
+        raise UserError(
+            f"{show_path(source.path)}: .xlsx is read with openpyxl, which is not installed; "
+            "install it with: pip install openpyxl (or save the table as .csv, UTF-8)"
+        ) from None
+    try:
+        book = openpyxl.load_workbook(source.path, read_only=True, data_only=True)
+    except (zipfile.BadZipFile, InvalidFileException, KeyError, ValueError, OSError) as error:
+        raise UserError(f"{show_path(source.path)} is not a whole .xlsx file ({error})") from None
+    for sheet in book:
+        names = None
+        for number, cells in enumerate(sheet.iter_rows(values_only=True), 1):
+            cells = ["" if cell is None else str(cell) for cell in cells]
+            if names is None and any(cells):
+                names = cells
+                while names and not names[-1]:
+                    names.pop()
+            elif any(cells):
+                filled = max(index for index, cell in enumerate(cells) if cell) + 1
+                cells = cells[: max(len(names), filled)]
+                yield number, _table_row(names, cells + [""] * (len(names) - len(cells)), "utf-8")
 
 
 def _table_row(names, cells, encoding):
@@ -280,20 +225,20 @@ def _table_row(names, cells, encoding):
     return dict(zip(names, cells))
 
 
-def _parquet_rows(path):
+def _parquet_rows(source):
     import pyarrow
     import pyarrow.parquet
 
     try:
         number = 0
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(source.path) as file:
             for batch in file.iter_batches(batch_size=1000):
                 for index in range(batch.num_rows):
                     number += 1
                     yield number, _parquet_row(batch.slice(index, 1))
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(
-            f"{show_path(path)} is not a whole Parquet file ({str(error).splitlines()[0]})"
+            f"{show_path(source.path)} is not a whole Parquet file ({str(error).splitlines()[0]})"
         ) from None
 
 
@@ -304,3 +249,9 @@ def _parquet_row(one):
         return Reject(
             "undecodable bytes", str(error), {name: repr(one.column(name)) for name in one.schema.names}
         )
+
+
+_READERS = {
+    **{".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".tsv": _tsv_rows},
+    **{".parquet": _parquet_rows, ".xlsx": _xlsx_rows},
+}

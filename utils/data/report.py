@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy
 
 from utils.data.convert import OUTPUTS, Recognised, Written
-from utils.data.readers import Source
+from utils.data.dedup import KEPT, Decisions
+from utils.data.row_index import EVAL, KIND, TRAIN
+from utils.data.sources import Skipped, Source
 from utils.files import sha256_of
 from utils.model.chat_format import encode_turns
 from utils.model.load import load_tokenizer, quiet_offline
@@ -29,14 +31,16 @@ def count_tokens(model: str, examples: list[dict]) -> list[int]:
 
 def build_report(
     sources: list[Source],
+    skipped: list[Skipped],
     found: Recognised,
+    decisions: Decisions,
     written: Written,
-    trained: numpy.ndarray,
     tokens: list[int],
     settings: Settings,
 ) -> dict:
-    """report.json. `trained`: a mask of the conversations that are kept; `tokens`: those of the sampled ones."""
+    """report.json. `tokens`: those of the sampled conversations."""
     rows, reasons = found.index.rows, found.reasons + written.set_aside
+    trained = conversations(rows, decisions)
     outputs = [name for name in OUTPUTS if written.outputs[name]]
     by_file = numpy.bincount(rows["file"], minlength=len(sources)).tolist()
     return {
@@ -46,10 +50,19 @@ def build_report(
         "set_aside": dict(reasons.most_common()),
         "outputs": {name: written.outputs[name] for name in outputs},
         "files": [
-            {"file": path.name, "encoding": encoding, "rows": count, "sha256": sha256_of(path)}
-            for (path, encoding), count in zip(sources, by_file)
+            {
+                "file": source.name,
+                "encoding": source.encoding,
+                "split": source.split,
+                "rows": count,
+                "sha256": sha256_of(source.path),
+            }
+            for source, count in zip(sources, by_file)
         ],
+        "skipped": dict(skipped),
         "schemas": dict(found.schemas.most_common()),
+        "conversations_trimmed": sum(found.trimmed),
+        "eval_answers_in_training": _answers_in_training(rows, decisions),
         "characters": _spread(rows["characters"][trained]),
         "tokens": _spread(tokens),
         "tokens_counted_in": len(tokens),
@@ -60,6 +73,18 @@ def build_report(
         "examples": random.Random(settings.SEED).sample(written.sampled, min(EXAMPLES, len(written.sampled))),
         "settings": settings.as_dict(),
     }
+
+
+def conversations(rows: numpy.ndarray, decisions: Decisions) -> numpy.ndarray:
+    """A mask of the rows (ROW array) that are kept as conversations."""
+    return (decisions.status == KEPT) & (rows["kind"] == KIND["sft"])
+
+
+def _answers_in_training(rows, decisions):
+    """Held-out conversations whose answer, if it is long, stands word for word in training."""
+    mine = conversations(rows, decisions) & rows["long_rest"]
+    held_out, trained = (rows["rest"][mine & (decisions.split == split)] for split in (EVAL, TRAIN))
+    return int(numpy.isin(held_out, trained).sum())
 
 
 def _share(values):
@@ -77,7 +102,10 @@ def show(report: dict) -> None:
     """Print the report as a compact table."""
     print(f"\n{'rows':>12}  input")
     for file in report["files"]:
-        print(f"{file['rows']:>12,}  {file['file']} ({file['encoding']})")
+        said = ", evaluation by its name" if file["split"] else ""
+        print(f"{file['rows']:>12,}  {file['file']} ({file['encoding']}{said})")
+    for name, reason in report["skipped"].items():
+        print(f"{'skipped':>12}  {name}: {reason}")
     schemas = ", ".join(f"{name} {count:,}" for name, count in report["schemas"].items())
     print(f"{report['rows_in']:>12,}  in all; recognised as {schemas or 'nothing'}")
     for title, total, counts in (
@@ -87,6 +115,14 @@ def show(report: dict) -> None:
         print(f"\n{total:>12,}  {title}")
         for name, count in counts.items():
             print(f"{count:>12,}    {name}")
+    if report["conversations_trimmed"]:
+        print(
+            f"\n{report['conversations_trimmed']:>12,}  conversations without turns before the first question, or after the last answer"
+        )
+    if report["eval_answers_in_training"]:
+        print(
+            f"\n{report['eval_answers_in_training']:>12,}  held-out answers stand word for word in training: the loss on them says little"
+        )
     _show_lengths(report)
     if report["reasoning_share"] is not None:
         print(f"with reasoning: {report['reasoning_share']:.1%}")

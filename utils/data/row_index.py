@@ -16,7 +16,7 @@ LONG = 40  # characters without filler: as long as a case description, too long 
 LONG_ANSWER = 20  # characters: two rows do not share such an answer by chance
 SHORTEST_LATER_TURN = 8  # characters: later turns such as "请继续" are no question of their own
 
-KIND = {"": 0, "sft": 1, "dpo": 2, "exam": 3}  # 0: a row that cannot be used
+KIND = {"": 0, "sft": 1, "dpo": 2, "exam": 3, "bad": 4}  # 0: a row that cannot be used
 TRAIN, EVAL, EXAM = 1, 2, 3  # the splits
 TOLD = {"": 0, "train": TRAIN, "eval": EVAL}  # what a row says of its own split
 
@@ -25,6 +25,7 @@ ROW = numpy.dtype(
         ("kind", "u1"),  # as in KIND
         ("told", "u1"),  # as in TOLD
         ("content", "u8"),  # key of the whole row, as given
+        ("prompt", "u8"),  # key of all messages before the last answer, as given
         ("rest", "u8"),  # key of all text after the question, normalised
         ("long_rest", "?"),
         ("file", "i4"),
@@ -63,6 +64,14 @@ def content_key(item: Item) -> int:
     return text_key("\x1f".join([item.kind, *item.questions, "\x1e", item.rest]))
 
 
+def _prompt_key(item):
+    """What an answer that is marked as bad, and the good one that it is paired with, answer; 0 of anything else."""
+    if item.kind not in ("sft", "bad"):
+        return 0
+    messages = item.body["messages"][:-1] if item.kind == "sft" else item.body["prompt"]
+    return text_key("\x1f".join(message["content"] for message in messages))
+
+
 def index_rows(rows: list[tuple[int, int, Item | None]]) -> IndexedBatch:
     """The index of a batch of (line, content_key, Item, or None where the row cannot be used)."""
     items = [item for _, _, item in rows if item]
@@ -71,10 +80,10 @@ def index_rows(rows: list[tuple[int, int, Item | None]]) -> IndexedBatch:
     found, questions, long_texts = [], [], []
     for index, (line, key, item) in enumerate(rows):
         if item is None:
-            found.append((0, 0, 0, 0, False, 0, line, 0, False))
+            found.append((0, 0, 0, 0, 0, False, 0, line, 0, False))
             continue
         rest = next(rests)
-        keys = key, text_key(rest), len(rest) >= LONG_ANSWER
+        keys = key, _prompt_key(item), text_key(rest), len(rest) >= LONG_ANSWER
         found.append((KIND[item.kind], TOLD[item.split], *keys, 0, line, item.characters, item.reasoning))
         for turn, question in enumerate(itertools.islice(asked, len(item.questions))):
             text = without_filler(question)

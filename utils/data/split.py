@@ -32,16 +32,20 @@ def assign_splits(
     for kind in (KIND["sft"], KIND["dpo"]):
         free = numpy.flatnonzero((rows["kind"] == kind) & (rows["told"] == 0))
         free = free[numpy.unique(rows["content"][free], return_index=True)[1]]  # each distinct row once
-        held_out = _held_out_groups(group[free], split[free], keys, settings)
+        told = numpy.count_nonzero((rows["kind"] == kind) & (rows["told"] == EVAL))
+        held_out = _held_out_groups(group[free], split[free], keys, told, settings)
         undecided = dealt & (split == 0) & _groups_of(group[free], len(keys))[group]
         split[undecided] = numpy.where(held_out[group[undecided]], EVAL, TRAIN)
     return split
 
 
-def _held_out_groups(group, split, keys, settings):
-    """A mask over `keys`: groups drawn for EVAL among the rows of one kind, given their groups and splits so far."""
-    wanted = max(round(settings.eval_share * len(split)), 1 if settings.eval_share else 0)
-    wanted = min(settings.max_eval_rows, wanted) - numpy.count_nonzero(split == EVAL)
+def _held_out_groups(group, split, keys, told, settings):
+    """A mask over `keys`: groups drawn for EVAL among the rows of one kind, given their groups and splits so far.
+
+    `told` further rows of the kind say themselves that they are held out: the share is of them, too.
+    """
+    wanted = max(round(settings.eval_share * (len(split) + told)), 1 if settings.eval_share else 0)
+    wanted = min(settings.max_eval_rows, wanted) - told - numpy.count_nonzero(split == EVAL)
     sizes = numpy.bincount(group[split == 0], minlength=len(keys))
     undecided = numpy.flatnonzero(sizes)
     chosen = numpy.zeros(len(keys), dtype=bool)

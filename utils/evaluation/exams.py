@@ -5,8 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-from utils.data.readers import Reject, data_files, detect_encoding, parse_row, read_rows
-from utils.data.schemas import LETTERS, convert_row
+from utils.data.exam_rows import LETTERS, MULTIPLE
+from utils.data.readers import parse_row, read_rows
+from utils.data.reject import Reject
+from utils.data.schemas import convert_row
+from utils.data.sources import find_sources
 from utils.device import Device
 from utils.errors import UserError
 from utils.files import show_path
@@ -126,16 +129,17 @@ def read_exam(path: Path) -> tuple[list[ExamQuestion], Counter[str]]:
     Reads this project's exam.jsonl, CMMLU's csv, and CMB's and CMExam's json. UserError where no row is a single-choice
     question.
     """
-    path = data_files([path], "python data_prepare/convert_to_qwen3_format.py")[0]
-    encoding = detect_encoding(path)
+    source = find_sources([path], "python data_prepare/convert_to_qwen3_format.py")[0][0]
     exam: list[Any] = []
     left_out: Counter[str] = Counter()
-    for line, raw in read_rows(path, encoding):
+    for line, raw in read_rows(source):
         try:
-            row = parse_row(raw, encoding)
+            row = parse_row(raw, source.encoding)
             item = convert_row(row)
             if item.kind != "exam":
                 raise Reject("no exam question")
+            if item.body.get("kind") == MULTIPLE:
+                raise Reject("several right answers")
         except Reject as problem:
             left_out[problem.reason] += 1
             continue

@@ -13,80 +13,118 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-CHUNK = 512  # positions scored at once, at most: 512 x 151,936 float32 logits are 297 MiB
+CHUNK = 512  # positions scored at once, at most: 512 x 151,936 logits are 148 MiB in bfloat16
+CACHED = 16  # of them, whose softmax is worked out at a time: 9 MiB in float32, which stay in a CPU's cache
+SLICE = 1 << 14  # rows of the weight whose gradient is formed at a time in bfloat16: 32 MiB
 
 
 def cross_entropy_sum(
-    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor | None = None,
+    into_grad: bool = False,
 ) -> Tensor:
     """Sum over the positions of token_weight x cross-entropy, differentiable in `hidden` and `weight`.
 
     token_weights: (N,) float32, or None for ones; no gradient flows to them. The gradient is formed in the forward pass, chunk by
     chunk, and scaled in place in the backward pass, which can therefore run only once (a second time is an error).
+
+    With `into_grad` the weight's part of it is added to `weight.grad` itself at once, and none flows through autograd: a matrix of
+    its size less (0.6 GB) and two passes over it less. The sum must be the loss then: scaling it is an error in its backward pass.
     """
     if token_weights is None:
         token_weights = torch.ones(len(targets), device=hidden.device)
-    return _CrossEntropySum.apply(hidden, weight, targets, token_weights)
+    if not torch.is_grad_enabled():  # autograd asks for the gradient of a weight even then
+        hidden, weight = hidden.detach(), weight.detach()
+    return _CrossEntropySum.apply(hidden, weight, targets, token_weights, into_grad)
 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, token_weights):
+    def forward(ctx, hidden, weight, targets, token_weights, into_grad):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        compute, exact = matmul_dtype(hidden), _exact_dtype(hidden)
-        head = weight.to(compute)
+        exact = _exact_dtype(hidden)
+        head = weight.to(matmul_dtype(hidden))
         hidden_gradient = torch.empty_like(hidden, dtype=exact) if need_hidden else None
-        weight_gradient = torch.empty_like(weight) if need_weight else None
+        weight_gradient = _gradient_to_fill(weight, into_grad) if need_weight else None
         total = torch.zeros((), dtype=exact, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _chunks(len(targets)):
-                states = hidden[part].to(compute)
-                loss, gradient = _chunk_loss(
-                    (states @ head.T).to(exact), targets[part], token_weights[part].to(exact)
-                )
-                total += loss
-                if need_hidden or need_weight:
-                    gradient = gradient.to(compute)
+                states = hidden[part].to(head.dtype)
+                logits = states @ head.T
+                total += _loss_and_gradient(logits, targets[part], token_weights[part].to(exact))
                 if need_hidden:
-                    hidden_gradient[part] = gradient @ head
+                    hidden_gradient[part] = logits @ head
                 if need_weight:
-                    weight_gradient.addmm_(
-                        gradient.T.to(weight.dtype), states.to(weight.dtype), beta=int(part.start > 0)
-                    )
-        ctx.save_for_backward(hidden_gradient, weight_gradient)
-        ctx.hidden_dtype = hidden.dtype
+                    _add_product(weight_gradient, logits, states)
+        ctx.into_grad, ctx.hidden_dtype = into_grad and need_weight, hidden.dtype
+        ctx.save_for_backward(hidden_gradient, None if ctx.into_grad else weight_gradient)
         return total
 
     @staticmethod
     def backward(ctx, upstream):
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        return (
-            None if hidden_gradient is None else hidden_gradient.mul_(upstream).to(ctx.hidden_dtype),
-            None if weight_gradient is None else weight_gradient.mul_(upstream.to(weight_gradient.dtype)),
-            None,
-            None,
-        )
+        if ctx.into_grad and upstream != 1:
+            raise RuntimeError(
+                f"the loss was scaled by {upstream.item()} after its gradient had been added up"
+            )
+        if hidden_gradient is not None:
+            hidden_gradient = hidden_gradient.mul_(upstream).to(ctx.hidden_dtype)
+        if weight_gradient is not None:
+            weight_gradient = weight_gradient.mul_(upstream.to(weight_gradient.dtype))
+        return hidden_gradient, weight_gradient, None, None, None
 
 
-def _chunk_loss(logits: Tensor, targets: Tensor, token_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss, d loss / d logits) of one chunk. In place throughout: a second (chunk, V) matrix would be the peak of the memory."""
-    highest = logits.amax(dim=1)
-    right = logits.gather(1, targets[:, None])[:, 0]
-    sums = logits.sub_(highest[:, None]).exp_().sum(dim=1)
-    loss = (token_weights * (highest + sums.log() - right)).sum()
-    # d loss / d logits = token_weight x (softmax - 1 at the target)
-    gradient = logits.mul_((token_weights / sums)[:, None])
-    gradient[torch.arange(len(targets), device=targets.device), targets] -= token_weights
-    return loss, gradient
+def _gradient_to_fill(weight: Tensor, into_grad: bool) -> Tensor:
+    if not into_grad:
+        return torch.zeros_like(weight)
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad
+
+
+def _loss_and_gradient(logits: Tensor, targets: Tensor, token_weights: Tensor) -> Tensor:
+    """The loss of one chunk; its gradient d loss / d logits takes the place of the `logits`.
+
+    On a CPU a few positions at a time: their passes over the vocabulary stay in the cache, and no second matrix is made.
+    """
+    losses = []
+    size = CACHED if logits.device.type == "cpu" else len(targets)
+    for block, wanted, weights in zip(logits.split(size), targets.split(size), token_weights.split(size)):
+        scores = block.to(token_weights.dtype)
+        highest = scores.amax(dim=1)
+        right = scores.gather(1, wanted[:, None])[:, 0]
+        sums = scores.sub_(highest[:, None]).exp_().sum(dim=1)
+        losses.append(weights * (highest + sums.log() - right))
+        # d loss / d logits = token_weight x (softmax - 1 at the target)
+        gradient = scores.mul_((weights / sums)[:, None])
+        gradient[torch.arange(len(wanted), device=wanted.device), wanted] -= weights
+        if gradient.dtype != block.dtype:
+            block.copy_(gradient)
+    return torch.cat(losses).sum()
+
+
+def _add_product(gradient: Tensor, logits: Tensor, states: Tensor) -> None:
+    """gradient (V, H) += logits (n, V) transposed x states (n, H). In bfloat16 a slice at a time, as its sum is kept in float32."""
+    if logits.dtype == gradient.dtype:
+        gradient.addmm_(logits.T, states)
+        return
+    for part, columns in zip(gradient.split(SLICE), logits.split(SLICE, dim=1)):
+        part += columns.T @ states
 
 
 def backward_through_head(
-    hidden: Tensor, weight: Tensor, targets: Tensor, loss_of_logps: Callable[[Tensor], Tensor]
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    loss_of_logps: Callable[[Tensor], Tensor],
+    into_grad: bool = False,
 ) -> Tensor:
     """The loss `loss_of_logps(logps)`, a scalar function of the targets' log-probabilities (N,), differentiable in `hidden` and `weight`.
 
     Two passes over the head: the first scores the tokens, which gives d loss / d logp of each; the second forms the gradient
-    with these as token weights. Without gradients the first pass is all.
+    with these as token weights. Without gradients the first pass is all. `into_grad`: as for cross_entropy_sum.
     """
     logps = token_logps(hidden.detach(), weight, targets)
     if not torch.is_grad_enabled():
@@ -94,7 +132,7 @@ def backward_through_head(
     logps.requires_grad_()
     loss = loss_of_logps(logps)
     (per_token,) = torch.autograd.grad(loss, logps)
-    surrogate = cross_entropy_sum(hidden, weight, targets, -per_token)
+    surrogate = cross_entropy_sum(hidden, weight, targets, -per_token, into_grad)
     return loss.detach() + surrogate - surrogate.detach()
 
 

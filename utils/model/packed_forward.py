@@ -52,18 +52,22 @@ def _embed(model, input_ids):
 
 
 class _TiedEmbedding(torch.autograd.Function):
-    """Embedding of ids (1, T) whose gradient names only the T rows of `weight` (V, H) that it touches.
+    """Embedding of ids (1, T) whose gradient is that of the T rows of `weight` (V, H) that it touches.
 
-    The usual gradient is a second matrix of 0.6 GB, nearly all zeros, beside the LM head's gradient of the same weight.
+    The usual gradient is a second matrix of 0.6 GB, nearly all zeros, beside the LM head's gradient of the same weight. Where that
+    has been added to `weight.grad` already (utils.model.lm_head), the rows are added there too; else they are named, sparsely.
     """
 
     @staticmethod
     def forward(ctx, weight, ids):
         ctx.save_for_backward(ids)
-        ctx.shape = weight.shape
+        ctx.shape, ctx.weight = weight.shape, weight
         return F.embedding(ids, weight)
 
     @staticmethod
     def backward(ctx, upstream):
         (ids,) = ctx.saved_tensors
+        if ctx.weight.grad is not None and not torch.distributed.is_initialized():
+            ctx.weight.grad.index_add_(0, ids[0], upstream[0])
+            return None, None
         return torch.sparse_coo_tensor(ids, upstream[0], ctx.shape, check_invariants=False), None

@@ -1,7 +1,7 @@
 """The losses, as functions of tensors: what SFT, LoRA and DPO minimise.
 
-A loss here is a sum. The trainer divides it by the units of a whole optimizer step (trained tokens, or pairs), so that the result
-does not depend on how the step's rows are split up among batches or processes.
+The trainer divides sums by the units of a whole optimizer step (trained tokens, or pairs), so that the result does not depend on
+how the step's rows are split up among batches or processes.
 """
 
 from typing import NamedTuple
@@ -12,9 +12,12 @@ from torch import Tensor
 from utils.model.lm_head import cross_entropy_sum
 
 
-def sft_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy summed over the trained tokens, in nats. hidden (N, H), head (V, H), targets (N,)."""
-    return cross_entropy_sum(hidden, head, targets)
+def sft_loss(hidden: Tensor, head: Tensor, targets: Tensor, scale: Tensor, into_grad: bool = False) -> Tensor:
+    """Cross-entropy of the trained tokens in nats: its sum times `scale`, 1 / (trained tokens of the step) for their mean.
+
+    hidden (N, H), head (V, H), targets (N,). `into_grad`: as for utils.model.lm_head.cross_entropy_sum.
+    """
+    return cross_entropy_sum(hidden, head, targets, scale.expand(len(targets)), into_grad)
 
 
 class DPOLoss(NamedTuple):

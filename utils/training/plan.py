@@ -76,7 +76,7 @@ def plan_step(model, train_rows: PackedRows, settings, device: Device, run) -> S
             f"{format_bytes(free)} are free; {_what_would_fit(costs, parts(possible[-1]), free, train_rows, model)}"
         )
     if not settings.ESTIMATE:
-        run.record["plan"] = list(plan)
+        run.record.update(plan=list(plan), memory_forecast_bytes=needed[plan])
     listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts(plan).items())
     print(f"memory: {format_bytes(needed[plan])} needed ({listed}), {format_bytes(free)} free; {plan}")
     return plan

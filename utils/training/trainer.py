@@ -25,7 +25,7 @@ from utils.training.losses import dpo_loss, sft_loss
 
 
 class BatchLoss(NamedTuple):
-    loss: Tensor  # summed over the units, with its gradient
+    loss: Tensor  # summed over the units, times the scale
     units: int  # what the loss is a mean over in the end: trained tokens, or pairs
     metrics: dict[str, Tensor]  # sums over the units
 
@@ -54,13 +54,16 @@ class PackedTrainer(Trainer):
             self.accelerator.ddp_handler
         ):  # several processes: gradients are kept once, not also in the buckets they travel in
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
+        # The head's gradient goes straight to where it is added up; several processes have to exchange it first.
+        self.into_grad = args.device.type == "cpu" and self.accelerator.num_processes == 1
         self.remove_callback(PrinterCallback)  # our own callback prints one line a step
         self.step_metrics: dict[str, Tensor] = {}  # means over the units of the present step, so far
         self.step_losses: list[tuple[Tensor, list]] = []  # (loss, ids of its rows) of the step's batches
 
-    def batch_loss(self, hidden: Tensor, batch: PackedBatch) -> BatchLoss:
-        """The loss of one batch, from the hidden states (N, H) of its trained positions."""
-        return BatchLoss(sft_loss(hidden, self.head_weight(), batch["targets"]), len(batch["targets"]), {})
+    def batch_loss(self, hidden: Tensor, batch: PackedBatch, scale: Tensor) -> BatchLoss:
+        """The loss of one batch, from the hidden states (N, H) of its trained positions. `scale`: 1 / units of the step."""
+        loss = sft_loss(hidden, self.head_weight(), batch["targets"], scale, self.into_grad)
+        return BatchLoss(loss, len(batch["targets"]), {})
 
     def count_units(self, batch: PackedBatch) -> int:
         """Units that the loss of a batch is a mean over: trained tokens."""
@@ -79,11 +82,11 @@ class PackedTrainer(Trainer):
         return self.accelerator.gather(units).sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, _, sums = self.batch_loss(model(**model_inputs(inputs)), inputs)
+        # every process divides by the units of all; the gradients are then averaged over the processes
+        scale = self.accelerator.num_processes / num_items_in_batch
+        loss, _, sums = self.batch_loss(model(**model_inputs(inputs)), inputs, scale)
         for name, value in sums.items():
             self.step_metrics[name] = self.step_metrics.get(name, 0.0) + value.detach() / num_items_in_batch
-        # every process divides by the units of all; the gradients are then averaged over the processes
-        loss = loss * self.accelerator.num_processes / num_items_in_batch
         self.step_losses.append((loss.detach(), inputs["ids"]))
         return loss
 
@@ -91,12 +94,12 @@ class PackedTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """The mean loss and metrics over all units of the evaluation rows: the same for any batch size and packing."""
         self.model.eval()
-        sums, units = {"loss": 0.0}, 0
+        sums, units, whole = {"loss": 0.0}, 0, torch.ones((), device=self.args.device)
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         for index in progress("evaluation", "rows")(range(rank, len(self.eval_dataset), processes)):
             batch = self._prepare_inputs(self.data_collator([self.eval_dataset[index]]))
             with self.compute_loss_context_manager():
-                loss, count, metrics = self.batch_loss(self.model(**model_inputs(batch)), batch)
+                loss, count, metrics = self.batch_loss(self.model(**model_inputs(batch)), batch, whole)
             units += count
             for name, value in {"loss": loss, **metrics}.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
@@ -175,7 +178,7 @@ class PackedDPOTrainer(PackedTrainer):
     def count_units(self, batch: PackedBatch) -> int:
         return len(batch["reference_chosen"])
 
-    def batch_loss(self, hidden: Tensor, batch: PackedBatch) -> BatchLoss:
+    def batch_loss(self, hidden: Tensor, batch: PackedBatch, scale: Tensor) -> BatchLoss:
         pairs = self.count_units(batch)
         lengths = torch.bincount(batch["label_documents"], minlength=2 * pairs)
         metrics = {}
@@ -198,7 +201,9 @@ class PackedDPOTrainer(PackedTrainer):
                 chosen_logps=chosen.sum(),
                 rejected_logps=rejected.sum(),
             )
-            return losses.sum()
+            return losses.sum() * scale
 
-        loss = backward_through_head(hidden, self.head_weight(), batch["targets"], loss_of_logps)
+        loss = backward_through_head(
+            hidden, self.head_weight(), batch["targets"], loss_of_logps, self.into_grad
+        )
         return BatchLoss(loss, pairs, metrics)

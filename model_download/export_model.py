@@ -1,0 +1,128 @@
+"""Export a finished folder for other tools, or the training rows for other trainers. Works offline, uploads nothing.
+
+    python model_download/export_model.py trainer_output/sft_finetuned                    # bfloat16 folder: vLLM, mlx-lm, transformers
+    python model_download/export_model.py trainer_output/sft_finetuned --format gguf      # Ollama, LM Studio, llama.cpp
+    python model_download/export_model.py trainer_output/lora_finetuned --format adapter --base Qwen/Qwen3-0.6B
+    python model_download/export_model.py --format training-data --for llamafactory
+
+A LoRA folder is merged, except for --format adapter. Each export gets a model card (README.md) from run.json and the comparison,
+and is read back: its greedy answers and next-token probabilities are compared with those of the folder.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.errors import UserError, run
+from utils.files import (
+    atomic_write,
+    prepare_folder,
+    read_jsonl,
+    require_file,
+    sample_by_id,
+    show_path,
+    write_folder,
+)
+from utils.model.folders import check_model
+from utils.model.load import quiet_offline
+from utils.settings import ROOT, parse_settings
+
+# fmt: off
+# ---- Settings: edit here, or override on the command line (--precision q8_0) ----
+MODEL = "trainer_output/sft_finetuned"              # the finished folder, also without the flag
+FORMAT = "folder"                                   # folder, gguf, adapter or training-data
+PRECISION = ""                                      # folder: bf16 or fp32; gguf: f16, bf16 or q8_0; empty: bf16, q8_0
+OUTPUT_DIR = ""                                     # empty: trainer_output/exports/<name>-<format>
+NAME = ""                                           # of the exported model; empty: as the folder is called
+BASE = ""                                           # Hub id of the base, for card and adapter; adapter, empty: its absolute path
+EVAL_FILE = "data_prepare/qwen3/sft_eval.jsonl"     # whose questions compare the export with the folder; "": none
+PROMPTS = 50                                        # of these questions, so many
+MAX_NEW_TOKENS = 64                                 # longest answer to them, in tokens
+FOR = "llamafactory"                                # training-data: llamafactory, mlx or trl
+DATA_DIR = "data_prepare/qwen3"                     # training-data: where sft_*.jsonl and dpo_*.jsonl lie
+# ----
+# fmt: on
+
+FORMATS = ("folder", "gguf", "adapter", "training-data")
+
+
+def main(argv=None):
+    # 1. Settings, checked before torch is imported
+    settings = parse_settings(__file__, argv, positional="MODEL")
+    if settings.FORMAT not in FORMATS:
+        raise UserError(f"--format: wanted {', '.join(FORMATS)}, got {settings.FORMAT!r}")
+    if settings.FORMAT == "training-data":
+        return export_training_data(settings)
+    folder = Path(check_model(settings.MODEL)).resolve()
+    if not folder.is_dir():
+        raise UserError(f"{settings.MODEL} is no folder; finished folders are exported")
+    quiet_offline(settings.MODEL)
+    name = settings.NAME or (folder.parent.name if folder.name == "merged" else folder.name)
+    place = export_folder(settings, f"{name}-{settings.FORMAT}")
+    questions = read_questions(settings)
+
+    # 2. Load the finished model, an adapter merged
+    from utils.model.export import FORMAT_MODULES
+    from utils.model.export.agreement import compare_with_export
+    from utils.model.export.card import model_card
+    from utils.model.export.source import Export, load_source
+
+    kind = FORMAT_MODULES[settings.FORMAT]
+    export = Export(name, settings.PRECISION or kind.PRECISIONS[0], settings.BASE, place)
+    if export.precision not in kind.PRECISIONS:
+        raise UserError(
+            f"--precision: wanted {' or '.join(kind.PRECISIONS) or 'none'}, got {export.precision!r}"
+        )
+    kind.check(folder)
+    print(f"exporting {show_path(folder)} to {show_path(place)}", flush=True)
+    source = load_source(folder)
+
+    # 3. Write the export, each file whole or not at all
+    write_folder(place, lambda partial: kind.save(source, export, partial))
+
+    # 4. Read it back: what did it cost?
+    cost = []
+    if questions:
+        tokenizer, model = kind.read(source, export)
+        cost = [str(compare_with_export(source, tokenizer, model, questions, settings.MAX_NEW_TOKENS))]
+
+    # 5. The model card, and what to do next
+    with atomic_write(place / "README.md") as file:
+        file.write(model_card(source, export, [*cost, *kind.commands(export, ".")]))
+    print("\n".join([*cost, *kind.commands(export, show_path(place))]))
+    print(f"give it away (nothing is uploaded here): `hf upload YOUR-NAME/{name} {show_path(place)}`")
+
+
+def export_training_data(settings):
+    from utils.model.export.training_data import TOOLS, save_training_data
+
+    if settings.FOR not in TOOLS:
+        raise UserError(f"--for: wanted {', '.join(TOOLS)}, got {settings.FOR!r}")
+    place = export_folder(settings, f"training-data-{settings.FOR}")
+    for line in save_training_data(settings.DATA_DIR, place, settings.FOR):
+        print(line)
+
+
+def export_folder(settings, name):
+    """OUTPUT_DIR, or the folder `name` among the exports; UserError where it holds a training run."""
+    place = settings.OUTPUT_DIR or ROOT / "trainer_output" / "exports" / name
+    if (place / "run.json").is_file():
+        raise UserError(f"{show_path(place)} holds a training run; choose another --output-dir")
+    prepare_folder(place)
+    return place
+
+
+def read_questions(settings):
+    """The first PROMPTS conversations of EVAL_FILE, up to their last answer; [] where there is no such file."""
+    if settings.EVAL_FILE and "EVAL_FILE" in settings.overridden:
+        require_file(settings.EVAL_FILE, "python data_prepare/convert_to_qwen3_format.py")
+    if not (settings.EVAL_FILE and settings.EVAL_FILE.is_file()):
+        print("no EVAL_FILE: the export is not compared with the folder")
+        return []
+    rows = sample_by_id(list(read_jsonl(settings.EVAL_FILE, ["id", "messages"])), settings.PROMPTS)
+    return [row["messages"][:-1] for row in rows]
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

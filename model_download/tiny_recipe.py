@@ -1,0 +1,197 @@
+"""What the tiny base model is made of: its tokenizer, its exercises, its shape and its training loop."""
+
+import math
+import random
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypedDict
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from utils.data.terms import Terms
+from utils.model.chat_format import generation_settings
+from utils.model.lm_head import cross_entropy_sum
+from utils.model.packed_forward import prepare_packed
+from utils.model.packing import PackedRows, collate, model_inputs
+from utils.settings import Settings
+
+# ---- Tokenizer
+
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+PLAIN_ADDED_TOKENS = [  # added like the special ones, but shown when text is decoded, as in Qwen3
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+]
+WORD_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def pieces(texts: Iterable[str], terms: Terms) -> Iterator[str]:
+    """The texts cut at the borders of their terms, so that a word is the same token whatever stands beside it.
+
+    A fact such as 温 then has one form in a statement (药性是|温) and in an answer (温), which is what lets the model carry it over.
+    """
+    for text in texts:
+        end = 0
+        for start, stop, term in terms.find(text):
+            yield text[end:start]
+            yield term
+            end = stop
+        yield text[end:]
+    for word in ("system", "user", "assistant"):  # of the chat format: one token each
+        yield from [word] * 1000
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int, template: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with Qwen3's way of splitting, special tokens and chat template."""
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(WORD_SPLIT), behavior="isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - len(SPECIAL_TOKENS) - len(PLAIN_ADDED_TOKENS),
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=4 * 3,  # at most four characters
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    bpe.add_tokens([AddedToken(token, normalized=False) for token in PLAIN_ADDED_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=template,
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+# ---- Exercises: chat without medicine in it
+
+
+def invent_names(count: int, terms: Terms, rng: random.Random) -> list[str]:
+    """`count` different names of 2 to 4 characters, put together from the characters of real terms, none of them a term."""
+    characters = sorted(set("".join(terms.kinds)))
+    names: set[str] = set()
+    while len(names) < count:
+        name = "".join(rng.choices(characters, k=rng.choice([2, 3, 3, 4])))
+        if name not in terms.kinds:
+            names.add(name)
+    return sorted(names)
+
+
+def copy_exercises(
+    count: int, patterns: list[list[str]], names: list[str], rng: random.Random
+) -> Iterator[list[dict]]:
+    """`count` one-turn conversations about invented names; the answer carries the right one over from the question."""
+    for _ in range(count):
+        n, m = rng.sample(names, 2)
+        question, answer = (text.format(n=n, m=m) for text in rng.choice(patterns))
+        yield [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+# ---- Model and training
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> Qwen3ForCausalLM:
+    """A Qwen3ForCausalLM with random weights (tied embeddings, as in Qwen3-0.6B)."""
+    torch.manual_seed(settings.SEED)
+    end, stop = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.WIDTH,
+            intermediate_size=settings.FEED_FORWARD,
+            num_hidden_layers=settings.LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            max_position_embeddings=2048,
+            rope_theta=10_000,
+            tie_word_embeddings=True,
+            bos_token_id=stop,
+            eos_token_id=end,
+        )
+    )
+    model.generation_config = GenerationConfig(**generation_settings(tokenizer, thinking=False))
+    return model
+
+
+class LogEntry(TypedDict):
+    """One step; seconds since the first began."""
+
+    step: int
+    steps: int
+    epoch: int
+    loss: float
+    seconds: float
+
+
+def train(model: Qwen3ForCausalLM, rows: PackedRows, settings: Settings) -> Iterator[LogEntry]:
+    """Train on the packed rows, one a step, in a new order each epoch; yields after every step."""
+    prepare_packed(model).train()
+    optimizer = make_optimizer(model, settings)
+    steps, step, began = settings.EPOCHS * len(rows), 0, time.perf_counter()
+    rng = random.Random(settings.SEED)
+    for epoch in range(1, settings.EPOCHS + 1):
+        for number in rng.sample(range(len(rows)), len(rows)):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, settings)
+            batch = collate([rows[number]])
+            hidden = model(**model_inputs(batch))
+            targets = batch["targets"]
+            loss = cross_entropy_sum(hidden, model.lm_head.weight, targets) / len(targets)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            seconds = round(time.perf_counter() - began, 1)
+            yield LogEntry(step=step, steps=steps, epoch=epoch, loss=round(loss.item(), 4), seconds=seconds)
+
+
+def make_optimizer(model: Qwen3ForCausalLM, settings: Settings) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only, not on the weights of the norms."""
+    matrices = [weight for weight in model.parameters() if weight.dim() == 2]
+    vectors = [weight for weight in model.parameters() if weight.dim() == 1]
+    groups = [
+        {"params": matrices, "weight_decay": settings.WEIGHT_DECAY},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.LEARNING_RATE, betas=(0.9, 0.95), fused=True)
+
+
+def learning_rate(step: int, steps: int, settings: Settings) -> float:
+    """Linear warm-up, then a cosine down to a tenth. `step` counts from 0."""
+    cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
+    return settings.LEARNING_RATE * min(cosine, (step + 1) / settings.WARMUP_STEPS)

@@ -1,0 +1,207 @@
+"""Which files are read, what split their names say, and what people have: archives, tables, wrapped and nested arrays."""
+
+import csv
+import gzip
+import importlib.util
+import io
+import json
+import zipfile
+
+import pytest
+from data_rows import write_lines
+
+from utils.data.sources import find_sources, says_evaluation
+from utils.errors import UserError
+
+
+def rows_of(*names, count=12):
+    return [{"query": f"{name}的第{n}个问题？", "response": f"答{n}"} for name in names for n in range(count)]
+
+
+@pytest.mark.parametrize(
+    "name", "test.jsonl valid_0.json validation.jsonl dev.csv CMExam-test.jsonl eval 测试集.json val".split()
+)
+def test_names_of_evaluation(name):
+    assert says_evaluation(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    "train.jsonl latest.json testing.json medical_test_questions.jsonl tcm.jsonl evaluate.json".split(),
+)
+def test_other_names(name):
+    assert not says_evaluation(name)
+
+
+def test_files_and_folders_say_their_split(tmp_path, convert, capsys):
+    data = tmp_path / "data"
+    write_lines(data / "train.jsonl", *rows_of("训练"))
+    write_lines(
+        data / "test.jsonl", *rows_of("测试"), {"query": "自己说的？", "response": "答", "split": "train"}
+    )
+    write_lines(data / "dev" / "part.jsonl", *rows_of("开发"))
+    found = convert(data, eval_share=0)
+    assert {row["source"].rpartition(":")[0] for row in found["sft_eval"]} == {"test.jsonl", "dev/part.jsonl"}
+    assert len(found["sft_eval"]) == 24 and len(found["sft_train"]) == 13
+    assert [(file["file"], file["split"]) for file in found["report"]["files"]] == [
+        ("dev/part.jsonl", "eval"),
+        ("test.jsonl", "eval"),
+        ("train.jsonl", ""),
+    ]
+    assert "test.jsonl (utf-8, evaluation by its name)" in capsys.readouterr().out
+    assert not convert(data, eval_share=0, split_by_name="false")["sft_eval"]
+    given = convert(data / "test.jsonl", eval_share=0)  # named by the user, who says so
+    assert len(given["sft_train"]) == 13
+
+
+def test_what_evaluation_files_hold_counts_as_held_out(tmp_path, convert):
+    data = tmp_path / "data"
+    write_lines(data / "train.jsonl", *rows_of("训练", count=100))
+    write_lines(data / "test.jsonl", *rows_of("测试", count=20))
+    assert len(convert(data, eval_share=0.1)["sft_eval"]) == 20
+    assert len(convert(data, eval_share=0.3)["sft_eval"]) == 36
+
+
+def test_skipped_files_are_named(tmp_path, convert, capsys):
+    data = tmp_path / "data"
+    write_lines(data / "a.jsonl", *rows_of("甲"))
+    for name in ("book.txt", "a.rar", ".hidden", "README.md", "a.source.json"):
+        (data / name).write_text("文", encoding="utf-8")
+    write_lines(data / "more" / "b.jsonl", *rows_of("乙"))
+    skipped = convert(data)["report"]["skipped"]
+    assert skipped == {
+        "README.md": "a text for people",
+        "a.rar": "cannot read .rar",
+        "book.txt": "plain text: continued pre-training is not done here",
+        "more/": "a folder in the folder: name it after --input-files too",
+    }
+    assert "book.txt: plain text: continued pre-training" in capsys.readouterr().out
+    with pytest.raises(UserError, match="plain text: continued pre-training is not done here"):
+        convert(data / "book.txt")
+    (data / "a.jsonl").unlink()
+    with pytest.raises(UserError, match="no data file .*README.md, a text for people; a.rar"):
+        convert(data)
+
+
+def as_lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def as_csv(rows):
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]))
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue().encode()
+
+
+def zipped(files):
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return data.getvalue()
+
+
+def dumped(value, indent=None):
+    return json.dumps(value, ensure_ascii=False, indent=indent).encode()
+
+
+ROWS = rows_of("甲", count=30)
+FORMS = {
+    "a.jsonl.gz": gzip.compress(as_lines(ROWS)),
+    "a.json.gz": gzip.compress(dumped(ROWS)),
+    "a.csv.gz": gzip.compress(as_csv(ROWS)),
+    "gb.jsonl.gz": gzip.compress(as_lines(ROWS).decode().encode("gb18030")),
+    "a.zip": zipped({"in/a.jsonl": as_lines(ROWS[:10]), "b.csv": as_csv(ROWS[10:]), "__MACOSX/b.csv": b"x"}),
+    "wrapped.json": dumped({"version": "1.0", "data": ROWS}),
+    "wrapped_lines.json": dumped({"name": "x", "size": 3, "rows": ROWS, "licence": None}, indent=1),
+    "one_line.jsonl": dumped({"data": ROWS}),
+    "two_keys.json": dumped({"part1": ROWS[:10], "part2": ROWS[10:]}, indent=2),
+    "nested.json": dumped([ROWS[:10], ROWS[10:]], indent=1),
+    "nested.jsonl": as_lines([ROWS[:10], ROWS[10:]]),
+    "no_wrapper.jsonl": as_lines([{"turns_before": [{"x": 1}], **row} for row in ROWS]),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_in_which_rows_come(tmp_path, convert, name):
+    (tmp_path / name).write_bytes(FORMS[name])
+    found = convert(tmp_path / name)
+    kept = found["sft_train"] + found["sft_eval"]
+    assert {row["messages"][0]["content"] for row in kept} == {row["query"] for row in ROWS}
+    assert len(kept) == 30 and not found["set_aside"]
+
+
+def test_wrapped_splits_are_splits(tmp_path, convert):
+    (tmp_path / "a.json").write_bytes(dumped({"train": ROWS[:20], "test": ROWS[20:]}))
+    found = convert(tmp_path / "a.json", eval_share=0)
+    assert len(found["sft_train"]) == 20 and len(found["sft_eval"]) == 10
+
+
+def test_a_list_of_turns_is_a_conversation(tmp_path, convert):
+    rows = [[{"from": "human", "value": f"问{n}"}, {"from": "gpt", "value": f"答{n}"}] for n in range(3)]
+    for name, data in (("a.jsonl", as_lines(rows)), ("a.json", dumped(rows))):
+        (tmp_path / name).write_bytes(data)
+        assert convert(tmp_path / name)["report"]["outputs"]["sft_train"] == 2
+
+
+def test_damage_in_wrapped_rows_is_told(tmp_path, convert):
+    text = dumped({"data": ROWS[:3]}, indent=1).decode().replace('"答1"', '"答1" 坏')
+    (tmp_path / "a.json").write_text(text[:-3], encoding="utf-8")
+    found = convert(tmp_path / "a.json")
+    assert [(row["reason"], row["line"]) for row in found["set_aside"]] == [("not JSON", 7)]
+    assert found["report"]["rows_kept"] == 2
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.zip"])
+def test_damaged_archives_are_one_line(tmp_path, convert, name):
+    (tmp_path / name).write_bytes(FORMS[name][: len(FORMS[name]) // 2])
+    with pytest.raises(UserError, match="cannot be unpacked|not a whole .zip"):
+        convert(tmp_path / name)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("openpyxl"), reason="openpyxl is not installed")
+def test_excel_tables(tmp_path, convert):
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    for sheet, rows in ((book.active, ROWS[:10]), (book.create_sheet("二"), ROWS[10:])):
+        sheet.append(["问题", "答案", None])
+        for row in rows:
+            sheet.append([row["query"], row["response"]])
+    book.save(tmp_path / "a.xlsx")
+    found = convert(tmp_path / "a.xlsx")
+    assert len(found["sft_train"] + found["sft_eval"]) == 30 and found["report"]["schemas"] == {
+        "问题/答案": 30
+    }
+    (tmp_path / "b.xlsx").write_bytes(b"x")
+    with pytest.raises(UserError, match="not a whole .xlsx file"):
+        convert(tmp_path / "b.xlsx")
+
+
+def test_openpyxl_is_named_where_it_is_missing(tmp_path, convert, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "openpyxl", None)
+    (tmp_path / "a.xlsx").write_bytes(b"x")
+    with pytest.raises(UserError, match="pip install openpyxl"):
+        convert(tmp_path / "a.xlsx")
+
+
+def test_each_file_is_read_once(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", *ROWS)
+    sources, _ = find_sources([tmp_path, path], "x")
+    assert [source.name for source in sources] == ["a.jsonl"]
+
+
+def test_files_that_were_not_used_are_named_with_a_line_to_copy(tmp_path, convert, capsys):
+    data = tmp_path / "data"
+    write_lines(data / "a.jsonl", *rows_of("甲"))
+    write_lines(data / "b.jsonl", *({"症候": f"恶寒{n}", "方": f"麻黄汤{n}"} for n in range(5)))
+    write_lines(data / "c.jsonl", {"text": "麻黄发汗。"})
+    (data / "d.jsonl").write_bytes(b"")
+    convert(data)
+    said = capsys.readouterr().out
+    assert "note: b.jsonl: none of its 5 rows could be used; line 1: fields not recognised" in said
+    assert f"--input-files {data / 'b.jsonl'} --columns " in said and "question=症候,answer=方" in said
+    assert "note: c.jsonl: none of its 1 rows could be used; line 1: plain text" in said
+    assert "note: d.jsonl: no row in it" in said

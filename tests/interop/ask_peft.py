@@ -1,0 +1,21 @@
+"""Ask a LoRA adapter with PEFT's AutoPeftModel, which finds the base by adapter_config.json: python ask_peft.py FOLDER QUESTIONS.json"""
+
+import json
+import sys
+
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+folder, questions = sys.argv[1], json.load(open(sys.argv[2], encoding="utf-8"))
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+answers = []
+for question in questions:
+    chat = [{"role": "user", "content": question}]
+    inputs = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    output = model.generate(**inputs, max_new_tokens=64, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+    answers.append(tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+print(json.dumps(answers))

@@ -1,0 +1,115 @@
+"""The three forms of attention over a packed row agree: by document, by torch's varlen kernel, by one mask over equal rows."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from packed_items import some_items
+
+from utils.model import attention
+from utils.model.attention import VarlenSequences, by_document, by_mask, by_varlen, plan_attention, row_masks
+from utils.model.packing import collate
+
+HEADS, KV_HEADS, WIDTH = 4, 2, 16
+CPU = torch.device("cpu")
+
+
+def states_for(tokens, dtype=torch.float64):
+    torch.manual_seed(tokens)
+    return [torch.randn(1, heads, tokens, WIDTH, dtype=dtype) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+
+
+def items(shared):
+    """Documents of one item each, or three answers to one prompt."""
+    found = some_items(14, seed=3, documents=3 if shared else 1)
+    for item in found:
+        item["documents"] = [(item["documents"][0][0], answer) for _, answer in item["documents"]]
+    return found
+
+
+def kernel_as_documented(query, key, value, query_ends, key_ends, longest_query, longest_key, **options):
+    """torch.nn.attention.varlen.varlen_attn by its documentation: (T, heads, width), causal from the ends of each sequence."""
+    assert options["window_size"] == (-1, 0) and options["enable_gqa"]
+    assert query_ends.dtype == key_ends.dtype == torch.int32
+    bounds = zip(query_ends[:-1], query_ends[1:], key_ends[:-1], key_ends[1:])
+    parts = []
+    for q_start, q_end, k_start, k_end in bounds:
+        q, k, v = query[q_start:q_end], key[k_start:k_end], value[k_start:k_end]
+        assert 0 < len(q) <= longest_query and len(q) <= len(k) <= longest_key
+        mask = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+        one = (states.transpose(0, 1)[None].double() for states in (q, k, v))
+        out = F.scaled_dot_product_attention(*one, attn_mask=mask, scale=options["scale"], enable_gqa=True)
+        parts.append(out[0].transpose(0, 1).to(query.dtype))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_one_mask_over_equal_rows_gives_what_each_document_gives(shared):
+    found = items(shared)
+    batch = collate([found[:5], found[5:9], found[9:]], row_length=600)
+    layout, states = batch["layout"], states_for(1800)
+    assert batch["input_ids"].shape == (1, 1800) and sum(map(sum, layout)) == 1800
+    masks = row_masks(layout, 600, CPU)
+    assert (
+        masks.shape == (3, 1, 600, 600) and masks.any(dim=-1).all()
+    )  # a row that sees nothing is NaN on some devices
+    one = by_mask(*states, 0.25, masks)
+    other = by_document(*states, 0.25, layout, {})
+    assert one.shape == (1, 1800, HEADS, WIDTH) and torch.allclose(one, other, atol=1e-12)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_varlen_kernel_gets_what_each_document_needs(shared, monkeypatch):
+    monkeypatch.setattr(attention, "varlen_attn", kernel_as_documented)
+    layout = collate([items(shared)])["layout"]
+    states = states_for(sum(map(sum, layout)))
+    sequences = VarlenSequences.of(layout, CPU)
+    assert (sequences.key_index is not None) == shared
+    one, other = by_varlen(*states, 0.25, sequences), by_document(*states, 0.25, layout, {})
+    assert one.dtype == torch.bfloat16 and torch.allclose(one.double(), other, atol=0.03)
+
+
+def test_the_form_follows_device_and_format():
+    layout = [(0, 5), (3, 2, 2)]
+    assert plan_attention(layout, 0, CPU, torch.float32).func is by_document
+    assert plan_attention(layout, 12, CPU, torch.float32).func is by_mask
+    kinds = [("cpu", True), ("cpu", False), ("cuda", True), ("cuda", False), ("mps", False), ("mps", True)]
+    assert [attention.wants_rows_of_one_length(*kind) for kind in kinds] == [
+        False,
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]
+
+
+def test_padding_changes_no_loss_and_no_gradient(tmp_path):
+    from tiny_model import make_tiny_model
+    from transformers import AutoModelForCausalLM
+
+    from utils.model.lm_head import cross_entropy_sum
+    from utils.model.packed_forward import prepare_packed
+    from utils.model.packing import model_inputs
+
+    folder, found = make_tiny_model(tmp_path / "tiny"), items(True)
+    results = []
+    for row_length in (0, 500):
+        model = prepare_packed(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64))
+        batch = collate([found[:7], found[7:]], row_length)
+        loss = cross_entropy_sum(model(**model_inputs(batch)), model.lm_head.weight, batch["targets"])
+        loss.backward()
+        results.append([loss.detach(), *(weight.grad for weight in model.parameters())])
+    for one, other in zip(*results):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device here: the real kernel cannot be run"
+)
+def test_the_real_varlen_kernel_on_this_gpu():
+    layout = collate([items(True)])["layout"]
+    states = states_for(sum(map(sum, layout)), torch.float32)
+    device = torch.device("cuda")
+    planned = plan_attention(layout, 0, device, torch.bfloat16)
+    one = planned(*(part.to(device) for part in states), 0.25).cpu()
+    assert torch.allclose(one.float(), by_document(*states, 0.25, layout, {}), atol=0.03)

@@ -1,0 +1,117 @@
+"""The chunked loss over the LM head: value and gradients against the plain computation, in float64 and in bfloat16."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from packed_items import some_items
+from tiny_model import make_tiny_model
+from transformers import AutoModelForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from utils.model import lm_head
+from utils.model.lm_head import cross_entropy_sum
+from utils.model.packed_forward import prepare_packed
+from utils.model.packing import collate, model_inputs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def norms_in_float64(monkeypatch):
+    """transformers' norm rounds to float32 whatever it gets. A reference in float64 must not."""
+
+    def forward(norm, states):
+        exact = states.to(torch.promote_types(states.dtype, torch.float32))
+        exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+        return norm.weight * exact.to(states.dtype)
+
+    monkeypatch.setattr(Qwen3RMSNorm, "forward", forward)
+
+
+def load(folder, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("chunk", [256, 7])
+def test_loss_and_gradients_equal_the_plain_computation(folder, monkeypatch, chunk):
+    monkeypatch.setattr(lm_head, "CHUNK", chunk)
+    items = some_items(20, seed=1)
+    packed, plain = prepare_packed(load(folder, torch.float64)), load(folder, torch.float64)
+    batch = collate([items])
+    inputs, targets = model_inputs(batch), batch["targets"]
+    (cross_entropy_sum(packed(**inputs), packed.lm_head.weight, targets) / len(targets)).backward()
+    total = sum(
+        F.cross_entropy(
+            plain(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1],
+            torch.tensor(answer),
+            reduction="sum",
+        )
+        for item in items
+        for prompt, answer in item["documents"]
+    )
+    (total / len(targets)).backward()
+    for (name, one), other in zip(packed.named_parameters(), plain.parameters()):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-9, atol=1e-12), name
+
+
+def test_gradients_added_to_grad_at_once_are_those_of_autograd(folder):
+    """Two batches, loss over the head and embedding of the same weight, in float64; scaling the loss afterwards is an error."""
+    direct, plain = (prepare_packed(load(folder, torch.float64)) for _ in range(2))
+    batches = [collate([some_items(8, seed=seed)]) for seed in (1, 2)]
+    for model, into_grad in ((direct, True), (plain, False)):
+        for batch in batches:
+            weights = torch.full((len(batch["targets"]),), 0.125)
+            hidden = model(**model_inputs(batch))
+            cross_entropy_sum(hidden, model.lm_head.weight, batch["targets"], weights, into_grad).backward()
+    for (name, one), other in zip(direct.named_parameters(), plain.parameters()):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-12), name
+    before = direct.lm_head.weight.grad.clone()
+    with torch.no_grad():  # an evaluation leaves no gradient behind
+        hidden = direct(**model_inputs(batches[0]))
+        cross_entropy_sum(hidden, direct.lm_head.weight, batches[0]["targets"], None, True)
+    assert torch.equal(direct.lm_head.weight.grad, before)
+    hidden = direct(**model_inputs(batches[0]))
+    loss = cross_entropy_sum(hidden, direct.lm_head.weight, batches[0]["targets"], None, True)
+    with pytest.raises(RuntimeError, match="scaled by 2.0 after its gradient had been added up"):
+        (2 * loss).backward()
+
+
+def test_weighted_loss_gradients_by_finite_rules():
+    """Against autograd on the full logits, in float64, with a weight for each token."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(11, 6, dtype=torch.float64), torch.randn(17, 6, dtype=torch.float64)
+    targets, scale = torch.randint(17, (11,)), torch.randn(11, dtype=torch.float64)
+    results = []
+    for compute in (
+        lambda h, w: cross_entropy_sum(h, w, targets, scale),
+        lambda h, w: (scale * F.cross_entropy(h @ w.T, targets, reduction="none")).sum(),
+    ):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = compute(h, w)
+        (3 * loss).backward()
+        results.append((loss.detach(), h.grad, w.grad))
+    for one, other in zip(*results):
+        assert torch.allclose(one, other, rtol=1e-12)
+
+
+def test_bf16_is_no_further_from_float64_than_the_plain_bf16_path():
+    torch.manual_seed(1)
+    hidden, weight = torch.randn(64, 128), torch.randn(500, 128) * 0.1
+    targets = torch.randint(500, (64,))
+
+    def gradients(compute, dtype):
+        h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        compute(h, w).backward()
+        return h.grad.double(), w.grad.double()
+
+    exact = gradients(lambda h, w: F.cross_entropy(h @ w.T, targets, reduction="sum"), torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = gradients(lambda h, w: cross_entropy_sum(h, w, targets), torch.float32)
+        plain = gradients(
+            lambda h, w: F.cross_entropy((h @ w.T).float(), targets, reduction="sum"), torch.float32
+        )
+    for reference, one, other in zip(exact, ours, plain):
+        assert (one - reference).norm() <= 1.05 * (other - reference).norm()

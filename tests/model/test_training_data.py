@@ -1,0 +1,124 @@
+"""Training rows for other trainers: nothing is lost, and TRL trains the tokens that we train, and one final line break."""
+
+import pytest
+from tiny_model import make_tiny_model
+from transformers import AutoTokenizer
+
+from model_download import export_model
+from utils.errors import run
+from utils.files import read_json, read_jsonl, write_jsonl
+from utils.model.chat_format import encode_answer, encode_prompt, encode_turns
+
+
+def message(role, content, reasoning=None):
+    return {"role": role, "content": content, **({"reasoning_content": reasoning} if reasoning else {})}
+
+
+PLAIN = [message("system", "你是中医。"), message("user", "麻黄？"), message("assistant", "温。")]
+LONGER = [*PLAIN, message("user", "归经？"), message("assistant", "肺、膀胱经。")]
+THOUGHTFUL = [message("user", "甘草？"), message("assistant", "平。", "问的是药性。"), message("user", "味？"),
+              message("assistant", "甘。", "问的是\n味。")]  # fmt: skip
+PAIR = {
+    "prompt": PLAIN[:2],
+    "chosen": [message("assistant", "温。")],
+    "rejected": [message("assistant", "寒。")],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def export(tmp_path):
+    """export(tool, conversations) -> the folder with the rows for that tool"""
+
+    def export(tool, conversations, pairs=(PAIR,), code=0):
+        rows = [{"id": str(n), "messages": messages} for n, messages in enumerate(conversations)]
+        write_jsonl(tmp_path / "sft_train.jsonl", rows)
+        if pairs:
+            write_jsonl(tmp_path / "dpo_train.jsonl", [{"id": "0", **pair, "kind": ""} for pair in pairs])
+        words = [
+            "--format",
+            "training-data",
+            "--for",
+            tool,
+            "--data-dir",
+            tmp_path,
+            "--output-dir",
+            tmp_path / tool,
+        ]
+        assert run(lambda: export_model.main([*map(str, words)])) == code
+        return tmp_path / tool
+
+    return export
+
+
+def read(path):
+    return list(read_jsonl(path))
+
+
+def test_llamafactory_gets_one_message_for_chosen_and_rejected(export):
+    output = export("llamafactory", [PLAIN, LONGER])
+    assert [row["messages"] for row in read(output / "sft_train.jsonl")] == [PLAIN, PLAIN, LONGER]
+    assert read(output / "dpo_train.jsonl") == [
+        {"messages": PLAIN[:2], "chosen": PAIR["chosen"][0], "rejected": PAIR["rejected"][0]}
+    ]
+    info = read_json(output / "dataset_info.json")
+    assert info["dpo_train"]["ranking"] and "ranking" not in info["sft_train"]
+    assert info["dpo_train"]["columns"] == {
+        "messages": "messages",
+        "chosen": "chosen",
+        "rejected": "rejected",
+    }
+    assert "enable_thinking: false" in (output / "settings.yaml").read_text(encoding="utf-8")
+
+
+def test_reasoning_becomes_text_where_a_tool_knows_no_field_for_it(export):
+    first, second = read(export("mlx", [THOUGHTFUL], pairs=()) / "train.jsonl")
+    assert first["messages"][-1]["content"] == "<think>\n问的是药性。\n</think>\n\n平。"
+    assert second["messages"][1] == message("assistant", "平。")  # history carries no reasoning
+    assert second["messages"][-1]["content"] == "<think>\n问的是\n味。\n</think>\n\n甘。"
+
+
+def test_rows_of_both_modes_are_refused_where_they_cannot_be_trained_so(export, capsys):
+    export("llamafactory", [PLAIN, THOUGHTFUL], code=2)
+    assert "rows with reasoning and rows without" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_trl_trains_the_same_tokens(export, folder, tmp_path):
+    from datasets import load_dataset
+    from trl import SFTConfig, SFTTrainer
+
+    output, tokenizer = export("trl", [LONGER, THOUGHTFUL]), AutoTokenizer.from_pretrained(folder)
+    rows = load_dataset(
+        "json", data_files=str(output / "sft_train.jsonl"), split="train", cache_dir=tmp_path / "c"
+    )
+    settings = SFTConfig(str(tmp_path / "sft"), use_cpu=True, bf16=False, report_to="none")
+    trainer = SFTTrainer(str(folder), settings, train_dataset=rows, processing_class=tokenizer)
+    expected = [turn for messages in (LONGER, THOUGHTFUL) for turn in encode_turns(tokenizer, messages)]
+    line_break = tokenizer("\n")["input_ids"]
+    assert len(trainer.train_dataset) == len(expected) == 4
+    for row, (prompt, answer) in zip(trainer.train_dataset, expected):
+        assert row["input_ids"] == prompt + answer + line_break
+        assert row["labels"] == [-100] * len(prompt) + answer + line_break
+
+
+@pytest.mark.slow
+def test_trl_trains_the_same_pairs(export, folder, tmp_path):
+    from datasets import load_dataset
+    from trl import DPOConfig, DPOTrainer
+
+    output, tokenizer = export("trl", [PLAIN]), AutoTokenizer.from_pretrained(folder)
+    rows = load_dataset(
+        "json", data_files=str(output / "dpo_train.jsonl"), split="train", cache_dir=tmp_path / "c"
+    )
+    settings = DPOConfig(str(tmp_path / "dpo"), use_cpu=True, bf16=False, report_to="none")
+    trainer = DPOTrainer(str(folder), args=settings, train_dataset=rows, processing_class=tokenizer)
+    [row] = trainer.train_dataset
+    line_break = tokenizer("\n")["input_ids"]
+    assert row["prompt_ids"] == encode_prompt(tokenizer, PLAIN[:2], thinking=False)
+    for side in ("chosen", "rejected"):
+        assert row[f"{side}_ids"] == encode_answer(tokenizer, PAIR[side][0]) + line_break

@@ -1,0 +1,82 @@
+"""What SFT, LoRA and DPO leave behind, in both number formats: files as documented, a model that loads, and loss that fell."""
+
+import torch
+from small_runs import train, weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from utils.files import read_json, read_jsonl
+from utils.training.callbacks import chosen_fell
+
+
+def test_the_finished_folder_is_as_documented(runs, method, precision):
+    folder = runs(method, precision)
+    record, log = read_json(folder / "run.json"), list(read_jsonl(folder / "training_log.jsonl"))
+    assert record["status"] == "finished" and record["settings"]["EPOCHS"] == 2
+    assert record["results"]["eval_loss"] < record["results"]["eval_loss_before"]
+    assert (folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert [entry["step"] for entry in log if "loss" in entry] == list(
+        range(1, record["results"]["steps"] + 1)
+    )
+    assert [entry["step"] for entry in log if "eval_loss" in entry][0] == 0
+    assert len([entry for entry in log if "eval_loss" in entry]) == 3
+    assert len(list(folder.glob("checkpoint-*"))) == 2
+    assert not [path for path in folder.iterdir() if "partial" in path.name]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "你好"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text.endswith("<think>\n\n</think>\n\n")  # trained without thinking: that is the default now
+    assert read_json(folder / "generation_config.json")["eos_token_id"] == [
+        tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+    ]
+
+
+def test_a_finished_model_loads_with_tied_embeddings(runs, method, precision):
+    folder = runs(method, precision) / ("merged" if method == "lora" else "")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.dtype == torch.float32
+
+
+def test_the_merged_model_is_base_plus_adapter(runs, place, precision):
+    """In float32, also where the base was held in bfloat16 during training."""
+    from peft import PeftModel
+
+    folder = runs("lora", precision)
+    base = AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, folder)
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert not [name for name in weights(folder) if "embed" in name or "lm_head" in name]
+    ids = torch.arange(60)[None]
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-4)
+
+
+def test_dpo_raises_the_chosen_over_the_rejected(runs, precision):
+    log = [
+        entry for entry in read_jsonl(runs("dpo", precision) / "training_log.jsonl") if "eval_loss" in entry
+    ]
+    assert (
+        log[0]["eval_reward_margin"] == 0.0 == log[0]["eval_reward_accuracy"]
+    )  # the policy starts as the reference
+    assert log[-1]["eval_reward_accuracy"] == 1 and log[-1]["eval_reward_margin"] > 0.5
+    assert (
+        log[-1]["eval_chosen_logps"] > log[0]["eval_chosen_logps"]
+    )  # the SFT term holds the chosen answers up
+
+
+def test_falling_chosen_answers_are_noticed():
+    assert not chosen_fell([{"eval_chosen_logps": -20.0}, {"loss": 1.0}, {"eval_chosen_logps": -21.0}])
+    assert not chosen_fell([{"eval_chosen_logps": -2.8}, {"eval_chosen_logps": -3.2}])
+    assert chosen_fell([{"eval_chosen_logps": -20.0}, {"eval_chosen_logps": -25.0}])
+
+
+def test_lora_inside_dpo(place, tmp_path, precision):
+    assert train("dpo", place, tmp_path / "out", "--lora", "--max-steps", 2, precision=precision) == 0
+    log = list(read_jsonl(tmp_path / "out/training_log.jsonl"))
+    assert log[0]["eval_reward_margin"] == 0.0
+    assert (tmp_path / "out/adapter_model.safetensors").is_file() and (
+        tmp_path / "out/merged/model.safetensors"
+    ).is_file()

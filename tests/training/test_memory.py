@@ -1,0 +1,86 @@
+"""The forecast of memory: what grows with the tokens is told from what does not, and limits are obeyed."""
+
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from utils.device import Device
+from utils.model.load import load_for_lora
+from utils.model.packed_forward import prepare_packed
+from utils.training import memory
+
+CPU = Device("cpu", False, "test")
+
+
+def model_of(place):
+    return prepare_packed(AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.float32))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_what_is_kept_grows_with_the_tokens_and_the_copies_of_weights_do_not(place, bf16):
+    model = model_of(place)
+    costs = memory.measure_costs(model, bf16)
+    many = memory._bytes_kept(model, 300, bf16)
+    assert costs.kept + costs.kept_per_token * 300 == pytest.approx(many, rel=0.01)
+    linear = sum(part.weight.numel() for part in model.model.modules() if isinstance(part, torch.nn.Linear))
+    assert costs.kept == pytest.approx(2 * linear if bf16 else 0, rel=0.05, abs=4000)
+
+
+def test_recomputing_keeps_the_input_of_every_layer_and_one_layer_as_a_whole(place):
+    costs = memory.measure_costs(model_of(place), False)
+    parts = memory.memory_parts(costs, 1000, True, CPU)
+    one_layer = costs.kept_per_token / costs.layers * 1000
+    assert parts["activations"] == pytest.approx(costs.layers * costs.hidden * 4 * 1000 + one_layer, rel=1e-3)
+    assert parts["activations"] < memory.memory_parts(costs, 1000, False, CPU)["activations"]
+
+
+def test_weights_gradients_and_optimizer(place):
+    model = model_of(place)
+    parts = memory.memory_parts(memory.measure_costs(model, False), 1000, False, CPU)
+    assert parts["weights"] == parts["gradients"] == 4 * model.num_parameters()
+    assert parts["optimizer"] == 2 * parts["weights"]
+
+
+def test_a_frozen_base_is_held_in_the_format_of_its_products(place):
+    whole = {name: weight.numel() for name, weight in model_of(place).named_parameters()}
+    frozen = load_for_lora(str(place / "base"), torch.bfloat16)
+    sizes = {name: weight.element_size() for name, weight in frozen.named_parameters()}
+    assert {name for name, size in sizes.items() if size == 4} == {name for name in whole if "norm" in name}
+    assert not any(weight.requires_grad for weight in frozen.parameters())
+
+
+def test_memory_that_a_control_group_may_use(tmp_path, monkeypatch):
+    """Of its own group and of every group above it."""
+    free = memory.free_memory(CPU)
+    monkeypatch.setattr(memory, "_control_groups", lambda: [tmp_path / "a/b", tmp_path / "a", tmp_path])
+    (tmp_path / "a/b").mkdir(parents=True)
+    for folder, text in (("a/b", "max\n"), ("a", "12345678\n"), ("", "99999999999999\n")):
+        (tmp_path / folder / "memory.max").write_text(text, encoding="ascii")
+    assert memory.free_memory(CPU) == 12345678
+    (tmp_path / "a/memory.max").unlink()
+    assert abs(memory.free_memory(CPU) - free) < 2**30  # other programs come and go
+
+
+def test_control_groups_are_those_of_this_process(monkeypatch):
+    if not Path("/proc/self/cgroup").exists():
+        pytest.skip("no control groups here")
+    groups = memory._control_groups()
+    assert groups[-1] == memory.CGROUPS and all(group.is_relative_to(memory.CGROUPS) for group in groups)
+
+
+def test_address_space_limited_by_ulimit(monkeypatch):
+    class Used:
+        rss, vms = 2**30, 5 * 2**30
+
+    monkeypatch.setattr(memory, "_control_groups", lambda: [])
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (8 * 2**30, 8 * 2**30))
+    assert memory._limits(Used) == [4 * 2**30]
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    whole = memory.free_memory(CPU)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.free_memory(CPU) < 0.5 * whole

@@ -1,0 +1,92 @@
+"""How an optimizer step is computed follows from the memory, and changes nothing but rounding."""
+
+import pytest
+from small_runs import train, weights
+
+from utils.device import Device
+from utils.errors import UserError
+from utils.files import read_json, write_json
+from utils.training import plan as planning
+from utils.training.plan import StepPlan, choose, rows_of_each_process, ways
+
+CUDA, CPU = Device("cuda", True, "test"), Device("cpu", True, "test")
+NEEDED = {
+    StepPlan(4, 1, False): 40,
+    StepPlan(2, 2, False): 20,
+    StepPlan(1, 4, False): 10,
+    StepPlan(1, 4, True): 5,
+}
+
+
+def test_ways_of_a_step():
+    assert ways(4) == list(NEEDED)
+    assert ways(3) == [StepPlan(3, 1, False), StepPlan(1, 3, False), StepPlan(1, 3, True)]
+
+
+@pytest.mark.parametrize("free, chosen", [(99, 0), (39, 1), (19, 2), (9, 3), (4, None)])
+def test_the_fewest_passes_that_fit_are_chosen(free, chosen):
+    expected = None if chosen is None else list(NEEDED)[chosen]
+    assert choose(list(NEEDED), NEEDED, free, 1024, CUDA) == expected
+
+
+def test_a_cpu_takes_no_more_at_once_than_brings_speed():
+    assert choose(list(NEEDED), NEEDED, 99, 1024, CPU) == StepPlan(1, 4, False)
+    assert choose(list(NEEDED), NEEDED, 99, 512, CPU) == StepPlan(2, 2, False)
+    assert choose(list(NEEDED), NEEDED, 7, 512, CPU) == StepPlan(1, 4, True)
+
+
+def test_rows_are_shared_out_among_processes():
+    assert rows_of_each_process(4, 2) == 2
+    with pytest.raises(UserError, match="--rows-per-step is 4, wanted a multiple of the 3 processes"):
+        rows_of_each_process(4, 3)
+    with pytest.raises(UserError, match="--rows-per-step is 0, wanted 1 or more"):
+        rows_of_each_process(0, 1)
+
+
+@pytest.mark.slow
+def test_every_way_gives_the_same_weights(place, tmp_path, monkeypatch, method, precision):
+    """Within rounding: relative differences of the trained weights after three steps at a high rate."""
+    found = []
+    for number, way in enumerate(ways(4)):
+        monkeypatch.setattr(planning, "choose", lambda *_, way=way: way)
+        output = tmp_path / str(number)
+        more = ["--max-steps", 3, "--rows-per-step", 4]
+        assert train(method, place, output, *more, precision=precision) == 0
+        assert read_json(output / "run.json")["plan"] == list(way)
+        found.append(weights(output))
+    for other in found[1:]:
+        for name, one in found[0].items():
+            assert (one - other[name]).norm() <= (5e-2 if precision == "bf16" else 1e-3) * one.norm(), name
+
+
+def test_a_run_that_goes_on_keeps_its_plan(place, tmp_path, monkeypatch, capsys):
+    """Although there is less memory now: other batches would end in other bits."""
+    monkeypatch.setattr(planning, "choose", lambda *_: StepPlan(2, 1, False))
+    assert train("sft", place, tmp_path / "out") == 0
+    record = read_json(tmp_path / "out/run.json")
+    write_json(tmp_path / "out/run.json", record | {"status": "running"})
+    monkeypatch.setattr(planning, "choose", lambda *_: StepPlan(1, 2, True))
+    capsys.readouterr()
+    assert train("sft", place, tmp_path / "out") == 0
+    assert "; 2 rows at once, 1 pass a step\n" in capsys.readouterr().out
+    assert read_json(tmp_path / "out/run.json")["plan"] == [2, 1, False]
+
+
+def test_what_cannot_fit_is_refused_before_it_starts(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(planning, "free_memory", lambda device: 701 * 2**20)
+    assert train("sft", place, tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert "even with one row at once and activations recomputed" in said and "701.0 MiB are free" in said
+    assert not (tmp_path / "out/run.json").exists()
+
+
+def test_a_disk_too_small_is_refused(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda folder: type("Disk", (), {"free": 1000}))
+    assert train("sft", place, tmp_path / "out") == 2
+    assert "of disk and 1000 B are free" in capsys.readouterr().err
+
+
+def test_the_estimate_lists_every_way(place, tmp_path, capsys):
+    assert train("sft", place, tmp_path / "out", "--estimate", "--rows-per-step", 4) == 0
+    said = capsys.readouterr().out
+    assert all(str(way) in said for way in ways(4)) and said.count("chosen") == 1

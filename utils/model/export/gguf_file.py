@@ -1,0 +1,212 @@
+"""Export as GGUF, the one-file format of llama.cpp, Ollama and LM Studio, and the Modelfile that Ollama wants beside it.
+
+Needs the package `gguf`, which is llama.cpp's own. Names and metadata follow its architecture "qwen3" (gguf-py/gguf/constants.py
+in the repository ggml-org/llama.cpp).
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils.errors import RunError, UserError
+from utils.model.chat_format import DECODING, END_OF_TURN
+from utils.model.export.source import Export, Source
+from utils.model.generate import stop_tokens
+
+GGUF_PACKAGE = "gguf==0.19.0"
+PRECISIONS = ("q8_0", "f16", "bf16")
+
+# How Qwen splits a text into words before its merges apply. llama.cpp has this under the name "qwen2", and knows no other
+# pattern of a file: a tokenizer that splits otherwise would get other tokens there, without a word.
+QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def check(folder: Path) -> None:
+    """UserError where the package is missing, or llama.cpp has no name for how the tokenizer of `folder` splits words."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise UserError(f"--format gguf needs llama.cpp's package: pip install {GGUF_PACKAGE}") from None
+    splits = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["pre_tokenizer"]
+    patterns = [step["pattern"].get("Regex") for step in splits.get("pretokenizers", []) if "pattern" in step]
+    if patterns != [QWEN2_SPLIT]:
+        raise UserError(
+            "llama.cpp cannot split words as this tokenizer does (its pre-tokenizer is not Qwen2's); --format folder can"
+        )
+
+
+def file_name(export: Export) -> str:
+    return f"{export.name}-{export.precision}.gguf"
+
+
+def save(source: Source, export: Export, partial: Path) -> None:
+    """The GGUF file and a Modelfile."""
+    import gguf
+
+    kind = export.precision.upper()
+    writer = gguf.GGUFWriter(partial / file_name(export), "qwen3")
+    writer.add_name(export.name)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _add_architecture(writer, source.model.config)
+    _add_tokenizer(writer, source)
+    _add_weights(writer, source.model, gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (partial / "Modelfile").write_text(modelfile(source, export), encoding="utf-8", newline="\n")
+
+
+def _add_architecture(writer, config):
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+
+
+def _add_tokenizer(writer, source):
+    tokenizer = source.tokenizer
+    tokens, kinds, merges = _vocabulary(tokenizer, source.model.config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(tokenizer.convert_tokens_to_ids(END_OF_TURN))
+    writer.add_pad_token_id(tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(tokenizer.chat_template)
+
+
+def _vocabulary(tokenizer, size):
+    """(tokens, their types, merges) as GGUF wants them, padded to the `size` of the embedding."""
+    from gguf import TokenType
+
+    tokens, kinds, added = [], [], tokenizer.added_tokens_decoder
+    for number in range(size):
+        token = added[number].content if number in added else tokenizer.convert_ids_to_tokens(number)
+        kind = TokenType.NORMAL
+        if number in added:
+            kind = TokenType.CONTROL if added[number].special else TokenType.USER_DEFINED
+        elif token is None:  # the weights have more rows than the tokenizer has tokens
+            token, kind = f"[PAD{number}]", TokenType.UNUSED
+        tokens.append(token)
+        kinds.append(kind)
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    return tokens, kinds, [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+
+
+def _add_weights(writer, model, kind):
+    """Matrices in the format `kind`, vectors in float32. Tied embeddings are written once, as llama.cpp expects them."""
+    import gguf
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, model.config.num_hidden_layers)
+    for name, weight in model.named_parameters():  # names a tied weight once
+        values = weight.detach().to(torch.float32).numpy()
+        gguf_name = names.get_name(name, try_suffixes=(".weight",))
+        if values.ndim == 1:
+            writer.add_tensor(gguf_name, values)
+        elif kind == gguf.GGMLQuantizationType.F16:
+            writer.add_tensor(gguf_name, _to_f16(values, name))
+        else:
+            writer.add_tensor(gguf_name, gguf.quantize(values, kind), raw_dtype=kind)
+
+
+def _to_f16(values, name):
+    if np.abs(values).max() > np.finfo(np.float16).max:
+        raise UserError(f"{name} holds values above 65,504, which f16 cannot hold; --precision bf16 can")
+    return values.astype(np.float16)
+
+
+def read(source: Source, export: Export) -> tuple[Any, Any]:
+    """(tokenizer, model in float32) of the file: weights, sizes, RoPE base and chat template as it has them.
+
+    The tokenizer is that of the folder, once its tokens and merges are found to be those of the file.
+    """
+    import gguf
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    reader = gguf.GGUFReader(export.place / file_name(export))
+
+    def field(name):
+        return reader.fields[name].contents()
+
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config = Qwen3Config(
+        vocab_size=len(field("tokenizer.ggml.tokens")),
+        max_position_embeddings=field("qwen3.context_length"),
+        hidden_size=field("qwen3.embedding_length"),
+        num_hidden_layers=field("qwen3.block_count"),
+        intermediate_size=field("qwen3.feed_forward_length"),
+        num_attention_heads=field("qwen3.attention.head_count"),
+        num_key_value_heads=field("qwen3.attention.head_count_kv"),
+        head_dim=field("qwen3.attention.key_length"),
+        rms_norm_eps=field("qwen3.attention.layer_norm_rms_epsilon"),
+        rope_parameters={"rope_type": "default", "rope_theta": field("qwen3.rope.freq_base")},
+        tie_word_embeddings="output.weight" not in tensors,
+        eos_token_id=field("tokenizer.ggml.eos_token_id"),
+    )
+    model = Qwen3ForCausalLM(config).eval()
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
+    for name, weight in model.named_parameters():
+        tensor = tensors[names.get_name(name, try_suffixes=(".weight",))]
+        weight.data = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32))
+    tokenizer = copy.copy(source.tokenizer)
+    tokenizer.chat_template = field("tokenizer.chat_template")
+    tokens, _, merges = _vocabulary(tokenizer, config.vocab_size)
+    if (tokens, merges) != (field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges")):
+        raise RunError(f"{file_name(export)} holds another vocabulary than the folder")
+    return tokenizer, model
+
+
+# Ollama renders prompts by a template in Go's language, not by the one in the GGUF file.
+GO_TEMPLATE = """{{- if .System }}<|im_start|>system
+{{ .System }}<|im_end|>
+{{ end }}
+{{- range $index, $message := .Messages }}
+{{- if eq .Role "user" }}<|im_start|>user
+{{ .Content }}<|im_end|>
+{{ else if eq .Role "assistant" }}<|im_start|>assistant
+{{ .Content }}<|im_end|>
+{{ end }}
+{{- end }}<|im_start|>assistant
+"""
+NO_THINKING = "<think>\n\n</think>\n\n"
+
+
+def modelfile(source: Source, export: Export) -> str:
+    """Ollama's Modelfile: its template ends in the prompt of the trained mode; stops and decoding as in generation_config."""
+    stops = [
+        source.tokenizer.decode([token]) for token in sorted(stop_tokens(source.model, source.tokenizer))
+    ]
+    decoding = DECODING[source.thinking]
+    return "\n".join(
+        [
+            f"FROM ./{file_name(export)}",
+            f'TEMPLATE """{GO_TEMPLATE}{"" if source.thinking else NO_THINKING}"""',
+            *(f'PARAMETER stop "{stop}"' for stop in stops),
+            *(f"PARAMETER {name} {decoding[name]}" for name in ("temperature", "top_p", "top_k")),
+            "",
+        ]
+    )
+
+
+def commands(export: Export, place: str) -> list[str]:
+    """How the export is used from where it lies at `place`."""
+    file = file_name(export)
+    return [
+        f"Ollama: `cd {place} && ollama create {export.name} -f Modelfile && ollama run {export.name}`",
+        f"llama.cpp: `llama-server --jinja -m {place}/{file}`, or `llama-cli --jinja -m {place}/{file}`",
+        f"LM Studio: `lms import {place}/{file}`",
+    ]

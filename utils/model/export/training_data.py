@@ -1,0 +1,154 @@
+"""Export training rows as other trainers read them. One row an assistant turn, in the context that chat would give it.
+
+All of them render the chat template themselves. The tokens that they train are those that we train, and one final line break.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from utils.errors import UserError
+from utils.files import read_jsonl, show_path, write_json, write_jsonl
+
+TOOLS = ("llamafactory", "mlx", "trl")
+
+
+class Turn(NamedTuple):
+    """A question in its context (messages), and what answers it: a reply to train on, or a chosen and a rejected one."""
+
+    prompt: list[dict]
+    replies: list[dict]
+
+
+def read_turns(path: Path) -> Iterator[Turn]:
+    """The turns of an sft_*.jsonl or dpo_*.jsonl file. Earlier answers carry no reasoning, as in Qwen3's own history."""
+    for row in read_jsonl(path, ["id"]):
+        if "messages" in row:
+            for index, message in enumerate(row["messages"]):
+                if message["role"] == "assistant":
+                    yield Turn(_plain(row["messages"][:index]), [message])
+        else:
+            yield Turn(_plain(row["prompt"]), [row["chosen"][-1], row["rejected"][-1]])
+
+
+def _plain(messages):
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def save_training_data(data_dir: Path, place: Path, tool: str) -> list[str]:
+    """Write the rows of sft_*.jsonl and dpo_*.jsonl in `data_dir` for `tool`, with a config; return lines that say what."""
+    found = [data_dir / f"{kind}_{split}.jsonl" for kind in ("sft", "dpo") for split in ("train", "eval")]
+    found = [path for path in found if path.is_file()]
+    if not found:
+        raise UserError(
+            f"{show_path(data_dir)} holds no sft_*.jsonl or dpo_*.jsonl; make them with: "
+            "python data_prepare/convert_to_qwen3_format.py"
+        )
+    thinking = {path.stem: _reasoning_share(path) for path in found}
+    if set(thinking.values()) not in ({0.0}, {1.0}) and tool != "trl":
+        raise UserError(
+            f"{show_path(data_dir)} has rows with reasoning and rows without; of these tools only trl trains each in its own mode"
+        )
+    return WRITERS[tool](found, place, thinking)
+
+
+def _reasoning_share(path):
+    turns = list(read_turns(path))
+    return sum(bool(turn.replies[0].get("reasoning_content")) for turn in turns) / len(turns)
+
+
+def _with_reasoning(message):
+    """The message as text alone, its reasoning in the tags that the template would put around it."""
+    reasoning = message.get("reasoning_content", "").strip("\n")
+    content = message["content"].lstrip("\n")
+    return {
+        "role": "assistant",
+        "content": f"<think>\n{reasoning}\n</think>\n\n{content}" if reasoning else content,
+    }
+
+
+# ---- LLaMA-Factory: rows in its "sharegpt" form, a dataset_info.json, and the settings that fit
+
+
+def _for_llamafactory(found, place, thinking):
+    info = {}
+    tags = {
+        "role_tag": "role",
+        "content_tag": "content",
+        "user_tag": "user",
+        "assistant_tag": "assistant",
+        "system_tag": "system",
+    }
+    for path in found:
+        ranking = path.stem.startswith("dpo")
+        columns = {
+            "messages": "messages",
+            **({"chosen": "chosen", "rejected": "rejected"} if ranking else {}),
+        }
+        info[path.stem] = {
+            "file_name": path.name,
+            "formatting": "sharegpt",
+            **({"ranking": True} if ranking else {}),
+            "columns": columns,
+            "tags": tags,
+        }
+        write_jsonl(place / path.name, map(_llamafactory_row, read_turns(path)))
+    write_json(place / "dataset_info.json", info)
+    mode = "true" if thinking[found[0].stem] else "false"
+    (place / "settings.yaml").write_text(
+        f"# add to your training configuration; the prompt is then the one that these scripts train and chat with\n"
+        f"dataset_dir: .\ndataset: {found[0].stem}\ntemplate: qwen3\nenable_thinking: {mode}\n",
+        encoding="utf-8",
+    )
+    return [f"llamafactory-cli train, with the lines of {show_path(place)}/settings.yaml"]
+
+
+def _llamafactory_row(turn):
+    replies = [_with_reasoning(reply) for reply in turn.replies]
+    if len(replies) == 1:
+        return {"messages": [*turn.prompt, *replies]}
+    return {"messages": turn.prompt, "chosen": replies[0], "rejected": replies[1]}
+
+
+# ---- mlx-lm: a folder of train.jsonl and valid.jsonl; it has no DPO
+
+
+def _for_mlx(found, place, thinking):
+    names = {"sft_train": "train.jsonl", "sft_eval": "valid.jsonl"}
+    sft = [path for path in found if path.stem in names]
+    if not sft:
+        raise UserError("mlx-lm trains on conversations alone (no DPO), and there is no sft_train.jsonl")
+    for path in sft:
+        rows = ({"messages": [*turn.prompt, _with_reasoning(turn.replies[0])]} for turn in read_turns(path))
+        write_jsonl(place / names[path.stem], rows)
+    mode = "on" if thinking["sft_train"] else "off"
+    return [
+        f"python -m mlx_lm lora --train --mask-prompt --data {show_path(place)} --model FOLDER",
+        f"(FOLDER: one whose chat template has thinking {mode} by default, as a run of these scripts saves it)",
+    ]
+
+
+# ---- TRL: prompt and completion, so that the loss is on the answer alone
+
+
+def _for_trl(found, place, thinking):
+    for path in found:
+        write_jsonl(place / path.name, map(_trl_row, read_turns(path)))
+    trainer = "SFTTrainer" if found[0].stem.startswith("sft") else "DPOTrainer"
+    return [
+        f"train_dataset = load_dataset('json', data_files='{show_path(place)}/{found[0].name}', split='train')",
+        f"{trainer}(model=FOLDER, train_dataset=train_dataset, ...)",
+    ]
+
+
+def _trl_row(turn):
+    names = ("completion",) if len(turn.replies) == 1 else ("chosen", "rejected")
+    thinks = bool(turn.replies[0].get("reasoning_content"))
+    return {
+        "prompt": turn.prompt,
+        **{name: [reply] for name, reply in zip(names, turn.replies)},
+        "chat_template_kwargs": {"enable_thinking": thinks, "force_thinking": thinks},
+    }
+
+
+WRITERS = {"llamafactory": _for_llamafactory, "mlx": _for_mlx, "trl": _for_trl}
