@@ -114,7 +114,7 @@ def main(argv=None):
     args = training_arguments(settings, device, folder, plan)
 
     # 4. Build the trainer; the reference's log-probabilities come first, from the model as it starts
-    add_reference(model, {"train": train_rows, "eval": eval_rows}, args, device, folder)
+    add_reference(model, {"train": train_rows, "eval": eval_rows}, device, folder)
     log, stop = RunLog(folder, size.tokens_per_step, "DPO"), SaveAndStop()
     trainer = PackedDPOTrainer(
         model,
