@@ -75,6 +75,7 @@ def main(argv=None):
             f"--precision: wanted {' or '.join(kind.PRECISIONS) or 'none'}, got {export.precision!r}"
         )
     kind.check(folder)
+    prepare_folder(place)
     print(f"exporting {show_path(folder)} to {show_path(place)}", flush=True)
     source = load_source(folder)
 
@@ -109,7 +110,6 @@ def export_folder(settings, name):
     place = settings.OUTPUT_DIR or ROOT / "trainer_output" / "exports" / name
     if (place / "run.json").is_file():
         raise UserError(f"{show_path(place)} holds a training run; choose another --output-dir")
-    prepare_folder(place)
     return place
 
 

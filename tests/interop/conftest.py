@@ -129,7 +129,8 @@ def run_in(tmp_path):
         quiet = {
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_CACHE": str(tmp_path / "datasets"),
-            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+            "VLLM_LOGGING_LEVEL": "ERROR",  # it logs on stdout
         }
         command = [python, Path(__file__).with_name(name), *map(str, arguments)]
         done = subprocess.run(

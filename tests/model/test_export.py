@@ -118,6 +118,11 @@ def test_the_card_tells_how_the_model_was_made(export, place):
     assert "have not been compared" in card
 
 
+def test_a_model_without_a_run_can_be_exported(export, place):
+    card = (export("base") / "README.md").read_text(encoding="utf-8")
+    assert "whose training is not recorded" in card and "Trained with thinking on" in card
+
+
 def test_the_card_shows_scores_of_these_very_weights_only(export, place):
     metrics = {"folder": "runs/sft", "exam_accuracy": 0.5, "exam_interval": [0.25, 0.75], "exam_n": 12}
     write_json(place / "comparison.json", {"models": {"sft": metrics}})
@@ -202,7 +207,7 @@ def test_a_training_run_is_not_overwritten(export, place, capsys):
     assert (place / "lora/run.json").read_bytes() == before
 
 
-def test_a_missing_gguf_package_is_named(export, monkeypatch, capsys):
+def test_a_missing_gguf_package_is_named_and_leaves_nothing(export, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gguf", None)
     export("sft", "--format", "gguf", code=2)
-    assert "pip install gguf==" in capsys.readouterr().err
+    assert "pip install gguf==" in capsys.readouterr().err and not (tmp_path / "exported").exists()

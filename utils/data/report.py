@@ -39,7 +39,7 @@ def build_report(
     settings: Settings,
 ) -> dict:
     """report.json. `tokens`: those of the sampled conversations."""
-    rows, reasons = found.index.rows, found.reasons + written.set_aside
+    rows, reasons = found.row_index.rows, found.reasons + written.set_aside
     trained = conversations(rows, decisions)
     outputs = [name for name in OUTPUTS if written.outputs[name]]
     by_file = numpy.bincount(rows["file"], minlength=len(sources)).tolist()

@@ -36,7 +36,12 @@ def model_card(source: Source, export: Export, notes: list[str]) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "language: [zh]"]
     lines += [f"base_model: {export.base}"] if export.base else []
     lines += ["tags: [qwen3, traditional-chinese-medicine]", "---", "", f"# {export.name}", ""]
-    lines += [f"A Qwen3 model fine-tuned for Traditional Chinese Medicine from {base or 'an unknown base'}."]
+    origin = (
+        f"fine-tuned for Traditional Chinese Medicine from {base}"
+        if base
+        else "whose training is not recorded"
+    )
+    lines += [f"A Qwen3 model {origin}."]
     lines += [
         f"Trained with thinking {'on' if source.thinking else 'off'}; its chat template keeps to that.",
         "",

@@ -206,7 +206,7 @@ def commands(export: Export, place: str) -> list[str]:
     """How the export is used from where it lies at `place`."""
     file = file_name(export)
     return [
-        f"Ollama: `cd {place} && ollama create {export.name} -f Modelfile && ollama run {export.name}`",
+        f"Ollama: `ollama create {export.name} -f {place}/Modelfile && ollama run {export.name}`",
         f"llama.cpp: `llama-server --jinja -m {place}/{file}`, or `llama-cli --jinja -m {place}/{file}`",
         f"LM Studio: `lms import {place}/{file}`",
     ]
