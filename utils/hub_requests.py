@@ -153,7 +153,7 @@ class Endpoint:
                     raise RunError(
                         f"{failure} and asks to wait {wait} s; run this again after that"
                     ) from None
-                say(f"  {failure}; retry {failures} of {self.retries} in {wait} s")
+                say(f"  {failure}; retry {failures} of {self.retries} in {wait} s", flush=True)
                 time.sleep(wait)
 
     @contextlib.contextmanager

@@ -14,9 +14,9 @@ def printable(text: str) -> str:
     return text.translate(_SHOWN_AS)
 
 
-def say(text: str) -> None:
-    """Print on stdout a text that may come from elsewhere."""
-    print(printable(text), flush=True)
+def say(text: str, flush: bool = False) -> None:
+    """Print on stdout a text that may come from elsewhere. `flush`: at once, as what is told underway has to be."""
+    print(printable(text), flush=flush)
 
 
 def side_by_side(left: str, right: str, columns: int) -> str:
