@@ -37,6 +37,16 @@ def test_recomputing_keeps_the_input_of_every_layer_and_one_layer_as_a_whole(pla
     assert parts["activations"] < memory.memory_parts(costs, 1000, False, CPU)["activations"]
 
 
+def test_attention_without_a_fused_kernel_keeps_the_square_of_a_row(place):
+    costs = memory.measure_costs(model_of(place), False)
+    mps = Device("mps", False, "test")
+    squares = costs.layers * costs.heads * 2 * 512 * 512 * 4  # two rows
+    for recompute, layers in ((False, 1), (True, costs.layers)):
+        with_squares = memory.memory_parts(costs, 1024, recompute, mps, 512)["activations"]
+        without = memory.memory_parts(costs, 1024, recompute, mps)["activations"]
+        assert with_squares - without == pytest.approx(squares / layers, abs=2)
+
+
 def test_weights_gradients_and_optimizer(place):
     model = model_of(place)
     parts = memory.memory_parts(memory.measure_costs(model, False), 1000, False, CPU)

@@ -35,6 +35,7 @@ class Costs(NamedTuple):
     kept: int  # by autograd, whatever the tokens
     kept_per_token: float
     layers: int
+    heads: int  # of attention
     hidden: int  # width of the residual stream
     head: torch.Size  # (vocabulary, hidden)
     head_trained: bool
@@ -53,6 +54,7 @@ def measure_costs(model, bf16: bool) -> Costs:
         kept=max(0, round(short - per_token * PROBES[0])),
         kept_per_token=per_token,
         layers=model.config.num_hidden_layers,
+        heads=model.config.num_attention_heads,
         hidden=model.config.hidden_size,
         head=head.shape,
         head_trained=head.requires_grad,
@@ -86,13 +88,21 @@ def _bytes_kept(model, tokens: int, bf16: bool) -> int:
     return kept
 
 
-def memory_parts(costs: Costs, tokens: int, recompute: bool, device: Device) -> dict[str, int]:
-    """{what: bytes} at the peak of a training step whose largest batch holds `tokens` packed tokens."""
+def memory_parts(
+    costs: Costs, tokens: int, recompute: bool, device: Device, row_length: int = 0
+) -> dict[str, int]:
+    """{what: bytes} at the peak of a training step whose largest batch holds `tokens` packed tokens.
+
+    `row_length`: tokens of a row where every token sees its whole row, in attention without a fused kernel; else 0.
+    """
+    squares = (
+        costs.layers * costs.heads * tokens * row_length * FLOAT
+    )  # the weights of attention, kept by every layer
     if recompute:  # the input of every layer, and one layer as a whole
         kept = (costs.layers * costs.hidden * FLOAT + costs.kept_per_token / costs.layers) * tokens
-        kept += costs.kept / costs.layers
+        kept += (costs.kept + squares) / costs.layers
     else:
-        kept = costs.kept_per_token * tokens + costs.kept
+        kept = costs.kept_per_token * tokens + costs.kept + squares
     return {
         "weights": costs.weights,
         "gradients": costs.trainable * FLOAT,

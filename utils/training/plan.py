@@ -68,7 +68,11 @@ def plan_step(model, train_rows: PackedRows, settings, device: Device, run) -> S
     costs, free = measure_costs(model, device.bf16), free_memory(device)
 
     def parts(plan: StepPlan) -> dict[str, int]:
-        return memory_parts(costs, tokens_at_once(train_rows, plan, device), plan.recompute, device)
+        row_length = (
+            train_rows.max_length if device.name == "mps" else 0
+        )  # no fused kernel for training there
+        tokens = tokens_at_once(train_rows, plan, device)
+        return memory_parts(costs, tokens, plan.recompute, device, row_length)
 
     needed = {plan: sum(parts(plan).values()) for plan in possible}
     kept = StepPlan(*run.record["plan"]) if run.checkpoint and "plan" in run.record else None
