@@ -138,9 +138,9 @@ def free_memory(device: Device) -> int:
 def _limits(used) -> list[int]:
     """Limits set for this process, in bytes of resident memory: of its control groups (containers) and of `ulimit -v`."""
     limits = []
-    for folder in _control_groups():
+    for file in _limit_files():
         try:
-            limits.append(int((folder / "memory.max").read_text(encoding="ascii")))
+            limits.append(int(file.read_text(encoding="ascii")))
         except (OSError, ValueError):  # no such limit, or "max"
             continue
     if os.name == "posix":
@@ -152,11 +152,18 @@ def _limits(used) -> list[int]:
     return limits
 
 
-def _control_groups() -> list[Path]:
-    """The folders of this process's control group (version 2) and of those above it; a limit of any of them holds."""
+def _limit_files() -> list[Path]:
+    """The files that limit the memory of this process's control group, and of the groups above it: any of them holds."""
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
     except OSError:
         return []
-    own = next((line[3:] for line in lines if line.startswith("0::")), "/").lstrip("/")
-    return [CGROUPS / own, *(CGROUPS / parent for parent in Path(own).parents)]
+    files = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        own = Path(path.lstrip("/"))
+        if not controllers:  # version 2
+            files += [CGROUPS / place / "memory.max" for place in (own, *own.parents)]
+        elif "memory" in controllers.split(","):  # version 1
+            files += [CGROUPS / "memory" / place / "memory.limit_in_bytes" for place in (own, *own.parents)]
+    return files
