@@ -51,7 +51,7 @@ class Source(NamedTuple):
             return max(int.from_bytes(file.read(4), "little"), packed)
 
     def open_bytes(self) -> IO[bytes]:
-        """The file as bytes, unpacked. UserError where the archive is damaged or locked."""
+        """The file, unpacked. UserError where the archive is damaged or locked."""
         try:
             if self.member:
                 return zipfile.ZipFile(self.path).open(self.member)
