@@ -48,6 +48,7 @@ SEED = 0                    # changes the draws
 
 KINDS = ("auto", "facts", "mismatch", "model")
 TOLD_APART = 0.65  # share of the pairs told apart without the question from which a model would learn that
+LEAST_PAIRS = 30  # below that, the share says nothing
 
 
 def main(argv=None):
@@ -132,7 +133,7 @@ def show(split, found, target):
     lengths = found["mean_characters"]
     print(f"  mean length: chosen {lengths['chosen']}, rejected {lengths['rejected']} characters")
     print(f"  told apart without the question: {found['told_apart']:.0%} of the pairs (chance is 50%)")
-    if found["told_apart"] > TOLD_APART and found["pairs"] >= 100:
+    if found["told_apart"] > TOLD_APART and found["pairs"] >= LEAST_PAIRS:
         print(
             f"  warning: above {TOLD_APART:.0%} a model learns to recognise bad text instead of wrong facts"
         )

@@ -65,10 +65,10 @@ def main(argv=None):
 
     # 3. Decide for every row: its split, and whether it is a duplicate or a leak
     shares = split.SplitSettings(settings.EVAL_SHARE, settings.MAX_EVAL_ROWS, settings.SEED)
-    decisions = dedup.decide(found.index, found.lines, settings.NEAR_DUPLICATE, shares)
+    decisions = dedup.decide(found.row_index, found.lines, settings.NEAR_DUPLICATE, shares)
 
     # 4. Write every row to its file
-    rows = found.index.rows
+    rows = found.row_index.rows
     trained = report.conversations(rows, decisions)
     sampled = split.sample_rows(rows, trained, settings.TOKEN_ROWS, settings.SEED)
     written = convert.write_outputs(found, decisions, sampled, sources, settings.OUTPUT_DIR)

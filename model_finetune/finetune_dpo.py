@@ -72,7 +72,7 @@ def main(argv=None):
     from utils.model.save import remember_mode, save_adapter_and_merged, save_model
     from utils.training.callbacks import RunLog, SaveAndStop
     from utils.training.dataset import load_pairs, show_examples
-    from utils.training.plan import check_disk, measure_run, plan_step
+    from utils.training.plan import check_disk, estimate_hours, measure_run, plan_step
     from utils.training.reference import add_reference
     from utils.training.run_folder import RunFolder
     from utils.training.setup import report, train, training_arguments
@@ -110,11 +110,11 @@ def main(argv=None):
     size = measure_run(train_rows, eval_rows, plan, settings, folder.processes.num_processes)
     check_disk(model, settings, folder.folder)
     if settings.ESTIMATE:
-        return
+        return estimate_hours(model, train_rows, size, plan, device)
     args = training_arguments(settings, device, folder, plan)
 
     # 4. Build the trainer; the reference's log-probabilities come first, from the model as it starts
-    add_reference(model, {"train": train_rows, "eval": eval_rows}, args, device, folder)
+    add_reference(model, {"train": train_rows, "eval": eval_rows}, device, folder)
     log, stop = RunLog(folder, size.tokens_per_step, "DPO"), SaveAndStop()
     trainer = PackedDPOTrainer(
         model,

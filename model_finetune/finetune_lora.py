@@ -67,7 +67,7 @@ def main(argv=None):
     from utils.model.save import remember_mode, save_adapter_and_merged
     from utils.training.callbacks import RunLog, SaveAndStop
     from utils.training.dataset import load_conversations, show_examples
-    from utils.training.plan import check_disk, measure_run, plan_step
+    from utils.training.plan import check_disk, estimate_hours, measure_run, plan_step
     from utils.training.run_folder import RunFolder
     from utils.training.setup import report, train, training_arguments
     from utils.training.trainer import PackedTrainer
@@ -101,7 +101,7 @@ def main(argv=None):
     size = measure_run(train_rows, eval_rows, plan, settings, folder.processes.num_processes)
     check_disk(model, settings, folder.folder)
     if settings.ESTIMATE:
-        return
+        return estimate_hours(model, train_rows, size, plan, device)
     args = training_arguments(settings, device, folder, plan)
 
     # 4. Build the trainer

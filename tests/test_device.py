@@ -102,3 +102,14 @@ def test_training_arguments_follow_the_device(machine, monkeypatch, tmp_path, si
     assert args.seed == args.data_seed == 7
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (2, 3)
     assert args.activation_checkpointing
+
+
+@pytest.mark.parametrize("version, refused", [("13.6.1", True), ("14.0", False), ("15.2", False)])
+def test_bf16_on_an_apple_gpu_needs_macos_14(machine, monkeypatch, version, refused):
+    machine(mps=True)
+    monkeypatch.setattr(device.platform, "mac_ver", lambda: (version, ("", "", ""), "arm64"))
+    if refused:
+        with pytest.raises(UserError, match="needs macOS 14, and this is 13.6.1; take fp32"):
+            pick_device("mps", "bf16")
+    else:
+        assert pick_device("mps", "bf16").bf16

@@ -107,6 +107,7 @@ ON_DISK = {  # what each script reads and writes
     "report.json lengths.png",
     "data_prepare/download_tcm_data.py": "data_prepare/raw/ .source.json",
     "model_download/download_model.py": "model_download/ source.json",
+    "model_download/export_model.py": "trainer_output/sft_finetuned README.md run.json",
     "model_download/load_local_model.py": "trainer_output/sft_finetuned /save",
     "model_download/pretrain_tiny_model.py": "statements.jsonl exercises.json terms.jsonl model_download/tiny_qwen3_tcm/",
     "model_finetune/compare_models.py": "sft_eval.jsonl exam.jsonl dpo_eval.jsonl general_questions.jsonl comparison.md comparison.json "

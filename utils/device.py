@@ -53,6 +53,10 @@ def pick_device(name="auto", precision="auto"):
         )
     if name == "cpu":
         hold_memory()
+    if name == "mps" and precision == "bf16" and () < _macos() < (14,):
+        raise UserError(
+            f"--precision bf16 on an Apple GPU needs macOS 14, and this is {platform.mac_ver()[0]}; take fp32"
+        )
     native, reason = {"cuda": _cuda_bf16, "mps": _mps_bf16, "cpu": _cpu_bf16}[name]()
     if precision == "auto":
         return Device(
@@ -91,6 +95,10 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # numbers of malloc.h
 def _cuda_bf16():
     major, minor = torch.cuda.get_device_capability()
     return major >= 8, f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
+
+
+def _macos() -> tuple[int, ...]:
+    return tuple(int(part) for part in platform.mac_ver()[0].split(".") if part.isdigit())
 
 
 def _mps_bf16():

@@ -110,7 +110,8 @@ class Hub:
         total = sum(file.size for file in wanted.values())
         say(
             f"{repo.id} at {repo.commit[:7]} from {self.endpoint}: {len(wanted)} file{'s' * (len(wanted) > 1)}, "
-            f"{format_bytes(total)}, {format_bytes(to_fetch)} to fetch"
+            f"{format_bytes(total)}, {format_bytes(to_fetch)} to fetch",
+            flush=True,
         )
         for folder in {path.parent for path in missing}:
             _check_space(folder, to_fetch)
@@ -152,7 +153,7 @@ class Hub:
                 if not problem:
                     return
             if not last:
-                say(f"  {file.path} arrived damaged ({problem}); fetching it once more")
+                say(f"  {file.path} arrived damaged ({problem}); fetching it once more", flush=True)
         raise RunError(
             f"{file.path} of {repo.id} arrived damaged twice from {self.endpoint} ({problem}); {OTHER_MIRROR}"
         )

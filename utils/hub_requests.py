@@ -153,7 +153,7 @@ class Endpoint:
                     raise RunError(
                         f"{failure} and asks to wait {wait} s; run this again after that"
                     ) from None
-                say(f"  {failure}; retry {failures} of {self.retries} in {wait} s")
+                say(f"  {failure}; retry {failures} of {self.retries} in {wait} s", flush=True)
                 time.sleep(wait)
 
     @contextlib.contextmanager
@@ -226,7 +226,8 @@ class Endpoint:
         if code == "GatedRepo":
             return f"{repo_id} is gated: accept its terms at {page}, then set HF_TOKEN to a token of that account"
         if status == 401 and "authorization" in response.request.headers:
-            return f"{host} refused the token in HF_TOKEN (401, {reason}); make a new one at {HOME}/settings/tokens"
+            mend = f"make a new one at {HOME}/settings/tokens, or unset it: public files need none"
+            return f"{host} refused the token in HF_TOKEN (401, {reason}); {mend}"
         if status == 403:
             return f"{host} does not allow reading {repo_id} (403, {reason}); ask for access at {page}"
         if code == "RevisionNotFound":

@@ -6,17 +6,17 @@ from itertools import zip_longest
 # Text from a model, a server or a file may hold anything. Control characters would move the cursor or change the terminal,
 # and bidirectional ones show letters in another order than they are in: all are shown as U+FFFD.
 _CONTROLS = (*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-_CONTROLS = dict.fromkeys(_CONTROLS, "\ufffd")
+_SHOWN_AS = dict.fromkeys(_CONTROLS, "\ufffd")
 
 
 def printable(text: str) -> str:
     """`text` without characters that would control the terminal; line breaks and tabs stay."""
-    return text.translate(_CONTROLS)
+    return text.translate(_SHOWN_AS)
 
 
-def say(text: str) -> None:
-    """Print on stdout a text that may come from elsewhere."""
-    print(printable(text), flush=True)
+def say(text: str, flush: bool = False) -> None:
+    """Print on stdout a text that may come from elsewhere. `flush`: at once, as what is told underway has to be."""
+    print(printable(text), flush=flush)
 
 
 def side_by_side(left: str, right: str, columns: int) -> str:

@@ -149,7 +149,7 @@ def test_a_trained_folder_answers_the_same_through_the_code_in_the_readme(
     )  # the trainer's handlers of Ctrl-C are its script's
     trainer = importlib.import_module(f"model_finetune.finetune_{method}")
     assert trainer.main(
-        arguments(method, make_place(tmp_path), tmp_path / "trained", "--rows-per-step", "4")
+        arguments(method, make_place(tmp_path), tmp_path / "trained", "--rows-per-step", "4", "--epochs", "4")
     ) in (None, 0)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     [code] = re.findall(r"```python\n(from transformers import .*?)```", readme, re.DOTALL)

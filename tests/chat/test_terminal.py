@@ -107,7 +107,7 @@ def test_session_in_a_terminal(tiny_folder, chat_model, tmp_path):
 
     assert "/undo" in terminal.type("/help\n")
     terminal.type("甘草\n", answered)
-    assert "1 turns appended" in terminal.type(f"/save {saved}\n")
+    assert "1 turn appended" in terminal.type(f"/save {saved}\n")
     assert "set" in terminal.type("/system 你是中医师。\n")
     assert "thinking off" in terminal.type("/think off\n")
     assert "temperature 0.9" in terminal.type("/set temperature=0.9\n")
@@ -144,7 +144,7 @@ def test_session_in_a_terminal(tiny_folder, chat_model, tmp_path):
     terminal.type("/undo\n")
     terminal.type("/think auto\n")
     terminal.type("甘草\n", answered)
-    assert "1 turns appended" in terminal.type(f"/save {saved}\n")
+    assert "1 turn appended" in terminal.type(f"/save {saved}\n")
     terminal.type("/bye\n", r"\n$")
     assert os.waitpid(terminal.pid, 0)[1] == 0
     assert "Traceback" not in terminal.screen

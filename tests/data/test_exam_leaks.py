@@ -7,6 +7,7 @@ from data_rows import turns, write_lines
 from exam_items import make_items, ways_to_ask
 
 
+@pytest.mark.slow
 def test_six_ways_to_ask_are_found_and_innocent_rows_stay(tmp_path, convert):
     chance, items = random.Random(1), make_items(seed=1)
     exam, others = items[:200], items[200:400]

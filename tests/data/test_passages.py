@@ -20,7 +20,7 @@ def passage(number, length=260):
     )
 
 
-@pytest.mark.parametrize("questions", [3, 12, 60])
+@pytest.mark.parametrize("questions", [3, 12, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", ["input first", "question first"])
 def test_questions_about_one_passage_stay_together(tmp_path, convert, questions, form):
     asked = [

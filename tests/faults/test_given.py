@@ -60,7 +60,7 @@ GIVEN = [
     (
         "wrong kind",
         "convert --input-files {w}/notes.json",
-        "no row could be used (1 fields not recognised); fields found: title",
+        "no row could be used (1 fields not recognised); the first is notes.json, line 1: fields not recognised; fields found: title",
     ),
     ("wrong kind", "pairs --input-dir {w}/unanswered", "sft_train.jsonl, line 1: messages is not"),
     ("wrong kind", "pairs --kind facts --terms-file {w}/photo.jsonl", "photo.jsonl, line 1: not"),

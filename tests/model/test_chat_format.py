@@ -212,3 +212,12 @@ def test_examples_show_what_is_trained(tokenizer, tmp_path, capsys):
     show_examples(load_conversations(tmp_path / "rows.jsonl", tokenizer, 100)[0], tokenizer, 5)
     shown = capsys.readouterr().out
     assert "<think>\n\n</think>\n\n[[温。<|im_end|>]]" in shown
+
+
+def test_examples_do_not_control_the_terminal(tokenizer, tmp_path, capsys):
+    """A row of somebody else's may hold escape sequences."""
+    row = [SINGLE[0], {"role": "assistant", "content": "\x1b[2J温。"}]
+    write_jsonl(tmp_path / "rows.jsonl", [{"id": "1", "messages": row}])
+    show_examples(load_conversations(tmp_path / "rows.jsonl", tokenizer, 100)[0], tokenizer, 5)
+    shown = capsys.readouterr().out
+    assert "温。" in shown and "\x1b" not in shown

@@ -14,7 +14,7 @@ from utils import errors
 from utils.errors import UserError, run
 from utils.hub import HubFile, Repo
 from utils.model.folders import check_model
-from utils.training import callbacks, run_folder
+from utils.training import callbacks, lock
 
 
 @pytest.mark.slow
@@ -94,12 +94,12 @@ def test_a_folder_is_held_without_fcntl(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "fcntl", None)
     monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
-    (tmp_path / run_folder.LOCK).write_text("4711", encoding="utf-8")  # of a process that was killed
-    first = run_folder._lock(tmp_path)
+    (tmp_path / lock.NAME).write_text("4711", encoding="utf-8")  # of a process that was killed
+    first = lock.lock_folder(tmp_path)
     with pytest.raises(UserError, match=rf"in use by another run \(process {os.getpid()}\)"):
-        run_folder._lock(tmp_path)
+        lock.lock_folder(tmp_path)
     first.close()
-    assert all(position > (tmp_path / run_folder.LOCK).stat().st_size for _, position in held)
+    assert all(position > (tmp_path / lock.NAME).stat().st_size for _, position in held)
 
 
 def test_no_line_editing_where_there_is_no_readline(monkeypatch):

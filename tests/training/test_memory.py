@@ -1,7 +1,6 @@
 """The forecast of memory: what grows with the tokens is told from what does not, and limits are obeyed."""
 
 import resource
-from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +36,16 @@ def test_recomputing_keeps_the_input_of_every_layer_and_one_layer_as_a_whole(pla
     assert parts["activations"] < memory.memory_parts(costs, 1000, False, CPU)["activations"]
 
 
+def test_attention_without_a_fused_kernel_keeps_the_square_of_a_row(place):
+    costs = memory.measure_costs(model_of(place), False)
+    mps = Device("mps", False, "test")
+    squares = costs.layers * costs.heads * 2 * 512 * 512 * 4  # two rows
+    for recompute, layers in ((False, 1), (True, costs.layers)):
+        with_squares = memory.memory_parts(costs, 1024, recompute, mps, 512)["activations"]
+        without = memory.memory_parts(costs, 1024, recompute, mps)["activations"]
+        assert with_squares - without == pytest.approx(squares / layers, abs=2)
+
+
 def test_weights_gradients_and_optimizer(place):
     model = model_of(place)
     parts = memory.memory_parts(memory.measure_costs(model, False), 1000, False, CPU)
@@ -53,29 +62,33 @@ def test_a_frozen_base_is_held_in_the_format_of_its_products(place):
 
 
 def test_memory_that_a_control_group_may_use(tmp_path, monkeypatch):
-    """Of its own group and of every group above it."""
-    free = memory.free_memory(CPU)
-    monkeypatch.setattr(memory, "_control_groups", lambda: [tmp_path / "a/b", tmp_path / "a", tmp_path])
-    (tmp_path / "a/b").mkdir(parents=True)
-    for folder, text in (("a/b", "max\n"), ("a", "12345678\n"), ("", "99999999999999\n")):
-        (tmp_path / folder / "memory.max").write_text(text, encoding="ascii")
+    free, files = memory.free_memory(CPU), [tmp_path / name for name in ("own", "above", "top")]
+    monkeypatch.setattr(memory, "_limit_files", lambda: files)
+    for file, text in zip(files, ("max\n", "12345678\n", "9223372036854771712\n")):
+        file.write_text(text, encoding="ascii")
     assert memory.free_memory(CPU) == 12345678
-    (tmp_path / "a/memory.max").unlink()
+    files[1].unlink()
     assert abs(memory.free_memory(CPU) - free) < 2**30  # other programs come and go
 
 
-def test_control_groups_are_those_of_this_process(monkeypatch):
-    if not Path("/proc/self/cgroup").exists():
-        pytest.skip("no control groups here")
-    groups = memory._control_groups()
-    assert groups[-1] == memory.CGROUPS and all(group.is_relative_to(memory.CGROUPS) for group in groups)
+@pytest.mark.parametrize(
+    "lines, files",
+    [
+        ("0::/a/b\n", ["a/b/memory.max", "a/memory.max", "memory.max"]),
+        ("3:cpu,memory:/a\n2:cpuset:/\n", ["memory/a/memory.limit_in_bytes", "memory/memory.limit_in_bytes"]),
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_limits_of_this_process_and_of_the_groups_above_it(monkeypatch, lines, files):
+    monkeypatch.setattr(memory.Path, "read_text", lambda path, **how: lines)
+    assert memory._limit_files() == [memory.CGROUPS / file for file in files]
 
 
 def test_address_space_limited_by_ulimit(monkeypatch):
     class Used:
         rss, vms = 2**30, 5 * 2**30
 
-    monkeypatch.setattr(memory, "_control_groups", lambda: [])
+    monkeypatch.setattr(memory, "_limit_files", lambda: [])
     monkeypatch.setattr(resource, "getrlimit", lambda what: (8 * 2**30, 8 * 2**30))
     assert memory._limits(Used) == [4 * 2**30]
 

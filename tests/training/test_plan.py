@@ -1,5 +1,7 @@
 """How an optimizer step is computed follows from the memory, and changes nothing but rounding."""
 
+import re
+
 import pytest
 from small_runs import train, weights
 
@@ -90,3 +92,13 @@ def test_the_estimate_lists_every_way(place, tmp_path, capsys):
     assert train("sft", place, tmp_path / "out", "--estimate", "--rows-per-step", 4) == 0
     said = capsys.readouterr().out
     assert all(str(way) in said for way in ways(4)) and said.count("chosen") == 1
+
+
+def test_the_estimate_tells_the_time_and_leaves_no_gradient(place, tmp_path, capsys, method):
+    assert train(method, place, tmp_path / "out", "--estimate") == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(
+        r"time: about [\d.]+ (s|min|h) of training at [\d,]+ tokens/s, measured on one row, "
+        r"with activations recomputed [\d.]+ (s|min|h), evaluations and checkpoints apart",
+        said,
+    )

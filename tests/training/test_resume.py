@@ -13,16 +13,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from small_runs import METHODS, arguments, make_place, same_weights
+from small_runs import METHODS, arguments, same_weights
 
 from utils.errors import run
 from utils.files import read_jsonl
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("runs"))
-
 
 if not hasattr(os, "fork"):
     pytest.skip("stops trainings in forked processes", allow_module_level=True)
@@ -51,9 +45,15 @@ def script(method, given, output, environment):
     sys.exit(code)
 
 
-def start(method, place, output, *more, environment=None):
+def start(method, place, output, *more, environment=None, precision="fp32"):
     process = SERVER.Process(
-        target=script, args=(method, arguments(method, place, output, *more), output, environment or {})
+        target=script,
+        args=(
+            method,
+            arguments(method, place, output, *more, precision=precision),
+            output,
+            environment or {},
+        ),
     )
     process.start()
     return process
@@ -98,16 +98,22 @@ def said(processes, output):
     return Path(f"{output}{0 if len(processes) > 1 else ''}.said").read_text(encoding="utf-8")
 
 
-def to_the_end(method, place, output, *more):
-    return said([start(method, place, output, *more)], output)
+def to_the_end(method, place, output, precision="fp32"):
+    return said([start(method, place, output, precision=precision)], output)
 
 
 @pytest.fixture(scope="module")
 def finished(place):
-    """{method: finished folder}, each trained once and never stopped."""
-    for method in METHODS:
-        to_the_end(method, place, place / f"{method}_whole")
-    return {method: place / f"{method}_whole" for method in METHODS}
+    """finished(method, precision) -> the folder of a run that was never stopped, trained at the first call."""
+    folders = {}
+
+    def folder(method, precision="fp32"):
+        if (method, precision) not in folders:
+            folders[method, precision] = place / f"{method}_{precision}_whole"
+            to_the_end(method, place, folders[method, precision], precision)
+        return folders[method, precision]
+
+    return folder
 
 
 def same_run(one, other):
@@ -117,11 +123,11 @@ def same_run(one, other):
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_killed_run_ends_in_the_same_weights(finished, place, method):
+def test_a_killed_run_ends_in_the_same_weights(finished, place, method, precision):
     """kill -9 four times: twice after a random step, once while a checkpoint is written, once while the final model is."""
-    output, draw = place / f"{method}_killed", random.Random(method)
-    log, lines = output / "training_log.jsonl", len(list(read_jsonl(finished[method] / "training_log.jsonl")))
+    output, draw = place / f"{method}_{precision}_killed", random.Random(method + precision)
+    whole, log = finished(method, precision), output / "training_log.jsonl"
+    lines = len(list(read_jsonl(whole / "training_log.jsonl")))
     early, late = sorted(draw.sample(range(2, lines - 2), 2))
     moments = [
         lambda: log.is_file() and log.read_bytes().count(b"\n") >= early,
@@ -130,12 +136,12 @@ def test_a_killed_run_ends_in_the_same_weights(finished, place, method):
         (output / ".partial-model").is_dir,
     ]
     for moment in moments:
-        process = start(method, place, output)
+        process = start(method, place, output, precision=precision)
         wait_until(process, moment)
         process.kill()
         process.join()
-    assert "going on from" in to_the_end(method, place, output)
-    assert same_run(output, finished[method])
+    assert "going on from" in to_the_end(method, place, output, precision)
+    assert same_run(output, whole)
     assert not [path.name for path in output.iterdir() if "partial" in path.name]
 
 
@@ -150,7 +156,7 @@ def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on(finished, place):
     assert "checkpoint written; the same command goes on" in errors and "Traceback" not in errors
     assert list(output.glob("checkpoint-*"))
     to_the_end("sft", place, output)
-    assert same_run(output, finished["sft"])
+    assert same_run(output, finished("sft"))
 
 
 def losses(folder):
@@ -194,12 +200,11 @@ def by_two(place):
     return {**done, "sft": (place / "sft_two", launched.stdout)}
 
 
-@pytest.mark.parametrize("method", METHODS)
 def test_two_processes_compute_what_one_does(finished, by_two, method):
     """Sums are taken in another order, so the losses agree to float32's accuracy, 1e-5 relative, not to the bit."""
     folder, printed = by_two[method]
     assert "on 2 processes" in printed and printed.count("finished in") == 1  # one of them speaks
-    (steps, one), (also, two) = zip(*losses(finished[method])), zip(*losses(folder))
+    (steps, one), (also, two) = zip(*losses(finished(method))), zip(*losses(folder))
     assert steps == also and two == pytest.approx(one, rel=1e-5)
 
 

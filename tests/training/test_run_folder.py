@@ -1,11 +1,16 @@
 """The life of a training folder: finished, changed, moved aside, held by another run, with a damaged checkpoint."""
 
+import errno
 import json
 import shutil
+from types import SimpleNamespace
 
+import pytest
 from small_runs import same_weights, train
 
-from utils.files import read_json
+from utils.files import read_json, write_json
+from utils.model.run_record import write_record
+from utils.training import run_folder
 
 
 def test_a_finished_run_says_so_and_is_left_alone(runs, place, capsys):
@@ -62,3 +67,104 @@ def test_estimate_tells_and_touches_nothing(place, tmp_path, capsys, method):
     said = capsys.readouterr().out
     assert "memory: " in said and "disk: " in said and "steps" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def stopped(runs, tmp_path):
+    """stopped(method) -> a copy of a finished run, as it stands after a kill in its second epoch."""
+
+    def copy(method):
+        output = tmp_path / "stopped"
+        shutil.copytree(runs(method), output)
+        write_record(output, read_json(output / "run.json") | {"status": "running"})
+        newest = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        shutil.rmtree(newest)
+        return output
+
+    return copy
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"step": 3, "loss"', '{"loss": 1}', "\x00\x01"])
+def test_a_damaged_line_of_the_log_does_not_stop_a_run(stopped, runs, place, capsys, damage):
+    output = stopped("sft")
+    lines = (output / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
+    damaged = "\n".join([*lines[:5], damage, *lines[5:]]) + "\n"
+    (output / "training_log.jsonl").write_text(damaged, encoding="utf-8")
+    assert train("sft", place, output) == 0
+    assert "1 damaged lines are left out of the curve" in capsys.readouterr().out
+    assert same_weights(output, runs("sft"))
+
+
+@pytest.mark.parametrize("manifest", ["{}", "[]", '{"model.safetensors": [1]}', "null", "7"])
+def test_a_manifest_that_lists_no_whole_checkpoint(stopped, place, capsys, manifest):
+    output = stopped("sft")
+    (checkpoint,) = output.glob("checkpoint-*")
+    (checkpoint / "MANIFEST.json").write_text(manifest, encoding="utf-8")
+    assert train("sft", place, output) == 0
+    said = capsys.readouterr().out
+    assert f"{checkpoint.name} is damaged" in said and "going on from" not in said
+
+
+@pytest.mark.parametrize("field", ["status", "identity", "settings", "results"])
+def test_a_damaged_record_is_told_by_its_field(runs, place, tmp_path, capsys, field):
+    output = tmp_path / "out"
+    shutil.copytree(runs("sft"), output)
+    write_record(output, read_json(output / "run.json") | {field: 5})
+    assert train("sft", place, output) == 2
+    said = capsys.readouterr().err
+    assert f"run.json is damaged: its {field} is no" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("change", ["model", "pairs", "digit", "text"])
+def test_the_reference_is_that_of_this_model_and_these_pairs(runs, place, tmp_path, capsys, change):
+    """A run that was killed before its first checkpoint leaves its reference behind; another run must not take it."""
+    output, other = tmp_path / "out", runs("dpo") / "reference_logps.json"
+    output.mkdir()
+    kept = read_json(other)
+    if change in ("model", "pairs"):
+        kept["identity"][{"model": "MODEL", "pairs": "TRAIN_FILE"}[change]] = "sha256 of another"
+    elif change == "digit":
+        kept["logps"]["train"][3][0] += 0.25
+    write_json(output / "reference_logps.json", "nothing" if change == "text" else kept)
+    assert train("dpo", place, output) == 0
+    assert "computing the reference log-probabilities again (" in capsys.readouterr().out
+    assert same_weights(output, runs("dpo"))
+    assert (output / "reference_logps.json").read_bytes() == other.read_bytes()
+
+
+def test_fresh_on_a_link_to_another_place_keeps_the_run_there(runs, place, tmp_path):
+    real, link = tmp_path / "disk/out", tmp_path / "out"
+    shutil.copytree(runs("sft"), real)
+    link.symlink_to(real, target_is_directory=True)
+    assert train("sft", place, link, "--fresh", "--max-steps", 1) == 0
+    (kept,) = (tmp_path / "disk").glob("out.*")
+    assert same_weights(kept, runs("sft")) and not list(tmp_path.glob("out.*"))
+
+
+def test_fresh_on_a_mount_point_keeps_the_run_inside(tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    (folder / "checkpoint-3").mkdir(parents=True)
+    monkeypatch.setattr(run_folder, "_device", lambda path: str(path))  # every folder a disk of its own
+    run_folder.RunFolder._move_aside(SimpleNamespace(folder=folder))
+    (kept,) = folder.glob("earlier.*")
+    assert [path.name for path in kept.iterdir()] == ["checkpoint-3"]
+
+
+def test_a_lock_that_is_a_link_is_refused_and_its_target_left_alone(place, tmp_path, capsys):
+    (tmp_path / "precious").write_text("text", encoding="utf-8")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.lock").symlink_to(tmp_path / "precious")
+    assert train("sft", place, tmp_path / "out") == 2
+    assert ".lock is a link to another file; remove it" in capsys.readouterr().err
+    assert (tmp_path / "precious").read_text(encoding="utf-8") == "text"
+
+
+def test_a_disk_without_locks_is_not_called_in_use(place, tmp_path, capsys, monkeypatch):
+    import fcntl
+
+    def refuse(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert train("sft", place, tmp_path / "out") == 2
+    assert "lies on a disk that knows no file locks (No locks available)" in capsys.readouterr().err

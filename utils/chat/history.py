@@ -39,7 +39,8 @@ class History:
     """The system text and the turns. `start` is the first turn that still fits into the context window."""
 
     def __init__(self, system: str = ""):
-        self.system, self.turns, self.start = system, [], 0
+        self.system, self.start = system, 0
+        self.turns: list[Turn] = []
 
     def messages(self, turns: list[Turn], question: str = "") -> list[dict]:
         """The system text, some turns, and a question, as a model's messages."""

@@ -201,14 +201,14 @@ class Chat:
         count = self.history.save(path)
         left_out = len(self.history.turns) - count
         cut = f"; {left_out} with a cut answer left out" if left_out else ""
-        note(f"({count} turns appended to {show_path(path)}{cut})")
+        note(f"({_turns(count)} appended to {show_path(path)}{cut})")
 
     def _load(self, text):
         path = _jsonl_path("/load", text)
         self.history, self.unanswered = load_history(path), ""
         turns = self.history.turns
         last = f"; the last question: {shorten(turns[-1].question)}" if turns else ""
-        note(f"({len(turns)} turns from {show_path(path)}{last})")
+        note(f"({_turns(len(turns))} from {show_path(path)}{last})")
 
     def _model(self, text):
         if not text:
@@ -245,6 +245,10 @@ class Chat:
             chat_model, self.options
         )  # renders its template: a broken one is told now, not at every question
         return chat_model
+
+
+def _turns(count):
+    return f"{count} turn{'s' * (count != 1)}"
 
 
 def _user_path(text):

@@ -25,14 +25,18 @@ def refusal(sources: list[Source], found: Recognised, columns: str) -> str:
     counted = ", ".join(f"{count:,} {reason}" for reason, count in found.reasons.most_common())
     text = f"no row could be used ({counted or 'the input is empty'})"
     if first is not None:
-        reject = found.rejects[first]
-        detail = f" ({shorten(reject.detail, 100)})" if reject.detail else ""
-        text += f"; the first is {sources[first].name}, line {reject.line}: {reject.reason}{detail}"
+        text += f"; the first is {sources[first].name}, line {_why(found.rejects[first])}"
     if strange is not None:
         return text + _read_as(sources, found, strange)
     if found.reasons["not JSON"]:  # pretty-printed
         text += "; wanted one JSON object for each row: one a line, or all in one array"
     return text
+
+
+def _why(reject):
+    """The line, reason and detail of a row; of unknown fields not the detail, because advice names them."""
+    known = reject.detail and reject.reason != "fields not recognised"
+    return f"{reject.line}: {reject.reason}" + (f" ({shorten(reject.detail, 100)})" if known else "")
 
 
 def _read_as(sources, found, file):
@@ -48,26 +52,23 @@ def _read_as(sources, found, file):
         return text + "; wanted rows with a question and an answer, one JSON object a row"
     line, row = next(known for known in rows if all(known.row[name] for name in columns))
     question, answer = (shorten(row[name], SHOWN) for name in columns)
+    path = shlex.quote(show_path(sources[file].path))
     flag = shlex.quote(f"question={columns[0]},answer={columns[1]}")
     return (
-        f"{text}; name them, for example: {COMMAND} --columns {flag}"
+        f"{text}; name them, for example: {COMMAND} --input-files {path} --columns {flag}"
         f" (line {line} is then read as question: {question} answer: {answer})"
     )
 
 
 def notes(sources: list[Source], found: Recognised, columns: dict[str, str]) -> list[str]:
     """A line for each file of which no row could be used, and for columns that look the wrong way round."""
-    rows, said = found.index.rows, []
+    rows, said = found.row_index.rows, []
     for file, source in enumerate(sources):
         mine = rows["kind"][rows["file"] == file]
         if len(mine) and (mine == KIND[""]).all() and file in found.rejects:
-            reject = found.rejects[file]
-            detail = f" ({shorten(reject.detail, 100)})" if reject.detail else ""
             advice = _read_as(sources, found, file if file in found.unknown else None)
-            advice = advice.replace(COMMAND, f"{COMMAND} --input-files {show_path(source.path)}")
-            said.append(
-                f"{source.name}: none of its {len(mine):,} rows could be used; line {reject.line}: {reject.reason}{detail}{advice}"
-            )
+            why = f"none of its {len(mine):,} rows could be used; line {_why(found.rejects[file])}"
+            said.append(f"{source.name}: {why}{advice}")
         elif not len(mine):
             said.append(f"{source.name}: no row in it")
     if columns and look_reversed(columns.get("question", ""), columns.get("answer", "")):

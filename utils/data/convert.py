@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy
 import psutil
@@ -28,9 +28,7 @@ from utils.text import format_bytes
 OUTPUTS = ("sft_train", "sft_eval", "dpo_train", "dpo_eval", "exam")
 RUN = 1000  # rows written at a time, at most
 LARGE = 32e6  # bytes: from here up, several processes are worth their start
-BYTES_A_ROW = (
-    650  # of memory at the most, while questions are compared; measured, see tests/benchmarks/README.md
-)
+BYTES_A_ROW = 1000  # of memory: 300 measured for mixed questions, 1,000 where all are one long template
 FORECAST_ROWS = 50_000  # rows after which the memory is forecast for the first time
 UNKNOWN_ROWS, UNKNOWN_CHARACTERS = 200, 300  # kept of a batch to suggest columns by: rows, and of each text
 
@@ -61,7 +59,7 @@ class Examined(NamedTuple):
     file: int
     lines: bytes
     lengths: list  # bytes of each line
-    index: IndexedBatch
+    indexed: IndexedBatch
     schemas: Counter
     reasons: Counter
     trimmed: int  # conversations of which turns at an end were left out
@@ -70,9 +68,9 @@ class Examined(NamedTuple):
 
 
 class Recognised(NamedTuple):
-    """All rows after the first pass; the lines of both stores are in the order of `index.rows`."""
+    """All rows after the first pass; the lines of both stores are in the order of `row_index.rows`."""
 
-    index: RowIndex
+    row_index: RowIndex
     lines: TextStore  # as in Examined
     originals: TextStore  # the rows as they were given, a JSON text each
     schemas: Counter
@@ -101,7 +99,7 @@ def recognise(sources: list[Source], options: RowOptions, folder: Path, workers:
     with ByteProgress("rows recognised", 0, size, always=False) as meter:
         for examined in map_tasks(examine, tasks, workers):
             found.lines.add(examined.lines, examined.lengths)
-            found.index.add(examined.file, examined.index)
+            found.row_index.add(examined.file, examined.indexed)
             found.schemas.update(examined.schemas)
             found.reasons.update(examined.reasons)
             found.trimmed.append(examined.trimmed)
@@ -112,11 +110,11 @@ def recognise(sources: list[Source], options: RowOptions, folder: Path, workers:
             # About: the same rows take more or less as tables and arrays than as JSON lines.
             done = min(found.originals.ends[-1], size - 1)
             meter.show(done)
-            if found.index.count >= forecast_at:
-                refuse_too_many(found.index.count, done / size)
+            if found.row_index.count >= forecast_at:
+                refuse_too_many(found.row_index.count, done / size)
                 forecast_at *= 2
         meter.show(size)
-    found.index.finish()
+    found.row_index.finish()
     return found
 
 
@@ -153,8 +151,13 @@ def _as_json(raw, encoding):
 def examine(batch: Batch) -> Examined:
     """Recognise the rows of one batch."""
     source, options = batch.source, batch.options
-    indexed, lines, rejects, unknown = [], [], [], []
-    schemas, reasons, trimmed = Counter(), Counter(), 0
+    indexed: list[tuple[int, int, Item | None]] = []
+    lines: list[bytes] = []
+    rejects: list[FirstReject] = []
+    unknown: list[UnknownRow] = []
+    schemas: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    trimmed = 0
     for number, raw in batch.rows:
         row = None
         try:
@@ -187,7 +190,7 @@ def _shortened(value):
 def _output_line(name: str, line: int, key: int, item: Item) -> bytes:
     body, source = item.body, _ENCODE(f"{name}:{line}")
     if item.kind == "exam":
-        body["subject"] = body["subject"] or Path(name).name.partition(".")[0]
+        body["subject"] = body["subject"] or Path(name.removesuffix(".gz")).stem
     if item.kind == "sft":  # nearly every row: put together here in half the time of the encoder
         fields = (
             ", ".join([f'"{field}": {_ENCODE(value)}' for field, value in turn.items()])
@@ -226,8 +229,8 @@ def write_outputs(
     written = Written(Counter(), Counter(), [])
     with ExitStack() as stack:
         ledger = stack.enter_context(atomic_write(folder / "set_aside.jsonl", "wb"))
-        files: dict[str, BinaryIO] = {}
-        for run in _runs(found.index.rows, decisions, sampled):
+        files: dict[str, IO[bytes]] = {}
+        for run in _runs(found.row_index.rows, decisions, sampled):
             if run.output < 0:
                 ledger.write(found.lines.read(run.start, run.end))
             elif run.status != KEPT:
@@ -238,7 +241,7 @@ def write_outputs(
                 if name not in files:
                     files[name] = stack.enter_context(atomic_write(folder / f"{name}.jsonl", "wb"))
                 lines = found.lines.read(run.start, run.end)
-                if found.index.rows["kind"][run.start] == KIND["bad"]:
+                if found.row_index.rows["kind"][run.start] == KIND["bad"]:
                     lines = _pair_line(lines, found.lines.read(decisions.duplicate_of[run.start]))
                 files[name].write(lines)
                 written.outputs[name] += run.end - run.start
@@ -271,7 +274,7 @@ def _pair_line(bad: bytes, good: bytes) -> bytes:
 
 def _repeat_line(row, found, decisions, sources):
     """The ledger's line of a row that repeats or leaks another, or is a bad answer alone."""
-    rows, other = found.index.rows, decisions.duplicate_of[row]
+    rows, other = found.row_index.rows, decisions.duplicate_of[row]
 
     def name_of(number):
         return sources[rows["file"][number]].name

@@ -27,14 +27,19 @@ FAMILY = 5  # more questions than this, alike but for a word, are a template, no
 PASSAGE = (
     0.6  # of the shorter question's shingles: with so much in common, two questions are about one passage
 )
+PASSAGE_TRIES = (
+    4  # questions with which one is compared in vain, so that a template of many rows costs linear time
+)
 LARGEST_PASSAGE = (
     100,
     0.1,
 )  # questions, share of the long ones: what more than both share is an instruction, no passage
 
 KEPT, EXACT_DUPLICATE, NEAR_DUPLICATE, EVALUATION_LEAK, EXAM_LEAK, MARKED_BAD, ALSO_GOOD = range(7)
-REASONS = ("", "exact duplicate", "near-duplicate", "evaluation leak", "exam leak")
-REASONS += ("marked as a bad answer, no good one", "marked as a bad answer, and as a good one")
+REASONS = (
+    *("", "exact duplicate", "near-duplicate", "evaluation leak", "exam leak"),
+    *("marked as a bad answer, no good one", "marked as a bad answer, and as a good one"),
+)
 
 _NUMBERS = re.compile(r"\d+(?:[.,:/%-]\d+)*|[零〇一二三四五六七八九十百千万两半]+")
 _DECIDING = re.compile("[无不未非否没伴有男女左右上下升降增减高低轻重阴阳寒热虚实浮沉迟数滑涩弦细]")
@@ -48,7 +53,7 @@ class Decisions(NamedTuple):
     status: numpy.ndarray
     duplicate_of: numpy.ndarray
 
-    def set_aside(self, rows: numpy.ndarray, reason: int, duplicate_of: numpy.ndarray) -> None:
+    def set_aside(self, rows: numpy.ndarray | int, reason: int, duplicate_of: numpy.ndarray | int) -> None:
         """Note for `rows` (their numbers) why they are not kept."""
         self.status[rows] = reason
         self.duplicate_of[rows] = duplicate_of
@@ -152,9 +157,10 @@ def group_questions(
     `long_at`: which of them are long; `marks`: their signatures, row by row. `text_of(row of marks)` gives a long question's
     text, `answers_of(question)` the keys of its long answers. A family has FAMILY members at most.
     """
-    same, family = {}, {}  # of those that have joined a group: the index that leads on to its first member
-    watch = progress("comparing long questions", "pairs")
-    for one, other in watch(_as_list(candidate_pairs(marks, threshold))):
+    # Of those that have joined a group: the index that leads on to its first member.
+    same: dict[int, int] = {}
+    family: dict[int, int] = {}
+    for one, other in _one_by_one(candidate_pairs(marks, threshold), "comparing long questions"):
         texts, pair = (text_of(one), text_of(other)), (int(long_at[one]), int(long_at[other]))
         if overlap(*texts) >= threshold:
             _join(family, *pair)
@@ -162,13 +168,16 @@ def group_questions(
                 continue
             if Counter(texts[0]) == Counter(texts[1]) or answers_of(pair[0]) & answers_of(pair[1]):
                 _join(same, *pair)
-    same, family = _roots(same, count), _roots(family, count)
-    members = numpy.bincount(family[numpy.unique(same)], minlength=count)  # distinct questions in each family
-    return same, numpy.where(members[family] > FAMILY, same, family)
+    one_question, alike = _roots(same, count), _roots(family, count)
+    members = numpy.bincount(alike[numpy.unique(one_question)], minlength=count)  # distinct questions in each
+    return one_question, numpy.where(members[alike] > FAMILY, one_question, alike)
 
 
-def _as_list(pairs):
-    return list(zip(*(side.tolist() for side in pairs)))
+def _one_by_one(pairs, label):
+    """The pairs of two arrays as ints, with a progress bar."""
+    one, other = pairs
+    for number in progress(label, "pairs")(range(len(one))):
+        yield int(one[number]), int(other[number])
 
 
 def differ_in_fact(one: str, other: str) -> bool:
@@ -182,15 +191,17 @@ def group_passages(
     family: numpy.ndarray, long_at: numpy.ndarray, marks: numpy.ndarray, text_of: Callable[[int], str]
 ) -> numpy.ndarray:
     """The families, those joined that share a passage; the other arguments as in `group_questions`."""
-    joined = {}
-    watch = progress("looking for shared passages", "pairs")
-    for one, other in watch(_as_list(candidate_pairs(marks, PASSAGE, band=2, neighbours=2))):
+    joined: dict[int, int] = {}
+    failed: Counter[int] = Counter()
+    pairs = candidate_pairs(marks, PASSAGE, band=2, neighbours=1)
+    for one, other in _one_by_one(pairs, "looking for shared passages"):
         pair = int(family[long_at[one]]), int(family[long_at[other]])
-        if (
-            _root(joined, pair[0]) != _root(joined, pair[1])
-            and containment(text_of(one), text_of(other)) >= PASSAGE
-        ):
+        if failed[one] >= PASSAGE_TRIES or _root(joined, pair[0]) == _root(joined, pair[1]):
+            continue
+        if containment(text_of(one), text_of(other)) >= PASSAGE:
             _join(joined, *pair)
+        else:
+            failed[one] += 1
     together = _roots(joined, len(family))[family]
     members = numpy.bincount(together[long_at], minlength=len(family))
     least, share = LARGEST_PASSAGE

@@ -13,8 +13,10 @@ BLOCK = 1 << 20  # characters read at a time
 LARGEST_ELEMENT = 64 << 20  # characters; an element that has not ended by then is not JSON
 
 # Lists that belong to a row: an object with one of these and none of the others is a row, not a wrapper of rows.
-ROW_LISTS = ("messages", "conversations", "options", "option", "choices", "history", "chosen", "rejected")
-ROW_LISTS += ("prompt", "completion", "选项", "content", "tools")
+ROW_LISTS = (
+    *("messages", "conversations", "options", "option", "choices", "history", "chosen", "rejected"),
+    *("prompt", "completion", "选项", "content", "tools"),
+)
 
 _SPACE = re.compile(r"\s*")
 _BETWEEN = re.compile(r"[\s,]*")

@@ -4,6 +4,8 @@ An assistant message that the data set marks with weight 0 (OpenAI's fine-tuning
 here; no output row does.
 """
 
+from collections.abc import Sequence
+
 from utils.data.reject import Reject
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -78,7 +80,7 @@ def in_order(messages: list[dict], last: str) -> list[dict]:
     return messages
 
 
-def system_message(row: dict, turns: list[dict] = ()) -> list[dict]:
+def system_message(row: dict, turns: Sequence[dict] = ()) -> list[dict]:
     """[the row's system text as a message], or [] where it has none or the turns have their own."""
     text = text_of(row, "system", "system text", optional=True) if "system" in row else ""
     if not text or turns and turns[0]["role"] == "system":

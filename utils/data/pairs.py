@@ -162,30 +162,31 @@ def sample_answers(rows: list[dict], sampling: Sampling, kept: Path) -> list[lis
         "model": model_sha256(sampling.model),
         "ids": [row["id"] for row in rows],
     }
-    done = _kept_answers(kept, identity)
+    whole = _kept_lines(kept, identity)
+    done = {part["start"]: part["answers"] for part in whole[1:]}
     missing = [start for start in range(0, len(rows), CHUNK) if start not in done]
     if missing:
         generate = _generator(sampling)
-        with open(kept, "a", encoding="utf-8", newline="\n") as file:
+        kept.write_bytes(b"".join(map(_as_line, whole)))
+        with open(kept, "ab") as file:
             for start in progress("sampling answers", f"parts of {CHUNK} questions")(missing):
                 done[start] = generate([split_row(row)[0] for row in rows[start : start + CHUNK]], start)
-                file.write(json.dumps({"start": start, "answers": done[start]}, ensure_ascii=False) + "\n")
+                file.write(_as_line({"start": start, "answers": done[start]}))
                 file.flush()
     return [answers for start in sorted(done) for answers in done[start]]
 
 
-def _kept_answers(kept, identity):
-    """{first row: answers} of an earlier run with this identity; otherwise {}, and the file begins anew."""
-    whole = []
-    if kept.is_file():
-        lines = kept.read_bytes().split(b"\n")[
-            :-1
-        ]  # the last piece is a line that a stopped run did not finish
-        whole = [json.loads(line) for line in lines]
-    if not whole or whole[0] != identity:
-        whole = [identity]
-    kept.write_bytes(b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in whole))
-    return {part["start"]: part["answers"] for part in whole[1:]}
+def _kept_lines(kept, identity):
+    """The whole lines of an earlier run with this identity, which is the first of them; otherwise only that."""
+    if not kept.is_file():
+        return [identity]
+    lines = kept.read_bytes().split(b"\n")[:-1]  # the last piece is a line that a stopped run did not finish
+    whole = [json.loads(line) for line in lines]
+    return whole if whole and whole[0] == identity else [identity]
+
+
+def _as_line(value):
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
 
 def _generator(sampling):

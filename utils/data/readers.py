@@ -98,7 +98,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_c
 
 def _json_rows(source):
     """JSON lines, an array, or an object of arrays, whatever the file's name says."""
-    with source.open() as file:
+    with source.open_bytes() as file:
         first, more = file.readline(LONGEST_LINE), file.read(START)
     start = (first + more)[:START].removeprefix(BOM).lstrip()
     if first.rstrip().endswith((b"}", b"]")) and more.lstrip().startswith((b"{", b"[")):
@@ -111,7 +111,7 @@ def _json_rows(source):
 
 
 def _lines(source):
-    with source.open() as lines:
+    with source.open_bytes() as lines:
         for number, line in enumerate(lines, 1):
             if line.startswith(BOM):  # any line may carry one: files are joined with `cat`
                 line = line[len(BOM) :]
@@ -123,7 +123,7 @@ def _lines(source):
 
 
 def _text(source, newline):
-    return io.TextIOWrapper(source.open(), source.encoding, "surrogateescape", newline)
+    return io.TextIOWrapper(source.open_bytes(), source.encoding, "surrogateescape", newline)
 
 
 def _array_rows(source):

@@ -13,7 +13,7 @@ from utils.files import sha256_of
 from utils.model.chat_format import encode_turns
 from utils.model.load import load_tokenizer, quiet_offline
 from utils.settings import Settings
-from utils.text import shorten
+from utils.text import say, shorten
 
 POINTS = {"median": 50, "90 %": 90, "99 %": 99, "longest": 100}
 EXAMPLES = 5  # rows shown
@@ -39,7 +39,7 @@ def build_report(
     settings: Settings,
 ) -> dict:
     """report.json. `tokens`: those of the sampled conversations."""
-    rows, reasons = found.index.rows, found.reasons + written.set_aside
+    rows, reasons = found.row_index.rows, found.reasons + written.set_aside
     trained = conversations(rows, decisions)
     outputs = [name for name in OUTPUTS if written.outputs[name]]
     by_file = numpy.bincount(rows["file"], minlength=len(sources)).tolist()
@@ -100,36 +100,36 @@ def _spread(values):
 
 def show(report: dict) -> None:
     """Print the report as a compact table."""
-    print(f"\n{'rows':>12}  input")
+    say(f"\n{'rows':>12}  input")
     for file in report["files"]:
         said = ", evaluation by its name" if file["split"] else ""
-        print(f"{file['rows']:>12,}  {file['file']} ({file['encoding']}{said})")
+        say(f"{file['rows']:>12,}  {file['file']} ({file['encoding']}{said})")
     for name, reason in report["skipped"].items():
-        print(f"{'skipped':>12}  {name}: {reason}")
+        say(f"{'skipped':>12}  {name}: {reason}")
     schemas = ", ".join(f"{name} {count:,}" for name, count in report["schemas"].items())
-    print(f"{report['rows_in']:>12,}  in all; recognised as {schemas or 'nothing'}")
+    say(f"{report['rows_in']:>12,}  in all; recognised as {schemas or 'nothing'}")
     for title, total, counts in (
         ("kept", report["rows_kept"], report["outputs"]),
         ("set aside", report["rows_set_aside"], report["set_aside"]),
     ):
-        print(f"\n{total:>12,}  {title}")
+        say(f"\n{total:>12,}  {title}")
         for name, count in counts.items():
-            print(f"{count:>12,}    {name}")
+            say(f"{count:>12,}    {name}")
     if report["conversations_trimmed"]:
-        print(
+        say(
             f"\n{report['conversations_trimmed']:>12,}  conversations without turns before the first question, or after the last answer"
         )
     if report["eval_answers_in_training"]:
-        print(
+        say(
             f"\n{report['eval_answers_in_training']:>12,}  held-out answers stand word for word in training: the loss on them says little"
         )
     _show_lengths(report)
     if report["reasoning_share"] is not None:
-        print(f"with reasoning: {report['reasoning_share']:.1%}")
+        say(f"with reasoning: {report['reasoning_share']:.1%}")
     for example in report["examples"]:
-        print("\n" + example["source"])
+        say("\n" + example["source"])
         for message in example["messages"]:
-            print(f"  {message['role']:<10}{shorten(message['content'])}")
+            say(f"  {message['role']:<10}{shorten(message['content'])}")
 
 
 def _show_lengths(report):

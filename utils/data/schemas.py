@@ -120,14 +120,14 @@ def convert_row(row: dict, options: RowOptions = PLAIN) -> Item:
         kind, schema = "sft", "exam with explanation"
         body = {"messages": as_conversation(body, text_of(row, "explanation", "explanation"))}
     if kind == "exam":
-        questions, rest, reasoning = [body["question"]], [*body["options"].values(), body["answer"]], False
+        questions, others, reasoning = [body["question"]], [*body["options"].values(), body["answer"]], False
     else:
         prompt = body["messages" if kind == "sft" else "prompt"]
         if options.system and prompt[0]["role"] != "system":
             prompt.insert(0, {"role": "system", "content": options.system})
         turns = prompt + body.get("chosen", []) + body.get("rejected", [])
-        questions, rest, reasoning = _spoken(turns)
-    rest = "\n".join(rest)
+        questions, others, reasoning = _spoken(turns)
+    rest = "\n".join(others)
     for text in (questions[0], rest, body.get("subject", ""), body.get("kind", "")):
         _check_text(text)
     characters = len(questions[0]) + len(rest)

@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 from utils.errors import UserError
 from utils.files import show_path
@@ -50,8 +50,8 @@ class Source(NamedTuple):
             file.seek(max(packed - 4, 0))
             return max(int.from_bytes(file.read(4), "little"), packed)
 
-    def open(self) -> BinaryIO:
-        """The file as bytes, unpacked. UserError where the archive is damaged or locked."""
+    def open_bytes(self) -> IO[bytes]:
+        """The file, unpacked. UserError where the archive is damaged or locked."""
         try:
             if self.member:
                 return zipfile.ZipFile(self.path).open(self.member)
@@ -183,7 +183,7 @@ def detect_encoding(source: Source) -> str:
     if source.kind not in TEXT_KINDS:
         return source.kind[1:]
     try:
-        with source.open() as lines:
+        with source.open_bytes() as lines:
             first = lines.read(4)
         if first.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise UserError(
@@ -191,7 +191,7 @@ def detect_encoding(source: Source) -> str:
             )
         if first.startswith(BOM):
             return "utf-8-sig"
-        with source.open() as lines:
+        with source.open_bytes() as lines:
             return _encoding_of(lines)
     except DAMAGED as error:
         raise UserError(f"{show_path(source.path)} cannot be unpacked ({error})") from None

@@ -108,7 +108,7 @@ class TokenStream:
     def reset(self) -> None:
         """Forget the cache: the next answer depends on its prompt alone, to the last bit."""
         self.cached = CachedModel(self.model)
-        self.ids = []  # the tokens whose keys and values are in the cache
+        self.ids: list[int] = []  # the tokens whose keys and values are in the cache
 
     def answer(
         self,

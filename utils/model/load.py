@@ -8,8 +8,9 @@ import warnings
 from pathlib import Path
 
 from utils.errors import NO_MEMORY, UserError
-from utils.files import read_json, show_path
+from utils.files import show_path
 from utils.model.folders import adapter_base, model_sha256
+from utils.model.run_record import read_record
 
 
 def quiet_offline(*models):
@@ -132,8 +133,8 @@ def _load_whole(model, dtype):
 def _check_base(adapter, base):
     """UserError where `base` is not what the adapter was trained on, as its run.json tells: the answers would be noise."""
     for folder in (adapter, adapter.parent):  # a checkpoint belongs to the run in the folder above it
-        if (folder / "run.json").is_file():
-            trained_on = read_json(folder / "run.json").get("identity", {}).get("MODEL")
+        if record := read_record(folder):
+            trained_on = record.get("identity", {}).get("MODEL")
             if trained_on and trained_on != f"sha256 {model_sha256(base)}":
                 raise UserError(
                     f"{show_path(adapter)} was trained on other weights than {show_path(base)} holds now; "

@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
@@ -26,19 +27,12 @@ class RunLog(TrainerCallback):
     def __init__(self, run, tokens_per_step, title):
         self.run, self.tokens_per_step, self.title = run, tokens_per_step, title
         self.path, self.picture = run.folder / "training_log.jsonl", run.folder / "loss_curve.png"
-        self.entries, self.step_seconds, self.last_drawn, self.last_line = (
-            [],
-            0.0,
-            0.0,
-            0.0,
-        )  # seconds; monotonic
+        self.entries: list[dict] = []
+        self.step_seconds = self.last_drawn = self.last_line = 0.0  # the last two: monotonic seconds
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.path.is_file() and state.global_step:
-            lines = self.path.read_text(encoding="utf-8").split("\n")[
-                :-1
-            ]  # after the last line break: cut by a kill
-            self.entries = [entry for entry in map(json.loads, lines) if entry["step"] <= state.global_step]
+            self.entries = [entry for entry in read_log(self.path) if entry["step"] <= state.global_step]
         self.began, self.first_step = time.monotonic(), state.global_step
         if state.is_world_process_zero:
             with atomic_write(self.path) as file:
@@ -155,6 +149,21 @@ class SaveAndStop(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.saved_step == state.global_step:  # done a moment ago, at the step's end
             control.should_evaluate = control.should_save = False
+
+
+def read_log(path: Path) -> list[dict]:
+    """The entries of a training_log.jsonl. Lines that are no entry, such as one that a kill has cut, are left out, which is said."""
+    entries, damaged = [], 0
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for line in lines[:-1]:  # after the last line break: nothing, or a line cut by a kill
+        try:
+            entry = json.loads(line)
+            entries.append({**entry, "step": int(entry["step"])})
+        except (ValueError, TypeError, KeyError):
+            damaged += 1
+    if damaged:
+        print(f"{show_path(path)}: {damaged} damaged lines are left out of the curve")
+    return entries
 
 
 def chosen_fell(entries):

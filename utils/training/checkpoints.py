@@ -9,6 +9,7 @@ from utils.files import sha256_of, show_path
 from utils.progress import progress
 
 MANIFEST = "MANIFEST.json"  # {file: [bytes, sha256]}, the last file of a checkpoint
+NEEDED = {"trainer_state.json", "optimizer.pt", "scheduler.pt"}  # to go on from it, beside the weights
 
 
 class HiddenCheckpoint:
@@ -68,10 +69,12 @@ def _damage(checkpoint: Path) -> str:
     """What is wrong with a checkpoint; "" if it is whole."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        if not NEEDED <= set(files) or not any(name.endswith(".safetensors") for name in files):
+            return f"{MANIFEST} does not list a whole checkpoint"
         for name, (size, digest) in progress(f"checking {checkpoint.name}", "files")(list(files.items())):
             if (checkpoint / name).stat().st_size != size or sha256_of(checkpoint / name) != digest:
                 return name
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         return str(error)
     return ""
 

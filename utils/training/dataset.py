@@ -7,6 +7,7 @@ from utils.files import read_jsonl, sample_by_id, show_path
 from utils.model.chat_format import encode_answer, encode_prompt, encode_turns
 from utils.model.packing import PackedRows, item_length
 from utils.progress import progress
+from utils.text import printable
 
 
 def load_conversations(path, tokenizer, max_length, count=0):
@@ -69,6 +70,6 @@ def show_examples(rows, tokenizer, count):
     colour = sys.stdout.isatty()
     for item in rows.items[:count]:
         for prompt, answer in item["documents"]:
-            untrained, trained = tokenizer.decode(prompt), tokenizer.decode(answer)
+            untrained, trained = (printable(tokenizer.decode(ids)) for ids in (prompt, answer))
             print(f"\033[90m{untrained}\033[32m{trained}\033[0m" if colour else f"{untrained}[[{trained}]]")
             print(f"-- {len(prompt)} tokens of prompt, {len(answer)} trained")

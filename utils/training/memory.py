@@ -35,6 +35,7 @@ class Costs(NamedTuple):
     kept: int  # by autograd, whatever the tokens
     kept_per_token: float
     layers: int
+    heads: int  # of attention
     hidden: int  # width of the residual stream
     head: torch.Size  # (vocabulary, hidden)
     head_trained: bool
@@ -53,6 +54,7 @@ def measure_costs(model, bf16: bool) -> Costs:
         kept=max(0, round(short - per_token * PROBES[0])),
         kept_per_token=per_token,
         layers=model.config.num_hidden_layers,
+        heads=model.config.num_attention_heads,
         hidden=model.config.hidden_size,
         head=head.shape,
         head_trained=head.requires_grad,
@@ -86,13 +88,21 @@ def _bytes_kept(model, tokens: int, bf16: bool) -> int:
     return kept
 
 
-def memory_parts(costs: Costs, tokens: int, recompute: bool, device: Device) -> dict[str, int]:
-    """{what: bytes} at the peak of a training step whose largest batch holds `tokens` packed tokens."""
+def memory_parts(
+    costs: Costs, tokens: int, recompute: bool, device: Device, row_length: int = 0
+) -> dict[str, int]:
+    """{what: bytes} at the peak of a training step whose largest batch holds `tokens` packed tokens.
+
+    `row_length`: tokens of a row where every token sees its whole row, in attention without a fused kernel; else 0.
+    """
+    squares = (
+        costs.layers * costs.heads * tokens * row_length * FLOAT
+    )  # the weights of attention, kept by every layer
     if recompute:  # the input of every layer, and one layer as a whole
         kept = (costs.layers * costs.hidden * FLOAT + costs.kept_per_token / costs.layers) * tokens
-        kept += costs.kept / costs.layers
+        kept += (costs.kept + squares) / costs.layers
     else:
-        kept = costs.kept_per_token * tokens + costs.kept
+        kept = costs.kept_per_token * tokens + costs.kept + squares
     return {
         "weights": costs.weights,
         "gradients": costs.trainable * FLOAT,
@@ -128,9 +138,9 @@ def free_memory(device: Device) -> int:
 def _limits(used) -> list[int]:
     """Limits set for this process, in bytes of resident memory: of its control groups (containers) and of `ulimit -v`."""
     limits = []
-    for folder in _control_groups():
+    for file in _limit_files():
         try:
-            limits.append(int((folder / "memory.max").read_text(encoding="ascii")))
+            limits.append(int(file.read_text(encoding="ascii")))
         except (OSError, ValueError):  # no such limit, or "max"
             continue
     if os.name == "posix":
@@ -142,11 +152,18 @@ def _limits(used) -> list[int]:
     return limits
 
 
-def _control_groups() -> list[Path]:
-    """The folders of this process's control group (version 2) and of those above it; a limit of any of them holds."""
+def _limit_files() -> list[Path]:
+    """The files that limit the memory of this process's control group, and of the groups above it: any of them holds."""
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
     except OSError:
         return []
-    own = next((line[3:] for line in lines if line.startswith("0::")), "/").lstrip("/")
-    return [CGROUPS / own, *(CGROUPS / parent for parent in Path(own).parents)]
+    files = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        own = Path(path.lstrip("/"))
+        if not controllers:  # version 2
+            files += [CGROUPS / place / "memory.max" for place in (own, *own.parents)]
+        elif "memory" in controllers.split(","):  # version 1
+            files += [CGROUPS / "memory" / place / "memory.limit_in_bytes" for place in (own, *own.parents)]
+    return files

@@ -7,16 +7,24 @@ arXiv:1604.06174), else the run is refused. All ways give the same result but fo
 
 import math
 import shutil
+import time
 from typing import NamedTuple
+
+import torch
 
 from utils.device import Device
 from utils.errors import UserError
 from utils.files import show_path
 from utils.model.attention import wants_rows_of_one_length
-from utils.model.packing import PackedRows
-from utils.text import format_bytes
+from utils.model.lm_head import cross_entropy_sum
+from utils.model.packing import PackedRows, collate, item_length, model_inputs
+from utils.text import duration, format_bytes
 from utils.training.memory import FLOAT, Costs, free_memory, measure_costs, memory_parts
 
+RECOMPUTED = (
+    4 / 3
+)  # a second forward pass beside one of each kind, of which the backward pass takes two thirds
+TIMED_TOKENS = 512  # of the row that an estimate is measured on, about
 # Tokens in one pass from which on more bring no speed: products of the CPU are near their peak at 1,024 already.
 ENOUGH_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 32768}
 
@@ -60,7 +68,11 @@ def plan_step(model, train_rows: PackedRows, settings, device: Device, run) -> S
     costs, free = measure_costs(model, device.bf16), free_memory(device)
 
     def parts(plan: StepPlan) -> dict[str, int]:
-        return memory_parts(costs, tokens_at_once(train_rows, plan, device), plan.recompute, device)
+        row_length = (
+            train_rows.max_length if device.name == "mps" else 0
+        )  # no fused kernel for training there
+        tokens = tokens_at_once(train_rows, plan, device)
+        return memory_parts(costs, tokens, plan.recompute, device, row_length)
 
     needed = {plan: sum(parts(plan).values()) for plan in possible}
     kept = StepPlan(*run.record["plan"]) if run.checkpoint and "plan" in run.record else None
@@ -147,3 +159,40 @@ def measure_run(
         + (f" on {processes} processes" if processes > 1 else "")
     )
     return RunSize(steps, train_rows.tokens / steps_per_epoch)
+
+
+def estimate_hours(model, train_rows: PackedRows, size: RunSize, plan: StepPlan, device: Device) -> None:
+    """Print how long the run will take, from a forward and backward pass over one of its rows, which is then thrown away."""
+    model.train().to(device.name)
+    rate = max(_tokens_per_second(model, train_rows, device) for _ in range(2))  # the first pass warms up
+    print("time: " + ", ".join(_hours_of_ways(size, rate, plan)))
+
+
+def _tokens_per_second(model, train_rows: PackedRows, device: Device) -> float:
+    row = min(train_rows, key=lambda items: abs(sum(map(item_length, items)) - TIMED_TOKENS))
+    row_length = train_rows.max_length if wants_rows_of_one_length(device.name, device.bf16) else 0
+    batch = collate([row], row_length)
+    batch = {name: part.to(device.name) if torch.is_tensor(part) else part for name, part in batch.items()}
+    began = time.monotonic()
+    with torch.autocast(device.name, torch.bfloat16, enabled=device.bf16):
+        loss = cross_entropy_sum(
+            model(**model_inputs(batch)), model.get_output_embeddings().weight, batch["targets"]
+        )
+    loss.backward()
+    loss.item()  # waits for the device
+    seconds = time.monotonic() - began
+    for weight in model.parameters():
+        weight.grad = None
+    return sum(len(prompt) + len(answer) for item in row for prompt, answer in item["documents"]) / seconds
+
+
+def _hours_of_ways(size: RunSize, rate: float, plan: StepPlan) -> list[str]:
+    seconds = size.steps * size.tokens_per_step / rate
+    kept, again = duration(seconds), duration(seconds * RECOMPUTED)
+    told = again if plan.recompute else kept
+    other = f"activations kept {kept}" if plan.recompute else f"with activations recomputed {again}"
+    return [
+        f"about {told} of training at {rate:,.0f} tokens/s, measured on one row",
+        other,
+        "evaluations and checkpoints apart",
+    ]

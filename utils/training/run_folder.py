@@ -9,13 +9,16 @@ import datetime
 import importlib.metadata
 import os
 import platform
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
 
 from utils.errors import UserError
-from utils.files import read_json, sha256_of, show_path, write_folder, write_json
+from utils.files import sha256_of, show_path, write_folder
 from utils.model.folders import model_sha256
+from utils.model.run_record import FIELDS, read_record, write_record
+from utils.training import lock
 from utils.training.checkpoints import whole_checkpoints
 
 # Settings that decide where and how a run is shown, not what it computes.
@@ -50,13 +53,13 @@ class RunFolder:
         with self.processes.main_process_first():
             if self.main:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._lock = _lock(self.folder)
+                self._lock = lock.lock_folder(self.folder)
                 if settings.FRESH:
                     self._move_aside()
             self._open(settings, device, identity)
 
     def _open(self, settings, device, identity):
-        record = self._read()
+        record = read_record(self.folder, FIELDS)
         self.finished = bool(record) and record["status"] == "finished"
         found = [] if self.finished else whole_checkpoints(self.folder)
         if not record and (found or any(self.folder.glob("*.safetensors"))):
@@ -84,7 +87,7 @@ class RunFolder:
     def begin(self):
         """Training starts now: from here on the folder is this run's."""
         if self.main:
-            write_json(self.folder / "run.json", self.record)
+            write_record(self.folder, self.record)
 
     def finish(self, save, results):
         """Write the finished model: `save(folder)` fills a hidden folder, whose entries then move to the run's root.
@@ -95,7 +98,7 @@ class RunFolder:
             print(f"saving the finished model to {show_path(self.folder)}", flush=True)
             write_folder(self.folder, save)
             self.record.update(status="finished", finished=_now(), results=results)
-            write_json(self.folder / "run.json", self.record)
+            write_record(self.folder, self.record)
         if self.processes.num_processes > 1:
             LAST_MEETING.append(
                 torch.distributed.barrier(async_op=True, device_ids=[self.processes.local_process_index])
@@ -111,54 +114,27 @@ class RunFolder:
             f"python model_download/load_local_model.py {place}; train again: --fresh"
         )
 
-    def _read(self):
-        path = self.folder / "run.json"
-        return read_json(path) if path.is_file() else None
-
-    def _move_aside(self):
-        entries = [path for path in self.folder.iterdir() if path.name != LOCK]
-        if entries:
-            aside = self.folder.with_name(f"{self.folder.name}.{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    def _move_aside(self) -> None:
+        """Move an earlier run beside its folder; inside it where the folder is a disk of its own (a mount point)."""
+        folder = self.folder.resolve()  # it may be a link to another disk
+        stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        aside = folder.with_name(f"{folder.name}.{stamp}")
+        if _device(folder) != _device(folder.parent):
+            aside = folder / f"earlier.{stamp}"
+        moving = [
+            path
+            for path in folder.iterdir()
+            if path.name != lock.NAME and not path.name.startswith("earlier.")
+        ]
+        if moving:
             aside.mkdir()
-            for path in entries:
+            for path in moving:
                 os.replace(path, aside / path.name)
             print(f"--fresh: the earlier run is kept in {show_path(aside)}")
 
 
-LOCK = ".lock"
-
-
-def _lock(folder):
-    """Hold the folder's lock file while this process lives; UserError where another process holds it."""
-    file = open(folder / LOCK, "a+", encoding="utf-8")
-    try:
-        _hold(file)
-    except OSError:
-        file.seek(0)
-        owner = file.read().strip() or "unknown"
-        raise UserError(
-            f"{show_path(folder)} is in use by another run (process {owner}); wait for it, or choose "
-            "another --output-dir"
-        ) from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
-
-
-def _hold(file):
-    """Lock an open file until this process ends; OSError where another one has it."""
-    try:
-        import fcntl
-    except (
-        ImportError
-    ):  # Windows locks bytes, and nobody else can read them: one far behind the text, the same for all
-        import msvcrt
-
-        os.lseek(file.fileno(), 1 << 20, os.SEEK_SET)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _device(path: Path) -> int:
+    return path.stat().st_dev
 
 
 def _identity(settings, device):
