@@ -115,20 +115,20 @@ def main(argv=None):
 
     # 4. Build the trainer; the reference's log-probabilities come first, from the model as it starts
     add_reference(model, {"train": train_rows, "eval": eval_rows}, device, folder)
-    log, stop = RunLog(folder, size.tokens_per_step, "DPO"), SaveAndStop()
+    log = RunLog(folder, size.tokens_per_step, "DPO")
     trainer = PackedDPOTrainer(
         model,
         args,
         train_rows,
         eval_rows,
         tokenizer,
-        callbacks=[log, stop],
+        callbacks=[log, SaveAndStop()],
         beta=settings.BETA,
         sft_weight=settings.SFT_WEIGHT,
     )
 
     # 5. Train, going on where an earlier run stopped
-    results = train(trainer, folder, log, stop)
+    results = train(trainer, folder, log)
 
     # 6. Save the model; the loss curve lies beside it
     save = save_adapter_and_merged if settings.LORA else save_model

@@ -105,11 +105,11 @@ def main(argv=None):
     args = training_arguments(settings, device, folder, plan)
 
     # 4. Build the trainer
-    log, stop = RunLog(folder, size.tokens_per_step, "LoRA"), SaveAndStop()
-    trainer = PackedTrainer(model, args, train_rows, eval_rows, tokenizer, callbacks=[log, stop])
+    log = RunLog(folder, size.tokens_per_step, "LoRA")
+    trainer = PackedTrainer(model, args, train_rows, eval_rows, tokenizer, callbacks=[log, SaveAndStop()])
 
     # 5. Train, going on where an earlier run stopped
-    results = train(trainer, folder, log, stop)
+    results = train(trainer, folder, log)
 
     # 6. Save the adapter and the merged model; the loss curve lies beside them
     folder.finish(lambda place: save_adapter_and_merged(model, tokenizer, place), results)

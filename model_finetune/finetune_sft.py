@@ -101,11 +101,11 @@ def main(argv=None):
     args = training_arguments(settings, device, folder, plan)
 
     # 4. Build the trainer
-    log, stop = RunLog(folder, size.tokens_per_step, "SFT"), SaveAndStop()
-    trainer = PackedTrainer(model, args, train_rows, eval_rows, tokenizer, callbacks=[log, stop])
+    log = RunLog(folder, size.tokens_per_step, "SFT")
+    trainer = PackedTrainer(model, args, train_rows, eval_rows, tokenizer, callbacks=[log, SaveAndStop()])
 
     # 5. Train, going on where an earlier run stopped
-    results = train(trainer, folder, log, stop)
+    results = train(trainer, folder, log)
 
     # 6. Save the model; the loss curve lies beside it
     folder.finish(lambda place: save_model(model, tokenizer, place), results)

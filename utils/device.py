@@ -21,12 +21,12 @@ class Device:
     half_weights: bool = False
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         """The number format for inference: torch.bfloat16 or torch.float32."""
         return torch.bfloat16 if self.bf16 else torch.float32
 
     @property
-    def answers(self):
+    def answers(self) -> str:
         """The number format of answers, in words."""
         return "bf16" if self.bf16 else "fp16 weights, fp32 products" if self.half_weights else "fp32"
 
@@ -34,7 +34,7 @@ class Device:
         return f"{self.name}, {'bf16 autocast over fp32 weights' if self.bf16 else 'fp32'} ({self.reason})"
 
 
-def pick_device(name="auto", precision="auto"):
+def pick_device(name: str = "auto", precision: str = "auto") -> Device:
     """Choose a Device. `name`: auto, cuda, mps or cpu; `precision`: auto, bf16 or fp32 (both are settings of the scripts).
 
     bfloat16 is chosen only where the hardware computes in it: CUDA from compute capability 8.0, x86 with AVX512-BF16 or
@@ -68,7 +68,7 @@ def pick_device(name="auto", precision="auto"):
     return Device(name, precision == "bf16", f"{precision} as asked for; {reason}")
 
 
-def hold_memory():
+def hold_memory() -> None:
     """Keep the memory of freed tensors for the next ones. By default glibc gives large blocks back to the system at once, and
     every training step pays for having each page of them zeroed and mapped again (full fine-tuning of 0.6 B parameters: 20
     tokens/s so, 27 with this). Elsewhere than on glibc: does nothing."""
@@ -78,7 +78,7 @@ def hold_memory():
         libc.mallopt(M_TOP_PAD, 64 * 2**20)  # bytes asked for at a time
 
 
-def release_memory():
+def release_memory() -> None:
     """Give what hold_memory has held, and nothing uses, back to the system."""
     if libc := _glibc():
         libc.malloc_trim(0)

@@ -7,7 +7,7 @@ from packed_items import some_items
 
 from utils.model import attention
 from utils.model.attention import VarlenSequences, by_document, by_mask, by_varlen, plan_attention, row_masks
-from utils.model.packing import collate
+from utils.model.packing import Padding, collate, wants_rows_of_one_length
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def kernel_as_documented(query, key, value, query_ends, key_ends, longest_query,
 @pytest.mark.parametrize("shared", [False, True])
 def test_one_mask_over_equal_rows_gives_what_each_document_gives(shared):
     found = items(shared)
-    batch = collate([found[:5], found[5:9], found[9:]], row_length=600)
+    batch = collate([found[:5], found[5:9], found[9:]], Padding(row_length=600))
     layout, states = batch["layout"], states_for(1800)
     assert batch["input_ids"].shape == (1, 1800) and sum(map(sum, layout)) == 1800
     masks = row_masks(layout, 600, CPU)
@@ -73,14 +73,7 @@ def test_the_form_follows_device_and_format():
     assert plan_attention(layout, 0, CPU, torch.float32).func is by_document
     assert plan_attention(layout, 12, CPU, torch.float32).func is by_mask
     kinds = [("cpu", True), ("cpu", False), ("cuda", True), ("cuda", False), ("mps", False), ("mps", True)]
-    assert [attention.wants_rows_of_one_length(*kind) for kind in kinds] == [
-        False,
-        False,
-        False,
-        True,
-        True,
-        True,
-    ]
+    assert [wants_rows_of_one_length(*kind) for kind in kinds] == [False, False, False, True, True, True]
 
 
 def test_padding_changes_no_loss_and_no_gradient(tmp_path):
@@ -93,14 +86,14 @@ def test_padding_changes_no_loss_and_no_gradient(tmp_path):
 
     folder, found = make_tiny_model(tmp_path / "tiny"), items(True)
     results = []
-    for row_length in (0, 500):
+    for padding in (Padding(), Padding(row_length=500), Padding(multiple=64)):
         model = prepare_packed(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64))
-        batch = collate([found[:7], found[7:]], row_length)
+        batch = collate([found[:7], found[7:]], padding)
         loss = cross_entropy_sum(model(**model_inputs(batch)), model.lm_head.weight, batch["targets"])
         loss.backward()
         results.append([loss.detach(), *(weight.grad for weight in model.parameters())])
-    for one, other in zip(*results):
-        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+    for found in zip(*results):
+        assert all(torch.allclose(one, found[0], rtol=1e-9, atol=1e-12) for one in found)
 
 
 @pytest.mark.skipif(

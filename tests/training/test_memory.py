@@ -22,8 +22,8 @@ def model_of(place):
 def test_what_is_kept_grows_with_the_tokens_and_the_copies_of_weights_do_not(place, bf16):
     model = model_of(place)
     costs = memory.measure_costs(model, bf16)
-    many = memory._bytes_kept(model, 300, bf16)
-    assert costs.kept + costs.kept_per_token * 300 == pytest.approx(many, rel=0.01)
+    many = memory._bytes_kept(model, 320, bf16)
+    assert costs.kept + costs.kept_per_token * 320 == pytest.approx(many, rel=0.01)
     linear = sum(part.weight.numel() for part in model.model.modules() if isinstance(part, torch.nn.Linear))
     assert costs.kept == pytest.approx(2 * linear if bf16 else 0, rel=0.05, abs=4000)
 

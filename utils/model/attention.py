@@ -39,11 +39,6 @@ def plan_attention(
     return functools.partial(by_document, layout=layout, masks={})
 
 
-def wants_rows_of_one_length(device_type: str, bf16: bool) -> bool:
-    """Whether `collate` is to pad its rows, because attention on this device is `by_mask`."""
-    return device_type == "mps" or (device_type == "cuda" and not bf16)
-
-
 def by_document(query, key, value, scaling, layout, masks) -> torch.Tensor:
     """A call for each run of groups of one shape. `masks`: a dict that the layers of one pass share."""
     runs = [(shape, len(list(run))) for shape, run in itertools.groupby(layout)]

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from utils.device import Device
-from utils.model.attention import wants_rows_of_one_length
 from utils.model.lm_head import token_logps
-from utils.model.packing import Item, PackedBatch, PackedRows, collate, item_length, model_inputs
+from utils.model.packing import Item, PackedBatch, PackedRows, collate, item_length, model_inputs, padding_for
 
 TOKENS_AT_ONCE = 1024  # packed tokens in one forward pass; more only costs memory, and on CPUs page faults
 
@@ -55,9 +54,9 @@ def _hidden_states(
 ) -> Iterator[tuple[list[int], torch.Tensor, PackedBatch]]:
     """Yield (item numbers of a packed row, hidden states (N, H), the row's batch on the device)."""
     model.eval().to(device.name)
-    row_length = rows.max_length if wants_rows_of_one_length(device.name, device.bf16) else 0
+    padding = padding_for(device.name, device.bf16, rows.max_length)
     for row in watch(rows.rows):
-        batch = collate([[rows.items[index] for index in row]], row_length)
+        batch = collate([[rows.items[index] for index in row]], padding)
         batch = {
             name: part.to(device.name) if torch.is_tensor(part) else part for name, part in batch.items()
         }

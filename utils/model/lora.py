@@ -3,13 +3,13 @@
 import functools
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear
 
 from utils.model.lm_head import matmul_dtype
 
 
-def add_lora(model, settings):
+def add_lora(model, settings) -> PeftModel:
     """`model` with an adapter of RANK and ALPHA on every linear layer of its blocks; only the adapters train.
 
     The embeddings and the LM head, which Qwen3 ties together, are left alone: an adapter on one of them is lost or changes

@@ -5,7 +5,7 @@
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, Qwen3ForCausalLM
 
 from utils.model.attention import plan_attention
 from utils.model.fused_layers import fuse_layers
@@ -20,8 +20,8 @@ def packed_attention(module, query, key, value, attention_mask, scaling, attenti
 AttentionInterface.register("packed_attention", packed_attention)
 
 
-def prepare_packed(model):
-    """Let `model` (Qwen3ForCausalLM) take the inputs that utils.model.packing.collate makes, and return it.
+def prepare_packed(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
+    """Let `model` take the inputs that utils.model.packing.collate makes, and return it.
 
     Its forward then gives the final hidden states (N, hidden) of the N positions that have a label. The LM head is left to
     the loss, which sees only those. Call it before an adapter is put on.

@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from utils.files import atomic_write, show_path
 from utils.plots import plot_training
 from utils.progress import PLAIN_SECONDS
 from utils.text import duration
+from utils.training.run_folder import RunFolder
 
 REDRAW_SECONDS = 30  # the PNG takes about half a second to draw
 
@@ -24,7 +25,7 @@ class RunLog(TrainerCallback):
     On resuming, entries after the checkpoint are dropped: those steps are done again, with the same result.
     """
 
-    def __init__(self, run, tokens_per_step, title):
+    def __init__(self, run: RunFolder, tokens_per_step: float, title: str):
         self.run, self.tokens_per_step, self.title = run, tokens_per_step, title
         self.path, self.picture = run.folder / "training_log.jsonl", run.folder / "loss_curve.png"
         self.entries: list[dict] = []
@@ -57,7 +58,7 @@ class RunLog(TrainerCallback):
         if time.monotonic() - self.last_drawn > REDRAW_SECONDS:
             self.draw()
 
-    def draw(self):
+    def draw(self) -> None:
         """Redraw the picture now, if there is anything to draw."""
         if self.run.main and any("loss" in entry for entry in self.entries):
             self.last_drawn = time.monotonic()
@@ -69,7 +70,7 @@ class RunLog(TrainerCallback):
                     keep=True,
                 )
 
-    def tokens_per_second(self, state):
+    def tokens_per_second(self, state: TrainerState) -> float:
         """Real (unpadded) tokens a second over the steps of this process, evaluations and checkpoints left out."""
         return (state.global_step - self.first_step) * self.tokens_per_step / max(self.step_seconds, 1e-9)
 
@@ -107,7 +108,7 @@ class RunLog(TrainerCallback):
 
 
 class SaveAndStop(TrainerCallback):
-    """When to evaluate and save beside every epoch's end: at the last step, and when Ctrl-C or a polite kill asks to stop.
+    """When to evaluate and save beside every epoch's end: at the last step, and when Ctrl-C or SIGTERM asks to stop.
 
     The first Ctrl-C finishes the present step, writes a checkpoint and stops; a second one stops at once.
     """
@@ -166,7 +167,7 @@ def read_log(path: Path) -> list[dict]:
     return entries
 
 
-def chosen_fell(entries):
+def chosen_fell(entries: list[dict]) -> bool:
     """Whether DPO has cost the chosen answers a tenth of their log-probability, and a nat, since the first evaluation."""
     values = [entry["eval_chosen_logps"] for entry in entries if "eval_chosen_logps" in entry]
     return len(values) > 1 and values[-1] < values[0] - max(1.0, 0.1 * abs(values[0]))

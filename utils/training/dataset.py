@@ -1,6 +1,7 @@
 """From the JSON lines that the data scripts wrote to token ids that the trainers take, nothing cut and nothing dropped unsaid."""
 
 import sys
+from pathlib import Path
 
 from utils.errors import UserError
 from utils.files import read_jsonl, sample_by_id, show_path
@@ -10,7 +11,7 @@ from utils.progress import progress
 from utils.text import printable
 
 
-def load_conversations(path, tokenizer, max_length, count=0):
+def load_conversations(path: Path, tokenizer, max_length: int, count: int = 0) -> tuple[PackedRows, bool]:
     """The assistant turns of an sft_*.jsonl file as PackedRows, and whether most of them think (carry reasoning).
 
     Every turn is an item of one document, trained once in the context that chat would give it. Turns of more than
@@ -25,7 +26,7 @@ def load_conversations(path, tokenizer, max_length, count=0):
     return _pack(items, path, max_length), thoughtful * 2 > len(items)
 
 
-def load_pairs(path, tokenizer, max_length, count=0):
+def load_pairs(path: Path, tokenizer, max_length: int, count: int = 0) -> tuple[PackedRows, bool]:
     """The preference pairs of a dpo_*.jsonl file as PackedRows (items of two documents, chosen and rejected), and whether
     most of them think. `count`: only so many pairs, drawn evenly.
 
@@ -65,7 +66,7 @@ def _pack(items, path, max_length):
     return PackedRows(kept, max_length)
 
 
-def show_examples(rows, tokenizer, count):
+def show_examples(rows: PackedRows, tokenizer, count: int) -> None:
     """Print the first `count` items as the trainer sees them: prompt tokens grey, trained tokens green ([[...]] in a file)."""
     colour = sys.stdout.isatty()
     for item in rows.items[:count]:

@@ -14,14 +14,11 @@ import psutil
 import torch
 
 from utils.device import Device
-from utils.model.attention import wants_rows_of_one_length
 from utils.model.lm_head import CHUNK
-from utils.model.packing import collate, model_inputs
+from utils.model.packing import collate, model_inputs, padding_for
 
-PROBES = (
-    32,
-    96,
-)  # tokens of the two passes: enough to tell the two parts apart, cheap enough to compute anywhere
+# Tokens of the two passes: enough to tell the two parts apart, cheap enough to compute anywhere.
+PROBES = (64, 128)
 FLOAT, HALF = 4, 2  # bytes
 LIBRARIES = 700 << 20  # bytes of Python, torch, transformers and their threads in a training process
 CGROUPS = Path("/sys/fs/cgroup")
@@ -73,8 +70,8 @@ def _bytes_kept(model, tokens: int, bf16: bool) -> int:
             seen[storage.data_ptr()] = storage  # alive from now on, so that no address comes twice
         return tensor
 
-    row_length = tokens if wants_rows_of_one_length(model.device.type, bf16) else 0
-    inputs = model_inputs(collate([[{"documents": [([0] * tokens, [0])]}]], row_length))
+    padding = padding_for(model.device.type, bf16, tokens)
+    inputs = model_inputs(collate([[{"documents": [([0] * tokens, [0])]}]], padding))
     inputs = {
         name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()
     }

@@ -15,9 +15,16 @@ import torch
 from utils.device import Device
 from utils.errors import UserError
 from utils.files import show_path
-from utils.model.attention import wants_rows_of_one_length
 from utils.model.lm_head import cross_entropy_sum
-from utils.model.packing import PackedRows, collate, item_length, model_inputs
+from utils.model.packing import (
+    ROUNDED,
+    PackedRows,
+    collate,
+    item_length,
+    model_inputs,
+    padding_for,
+    wants_rows_of_one_length,
+)
 from utils.text import duration, format_bytes
 from utils.training.memory import FLOAT, Costs, free_memory, measure_costs, memory_parts
 
@@ -80,7 +87,7 @@ def plan_step(model, train_rows: PackedRows, settings, device: Device, run) -> S
     if settings.ESTIMATE:
         for way in possible:
             fits = "chosen" if way == plan else "fits" if needed[way] <= free else "does not fit"
-            print(f"  {way!s:<62} {format_bytes(needed[way]):>9}  {fits}")
+            print(f"  {way!s:<72} {format_bytes(needed[way]):>9}  {fits}")
     if plan is None:
         least = min(needed.values())
         raise UserError(
@@ -107,7 +114,7 @@ def tokens_at_once(train_rows: PackedRows, plan: StepPlan, device: Device) -> in
     """Tokens of the largest batch."""
     if wants_rows_of_one_length(device.name, device.bf16):
         return plan.rows_at_once * train_rows.max_length
-    return train_rows.fullest(plan.rows_at_once)
+    return math.ceil(train_rows.fullest(plan.rows_at_once) / ROUNDED) * ROUNDED
 
 
 def _what_would_fit(costs: Costs, parts: dict[str, int], free: int, train_rows: PackedRows, model) -> str:
@@ -170,8 +177,7 @@ def estimate_hours(model, train_rows: PackedRows, size: RunSize, plan: StepPlan,
 
 def _tokens_per_second(model, train_rows: PackedRows, device: Device) -> float:
     row = min(train_rows, key=lambda items: abs(sum(map(item_length, items)) - TIMED_TOKENS))
-    row_length = train_rows.max_length if wants_rows_of_one_length(device.name, device.bf16) else 0
-    batch = collate([row], row_length)
+    batch = collate([row], padding_for(device.name, device.bf16, train_rows.max_length))
     batch = {name: part.to(device.name) if torch.is_tensor(part) else part for name, part in batch.items()}
     began = time.monotonic()
     with torch.autocast(device.name, torch.bfloat16, enabled=device.bf16):

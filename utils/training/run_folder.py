@@ -9,11 +9,14 @@ import datetime
 import importlib.metadata
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 
+from utils.device import Device
 from utils.errors import UserError
 from utils.files import sha256_of, show_path, write_folder
 from utils.model.folders import model_sha256
@@ -40,7 +43,7 @@ class RunFolder:
     `checkpoint` is the checkpoint to go on from (None: from the start); `finished` whether there is nothing left to do.
     """
 
-    def __init__(self, settings, device):
+    def __init__(self, settings, device: Device):
         self.folder = settings.OUTPUT_DIR
         # where accelerate launch or torchrun started several processes, they meet here; a day, because the others wait at
         # a barrier while the first computes DPO's reference log-probabilities
@@ -84,12 +87,12 @@ class RunFolder:
             "started": _now(),
         }
 
-    def begin(self):
+    def begin(self) -> None:
         """Training starts now: from here on the folder is this run's."""
         if self.main:
             write_record(self.folder, self.record)
 
-    def finish(self, save, results):
+    def finish(self, save: Callable[[Path], None], results: dict[str, Any]) -> None:
         """Write the finished model: `save(folder)` fills a hidden folder, whose entries then move to the run's root.
 
         run.json says "finished" last, so a kill before that leaves a run that goes on from its last checkpoint.
@@ -106,7 +109,7 @@ class RunFolder:
             LAST_MEETING[-1].wait()
             self.processes.destroy_process_group()
 
-    def say_finished(self):
+    def say_finished(self) -> None:
         """Tell that this very run is done."""
         place = show_path(self.folder)
         print(

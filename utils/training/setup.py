@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+from typing import Any
 
 import psutil
 import torch
@@ -11,9 +12,11 @@ from utils.device import Device
 from utils.errors import NO_MEMORY, RunError
 from utils.files import show_path
 from utils.text import duration, format_bytes
+from utils.training.callbacks import RunLog
 from utils.training.checkpoints import list_checkpoints
 from utils.training.plan import StepPlan
 from utils.training.run_folder import RunFolder
+from utils.training.trainer import PackedTrainer
 
 
 def training_arguments(settings, device: Device, run: RunFolder, plan: StepPlan) -> TrainingArguments:
@@ -67,7 +70,7 @@ def _take_one_gpu(args: TrainingArguments) -> None:
         args._n_gpu = 1
 
 
-def train(trainer, run, log, stop):
+def train(trainer: PackedTrainer, run: RunFolder, log: RunLog) -> dict[str, Any]:
     """Train from where `run` stands to the end; return the results for run.json.
 
     RunError, in one line, where memory runs out; KeyboardInterrupt after Ctrl-C, once the checkpoint is written.
@@ -108,10 +111,10 @@ def train(trainer, run, log, stop):
     }
 
 
-def report(run, results, began):
+def report(run: RunFolder, results: dict[str, Any], seconds: float) -> None:
     """Print where the finished run lies and what to do next."""
     print(
-        f"finished in {duration(began)}: held-out loss {results['eval_loss_before']:.4f} -> {results['eval_loss']:.4f}, "
+        f"finished in {duration(seconds)}: held-out loss {results['eval_loss_before']:.4f} -> {results['eval_loss']:.4f}, "
         f"{results['tokens_per_second']:,.0f} tokens/s, peak memory {format_bytes(results['peak_memory_bytes'])}"
     )
     place = show_path(run.folder)
@@ -120,7 +123,7 @@ def report(run, results, began):
     )
 
 
-def peak_memory(device):
+def peak_memory(device: torch.device) -> int:
     """Peak bytes: of the GPU where one computes, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -15,9 +15,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from utils.errors import RunError
-from utils.model.attention import wants_rows_of_one_length
 from utils.model.lm_head import backward_through_head
-from utils.model.packing import PackedBatch, PackedRows, collate, model_inputs
+from utils.model.packing import PackedBatch, PackedRows, collate, model_inputs, padding_for
 from utils.progress import progress
 from utils.text import listed
 from utils.training.checkpoints import HiddenCheckpoint, remove_old_checkpoints
@@ -54,13 +53,13 @@ class PackedTrainer(Trainer):
     def __init__(
         self, model, args, train_rows: PackedRows, eval_rows: PackedRows | None, tokenizer, callbacks=()
     ):
-        row_length = 0
-        if wants_rows_of_one_length(args.device.type, args.bf16):
-            row_length = max(rows.max_length for rows in (train_rows, eval_rows) if rows)
+        longest = max(rows.max_length for rows in (train_rows, eval_rows) if rows)
         super().__init__(
             model=model,
             args=args,
-            data_collator=functools.partial(collate, row_length=row_length),
+            data_collator=functools.partial(
+                collate, padding=padding_for(args.device.type, args.bf16, longest)
+            ),
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=tokenizer,
