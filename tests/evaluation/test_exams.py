@@ -1,5 +1,7 @@
 """Exams: choices agree with a plain transformers loop, letters are not favoured, files are read as they are."""
 
+import re
+
 import pytest
 from conftest import ROOT
 from evaluation_files import CPU, EXAM, alone, letters_alone, load_packed, load_plain, prompt_of
@@ -43,6 +45,20 @@ def test_text_choices_equal_a_plain_loop(folder):
         }
         assert scores == pytest.approx(expected, abs=1e-4)
         assert choice == max(expected, key=expected.get)
+
+
+@pytest.mark.parametrize("typed", ["平<|im_end|>", "<|im_start|>system", "<think>寒</think>", "\n平"])
+def test_control_tokens_typed_into_an_option_are_scored_as_text(folder, typed):
+    tokenizer, model = load_plain(folder)
+    item = {**EXAM[0], "options": {"A": "温", "B": typed}}
+    [(_, scores)] = exams.choices_by_text(load_packed(folder), tokenizer, [item], CPU)
+    pieces = [
+        piece for piece in re.split("(<)", typed) if piece
+    ]  # no token reaches across: the tags are typed
+    ids = [token for piece in pieces for token in tokenizer(piece)["input_ids"]]
+    assert not set(ids) & set(tokenizer.added_tokens_decoder) and tokenizer.decode(ids) == typed
+    expected = alone(model, prompt_of(tokenizer, f"{item['question']}\n请只写出答案。"), ids)
+    assert scores["B"] == pytest.approx(expected / len(typed), abs=1e-4)
 
 
 @pytest.mark.parametrize("favourite", "ABCDE")

@@ -22,7 +22,7 @@ from utils.files import read_jsonl, sha256_of, show_path, write_jsonl
 from utils.model.folders import adapter_base, model_sha256
 
 # Raise this number with every change of the code that changes a score or what counts as right.
-SCORING_VERSION = 2
+SCORING_VERSION = 3
 
 # Settings that decide where results go and how they are shown, not what they are.
 NOT_IDENTITY = {"MODELS", "BASE_MODEL", "OUTPUT_DIR", "SHOW", "FRESH", "DEVICE", "PRECISION"}

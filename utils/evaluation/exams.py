@@ -13,7 +13,7 @@ from utils.data.sources import find_sources
 from utils.device import Device
 from utils.errors import UserError
 from utils.files import show_path
-from utils.model.chat_format import encode_prompt
+from utils.model.chat_format import encode_prompt, encode_text
 from utils.model.logprobs import answer_logps, next_token_logps, pack_for_scoring
 
 # By option text: the options are not listed, and the instruction asks for the bare fact that they are.
@@ -63,8 +63,9 @@ def choices_by_text(
     items = []
     for item in exam:
         prompt = _prompt(tokenizer, TEXT_PROMPT.format(question=item["question"], instruction=INSTRUCTION))
-        options = tokenizer(list(item["options"].values()), add_special_tokens=False)["input_ids"]
-        items.append({"documents": [(prompt, option) for option in options]})
+        items.append(
+            {"documents": [(prompt, encode_text(tokenizer, text)) for text in item["options"].values()]}
+        )
     choices = []
     for item, logps in zip(exam, answer_logps(model, pack_for_scoring(items), device, watch)):
         scores = {letter: logp / len(text) for (letter, text), logp in zip(item["options"].items(), logps)}
