@@ -138,10 +138,15 @@ def write_exam(kind, folder):
 @pytest.mark.parametrize("kind, several", [("cmmlu", 0), ("cmb", 1), ("cmexam", 1)])
 def test_exam_files_are_read_as_they_are(tmp_path, kind, several):
     exam, left_out = read_exam(write_exam(kind, tmp_path))
-    assert [(item["question"], list(item["options"].values()), item["answer"]) for item in exam] == QUESTIONS
-    assert len({item["id"] for item in exam}) == 2 and dict(left_out) == (
-        {"several right answers": several} if several else {}
-    )
+    found = [(item["question"], list(item["options"].values()), item["answer"]) for item in exam]
+    assert found[:2] == QUESTIONS and [item["kind"] for item in exam[2:]] == ["multiple"] * several
+    assert len({item["id"] for item in exam}) == 2 + several and not left_out
+
+
+def test_an_id_that_is_there_twice_is_not_taken_for_one_question(tmp_path):
+    rows = [{"id": "1", "question": q, "options": o, "answer": a} for q, o, a in QUESTIONS]
+    write_jsonl(tmp_path / "two.jsonl", rows)
+    assert [item["id"] for item in read_exam(tmp_path / "two.jsonl")[0]] == ["1", "two:2"]
 
 
 def test_our_own_exam_is_read_whole():
@@ -151,5 +156,5 @@ def test_our_own_exam_is_read_whole():
 
 def test_a_file_without_exam_questions_is_refused(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [{"query": "甘草？", "response": "甘草。"}] * 3)
-    with pytest.raises(UserError, match="no single-choice question in it .3 x no exam question"):
+    with pytest.raises(UserError, match="no exam question in it .3 x another kind of row"):
         read_exam(tmp_path / "rows.jsonl")
