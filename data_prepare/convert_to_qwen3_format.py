@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.data.columns import parse_columns
-from utils.data.schemas import RowOptions
+from utils.data.schemas import OUTPUTS, RowOptions
 from utils.data.sources import find_sources
 from utils.errors import UserError, run
 from utils.files import show_path, write_json
@@ -111,7 +111,7 @@ def row_options(settings):
 
 def old_files(folder, outputs):
     """Notes on files of an earlier run, and on an evaluation set that is missing."""
-    for name in ("sft_train", "sft_eval", "dpo_train", "dpo_eval", "exam"):
+    for name in OUTPUTS:
         if not outputs[name] and (folder / f"{name}.jsonl").exists():
             yield (
                 f"{name}.jsonl there is from an earlier run and was not compared with these rows; make it again"

@@ -5,9 +5,9 @@
     python model_finetune/compare_models.py --exam-file traditional_chinese_medicine.csv       # CMMLU, CMB, CMExam as they are
 
 Reads sft_eval.jsonl, dpo_eval.jsonl and exam.jsonl of data_prepare/qwen3/ and, of data_prepare/sample/, general_questions.jsonl.
-Held-out loss, exam (by option text and by option letter), preference pairs, facts stated, a control set of general
-questions, sample answers. Writes comparison.md, comparison.json and comparison.png to OUTPUT_DIR, and every item's scores
-to OUTPUT_DIR/comparison/. A model measured before is not measured again.
+Held-out loss, exam (by option text and by option letter; true or false, and several right answers, by themselves), preference
+pairs, facts stated, a control set of general questions, sample answers. Writes comparison.md, comparison.json and
+comparison.png to OUTPUT_DIR, and every item's scores to OUTPUT_DIR/comparison/. A model measured before is not measured again.
 """
 
 import sys
@@ -26,14 +26,14 @@ from utils.settings import ROOT, parse_settings
 MODELS = []                 # folders to compare, the base first; none: the base and every finished run
 BASE_MODEL = "model_download/Qwen3-0.6B"            # the base, where MODELS names none
 EVAL_FILE = "data_prepare/qwen3/sft_eval.jsonl"     # held-out conversations
-EXAM_FILE = "data_prepare/qwen3/exam.jsonl"         # single-choice questions: also CMMLU csv, CMB or CMExam json; "": none
+EXAM_FILE = "data_prepare/qwen3/exam.jsonl"         # exam questions: also CMMLU csv, CMB or CMExam json; "": none
 PAIRS_FILE = "data_prepare/qwen3/dpo_eval.jsonl"    # held-out preference pairs; "": none
 GENERAL_FILE = "data_prepare/sample/general_questions.jsonl"    # questions that are not TCM, to see forgetting; "": none
 TERMS_FILE = "data_prepare/sample/terms.jsonl"      # terms by which a generated answer counts as right
 OUTPUT_DIR = "trainer_output"                       # where the results go
 EVAL_ROWS = 300             # conversations of EVAL_FILE, and as many pairs, that are scored; 0: all
 EXAM_ROWS = 0               # exam questions that are scored; 0: all
-LETTER_ROWS = 0             # of these, how many also by option letter, which takes five times as long; 0: all
+LETTER_ROWS = 0             # of those with one right answer, how many also by option letter: five times as long; 0: all
 GENERATE = 200              # held-out questions answered in full, beside the general ones; 0: no answers at all
 THINKING = "off"            # of answers in full: off, on, or auto (each folder's own mode); scores are taken with it off
 MAX_NEW_TOKENS = 128        # longest generated answer, in tokens

@@ -12,10 +12,15 @@ PANELS = {  # of the comparison: the figure shown, and its title
     "heldout_loss": "held-out loss, nats a token (lower is better)",
     "exam_accuracy": "exam by option text",
     "exam_letter_accuracy": "exam by option letter",
+    "exam_true_false_accuracy": "true or false, by text",
+    "exam_true_false_letter_accuracy": "true or false, by letter",
+    "exam_multiple_accuracy": "exam, several answers",
     "preference_accuracy": "preference pairs",
     "facts_accuracy": "facts stated right",
     "general_loss": "loss on general questions (lower is better)",
 }
+
+CHANCE = {"preference": 0.5}  # that of the exams follows from their options and is among the figures
 
 
 def load_pyplot() -> ModuleType:
@@ -142,17 +147,18 @@ def _draw_bars(axis, key, models):
     if share:
         axis.set_ylim(0, 1.25)
         axis.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
-        _draw_chance(axis, key, next(iter(models.values())).get("exam_chance"))
+        _draw_chance(axis, CHANCE.get(measure, next(iter(models.values())).get(f"{measure}_chance")))
     else:
         axis.margins(y=0.15)
     count = max(figures.get(f"{measure}_n", 0) for figures in models.values())
     axis.set_title(f"{PANELS[key]}, n = {count:,}", fontsize=10)
 
 
-def _draw_chance(axis, key, exam_chance):
-    chance = {"preference_accuracy": 0.5}.get(key, exam_chance if key.startswith("exam") else None)
+def _draw_chance(axis, chance):
     if chance:
-        axis.axhline(chance, color="grey", linestyle=":", label=f"chance {chance:.0%}")
+        axis.axhline(
+            chance, color="grey", linestyle=":", label=f"chance {chance:.{0 if chance > 0.1 else 1}%}"
+        )
         axis.legend(loc="upper left", fontsize=8)
 
 

@@ -10,7 +10,7 @@ from data_rows import read
 sys.path.insert(0, str(ROOT / "data_prepare"))
 import convert_to_qwen3_format as script
 
-from utils.data.convert import OUTPUTS
+from utils.data.schemas import OUTPUTS
 
 
 @pytest.fixture

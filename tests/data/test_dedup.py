@@ -5,8 +5,8 @@ import random
 import pytest
 from data_rows import CASE, turns, write_lines
 
-from utils.data.convert import OUTPUTS
 from utils.data.minhash import candidate_pairs, overlap, signatures
+from utils.data.schemas import OUTPUTS
 
 
 def sample_like():

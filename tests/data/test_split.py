@@ -69,6 +69,6 @@ def test_rows_that_go_to_one_file_are_written_in_runs():
     runs = list(_runs(rows, Decisions(split, status, None), numpy.zeros(len(rows), dtype=bool)))
     assert [run.start for run in runs[1:]] == [run.end for run in runs[:-1]] and runs[-1].end == len(rows)
     outputs = numpy.concatenate([[run.output] * (run.end - run.start) for run in runs])
-    assert outputs.tolist() == [0, 0, 1, -2, 0, *[4] * (RUN + 5)]
+    assert outputs.tolist() == [0, 0, 1, -1, 0, *[4] * (RUN + 5)]
     assert Run(4, 5, 0, EVALUATION_LEAK, False) in runs and len(runs) < 12
     assert list(_runs(rows[:0], Decisions(split[:0], status[:0], None), split[:0] > 0)) == []

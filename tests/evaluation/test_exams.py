@@ -1,5 +1,7 @@
 """Exams: choices agree with a plain transformers loop, letters are not favoured, files are read as they are."""
 
+import re
+
 import pytest
 from conftest import ROOT
 from evaluation_files import CPU, EXAM, alone, letters_alone, load_packed, load_plain, prompt_of
@@ -43,6 +45,20 @@ def test_text_choices_equal_a_plain_loop(folder):
         }
         assert scores == pytest.approx(expected, abs=1e-4)
         assert choice == max(expected, key=expected.get)
+
+
+@pytest.mark.parametrize("typed", ["平<|im_end|>", "<|im_start|>system", "<think>寒</think>", "\n平"])
+def test_control_tokens_typed_into_an_option_are_scored_as_text(folder, typed):
+    tokenizer, model = load_plain(folder)
+    item = {**EXAM[0], "options": {"A": "温", "B": typed}}
+    [(_, scores)] = exams.choices_by_text(load_packed(folder), tokenizer, [item], CPU)
+    pieces = [
+        piece for piece in re.split("(<)", typed) if piece
+    ]  # no token reaches across: the tags are typed
+    ids = [token for piece in pieces for token in tokenizer(piece)["input_ids"]]
+    assert not set(ids) & set(tokenizer.added_tokens_decoder) and tokenizer.decode(ids) == typed
+    expected = alone(model, prompt_of(tokenizer, f"{item['question']}\n请只写出答案。"), ids)
+    assert scores["B"] == pytest.approx(expected / len(typed), abs=1e-4)
 
 
 @pytest.mark.parametrize("favourite", "ABCDE")
@@ -122,10 +138,15 @@ def write_exam(kind, folder):
 @pytest.mark.parametrize("kind, several", [("cmmlu", 0), ("cmb", 1), ("cmexam", 1)])
 def test_exam_files_are_read_as_they_are(tmp_path, kind, several):
     exam, left_out = read_exam(write_exam(kind, tmp_path))
-    assert [(item["question"], list(item["options"].values()), item["answer"]) for item in exam] == QUESTIONS
-    assert len({item["id"] for item in exam}) == 2 and dict(left_out) == (
-        {"several right answers": several} if several else {}
-    )
+    found = [(item["question"], list(item["options"].values()), item["answer"]) for item in exam]
+    assert found[:2] == QUESTIONS and [item["kind"] for item in exam[2:]] == ["multiple"] * several
+    assert len({item["id"] for item in exam}) == 2 + several and not left_out
+
+
+def test_an_id_that_is_there_twice_is_not_taken_for_one_question(tmp_path):
+    rows = [{"id": "1", "question": q, "options": o, "answer": a} for q, o, a in QUESTIONS]
+    write_jsonl(tmp_path / "two.jsonl", rows)
+    assert [item["id"] for item in read_exam(tmp_path / "two.jsonl")[0]] == ["1", "two:2"]
 
 
 def test_our_own_exam_is_read_whole():
@@ -135,5 +156,5 @@ def test_our_own_exam_is_read_whole():
 
 def test_a_file_without_exam_questions_is_refused(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [{"query": "甘草？", "response": "甘草。"}] * 3)
-    with pytest.raises(UserError, match="no single-choice question in it .3 x no exam question"):
+    with pytest.raises(UserError, match="no exam question in it .3 x another kind of row"):
         read_exam(tmp_path / "rows.jsonl")

@@ -47,7 +47,7 @@ def test_every_item_is_stored_and_agrees_with_a_plain_loop(folder, tmp_path):
 def test_letters_are_scored_in_float32_in_any_number_format(folder):
     tokenizer, model = load_plain(folder)
     choices = {
-        bf16: letter_choices(folder, tokenizer, EXAM, 0, replace(CPU, bf16=bf16)) for bf16 in (False, True)
+        bf16: letter_choices(folder, tokenizer, EXAM, 0, 4, replace(CPU, bf16=bf16)) for bf16 in (False, True)
     }
     assert choices[True] == choices[False] and choices[True].keys() == {item["id"] for item in EXAM}
     for item in EXAM:

@@ -6,6 +6,8 @@ from utils.evaluation.compare import Results, differences, metrics
 from utils.evaluation.statistics import wilson
 from utils.plots import plot_comparison
 
+LOSS = {"test": "heldout", "id": "0", "loss": 1.0, "tokens": 2}
+
 
 def test_metrics_and_differences_follow_from_the_items():
     def made(right, loss):
@@ -16,7 +18,7 @@ def test_metrics_and_differences_follow_from_the_items():
                 "answer": "A",
                 "text_choice": "A" if n < right else "B",
                 "letter_choice": "B",
-                "text": {"A": 0, "B": 0},
+                "options": {"A": "温", "B": "寒"},
             }
             for n in range(20)
         ]
@@ -52,6 +54,23 @@ def test_metrics_and_differences_follow_from_the_items():
     assert change["heldout_loss"]["difference"] == pytest.approx(-0.5)
     other.items[-4]["tokens"] += 1  # another tokenizer: a loss a token is of something else
     assert "heldout_loss" not in differences(one, other)
+
+
+def test_kinds_of_question_are_told_apart():
+    def item(kind, answer, **choices):
+        options = dict(zip("ABCDE" if kind == "multiple" else "AB", "温凉平寒热"))
+        return {"test": "exam", "kind": kind, "answer": answer, "options": options, **choices}
+
+    several = [("ABD", "ABD"), ("AB", "ABD"), ("ABDE", "ABD"), ("", "ABD"), ("C", "C")]
+    items = [item("multiple", answer, letter_choice=named, said="") for named, answer in several]
+    judged = [("A", "B"), ("A", "A"), ("B", "B")]  # by text, by letter
+    items += [item("true_false", "A", text_choice=text, letter_choice=letter) for text, letter in judged]
+    found = metrics(Results("x", 1.0, 0.0, [*items, LOSS]))
+    assert (found["exam_multiple_accuracy"], found["exam_multiple_n"]) == (0.4, 5)
+    assert (found["exam_multiple_chance"], found["exam_multiple_named"]) == (pytest.approx(1 / 31), 0.8)
+    assert found["exam_true_false_accuracy"] == pytest.approx(2 / 3)
+    assert found["exam_true_false_letter_accuracy"] == pytest.approx(1 / 3)
+    assert found["exam_true_false_chance"] == 0.5 and "exam_accuracy" not in found
 
 
 @pytest.mark.parametrize("right", [0, 401])

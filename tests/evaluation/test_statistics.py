@@ -12,6 +12,9 @@ def test_intervals_of_shares_have_known_values():
         [0.2366, 0.7634], abs=1e-4
     )  # statsmodels proportion_confint(method="wilson")
     assert wilson(0, 10)[0] == pytest.approx(0) and wilson(10, 10)[1] == pytest.approx(1)
+    assert {f"{wilson(0, n)[0]:.1%} {wilson(n, n)[1]:.1%}" for n in range(1, 99)} == {
+        "0.0% 100.0%"
+    }  # no -0.0%
 
 
 def test_mcnemar_counts_the_items_that_only_one_has_right():

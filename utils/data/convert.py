@@ -16,7 +16,7 @@ from utils.data.dedup import KEPT, REASONS, Decisions
 from utils.data.readers import batches, parse_row
 from utils.data.reject import Reject
 from utils.data.row_index import EVAL, KIND, IndexedBatch, RowIndex, content_key, index_rows
-from utils.data.schemas import Item, RowOptions, convert_row
+from utils.data.schemas import KINDS, OUTPUTS, Item, RowOptions, convert_row
 from utils.data.sources import Source
 from utils.data.text_store import TextStore
 from utils.data.workers import map_tasks
@@ -25,7 +25,6 @@ from utils.files import atomic_write
 from utils.progress import ByteProgress
 from utils.text import format_bytes
 
-OUTPUTS = ("sft_train", "sft_eval", "dpo_train", "dpo_eval", "exam")
 RUN = 1000  # rows written at a time, at most
 LARGE = 32e6  # bytes: from here up, several processes are worth their start
 BYTES_A_ROW = 1000  # of memory: 300 measured for mixed questions, 1,000 where all are one long template
@@ -251,9 +250,9 @@ def write_outputs(
 
 
 def _runs(rows, decisions, sampled) -> Iterator[Run]:
-    bad = rows["kind"] == KIND["bad"]  # each becomes a preference pair with the good answer to its prompt
-    kind = numpy.where(bad, KIND["dpo"], rows["kind"]).astype(int)
-    output = (kind - 1) * 2 + (decisions.split == EVAL)
+    bad = rows["kind"] == KIND["bad"]  # written as a pair with the good answer, which is read for each
+    files = [(OUTPUTS.index(kind.trained), OUTPUTS.index(kind.held_out)) for kind in KINDS.values()]
+    output = numpy.array([(-1, -1), *files])[rows["kind"], (decisions.split == EVAL).astype(int)]
     alone = (decisions.status != KEPT) | sampled | bad  # these need a look each, the others go by runs
     alone[::RUN] = True
     bounds = numpy.flatnonzero((numpy.diff(output) != 0) | alone[1:] | alone[:-1]) + 1
@@ -290,6 +289,6 @@ def _repeat_line(row, found, decisions, sources):
 
 def remove_stale(folder: Path, outputs: Counter) -> None:
     """Remove the evaluation file of an earlier run that the new training file does not belong to."""
-    for name in OUTPUTS:
-        if not outputs[name] and outputs[name.replace("_eval", "_train")]:
-            (folder / f"{name}.jsonl").unlink(missing_ok=True)
+    for kind in KINDS.values():
+        if outputs[kind.trained] and not outputs[kind.held_out]:
+            (folder / f"{kind.held_out}.jsonl").unlink(missing_ok=True)

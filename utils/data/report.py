@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy
 
-from utils.data.convert import OUTPUTS, Recognised, Written
+from utils.data.convert import Recognised, Written
 from utils.data.dedup import KEPT, Decisions
 from utils.data.row_index import EVAL, KIND, TRAIN
+from utils.data.schemas import OUTPUTS
 from utils.data.sources import Skipped, Source
 from utils.files import sha256_of
 from utils.model.chat_format import encode_turns

@@ -9,14 +9,14 @@ import numpy
 
 from utils.data.minhash import signatures
 from utils.data.normalize import normalize_all, without_filler
-from utils.data.schemas import Item
+from utils.data.schemas import KINDS, Item
 from utils.data.text_store import TextStore
 
 LONG = 40  # characters without filler: as long as a case description, too long for a name in a template
 LONG_ANSWER = 20  # characters: two rows do not share such an answer by chance
 SHORTEST_LATER_TURN = 8  # characters: later turns such as "请继续" are no question of their own
 
-KIND = {"": 0, "sft": 1, "dpo": 2, "exam": 3, "bad": 4}  # 0: a row that cannot be used
+KIND = {kind: number for number, kind in enumerate(["", *KINDS])}  # 0: a row that cannot be used
 TRAIN, EVAL, EXAM = 1, 2, 3  # the splits
 TOLD = {"": 0, "train": TRAIN, "eval": EVAL}  # what a row says of its own split
 

@@ -2,7 +2,8 @@
 
 `convert_row` returns an Item: a conversation to train on ("sft"), a preference pair ("dpo"), an exam item ("exam") or an
 answer that is marked as bad ("bad"); or it raises Reject with the reason. To add a schema of questions and answers, add a line
-to QUESTION_ANSWER; to add another language's or data set's name for a field, one to ALIASES.
+to QUESTION_ANSWER; to add another language's or data set's name for a field, one to ALIASES; to add a kind of row, a line to
+KINDS and a reader that returns it.
 """
 
 import functools
@@ -73,10 +74,31 @@ _UNFIT_REASON = {
 }
 
 
+class Kind(NamedTuple):
+    """The output files (less .jsonl) of the rows that are trained on, and of those that are held out.
+
+    `dealt`: whether a share of such rows is held out; others are never trained on, or follow rows of another kind.
+    """
+
+    trained: str
+    held_out: str
+    dealt: bool
+
+
+KINDS = {
+    "sft": Kind("sft_train", "sft_eval", dealt=True),
+    "dpo": Kind("dpo_train", "dpo_eval", dealt=True),
+    "exam": Kind("exam", "exam", dealt=False),
+    # with the good answer to its prompt, whose split it follows, a bad one becomes a preference pair
+    "bad": Kind("dpo_train", "dpo_eval", dealt=False),
+}
+OUTPUTS = list(dict.fromkeys(name for kind in KINDS.values() for name in (kind.trained, kind.held_out)))
+
+
 class Item(NamedTuple):
     """A usable row. `body`: the fields of the output line; `questions`: the user turns; `rest`: all text after the first."""
 
-    kind: str  # "sft", "dpo", "exam" or "bad"
+    kind: str  # of KINDS
     schema: str
     body: dict  # of a bad answer: {"prompt", "rejected"}
     questions: list

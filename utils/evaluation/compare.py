@@ -13,16 +13,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
+from utils.data.exam_rows import MULTIPLE, SINGLE, TRUE_FALSE
 from utils.device import Device
 from utils.errors import UserError
-from utils.evaluation.exams import prompt_texts
+from utils.evaluation.exams import kind_of, prompt_texts
 from utils.evaluation.measure import Tests, measure
 from utils.evaluation.statistics import mcnemar, mean_per_token, share_difference, wilson
 from utils.files import read_jsonl, sha256_of, show_path, write_jsonl
 from utils.model.folders import adapter_base, model_sha256
 
 # Raise this number with every change of the code that changes a score or what counts as right.
-SCORING_VERSION = 2
+SCORING_VERSION = 3
+
+# The metrics of the exam: what kind of question, and which field of its results holds the choice.
+EXAM_METRICS = {
+    "exam": (SINGLE, "text_choice"),
+    "exam_letter": (SINGLE, "letter_choice"),
+    "exam_true_false": (TRUE_FALSE, "text_choice"),
+    "exam_true_false_letter": (TRUE_FALSE, "letter_choice"),
+    "exam_multiple": (MULTIPLE, "letter_choice"),
+}
 
 # Settings that decide where results go and how they are shown, not what they are.
 NOT_IDENTITY = {"MODELS", "BASE_MODEL", "OUTPUT_DIR", "SHOW", "FRESH", "DEVICE", "PRECISION"}
@@ -124,15 +134,29 @@ def _digest(rows):
 
 def shares(results: Results) -> dict[str, list[bool]]:
     """{metric: whether each item is right}; a test that was not made is missing."""
-    exam, answers = results.of("exam"), [item for item in results.of("answer") if item["right"] is not None]
+    answers = [item for item in results.of("answer") if item["right"] is not None]
     found = {
-        "exam": [item["text_choice"] == item["answer"] for item in exam],
-        "exam_letter": [item["letter_choice"] == item["answer"] for item in exam if "letter_choice" in item],
+        **{
+            name: [item[choice] == item["answer"] for item in exam_items(results, name)]
+            for name, (_, choice) in EXAM_METRICS.items()
+        },
         "preference": [item["chosen"] > item["rejected"] for item in results.of("preference")],
         "facts": [item["right"] for item in answers if item["about"] == "heldout"],
         "general": [item["right"] for item in answers if item["about"] == "general"],
     }
     return {name: right for name, right in found.items() if right}
+
+
+def exam_items(results: Results, metric: str) -> list[Any]:
+    """The items that a metric of EXAM_METRICS is of."""
+    kind, choice = EXAM_METRICS[metric]
+    return [item for item in results.of("exam") if kind_of(item) == kind and choice in item]
+
+
+def guessed_right(item: Any) -> float:
+    """The probability that an exam item is guessed: one option of n, or one of the 2^n - 1 sets that hold an option."""
+    count = len(item["options"])
+    return 1 / (2**count - 1) if kind_of(item) == MULTIPLE else 1 / count
 
 
 def losses(results: Results) -> dict[str, tuple[list[float], list[int]]]:
@@ -156,8 +180,11 @@ def metrics(results: Results) -> dict[str, Any]:
         found[name], found[f"{name}_interval"] = mean_per_token(sums, tokens)
         found[f"{name}_n"] = len(sums)
     found["perplexity"] = math.exp(found["heldout_loss"])
-    if exam := results.of("exam"):
-        found["exam_chance"] = sum(1 / len(item["text"]) for item in exam) / len(exam)
+    for name in EXAM_METRICS:
+        if items := exam_items(results, name):
+            found[f"{name}_chance"] = sum(map(guessed_right, items)) / len(items)
+    if several := exam_items(results, "exam_multiple"):
+        found["exam_multiple_named"] = sum(bool(item["letter_choice"]) for item in several) / len(several)
     if answers := results.of("answer"):
         tokens_in_all = sum(item["tokens"] for item in answers)
         found["ended_share"] = sum(item["ended"] for item in answers) / len(answers)

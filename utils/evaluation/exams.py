@@ -1,11 +1,17 @@
-"""Exams: the prompts that ask for an answer, how an option is chosen, and files of single-choice questions."""
+"""Exams: the prompts that ask for an answer, how options are chosen, and files of questions.
 
+Three kinds of question, told apart everywhere: single choice and true or false, of which the likeliest option counts (by its
+text, by its letter), and several right answers, of which the model writes the letters.
+"""
+
+import re
+import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
-from utils.data.exam_rows import LETTERS, MULTIPLE
+from utils.data.exam_rows import LETTERS, MULTIPLE, SINGLE, TRUE_FALSE
 from utils.data.readers import parse_row, read_rows
 from utils.data.reject import Reject
 from utils.data.schemas import convert_row
@@ -13,31 +19,54 @@ from utils.data.sources import find_sources
 from utils.device import Device
 from utils.errors import UserError
 from utils.files import show_path
-from utils.model.chat_format import encode_prompt
+from utils.model.chat_format import encode_prompt, encode_text
+from utils.model.generate import generate_tokens, read_answer
 from utils.model.logprobs import answer_logps, next_token_logps, pack_for_scoring
 
-# By option text: the options are not listed, and the instruction asks for the bare fact that they are.
+# By option text: the options are not listed, and the instruction asks for the bare fact that they are. A statement alone does not
+# say that it is to be judged, nor in which of the usual pairs of words (对 and 错, 正确 and 错误): these are named.
 TEXT_PROMPT = "{question}\n{instruction}"
 INSTRUCTION = "请只写出答案。"
+JUDGE_INSTRUCTION = "请判断以上说法是否正确，只写出{words}。"
 
 # By option letter, as CMMLU asks (Li et al. 2023, zero-shot). SUBJECT, its own name for ours, stands in where an item has none.
 LETTER_PROMPT = (
-    "以下是关于{subject}的单项选择题，请直接给出正确答案的选项。\n\n题目：{question}\n{options}\n答案是："
+    "以下是关于{subject}的{kind}，请直接给出正确答案的选项。\n\n题目：{question}\n{options}\n答案是："
 )
+KIND_NAMES = {SINGLE: "单项选择题", TRUE_FALSE: "判断题", MULTIPLE: "多项选择题"}
 SUBJECT = "中医中药"
+LONGEST_SET = (
+    64  # tokens of an answer that names several options: enough to write the texts of most beside the letters
+)
 
 
-def prompt_texts() -> dict[str, str]:
-    """All texts of this file that decide a score: part of the key under which results are kept."""
-    return {"text": TEXT_PROMPT, "instruction": INSTRUCTION, "letter": LETTER_PROMPT, "subject": SUBJECT}
+def prompt_texts() -> dict[str, Any]:
+    """All texts and limits of this file that decide a score: part of the key under which results are kept."""
+    return {
+        "text": TEXT_PROMPT,
+        "instruction": INSTRUCTION,
+        "judge": JUDGE_INSTRUCTION,
+        "letter": LETTER_PROMPT,
+        "kinds": KIND_NAMES,
+        "subject": SUBJECT,
+        "longest_set": LONGEST_SET,
+    }
 
 
 class ExamQuestion(TypedDict):
+    """`answer`: the right letter, or all right ones in order ("ABD"); `kind`: as in KIND_NAMES, missing for single choice."""
+
     id: str
     question: str
     options: dict[str, str]
     answer: str
     subject: str
+    kind: NotRequired[str]
+
+
+def kind_of(item: ExamQuestion) -> str:
+    """SINGLE, TRUE_FALSE or MULTIPLE."""
+    return item.get("kind", SINGLE)
 
 
 class TextChoice(NamedTuple):
@@ -51,6 +80,13 @@ class LetterChoice(NamedTuple):
     rotations: list[dict[str, float]]
 
 
+class SetChoice(NamedTuple):
+    """`letters`: the options named, in order ("ABD", "" for none, "?" for one that is not there); `said`: the whole answer."""
+
+    letters: str
+    said: str
+
+
 def choices_by_text(
     model, tokenizer, exam: list[ExamQuestion], device: Device, watch: Callable = iter
 ) -> list[TextChoice]:
@@ -62,14 +98,24 @@ def choices_by_text(
     """
     items = []
     for item in exam:
-        prompt = _prompt(tokenizer, TEXT_PROMPT.format(question=item["question"], instruction=INSTRUCTION))
-        options = tokenizer(list(item["options"].values()), add_special_tokens=False)["input_ids"]
-        items.append({"documents": [(prompt, option) for option in options]})
+        prompt = _prompt(tokenizer, text_question(item))
+        items.append(
+            {"documents": [(prompt, encode_text(tokenizer, text)) for text in item["options"].values()]}
+        )
     choices = []
     for item, logps in zip(exam, answer_logps(model, pack_for_scoring(items), device, watch)):
         scores = {letter: logp / len(text) for (letter, text), logp in zip(item["options"].items(), logps)}
         choices.append(TextChoice(_best(scores), scores))
     return choices
+
+
+def text_question(item: ExamQuestion) -> str:
+    """The question as it is asked by option text."""
+    instruction = INSTRUCTION
+    if kind_of(item) == TRUE_FALSE:
+        words = "或".join(f"“{option}”" for option in item["options"].values())
+        instruction = JUDGE_INSTRUCTION.format(words=words)
+    return TEXT_PROMPT.format(question=item["question"], instruction=instruction)
 
 
 def choices_by_letter(
@@ -106,12 +152,54 @@ def letter_questions(item: ExamQuestion) -> list[tuple[str, list[str]]]:
     """
     order, questions = list(item["options"]), []
     for _ in order:
-        options = "\n".join(f"{letter}. {item['options'][own]}" for letter, own in zip(LETTERS, order))
-        subject = item["subject"] or SUBJECT
-        question = LETTER_PROMPT.format(subject=subject, question=item["question"], options=options)
-        questions.append((question, order))
+        questions.append((_letter_question(item, order), order))
         order = order[1:] + order[:1]
     return questions
+
+
+def _letter_question(item, order):
+    """The question with its options listed in this order (list of their own letters)."""
+    options = "\n".join(f"{letter}. {item['options'][own]}" for letter, own in zip(LETTERS, order))
+    asked = {"subject": item["subject"] or SUBJECT, "kind": KIND_NAMES[kind_of(item)]}
+    return LETTER_PROMPT.format(**asked, question=item["question"], options=options)
+
+
+def choices_of_several(
+    model, tokenizer, exam: list[ExamQuestion], stop: set[int], batch_size: int, watch: Callable = iter
+) -> list[SetChoice]:
+    """For each question with several right answers the set of letters that the model writes, always its likeliest token.
+
+    As CMB asks such questions (Wang et al. 2023): a set is right where it is exactly the answer's. The probabilities of the
+    single letters would need a threshold from which an option belongs to the set, and a threshold fitted to a model or an
+    exam is one more thing that the score would measure. `model` as loaded, not prepared for packed rows; `stop`: the ids that
+    end an answer.
+    """
+    order = [list(item["options"]) for item in exam]
+    prompts = [_prompt(tokenizer, _letter_question(item, own)) for item, own in zip(exam, order)]
+    answers = generate_tokens(model, prompts, stop, LONGEST_SET, batch_size=batch_size, watch=watch)
+    choices = []
+    for item, own, prompt, ids in zip(exam, order, prompts, answers):
+        said = read_answer(tokenizer, prompt, ids).content
+        asked = dict(zip(LETTERS, own))  # a file may leave out an empty option: A, B, D are asked as A, B, C
+        letters = letters_in(said, item["options"].values())
+        choices.append(SetChoice("".join(asked.get(letter, "?") for letter in letters), said))
+    return choices
+
+
+def letters_in(answer: str, options: Iterable[str] = ()) -> str:
+    """The option letters that an answer names, in order, each once: "A、B、D", "ABD" and "答案是：B，A 和 D。" are "ABD".
+
+    Read is what follows the word 答案, where it is said. Letters inside a word or beside a digit (DNA, B12) name nothing, nor
+    do those in the texts of `options` (维生素 C). Nothing is read out of a sentence: "不选 A" names A.
+    """
+    text = unicodedata.normalize("NFKC", answer)
+    for option in sorted(options, key=len, reverse=True):
+        option = unicodedata.normalize("NFKC", option)
+        if not set(option) <= set(LETTERS):
+            text = text.replace(option, " ")
+    text = re.split(r"答案(?:是|为|应该是|应该为|:)", text)[-1]
+    runs = re.findall(rf"(?<![A-Za-z0-9])[{LETTERS}]+(?![A-Za-z0-9])", text)
+    return "".join(sorted(set("".join(runs))))
 
 
 def _prompt(tokenizer, question):
@@ -126,25 +214,25 @@ def _best(scores):
 def read_exam(path: Path) -> tuple[list[ExamQuestion], Counter[str]]:
     """The questions of a file, and the reasons why other rows are left out, counted.
 
-    Reads this project's exam.jsonl, CMMLU's csv, and CMB's and CMExam's json. UserError where no row is a single-choice
-    question.
+    Reads this project's exam.jsonl and all that the conversion knows as an exam (utils/data/exam_rows.py). UserError where no
+    row is a question.
     """
     source = find_sources([path], "python data_prepare/convert_to_qwen3_format.py")[0][0]
-    exam: list[Any] = []
+    exam: dict[str, Any] = {}
     left_out: Counter[str] = Counter()
     for line, raw in read_rows(source):
         try:
             row = parse_row(raw, source.encoding)
             item = convert_row(row)
             if item.kind != "exam":
-                raise Reject("no exam question")
-            if item.body.get("kind") == MULTIPLE:
-                raise Reject("several right answers")
+                raise Reject("another kind of row")
         except Reject as problem:
             left_out[problem.reason] += 1
             continue
-        exam.append({"id": str(row.get("id") or f"{path.stem}:{line}"), **item.body})
+        given, place = str(row.get("id") or ""), f"{path.stem}:{line}"
+        name = place if not given or given in exam else given  # results are found by id: each once
+        exam[name] = {"id": name, **item.body}
     if not exam:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in left_out.items()) or "it is empty"
-        raise UserError(f"{show_path(path)}: no single-choice question in it ({reasons})")
-    return exam, left_out
+        raise UserError(f"{show_path(path)}: no exam question in it ({reasons})")
+    return list(exam.values()), left_out

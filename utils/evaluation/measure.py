@@ -8,9 +8,16 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 
+from utils.data.exam_rows import MULTIPLE
 from utils.data.terms import Terms
 from utils.device import Device
-from utils.evaluation.exams import ExamQuestion, choices_by_letter, choices_by_text
+from utils.evaluation.exams import (
+    ExamQuestion,
+    choices_by_letter,
+    choices_by_text,
+    choices_of_several,
+    kind_of,
+)
 from utils.files import sample_by_id
 from utils.model.chat_format import encode_answer, encode_prompt, encode_turns
 from utils.model.generate import generate_tokens, read_answer, stop_tokens
@@ -47,11 +54,15 @@ class LossResult(Result):
 
 
 class ExamResult(ExamQuestion):
-    """`text`, `letter`: {option letter: score}; the last three only for questions that are also asked by letter."""
+    """`text`, `letter`: {option letter: score}; the fields of a way in which a question was not asked are missing.
+
+    Of a question with several right answers there are only letter_choice ("ABD") and `said`, what the model wrote.
+    """
 
     test: str
-    text_choice: str
-    text: dict[str, float]
+    text_choice: NotRequired[str]
+    text: NotRequired[dict[str, float]]
+    said: NotRequired[str]
     letter_choice: NotRequired[str]
     letter: NotRequired[dict[str, float]]
     rotations: NotRequired[list[dict[str, float]]]
@@ -81,7 +92,9 @@ class AnswerResult(Result):
 def measure(folder, tests: Tests, settings, device: Device) -> tuple[float, list[Any]]:
     """(seconds of generating, the results of all tests) of a model folder."""
     tokenizer = load_tokenizer(folder)
-    by_letter = letter_choices(folder, tokenizer, tests.exam, settings.LETTER_ROWS, device)
+    by_letter = letter_choices(
+        folder, tokenizer, tests.exam, settings.LETTER_ROWS, settings.BATCH_SIZE, device
+    )
     model = load_model(folder, device.dtype).to(device.name).eval()
     # answers first: prepare_packed changes how the model computes
     seconds, answers = generated_answers(model, tokenizer, tests, settings)
@@ -95,22 +108,37 @@ def measure(folder, tests: Tests, settings, device: Device) -> tuple[float, list
     ]
 
 
-def letter_choices(folder, tokenizer, exam, count, device) -> dict[str, dict]:
+def letter_choices(folder, tokenizer, exam, count, batch_size, device) -> dict[str, dict]:
     """{question id: its fields letter_choice, letter and rotations} for `count` of the questions (0: all).
 
+    All questions with several right answers are among them, with letter_choice and `said`: they are asked in no other way.
     Weights and products are float32 whatever the device's number format. An untrained model finds all letters about
     equally likely, and bfloat16 would decide between them by rounding (4 of 60 choices were others).
     """
     if not exam:
         return {}
-    asked, exact = sample_by_id(exam, count), replace(device, bf16=False)
-    model = prepare_packed(load_model(folder, torch.float32))
-    watch = progress(f"exam by option letter, {len(asked):,} questions, every rotation", always=True)
-    choices = choices_by_letter(model, tokenizer, asked, exact, watch)
-    return {
-        item["id"]: {"letter_choice": choice.letter, "letter": choice.scores, "rotations": choice.rotations}
-        for item, choice in zip(asked, choices)
-    }
+    several = [item for item in exam if kind_of(item) == MULTIPLE]
+    asked = sample_by_id([item for item in exam if kind_of(item) != MULTIPLE], count)
+    model, found = load_model(folder, torch.float32).to(device.name).eval(), {}
+    if several:
+        watch = progress(f"exam, {len(several):,} questions with several right answers", always=True)
+        stop = stop_tokens(model, tokenizer)
+        for item, named in zip(
+            several, choices_of_several(model, tokenizer, several, stop, batch_size, watch)
+        ):
+            found[item["id"]] = {"letter_choice": named.letters, "said": named.said}
+    if asked:
+        watch = progress(f"exam by option letter, {len(asked):,} questions, every rotation", always=True)
+        exact = replace(device, bf16=False)
+        for item, choice in zip(
+            asked, choices_by_letter(prepare_packed(model), tokenizer, asked, exact, watch)
+        ):
+            found[item["id"]] = {
+                "letter_choice": choice.letter,
+                "letter": choice.scores,
+                "rotations": choice.rotations,
+            }
+    return found
 
 
 def generated_answers(model, tokenizer, tests, settings) -> tuple[float, list[AnswerResult]]:
@@ -201,19 +229,15 @@ def as_conversations(general) -> list[dict]:
 
 
 def exam_results(model, tokenizer, exam: list[ExamQuestion], by_letter, device) -> list[ExamResult]:
-    """Every question by option text, joined with the choices by letter (of `letter_choices`) where there are some."""
-    if not exam:
-        return []
-    watch = progress(f"exam by option text, {len(exam):,} questions", always=True)
+    """Every question, by option text where it has one right answer, joined with its fields of `letter_choices`, if any."""
+    asked, by_text = [item for item in exam if kind_of(item) != MULTIPLE], {}
+    if asked:
+        watch = progress(f"exam by option text, {len(asked):,} questions", always=True)
+        for item, choice in zip(asked, choices_by_text(model, tokenizer, asked, device, watch)):
+            by_text[item["id"]] = {"text_choice": choice.letter, "text": choice.scores}
     return [
-        {
-            **item,
-            "test": "exam",
-            "text_choice": choice.letter,
-            "text": choice.scores,
-            **by_letter.get(item["id"], {}),
-        }
-        for item, choice in zip(exam, choices_by_text(model, tokenizer, exam, device, watch))
+        {**item, "test": "exam", **by_text.get(item["id"], {}), **by_letter.get(item["id"], {})}
+        for item in exam
     ]
 
 

@@ -35,6 +35,18 @@ METRICS = [
            "the same questions asked as CMMLU asks them: options listed, the likeliest letter counts; each is asked once for "
            "every rotation of its options and the scores are averaged, so that a favourite letter gains nothing; chance is "
            "{chance:.0%}. A model that never saw such questions stays near chance"),
+    Metric("exam_true_false_accuracy", "true or false, by text", "{:.1%}",
+           "statements of which the likelier of both words (right, wrong) is the true one; both are named in the question; "
+           "chance is {chance:.0%}, and a model that always says the same word gets the share of statements it fits"),
+    Metric("exam_true_false_letter_accuracy", "true or false, by letter", "{:.1%}",
+           "the same statements with both words as options A and B, asked and averaged as the exam by option letter; chance "
+           "is {chance:.0%}"),
+    Metric("exam_multiple_accuracy", "exam, several answers", "{:.1%}",
+           "questions with several right options: the model writes the letters, and the set of them has to be exactly the "
+           "right one, as in CMB; asked once, in the order of the file; guessing among all sets of options is right in "
+           "{chance:.1%}"),
+    Metric("exam_multiple_named", "answers naming options", "{:.0%}",
+           "share of the answers to these that name any option by its letter; the others count as wrong"),
     Metric("preference_accuracy", "preference pairs", "{:.1%}",
            "held-out pairs of which the better answer is the likelier one; chance is 50%"),
     Metric("facts_accuracy", "facts stated right", "{:.1%}",
@@ -124,7 +136,7 @@ def _in_short(models, pairs):
 
 
 def _metrics_section(models):
-    chance = next(iter(models.values())).get("exam_chance", 0)
+    first = next(iter(models.values()))
     return [
         "## Figures",
         "",
@@ -134,9 +146,13 @@ def _metrics_section(models):
         "",
         "![the figures as bars](comparison.png)",
         "",
-        *(f"- *{metric.label}*: {metric.meaning.format(chance=chance)}." for metric in _present(models)),
+        *(f"- *{metric.label}*: {_meaning(metric, first)}." for metric in _present(models)),
         "",
     ]
+
+
+def _meaning(metric, found):
+    return metric.meaning.format(chance=found.get(f"{metric.key.removesuffix('_accuracy')}_chance", 0))
 
 
 def _differences_section(pairs):
@@ -177,7 +193,9 @@ def _method_section(first, settings, left_out):
     """`first`: the metrics of one model; how many items there were is the same for all."""
     files = [
         ("heldout_loss_n", "held-out answers", settings.EVAL_FILE),
-        ("exam_n", "exam questions", settings.EXAM_FILE),
+        ("exam_n", "single-choice questions", settings.EXAM_FILE),
+        ("exam_true_false_n", "statements, true or false,", settings.EXAM_FILE),
+        ("exam_multiple_n", "questions with several right answers", settings.EXAM_FILE),
         ("preference_n", "preference pairs", settings.PAIRS_FILE),
         ("general_loss_n", "general questions", settings.GENERAL_FILE),
     ]
@@ -193,8 +211,8 @@ def _method_section(first, settings, left_out):
             f"- {first['answers_n']:,} answers generated: always the likeliest token, thinking {settings.THINKING}, "
             f"at most {settings.MAX_NEW_TOKENS} tokens each"
         ]
-    if "exam_letter_n" in first:
-        lines += ["- the exam by option letter in float32, whatever the number format of the rest"]
+    if {"exam_letter_n", "exam_true_false_letter_n", "exam_multiple_n"} & first.keys():
+        lines += ["- the exam by letter in float32, whatever the number format of the rest"]
     return lines + [
         "- held-out answers and pairs are those that the conversion kept apart from the training rows",
         "- the scores of every single item are in `comparison/`, one JSON object a line",

@@ -10,7 +10,7 @@ def wilson(right: int, total: int) -> list[float]:
     share, spread = right / total, Z * Z / total
     centre = (share + spread / 2) / (1 + spread)
     half = Z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return [centre - half, centre + half]
+    return [max(0.0, centre - half), min(1.0, centre + half)]  # rounding alone would leave -0.0
 
 
 def mean_per_token(sums: list[float], tokens: list[int]) -> tuple[float, list[float] | None]:

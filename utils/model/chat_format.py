@@ -70,6 +70,12 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, message: dict) -> list[int
     return _encode(tokenizer, text + END_OF_TURN, mark)
 
 
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text by itself; control tokens and tags typed in it stay text, as in what a user says."""
+    [message], mark = _mark_controls(tokenizer, [{"role": "user", "content": text}])
+    return _encode(tokenizer, message["content"], mark)
+
+
 def _encode(tokenizer, text, mark):
     """Token ids of a rendered text, cut at every `mark` ("" for none)."""
     pieces = text.split(mark) if mark else [text]
