@@ -1,5 +1,6 @@
 """The forecast of memory: what grows with the tokens is told from what does not, and limits are obeyed."""
 
+import gc
 import resource
 
 import pytest
@@ -97,3 +98,16 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch):
     whole = memory.free_memory(CPU)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert memory.free_memory(CPU) < 0.5 * whole
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_counting_leaves_nothing_behind(place, bf16):
+    def bytes_alive():
+        gc.collect()
+        return sum(part.nbytes for part in gc.get_objects() if type(part) is torch.Tensor)
+
+    model = model_of(place)
+    memory.measure_costs(model, bf16)
+    before = bytes_alive()
+    memory.measure_costs(model, bf16)
+    assert bytes_alive() - before < 10_000

@@ -68,7 +68,7 @@ def _bytes_kept(model, tokens: int, bf16: bool) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             seen[storage.data_ptr()] = storage  # alive from now on, so that no address comes twice
-        return tensor
+        # The graph gets nothing: a tensor that a node saves of its own output would keep the whole graph alive for ever.
 
     padding = padding_for(model.device.type, bf16, tokens)
     inputs = model_inputs(collate([[{"documents": [([0] * tokens, [0])]}]], padding))
@@ -76,7 +76,7 @@ def _bytes_kept(model, tokens: int, bf16: bool) -> int:
         name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()
     }
     with (
-        torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+        torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing),
         torch.autocast(model.device.type, torch.bfloat16, enabled=bf16),
     ):
         hidden = model.train()(**inputs)
