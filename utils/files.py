@@ -151,7 +151,9 @@ def read_json(path: str | Path) -> Any:
     """Read one JSON value; UserError where the file is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"{show_path(path)}: not JSON (nested too deep)") from None
+    except ValueError as error:  # not UTF-8, not JSON, or a number of more than 4,300 digits
         raise UserError(f"{show_path(path)}: not JSON ({error})") from None
 
 
