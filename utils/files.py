@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -98,6 +99,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    clear_parts(path.parent, path.name)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
@@ -108,6 +110,20 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear_parts(folder: Path, name: str = "") -> None:
+    """Remove what atomic_write left in `folder` when its process was killed: of the file `name`, or of all files."""
+    for path in list(folder.iterdir()):
+        found = re.fullmatch(r"\.(.+)\.(\d{1,9})\.part", path.name)
+        if found and found[1] == (name or found[1]) and not _runs(int(found[2])) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def _runs(process):
+    import psutil  # here: most starts find nothing to ask about
+
+    return psutil.pid_exists(process)
 
 
 def write_folder(folder: Path, save: Callable[[Path], None]) -> None:
@@ -128,6 +144,7 @@ def write_folder(folder: Path, save: Callable[[Path], None]) -> None:
 def prepare_folder(folder: Path) -> None:
     """Make `folder` where it is missing and try whether it can be written to: OSError now, not after hours of work."""
     folder.mkdir(parents=True, exist_ok=True)
+    clear_parts(folder)
     tempfile.TemporaryFile(dir=folder).close()
 
 
