@@ -49,6 +49,10 @@ def read_jsonl(path: str | Path, wanted: Sequence[str] = ()) -> Iterator[dict]:
             raise UserError(f"{show_path(path)}, line {number + 1}: not UTF-8 ({error.reason})") from None
         except json.JSONDecodeError as error:
             raise UserError(f"{show_path(path)}, line {number}: not JSON ({error.msg})") from None
+        except RecursionError:
+            raise UserError(f"{show_path(path)}, line {number}: not JSON (nested too deep)") from None
+        except ValueError as error:  # a number of more than 4,300 digits
+            raise UserError(f"{show_path(path)}, line {number}: not JSON ({error})") from None
     if not number:
         raise UserError(f"{show_path(path)} is empty")
 

@@ -156,8 +156,8 @@ def _load_whole(model, dtype):
 def _check_base(adapter, base):
     """UserError where `base` is not what the adapter was trained on, as its run.json tells: the answers would be noise."""
     for folder in (adapter, adapter.parent):  # a checkpoint belongs to the run in the folder above it
-        if record := read_record(folder):
-            trained_on = record.get("identity", {}).get("MODEL")
+        if record := read_record(folder, {"identity": dict}):
+            trained_on = record["identity"].get("MODEL")
             if trained_on and trained_on != f"sha256 {model_sha256(base)}":
                 raise UserError(
                     f"{show_path(adapter)} was trained on other weights than {show_path(base)} holds now; "
