@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -48,6 +49,10 @@ def read_jsonl(path: str | Path, wanted: Sequence[str] = ()) -> Iterator[dict]:
             raise UserError(f"{show_path(path)}, line {number + 1}: not UTF-8 ({error.reason})") from None
         except json.JSONDecodeError as error:
             raise UserError(f"{show_path(path)}, line {number}: not JSON ({error.msg})") from None
+        except RecursionError:
+            raise UserError(f"{show_path(path)}, line {number}: not JSON (nested too deep)") from None
+        except ValueError as error:  # a number of more than 4,300 digits
+            raise UserError(f"{show_path(path)}, line {number}: not JSON ({error})") from None
     if not number:
         raise UserError(f"{show_path(path)} is empty")
 
@@ -98,6 +103,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    clear_parts(path.parent, path.name)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
@@ -108,6 +114,20 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear_parts(folder: Path, name: str = "") -> None:
+    """Remove what atomic_write left in `folder` when its process was killed: of the file `name`, or of all files."""
+    for path in list(folder.iterdir()):
+        found = re.fullmatch(r"\.(.+)\.(\d{1,9})\.part", path.name)
+        if found and found[1] == (name or found[1]) and not _runs(int(found[2])) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def _runs(process):
+    import psutil  # here: most starts find nothing to ask about
+
+    return psutil.pid_exists(process)
 
 
 def write_folder(folder: Path, save: Callable[[Path], None]) -> None:
@@ -128,6 +148,7 @@ def write_folder(folder: Path, save: Callable[[Path], None]) -> None:
 def prepare_folder(folder: Path) -> None:
     """Make `folder` where it is missing and try whether it can be written to: OSError now, not after hours of work."""
     folder.mkdir(parents=True, exist_ok=True)
+    clear_parts(folder)
     tempfile.TemporaryFile(dir=folder).close()
 
 
@@ -151,7 +172,9 @@ def read_json(path: str | Path) -> Any:
     """Read one JSON value; UserError where the file is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"{show_path(path)}: not JSON (nested too deep)") from None
+    except ValueError as error:  # not UTF-8, not JSON, or a number of more than 4,300 digits
         raise UserError(f"{show_path(path)}: not JSON ({error})") from None
 
 

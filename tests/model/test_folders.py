@@ -74,7 +74,8 @@ def test_folders_that_do_not_load_are_told_in_one_line(tiny_folder, tmp_path):
         assert "\n" not in str(error.value)
     (cut / "model.safetensors").rename(cut / "pytorch_model.bin")
     (deeper / "tokenizer.json").unlink()
-    (remote / "chat_template.jinja").unlink()
+    bare = damaged(tiny_folder, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
     for path, message in (
         (cut, "no \\*.safetensors"),
         (deeper, "has no tokenizer"),
@@ -82,5 +83,5 @@ def test_folders_that_do_not_load_are_told_in_one_line(tiny_folder, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             check_model(str(path))
-    with pytest.raises(UserError, match="cannot be loaded|no chat template"):
-        load_tokenizer(str(remote))
+    with pytest.raises(UserError, match="no chat template"):
+        load_tokenizer(str(bare))

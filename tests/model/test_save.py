@@ -64,3 +64,14 @@ def test_an_adapter_folder_holds_no_path_of_this_machine(base, tmp_path):
     assert "adapter_config.json" in texts and "README.md" not in texts
     assert not [name for name, text in texts.items() if str(base.parent) in text]
     assert json.loads(texts["adapter_config.json"])["base_model_name_or_path"] == "model_download/base"
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_an_adapter_config_is_the_same_in_every_process(base, tmp_path, seed):
+    """PEFT keeps the names of layers in a set, whose order differs from process to process."""
+    settings = types.SimpleNamespace(RANK=4, ALPHA=8, as_dict=lambda: {"MODEL": "model_download/base"})
+    model = add_lora(AutoModelForCausalLM.from_pretrained(base), settings)
+    names = list(model.peft_config["default"].target_modules)
+    model.peft_config["default"].target_modules = names[seed:] + names[:seed]
+    save_model(model, AutoTokenizer.from_pretrained(base), tmp_path)
+    assert read_json(tmp_path / "adapter_config.json")["target_modules"] == sorted(names)

@@ -5,6 +5,7 @@ Reject that already knows why the row cannot be used. `parse_row` turns the text
 because it is the slow half, which worker processes share.
 """
 
+import collections
 import csv
 import io
 import json
@@ -19,6 +20,8 @@ from utils.errors import UserError
 from utils.files import show_path
 
 BATCH_ROWS, BATCH_CHARACTERS = 2000, 4 << 20  # what one worker gets at a time
+PARQUET_BYTES = 256 << 20  # unpacked, of the rows read at once
+LARGEST_GROUP = 4 << 30  # unpacked, of a row group that is read at all
 START, LONGEST_LINE = 4096, 64 << 20  # bytes looked at to tell JSON lines from arrays
 
 Raw = bytes | str | dict | Reject
@@ -84,8 +87,8 @@ def parse_row(raw: "bytes | str | dict | Reject", encoding: str) -> dict:
 def _unique_keys(pairs):
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise Reject("duplicate keys", ", ".join(sorted({name for name in names if names.count(name) > 1})))
+        counts = collections.Counter(name for name, _ in pairs)
+        raise Reject("duplicate keys", ", ".join(sorted(name for name in counts if counts[name] > 1)))
     return fields
 
 
@@ -232,7 +235,7 @@ def _parquet_rows(source):
     try:
         number = 0
         with pyarrow.parquet.ParquetFile(source.path) as file:
-            for batch in file.iter_batches(batch_size=1000):
+            for batch in file.iter_batches(batch_size=_rows_at_once(file.metadata, source)):
                 for index in range(batch.num_rows):
                     number += 1
                     yield number, _parquet_row(batch.slice(index, 1))
@@ -242,6 +245,22 @@ def _parquet_rows(source):
         ) from None
 
 
+def _rows_at_once(metadata, source):
+    """How many rows of a Parquet file are read together, so that they take no more than PARQUET_BYTES of memory.
+
+    A text that thousands of rows share is stored once: each may be as large as its row group. Four rows at a time take 0.39 s for
+    what a thousand take 0.36 s for.
+    """
+    groups = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
+    largest = max(groups, default=1)
+    if largest > LARGEST_GROUP:
+        raise UserError(
+            f"{show_path(source.path)} has a row group of {largest >> 20} MB, too large to read row by row; "
+            "write it with smaller ones (row_group_size=10000)"
+        )
+    return max(1, min(1000, PARQUET_BYTES // max(largest, 1)))
+
+
 def _parquet_row(one):
     try:
         return one.to_pylist()[0]
@@ -249,6 +268,11 @@ def _parquet_row(one):
         return Reject(
             "undecodable bytes", str(error), {name: repr(one.column(name)) for name in one.schema.names}
         )
+    except (
+        ValueError,
+        ArithmeticError,
+    ) as error:  # a date after the year 9999, a struct that names a field twice
+        return Reject("not a table row", str(error), repr(one.columns))
 
 
 _READERS = {

@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import functools
 import re
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from utils.errors import UserError
 
 if TYPE_CHECKING:  # --help of the scripts is not to wait for it
     from transformers import PreTrainedTokenizerBase
@@ -53,8 +56,20 @@ def encode_prompt(
     """
     mode = {} if thinking is None else {"enable_thinking": thinking, "force_thinking": thinking}
     messages, mark = _mark_controls(tokenizer, messages)
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **mode)
-    return _encode(tokenizer, text, mark)
+    return _encode(tokenizer, _render(tokenizer, messages, mode), mark)
+
+
+def _render(tokenizer, messages, mode):
+    """The text of a prompt. A template that came with a model may refuse a conversation, or run into any error."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **mode)
+    except MemoryError:
+        raise
+    except Exception as error:
+        why = textwrap.shorten(str(error), 200)
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} does not render this conversation ({why})"
+        ) from None
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, message: dict) -> list[int]:
@@ -136,9 +151,14 @@ def encode_turns(
 
 def with_default_mode(template: str, thinking: bool) -> str:
     """The chat template with its default thinking mode set, so that any tool that loads it needs no flag."""
+    return _DEFAULT_MODE[thinking] + without_modes(template)
+
+
+def without_modes(template: str) -> str:
+    """The chat template as published, without what with_default_mode put in front of it."""
     for mode in _ANY_DEFAULT_MODE:
         template = template.replace(mode, "")
-    return _DEFAULT_MODE[thinking] + template
+    return template
 
 
 def generation_settings(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> dict:

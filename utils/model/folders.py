@@ -6,6 +6,7 @@ from pathlib import Path
 
 from utils.errors import UserError
 from utils.files import read_json, sha256_of, show_path
+from utils.model.folder_checks import INDEX, cannot_load, check_files
 from utils.settings import ROOT
 
 # What makes a folder that a setting names but that is not there yet.
@@ -17,10 +18,11 @@ MADE_BY = {
 }
 
 
-def check_model(model):
+def check_model(model, above=()):
     """Return `model` (a folder as text, or a Hub id) if it can be a causal language model; UserError otherwise.
 
-    Reads a few small files only, so that a wrong folder is refused before torch is imported.
+    Reads a few small files only, so that a wrong folder is refused before torch is imported. `above`: the adapters (resolved
+    paths) that `model` is the base of.
     """
     folder = Path(model)
     if not folder.exists():
@@ -44,7 +46,9 @@ def check_model(model):
             raise UserError(
                 f"{show_path(folder)} is a LoRA adapter for {base}, which is not there; use its merged/ folder"
             )
-        check_model(base)
+        if folder.resolve() in above:
+            raise cannot_load(folder, "adapter_config.json", "names a base that is an adapter of this one")
+        check_model(base, (*above, folder.resolve()))
     elif not (folder / "config.json").is_file():
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
         nested = [
@@ -81,20 +85,29 @@ def written_at(folder):
 
 def _is_model(folder):
     try:
-        return bool(check_model(str(folder)))
-    except UserError:
+        check_model(str(folder))
+        check_files(folder)
+    except (UserError, OSError):
         return False
+    return True
 
 
 def adapter_base(folder):
     """The base model that a LoRA adapter folder names: a path (relative ones are to the repository) or a Hub id."""
-    base = read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
-    if not base:
+    path = Path(folder) / "adapter_config.json"
+    config = read_json(path)
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not base or not isinstance(base, str):
+        raise UserError(f"{show_path(path)} names no base model (base_model_name_or_path)")
+    if base.startswith(("//", "\\\\")):  # Windows would log in at a server of the adapter's choice
+        raise UserError(f"{show_path(path)} names a base model on another machine")
+    try:
+        inside = ROOT / base
+        return str(inside) if inside.is_dir() else base
+    except OSError:
         raise UserError(
-            f"{show_path(Path(folder) / 'adapter_config.json')} names no base model (base_model_name_or_path)"
-        )
-    inside = ROOT / base
-    return str(inside) if inside.is_dir() else base
+            f"{show_path(path)} names a base model that no folder can be called: {base[:60]} ..."
+        ) from None
 
 
 def model_sha256(model):
@@ -104,7 +117,8 @@ def model_sha256(model):
         path
         for path in sorted(folder.glob("*"))
         if path.suffix in (".safetensors", ".jinja")
-        or path.name in ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
+        or path.name
+        in ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", INDEX)
     ]
     digests = {path.name: sha256_of(path) for path in names} or {"hub": model}
     return _sha256_text(json.dumps(digests, sort_keys=True))

@@ -9,8 +9,11 @@ from pathlib import Path
 
 from utils.errors import NO_MEMORY, UserError
 from utils.files import show_path
-from utils.model.folders import adapter_base, model_sha256
+from utils.model.chat_format import without_modes
+from utils.model.folder_checks import check_files
+from utils.model.folders import adapter_base, check_model, model_sha256
 from utils.model.run_record import read_record
+from utils.model.template_check import problem_of
 
 
 def quiet_offline(*models):
@@ -51,12 +54,16 @@ def load_tokenizer(model):
     """The tokenizer of a model folder, adapter folder or Hub id."""
     from transformers import AutoTokenizer
 
-    with _told_in_one_line(model):
+    if Path(model).is_dir():
+        check_files(Path(model))
+    with _told_in_one_line(model, "tokenizer.json or tokenizer_config.json"):
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    if tokenizer.chat_template is None or "<|im_end|>" not in tokenizer.get_vocab():
+    if not isinstance(tokenizer.chat_template, str) or "<|im_end|>" not in tokenizer.get_vocab():
         raise UserError(
             f"{model} is not a Qwen chat model: its tokenizer has no chat template with <|im_end|>"
         )
+    if problem := problem_of(without_modes(tokenizer.chat_template)):
+        raise UserError(f"{model} cannot be loaded: its chat template (chat_template.jinja) {problem}")
     return tokenizer
 
 
@@ -72,14 +79,17 @@ def load_model(model, dtype):
         return _load_whole(model, dtype)
     from peft import PeftModel
 
+    check_model(model)  # no adapter is its own base
+    check_files(Path(model))
     _check_base(Path(model), adapter_base(model))
-    base = _load_whole(adapter_base(model), torch.float32)
-    with _told_in_one_line(model):
+    base = load_model(adapter_base(model), torch.float32)
+    with _told_in_one_line(model, "adapter_config.json or adapter_model.safetensors"):
         merged = PeftModel.from_pretrained(base, model).merge_and_unload()
     for weight in merged.parameters():  # not .to(dtype), which would round the rotary frequencies as well
         weight.data = weight.data.to(dtype)
     if (Path(model) / "generation_config.json").is_file():
-        merged.generation_config = GenerationConfig.from_pretrained(model)
+        with _told_in_one_line(model, "generation_config.json"):
+            merged.generation_config = GenerationConfig.from_pretrained(model)
     return merged
 
 
@@ -113,11 +123,24 @@ def load_for_answers(model, device):
 
 
 def _load_whole(model, dtype):
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    with _told_in_one_line(model):
+    if Path(model).is_dir():
+        check_files(Path(model))
+        if (Path(model) / "generation_config.json").is_file():
+            with _told_in_one_line(model, "generation_config.json"):
+                GenerationConfig.from_pretrained(model)
+    with _told_in_one_line(model, "config.json"):
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config._attn_implementation = "sdpa"  # a name in config.json would be fetched as a kernel
+    with _told_in_one_line(model, "config.json or *.safetensors"):
         loaded, report = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            model,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            config=config,
         )
     if loaded.config.model_type != "qwen3" or set(loaded.config.layer_types) != {"full_attention"}:
         raise UserError(
@@ -133,8 +156,8 @@ def _load_whole(model, dtype):
 def _check_base(adapter, base):
     """UserError where `base` is not what the adapter was trained on, as its run.json tells: the answers would be noise."""
     for folder in (adapter, adapter.parent):  # a checkpoint belongs to the run in the folder above it
-        if record := read_record(folder):
-            trained_on = record.get("identity", {}).get("MODEL")
+        if record := read_record(folder, {"identity": dict}):
+            trained_on = record["identity"].get("MODEL")
             if trained_on and trained_on != f"sha256 {model_sha256(base)}":
                 raise UserError(
                     f"{show_path(adapter)} was trained on other weights than {show_path(base)} holds now; "
@@ -144,17 +167,19 @@ def _check_base(adapter, base):
 
 
 @contextlib.contextmanager
-def _told_in_one_line(model):
-    """What the libraries raise for damaged, foreign or unreachable files, as a UserError of one line."""
-    from safetensors import SafetensorError
+def _told_in_one_line(model, name):
+    """What the libraries raise for damaged, foreign or unreachable files, as a UserError of one line that names the file.
 
+    For such files they raise whatever the values run into, TypeError as well as Exception itself.
+    """
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        if any(sign in str(error) for sign in NO_MEMORY):
+    except Exception as error:
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY):
             raise
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"{model} needs Python code of its own to load, and code from a model is not run here"
             ) from None
-        raise UserError(f"{model} cannot be loaded: {textwrap.shorten(str(error), 300)}") from None
+        why = textwrap.shorten(str(error) or type(error).__name__, 300)
+        raise UserError(f"{model} cannot be loaded: {name} is damaged or foreign ({why})") from None

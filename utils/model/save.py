@@ -28,7 +28,20 @@ def save_model(model, tokenizer, folder):
     model.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)  # an adapter's save_pretrained leaves it out
     tokenizer.save_pretrained(folder)
+    _sort_adapter_config(Path(folder))
     write_config_for_other_tools(Path(folder))
+
+
+def _sort_adapter_config(folder):
+    """PEFT writes its sets in an order that differs from run to run."""
+    path = folder / "adapter_config.json"
+    if path.is_file():
+        config = read_json(path)
+        write_json(path, {name: sorted(value) if _is_set(value) else value for name, value in config.items()})
+
+
+def _is_set(value):
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def write_config_for_other_tools(folder: Path) -> None:

@@ -160,7 +160,7 @@ def read_log(path: Path) -> list[dict]:
         try:
             entry = json.loads(line)
             entries.append({**entry, "step": int(entry["step"])})
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             damaged += 1
     if damaged:
         print(f"{show_path(path)}: {damaged} damaged lines are left out of the curve")

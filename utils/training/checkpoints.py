@@ -74,7 +74,7 @@ def _damage(checkpoint: Path) -> str:
         for name, (size, digest) in progress(f"checking {checkpoint.name}", "files")(list(files.items())):
             if (checkpoint / name).stat().st_size != size or sha256_of(checkpoint / name) != digest:
                 return name
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         return str(error)
     return ""
 

@@ -1,0 +1,71 @@
+"""Files that are small and ask for much: time and memory stay those of what is in them."""
+
+import subprocess
+import sys
+import time
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import ROOT
+
+from utils.data import readers
+from utils.data.readers import parse_row, read_rows
+from utils.data.reject import Reject
+from utils.data.sources import Source
+from utils.errors import UserError
+
+
+def test_many_duplicate_keys_take_no_longer_than_their_text():
+    text = "{" + ", ".join(f'"k{number % 40_000}": 1' for number in range(80_000)) + "}"
+    start = time.monotonic()
+    with pytest.raises(Reject, match="duplicate keys"):
+        parse_row(text, "utf-8")
+    assert time.monotonic() - start < 2  # 51 s when every name was counted through the whole list
+
+
+def parquet(path, columns, **options):
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, **options)
+    return list(read_rows(Source(path, path.name)))
+
+
+def test_parquet_cells_that_raise_set_aside_their_row(tmp_path):
+    dates = pyarrow.array([0, 9_000_000, 1], pyarrow.int32()).cast(pyarrow.date32())
+    rows = [raw for _, raw in parquet(tmp_path / "dates.parquet", {"q": ["a", "b", "c"], "day": dates})]
+    assert [type(row) for row in rows] == [dict, Reject, dict] and rows[1].reason == "not a table row"
+    twice = pyarrow.StructArray.from_arrays([pyarrow.array([1, 2]), pyarrow.array([3, 4])], ["x", "x"])
+    rows = [raw for _, raw in parquet(tmp_path / "struct.parquet", {"q": ["a", "b"], "s": twice})]
+    assert [type(row) for row in rows] == [Reject, Reject]
+
+
+def shared_text(path, rows, size):
+    """A Parquet file of a few kB in which `rows` rows hold the same text of `size` characters."""
+    texts = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * rows, pyarrow.int32()), ["a" * size])
+    pyarrow.parquet.write_table(
+        pyarrow.table({"output": texts}), path, compression="zstd", store_schema=False
+    )
+    return path
+
+
+@pytest.mark.slow
+def test_a_small_parquet_file_takes_bounded_memory(tmp_path):
+    path = shared_text(tmp_path / "shared.parquet", 400, 16 << 20)  # 6.4 GB unpacked
+    assert path.stat().st_size < 20_000
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from pathlib import Path; from utils.data.readers import read_rows; from utils.data.sources import Source\n"
+        f"rows = sum(1 for _ in read_rows(Source(Path({str(path)!r}), 'x')))\n"
+        "import pyarrow; print(rows, pyarrow.default_memory_pool().max_memory() >> 20)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8")
+    rows, megabytes = map(int, done.stdout.split())
+    assert rows == 400 and megabytes < 1000, done.stderr
+
+
+def test_parquet_row_groups_that_no_memory_holds_are_refused(tmp_path, monkeypatch):
+    path = shared_text(tmp_path / "shared.parquet", 10, 1 << 20)
+    monkeypatch.setattr(readers, "LARGEST_GROUP", 1 << 19)
+    with pytest.raises(UserError, match="shared.parquet has a row group of 1 MB"):
+        list(read_rows(Source(path, path.name)))
+    monkeypatch.setattr(readers, "LARGEST_GROUP", 1 << 30)
+    assert len(list(read_rows(Source(path, path.name)))) == 10

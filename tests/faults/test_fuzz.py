@@ -1,0 +1,188 @@
+"""Small files damaged at random: what reads one tells in one line that it is damaged, or reads it, or makes anew what was kept.
+
+Seeded: case N is the same on every machine. Kept files that carry a checksum are read as they were, or not at all.
+"""
+
+import collections
+import json
+import math
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils.errors import UserError
+from utils.evaluation import compare
+from utils.files import write_json, write_jsonl
+from utils.model.folders import check_model
+from utils.model.load import load_model, load_tokenizer
+from utils.model.run_record import FIELDS, read_record
+from utils.training import reference
+from utils.training.callbacks import read_log
+from utils.training.checkpoints import NEEDED, whole_checkpoints, write_manifest
+
+VALUES = (
+    None,
+    True,
+    -1,
+    0,
+    10**30,
+    1e308,
+    math.nan,
+    "",
+    "x" * 300,
+    "(a+)+$",
+    "../x",
+    [],
+    {},
+    [[]],
+    [None],
+    {"a": 1},
+)
+TEXTS = ("", "\0", "[]", "3", "null", "{", '"text"', "[" * 50_000, "9" * 5000, '{"a": 1}', "\ufeff{}")
+IDENTITY = {"MODEL": "sha256 of it", "LAYERS": 2}
+LOGPS = {"train": [[-1.25, -2.5], [-0.5, -3.0]], "eval": [[-2.0, -1.0]]}
+
+
+def damage(content, chance):
+    """The bytes of a file, damaged: cut, mixed up, or with another value somewhere in its JSON."""
+    kind = chance.randrange(6)
+    if kind == 0 or not content:
+        return (chance.choice(TEXTS) + chance.choice(("", "\n"))).encode()
+    start, length = chance.randrange(len(content)), chance.randrange(1, 40)
+    if kind == 1:
+        return content[:start]
+    if kind == 2:
+        return content[:start] + bytes([content[start] ^ 1 << chance.randrange(8)]) + content[start + 1 :]
+    if kind == 3:
+        return content[:start] + content[start + length :]
+    lines = content.decode().splitlines() if content.count(b"\n{") else [content.decode()]
+    number = chance.randrange(len(lines))
+    value = json.loads(lines[number])
+    change_somewhere(value, chance)
+    lines[number] = json.dumps(value)
+    return "\n".join(lines).encode()
+
+
+def change_somewhere(value, chance):
+    """Put another value in a place of a JSON value, or take out what is there."""
+    while True:
+        places = list(value) if isinstance(value, dict) else list(range(len(value)))
+        if not places:
+            return
+        place = chance.choice(places)
+        if isinstance(value[place], (dict, list)) and value[place] and chance.random() < 0.5:
+            value = value[place]
+        elif chance.random() < 0.2:
+            del value[place]
+            return
+        else:
+            value[place] = chance.choice(VALUES)
+            return
+
+
+def load(folder):
+    check_model(str(folder))
+    load_tokenizer(str(folder))
+    load_model(str(folder), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory, tiny_folder):
+    """[(file, what reads it, what that gives where the file is kept under a checksum), ...]"""
+    place = tmp_path_factory.mktemp("fuzz")
+    model, run = shutil.copytree(tiny_folder, place / "model"), place / "run"
+    adapter = make_adapter(tiny_folder, run / "checkpoint-1")
+    write_json(
+        run / "run.json", {"status": "finished", "identity": {"MODEL": "x"}, "settings": {}, "results": {}}
+    )
+    write_jsonl(
+        run / "training_log.jsonl", [{"step": n, "loss": 1.5, "learning_rate": 1e-5} for n in range(5)]
+    )
+    write_json(
+        run / reference.NAME, {"identity": IDENTITY, "sha256": reference._checksum(LOGPS), "logps": LOGPS}
+    )
+    results = compare.Results(
+        "one", 1.5, 0.5, [{"test": "exam", "id": str(n), "letters": [-1.5]} for n in range(3)]
+    )
+    compare._keep(run / "kept.jsonl", IDENTITY, results)
+    saved = place / "saved" / "checkpoint-1"
+    saved.mkdir(parents=True)
+    for name in (*NEEDED, "model.safetensors"):
+        (saved / name).write_text(name, encoding="utf-8")
+    write_manifest(saved)
+    return [
+        *((model / name, lambda: load(model), None) for name in MODEL_FILES),
+        (adapter / "adapter_config.json", lambda: load(adapter), None),
+        (run / "run.json", lambda: read_record(run, FIELDS), None),
+        (run / "run.json", lambda: load(adapter), None),
+        (run / "training_log.jsonl", lambda: read_log(run / "training_log.jsonl"), None),
+        (run / reference.NAME, lambda: reference._read(run / reference.NAME, IDENTITY)[0], LOGPS),
+        (run / "kept.jsonl", lambda: compare._read_kept(run / "kept.jsonl", IDENTITY), results),
+        (saved / "MANIFEST.json", lambda: whole_checkpoints(saved.parent) or None, [saved]),
+    ]
+
+
+MODEL_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
+
+
+def make_adapter(base, folder):
+    from peft import LoraConfig, get_peft_model
+
+    tuned = get_peft_model(load_model(str(base), torch.float32), LoraConfig(r=2, target_modules=["q_proj"]))
+    tuned.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(base / name, folder)
+    path = Path(folder) / "adapter_config.json"
+    write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": str(base)})
+    return folder
+
+
+def outcome(content, path, read, kept):
+    """How a damaged file ends: "told", "as before", "made again" (kept files), "read" (others: a value may be another)."""
+    path.write_bytes(content)
+    start = time.monotonic()
+    try:
+        found = read()
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000, str(error)
+        return "told"
+    finally:
+        assert time.monotonic() - start < 10
+    if kept is None:
+        return "read"
+    assert found is None or found == kept
+    return "made again" if found is None else "as before"
+
+
+def fuzz(targets, seconds):
+    """Damage one file after the other until the time is over; {outcome: how often}."""
+    counts, bugs = collections.Counter(), []
+    end, case = time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        path, read, kept = targets[case % len(targets)]
+        content, chance = path.read_bytes(), random.Random(case)
+        spoilt = damage(content, chance)
+        try:
+            counts[outcome(spoilt, path, read, kept)] += 1
+        except Exception as error:  # a bug, whatever it is: all of them are shown
+            bugs.append(f"case {case}, {path.name}: {error!r:.200} for {spoilt[:200]!r}")
+        finally:
+            path.write_bytes(content)
+        case += 1
+    assert not bugs, "\n".join(bugs[:20])
+    print(dict(counts))
+    return counts
+
+
+def test_damage_is_told_or_harmless_for_a_moment(targets):
+    assert fuzz(targets, 2)["told"]
+
+
+@pytest.mark.slow
+def test_damage_is_told_or_harmless(targets):
+    counts = fuzz(targets, 20)
+    assert counts["told"] and counts["made again"]

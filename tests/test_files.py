@@ -1,0 +1,54 @@
+"""Writing that never leaves half a file, and clears up after processes that were killed."""
+
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
+
+from utils.files import atomic_write, prepare_folder, read_json, write_json
+
+KILLED = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from utils.files import atomic_write
+with atomic_write(sys.argv[2]) as file:
+    file.write("half")
+    file.flush()
+    os._exit(9)
+"""
+
+
+def killed_while_writing(path):
+    subprocess.run([sys.executable, "-c", KILLED, str(ROOT), str(path)], check=False)
+
+
+def test_what_a_killed_process_left_is_gone_after_the_next_writing(tmp_path):
+    path = tmp_path / "run.json"
+    killed_while_writing(path)
+    assert [entry.name.endswith(".part") for entry in tmp_path.iterdir()] == [True]
+    write_json(path, {"a": 1})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"] and read_json(path) == {"a": 1}
+
+
+def test_a_start_clears_the_folder_of_parts_and_of_nothing_else(tmp_path):
+    killed_while_writing(tmp_path / "one.jsonl")
+    killed_while_writing(tmp_path / "two.jsonl")
+    mine = [
+        f".three.jsonl.{os.getpid()}.part",
+        "model.safetensors.0123456789ab.part",
+        ".part",
+        "notes.1.part",
+    ]
+    for name in mine:
+        (tmp_path / name).write_text("x", encoding="utf-8")
+    (tmp_path / ".folder.999999999.part").mkdir()
+    prepare_folder(tmp_path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([*mine, ".folder.999999999.part"])
+
+
+def test_another_files_part_stays_while_a_file_is_written(tmp_path):
+    killed_while_writing(tmp_path / "one.jsonl")
+    with atomic_write(tmp_path / "two.jsonl") as file:
+        file.write("x")
+    assert len(list(tmp_path.glob(".one.jsonl.*.part"))) == 1
