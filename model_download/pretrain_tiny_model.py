@@ -71,8 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from model_download import tiny_recipe
+    from utils.model.batching import PackedRows
     from utils.model.chat_format import encode_turns
-    from utils.model.packing import PackedRows
 
     rng = random.Random(settings.SEED)
     names = tiny_recipe.invent_names(settings.NAMES, terms, rng)

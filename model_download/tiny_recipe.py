@@ -11,10 +11,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from utils.data.terms import Terms
+from utils.model.batching import PackedRows, collate, model_inputs
 from utils.model.chat_format import generation_settings
 from utils.model.lm_head import cross_entropy_sum
 from utils.model.packed_forward import prepare_packed
-from utils.model.packing import PackedRows, collate, model_inputs
 from utils.settings import Settings
 
 # ---- Tokenizer

@@ -135,11 +135,11 @@ def ours(method, precision, options, folder):
     from transformers import set_seed
 
     from utils.device import pick_device
+    from utils.model.batching import PackedRows
     from utils.model.load import load_model, load_tokenizer
     from utils.model.logprobs import answer_logps
     from utils.model.lora import add_lora
     from utils.model.packed_forward import prepare_packed
-    from utils.model.packing import PackedRows
     from utils.settings import parse_settings
     from utils.training.dataset import load_conversations, load_pairs
     from utils.training.plan import StepPlan

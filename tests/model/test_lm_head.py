@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from utils.model import lm_head
+from utils.model.batching import collate, model_inputs
 from utils.model.lm_head import cross_entropy_sum
 from utils.model.packed_forward import prepare_packed
-from utils.model.packing import collate, model_inputs
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-from utils.model.packing import GroupShape
+from utils.model.batching import GroupShape
 
 Attention = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor

@@ -21,7 +21,7 @@ AttentionInterface.register("packed_attention", packed_attention)
 
 
 def prepare_packed(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
-    """Let `model` take the inputs that utils.model.packing.collate makes, and return it.
+    """Let `model` take the inputs that utils.model.batching.collate makes, and return it.
 
     Its forward then gives the final hidden states (N, hidden) of the N positions that have a label. The LM head is left to
     the loss, which sees only those. Call it before an adapter is put on.

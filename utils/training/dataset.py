@@ -5,8 +5,8 @@ from pathlib import Path
 
 from utils.errors import UserError
 from utils.files import read_jsonl, sample_by_id, show_path
+from utils.model.batching import PackedRows, item_length
 from utils.model.chat_format import encode_answer, encode_prompt, encode_turns
-from utils.model.packing import PackedRows, item_length
 from utils.progress import progress
 from utils.text import printable
 

@@ -15,8 +15,7 @@ import torch
 from utils.device import Device
 from utils.errors import UserError
 from utils.files import show_path
-from utils.model.lm_head import cross_entropy_sum
-from utils.model.packing import (
+from utils.model.batching import (
     ROUNDED,
     PackedRows,
     collate,
@@ -25,6 +24,7 @@ from utils.model.packing import (
     padding_for,
     wants_rows_of_one_length,
 )
+from utils.model.lm_head import cross_entropy_sum
 from utils.text import duration, format_bytes
 from utils.training.memory import FLOAT, Costs, free_memory, measure_costs, memory_parts
 

@@ -8,8 +8,8 @@ from typing import Any
 from utils.device import Device
 from utils.errors import UserError
 from utils.files import read_json, show_path, write_json
+from utils.model.batching import PackedRows
 from utils.model.logprobs import answer_logps
-from utils.model.packing import PackedRows
 from utils.progress import progress
 from utils.training.run_folder import RunFolder
 

@@ -15,8 +15,8 @@ from transformers import PrinterCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from utils.errors import RunError
+from utils.model.batching import PackedBatch, PackedRows, collate, model_inputs, padding_for
 from utils.model.lm_head import backward_through_head
-from utils.model.packing import PackedBatch, PackedRows, collate, model_inputs, padding_for
 from utils.progress import progress
 from utils.text import listed
 from utils.training.checkpoints import HiddenCheckpoint, remove_old_checkpoints
