@@ -21,6 +21,7 @@ from utils.model.lm_head import CHUNK
 PROBES = (64, 128)
 FLOAT, HALF = 4, 2  # bytes
 LIBRARIES = 700 << 20  # bytes of Python, torch, transformers and their threads in a training process
+KERNELS = 250 << 20  # bytes of the kernels that oneDNN makes for products in bfloat16, one a shape
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -106,7 +107,9 @@ def memory_parts(
         "optimizer": 2 * costs.trainable * FLOAT,
         "activations": round(kept),
         "scores": _score_bytes(costs, tokens),
-        "program": 0 if device.name == "cuda" else LIBRARIES,
+        "program": 0
+        if device.name == "cuda"
+        else LIBRARIES + KERNELS * (costs.bf16 and device.name == "cpu"),
     }
 
 
