@@ -25,6 +25,7 @@ def run_script(tmp_path):
     def run(script, *arguments, cwd=tmp_path, timeout=300, **options):
         command = [sys.executable, str(ROOT / script), *map(str, arguments)]
         options.setdefault("stdin", subprocess.DEVNULL)
+        options.setdefault("errors", "backslashreplace")  # what is no UTF-8 shows in the text
         return subprocess.run(
             command, cwd=cwd, timeout=timeout, capture_output=True, text=True, encoding="utf-8", **options
         )

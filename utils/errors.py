@@ -34,7 +34,13 @@ READER_LEFT = (
 )
 
 # torch on a GPU, on a CPU; the system; Python, whose threads need memory too
-NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory", "can't start new thread")
+NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "can't start new thread",
+    "returned NULL without setting an exception",  # what Python 3.11 says where it has no memory for the error itself
+)
 NO_SPACE = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed", "unexpected pos")
 
 # What is meant where a library (safetensors, torch) has words for it but no OSError.

@@ -79,7 +79,7 @@ GIVEN = [
     ("wrong kind", "dpo --train-file {w}/sft_train.jsonl", "sft_train.jsonl, line 1: no field prompt"),
     ("wrong kind", "lora --eval-file {w}/empty.jsonl", "empty.jsonl is empty"),
     ("wrong kind", "compare --eval-file {w}/notes.jsonl", "notes.jsonl, line 1: no field id, messages"),
-    ("wrong kind", "compare --exam-file {w}/raw/rows.jsonl", "rows.jsonl: no single-choice question in it"),
+    ("wrong kind", "compare --exam-file {w}/raw/rows.jsonl", "rows.jsonl: no exam question in it"),
     ("wrong kind", "compare --models {w}/pickled", "pickled holds no *.safetensors weights"),
     ("wrong kind", "chat --model {w}/photo.png", "photo.png is a file, wanted a model folder"),
     ("wrong kind", "chat --model {w}/orphan", "orphan is a LoRA adapter for /gone/base, which is not there"),

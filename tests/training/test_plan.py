@@ -7,7 +7,7 @@ from small_runs import train, weights
 
 from utils.device import Device
 from utils.errors import UserError
-from utils.files import read_json, write_json
+from utils.files import read_json, read_jsonl, write_json
 from utils.training import plan as planning
 from utils.training.plan import StepPlan, choose, rows_of_each_process, ways
 
@@ -47,8 +47,8 @@ def test_rows_are_shared_out_among_processes():
 
 @pytest.mark.slow
 def test_every_way_gives_the_same_weights(place, tmp_path, monkeypatch, method, precision):
-    """Within rounding: relative differences of the trained weights after three steps at a high rate."""
-    found = []
+    """Within rounding: losses of three steps, and the weights after them."""
+    found, losses = [], []
     for number, way in enumerate(ways(4)):
         monkeypatch.setattr(planning, "choose", lambda *_, way=way: way)
         output = tmp_path / str(number)
@@ -56,7 +56,11 @@ def test_every_way_gives_the_same_weights(place, tmp_path, monkeypatch, method, 
         assert train(method, place, output, *more, precision=precision) == 0
         assert read_json(output / "run.json")["plan"] == list(way)
         found.append(weights(output))
-    for other in found[1:]:
+        losses.append(
+            [entry["loss"] for entry in read_jsonl(output / "training_log.jsonl") if "loss" in entry]
+        )
+    for other, again in zip(found[1:], losses[1:]):
+        assert again == pytest.approx(losses[0], rel=1e-2 if precision == "bf16" else 1e-4)
         for name, one in found[0].items():
             assert (one - other[name]).norm() <= (5e-2 if precision == "bf16" else 1e-3) * one.norm(), name
 

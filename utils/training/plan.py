@@ -157,8 +157,10 @@ def measure_run(
     train_rows: PackedRows, eval_rows: PackedRows, plan: StepPlan, settings, processes: int
 ) -> RunSize:
     """Share the rows out evenly among the processes, print what is about to be trained, and count it."""
-    train_rows.even_out(plan.rows_at_once * processes)
-    steps_per_epoch = math.ceil(len(train_rows) / (plan.rows_at_once * plan.passes * processes))
+    rows_per_step = plan.rows_at_once * plan.passes * processes
+    if processes > 1:
+        train_rows.even_out(rows_per_step)
+    steps_per_epoch = math.ceil(len(train_rows) / rows_per_step)
     steps = settings.MAX_STEPS or steps_per_epoch * int(settings.EPOCHS)
     print(
         f"training: {len(train_rows.items):,} examples, {train_rows.tokens:,} tokens ({train_rows.trained_tokens:,} trained) in "
