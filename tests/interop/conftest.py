@@ -102,7 +102,7 @@ def questions(place):
     """20 held-out questions, in a file for the tools."""
     rows = list(read_jsonl(place / "qwen3/sft_eval.jsonl"))[:200:10]
     (place / "questions.json").write_text(
-        json.dumps([row["messages"][-2]["content"] for row in rows]), "utf-8"
+        json.dumps([row["messages"][-2]["content"] for row in rows]), encoding="utf-8"
     )
     return place / "questions.json"
 
@@ -113,7 +113,7 @@ def expected(questions):
 
     def expected(folder):
         tokenizer, model = load_tokenizer(str(folder)), load_model(str(folder), torch.float32).eval()
-        asked = json.loads(questions.read_text("utf-8"))
+        asked = json.loads(questions.read_text(encoding="utf-8"))
         prompts = [encode_prompt(tokenizer, [{"role": "user", "content": question}]) for question in asked]
         answers = generate_tokens(model, prompts, stop_tokens(model, tokenizer), 64)
         return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
