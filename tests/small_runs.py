@@ -55,6 +55,8 @@ def arguments(method, place, output, *more, precision="fp32"):
                 256,
                 "--rows-per-step",
                 2,
+                "--eval-rows",
+                12,
                 "--learning-rate",
                 3e-3,
                 "--device",

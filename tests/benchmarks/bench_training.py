@@ -167,8 +167,8 @@ def ours(method, precision, options, folder):
     )
     device = pick_device("auto", precision)
     run = argparse.Namespace(folder=Path(folder), checkpoint=None)
-    args = training_arguments(settings, device, run, StepPlan(1, 1, False))
-    args.eval_on_start, args.eval_strategy, args.save_strategy = False, "no", "no"
+    args = training_arguments(settings, device, run, StepPlan(1, 1, False), options.steps)
+    args.save_strategy = "no"
     set_seed(0)
     tokenizer = load_tokenizer(options.model)
     model = prepare_packed(load_model(options.model, torch.float32))
