@@ -6,11 +6,13 @@ import types
 import pytest
 import torch
 from tiny_model import make_tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from utils.files import read_json
+from utils.model.chat_format import DECODING
+from utils.model.generate import Decoding, decoding_for
 from utils.model.lora import add_lora
-from utils.model.save import save_model
+from utils.model.save import remember_mode, save_model
 
 TEXT = "麻黄味辛、微苦，性温。<|im_end|>\n<think>\n\n</think>\n\n  What's this? 🌿"
 
@@ -54,6 +56,20 @@ def test_a_list_of_special_tokens_gets_the_name_that_both_take(base, tmp_path):
     save_model(AutoModelForCausalLM.from_pretrained(base), tokenizer, tmp_path)
     assert read_json(tmp_path / "tokenizer_config.json")["additional_special_tokens"] == ["<|im_start|>"]
     assert AutoTokenizer.from_pretrained(tmp_path).extra_special_tokens == ["<|im_start|>"]
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_greedy_decoding_of_a_base_is_handed_on(base, tmp_path, greedy):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    if greedy:
+        model.generation_config = GenerationConfig(do_sample=False, eos_token_id=1)
+    for name in ("sft", "dpo"):  # one from the other
+        remember_mode(model, tokenizer, False)
+        save_model(model, tokenizer, tmp_path / name)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+    assert decoding_for(model, tokenizer) == (Decoding() if greedy else Decoding(**DECODING[False]))
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert model.generation_config.eos_token_id == ends
 
 
 def test_an_adapter_folder_holds_no_path_of_this_machine(base, tmp_path):

@@ -24,7 +24,7 @@ from utils.model.folders import adapter_base, model_sha256
 from utils.model.hub_models import local_folder
 
 # Raise this number with every change of the code that changes a score or what counts as right.
-SCORING_VERSION = 3
+SCORING_VERSION = 4
 
 # The metrics of the exam: what kind of question, and which field of its results holds the choice.
 EXAM_METRICS = {
@@ -143,6 +143,11 @@ def shares(results: Results) -> dict[str, list[bool]]:
         },
         "preference": [item["chosen"] > item["rejected"] for item in results.of("preference")],
         "facts": [item["right"] for item in answers if item["about"] == "heldout"],
+        "names": [
+            item["named"]
+            for item in results.of("answer")
+            if item["about"] == "heldout" and item["named"] is not None
+        ],
         "general": [item["right"] for item in answers if item["about"] == "general"],
     }
     return {name: right for name, right in found.items() if right}

@@ -77,7 +77,7 @@ class PreferenceResult(Result):
 
 
 class AnswerResult(Result):
-    """about: heldout or general; right: None where it cannot be told; repetition: see the function of this name."""
+    """about: heldout or general; right, named: None where it cannot be told; repetition: see the function of this name."""
 
     about: str
     question: str
@@ -86,6 +86,7 @@ class AnswerResult(Result):
     tokens: int
     ended: bool
     right: bool | None
+    named: bool | None
     repetition: float
 
 
@@ -109,16 +110,17 @@ def measure(folder, tests: Tests, settings, device: Device) -> tuple[float, list
 
 
 def letter_choices(folder, tokenizer, exam, count, batch_size, device) -> dict[str, dict]:
-    """{question id: its fields letter_choice, letter and rotations} for `count` of the questions (0: all).
+    """{question id: its fields letter_choice, letter and rotations} for `count` of the questions (0: all, below: none).
 
     All questions with several right answers are among them, with letter_choice and `said`: they are asked in no other way.
     Weights and products are float32 whatever the device's number format. An untrained model finds all letters about
     equally likely, and bfloat16 would decide between them by rounding (4 of 60 choices were others).
     """
-    if not exam:
-        return {}
     several = [item for item in exam if kind_of(item) == MULTIPLE]
-    asked = sample_by_id([item for item in exam if kind_of(item) != MULTIPLE], count)
+    single = [item for item in exam if kind_of(item) != MULTIPLE]
+    asked = sample_by_id(single, count) if count >= 0 else []
+    if not several and not asked:
+        return {}
     model, found = load_model(folder, torch.float32).to(device.name).eval(), {}
     if several:
         watch = progress(f"exam, {len(several):,} questions with several right answers", always=True)
@@ -187,6 +189,7 @@ def _questions(tests, settings):
 def _judge(asked, answer, said, ended, terms) -> AnswerResult:
     """The result of one answer: its text, the ids `said` (less the end token), and whether it ended by itself."""
     question = asked.messages[-1]["content"]
+    named = keeps_names(terms, asked.reference, answer, question)
     right = same_facts(terms, asked.reference, answer, question)
     if asked.accept:
         right = states_one_of(answer, asked.accept)
@@ -200,6 +203,7 @@ def _judge(asked, answer, said, ended, terms) -> AnswerResult:
         "tokens": len(said) + ended,
         "ended": ended,
         "right": right,
+        "named": named,
         "repetition": repetition(said),
     }
 
@@ -274,9 +278,24 @@ def _asks(question):
 
 
 def same_facts(terms: Terms, reference: str, answer: str, question: str) -> bool | None:
-    """Whether `answer` states exactly the terms that `reference` does; None where that states none beyond the question's."""
+    """Whether `answer` states exactly the terms that `reference` does, about what that names; None where it states none.
+
+    A term that the question has already is no fact. It counts as the name of what is asked about (see keeps_names).
+    """
     wanted = terms.stated(reference, question)
-    return terms.stated(answer, question) == wanted if wanted else None
+    if not wanted:
+        return None
+    about_the_same = keeps_names(terms, reference, answer, question) is not False
+    return about_the_same and terms.stated(answer, question) == wanted
+
+
+def keeps_names(terms: Terms, reference: str, answer: str, question: str) -> bool | None:
+    """Whether `answer` has every term of the question that `reference` repeats, above all the name of what is asked about.
+
+    False for another name, and for one that is garbled. None where the reference repeats nothing, as a bare answer does.
+    """
+    repeated = {term for _, _, term in terms.find(reference) if term in question}
+    return repeated <= {term for _, _, term in terms.find(answer)} if repeated else None
 
 
 def states_one_of(answer: str, accept: list[str]) -> bool:

@@ -190,13 +190,18 @@ def modelfile(source: Source, export: Export) -> str:
     stops = [
         source.tokenizer.decode([token]) for token in sorted(stop_tokens(source.model, source.tokenizer))
     ]
-    decoding = DECODING[source.thinking]
+    greedy = source.model.generation_config.do_sample is False
+    decoding = {"temperature": 0} if greedy else DECODING[source.thinking]
     return "\n".join(
         [
             f"FROM ./{file_name(export)}",
             f'TEMPLATE """{GO_TEMPLATE}{"" if source.thinking else NO_THINKING}"""',
             *(f'PARAMETER stop "{stop}"' for stop in stops),
-            *(f"PARAMETER {name} {decoding[name]}" for name in ("temperature", "top_p", "top_k")),
+            *(
+                f"PARAMETER {name} {decoding[name]}"
+                for name in ("temperature", "top_p", "top_k")
+                if name in decoding
+            ),
             "",
         ]
     )
