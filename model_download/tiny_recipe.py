@@ -143,7 +143,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> Qwen3F
             eos_token_id=end,
         )
     )
-    model.generation_config = GenerationConfig(**generation_settings(tokenizer, thinking=False))
+    tokens = {name: ids for name, ids in generation_settings(tokenizer, False).items() if name.endswith("_id")}
+    model.generation_config = GenerationConfig(**tokens, do_sample=False)  # a model this small loses its facts in sampling
     return model
 
 
