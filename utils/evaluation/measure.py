@@ -77,7 +77,8 @@ class PreferenceResult(Result):
 
 
 class AnswerResult(Result):
-    """about: heldout or general; right: None where it cannot be told; repetition: see the function of this name."""
+    """about: heldout or general; right: None where it cannot be told; named: whether it names what the reference names, None
+    where that names nothing of the question; repetition: see the function of this name."""
 
     about: str
     question: str
@@ -86,6 +87,7 @@ class AnswerResult(Result):
     tokens: int
     ended: bool
     right: bool | None
+    named: bool | None
     repetition: float
 
 
@@ -187,9 +189,14 @@ def _questions(tests, settings):
 def _judge(asked, answer, said, ended, terms) -> AnswerResult:
     """The result of one answer: its text, the ids `said` (less the end token), and whether it ended by itself."""
     question = asked.messages[-1]["content"]
-    right = same_facts(terms, asked.reference, answer, question)
+    named, right = None, None
     if asked.accept:
         right = states_one_of(answer, asked.accept)
+    elif asked.accept is None:
+        named = same_names(terms, asked.reference, answer, question)
+        right = same_facts(terms, asked.reference, answer, question)
+        if right and named is False:
+            right = False
     return {
         "test": "answer",
         "about": asked.about,
@@ -200,6 +207,7 @@ def _judge(asked, answer, said, ended, terms) -> AnswerResult:
         "tokens": len(said) + ended,
         "ended": ended,
         "right": right,
+        "named": named,
         "repetition": repetition(said),
     }
 
@@ -274,9 +282,26 @@ def _asks(question):
 
 
 def same_facts(terms: Terms, reference: str, answer: str, question: str) -> bool | None:
-    """Whether `answer` states exactly the terms that `reference` does; None where that states none beyond the question's."""
-    wanted = terms.stated(reference, question)
-    return terms.stated(answer, question) == wanted if wanted else None
+    """Whether `answer` states exactly the terms that `reference` does; None where that states none beyond the question's.
+
+    What is part of a name in the question counts: 麻黄 is an ingredient of 麻黄汤.
+    """
+    asked = _terms_in(terms, question)
+    wanted = _terms_in(terms, reference) - asked
+    return _terms_in(terms, answer) - asked == wanted if wanted else None
+
+
+def same_names(terms: Terms, reference: str, answer: str, question: str) -> bool | None:
+    """Whether `answer` holds the names of the question that `reference` repeats, such as the herb's; None if there are none.
+
+    A name with a wrong character is no term, so that `same_facts` would let it pass.
+    """
+    repeated = {term for term in _terms_in(terms, question) & _terms_in(terms, reference) if len(term) > 1}
+    return repeated <= _terms_in(terms, answer) if repeated else None
+
+
+def _terms_in(terms, text):
+    return {term for _, _, term in terms.find(text)}
 
 
 def states_one_of(answer: str, accept: list[str]) -> bool:
