@@ -58,11 +58,11 @@ python model_finetune/finetune_dpo.py --model {DEMO}/sft_finetuned --output-dir 
 python model_finetune/compare_models.py --output-dir {DEMO}
     --models {TINY} {DEMO}/sft_finetuned {DEMO}/lora_finetuned {DEMO}/dpo_finetuned
     --eval-file {DATA}/sft_eval.jsonl --exam-file {DATA}/exam.jsonl --pairs-file {DATA}/dpo_eval.jsonl
-    --eval-rows 300 --letter-rows 40
+    --eval-rows 300 --letter-rows -1
 
 # ask the result a question
 # > {QUESTION}
-python model_download/load_local_model.py {DEMO}/dpo_finetuned --prompt {QUESTION} --greedy
+python model_download/load_local_model.py {DEMO}/dpo_finetuned --prompt {QUESTION}
 """
 
 

@@ -111,3 +111,8 @@ def test_an_answer_has_to_name_what_the_reference_names(question, reference, ans
     terms = Terms(SAMPLE / "terms.jsonl")
     assert same_names(terms, reference, answer, question) is named
     assert same_facts(terms, reference, answer, question) is facts
+
+
+def test_letters_can_be_left_out(folder):
+    tokenizer, _ = load_plain(folder)
+    assert letter_choices(folder, tokenizer, EXAM, -1, 4, CPU) == {}

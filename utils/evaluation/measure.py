@@ -111,16 +111,17 @@ def measure(folder, tests: Tests, settings, device: Device) -> tuple[float, list
 
 
 def letter_choices(folder, tokenizer, exam, count, batch_size, device) -> dict[str, dict]:
-    """{question id: its fields letter_choice, letter and rotations} for `count` of the questions (0: all).
+    """{question id: its fields letter_choice, letter and rotations} for `count` of the questions (0: all; below: none).
 
     All questions with several right answers are among them, with letter_choice and `said`: they are asked in no other way.
     Weights and products are float32 whatever the device's number format. An untrained model finds all letters about
     equally likely, and bfloat16 would decide between them by rounding (4 of 60 choices were others).
     """
-    if not exam:
-        return {}
     several = [item for item in exam if kind_of(item) == MULTIPLE]
-    asked = sample_by_id([item for item in exam if kind_of(item) != MULTIPLE], count)
+    single = [item for item in exam if kind_of(item) != MULTIPLE]
+    asked = sample_by_id(single, count) if count >= 0 else []
+    if not several and not asked:
+        return {}
     model, found = load_model(folder, torch.float32).to(device.name).eval(), {}
     if several:
         watch = progress(f"exam, {len(several):,} questions with several right answers", always=True)
