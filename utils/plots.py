@@ -17,7 +17,6 @@ PANELS = {  # of the comparison: the figure shown, and its title
     "exam_multiple_accuracy": "exam, several answers",
     "preference_accuracy": "preference pairs",
     "facts_accuracy": "facts stated right",
-    "names_accuracy": "right name in the answer",
     "general_loss": "loss on general questions (lower is better)",
 }
 

@@ -9,7 +9,7 @@ from evaluation_files import CPU, EXAM, alone, compare, letters_alone, load_plai
 from tiny_model import make_tiny_model
 
 from utils.data.terms import Terms
-from utils.evaluation.measure import keeps_names, letter_choices, repetition, same_facts, states_one_of
+from utils.evaluation.measure import letter_choices, repetition, same_facts, same_names, states_one_of
 from utils.files import read_jsonl
 
 SAMPLE = ROOT / "data_prepare/sample"
@@ -50,7 +50,6 @@ def test_letters_are_scored_in_float32_in_any_number_format(folder):
         bf16: letter_choices(folder, tokenizer, EXAM, 0, 4, replace(CPU, bf16=bf16)) for bf16 in (False, True)
     }
     assert choices[True] == choices[False] and choices[True].keys() == {item["id"] for item in EXAM}
-    assert not letter_choices(folder, tokenizer, EXAM, -1, 4, CPU)
     for item in EXAM:
         expected = [pytest.approx(rotation, abs=1e-4) for rotation in letters_alone(tokenizer, model, item)]
         assert expected == choices[True][item["id"]]["rotations"]
@@ -84,40 +83,36 @@ def test_a_number_in_an_answer_stands_by_itself():
     )
 
 
-@pytest.mark.parametrize(
-    "question, reference, answer, right, named",
-    [
-        ("麻黄的药性是什么？", "麻黄的药性是温。", "麻黄性温。", True, True),
-        ("麻黄的药性是什么？", "麻黄的药性是温。", "麻黄的药性是寒。", False, True),
-        ("麻黄的药性是什么？", "麻黄的药性是温。", "桂枝的药性是温。", False, False),
-        (
-            "麻黄的药性是什么？",
-            "麻黄的药性是温。",
-            "麻苓的药性是温。",
-            False,
-            False,
-        ),  # a name that does not exist
-        ("麻黄汤出自哪部医书？", "麻黄汤出自《伤寒论》。", "麻黄出自《伤寒论》。", False, False),
-        ("麻黄的药性是什么？", "温。", "温。", True, None),
-        ("麻黄的药性是什么？", "温。", "桂枝的药性是温。", False, None),
-        (
-            "麻黄汤由哪些药组成？",
-            "麻黄、桂枝。",
-            "桂枝。",
-            False,
-            False,
-        ),  # its name holds a part of the answer
-        ("你好", "你好！", "麻黄。", None, None),
-    ],
-)
-def test_an_answer_is_right_with_all_its_facts_and_about_what_was_asked(
-    question, reference, answer, right, named
-):
-    terms = Terms(SAMPLE / "terms.jsonl")
-    assert same_facts(terms, reference, answer, question) is right
-    assert keeps_names(terms, reference, answer, question) is named
-
-
 def test_repetition_is_the_share_of_runs_said_before():
     assert repetition([1, 2, 3, 4, 5]) == repetition([1, 2, 3]) == repetition([]) == 0
     assert repetition([1] * 8) == 1 - 1 / 5
+
+
+@pytest.mark.parametrize(
+    "question, reference, answer, named, facts",
+    [
+        ("麻黄的药性是什么？", "麻黄的药性是温。", "麻黄性温。", True, True),
+        (
+            "麻黄的药性是什么？",
+            "麻黄的药性是温。",
+            "麻桂的药性是温。",
+            False,
+            True,
+        ),  # no term: facts alone let it pass
+        ("麻黄的药性是什么？", "麻黄的药性是温。", "黄芩的药性是温。", False, False),
+        ("麻黄的药性是什么？", "麻黄的药性是温。", "温。", False, True),
+        ("麻黄的药性是什么？\n请只写出答案。", "温。", "温。", None, True),
+        ("麻黄汤由哪些药组成？", "麻黄汤由麻黄、桂枝组成。", "麻黄由麻黄、桂枝组成。", False, True),
+        ("麻黄汤由哪些药组成？", "麻黄汤由麻黄、桂枝组成。", "麻黄汤由桂枝组成。", True, False),
+        ("麻黄的药性偏寒还是偏温？", "麻黄性温。", "麻黄性寒。", True, False),
+    ],
+)
+def test_an_answer_has_to_name_what_the_reference_names(question, reference, answer, named, facts):
+    terms = Terms(SAMPLE / "terms.jsonl")
+    assert same_names(terms, reference, answer, question) is named
+    assert same_facts(terms, reference, answer, question) is facts
+
+
+def test_letters_can_be_left_out(folder):
+    tokenizer, _ = load_plain(folder)
+    assert letter_choices(folder, tokenizer, EXAM, -1, 4, CPU) == {}

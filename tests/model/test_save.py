@@ -9,8 +9,6 @@ from tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from utils.files import read_json
-from utils.model.chat_format import DECODING
-from utils.model.generate import Decoding, decoding_for
 from utils.model.lora import add_lora
 from utils.model.save import remember_mode, save_model
 
@@ -58,20 +56,6 @@ def test_a_list_of_special_tokens_gets_the_name_that_both_take(base, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path).extra_special_tokens == ["<|im_start|>"]
 
 
-@pytest.mark.parametrize("greedy", [True, False])
-def test_greedy_decoding_of_a_base_is_handed_on(base, tmp_path, greedy):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
-    if greedy:
-        model.generation_config = GenerationConfig(do_sample=False, eos_token_id=1)
-    for name in ("sft", "dpo"):  # one from the other
-        remember_mode(model, tokenizer, False)
-        save_model(model, tokenizer, tmp_path / name)
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
-    assert decoding_for(model, tokenizer) == (Decoding() if greedy else Decoding(**DECODING[False]))
-    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    assert model.generation_config.eos_token_id == ends
-
-
 def test_an_adapter_folder_holds_no_path_of_this_machine(base, tmp_path):
     settings = types.SimpleNamespace(RANK=4, ALPHA=8, as_dict=lambda: {"MODEL": "model_download/base"})
     model = add_lora(AutoModelForCausalLM.from_pretrained(base), settings)
@@ -91,3 +75,17 @@ def test_an_adapter_config_is_the_same_in_every_process(base, tmp_path, seed):
     model.peft_config["default"].target_modules = names[seed:] + names[:seed]
     save_model(model, AutoTokenizer.from_pretrained(base), tmp_path)
     assert read_json(tmp_path / "adapter_config.json")["target_modules"] == sorted(names)
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_a_base_that_answers_greedily_stays_greedy(base, tmp_path, sampled):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    if not sampled:
+        model.generation_config = GenerationConfig(do_sample=False)
+    remember_mode(model, tokenizer, thinking=False)
+    save_model(model, tokenizer, tmp_path)
+    written = read_json(tmp_path / "generation_config.json")
+    assert (written["do_sample"], written.get("temperature")) == ((True, 0.7) if sampled else (False, None))
+    assert written["eos_token_id"] == [
+        tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")
+    ]

@@ -143,11 +143,6 @@ def shares(results: Results) -> dict[str, list[bool]]:
         },
         "preference": [item["chosen"] > item["rejected"] for item in results.of("preference")],
         "facts": [item["right"] for item in answers if item["about"] == "heldout"],
-        "names": [
-            item["named"]
-            for item in results.of("answer")
-            if item["about"] == "heldout" and item["named"] is not None
-        ],
         "general": [item["right"] for item in answers if item["about"] == "general"],
     }
     return {name: right for name, right in found.items() if right}
@@ -198,6 +193,9 @@ def metrics(results: Results) -> dict[str, Any]:
         found["mean_tokens"] = tokens_in_all / len(answers)
         found["tokens_per_second"] = tokens_in_all / results.generation_seconds
         found["answers_n"] = len(answers)
+        if named := [item["named"] for item in answers if item["named"] is not None]:
+            found["wrong_names"], found["wrong_names_n"] = 1 - sum(named) / len(named), len(named)
+            found["wrong_names_interval"] = wilson(len(named) - sum(named), len(named))
     return found | {"seconds": results.seconds}
 
 

@@ -77,7 +77,8 @@ class PreferenceResult(Result):
 
 
 class AnswerResult(Result):
-    """about: heldout or general; right, named: None where it cannot be told; repetition: see the function of this name."""
+    """about: heldout or general; right: None where it cannot be told; named: whether it names what the reference names, None
+    where that names nothing of the question; repetition: see the function of this name."""
 
     about: str
     question: str
@@ -110,7 +111,7 @@ def measure(folder, tests: Tests, settings, device: Device) -> tuple[float, list
 
 
 def letter_choices(folder, tokenizer, exam, count, batch_size, device) -> dict[str, dict]:
-    """{question id: its fields letter_choice, letter and rotations} for `count` of the questions (0: all, below: none).
+    """{question id: its fields letter_choice, letter and rotations} for `count` of the questions (0: all; below: none).
 
     All questions with several right answers are among them, with letter_choice and `said`: they are asked in no other way.
     Weights and products are float32 whatever the device's number format. An untrained model finds all letters about
@@ -189,10 +190,14 @@ def _questions(tests, settings):
 def _judge(asked, answer, said, ended, terms) -> AnswerResult:
     """The result of one answer: its text, the ids `said` (less the end token), and whether it ended by itself."""
     question = asked.messages[-1]["content"]
-    named = keeps_names(terms, asked.reference, answer, question)
-    right = same_facts(terms, asked.reference, answer, question)
+    named, right = None, None
     if asked.accept:
         right = states_one_of(answer, asked.accept)
+    elif asked.accept is None:
+        named = same_names(terms, asked.reference, answer, question)
+        right = same_facts(terms, asked.reference, answer, question)
+        if right and named is False:
+            right = False
     return {
         "test": "answer",
         "about": asked.about,
@@ -278,24 +283,26 @@ def _asks(question):
 
 
 def same_facts(terms: Terms, reference: str, answer: str, question: str) -> bool | None:
-    """Whether `answer` states exactly the terms that `reference` does, about what that names; None where it states none.
+    """Whether `answer` states exactly the terms that `reference` does; None where that states none beyond the question's.
 
-    A term that the question has already is no fact. It counts as the name of what is asked about (see keeps_names).
+    What is part of a name in the question counts: 麻黄 is an ingredient of 麻黄汤.
     """
-    wanted = terms.stated(reference, question)
-    if not wanted:
-        return None
-    about_the_same = keeps_names(terms, reference, answer, question) is not False
-    return about_the_same and terms.stated(answer, question) == wanted
+    asked = _terms_in(terms, question)
+    wanted = _terms_in(terms, reference) - asked
+    return _terms_in(terms, answer) - asked == wanted if wanted else None
 
 
-def keeps_names(terms: Terms, reference: str, answer: str, question: str) -> bool | None:
-    """Whether `answer` has every term of the question that `reference` repeats, above all the name of what is asked about.
+def same_names(terms: Terms, reference: str, answer: str, question: str) -> bool | None:
+    """Whether `answer` holds the names of the question that `reference` repeats, such as the herb's; None if there are none.
 
-    False for another name, and for one that is garbled. None where the reference repeats nothing, as a bare answer does.
+    A name with a wrong character is no term, so that `same_facts` would let it pass.
     """
-    repeated = {term for _, _, term in terms.find(reference) if term in question}
-    return repeated <= {term for _, _, term in terms.find(answer)} if repeated else None
+    repeated = {term for term in _terms_in(terms, question) & _terms_in(terms, reference) if len(term) > 1}
+    return repeated <= _terms_in(terms, answer) if repeated else None
+
+
+def _terms_in(terms, text):
+    return {term for _, _, term in terms.find(text)}
 
 
 def states_one_of(answer: str, accept: list[str]) -> bool:

@@ -15,7 +15,7 @@ TOKENS_OF_CONFIG = ("bos_token_id", "pad_token_id")  # in config.json as well as
 def remember_mode(model, tokenizer, thinking):
     """Make the thinking mode of the training rows the default of all that is saved: checkpoints and finished folder alike.
 
-    Decoding is Qwen's advice for the mode. A base whose folder asks for greedy decoding hands that on instead.
+    Answers are drawn as Qwen advises for the mode; a base that says do_sample false, as the tiny one does, stays greedy.
     """
     tokenizer.chat_template = with_default_mode(tokenizer.chat_template, thinking)
     settings = generation_settings(tokenizer, thinking)
