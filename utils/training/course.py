@@ -11,16 +11,21 @@ from utils.training.schedule import Schedule
 
 
 class Course:
-    """All that goes along with one run."""
+    """All that goes along with one run. `began`: when the process began, in monotonic seconds."""
 
-    def __init__(self, settings, run: RunFolder, schedule: Schedule, size: RunSize, title: str):
+    def __init__(self, settings, run: RunFolder, schedule: Schedule, size: RunSize, title: str, began: float):
         self.schedule, self.keep = schedule, settings.KEEP
         self.pace = Pace(
-            size.checkpoint_seconds, size.saving_seconds, settings.CHECKPOINT_MINUTES, size.steps_per_epoch
+            size.checkpoint_seconds,
+            size.saving_seconds,
+            settings.CHECKPOINT_MINUTES,
+            size.steps_per_epoch,
+            began,
+            settings.HOURS,
         )
         self.log = RunLog(run, schedule, self.pace, size.tokens_per_step, title)
         self.best = BestWeights(run, self.log, settings.KEEP)
-        self.control = SaveAndStop(run, schedule, self.pace, self.log)
+        self.control = SaveAndStop(run, schedule, self.pace, self.log, size)
 
     @property
     def callbacks(self) -> list[TrainerCallback]:

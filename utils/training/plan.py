@@ -36,7 +36,7 @@ class StepPlan(NamedTuple):
 def check_settings(settings) -> None:
     """UserError, by name, where a number of a training's settings makes no sense, before anything is loaded."""
     above_zero = ("EPOCHS", "LEARNING_RATE", "MAX_LENGTH", "ROWS_PER_STEP", "EVALUATIONS", "KEEP_CHECKPOINTS")
-    not_below = ("MAX_STEPS", "EVAL_ROWS", "WARMUP", "WEIGHT_DECAY", "CHECKPOINT_MINUTES")
+    not_below = ("MAX_STEPS", "EVAL_ROWS", "WARMUP", "WEIGHT_DECAY", "CHECKPOINT_MINUTES", "HOURS")
     for names, fits, wanted in (
         (above_zero, lambda value: value > 0, "more than 0"),
         (not_below, lambda value: value >= 0, "0 or more"),
