@@ -39,7 +39,7 @@ BASE = ""                                           # Hub id of the base, for ca
 EVAL_FILE = "data_prepare/qwen3/sft_eval.jsonl"     # whose questions compare the export with the folder; "": none
 PROMPTS = 50                                        # of these questions, so many
 MAX_NEW_TOKENS = 64                                 # longest answer to them, in tokens
-FOR = "llamafactory"                                # training-data: llamafactory, mlx or trl
+FOR = "llamafactory"                                # training-data: llamafactory, axolotl, mlx or trl
 DATA_DIR = "data_prepare/qwen3"                     # training-data: where sft_*.jsonl and dpo_*.jsonl lie
 # ----
 # fmt: on

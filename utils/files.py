@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import heapq
 import json
 import os
 import re
@@ -187,10 +188,18 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def sample_by_id(rows: list[dict], count: int) -> list[dict]:
-    """`count` of the rows (0: all), in their order, chosen by the hash of their "id": the same whatever the order or seed."""
-    if not count or count >= len(rows):
-        return rows
-    by_hash = sorted(rows, key=lambda row: hashlib.sha256(row["id"].encode()).digest())
-    drawn = {row["id"] for row in by_hash[:count]}
-    return [row for row in rows if row["id"] in drawn]
+def id_key(identifier: str) -> int:
+    """A 64-bit number from the sha256 of a row's id, the same in every run."""
+    digest = hashlib.sha256(identifier.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def sample_by_id(rows: Iterable[dict], count: int) -> list[dict]:
+    """`count` of the rows (0: all), in their order: those with the lowest id_key, the same ones whatever their order.
+
+    No more than `count` rows are held at a time.
+    """
+    if not count:
+        return list(rows)
+    drawn = heapq.nsmallest(count, enumerate(rows), key=lambda numbered: id_key(numbered[1]["id"]))
+    return [row for _, row in sorted(drawn, key=lambda numbered: numbered[0])]

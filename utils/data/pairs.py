@@ -155,9 +155,11 @@ def sampled(rows: list[dict], terms: Terms, sampling: Sampling, kept: Path) -> I
 def sample_answers(rows: list[dict], sampling: Sampling, kept: Path) -> list[list[str]]:
     """For each row, `samples` answers of the model. What `kept` holds of the same model, rows and settings is not done again."""
     from utils.model.folders import check_model, model_sha256
+    from utils.model.load import quiet_offline
     from utils.progress import progress
 
     check_model(sampling.model)
+    quiet_offline(sampling.model)
     identity = sampling._asdict() | {
         "model": model_sha256(sampling.model),
         "ids": [row["id"] for row in rows],
@@ -193,9 +195,8 @@ def _generator(sampling):
     """A function (conversations, number of the first row) -> for each of them `samples` answers."""
     from utils.device import pick_device
     from utils.model.generate import generate_answers
-    from utils.model.load import load_for_answers, load_tokenizer, quiet_offline
+    from utils.model.load import load_for_answers, load_tokenizer
 
-    quiet_offline(sampling.model)
     tokenizer, model = load_tokenizer(sampling.model), load_for_answers(sampling.model, pick_device())
 
     def generate(conversations, start):

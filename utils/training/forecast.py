@@ -92,7 +92,7 @@ def _more_steps(train_rows, settings):
     if rows >= FEW_STEPS:
         return f"--rows-per-step {max(1, int(rows // FEW_STEPS))} gives {FEW_STEPS} or more"
     shorter = int(train_rows.tokens * settings.EPOCHS / FEW_STEPS * 0.9)
-    longest = max(map(item_length, train_rows.items))
+    longest = int(train_rows.sizes.lengths.max())
     if shorter >= longest:
         return f"--rows-per-step 1 --max-length {shorter} gives about {FEW_STEPS}: shorter packed rows are more steps"
     rows = max(1, int(train_rows.tokens / max(longest, 1)))
