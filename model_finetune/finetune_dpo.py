@@ -77,7 +77,7 @@ def main(argv=None):
     from utils.model.save import remember_mode, save_adapter_and_merged, save_model
     from utils.training.course import Course
     from utils.training.dataset import load_pairs, show_examples
-    from utils.training.forecast import measure_run, plan_schedule
+    from utils.training.forecast import draw_in_time, measure_run, plan_schedule
     from utils.training.plan import check_disk, check_settings, plan_step
     from utils.training.reference import add_reference
     from utils.training.run_folder import RunFolder
@@ -112,6 +112,7 @@ def main(argv=None):
 
     # 3. Plan the steps by the memory there is, the evaluations by the length of the run; configure the training arguments
     plan = plan_step(model, train_rows, settings, device, folder)
+    train_rows = draw_in_time(model, train_rows, settings, device, folder)
     size = measure_run(model, train_rows, plan, settings, device, folder)
     eval_rows, _ = load_pairs(settings.EVAL_FILE, tokenizer, settings.MAX_LENGTH, size.eval_rows)
     check_disk(model, settings, folder.folder)

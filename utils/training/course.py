@@ -1,5 +1,7 @@
 """What goes along with a run while it trains: its schedule, its pace, its log, its best weights, and when to save and to stop."""
 
+import math
+
 from transformers import TrainerCallback
 
 from utils.training.best import BestWeights
@@ -21,7 +23,7 @@ class Course:
             settings.CHECKPOINT_MINUTES,
             size.steps_per_epoch,
             began,
-            settings.HOURS,
+            run.seconds_given(settings.HOURS) if settings.HOURS else math.inf,
         )
         self.log = RunLog(run, schedule, self.pace, size.tokens_per_step, title)
         self.best = BestWeights(run, self.log, settings.KEEP)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy
 import torch
 
 from utils.device import Device
@@ -23,6 +24,7 @@ from utils.training.run_folder import RunFolder
 from utils.training.schedule import Schedule, evaluation_count, evaluation_rows, make_schedule
 
 FEW_STEPS = 30  # a run of fewer is hardly more than its warm-up
+MARGIN = 1.25  # more pairs than should fit into HOURS
 TIMED_TOKENS = 512  # that a forecast is measured on, about
 WRITTEN = 16 << 20  # bytes that the disk's speed is measured on
 
@@ -84,6 +86,28 @@ def measure_run(
         3 * trainable * FLOAT * seconds_per_byte,
         stored * FLOAT * seconds_per_byte,
     )
+
+
+def draw_in_time(model, train_rows: PackedRows, settings, device: Device, run: RunFolder) -> PackedRows:
+    """With HOURS, the pairs that DPO can train on in that time: the reference of each costs a forward pass before training.
+
+    They are those with the lowest hashes of their ids, so that what fits in one hour is part of what fits in eight. As the rate is judged
+    by a forward pass, there are a quarter more than should fit.
+    """
+    if not settings.HOURS:
+        return train_rows
+    trainable, stored = count_weights(model)
+    passes = 1 + (3 if 2 * trainable > stored else 2)  # that of the reference, and those of training
+    tokens = MARGIN * run.seconds_given(settings.HOURS) * forward_rate(model, train_rows, device) / passes
+    order = numpy.argsort(train_rows.keys, kind="stable")
+    fits = int(numpy.searchsorted(numpy.cumsum(train_rows.sizes.tokens[order]), tokens)) + 1
+    fits = run.kept("pairs_in_time", run.from_main(min(fits, len(order))))
+    if fits == len(order):
+        return train_rows
+    print(
+        f"hours: {fits:,} of {len(order):,} pairs, drawn by their ids, are more than what fits into {settings.HOURS:g} h"
+    )
+    return train_rows.select(numpy.sort(order[:fits]))
 
 
 def _more_steps(train_rows, settings):

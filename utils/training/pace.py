@@ -2,6 +2,7 @@
 
 import datetime
 import math
+import statistics
 import time
 from typing import Any
 
@@ -22,7 +23,7 @@ class Pace:
     """Seconds of an optimizer step, an evaluation, a checkpoint, each measured from the event before it.
 
     checkpoint, saving: seconds that a checkpoint and the finished model are expected to take, the first until one is written;
-    began: when the process began, in monotonic seconds; hours: the time given to the run (0: no limit).
+    began: when the process began, in monotonic seconds; limit: seconds given to the run, or infinity.
     """
 
     def __init__(
@@ -32,13 +33,14 @@ class Pace:
         checkpoint_minutes: float,
         steps_per_epoch: int,
         began: float,
-        hours: float = 0.0,
+        limit: float,
     ):
         self.seconds = {"step": 0.0, "evaluation": 0.0, "checkpoint": checkpoint}
         self.saving, self.steps_per_epoch = saving, steps_per_epoch
         self.between_checkpoints = 60 * checkpoint_minutes or math.inf
-        self.began, self.limit = began, 3600 * hours or math.inf
+        self.began, self.limit = began, limit
         self.steps, self.timed = 0, 0.0  # steps so far, and seconds of them
+        self.first: list[float] = []  # seconds of this process's steps, as long as there is no plan by them
         self.mark = self.last_save = self.pending = self.planned = self.before = 0.0
 
     def begin(self, kept: dict[str, Any] | None = None) -> None:
@@ -74,6 +76,7 @@ class Pace:
         if kind == "step":
             seconds, self.pending = seconds + self.pending, 0.0
             self.steps, self.timed = self.steps + 1, self.timed + seconds
+            self.first = [*self.first, seconds][-STEPS:]
             seconds = self.seconds["step"] + self._weight() * (seconds - self.seconds["step"])
         if kind == "checkpoint":
             self.last_save = now
@@ -114,10 +117,15 @@ class Pace:
 
         A plan that was made for a later step already, before the run was stopped, is kept until then.
         """
+        if schedule.plan[-1].step == step:  # as it was recorded before the run was stopped
+            self.planned = self.elapsed()
+            return 0
         first = len(schedule.plan) == 1
         enough = self.timed >= APART * self.limit or step >= schedule.total - 1
         if self.limit == math.inf or not self.settled or not enough or schedule.plan[-1].step > step:
             return 0
+        if first:
+            self.seconds["step"] = statistics.median(self.first)
         each, elapsed = self.seconds_per_step(), self.elapsed()
         left = AIM * self.limit - elapsed - self.seconds_beside(schedule, step)
         fits = min(most, step + max(0, math.floor(left / each)))
