@@ -6,9 +6,11 @@ import subprocess
 import sys
 import weakref
 
+import pytest
 from conftest import ROOT
 
-from utils.files import atomic_write, prepare_folder, read_json, sample_by_id, write_json
+from utils.errors import UserError
+from utils.files import atomic_write, prepare_folder, read_json, read_jsonl, sample_by_id, write_json
 
 KILLED = """
 import os, sys
@@ -54,6 +56,18 @@ def test_another_files_part_stays_while_a_file_is_written(tmp_path):
     with atomic_write(tmp_path / "two.jsonl") as file:
         file.write("x")
     assert len(list(tmp_path.glob(".one.jsonl.*.part"))) == 1
+
+
+@pytest.mark.parametrize(
+    "fields", ['"content": "\\ud800"', '"content": null', '"content": "x", "reasoning_content": 5']
+)
+def test_messages_that_are_no_text_are_told_by_line(tmp_path, fields):
+    question = '{"role": "user", "content": "q"}'
+    (tmp_path / "rows.jsonl").write_text(
+        f'{{"messages": [{question}, {{"role": "assistant", {fields}}}]}}\n', encoding="utf-8"
+    )
+    with pytest.raises(UserError, match="line 1: messages is not a list"):
+        list(read_jsonl(tmp_path / "rows.jsonl", ["messages"]))
 
 
 def test_rows_are_drawn_by_their_ids_alone_and_not_held_together():

@@ -69,11 +69,17 @@ def _check_fields(row, wanted, where):
 
 
 def _is_text(value):
-    return isinstance(value, str)
+    """Whether it is a text that can be written as UTF-8: an escape such as \\ud800 by itself is half a character."""
+    return isinstance(value, str) and not HALF_CHARACTER.search(value)
 
 
 def _is_message(value):
-    return isinstance(value, dict) and _is_text(value.get("role")) and _is_text(value.get("content"))
+    return (
+        isinstance(value, dict)
+        and _is_text(value.get("role"))
+        and _is_text(value.get("content"))
+        and _is_text(value.get("reasoning_content") or "")
+    )
 
 
 def _are_messages(value):
@@ -87,6 +93,7 @@ def _is_conversation(value):
     return "user" in roles and "assistant" in roles[roles.index("user") :]
 
 
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 # What the fields of our files hold, as a test and in words.
 MESSAGES = (_are_messages, 'a list of {"role", "content"}')
 FIELDS = {

@@ -23,7 +23,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/benchmarks")]
 
 from bench_training import sample_files, shape_of_qwen3  # noqa: E402
 
-
 DEFAULTS = {"sft": 1024, "lora": 1024, "dpo": 2048}  # tokens a row
 
 

@@ -25,6 +25,7 @@ ENVIRONMENTS = {
         "transformers==5.16.1 accelerate==1.13.0 datasets==4.8.4 pydantic==2.12.5 addict==2.4.0 colorama==0.4.6",
         "--no-deps axolotl==0.19.0",
     ],
+    "openai": ["openai==3.57.0"],  # the client
 }
 UNWANTED = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}  # builds for GPUs, which fail to load
 

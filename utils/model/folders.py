@@ -26,6 +26,8 @@ def check_model(model, above=()):
     paths) that `model` is the base of.
     """
     folder = Path(model)
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"{show_path(folder)} is a link to something that is not there")
     if not folder.exists():
         known = Path(ROOT, model).resolve().as_posix()
         for place, command in MADE_BY.items():

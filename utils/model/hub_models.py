@@ -71,11 +71,10 @@ def fetch(model: str) -> None:
         with contextlib.suppress(UserError):
             return check_files(folder)
     with contextlib.redirect_stdout(sys.stderr):  # chat's stdout holds answers and nothing else
-        hub = Hub(TIMEOUT, RETRIES)
-        repo = hub.look_up("model", model, "main")
+        repo = Hub(TIMEOUT, retries=1).look_up("model", model, "main")  # no long wait for a mistyped folder
         folder = _place(model) / "snapshots" / repo.commit
         files = {folder / name: file for name, file in choose_files(repo).items()}
-        for _ in hub.download(repo, files, files):
+        for _ in Hub(TIMEOUT, RETRIES).download(repo, files, files):
             pass
     with atomic_write(_place(model) / "refs" / "main") as file:
         file.write(repo.commit)

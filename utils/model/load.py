@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 from utils.errors import NO_MEMORY, UserError
-from utils.files import show_path
+from utils.files import read_json, show_path
 from utils.model.chat_format import without_modes
 from utils.model.folder_checks import check_files
 from utils.model.folders import adapter_base, check_model, model_sha256
@@ -51,9 +51,22 @@ def load_tokenizer(model):
         raise UserError(
             f"{model} is not a Qwen chat model: its tokenizer has no chat template with <|im_end|>"
         )
+    _check_size(tokenizer, folder)
     if problem := problem_of(without_modes(tokenizer.chat_template)):
         raise UserError(f"{model} cannot be loaded: its chat template (chat_template.jinja) {problem}")
     return tokenizer
+
+
+def _check_size(tokenizer, folder):
+    """UserError where the tokenizer has tokens that the model knows no embedding for: that of another model was copied here."""
+    while (Path(folder) / "adapter_config.json").is_file():
+        folder = local_folder(adapter_base(folder))
+    size, last = read_json(Path(folder) / "config.json")["vocab_size"], max(tokenizer.get_vocab().values())
+    if last >= size:
+        raise UserError(
+            f"{tokenizer.name_or_path} cannot be loaded: tokenizer.json is of another model: it has token {last:,}, "
+            f"and the model knows {size:,}"
+        )
 
 
 def load_model(model, dtype):

@@ -26,7 +26,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from datasets.arrow_writer import ArrowWriter
 
-from utils.errors import UserError
+from utils.errors import RunError, UserError
 from utils.files import (
     atomic_write,
     id_key,
@@ -78,10 +78,8 @@ class CachedItems(Sequence):
     """All items of a data file, in its order. Tokens are read from disk when an item is asked for; the arrays are in memory."""
 
     def __init__(self, path: Path, keep: Any = None):
-        self._dataset, self._keep = (
-            Dataset.from_file(str(path)),
-            keep,
-        )  # `keep`: a folder that lives as long as this
+        self._dataset = Dataset.from_file(str(path))
+        self._keep = keep  # a temporary folder, which lives as long as this
         self.lines, self.keys, self.thinking, prompts, answers, documents = (
             self._dataset.data.column(name).to_numpy()
             for name in ("line", "key", "thinking", "prompt_tokens", "answer_tokens", "documents")
@@ -159,7 +157,7 @@ def _damage(kept: Path, identity: dict[str, Any]) -> str | None:
     """None: the tokens are there and whole; "": they are not there; else what is wrong with them."""
     if not kept.is_file() or not _record_of(kept).is_file():  # without its record it was never finished
         return ""
-    if _read_record(kept) != {"identity": identity, "xxh3_128": _checksum(kept)}:
+    if _read_record(kept) != _record(kept, identity):
         return f"{show_path(kept)} is damaged"
     return None
 
@@ -168,12 +166,18 @@ def _record_of(kept: Path) -> Path:
     return kept.with_suffix(".json")
 
 
-def _read_record(kept: Path) -> Any:
-    """What the record says, None where it is no JSON."""
+def _record(kept: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The record of tokens as they are now."""
+    return {"identity": identity, "xxh3_128": _checksum(kept)}
+
+
+def _read_record(kept: Path) -> dict[str, Any]:
+    """What the record says; {} where it is not as we write it."""
     try:
-        return read_json(_record_of(kept))
-    except UserError:
-        return None
+        record = read_json(_record_of(kept))
+    except (UserError, OSError):
+        return {}
+    return record if isinstance(record, dict) and isinstance(record.get("identity"), dict) else {}
 
 
 def _checksum(path: Path) -> str:
@@ -190,14 +194,16 @@ def _write(kept, path, identity, tokenizer, wanted, encode):
         count = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
     rows = progress(f"tokenizing {path.name}", "rows")(read_jsonl(path, wanted), count)
     with atomic_write(kept, "wb") as file, _all_cores():
-        writer = ArrowWriter(schema=SCHEMA, stream=file)
-        for start in itertools.count(0, ROWS_AT_ONCE):
-            batch = list(itertools.islice(rows, ROWS_AT_ONCE))
-            if not batch:
-                break
-            writer.write_table(_as_table(batch, start, encode(tokenizer, batch, show_path(path))))
-        writer.finalize(close_stream=False)
-    write_json(_record_of(kept), {"identity": identity, "xxh3_128": _checksum(kept)})
+        with ArrowWriter(schema=SCHEMA, stream=file) as writer:
+            for start in itertools.count(0, ROWS_AT_ONCE):
+                batch = list(itertools.islice(rows, ROWS_AT_ONCE))
+                if not batch:
+                    break
+                writer.write_table(_as_table(batch, start, encode(tokenizer, batch, show_path(path))))
+            writer.finalize(close_stream=False)
+        if identity["data"] != f"sha256 {sha256_of(path)}":
+            raise RunError(f"{show_path(path)} was changed while it was read; run the same command again")
+    write_json(_record_of(kept), _record(kept, identity))
 
 
 def _as_table(batch: list[dict], start: int, items: list[Encoded]) -> pyarrow.Table:
@@ -243,7 +249,7 @@ def _others(kept: Path, path: Path) -> Iterator[Path]:
 def _what_changed(kept: Path, path: Path, identity: dict[str, Any]) -> str:
     """Why tokens that were kept before are of no use now; "" where there are none."""
     for other in _others(kept, path):
-        before = (_read_record(other) or {}).get("identity", {})
+        before = _read_record(other).get("identity", {})
         changed = [name for name in identity if before.get(name) != identity[name]]
         return f"tokens of {show_path(path)} were kept for other {', '.join(changed)}"
     return ""
@@ -252,7 +258,7 @@ def _what_changed(kept: Path, path: Path, identity: dict[str, Any]) -> str:
 def _remove_old(kept: Path, path: Path, identity: dict[str, Any]) -> None:
     """Remove what was kept of earlier content of the data file. Tokens of other tokenizers stay: their runs may come again."""
     for other in _others(kept, path):
-        before = (_read_record(other) or {}).get("identity", {})
+        before = _read_record(other).get("identity", {})
         if {**before, "tokenizer": ""} != {**identity, "tokenizer": ""}:
             with contextlib.suppress(PermissionError):  # on Windows, while a run has it mapped
                 other.unlink(missing_ok=True)
