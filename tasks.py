@@ -38,12 +38,12 @@ python data_prepare/convert_to_qwen3_format.py --input-files {DEMO}/raw --output
 
 # full fine-tuning (SFT)
 python model_finetune/finetune_sft.py --model {TINY} --output-dir {DEMO}/sft_finetuned
-    --train-file {DATA}/sft_train.jsonl --eval-file {DATA}/sft_eval.jsonl --eval-rows 200
+    --train-file {DATA}/sft_train.jsonl --eval-file {DATA}/sft_eval.jsonl
     {SMALL} --epochs 1 --max-steps 160 --learning-rate 5e-4
 
 # LoRA fine-tuning of the same base
 python model_finetune/finetune_lora.py --model {TINY} --output-dir {DEMO}/lora_finetuned
-    --train-file {DATA}/sft_train.jsonl --eval-file {DATA}/sft_eval.jsonl --eval-rows 200
+    --train-file {DATA}/sft_train.jsonl --eval-file {DATA}/sft_eval.jsonl
     {SMALL} --epochs 1 --max-steps 160 --learning-rate 2e-3
 
 # preference pairs from the same rows

@@ -68,7 +68,7 @@ def main(argv=None):
         source = require_file(
             settings.INPUT_DIR / f"sft_{split}.jsonl", "python data_prepare/convert_to_qwen3_format.py"
         )
-        rows = sample_by_id(list(read_jsonl(source, wanted=["id", "messages"])), count)
+        rows = sample_by_id(read_jsonl(source, wanted=["id", "messages"]), count)
 
         # 2. Make a worse answer for each
         made, reasons = [], Counter()

@@ -55,6 +55,7 @@ def main(argv=None):
 
     # 1. Find the files, tell their encodings and the splits that their names say
     sources, skipped = find_sources(settings.INPUT_FILES, DOWNLOAD, settings.SPLIT_BY_NAME)
+    refuse_to_overwrite(sources, settings.OUTPUT_DIR)
     settings.OUTPUT_DIR.mkdir(parents=True, exist_ok=True)
 
     # 2. Recognise every row; its text waits in temporary files, only keys and signatures of it stay in memory
@@ -97,16 +98,23 @@ def row_options(settings):
         raise UserError(f"--eval-share is {settings.EVAL_SHARE}, wanted 0 or more and less than 1")
     if not 0.5 <= settings.NEAR_DUPLICATE <= 1:
         raise UserError(f"--near-duplicate is {settings.NEAR_DUPLICATE}, wanted 0.5 to 1")
-    for name in ("MAX_CHARACTERS", "MAX_LENGTH", "MAX_EVAL_ROWS", "TOKEN_ROWS", "WORKERS"):
-        least = 1 if name in ("MAX_CHARACTERS", "MAX_LENGTH") else 0
-        if getattr(settings, name) < least:
-            flag = "--" + name.lower().replace("_", "-")
-            raise UserError(f"{flag} is {getattr(settings, name)}, wanted {least} or more")
     try:
         columns = parse_columns(settings.COLUMNS)
     except ValueError as error:
         raise UserError(f"--columns: {error}") from None
     return RowOptions(tuple(columns.items()), settings.SYSTEM, settings.MAX_CHARACTERS, settings.EXPLAINED)
+
+
+def refuse_to_overwrite(sources, folder):
+    """UserError where an input file has the name and the place of an output file."""
+    written = {
+        (folder / name).resolve() for name in ("set_aside.jsonl", *(f"{name}.jsonl" for name in OUTPUTS))
+    }
+    for source in sources:
+        if source.path.resolve() in written:
+            raise UserError(
+                f"{show_path(source.path)} would be overwritten by its result; choose another --output-dir"
+            )
 
 
 def old_files(folder, outputs):

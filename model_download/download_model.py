@@ -11,7 +11,6 @@ weights and the licence, no pickled weights and no code.
 """
 
 import datetime
-import fnmatch
 import sys
 from pathlib import Path
 
@@ -19,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.errors import RunError, UserError, run
 from utils.files import sha256_of, show_path, write_json
-from utils.hub import COMMIT, Hub, HubFile, Repo, read_record, unchanged
+from utils.hub import COMMIT, Hub, Repo, read_record, unchanged
 from utils.model.folders import check_model
+from utils.model.hub_models import choose_files
 from utils.settings import ROOT, parse_settings
 from utils.text import say
 
@@ -35,23 +35,6 @@ RETRIES = 6                     # failures in a row, without progress, before gi
 # fmt: on
 
 TINY_DIR = ROOT / "model_download" / "tiny_qwen3_tcm"
-WANTED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "LICENSE*",
-    "NOTICE*",
-)
 
 # What the default model is, whatever a mirror lists: sha256 of the large files, git blob id of the small ones.
 PINNED_MODEL, PINNED_COMMIT = "Qwen/Qwen3-0.6B", "c1899de289a04d12100db370d81485cdf75e47ca"
@@ -98,21 +81,6 @@ def is_finished(folder: Path, model: str, commit: str) -> bool:
     return bool(files) and all(
         unchanged(folder / name, files[name], folder / "source.json") for name in files
     )
-
-
-def choose_files(repo: Repo) -> dict[str, HubFile]:
-    """{name: HubFile} of what transformers needs. UserError where there are no safetensors weights or no config."""
-    files = {
-        name: file
-        for name, file in repo.files.items()
-        if not set(name) & set("/\\:") and any(fnmatch.fnmatchcase(name, kind) for kind in WANTED)
-    }
-    if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
-        raise UserError(
-            f"{repo.id} holds no config.json with *.safetensors weights, and other kinds are not fetched "
-            f"(it holds {', '.join(sorted(repo.files)[:8])}); see {repo.page}/tree/main"
-        )
-    return files
 
 
 def check_pinned(repo: Repo) -> None:

@@ -9,6 +9,7 @@ A LoRA folder is merged, except for --format adapter. Each export gets a model c
 and is read back: its greedy answers and next-token probabilities are compared with those of the folder.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -39,7 +40,7 @@ BASE = ""                                           # Hub id of the base, for ca
 EVAL_FILE = "data_prepare/qwen3/sft_eval.jsonl"     # whose questions compare the export with the folder; "": none
 PROMPTS = 50                                        # of these questions, so many
 MAX_NEW_TOKENS = 64                                 # longest answer to them, in tokens
-FOR = "llamafactory"                                # training-data: llamafactory, mlx or trl
+FOR = "llamafactory"                                # training-data: llamafactory, axolotl, mlx or trl
 DATA_DIR = "data_prepare/qwen3"                     # training-data: where sft_*.jsonl and dpo_*.jsonl lie
 # ----
 # fmt: on
@@ -59,6 +60,8 @@ def main(argv=None):
         raise UserError(f"{settings.MODEL} is no folder; finished folders are exported")
     quiet_offline(settings.MODEL)
     name = settings.NAME or (folder.parent.name if folder.name == "merged" else folder.name)
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"--name: wanted letters, digits, - _ and ., got {name!r}")
     place = export_folder(settings, f"{name}-{settings.FORMAT}")
     questions = read_questions(settings)
 

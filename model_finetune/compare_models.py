@@ -126,13 +126,14 @@ def load_tests(settings):
 
     if settings.THINKING not in THINKING_MODES:
         raise UserError(f"--thinking: wanted auto, on or off, got {settings.THINKING!r}")
-    rows = list(read_jsonl(require_file(settings.EVAL_FILE, MADE_BY["EVAL_FILE"]), ["id", "messages"]))
+    eval_file = require_file(settings.EVAL_FILE, MADE_BY["EVAL_FILE"])
+    heldout = sample_by_id(read_jsonl(eval_file, ["id", "messages"]), settings.EVAL_ROWS)
     exam, left_out = read_exam(settings.EXAM_FILE) if is_there(settings, "EXAM_FILE") else ([], {})
     for reason, count in left_out.items():
         print(f"{show_path(settings.EXAM_FILE)}: {count:,} rows left out: {reason}")
     pairs = optional_rows(settings, "PAIRS_FILE", ["id", "prompt", "chosen", "rejected"])
     return Tests(
-        heldout=sample_by_id(rows, settings.EVAL_ROWS),
+        heldout=heldout,
         exam=sample_by_id(exam, settings.EXAM_ROWS),
         pairs=sample_by_id(pairs, settings.EVAL_ROWS),
         general=optional_rows(settings, "GENERAL_FILE", ["id", "question", "answer", "accept"]),

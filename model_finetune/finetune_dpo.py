@@ -31,14 +31,17 @@ SFT_WEIGHT = 0.2            # weight of the chosen answer's own loss; without it
 LORA = False                # train adapters (RANK, ALPHA) instead of every weight; take a LEARNING_RATE of 5e-6 then
 RANK = 16                   # width of the adapters, with LORA
 ALPHA = 32                  # scale of the adapters, with LORA
-EPOCHS = 1                  # passes over the pairs; more than one or two overfits them
+EPOCHS = 1.0                # passes over the pairs; more than one or two overfits them
 LEARNING_RATE = 5e-7        # peak rate; DPO takes far less than SFT
-WARMUP = 0.1                # share of the steps with a rising rate; a cosine down to zero follows
+WARMUP = 0.1                # share of the steps with a rising rate; a cosine over the run brings it down to zero
 WEIGHT_DECAY = 0.0          # pull of the weights towards zero
 MAX_LENGTH = 2048           # tokens a packed row; a pair (both its answers) that is longer is set aside, never cut
 ROWS_PER_STEP = 4           # packed rows of an optimizer step; how many go at once follows from the memory there is
 MAX_STEPS = 0               # stop after this many optimizer steps; 0 trains all EPOCHS
-EVAL_ROWS = 200             # pairs of EVAL_FILE measured before training and after every epoch; 0: all
+EVALUATIONS = 10            # measurements on EVAL_FILE, evenly over the run, beside the one before training
+EVAL_ROWS = 0               # pairs of each; 0: 50 to 500, so that all of them take 5 % of the time at most
+KEEP = "best"               # the finished model: best (of all evaluations) or last (step)
+CHECKPOINT_MINUTES = 30.0   # write a checkpoint at least so often, beside every epoch's end; 0: at epochs' ends only
 KEEP_CHECKPOINTS = 2        # newest checkpoints to keep, about 7 GB each for 0.6 B parameters
 SEED = 0                    # order of the rows, and the adapters' initial weights
 DEVICE = "auto"             # auto, cuda, mps or cpu
@@ -70,15 +73,17 @@ def main(argv=None):
     from utils.model.lora import add_lora
     from utils.model.packed_forward import prepare_packed
     from utils.model.save import remember_mode, save_adapter_and_merged, save_model
-    from utils.training.callbacks import RunLog, SaveAndStop
+    from utils.training.course import Course
     from utils.training.dataset import load_pairs, show_examples
-    from utils.training.plan import check_disk, estimate_hours, measure_run, plan_step
+    from utils.training.forecast import measure_run, plan_schedule
+    from utils.training.plan import check_disk, check_settings, plan_step
     from utils.training.reference import add_reference
     from utils.training.run_folder import RunFolder
     from utils.training.setup import report, train, training_arguments
     from utils.training.trainer import PackedDPOTrainer
 
     began = time.monotonic()
+    check_settings(settings)
     device = pick_device(settings.DEVICE, settings.PRECISION)
     print(f"device: {device}")
 
@@ -102,33 +107,36 @@ def main(argv=None):
 
     # 2. Prepare the dataset: pairs packed into rows, each answer with its log-probability under the reference, once
     train_rows, thinking = load_pairs(settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH)
-    eval_rows, _ = load_pairs(settings.EVAL_FILE, tokenizer, settings.MAX_LENGTH, settings.EVAL_ROWS)
     remember_mode(model, tokenizer, thinking)
 
-    # 3. Plan the steps by the memory there is, and configure the training arguments
+    # 3. Plan the steps by the memory there is, the evaluations by the length of the run; configure the training arguments
     plan = plan_step(model, train_rows, settings, device, folder)
-    size = measure_run(train_rows, eval_rows, plan, settings, folder.processes.num_processes)
+    size = measure_run(model, train_rows, plan, settings, device, folder)
+    eval_rows, _ = load_pairs(settings.EVAL_FILE, tokenizer, settings.MAX_LENGTH, size.eval_rows)
     check_disk(model, settings, folder.folder)
+    schedule = plan_schedule(
+        size, eval_rows, settings, folder, reference_tokens=train_rows.tokens + eval_rows.tokens
+    )
     if settings.ESTIMATE:
-        return estimate_hours(model, train_rows, size, plan, device)
-    args = training_arguments(settings, device, folder, plan)
+        return
+    args = training_arguments(settings, device, folder, plan, size.steps)
 
     # 4. Build the trainer; the reference's log-probabilities come first, from the model as it starts
     add_reference(model, {"train": train_rows, "eval": eval_rows}, device, folder)
-    log = RunLog(folder, size.tokens_per_step, "DPO")
+    course = Course(settings, folder, schedule, size, "DPO")
     trainer = PackedDPOTrainer(
         model,
         args,
         train_rows,
         eval_rows,
         tokenizer,
-        callbacks=[log, SaveAndStop()],
+        course,
         beta=settings.BETA,
         sft_weight=settings.SFT_WEIGHT,
     )
 
     # 5. Train, going on where an earlier run stopped
-    results = train(trainer, folder, log)
+    results = train(trainer, folder)
 
     # 6. Save the model; the loss curve lies beside it
     save = save_adapter_and_merged if settings.LORA else save_model

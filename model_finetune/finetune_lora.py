@@ -28,14 +28,17 @@ EVAL_FILE = "data_prepare/qwen3/sft_eval.jsonl"     # conversations that are onl
 OUTPUT_DIR = "trainer_output/lora_finetuned"        # the run: adapter, merged/ model, checkpoints, curve, log
 RANK = 16                   # width of the adapters: more learns more, and takes more memory
 ALPHA = 32                  # scale of the adapters: their product counts ALPHA / RANK times
-EPOCHS = 3                  # passes over the training rows; a small model keeps gaining for two or three
+EPOCHS = 3.0                # passes over the training rows; a small model keeps gaining for two or three
 LEARNING_RATE = 2e-4        # peak rate; about ten times that of full fine-tuning
-WARMUP = 0.03               # share of the steps with a rising rate; a cosine down to zero follows
+WARMUP = 0.03               # share of the steps with a rising rate; a cosine over the run brings it down to zero
 WEIGHT_DECAY = 0.0          # pull of the weights towards zero; a short fine-tuning needs none
 MAX_LENGTH = 1024           # tokens a packed row; a longer example is set aside, never cut
 ROWS_PER_STEP = 4           # packed rows of an optimizer step; how many go at once follows from the memory there is
 MAX_STEPS = 0               # stop after this many optimizer steps; 0 trains all EPOCHS
-EVAL_ROWS = 200             # conversations of EVAL_FILE measured before training and after every epoch; 0: all
+EVALUATIONS = 10            # measurements on EVAL_FILE, evenly over the run, beside the one before training
+EVAL_ROWS = 0               # conversations of each; 0: 50 to 500, so that all of them take 5 % of the time at most
+KEEP = "best"               # the finished model: best (of all evaluations) or last (step)
+CHECKPOINT_MINUTES = 30.0   # write a checkpoint at least so often, beside every epoch's end; 0: at epochs' ends only
 KEEP_CHECKPOINTS = 2        # newest checkpoints to keep, about 0.1 GB each for 0.6 B parameters
 SEED = 0                    # order of the rows
 DEVICE = "auto"             # auto, cuda, mps or cpu
@@ -65,14 +68,16 @@ def main(argv=None):
     from utils.model.lora import add_lora
     from utils.model.packed_forward import prepare_packed
     from utils.model.save import remember_mode, save_adapter_and_merged
-    from utils.training.callbacks import RunLog, SaveAndStop
+    from utils.training.course import Course
     from utils.training.dataset import load_conversations, show_examples
-    from utils.training.plan import check_disk, estimate_hours, measure_run, plan_step
+    from utils.training.forecast import measure_run, plan_schedule
+    from utils.training.plan import check_disk, check_settings, plan_step
     from utils.training.run_folder import RunFolder
     from utils.training.setup import report, train, training_arguments
     from utils.training.trainer import PackedTrainer
 
     began = time.monotonic()
+    check_settings(settings)
     device = pick_device(settings.DEVICE, settings.PRECISION)
     print(f"device: {device}")
 
@@ -93,23 +98,24 @@ def main(argv=None):
 
     # 2. Prepare the dataset: token ids as chat will show them, packed into rows
     train_rows, thinking = load_conversations(settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH)
-    eval_rows, _ = load_conversations(settings.EVAL_FILE, tokenizer, settings.MAX_LENGTH, settings.EVAL_ROWS)
     remember_mode(model, tokenizer, thinking)
 
-    # 3. Plan the steps by the memory there is, and configure the training arguments
+    # 3. Plan the steps by the memory there is, the evaluations by the length of the run; configure the training arguments
     plan = plan_step(model, train_rows, settings, device, folder)
-    size = measure_run(train_rows, eval_rows, plan, settings, folder.processes.num_processes)
+    size = measure_run(model, train_rows, plan, settings, device, folder)
+    eval_rows, _ = load_conversations(settings.EVAL_FILE, tokenizer, settings.MAX_LENGTH, size.eval_rows)
     check_disk(model, settings, folder.folder)
+    schedule = plan_schedule(size, eval_rows, settings, folder)
     if settings.ESTIMATE:
-        return estimate_hours(model, train_rows, size, plan, device)
-    args = training_arguments(settings, device, folder, plan)
+        return
+    args = training_arguments(settings, device, folder, plan, size.steps)
 
     # 4. Build the trainer
-    log = RunLog(folder, size.tokens_per_step, "LoRA")
-    trainer = PackedTrainer(model, args, train_rows, eval_rows, tokenizer, callbacks=[log, SaveAndStop()])
+    course = Course(settings, folder, schedule, size, "LoRA")
+    trainer = PackedTrainer(model, args, train_rows, eval_rows, tokenizer, course)
 
     # 5. Train, going on where an earlier run stopped
-    results = train(trainer, folder, log)
+    results = train(trainer, folder)
 
     # 6. Save the adapter and the merged model; the loss curve lies beside them
     folder.finish(lambda place: save_adapter_and_merged(model, tokenizer, place), results)

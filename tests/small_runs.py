@@ -1,5 +1,6 @@
 """Small training runs for tests: a random tiny model, a few rows and pairs, and the arguments of the finetune scripts."""
 
+import gc
 import importlib
 import signal
 
@@ -54,6 +55,8 @@ def arguments(method, place, output, *more, precision="fp32"):
                 256,
                 "--rows-per-step",
                 2,
+                "--eval-rows",
+                12,
                 "--learning-rate",
                 3e-3,
                 "--device",
@@ -67,12 +70,13 @@ def arguments(method, place, output, *more, precision="fp32"):
 
 
 def train(method, place, output, *more, precision="fp32"):
-    """The finetune script in this process; its exit code. The handlers of Ctrl-C are put back afterwards."""
+    """The finetune script in this process; its exit code. Afterwards its folder is free again, and so is Ctrl-C."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     main = importlib.import_module(f"model_finetune.finetune_{method}").main
     code = run(lambda: main(arguments(method, place, output, *more, precision=precision)))
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    gc.collect()  # a trainer and its callbacks hold one another, and the lock of the folder
     return code
 
 

@@ -93,11 +93,9 @@ def test_what_is_asked_for_is_obeyed_or_refused(machine):
 def test_training_arguments_follow_the_device(machine, monkeypatch, tmp_path, signs, use_cpu, bf16, pinned):
     machine(**signs)
     monkeypatch.setattr(setup, "TrainingArguments", lambda **given: SimpleNamespace(n_gpu=1, **given))
-    settings = SimpleNamespace(
-        EPOCHS=1, MAX_STEPS=0, LEARNING_RATE=1e-5, WARMUP=0.1, WEIGHT_DECAY=0.0, SEED=7, KEEP_CHECKPOINTS=2
-    )
+    settings = SimpleNamespace(LEARNING_RATE=1e-5, WEIGHT_DECAY=0.0, SEED=7, KEEP_CHECKPOINTS=2)
     run = SimpleNamespace(folder=tmp_path, checkpoint=None)
-    args = setup.training_arguments(settings, pick_device(), run, StepPlan(2, 3, True))
+    args = setup.training_arguments(settings, pick_device(), run, StepPlan(2, 3, True), 10)
     assert (args.use_cpu, args.bf16, args.dataloader_pin_memory) == (use_cpu, bf16, pinned)
     assert args.seed == args.data_seed == 7
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (2, 3)

@@ -1,12 +1,16 @@
 """Writing that never leaves half a file, and clears up after processes that were killed."""
 
+import hashlib
 import os
 import subprocess
 import sys
+import weakref
 
+import pytest
 from conftest import ROOT
 
-from utils.files import atomic_write, prepare_folder, read_json, write_json
+from utils.errors import UserError
+from utils.files import atomic_write, prepare_folder, read_json, read_jsonl, sample_by_id, write_json
 
 KILLED = """
 import os, sys
@@ -52,3 +56,40 @@ def test_another_files_part_stays_while_a_file_is_written(tmp_path):
     with atomic_write(tmp_path / "two.jsonl") as file:
         file.write("x")
     assert len(list(tmp_path.glob(".one.jsonl.*.part"))) == 1
+
+
+@pytest.mark.parametrize(
+    "fields", ['"content": "\\ud800"', '"content": null', '"content": "x", "reasoning_content": 5']
+)
+def test_messages_that_are_no_text_are_told_by_line(tmp_path, fields):
+    question = '{"role": "user", "content": "q"}'
+    (tmp_path / "rows.jsonl").write_text(
+        f'{{"messages": [{question}, {{"role": "assistant", {fields}}}]}}\n', encoding="utf-8"
+    )
+    with pytest.raises(UserError, match="line 1: messages is not a list"):
+        list(read_jsonl(tmp_path / "rows.jsonl", ["messages"]))
+
+
+def test_rows_are_drawn_by_their_ids_alone_and_not_held_together():
+    """The same ones whatever their order and number, in the order in which they came."""
+    rows = [{"id": f"行{number}"} for number in range(200)]
+    by_hash = sorted(rows, key=lambda row: hashlib.sha256(row["id"].encode()).digest())
+    for count in (1, 50, 199, 200, 300):
+        drawn = sample_by_id(iter(rows), count)
+        assert drawn == [row for row in rows if row in by_hash[:count]]
+        assert sample_by_id(rows[::-1], count) == drawn[::-1]
+    assert sample_by_id(iter(rows), 0) == rows
+
+    class Row(dict):
+        """A dict that a weak reference can follow."""
+
+    gone = []
+
+    def made():
+        for number in range(2000):
+            row = Row(id=str(number))
+            weakref.finalize(row, gone.append, number)
+            assert len(gone) >= number - 20
+            yield row
+
+    assert len(sample_by_id(made(), 10)) == 10

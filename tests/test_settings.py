@@ -23,6 +23,9 @@ DATA_FILE = "data_prepare/x.jsonl"  # a file
 RATE = 2e-5                 # a rate, of 10 %
     # and more about it
 STEPS = 3                   # a count
+EPOCHS = 3                  # passes
+WARMUP = 0.1                # a share
+SEED = -1                   # -1: another one every time
 FAST = False                # a switch
 INPUT_FILES = ["a", "b"]    # several
 # ----
@@ -45,7 +48,7 @@ def script(tmp_path):
 
 def test_constants_come_with_their_comments():
     constants = read_constants(SCRIPT)
-    assert list(constants) == ["MODEL", "DATA_FILE", "RATE", "STEPS", "FAST", "INPUT_FILES"]
+    assert " ".join(constants) == "MODEL DATA_FILE RATE STEPS EPOCHS WARMUP SEED FAST INPUT_FILES"
     assert constants["RATE"] == (2e-5, "a rate, of 10 % and more about it")
 
 
@@ -76,6 +79,12 @@ def test_a_switch_does_not_take_the_next_word_for_its_value(script, tmp_path):
         (["--rate", "fast"], "error: --rate: wanted a number such as 2e-5, got 'fast'"),
         (["--fast", "perhaps"], "error: --fast: wanted true or false, got 'perhaps'"),
         (["--steps"], "error: --steps: expected one argument"),
+        (["--rate", "nan"], "error: --rate: wanted a finite number, got nan"),
+        (["--rate", "inf"], "error: --rate: wanted a finite number, got inf"),
+        (["--epochs", "0"], "error: --epochs: wanted 1 to 2,147,483,647, got 0"),
+        (["--warmup", "1.5"], "error: --warmup: wanted 0 to 1, got 1.5"),
+        (["--model", "~nobody_here/x"], "error: ~nobody_here/x: Could not determine home directory."),
+        (["--seed", "-2"], "error: --seed: wanted 0 to 4,294,967,295, got -2"),
     ],
 )
 def test_wrong_flags_are_refused_in_one_line(script, capsys, arguments, message):

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import heapq
 import json
 import os
 import re
@@ -68,11 +69,17 @@ def _check_fields(row, wanted, where):
 
 
 def _is_text(value):
-    return isinstance(value, str)
+    """Whether it is a text that can be written as UTF-8: an escape such as \\ud800 by itself is half a character."""
+    return isinstance(value, str) and not HALF_CHARACTER.search(value)
 
 
 def _is_message(value):
-    return isinstance(value, dict) and _is_text(value.get("role")) and _is_text(value.get("content"))
+    return (
+        isinstance(value, dict)
+        and _is_text(value.get("role"))
+        and _is_text(value.get("content"))
+        and _is_text(value.get("reasoning_content") or "")
+    )
 
 
 def _are_messages(value):
@@ -86,6 +93,7 @@ def _is_conversation(value):
     return "user" in roles and "assistant" in roles[roles.index("user") :]
 
 
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 # What the fields of our files hold, as a test and in words.
 MESSAGES = (_are_messages, 'a list of {"role", "content"}')
 FIELDS = {
@@ -187,10 +195,18 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def sample_by_id(rows: list[dict], count: int) -> list[dict]:
-    """`count` of the rows (0: all), in their order, chosen by the hash of their "id": the same whatever the order or seed."""
-    if not count or count >= len(rows):
-        return rows
-    by_hash = sorted(rows, key=lambda row: hashlib.sha256(row["id"].encode()).digest())
-    drawn = {row["id"] for row in by_hash[:count]}
-    return [row for row in rows if row["id"] in drawn]
+def id_key(identifier: str) -> int:
+    """A 64-bit number from the sha256 of a row's id, the same in every run."""
+    digest = hashlib.sha256(identifier.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def sample_by_id(rows: Iterable[dict], count: int) -> list[dict]:
+    """`count` of the rows (0: all), in their order: those with the lowest id_key, the same ones whatever their order.
+
+    No more than `count` rows are held at a time.
+    """
+    if not count:
+        return list(rows)
+    drawn = heapq.nsmallest(count, enumerate(rows), key=lambda numbered: id_key(numbered[1]["id"]))
+    return [row for _, row in sorted(drawn, key=lambda numbered: numbered[0])]

@@ -3,7 +3,7 @@
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 from utils.text import duration, format_bytes, printable
 
@@ -63,20 +63,21 @@ class ByteProgress:
         print(line, flush=True)
 
 
-def progress(label: str, unit: str = "batches", always: bool = False) -> Callable[[Sequence], Iterator]:
+def progress(label: str, unit: str = "batches", always: bool = False) -> Callable[..., Iterator]:
     """A function that wraps a list to be gone through: shows how far that is, the time left, and in the end the time it took.
 
-    What takes less than QUIET_SECONDS is not mentioned, unless `always`.
+    What is no list is wrapped together with the number of its steps. What takes less than QUIET_SECONDS is not mentioned,
+    unless `always`.
     """
 
     label = printable(label)
 
-    def watch(steps):
-        began = time.monotonic()
+    def watch(steps, count=None):
+        began, count = time.monotonic(), len(steps) if count is None else count
         if sys.stdout.isatty():
-            yield from _bar(label, steps, unit=f" {unit}", leave=False, delay=QUIET_SECONDS)
+            yield from _bar(label, steps, unit=f" {unit}", total=count, leave=False, delay=QUIET_SECONDS)
         else:
-            yield from _with_plain_lines(steps, label, unit, began)
+            yield from _with_plain_lines(steps, count, label, unit, began)
         seconds = time.monotonic() - began
         if always or seconds >= QUIET_SECONDS:
             print(f"  {label}: {duration(seconds)}", flush=True)
@@ -84,8 +85,8 @@ def progress(label: str, unit: str = "batches", always: bool = False) -> Callabl
     return watch
 
 
-def _with_plain_lines(steps, label, unit, began) -> Iterator:
-    shown, count = began, len(steps)
+def _with_plain_lines(steps, count, label, unit, began) -> Iterator:
+    shown = began
     for number, step in enumerate(steps):
         now = time.monotonic()
         if number and now - shown >= PLAIN_SECONDS:

@@ -18,6 +18,7 @@ import argparse
 import ast
 import difflib
 import itertools
+import math
 import re
 import sys
 import textwrap
@@ -26,6 +27,24 @@ from pathlib import Path
 from utils.errors import complain
 
 ROOT = Path(__file__).resolve().parents[1]
+LARGEST = 2**31 - 1
+
+# Least and most of a number, by the name of its constant. Where the comment of one names -1, that is allowed as well.
+LIMITS = {
+    **dict.fromkeys(
+        "EPOCHS MAX_LENGTH ROWS_PER_STEP KEEP_CHECKPOINTS RANK SAMPLES MAX_NEW_TOKENS BATCH_SIZE MAX_CHARACTERS VOCABULARY "
+        "WIDTH LAYERS FEED_FORWARD TOKENS_PER_STEP".split(),
+        (1, LARGEST),
+    ),
+    **dict.fromkeys(
+        "MAX_STEPS EVAL_ROWS SHOW_EXAMPLE SHOW GENERATE EXAM_ROWS LETTER_ROWS MAX_TRAIN MAX_EVAL MAX_EVAL_ROWS TOKEN_ROWS "
+        "WORKERS PROMPTS WARMUP_STEPS COPIES NAMES".split(),
+        (0, LARGEST),
+    ),
+    **dict.fromkeys("LEARNING_RATE WEIGHT_DECAY BETA SFT_WEIGHT ALPHA".split(), (0, math.inf)),
+    "WARMUP": (0, 1),
+    "SEED": (0, 2**32 - 1),  # numpy takes no larger one
+}
 
 
 class Settings(argparse.Namespace):
@@ -62,6 +81,7 @@ def parse_settings(script: str | Path, argv: list | None = None, positional: str
     here = _current_folder(parser)
     for name, (value, _) in constants.items():
         resolved = _resolve(name, given.get(name, value), here if name in given else ROOT)
+        _refuse_number(parser, name, resolved, constants[name][1])
         if name.endswith("_DIR") and resolved:
             _refuse_file_in_path(parser, name, resolved)
         setattr(settings, name, resolved)
@@ -136,10 +156,24 @@ def _current_folder(parser):
         parser.error("the folder that this was started in has been deleted; go to one that is there, with cd")
 
 
+def _refuse_number(parser, name, value, comment):
+    """Refuse a number that no run could use: nan, inf, or one beyond its limits."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    least, most = LIMITS.get(name, (-math.inf, math.inf))
+    unset = value == -1 and re.search(r"(?<![\w.])-1\b", comment)
+    if not math.isfinite(value) or not (unset or least <= value <= most):
+        wanted = f"{least:,} to {most:,}" if most < math.inf else f"a number from {least:,}"
+        wanted = "a finite number" if least == -math.inf else wanted
+        parser.error(f"{_flag(name)}: wanted {wanted}, got {value:,}")
+
+
 def _refuse_file_in_path(parser, name, folder):
     for path in (folder, *folder.parents):
         if path.is_file():
             parser.error(f"{_flag(name)}: {path} is a file, wanted a folder")
+        if path.is_symlink() and not path.exists():
+            parser.error(f"{_flag(name)}: {path} is a link to something that is not there")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -195,9 +229,9 @@ def _typed(kind):
 
 def _resolve(name, value, base):
     if name.endswith("_FILES"):
-        return [base / Path(item).expanduser() for item in value]
+        return [base / _at_home(item) for item in value]
     if name.endswith(("_DIR", "_FILE")):
-        return base / Path(value).expanduser() if value else None
+        return base / _at_home(value) if value else None
     if name.endswith("MODELS"):
         return [_folder_or_id(item, base) for item in value]
     if name.endswith("MODEL"):
@@ -205,8 +239,16 @@ def _resolve(name, value, base):
     return value
 
 
+def _at_home(text):
+    """The path in `text`, with ~ for a home folder."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~somebody who is not there
+        sys.exit(complain(f"{text}: {error}", 2))
+
+
 def _folder_or_id(value, base):
-    path = base / Path(value).expanduser()
+    path = base / _at_home(value)
     return str(path) if value and path.exists() else value
 
 

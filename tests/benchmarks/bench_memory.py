@@ -23,21 +23,28 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/benchmarks")]
 
 from bench_training import sample_files, shape_of_qwen3  # noqa: E402
 
+DEFAULTS = {"sft": 1024, "lora": 1024, "dpo": 2048}  # tokens a row
 
-def shortened(path: Path, rows: int = 100) -> Path:
-    """The first rows of a file: enough for the steps, and DPO's reference pass over all pairs stays short."""
-    lines = path.read_text(encoding="utf-8").splitlines()[:rows]
-    short = path.with_name(f"short_{path.name}")
+
+def shortened(path: Path, length: int) -> Path:
+    """The first rows of a file: enough for four full rows of `length` tokens, and DPO's reference pass over all of them stays short."""
+    lines = path.read_text(encoding="utf-8").splitlines()[: 16 + length // 25]
+    short = path.with_name(f"short_{length}_{path.name}")
     short.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return short
 
 
-def measure(
-    method: str, precision: str, length: int, model: Path, files: dict[str, Path], more: list[str]
-) -> dict:
+def cases(methods: list[str], precisions: list[str], lengths: list[int]) -> list[tuple[str, str, int]]:
+    """(method, precision, tokens a row), the scripts' default settings first."""
+    every = [
+        (method, precision, length) for precision in precisions for length in lengths for method in methods
+    ]
+    return sorted(every, key=lambda case: case[2] != DEFAULTS[case[0]])
+
+
+def measure(method: str, precision: str, length: int, model: Path, data: Path, more: list[str]) -> dict:
     """{"plan", "forecast", "peak"} of one run, bytes; {"refused": the line} where it was not started."""
     with tempfile.TemporaryDirectory(dir=ROOT / "trainer_output/bench") as folder:
-        data = files["dpo" if method == "dpo" else "sft"]
         command = [sys.executable, ROOT / f"model_finetune/finetune_{method}.py", "--model", model]
         command += ["--train-file", data, "--eval-file", data, "--output-dir", Path(folder) / "run"]
         command += ["--max-length", length, "--rows-per-step", 2, "--max-steps", 2, "--eval-rows", 8]
@@ -76,27 +83,26 @@ def main():
     folder = ROOT / "trainer_output/bench"
     folder.mkdir(parents=True, exist_ok=True)
     model = options.model or shape_of_qwen3(folder / "qwen3_0_6b_random")
-    files = {name: shortened(path) for name, path in zip(("sft", "dpo"), sample_files(folder))}
+    conversations, pairs = sample_files(folder)
     results = []
     print(
         "| | tokens a row | plan | forecast | measured | forecast is |\n|---|---|---|---|---|---|", flush=True
     )
-    for precision in options.precisions:
-        for method in options.methods:
-            for length in options.lengths:
-                found = measure(method, precision, length, model, files, more)
-                results.append({"method": method, "precision": precision, "length": length, **found})
-                name = f"{method.upper()} {precision}"
-                if "refused" in found:
-                    print(f"| {name} | {length:,} | {found['refused']} | | | |", flush=True)
-                    continue
-                forecast, peak = (found[key] / 2**30 for key in ("forecast", "peak"))
-                print(
-                    f"| {name} | {length:,} | {found['plan']} | {forecast:.1f} GiB | {peak:.1f} GiB "
-                    f"(in training {found['training_peak'] / 2**30:.1f}) | {forecast / peak - 1:+.0%} |",
-                    flush=True,
-                )
-                options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    for method, precision, length in cases(options.methods, options.precisions, options.lengths):
+        data = shortened(pairs if method == "dpo" else conversations, length)
+        found = measure(method, precision, length, model, data, more)
+        results.append({"method": method, "precision": precision, "length": length, **found})
+        options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        name = f"{method.upper()} {precision}"
+        if "refused" in found:
+            print(f"| {name} | {length:,} | {found['refused']} | | | |", flush=True)
+            continue
+        forecast, peak = (found[key] / 2**30 for key in ("forecast", "peak"))
+        print(
+            f"| {name} | {length:,} | {found['plan']} | {forecast:.1f} GiB | {peak:.1f} GiB "
+            f"(in training {found['training_peak'] / 2**30:.1f}) | {forecast / peak - 1:+.0%} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

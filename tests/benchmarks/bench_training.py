@@ -131,11 +131,11 @@ class Clock:
 
 def ours(method, precision, options, folder):
     """(Clock after training, seconds of the reference pass for one token)."""
+    import numpy
     import torch
     from transformers import set_seed
 
     from utils.device import pick_device
-    from utils.model.batching import PackedRows
     from utils.model.load import load_model, load_tokenizer
     from utils.model.logprobs import answer_logps
     from utils.model.lora import add_lora
@@ -167,8 +167,8 @@ def ours(method, precision, options, folder):
     )
     device = pick_device("auto", precision)
     run = argparse.Namespace(folder=Path(folder), checkpoint=None)
-    args = training_arguments(settings, device, run, StepPlan(1, 1, False))
-    args.eval_on_start, args.eval_strategy, args.save_strategy = False, "no", "no"
+    args = training_arguments(settings, device, run, StepPlan(1, 1, False), options.steps)
+    args.save_strategy = "no"
     set_seed(0)
     tokenizer = load_tokenizer(options.model)
     model = prepare_packed(load_model(options.model, torch.float32))
@@ -181,13 +181,14 @@ def ours(method, precision, options, folder):
     )
     reference = 0.0
     if method == "dpo":
-        few = PackedRows(rows.items[:8], options.max_length)
-        answer_logps(model, PackedRows(rows.items[:1], options.max_length), device)  # the first pass warms up
+        few = rows.select(numpy.arange(min(8, len(rows.items))))
+        answer_logps(model, rows.select(numpy.arange(1)), device)  # the first pass warms up
         began = time.perf_counter()
         answer_logps(model, few, device)
         reference = (time.perf_counter() - began) / few.tokens
-        for item in rows.items:
-            item.update(reference_chosen=-100.0, reference_rejected=-100.0)
+        rows.numbers.update(
+            {f"reference_{side}": numpy.full(len(rows.items), -100.0) for side in ("chosen", "rejected")}
+        )
         trainer = PackedDPOTrainer(model, args, rows, None, tokenizer, beta=0.1, sft_weight=0.2)
     else:
         trainer = PackedTrainer(

@@ -1,5 +1,6 @@
 """Files that are small and ask for much: time and memory stay those of what is in them."""
 
+import gzip
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from conftest import ROOT
 from utils.data import readers
 from utils.data.readers import parse_row, read_rows
 from utils.data.reject import Reject
-from utils.data.sources import Source
+from utils.data.sources import Source, find_sources
 from utils.errors import UserError
 
 
@@ -69,3 +70,15 @@ def test_parquet_row_groups_that_no_memory_holds_are_refused(tmp_path, monkeypat
         list(read_rows(Source(path, path.name)))
     monkeypatch.setattr(readers, "LARGEST_GROUP", 1 << 30)
     assert len(list(read_rows(Source(path, path.name)))) == 10
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz", "a.tsv.gz"])
+def test_a_line_that_unpacks_to_more_than_memory_is_refused(tmp_path, monkeypatch, name):
+    """1.2 GB of zeros in 1.2 MB: handed to a worker process it hung for ever."""
+    monkeypatch.setattr(readers, "LONGEST_LINE", 1 << 20)
+    with gzip.open(tmp_path / name, "wb") as file:
+        file.write(b'{"query": "q?", "response": "x"}\n' if "json" in name else b"query\n")
+        file.write(b"\0" * (2 << 20))
+    [source] = find_sources([tmp_path / name], "", True)[0]
+    with pytest.raises(UserError, match=rf"{name}, line 2 is longer than 1 MiB"):
+        list(read_rows(source))

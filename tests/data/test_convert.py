@@ -260,3 +260,10 @@ def test_columns_that_fit_no_row(tmp_path):
                 "question=X,answer=Y",
             ]
         )
+
+
+def test_input_is_never_overwritten(tmp_path):
+    path = write_lines(tmp_path / "sft_train.jsonl", {"query": "问", "response": "答"})
+    with pytest.raises(UserError, match="sft_train.jsonl would be overwritten by its result; choose another"):
+        script.main(["--input-files", str(path), "--output-dir", str(tmp_path)])
+    assert read(path) == [{"query": "问", "response": "答"}] and len(list(tmp_path.iterdir())) == 1

@@ -219,6 +219,16 @@ def test_sampling_goes_on_where_it_was_stopped(tmp_path, model, monkeypatch):
     pairs.sample_answers(rows, sampling._replace(seed=1), kept)
     assert begun == [4, 8, 0, 4, 8] and len(kept.read_text(encoding="utf-8").splitlines()) == 4
 
+    sampling = sampling._replace(seed=1)  # one changed letter in the second part, and a line that is none
+    lines = kept.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert lines[2] != (changed := lines[2].replace('"kept": [4, [["', '"kept": [4, [["x'))
+    kept.write_text("".join([*lines[:2], changed, "no line\n", lines[3]]), encoding="utf-8")
+    pairs.sample_answers(rows, sampling, kept)
+    assert begun[5:] == [4]
+    (model / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}', encoding="utf-8")
+    pairs.sample_answers(rows, sampling, kept)
+    assert begun[6:] == [0, 4, 8]
+
 
 def test_worst_of_the_sampled_answers_by_its_facts(monkeypatch, tmp_path):
     row = as_row(0, "麻黄的功效是什么？", "发汗解表、宣肺平喘。")

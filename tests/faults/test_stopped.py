@@ -127,13 +127,19 @@ def test_ctrl_c_while_libraries_are_imported(world, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_killed_trainer(world, tmp_path):
-    output = tmp_path / "new"
-    script = start(world, "sft", "--output-dir", output, "--epochs", 5, ready=True)
+@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_killed_trainer(world, tmp_path, name, precision):
+    """The run that was killed ends in the weights, bit for bit, of one that was not."""
+    output, more = tmp_path / "new", ["--epochs", 3, "--precision", precision]
+    script = start(world, name, "--output-dir", output, *more, ready=True)
     script.wait_for(lambda: list(output.glob("checkpoint-*")))
     script.kill()
     assert script.end() == -signal.SIGKILL
-    assert "going on from" in assert_works_again(world, "sft", output, None, "--epochs", 5).out
+    assert "going on from" in assert_works_again(world, name, output, None, *more).out
+    assert_works_again(world, name, tmp_path / "whole", None, *more)
+    weights = "adapter_model.safetensors" if name == "lora" else "model.safetensors"
+    assert (output / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
 
 
 def test_killed_comparison(world, tmp_path):

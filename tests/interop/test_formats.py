@@ -78,6 +78,39 @@ def test_llama_factory_keeps_every_pair(run_in, finished, place, tmp_path, scrip
 
 
 @pytest.mark.parametrize("name", ["sft", "thinking"])
+def test_axolotl_trains_our_tokens(run_in, finished, place, tmp_path, name, script):
+    """Of an answer with reasoning it counts the opening tag as prompt, because the template writes it in any case."""
+    data = place / ("qwen3" if name == "sft" else name)
+    tokenizer = AutoTokenizer.from_pretrained(finished(name))
+    output = training_data(tmp_path / "rows", "axolotl", data, script)
+    rows = run_in("axolotl", "load_axolotl.py", output, "sft", finished(name))
+    ours = [
+        turn
+        for row in read_jsonl(data / "sft_train.jsonl")
+        for turn in encode_turns(tokenizer, row["messages"])
+    ]
+    line_break = tokenizer("\n")["input_ids"]
+    opening = len(tokenizer("<think>\n")["input_ids"]) if name == "thinking" else 0
+    assert len(rows) == len(ours)
+    for row, (prompt, answer) in zip(rows, ours):
+        assert row["input_ids"] == prompt + answer + line_break
+        assert row["labels"] == [-100] * (len(prompt) + opening) + answer[opening:] + [-100]
+
+
+def test_axolotl_keeps_every_pair(run_in, finished, place, tmp_path, script):
+    tokenizer = AutoTokenizer.from_pretrained(finished("sft"))
+    output = training_data(tmp_path / "rows", "axolotl", place / "qwen3", script)
+    rows = run_in("axolotl", "load_axolotl.py", output, "dpo", finished("sft"))
+    pairs = list(read_jsonl(place / "qwen3/dpo_train.jsonl"))
+    assert len(rows) == len(pairs)
+    for row, pair in zip(rows, pairs):
+        tokens = {name: tokenizer(text, add_special_tokens=False)["input_ids"] for name, text in row.items()}
+        assert tokens["prompt"] == encode_prompt(tokenizer, pair["prompt"], thinking=False)
+        for side in ("chosen", "rejected"):
+            assert tokens[side] == encode_answer(tokenizer, pair[side][-1])
+
+
+@pytest.mark.parametrize("name", ["sft", "thinking"])
 def test_mlx_lm_trains_our_tokens(run_in, finished, place, tmp_path, name, script):
     data, tokenizer = (
         place / ("qwen3" if name == "sft" else name),

@@ -1,12 +1,23 @@
 """The three forms of attention over a packed row agree: by document, by torch's varlen kernel, by one mask over equal rows."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from packed_items import some_items
 
 from utils.model import attention
-from utils.model.attention import VarlenSequences, by_document, by_mask, by_varlen, plan_attention, row_masks
+from utils.model.attention import (
+    VarlenSequences,
+    by_document,
+    by_mask,
+    by_varlen,
+    fused_attend,
+    plain_attend,
+    plan_attention,
+    row_masks,
+)
 from utils.model.batching import Padding, collate, wants_rows_of_one_length
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
@@ -68,9 +79,54 @@ def test_the_varlen_kernel_gets_what_each_document_needs(shared, monkeypatch):
     assert one.dtype == torch.bfloat16 and torch.allclose(one.double(), other, atol=0.03)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("block", [7, 256])
+@pytest.mark.parametrize(
+    "dtype, atol", [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, None)], ids=str
+)
+def test_plain_products_give_what_the_fused_kernel_gives(shared, block, dtype, atol, monkeypatch):
+    """Results and gradients, for documents shorter and longer than a block. In bfloat16 both are compared with float64: plain
+    products round the scores, and may be twice as far from it."""
+    monkeypatch.setattr(attention, "BLOCK", block)
+    layout = collate([items(shared)])["layout"]
+    exact = torch.float32 if dtype == torch.bfloat16 else dtype
+    given = states_for(sum(map(sum, layout)), exact)
+    upstream = torch.randn(1, given[0].shape[2], HEADS, WIDTH, dtype=exact)
+
+    def computed(attend, dtype):
+        states = [states.to(dtype).requires_grad_() for states in given]
+        result = by_document(*states, 0.25, layout, {}, attend)
+        return [result, *torch.autograd.grad(result, states, upstream.to(result.dtype))]
+
+    plain = computed(functools.partial(plain_attend, dtype=dtype), exact)
+    fused, true = computed(fused_attend, dtype), computed(fused_attend, torch.float64)
+    assert [found.dtype for found in plain] == [dtype, exact, exact, exact]
+    for one, other, right in zip(plain, fused, true):
+        if atol:
+            assert torch.allclose(one, other, atol=atol)
+        else:
+            assert (one - right).norm() < 2 * (other - right).norm() < 0.03 * right.norm()
+
+
+def test_plain_products_keep_nothing_that_grows_with_the_square(monkeypatch):
+    kept = {}
+
+    def count(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        states = [part.requires_grad_() for part in states_for(700, torch.float32)]
+        result = by_document(*states, 0.25, [(0, 600), (0, 100)], {}, plain_attend)
+    assert result.requires_grad
+    assert sum(tensor.nbytes for tensor in kept.values()) <= 700 * (HEADS + 2 * KV_HEADS) * WIDTH * 2
+
+
 def test_the_form_follows_device_and_format():
     layout = [(0, 5), (3, 2, 2)]
-    assert plan_attention(layout, 0, CPU, torch.float32).func is by_document
+    for dtype, attend in ((torch.float32, fused_attend), (torch.bfloat16, plain_attend)):
+        planned = plan_attention(layout, 0, CPU, dtype)
+        assert planned.func is by_document and planned.keywords["attend"] is attend
     assert plan_attention(layout, 12, CPU, torch.float32).func is by_mask
     kinds = [("cpu", True), ("cpu", False), ("cuda", True), ("cuda", False), ("mps", False), ("mps", True)]
     assert [wants_rows_of_one_length(*kind) for kind in kinds] == [False, False, False, True, True, True]

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from utils.errors import UserError
+from utils.files import id_key
 from utils.model.attention import plan_attention
 from utils.model.batching import PackedRows, collate, item_length, model_inputs, pack
 from utils.model.lm_head import cross_entropy_sum, token_logps
@@ -41,17 +43,37 @@ def load(folder, dtype=torch.float32):
 def test_rows_hold_every_item_once_and_never_too_much():
     draw = random.Random(0)
     lengths = [draw.randint(1, 100) for _ in range(1000)]
-    rows = pack(lengths, 100)
+    rows = list(pack(lengths, 100))
     assert sorted(index for row in rows for index in row) == list(range(1000))
     assert max(sum(lengths[index] for index in row) for row in rows) <= 100
     assert len(rows) <= 1.1 * sum(lengths) / 100  # hardly any room is left
-    assert rows == pack(lengths, 100) != pack(lengths, 100, seed=1)
+    assert rows == list(pack(lengths, 100)) != list(pack(lengths, 100, seed=1))
+
+
+def test_each_item_goes_to_the_fullest_row_that_holds_it():
+    """The rows, their order and the order in them are those of this plain form of the rule: a resumed run depends on it."""
+    draw = random.Random(1)
+    for lengths in ([draw.randint(1, 100) for _ in range(2000)], [50, 100, 50, 100], [7], []):
+        rows, space = [], []  # space: tokens left
+        latest = []  # rows in the order in which they were filled last
+        for index in random.Random(5).sample(range(len(lengths)), len(lengths)):
+            fitting = [row for row in latest if space[row] >= lengths[index]]
+            row = min(reversed(fitting), key=lambda row: space[row], default=len(rows))
+            if row == len(rows):
+                rows.append([])
+                space.append(100)
+            else:
+                latest.remove(row)
+            rows[row].append(index)
+            space[row] -= lengths[index]
+            latest.append(row)
+        assert list(pack(lengths, 100, seed=5)) == rows
 
 
 def test_rows_are_mixtures():
     """Short and long items share rows: a step is a fair draw of the data, not of one length."""
     lengths = [10] * 500 + [30] * 500
-    for row in pack(lengths, 1000)[:-1]:
+    for row in list(pack(lengths, 1000))[:-1]:
         assert 0.2 < sum(lengths[index] == 10 for index in row) / len(row) < 0.8
 
 
@@ -167,6 +189,30 @@ def test_rows_are_shared_out_evenly_and_none_twice():
         assert sorted(index for row in rows.rows for index in row) == list(range(50))
     with pytest.raises(UserError, match="shared out evenly among 60 processes"):
         rows.even_out(60)
+
+
+def test_chosen_items_keep_their_sizes_keys_and_numbers():
+    """Items drawn by their keys are the same whatever the order of the rows, and fewer of them are among more."""
+    items = [item | {"id": str(number)} for number, item in enumerate(some_items(40, seed=8))]
+    for item, key in zip(items, (rows := PackedRows(items, 100)).keys):
+        item["reference_chosen"] = float(key)
+    rows.numbers["reference_rejected"] = -rows.keys.astype(float)
+
+    def drawn(rows, count):
+        return rows.select(numpy.argsort(rows.keys)[:count])
+
+    fewer, more = ({item["id"] for row in drawn(rows, count) for item in row} for count in (10, 30))
+    backwards = drawn(PackedRows(items[::-1], 100), 10)
+    assert fewer < more and len(fewer) == 10 and {item["id"] for row in backwards for item in row} == fewer
+    chosen = drawn(drawn(rows, 30), 10)
+    assert chosen.tokens == sum(
+        len(p) + len(a) for row in chosen for item in row for p, a in item["documents"]
+    )
+    assert all(
+        item["reference_chosen"] == -item["reference_rejected"] == float(id_key(item["id"]))
+        for row in chosen
+        for item in row
+    )
 
 
 def test_answers_to_one_prompt_share_its_tokens(folder):

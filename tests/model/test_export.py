@@ -191,7 +191,12 @@ def test_a_template_that_asks_otherwise_is_found(export, monkeypatch, capsys):
         ("sft", ["--format", "adapter"], "is no LoRA adapter"),
         ("nowhere", [], "does not exist"),
         ("sft", ["--eval-file", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
-        ("sft", ["--format", "training-data", "--for", "abacus"], "--for: wanted llamafactory, mlx, trl"),
+        (
+            "sft",
+            ["--format", "training-data", "--for", "abacus"],
+            "--for: wanted llamafactory, axolotl, mlx, trl",
+        ),
+        ("sft", ["--name", "../../x"], "--name: wanted letters, digits"),
     ],
 )
 def test_wrong_input_is_one_line(export, capsys, model, arguments, message):

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 from utils.errors import UserError
@@ -285,3 +286,18 @@ def test_a_header_that_tells_of_more_than_the_file_holds(folder):
 def test_a_config_that_is_none(folder, text):
     (folder / "config.json").write_text(text, encoding="utf-8", errors="surrogateescape")
     refused(folder, "model")
+
+
+def test_a_tokenizer_of_another_model_is_told(folder):
+    """Its tokens would be looked up behind the end of the embedding."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "model_download/tiny_qwen3_tcm" / name, folder)
+    refused(folder, "tokenizer.json is of another model: it has token 3,")
+
+
+def test_a_link_to_nothing_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/qwen").symlink_to("gone")
+    with pytest.raises(UserError, match="models/qwen is a link to something that is not there"):
+        check_model("models/qwen")

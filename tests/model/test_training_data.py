@@ -75,6 +75,21 @@ def test_llamafactory_gets_one_message_for_chosen_and_rejected(export):
     assert "enable_thinking: false" in (output / "settings.yaml").read_text(encoding="utf-8")
 
 
+def test_axolotl_is_told_which_turn_to_train(export):
+    output = export("axolotl", [LONGER])
+    rows = [row["messages"] for row in read(output / "sft_train.jsonl")]
+    assert [len(messages) for messages in rows] == [3, 5]
+    assert [message.pop("train", None) for message in rows[1]] == [None, None, None, None, True]
+    assert rows[1] == LONGER
+    assert read(output / "dpo_train.jsonl") == [
+        {"messages": PLAIN[:2], "chosen": PAIR["chosen"][0], "rejected": PAIR["rejected"][0]}
+    ]
+    sft, dpo = [(output / f"{kind}.yaml").read_text(encoding="utf-8") for kind in ("sft", "dpo")]
+    assert "type: chat_template\n" in sft and "roles_to_train: [] " in sft and "rl:" not in sft
+    assert "rl: dpo\n" in dpo and "type: chat_template.default\n" in dpo
+    assert "test_datasets" not in sft  # there is no sft_eval.jsonl
+
+
 def test_reasoning_becomes_text_where_a_tool_knows_no_field_for_it(export):
     first, second = read(export("mlx", [THOUGHTFUL], pairs=()) / "train.jsonl")
     assert first["messages"][-1]["content"] == "<think>\n问的是药性。\n</think>\n\n平。"

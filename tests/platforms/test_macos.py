@@ -77,9 +77,7 @@ def test_losses_and_scores_keep_to_what_apple_gpus_can_do(tmp_path):
 def test_training_on_an_apple_gpu_clears_its_caches_and_starts_no_workers(tmp_path, monkeypatch):
     """Rows differ in length, and every new length leaves buffers and a compiled graph behind; workers crash on macOS."""
     real = setup.TrainingArguments
-    settings = SimpleNamespace(
-        EPOCHS=1, MAX_STEPS=0, LEARNING_RATE=1e-5, WARMUP=0.1, WEIGHT_DECAY=0.0, SEED=7, KEEP_CHECKPOINTS=2
-    )
+    settings = SimpleNamespace(LEARNING_RATE=1e-5, WEIGHT_DECAY=0.0, SEED=7, KEEP_CHECKPOINTS=2)
     monkeypatch.setattr(setup, "TrainingArguments", lambda **given: SimpleNamespace(n_gpu=1, **given))
     given = {
         name: setup.training_arguments(
@@ -87,6 +85,7 @@ def test_training_on_an_apple_gpu_clears_its_caches_and_starts_no_workers(tmp_pa
             device.Device(name, False, "test"),
             SimpleNamespace(folder=tmp_path, checkpoint=None),
             StepPlan(1, 4, False),
+            10,
         )
         for name in ("mps", "cpu", "cuda")
     }

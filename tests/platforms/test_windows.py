@@ -125,7 +125,7 @@ def test_a_picture_that_a_viewer_holds_does_not_end_the_run(tmp_path, monkeypatc
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(callbacks, "plot_training", refuse)
-    log = callbacks.RunLog(SimpleNamespace(folder=tmp_path, main=True), 1, "SFT")
+    log = callbacks.RunLog(SimpleNamespace(folder=tmp_path, main=True), None, None, 1, "SFT")
     log.entries.append({"step": 1, "loss": 1.0})
     log.draw()
     assert (

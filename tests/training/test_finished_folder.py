@@ -18,8 +18,8 @@ def test_the_finished_folder_is_as_documented(runs, method, precision):
         range(1, record["results"]["steps"] + 1)
     )
     assert [entry["step"] for entry in log if "eval_loss" in entry][0] == 0
-    assert len([entry for entry in log if "eval_loss" in entry]) == 3
-    assert len(list(folder.glob("checkpoint-*"))) == 2
+    assert len([entry for entry in log if "eval_loss" in entry]) == 11
+    assert len(list(folder.glob("checkpoint-*"))) == 2 and not (folder / "best").exists()
     assert not [path for path in folder.iterdir() if "partial" in path.name]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = tokenizer.apply_chat_template(

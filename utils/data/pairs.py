@@ -5,6 +5,7 @@ says the same as the good one is no worse answer.
 """
 
 import bisect
+import hashlib
 import json
 import math
 import random
@@ -17,6 +18,7 @@ from typing import NamedTuple
 from utils.data.normalize import normalize
 from utils.data.swap import Question, swap_facts
 from utils.data.terms import Terms
+from utils.model.hub_models import local_folder
 
 LENGTH_TOLERANCE = 0.2  # a rejected answer is at most this much longer or shorter: DPO shall not learn length
 SAME = 0.8  # of the characters' pairs: answers that agree by this much say the same, where no facts tell them apart
@@ -155,47 +157,64 @@ def sampled(rows: list[dict], terms: Terms, sampling: Sampling, kept: Path) -> I
 def sample_answers(rows: list[dict], sampling: Sampling, kept: Path) -> list[list[str]]:
     """For each row, `samples` answers of the model. What `kept` holds of the same model, rows and settings is not done again."""
     from utils.model.folders import check_model, model_sha256
+    from utils.model.load import quiet_offline
     from utils.progress import progress
 
     check_model(sampling.model)
+    quiet_offline(sampling.model)
     identity = sampling._asdict() | {
         "model": model_sha256(sampling.model),
+        "decoding": _decoding_file(sampling.model),
         "ids": [row["id"] for row in rows],
     }
-    whole = _kept_lines(kept, identity)
-    done = {part["start"]: part["answers"] for part in whole[1:]}
+    done = _kept_parts(kept, identity)
     missing = [start for start in range(0, len(rows), CHUNK) if start not in done]
     if missing:
         generate = _generator(sampling)
-        kept.write_bytes(b"".join(map(_as_line, whole)))
+        kept.write_bytes(b"".join(map(_as_line, [identity, *done.items()])))
         with open(kept, "ab") as file:
             for start in progress("sampling answers", f"parts of {CHUNK} questions")(missing):
                 done[start] = generate([split_row(row)[0] for row in rows[start : start + CHUNK]], start)
-                file.write(_as_line({"start": start, "answers": done[start]}))
+                file.write(_as_line([start, done[start]]))
                 file.flush()
     return [answers for start in sorted(done) for answers in done[start]]
 
 
-def _kept_lines(kept, identity):
-    """The whole lines of an earlier run with this identity, which is the first of them; otherwise only that."""
+def _decoding_file(model):
+    """What decides how answers are drawn."""
+    path = Path(local_folder(model)) / "generation_config.json"
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _kept_parts(kept, identity):
+    """{number of a part's first row: its answers} that an earlier run with this identity kept, each under its checksum."""
     if not kept.is_file():
-        return [identity]
-    lines = kept.read_bytes().split(b"\n")[:-1]  # the last piece is a line that a stopped run did not finish
-    whole = [json.loads(line) for line in lines]
-    return whole if whole and whole[0] == identity else [identity]
+        return {}
+    found = []
+    for line in kept.read_bytes().splitlines():
+        try:
+            value = json.loads(line)
+            if value["sha256"] == _digest(value["kept"]):
+                found.append(value["kept"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            pass  # damaged, or the piece of a line that a stopped run left: made again
+    return dict(found[1:]) if found and found[0] == identity else {}
 
 
 def _as_line(value):
-    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    return json.dumps({"sha256": _digest(value), "kept": value}, ensure_ascii=False).encode() + b"\n"
+
+
+def _digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _generator(sampling):
     """A function (conversations, number of the first row) -> for each of them `samples` answers."""
     from utils.device import pick_device
     from utils.model.generate import generate_answers
-    from utils.model.load import load_for_answers, load_tokenizer, quiet_offline
+    from utils.model.load import load_for_answers, load_tokenizer
 
-    quiet_offline(sampling.model)
     tokenizer, model = load_tokenizer(sampling.model), load_for_answers(sampling.model, pick_device())
 
     def generate(conversations, start):

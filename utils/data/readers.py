@@ -22,7 +22,10 @@ from utils.files import show_path
 BATCH_ROWS, BATCH_CHARACTERS = 2000, 4 << 20  # what one worker gets at a time
 PARQUET_BYTES = 256 << 20  # unpacked, of the rows read at once
 LARGEST_GROUP = 4 << 30  # unpacked, of a row group that is read at all
-START, LONGEST_LINE = 4096, 64 << 20  # bytes looked at to tell JSON lines from arrays
+START, LONGEST_LINE = (
+    4096,
+    64 << 20,
+)  # bytes looked at to tell JSON lines from arrays; of a line that is read at all
 
 Raw = bytes | str | dict | Reject
 
@@ -115,7 +118,7 @@ def _json_rows(source):
 
 def _lines(source):
     with source.open_bytes() as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(_bounded(lines, source), 1):
             if line.startswith(BOM):  # any line may carry one: files are joined with `cat`
                 line = line[len(BOM) :]
             line = line.rstrip()
@@ -123,6 +126,18 @@ def _lines(source):
                 yield from ((number, raw) for raw in _unnested(line, source.encoding))
             elif line:
                 yield number, line
+
+
+def _bounded(lines, source):
+    """The lines of an open file. UserError at one that no memory is to be filled with: a few kB can unpack to gigabytes."""
+    number = 0
+    while line := lines.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            raise UserError(
+                f"{show_path(source.path)}, line {number} is longer than {LONGEST_LINE >> 20} MiB; no row is, take that line out"
+            )
+        yield line
 
 
 def _text(source, newline):
@@ -165,9 +180,9 @@ def _unnested(text, encoding):
 
 
 def _csv_rows(source, delimiter=","):
-    csv.field_size_limit(1 << 30)  # the default, 131,072 characters, stops at long answers
+    csv.field_size_limit(LONGEST_LINE)  # the default, 131,072 characters, stops at long answers
     with _text(source, "") as file:
-        table = csv.reader(file, delimiter=delimiter)
+        table = csv.reader(_bounded(file, source), delimiter=delimiter)
         names, line = None, 1
         while True:
             try:

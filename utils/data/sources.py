@@ -19,6 +19,7 @@ KINDS = (*TEXT_KINDS, ".parquet", ".xlsx")
 ARCHIVES = (".gz", ".zip")
 EVALUATION = {"test", "valid", "validation", "val", "dev", "eval", "evaluation", "测试集", "验证集"}
 PLAIN_TEXT = "plain text: continued pre-training is not done here"
+LONGEST_PIECE = 1 << 20  # bytes of a line that are looked at together
 ENCODING_LINES = 1000  # non-ASCII lines looked at to tell UTF-8 from GB18030
 BOM = b"\xef\xbb\xbf"
 
@@ -199,7 +200,7 @@ def detect_encoding(source: Source) -> str:
 
 def _encoding_of(lines):
     seen, failing = 0, {"utf-8": 0, "gb18030": 0}
-    for line in lines:
+    for line in iter(lambda: lines.readline(LONGEST_PIECE), b""):
         if line.isascii():
             continue
         seen += 1

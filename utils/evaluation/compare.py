@@ -21,6 +21,7 @@ from utils.evaluation.measure import Tests, measure
 from utils.evaluation.statistics import mcnemar, mean_per_token, share_difference, wilson
 from utils.files import read_jsonl, sha256_of, show_path, write_jsonl
 from utils.model.folders import adapter_base, model_sha256
+from utils.model.hub_models import local_folder
 
 # Raise this number with every change of the code that changes a score or what counts as right.
 SCORING_VERSION = 3
@@ -89,7 +90,7 @@ def result_identity(folder: str, settings, device: Device) -> dict[str, Any]:
         if name.isupper() and name not in NOT_IDENTITY
     }
     parts = [folder, adapter_base(folder)] if (Path(folder) / "adapter_config.json").is_file() else [folder]
-    decoding = Path(folder) / "generation_config.json"  # its end tokens
+    decoding = Path(local_folder(folder)) / "generation_config.json"  # its end tokens
     return identity | {
         "model": [model_sha256(part) for part in parts],
         "generation_config": sha256_of(decoding) if decoding.is_file() else "",

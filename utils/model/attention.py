@@ -1,7 +1,8 @@
 """Attention within each document of a packed row, in the form that suits the device.
 
 Three forms of the same computation. `by_document` loops over the groups and asks for no mask over the row: the cost is the sum
-of the squared document lengths, not the square of their sum. It is the one for CPUs, and what the others are tested against.
+of the squared document lengths, not the square of their sum. It is the one for CPUs, and what the others are tested against. In
+bfloat16 it computes softmax(q k^T) v as plain matrix products, since torch's fused kernel for CPUs is slow there.
 `by_varlen` is one call of torch's variable-length kernel (FlashAttention) a layer, for CUDA in bfloat16: the loop would launch
 thousands of small kernels there. `by_mask` is one masked call a layer over rows of one length, for CUDA in float32 and for
 Apple GPUs, which compile a graph for every new shape.
@@ -20,6 +21,8 @@ from torch.nn.attention.varlen import varlen_attn
 
 from utils.model.batching import GroupShape
 
+BLOCK = 256  # queries at a time in plain products: the keys after them are left out, and what is quadratic stays small
+
 Attention = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor
 ]  # (query, key, value, scaling)
@@ -36,11 +39,92 @@ def plan_attention(
         return functools.partial(by_mask, mask=row_masks(layout, row_length, device))
     if device.type == "cuda" and dtype == torch.bfloat16:
         return functools.partial(by_varlen, sequences=VarlenSequences.of(layout, device))
-    return functools.partial(by_document, layout=layout, masks={})
+    plain = device.type == "cpu" and dtype == torch.bfloat16
+    return functools.partial(
+        by_document, layout=layout, masks={}, attend=plain_attend if plain else fused_attend
+    )
 
 
-def by_document(query, key, value, scaling, layout, masks) -> torch.Tensor:
-    """A call for each run of groups of one shape. `masks`: a dict that the layers of one pass share."""
+def fused_attend(query, key, value, scaling, masks) -> torch.Tensor:
+    """Causal attention (count, heads, L, head_dim) to the keys (count, kv heads, K, head_dim), of which the last L are the queries'
+    own. `masks`: a dict that the calls of one pass share."""
+    queries, keys = query.shape[2], key.shape[2]
+    attend = functools.partial(
+        F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    if queries == keys:
+        return attend(query, key, value, is_causal=True)
+    if (queries, keys) not in masks:
+        ones = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+        masks[queries, keys] = ones.tril(keys - queries)
+    return attend(query, key, value, attn_mask=masks[queries, keys])
+
+
+def plain_attend(query, key, value, scaling, masks, dtype=torch.bfloat16) -> torch.Tensor:
+    """The same as fused_attend, in products of `dtype`."""
+    return _PlainAttention.apply(query, key, value, scaling, masks, dtype)
+
+
+class _PlainAttention(torch.autograd.Function):
+    """softmax(q k^T) v, BLOCK queries at a time. The heads that share a key stand below one another in one product.
+
+    Only queries, keys and values are kept: the weights, which grow with the square of the length, are computed again in the
+    backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, scaling, masks, dtype):
+        count, heads, length, width = query.shape
+        ctx.scaling, ctx.masks, ctx.dtypes = scaling, masks, (query.dtype, key.dtype, value.dtype)
+        # (count, kv heads, heads that share a key, length, width); scaled before it is rounded
+        query = (query * scaling).to(dtype, memory_format=torch.contiguous_format)
+        query, key, value = query.unflatten(1, (key.shape[1], -1)), key.to(dtype), value.to(dtype)
+        ctx.save_for_backward(query, key, value)
+        result = query.new_empty(count, length, heads, width).transpose(1, 2)
+        for block, seen in _blocks(length, key.shape[2]):
+            weights = _weights(query[..., block, :], key[:, :, :seen], masks)
+            result[:, :, block] = (weights @ value[:, :, :seen]).view(count, heads, -1, width)
+        return result
+
+    @staticmethod
+    def backward(ctx, upstream):
+        query, key, value = ctx.saved_tensors
+        upstream = upstream.to(query.dtype).unflatten(1, query.shape[1:3])
+        exact = torch.promote_types(query.dtype, torch.float32)
+        query_gradient = torch.empty_like(query, dtype=exact)
+        key_gradient, value_gradient = (torch.zeros_like(states, dtype=exact) for states in (key, value))
+        for block, seen in _blocks(query.shape[3], key.shape[2]):
+            weights = _weights(query[..., block, :], key[:, :, :seen], ctx.masks)
+            arriving, asking = (states[..., block, :].flatten(2, 3) for states in (upstream, query))
+            value_gradient[:, :, :seen] += weights.transpose(2, 3) @ arriving
+            gradient = arriving @ value[:, :, :seen].transpose(2, 3)  # d loss / d weights, then / d scores
+            gradient = torch.ops.aten._softmax_backward_data(gradient, weights, -1, weights.dtype)
+            key_gradient[:, :, :seen] += gradient.transpose(2, 3) @ asking
+            query_gradient[..., block, :] = (gradient @ key[:, :, :seen]).view_as(query[..., block, :])
+        gradients = query_gradient.mul_(ctx.scaling).flatten(1, 2), key_gradient, value_gradient
+        return *(gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes)), None, None, None
+
+
+def _blocks(queries: int, keys: int):
+    """(queries of a block, number of keys that its last one sees)."""
+    for start in range(0, queries, BLOCK):
+        end = min(start + BLOCK, queries)
+        yield slice(start, end), keys - queries + end
+
+
+def _weights(query, key, masks):
+    """The attention (count, kv heads, sharing x L, K) of the queries (count, kv heads, sharing, L, width), whose own keys are the
+    last L of `key`."""
+    own = query.shape[3]
+    if own not in masks:
+        masks[own] = query.new_full((own, own), -torch.inf).triu_(1)
+    scores = query.flatten(2, 3) @ key.transpose(2, 3)
+    scores.unflatten(2, query.shape[2:4])[..., -own:] += masks[own]
+    return scores.softmax(dim=-1)
+
+
+def by_document(query, key, value, scaling, layout, masks, attend=fused_attend) -> torch.Tensor:
+    """A call of `attend` for each run of groups of one shape. `masks`: a dict that the layers of one pass share."""
     runs = [(shape, len(list(run))) for shape, run in itertools.groupby(layout)]
     spans = [sum(shape) * count for shape, count in runs]
     parts = []
@@ -49,26 +133,20 @@ def by_document(query, key, value, scaling, layout, masks) -> torch.Tensor:
     ):
         # (heads, count x length, head_dim) -> (count, heads, length, head_dim)
         states = (part.unflatten(1, (count, sum(shape))).transpose(0, 1) for part in states)
-        parts.append(_group_attention(*states, shape, scaling, masks).transpose(1, 2).flatten(0, 1))
+        result = _group_attention(*states, shape, lambda *states: attend(*states, scaling, masks))
+        parts.append(result.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts)[None]
 
 
-def _group_attention(query, key, value, shape, scaling, masks):
+def _group_attention(query, key, value, shape, attend):
     """The shared tokens see themselves; each branch sees the shared tokens and itself. Causal throughout."""
-    attend = functools.partial(
-        F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-    )
     shared, *branches = shape
     if not shared and len(branches) == 1:
-        return attend(query, key, value, is_causal=True)
+        return attend(query, key, value)
     (q, k, v), *rest = zip(*(states.split(shape, dim=2) for states in (query, key, value)))
-    parts = [attend(q, k, v, is_causal=True)] if shared else []
-    for branch, (own_q, own_k, own_v) in zip(branches, rest):
-        if (shared, branch) not in masks:
-            ones = torch.ones(branch, shared + branch, dtype=torch.bool, device=query.device)
-            masks[shared, branch] = ones.tril(shared)
-        keys, values = torch.cat([k, own_k], dim=2), torch.cat([v, own_v], dim=2)
-        parts.append(attend(own_q, keys, values, attn_mask=masks[shared, branch]))
+    parts = [attend(q, k, v)] if shared else []
+    for own_q, own_k, own_v in rest:
+        parts.append(attend(own_q, torch.cat([k, own_k], dim=2), torch.cat([v, own_v], dim=2)))
     return torch.cat(parts, dim=2)
 
 

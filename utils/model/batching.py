@@ -7,13 +7,17 @@ training, into rows of at most `max_length` tokens, so that every epoch costs th
 The trainer shuffles rows, never their content.
 """
 
+from __future__ import annotations
+
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, NotRequired, TypedDict
 
+import numpy
 import torch
 
 from utils.errors import UserError
+from utils.files import id_key
 
 ROUNDED = 64  # tokens
 Document = tuple[list[int], list[int]]  # token ids of a prompt and of its answer
@@ -52,47 +56,150 @@ INPUTS = (
 )  # what the model's forward takes
 
 
-def pack(lengths: Sequence[int], max_length: int, seed: int = 0) -> list[list[int]]:
-    """Pack items of these lengths (tokens, each at most max_length) into rows; return the rows as lists of item indices.
+class Packing(Sequence):
+    """Which items each row holds, in numpy arrays; an element is the list of the item numbers of one row."""
+
+    def __init__(self, items: numpy.ndarray, starts: numpy.ndarray, ends: numpy.ndarray):
+        self.items, self.starts, self.ends = items, starts, ends  # row r holds items[starts[r]:ends[r]]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, row: int) -> list[int]:
+        return self.items[self.starts[row] : self.ends[row]].tolist()
+
+    def counts(self) -> numpy.ndarray:
+        """(rows,) items of each row."""
+        return self.ends - self.starts
+
+    def sums(self, values: numpy.ndarray) -> numpy.ndarray:
+        """(rows,) the sums of the items' `values` (items,) in each row."""
+        totals = numpy.concatenate([[0], numpy.cumsum(values[self.items], dtype=numpy.int64)])
+        return totals[self.ends] - totals[self.starts]
+
+    def split(self, row: int) -> None:
+        """Make two rows of one; the second half becomes the last row."""
+        middle = self.starts[row] + self.counts()[row] // 2
+        self.starts = numpy.append(self.starts, middle)
+        self.ends = numpy.append(self.ends, self.ends[row])
+        self.ends[row] = middle
+
+
+def pack(lengths: Sequence[int] | numpy.ndarray, max_length: int, seed: int = 0) -> Packing:
+    """Pack items of these lengths (tokens, each at most max_length) into rows.
 
     The items come in a random order that `seed` fixes, each goes to the fullest row that still holds it. Packing the longest
     first would fill a little better, but it makes rows of items of one length, which is one kind: the model learns far less
-    from the same tokens. The cost is O(items x max_length) at the very worst.
+    from the same tokens. The cost is O(items): bit s of `spaces` tells whether any row has s tokens left.
     """
-    order = random.Random(seed).sample(range(len(lengths)), len(lengths))
-    rows: list[list[int]] = []
-    with_space: list[list[int]] = [
-        [] for _ in range(max_length + 1)
-    ]  # with_space[s]: rows that have s tokens left
-    for index in order:
-        space = next((s for s in range(lengths[index], max_length + 1) if with_space[s]), None)
-        if space is None:
-            rows.append([])
-            row, space = len(rows) - 1, max_length
-        else:
+    order = numpy.array(random.Random(seed).sample(range(len(lengths)), len(lengths)), dtype=numpy.int32)
+    with_space: list[list[int]] = [[] for _ in range(max_length + 1)]
+    spaces, count, row_of = 0, 0, []  # row_of: in the random order
+    for length in numpy.asarray(lengths, dtype=numpy.int64)[order].tolist():
+        if fits := spaces >> length:
+            space = length + (fits & -fits).bit_length() - 1  # the lowest bit that is set
             row = with_space[space].pop()
-        rows[row].append(index)
-        with_space[space - lengths[index]].append(row)
-    return rows
+            if not with_space[space]:
+                spaces ^= 1 << space
+        else:
+            row, space = count, max_length
+            count += 1
+        row_of.append(row)
+        with_space[space - length].append(row)
+        spaces |= 1 << (space - length)
+    row_of = numpy.array(row_of, dtype=numpy.int32)
+    counts = numpy.bincount(row_of, minlength=count)
+    ends = numpy.cumsum(counts)
+    return Packing(order[numpy.argsort(row_of, kind="stable")], ends - counts, ends)
+
+
+class Sizes(NamedTuple):
+    """Of each item, in tokens: arrays (items,)."""
+
+    lengths: numpy.ndarray  # what it takes in a row (item_length)
+    tokens: numpy.ndarray  # of its documents, each by itself
+    trained: numpy.ndarray  # of their answers
+
+
+def measure_items(items: Iterable[Item]) -> Sizes:
+    """The Sizes of items that are in memory."""
+    rows = [
+        (
+            item_length(item),
+            sum(len(prompt) + len(answer) for prompt, answer in item["documents"]),
+            sum(len(answer) for _, answer in item["documents"]),
+        )
+        for item in items
+    ]
+    return Sizes(*numpy.array(rows, dtype=numpy.int32).reshape(-1, 3).T)
+
+
+class Chosen(Sequence):
+    """Some items of a sequence: those of the numbers `indices`, in that order. They are read when they are asked for."""
+
+    def __init__(self, items: Sequence[Item], indices: numpy.ndarray):
+        self.items, self.indices = items, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.items[int(self.indices[index])]
 
 
 class PackedRows(torch.utils.data.Dataset):
     """Rows of packed items; an element is the list of items of one row.
 
-    `tokens` and `trained_tokens` count over all documents, each by itself.
+    Kept in memory are the sizes of the items and the rows they are in, as arrays. Tokens are read when a row is asked for: `items`
+    may be a list, or anything else that gives an Item for a number. `tokens` and `trained_tokens` count over all documents,
+    each by itself. `numbers`: further numbers of the items for the loss, {"reference_chosen": (items,) array, ...}.
     """
 
-    def __init__(self, items: list[Item], max_length: int):
+    def __init__(
+        self,
+        items: Sequence[Item],
+        max_length: int,
+        sizes: Sizes | None = None,
+        keys: numpy.ndarray | None = None,
+    ):
+        """`sizes`, `keys` (utils.files.id_key): of the items where they are known; measured, and made from the ids, otherwise."""
         self.items, self.max_length = items, max_length
-        self.rows = pack([item_length(item) for item in items], max_length)
-        self.tokens = sum(len(prompt) + len(answer) for item in items for prompt, answer in item["documents"])
-        self.trained_tokens = sum(len(answer) for item in items for _, answer in item["documents"])
+        self.sizes = measure_items(items) if sizes is None else sizes
+        self._keys = keys
+        self.rows = pack(self.sizes.lengths, max_length)
+        self.numbers: dict[str, numpy.ndarray] = {}
+        self.tokens, self.trained_tokens = int(self.sizes.tokens.sum()), int(self.sizes.trained.sum())
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> list[Item]:
-        return [self.items[item] for item in self.rows[index]]
+        return [
+            self.items[item] | {name: float(values[item]) for name, values in self.numbers.items()}
+            for item in self.rows[index]
+        ]
+
+    @property
+    def keys(self) -> numpy.ndarray:
+        """(items,) uint64: the hash of each item's id. The items with the lowest keys are a fair draw, whatever the data."""
+        if self._keys is None:
+            self._keys = numpy.array([id_key(item["id"]) for item in self.items], dtype=numpy.uint64)
+        return self._keys
+
+    def select(self, indices: numpy.ndarray) -> PackedRows:
+        """PackedRows of the items of these numbers, in that order; nothing is read for it."""
+        chosen = PackedRows(
+            Chosen(self.items, indices),
+            self.max_length,
+            Sizes(*(part[indices] for part in self.sizes)),
+            None if self._keys is None else self._keys[indices],
+        )
+        chosen.numbers = {name: values[indices] for name, values in self.numbers.items()}
+        return chosen
+
+    def row_lengths(self) -> numpy.ndarray:
+        """(rows,) tokens of each row."""
+        return self.rows.sums(self.sizes.lengths)
 
     def even_out(self, count: int) -> None:
         """Split the rows of most items until the number of rows is a multiple of `count`, as several processes need.
@@ -100,17 +207,16 @@ class PackedRows(torch.utils.data.Dataset):
         The libraries would give some rows to two processes otherwise. UserError where there are not as many items.
         """
         while len(self.rows) % count:
-            row = max(self.rows, key=len)
-            if len(row) == 1:
+            counts = self.rows.counts()
+            if counts.max() == 1:
                 raise UserError(
                     f"{len(self.items)} examples cannot be shared out evenly among {count} processes; use fewer"
                 )
-            self.rows.append(row[len(row) // 2 :])
-            del row[len(row) // 2 :]
+            self.rows.split(int(counts.argmax()))
 
     def fullest(self, count: int) -> int:
         """Tokens of the `count` fullest rows together: the most that a batch of `count` rows can hold."""
-        return sum(sorted((sum(map(item_length, row)) for row in self), reverse=True)[:count])
+        return int(numpy.sort(self.row_lengths())[::-1][:count].sum())
 
 
 def shared_prefix_groups(item: Item) -> Iterator[tuple[list[int], list[Document]]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from utils.errors import UserError
 from utils.files import read_json, sha256_of, show_path
 from utils.model.folder_checks import INDEX, cannot_load, check_files
+from utils.model.hub_models import local_folder
 from utils.settings import ROOT
 
 # What makes a folder that a setting names but that is not there yet.
@@ -25,6 +26,8 @@ def check_model(model, above=()):
     paths) that `model` is the base of.
     """
     folder = Path(model)
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"{show_path(folder)} is a link to something that is not there")
     if not folder.exists():
         known = Path(ROOT, model).resolve().as_posix()
         for place, command in MADE_BY.items():
@@ -111,8 +114,8 @@ def adapter_base(folder):
 
 
 def model_sha256(model):
-    """One sha256 over the weights, config and tokenizer of a model folder; of a Hub id, over its name."""
-    folder = Path(model)
+    """One sha256 over the weights, config and tokenizer of a model folder, or of the one that a Hub id has in the cache."""
+    folder = Path(local_folder(str(model)))
     names = [
         path
         for path in sorted(folder.glob("*"))
@@ -120,7 +123,7 @@ def model_sha256(model):
         or path.name
         in ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", INDEX)
     ]
-    digests = {path.name: sha256_of(path) for path in names} or {"hub": model}
+    digests = {path.name: sha256_of(path) for path in names}
     return _sha256_text(json.dumps(digests, sort_keys=True))
 
 

@@ -1,35 +1,35 @@
-"""Model folders: find, check, load. Safetensors only, no remote code, and no network for a folder on disk."""
+"""Model folders: find, check, load. Safetensors only, no remote code, and no network once the models are on disk."""
 
 import contextlib
 import os
-import sys
 import textwrap
 import warnings
 from pathlib import Path
 
 from utils.errors import NO_MEMORY, UserError
-from utils.files import show_path
+from utils.files import read_json, show_path
 from utils.model.chat_format import without_modes
 from utils.model.folder_checks import check_files
 from utils.model.folders import adapter_base, check_model, model_sha256
+from utils.model.hub_models import fetch, local_folder
 from utils.model.run_record import read_record
 from utils.model.template_check import problem_of
 
 
 def quiet_offline(*models):
-    """Before transformers is imported: no usage pings, and no Hub at all where the models are folders on disk.
+    """Before transformers is imported: no usage pings, and models named by a Hub id are brought to this machine and checked.
 
-    UserError or RunError, in one line, where a Hub id among them cannot be had: the libraries would say so many times over.
+    After that nothing asks the Hub. UserError or RunError, in one line, where such a model cannot be had.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault(
         "TOKENIZERS_PARALLELISM", "false"
     )  # threads and forks do not mix, and we batch anyway
-    if all(Path(model).is_dir() for model in models):
-        os.environ["HF_HUB_OFFLINE"] = "1"
     for model in models:
         if not Path(model).is_dir():
-            _ask_hub(model)
+            fetch(model)
+            check_model(local_folder(model))
+    os.environ["HF_HUB_OFFLINE"] = "1"
     # peft asks transformers for this under its old name; nothing that a user could change
     warnings.filterwarnings(
         "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
@@ -39,32 +39,34 @@ def quiet_offline(*models):
     logging.disable_progress_bar()  # "Loading weights" bars of a fraction of a second
 
 
-def _ask_hub(model):
-    """UserError or RunError where the Hub does not have `model` or cannot be reached; what is in its cache needs no asking."""
-    from huggingface_hub import try_to_load_from_cache
-
-    from utils.hub import Hub
-
-    if not isinstance(try_to_load_from_cache(model, "config.json"), str):
-        with contextlib.redirect_stdout(sys.stderr):  # chat's stdout holds answers and nothing else
-            Hub(timeout=30, retries=1).look_up("model", model, "main")
-
-
 def load_tokenizer(model):
     """The tokenizer of a model folder, adapter folder or Hub id."""
     from transformers import AutoTokenizer
 
-    if Path(model).is_dir():
-        check_files(Path(model))
+    folder = local_folder(model)
+    check_files(Path(folder))
     with _told_in_one_line(model, "tokenizer.json or tokenizer_config.json"):
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(tokenizer.chat_template, str) or "<|im_end|>" not in tokenizer.get_vocab():
         raise UserError(
             f"{model} is not a Qwen chat model: its tokenizer has no chat template with <|im_end|>"
         )
+    _check_size(tokenizer, folder)
     if problem := problem_of(without_modes(tokenizer.chat_template)):
         raise UserError(f"{model} cannot be loaded: its chat template (chat_template.jinja) {problem}")
     return tokenizer
+
+
+def _check_size(tokenizer, folder):
+    """UserError where the tokenizer has tokens that the model knows no embedding for: that of another model was copied here."""
+    while (Path(folder) / "adapter_config.json").is_file():
+        folder = local_folder(adapter_base(folder))
+    size, last = read_json(Path(folder) / "config.json")["vocab_size"], max(tokenizer.get_vocab().values())
+    if last >= size:
+        raise UserError(
+            f"{tokenizer.name_or_path} cannot be loaded: tokenizer.json is of another model: it has token {last:,}, "
+            f"and the model knows {size:,}"
+        )
 
 
 def load_model(model, dtype):
@@ -125,17 +127,17 @@ def load_for_answers(model, device):
 def _load_whole(model, dtype):
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    if Path(model).is_dir():
-        check_files(Path(model))
-        if (Path(model) / "generation_config.json").is_file():
-            with _told_in_one_line(model, "generation_config.json"):
-                GenerationConfig.from_pretrained(model)
+    folder = local_folder(model)
+    check_files(Path(folder))
+    if (Path(folder) / "generation_config.json").is_file():
+        with _told_in_one_line(model, "generation_config.json"):
+            GenerationConfig.from_pretrained(folder)
     with _told_in_one_line(model, "config.json"):
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config._attn_implementation = "sdpa"  # a name in config.json would be fetched as a kernel
     with _told_in_one_line(model, "config.json or *.safetensors"):
         loaded, report = AutoModelForCausalLM.from_pretrained(
-            model,
+            folder,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,

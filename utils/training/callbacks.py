@@ -14,8 +14,11 @@ from utils.files import atomic_write, show_path
 from utils.plots import plot_training
 from utils.progress import PLAIN_SECONDS
 from utils.text import duration
+from utils.training.pace import SETTLED, Pace, done_at
 from utils.training.run_folder import RunFolder
+from utils.training.schedule import Schedule
 
+LONG = 60  # seconds left from which on the time of day is worth telling
 REDRAW_SECONDS = 30  # the PNG takes about half a second to draw
 
 
@@ -25,8 +28,9 @@ class RunLog(TrainerCallback):
     On resuming, entries after the checkpoint are dropped: those steps are done again, with the same result.
     """
 
-    def __init__(self, run: RunFolder, tokens_per_step: float, title: str):
-        self.run, self.tokens_per_step, self.title = run, tokens_per_step, title
+    def __init__(self, run: RunFolder, schedule: Schedule, pace: Pace, tokens_per_step: float, title: str):
+        self.run, self.schedule, self.pace = run, schedule, pace
+        self.tokens_per_step, self.title = tokens_per_step, title
         self.path, self.picture = run.folder / "training_log.jsonl", run.folder / "loss_curve.png"
         self.entries: list[dict] = []
         self.step_seconds = self.last_drawn = self.last_line = 0.0  # the last two: monotonic seconds
@@ -34,7 +38,7 @@ class RunLog(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if self.path.is_file() and state.global_step:
             self.entries = [entry for entry in read_log(self.path) if entry["step"] <= state.global_step]
-        self.began, self.first_step = time.monotonic(), state.global_step
+        self.first_step = state.global_step
         if state.is_world_process_zero:
             with atomic_write(self.path) as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in self.entries)
@@ -57,6 +61,23 @@ class RunLog(TrainerCallback):
         self._show(state, entry)
         if time.monotonic() - self.last_drawn > REDRAW_SECONDS:
             self.draw()
+
+    def evaluations(self) -> list[dict]:
+        """The evaluations of this run, in order, but for the one before its first step."""
+        return [
+            entry for entry in self.entries if "eval_loss" in entry and entry["step"] > self.schedule.start
+        ]
+
+    def before(self) -> dict:
+        """The evaluation before this run's first step."""
+        entries = [entry for entry in self.entries if "eval_loss" in entry]
+        return next((entry for entry in entries if entry["step"] == self.schedule.start), entries[0])
+
+    def losses(self) -> list[float]:
+        """The training losses of this run's steps, in order."""
+        return [
+            entry["loss"] for entry in self.entries if "loss" in entry and entry["step"] > self.schedule.start
+        ]
 
     def draw(self) -> None:
         """Redraw the picture now, if there is anything to draw."""
@@ -91,10 +112,11 @@ class RunLog(TrainerCallback):
                 )
             return
         last = entry["step"] == state.max_steps
-        if not sys.stdout.isatty() and not last and time.monotonic() - self.last_line < PLAIN_SECONDS:
+        left = self.pace.seconds_left(self.schedule, state.global_step)
+        if state.global_step == self.first_step + SETTLED and left > LONG:
+            self._print(f"about {duration(left)} to go, done at {done_at(left)}", keep=True)
+        elif not sys.stdout.isatty() and not last and time.monotonic() - self.last_line < PLAIN_SECONDS:
             return
-        done = state.global_step - self.first_step
-        left = (time.monotonic() - self.began) / done * (state.max_steps - state.global_step)
         self._print(
             f"step {entry['step']}/{state.max_steps}  loss {entry['loss']:.4f}  "
             f"{self.tokens_per_second(state):,.0f} tokens/s  {duration(left)} left",
@@ -108,13 +130,16 @@ class RunLog(TrainerCallback):
 
 
 class SaveAndStop(TrainerCallback):
-    """When to evaluate and save beside every epoch's end: at the last step, and when Ctrl-C or SIGTERM asks to stop.
+    """When to evaluate, to save and to end: by the schedule, by the clock, and when Ctrl-C or SIGTERM asks to stop.
 
-    The first Ctrl-C finishes the present step, writes a checkpoint and stops; a second one stops at once.
+    The first Ctrl-C finishes the present step, writes a checkpoint and stops; an evaluation is left off, and made when the run goes
+    on. A second one stops at once.
     """
 
-    def __init__(self):
-        self.requested, self.saved_step = None, None  # requested: when, in monotonic seconds
+    def __init__(self, run: RunFolder, schedule: Schedule, pace: Pace, log: "RunLog"):
+        self.run, self.schedule, self.pace, self.log = run, schedule, pace, log
+        self.saved_step = None
+        self.requested: float | None = None  # when, in monotonic seconds
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._request)
@@ -133,23 +158,49 @@ class SaveAndStop(TrainerCallback):
             flush=True,
         )
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.max_steps = self.schedule.total
+        measured = any(
+            entry["step"] == state.global_step for entry in self.log.entries if "eval_loss" in entry
+        )
+        args.eval_on_start = self.schedule.evaluates(state.global_step) and not measured
+        self.last_save = time.monotonic()
+        self.pace.begin()
+
     def on_step_end(self, args, state, control, **kwargs):
-        stop = bool(self.requested)
-        if args.world_size > 1:  # all processes stop after the same step
-            wish = torch.tensor(int(stop), device=args.device)
-            torch.distributed.all_reduce(wish, torch.distributed.ReduceOp.MAX)
-            stop = bool(wish)
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = control.should_save = True
-        elif stop:
-            control.should_save = control.should_training_stop = True
+        self.pace.ended("step")
+        overdue = time.monotonic() - self.last_save > self.pace.between_checkpoints
+        stop, save = self._agree(args, [bool(self.requested), overdue])
+        last = state.global_step >= state.max_steps
+        control.should_evaluate = not stop and self.schedule.evaluates(state.global_step)
+        control.should_save = bool(stop or save or last)
+        control.should_training_stop = bool(stop or last)
+
+    def agree_to_stop(self, args) -> bool:
+        """Whether one of the processes was asked to stop; all of them have to call this."""
+        return bool(self._agree(args, [bool(self.requested)])[0])
+
+    def _agree(self, args, wishes):
+        """What one process wishes, all do, after the same step."""
+        if args.world_size == 1:
+            return wishes
+        joined = torch.tensor(wishes, dtype=torch.int64, device=args.device)
+        torch.distributed.all_reduce(joined, torch.distributed.ReduceOp.MAX)
+        return joined.tolist()
+
+    def on_log(self, args, state, control, **kwargs):
+        self.pace.hold()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.pace.ended("evaluation")
 
     def on_save(self, args, state, control, **kwargs):
-        self.saved_step = state.global_step
+        self.saved_step, self.last_save = state.global_step, time.monotonic()
+        self.pace.ended("checkpoint")
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.saved_step == state.global_step:  # done a moment ago, at the step's end
-            control.should_evaluate = control.should_save = False
+            control.should_save = False
 
 
 def read_log(path: Path) -> list[dict]:

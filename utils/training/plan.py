@@ -7,31 +7,15 @@ arXiv:1604.06174), else the run is refused. All ways give the same result but fo
 
 import math
 import shutil
-import time
 from typing import NamedTuple
-
-import torch
 
 from utils.device import Device
 from utils.errors import UserError
 from utils.files import show_path
-from utils.model.batching import (
-    ROUNDED,
-    PackedRows,
-    collate,
-    item_length,
-    model_inputs,
-    padding_for,
-    wants_rows_of_one_length,
-)
-from utils.model.lm_head import cross_entropy_sum
-from utils.text import duration, format_bytes
+from utils.model.batching import ROUNDED, PackedRows, wants_rows_of_one_length
+from utils.text import format_bytes
 from utils.training.memory import FLOAT, Costs, free_memory, measure_costs, memory_parts
 
-RECOMPUTED = (
-    4 / 3
-)  # a second forward pass beside one of each kind, of which the backward pass takes two thirds
-TIMED_TOKENS = 512  # of the row that an estimate is measured on, about
 # Tokens in one pass from which on more bring no speed: products of the CPU are near their peak at 1,024 already.
 ENOUGH_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 32768}
 
@@ -47,6 +31,23 @@ class StepPlan(NamedTuple):
         rows = f"{self.rows_at_once} row{'s' if self.rows_at_once > 1 else ''} at once"
         again = ", activations recomputed (a third slower)" if self.recompute else ""
         return f"{rows}, {self.passes} pass{'es' if self.passes > 1 else ''} a step{again}"
+
+
+def check_settings(settings) -> None:
+    """UserError, by name, where a number of a training's settings makes no sense, before anything is loaded."""
+    above_zero = ("EPOCHS", "LEARNING_RATE", "MAX_LENGTH", "ROWS_PER_STEP", "EVALUATIONS", "KEEP_CHECKPOINTS")
+    not_below = ("MAX_STEPS", "EVAL_ROWS", "WARMUP", "WEIGHT_DECAY", "CHECKPOINT_MINUTES")
+    for names, fits, wanted in (
+        (above_zero, lambda value: value > 0, "more than 0"),
+        (not_below, lambda value: value >= 0, "0 or more"),
+    ):
+        for name in names:
+            if not fits(value := getattr(settings, name)):
+                raise UserError(f"--{name.lower().replace('_', '-')} is {value}, wanted {wanted}")
+    if settings.WARMUP >= 1:
+        raise UserError(f"--warmup is {settings.WARMUP}, wanted a share of the steps, such as 0.03")
+    if settings.KEEP not in ("best", "last"):
+        raise UserError(f"--keep is {settings.KEEP!r}, wanted best or last")
 
 
 def rows_of_each_process(rows_per_step: int, processes: int) -> int:
@@ -135,10 +136,13 @@ def check_disk(model, settings, folder) -> None:
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     stored = sum(weight.numel() for weight in model.parameters())
     checkpoints = settings.KEEP_CHECKPOINTS + 1  # a new one is whole before an old one goes
-    needed = (3 * trainable * checkpoints + stored) * FLOAT  # weights and two moments in each
+    best = 2 * (settings.KEEP == "best")  # copies of the best weights: one is whole before the other goes
+    # weights and two moments in each checkpoint
+    needed = ((3 * checkpoints + best) * trainable + stored) * FLOAT
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.is_dir())).free
     print(
-        f"disk: {format_bytes(needed)} needed (at most {checkpoints} checkpoints at a time, and the finished model), "
+        f"disk: {format_bytes(needed)} needed (at most {checkpoints} checkpoints at a time, {best} copies of the best weights, "
+        f"the finished model), "
         f"{format_bytes(free)} free"
     )
     if needed > free:
@@ -146,61 +150,3 @@ def check_disk(model, settings, folder) -> None:
             f"{show_path(folder)} needs {format_bytes(needed)} of disk and {format_bytes(free)} are free; free some, lower "
             "KEEP_CHECKPOINTS, or choose another --output-dir"
         )
-
-
-class RunSize(NamedTuple):
-    steps: int
-    tokens_per_step: float  # on average
-
-
-def measure_run(
-    train_rows: PackedRows, eval_rows: PackedRows, plan: StepPlan, settings, processes: int
-) -> RunSize:
-    """Share the rows out evenly among the processes, print what is about to be trained, and count it."""
-    rows_per_step = plan.rows_at_once * plan.passes * processes
-    if processes > 1:
-        train_rows.even_out(rows_per_step)
-    steps_per_epoch = math.ceil(len(train_rows) / rows_per_step)
-    steps = settings.MAX_STEPS or steps_per_epoch * int(settings.EPOCHS)
-    print(
-        f"training: {len(train_rows.items):,} examples, {train_rows.tokens:,} tokens ({train_rows.trained_tokens:,} trained) in "
-        f"{len(train_rows):,} packed rows; evaluation: {len(eval_rows.items):,} examples; {steps:,} steps"
-        + (f" on {processes} processes" if processes > 1 else "")
-    )
-    return RunSize(steps, train_rows.tokens / steps_per_epoch)
-
-
-def estimate_hours(model, train_rows: PackedRows, size: RunSize, plan: StepPlan, device: Device) -> None:
-    """Print how long the run will take, from a forward and backward pass over one of its rows, which is then thrown away."""
-    model.train().to(device.name)
-    rate = max(_tokens_per_second(model, train_rows, device) for _ in range(2))  # the first pass warms up
-    print("time: " + ", ".join(_hours_of_ways(size, rate, plan)))
-
-
-def _tokens_per_second(model, train_rows: PackedRows, device: Device) -> float:
-    row = min(train_rows, key=lambda items: abs(sum(map(item_length, items)) - TIMED_TOKENS))
-    batch = collate([row], padding_for(device.name, device.bf16, train_rows.max_length))
-    batch = {name: part.to(device.name) if torch.is_tensor(part) else part for name, part in batch.items()}
-    began = time.monotonic()
-    with torch.autocast(device.name, torch.bfloat16, enabled=device.bf16):
-        loss = cross_entropy_sum(
-            model(**model_inputs(batch)), model.get_output_embeddings().weight, batch["targets"]
-        )
-    loss.backward()
-    loss.item()  # waits for the device
-    seconds = time.monotonic() - began
-    for weight in model.parameters():
-        weight.grad = None
-    return sum(len(prompt) + len(answer) for item in row for prompt, answer in item["documents"]) / seconds
-
-
-def _hours_of_ways(size: RunSize, rate: float, plan: StepPlan) -> list[str]:
-    seconds = size.steps * size.tokens_per_step / rate
-    kept, again = duration(seconds), duration(seconds * RECOMPUTED)
-    told = again if plan.recompute else kept
-    other = f"activations kept {kept}" if plan.recompute else f"with activations recomputed {again}"
-    return [
-        f"about {told} of training at {rate:,.0f} tokens/s, measured on one row",
-        other,
-        "evaluations and checkpoints apart",
-    ]

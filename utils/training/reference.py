@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 from utils.device import Device
 from utils.errors import UserError
 from utils.files import read_json, show_path, write_json
@@ -35,8 +37,8 @@ def add_reference(model, splits: dict[str, PackedRows], device: Device, run: Run
             }
             write_json(path, {"identity": identity, "sha256": _checksum(kept), "logps": kept})
     for name, rows in splits.items():
-        for item, (chosen, rejected) in zip(rows.items, kept[name], strict=True):
-            item.update(reference_chosen=chosen, reference_rejected=rejected)
+        chosen, rejected = numpy.array(kept[name]).reshape(len(rows.items), 2).T
+        rows.numbers.update(reference_chosen=chosen, reference_rejected=rejected)
 
 
 def _read(path: Path, identity: dict[str, Any]) -> tuple[dict[str, list] | None, str]:

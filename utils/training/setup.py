@@ -12,29 +12,29 @@ from utils.device import Device
 from utils.errors import NO_MEMORY, RunError
 from utils.files import show_path
 from utils.text import duration, format_bytes
-from utils.training.callbacks import RunLog
+from utils.training.best import best_of, verdict
 from utils.training.checkpoints import list_checkpoints
 from utils.training.plan import StepPlan
 from utils.training.run_folder import RunFolder
 from utils.training.trainer import PackedTrainer
 
 
-def training_arguments(settings, device: Device, run: RunFolder, plan: StepPlan) -> TrainingArguments:
-    """transformers' TrainingArguments from a script's settings.
+def training_arguments(
+    settings, device: Device, run: RunFolder, plan: StepPlan, steps: int
+) -> TrainingArguments:
+    """transformers' TrainingArguments from a script's settings, for a run of at most `steps` steps.
 
-    Every step is logged (so that a resumed log has no seam); a checkpoint and an evaluation end every epoch.
+    Every step is logged (so that a resumed log has no seam) and a checkpoint ends every epoch. What else there is to save, when to
+    evaluate and the learning rate follow the run's Schedule.
     """
     args = TrainingArguments(
         output_dir=str(run.folder),
-        num_train_epochs=settings.EPOCHS,
-        max_steps=settings.MAX_STEPS or -1,
+        max_steps=steps,
         per_device_train_batch_size=plan.rows_at_once,
         gradient_accumulation_steps=plan.passes,
         activation_checkpointing=plan.recompute,
         activation_checkpointing_kwargs={"use_reentrant": False},
         learning_rate=settings.LEARNING_RATE,
-        lr_scheduler_type="cosine",
-        warmup_steps=settings.WARMUP,
         weight_decay=settings.WEIGHT_DECAY,
         max_grad_norm=1.0,
         optim="adamw_torch_fused",
@@ -44,8 +44,6 @@ def training_arguments(settings, device: Device, run: RunFolder, plan: StepPlan)
         data_seed=settings.SEED,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        eval_strategy="epoch",
-        eval_on_start=run.checkpoint is None,
         save_strategy="epoch",
         save_total_limit=settings.KEEP_CHECKPOINTS,
         report_to="none",
@@ -70,11 +68,12 @@ def _take_one_gpu(args: TrainingArguments) -> None:
         args._n_gpu = 1
 
 
-def train(trainer: PackedTrainer, run: RunFolder, log: RunLog) -> dict[str, Any]:
-    """Train from where `run` stands to the end; return the results for run.json.
+def train(trainer: PackedTrainer, run: RunFolder) -> dict[str, Any]:
+    """Train from where `run` stands to the end, and put the weights to keep into the model; return the results for run.json.
 
     RunError, in one line, where memory runs out; KeyboardInterrupt after Ctrl-C, once the checkpoint is written.
     """
+    course = trainer.course
     run.begin()
     if run.checkpoint:
         print(f"going on from {show_path(run.checkpoint)}")
@@ -94,21 +93,36 @@ def train(trainer: PackedTrainer, run: RunFolder, log: RunLog) -> dict[str, Any]
             f"not enough memory after step {trainer.state.global_step}; lower MAX_LENGTH, or close other programs; {kept}"
         ) from None
     finally:
-        log.draw()
-    if trainer.control.should_training_stop and trainer.state.global_step < trainer.state.max_steps:
+        course.log.draw()
+    if course.control.agree_to_stop(trainer.args):
         raise KeyboardInterrupt(
             f"stopped after step {trainer.state.global_step}, checkpoint written; the same command goes on"
         )
-    evaluations = [entry for entry in log.entries if "eval_loss" in entry]
-    return {
+    return _results(trainer, course)
+
+
+def _results(trainer, course):
+    evaluations = course.log.evaluations()
+    kept = best_of(evaluations) if course.keep == "best" else evaluations[-1]
+    if kept is not evaluations[-1] and trainer.args.should_save:  # only the main process writes the model
+        if not course.best.load(trainer.model, kept["step"]):
+            kept = evaluations[-1]
+    start = course.log.before()
+    results = {
         "steps": trainer.state.global_step,
-        "tokens": round(log.tokens_per_step * trainer.state.global_step),
-        "train_loss": log.entries[-2]["loss"],
-        "eval_loss_before": evaluations[0]["eval_loss"],
-        "eval_loss": evaluations[-1]["eval_loss"],
-        "tokens_per_second": round(log.tokens_per_second(trainer.state), 1),
+        "kept_step": kept["step"],
+        "best_step": best_of(evaluations)["step"],
+        "tokens": round(course.log.tokens_per_step * trainer.state.global_step),
+        "train_loss": course.log.losses()[-1],
+        "eval_loss_before": start["eval_loss"],
+        "eval_loss": kept["eval_loss"],
+        "eval_loss_last": evaluations[-1]["eval_loss"],
+        "tokens_per_second": round(course.log.tokens_per_second(trainer.state), 1),
         "peak_memory_bytes": peak_memory(trainer.args.device),
     }
+    for line in verdict(start, evaluations, course.log.losses(), kept["step"]):
+        print(line)
+    return results
 
 
 def report(run: RunFolder, results: dict[str, Any], seconds: float) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -20,6 +21,7 @@ from utils.model.lm_head import backward_through_head
 from utils.progress import progress
 from utils.text import listed
 from utils.training.checkpoints import HiddenCheckpoint, remove_old_checkpoints
+from utils.training.course import Course
 from utils.training.losses import dpo_loss, sft_loss
 
 
@@ -32,11 +34,19 @@ class BatchLoss(NamedTuple):
 class PackedTrainer(Trainer):
     """Supervised fine-tuning. The loss is the mean cross-entropy over the trained tokens of a whole optimizer step."""
 
+    metric_names = ("loss",)  # of an evaluation
     loss_is_scaled_for_ga = True  # compute_loss divides by the units of the whole step, not of one batch
 
     def __init__(
-        self, model, args, train_rows: PackedRows, eval_rows: PackedRows | None, tokenizer, callbacks=()
+        self,
+        model,
+        args,
+        train_rows: PackedRows,
+        eval_rows: PackedRows | None,
+        tokenizer,
+        course: Course | None = None,
     ):
+        """`course`: what the run follows and what goes along with it; without one there are no evaluations and no resuming."""
         longest = max(rows.max_length for rows in (train_rows, eval_rows) if rows)
         super().__init__(
             model=model,
@@ -47,8 +57,9 @@ class PackedTrainer(Trainer):
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=tokenizer,
-            callbacks=list(callbacks),
+            callbacks=course.callbacks if course else None,
         )
+        self.course = course
         if (
             self.accelerator.ddp_handler
         ):  # several processes: gradients are kept once, not also in the buckets they travel in
@@ -89,13 +100,43 @@ class PackedTrainer(Trainer):
         self.step_losses.append((loss.detach(), inputs["ids"]))
         return loss
 
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """The learning rate as the run's schedule has it, which may be changed while the run goes on."""
+        if self.course is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            rate = self.course.schedule.rate
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: rate(step))
+        return self.lr_scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint:  # a run that prolongs another one has a schedule of its own
+            scheduler = self.lr_scheduler
+            rate = self.course.schedule.rate(scheduler.last_epoch)
+            for group, base in zip(self.optimizer.param_groups, scheduler.base_lrs, strict=True):
+                group["lr"] = base * rate
+            scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _run_epoch(self, **given):
+        if self.state.global_step >= self.state.max_steps:  # it was stopped after its last step
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**given)
+
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """The mean loss and metrics over all units of the evaluation rows: the same for any batch size and packing."""
+        """The mean loss and metrics over all units of the evaluation rows: the same for any batch size and packing.
+
+        Where the run is asked to stop meanwhile, nothing is logged; a checkpoint is written, and the evaluation made when the
+        run goes on. KeyboardInterrupt if nothing was trained yet.
+        """
         self.model.eval()
         sums, units, whole = {"loss": 0.0}, 0, torch.ones((), device=self.args.device)
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         for index in progress("evaluation", "rows")(range(rank, len(self.eval_dataset), processes)):
+            if self.course.stop_requested():
+                break
             batch = self._prepare_inputs(self.data_collator([self.eval_dataset[index]]))
             with self.compute_loss_context_manager():
                 loss, count, metrics = self.batch_loss(self.model(**model_inputs(batch)), batch, whole)
@@ -103,12 +144,24 @@ class PackedTrainer(Trainer):
             for name, value in {"loss": loss, **metrics}.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
         exact = torch.float64 if self.args.device.type == "cpu" else torch.float32
-        joined = torch.tensor([units, *sums.values()], dtype=exact).to(self.args.device)
-        units, *totals = self.accelerator.reduce(joined, "sum").tolist()
+        stop = self.course.stop_requested()
+        if not units:  # all processes have to exchange as many numbers
+            sums = dict.fromkeys(self.metric_names, 0.0)
+        joined = torch.tensor([stop, units, *sums.values()], dtype=exact).to(self.args.device)
+        stop, units, *totals = self.accelerator.reduce(joined, "sum").tolist()
+        if stop:
+            return self._leave_evaluation()
         results = {f"{metric_key_prefix}_{name}": total / units for name, total in zip(sums, totals)}
         self.log(results)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
         return results
+
+    def _leave_evaluation(self):
+        if self.state.global_step == self.course.schedule.start:
+            raise KeyboardInterrupt("stopped before the first step; the same command starts it again")
+        self.control.should_evaluate = False
+        self.control.should_save = self.control.should_training_stop = True
+        return {}
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
@@ -169,6 +222,8 @@ class PackedDPOTrainer(PackedTrainer):
     Items carry "documents" [chosen, rejected] and "reference_chosen", "reference_rejected": the log-probabilities of the two
     answers under the frozen starting model.
     """
+
+    metric_names = ("loss", "reward_margin", "reward_accuracy", "chosen_logps", "rejected_logps")
 
     def __init__(self, *args, beta: float, sft_weight: float, **kwargs):
         super().__init__(*args, **kwargs)

@@ -1,6 +1,7 @@
 """Export training rows as other trainers read them. One row an assistant turn, in the context that chat would give it.
 
-All of them render the chat template themselves. The tokens that they train are those that we train, and one final line break.
+All of them render the chat template themselves. The tokens that they train are those that we train, and one final line break;
+Axolotl leaves out that line break, and of an answer with reasoning its opening `<think>`, which it counts as prompt.
 """
 
 from collections.abc import Iterator
@@ -8,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from utils.errors import UserError
-from utils.files import read_jsonl, show_path, write_json, write_jsonl
+from utils.files import atomic_write, read_jsonl, show_path, write_json, write_jsonl
 
-TOOLS = ("llamafactory", "mlx", "trl")
+TOOLS = ("llamafactory", "axolotl", "mlx", "trl")
 
 
 class Turn(NamedTuple):
@@ -110,6 +111,54 @@ def _llamafactory_row(turn):
     return {"messages": turn.prompt, "chosen": replies[0], "rejected": replies[1]}
 
 
+# ---- Axolotl: conversations, of which one turn is marked for training; a configuration for SFT, another one for DPO
+
+# docs.axolotl.ai, dataset formats: "chat_template" for conversations, "chat_template.default" for DPO.
+AXOLOTL_SFT = """\
+    type: chat_template
+    field_messages: messages
+    roles_to_train: []              # none but the turns marked with "train"
+    message_field_training: train
+    train_on_eos: turn
+"""
+AXOLOTL_DPO = """\
+    type: chat_template.default
+    field_messages: messages
+    field_chosen: chosen
+    field_rejected: rejected
+"""
+
+
+def _for_axolotl(found, place, thinking):
+    lines = []
+    for kind, settings, first in (("sft", AXOLOTL_SFT, ""), ("dpo", AXOLOTL_DPO, "rl: dpo\n")):
+        files = {path.stem: path for path in found if path.stem.startswith(kind)}
+        for path in files.values():
+            write_jsonl(place / path.name, map(_axolotl_row, read_turns(path)))
+        if f"{kind}_train" not in files:
+            continue
+        text = f"# add to your training configuration\n{first}chat_template: tokenizer_default\n"
+        for split, name in (("train", "datasets"), ("eval", "test_datasets")):
+            if f"{kind}_{split}" in files:
+                text += f"{name}:\n  - path: {kind}_{split}.jsonl\n    ds_type: json\n    split: train\n{settings}"
+        with atomic_write(place / f"{kind}.yaml") as file:
+            file.write(text)
+        lines.append(f"axolotl train CONFIG.yaml, with the lines of {show_path(place)}/{kind}.yaml")
+    mode = "on" if thinking[found[0].stem] else "off"
+    return [
+        *lines,
+        f"(start it in {show_path(place)}; base_model: a folder whose chat template has thinking {mode} by default, "
+        "as a run of these scripts saves it)",
+    ]
+
+
+def _axolotl_row(turn):
+    replies = [_with_reasoning(reply) for reply in turn.replies]
+    if len(replies) == 1:
+        return {"messages": [*turn.prompt, replies[0] | {"train": True}]}
+    return {"messages": turn.prompt, "chosen": replies[0], "rejected": replies[1]}
+
+
 # ---- mlx-lm: a folder of train.jsonl and valid.jsonl; it has no DPO
 
 
@@ -151,4 +200,4 @@ def _trl_row(turn):
     }
 
 
-WRITERS = {"llamafactory": _for_llamafactory, "mlx": _for_mlx, "trl": _for_trl}
+WRITERS = {"llamafactory": _for_llamafactory, "axolotl": _for_axolotl, "mlx": _for_mlx, "trl": _for_trl}

@@ -1,0 +1,160 @@
+"""The finished model is the best of the run; what is kept until then survives a kill, or is not believed."""
+
+import shutil
+
+import pytest
+from small_runs import make_place, same_weights, train
+
+from utils.files import read_json, read_jsonl, write_jsonl
+from utils.training.best import best_of, verdict
+from utils.training.trainer import PackedTrainer
+
+WORSENS = ["--epochs", 3, "--warmup", 0, "--learning-rate", 1e-2, "--evaluations", 6]
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory):
+    """A place whose held-out answers are others than those trained on: the loss falls, then rises."""
+    folder = make_place(tmp_path_factory.mktemp("place"))
+    rows = list(read_jsonl(folder / "sft_eval.jsonl"))
+    for row in rows:
+        row["messages"][-1]["content"] = "功效：益气健脾。"
+    write_jsonl(folder / "sft_eval.jsonl", rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(wrong):
+    assert train("sft", wrong, wrong / "whole", *WORSENS) == 0
+    return wrong / "whole"
+
+
+def results(folder):
+    return read_json(folder / "run.json")["results"]
+
+
+def test_the_finished_model_is_the_best_one(wrong, finished, capsys):
+    found = results(finished)
+    assert found["kept_step"] == found["best_step"] < found["steps"]
+    assert found["eval_loss"] < found["eval_loss_last"]
+    again = ["--model", finished, "--max-steps", 1]
+    assert train("sft", wrong, wrong / "again", *again) == 0
+    assert results(wrong / "again")["eval_loss_before"] == pytest.approx(found["eval_loss"], rel=1e-5)
+
+
+def test_the_last_one_is_kept_where_asked_for(wrong, finished, capsys):
+    assert train("sft", wrong, wrong / "last", *WORSENS, "--keep", "last") == 0
+    found, said = results(wrong / "last"), capsys.readouterr().out
+    assert found["kept_step"] == found["steps"] and found["eval_loss"] == results(finished)["eval_loss_last"]
+    assert "is clearly worse than the best" in said and "or take --keep best" in said
+    assert not (wrong / "last/best").exists()
+
+
+@pytest.fixture
+def killed(wrong, monkeypatch):
+    """killed(name, step) -> the folder of a run that ended abruptly in the step after `step`."""
+
+    def run(name, step):
+        whole = PackedTrainer.training_step
+
+        def die(self, *given):
+            if self.state.global_step == step:
+                raise SystemExit(9)
+            return whole(self, *given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(PackedTrainer, "training_step", die)
+            assert train("sft", wrong, wrong / name, *WORSENS) == 9
+        return wrong / name
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [7, 11, 14, 17])
+def test_a_run_that_goes_on_keeps_the_same_best(killed, wrong, finished, step):
+    output = killed(f"killed_{step}", step)
+    assert len(list((output / "best").glob("*.safetensors"))) in (1, 2)
+    assert train("sft", wrong, output, *WORSENS) == 0
+    assert results(output)["kept_step"] == results(finished)["kept_step"] and same_weights(output, finished)
+    assert (output / "training_log.jsonl").read_bytes() == (finished / "training_log.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["weights", "label", "gone"])
+def test_damaged_best_weights_are_not_taken(killed, wrong, finished, capsys, damage):
+    output = killed(f"damaged_{damage}", 14)
+    for path in (output / "best").iterdir():
+        if damage == "gone":
+            path.unlink()
+        elif path.suffix == {"weights": ".safetensors", "label": ".json"}[damage]:
+            content = path.read_bytes()
+            path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert train("sft", wrong, output, *WORSENS) == 0
+    assert "is missing or damaged; the weights of the last step are kept instead" in capsys.readouterr().out
+    assert results(output)["kept_step"] == results(output)["steps"]
+
+
+def test_checkpoints_come_by_the_clock_too(place, tmp_path):
+    assert train("sft", place, tmp_path / "out", "--checkpoint-minutes", 1e-9, "--keep-checkpoints", 20) == 0
+    assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 12
+
+
+def entry(step, loss, accuracy=None):
+    more = {} if accuracy is None else {"eval_reward_accuracy": accuracy}
+    return {"step": step, "eval_loss": loss, **more}
+
+
+def test_the_best_of_pairs_is_by_accuracy_then_loss():
+    assert best_of([entry(1, 0.5, 0.8), entry(2, 0.6, 0.9), entry(3, 0.4, 0.9)])["step"] == 3
+    assert best_of([entry(1, 0.5), entry(2, 0.4), entry(3, 0.4)])["step"] == 2
+
+
+@pytest.mark.parametrize(
+    "start, after, losses, words",
+    [
+        (entry(0, 2.0), [entry(5, 1.5), entry(9, 1.4)], [3, 1], "kept: the last step, 9"),
+        (entry(0, 2.0), [entry(5, 1.5), entry(9, 1.6)], [3, 1], "clearly worse than the best (1.6000 against 1.5000)"),
+        (entry(0, 2.0), [entry(5, 2.1), entry(9, 2.2)], [3, 1], "lower LEARNING_RATE, or give it more rows"),
+        (entry(0, 2.0), [entry(5, 2.0), entry(9, 2.1)], [3, 3], "the training loss did not fall either"),
+        (entry(0, 0.7, 0), [entry(5, 0.7, 0.5)], [3, 1], "the best evaluation is at chance"),
+        (entry(0, 0.7, 0), [entry(5, 0.6, 0.9), entry(9, 0.5, 0.8)], [3, 1], "clearly worse than the best (80.0%"),
+    ],
+)  # fmt: skip
+def test_what_is_said_at_the_end(start, after, losses, words):
+    said = verdict(start, after, losses, best_of(after)["step"])
+    assert any(words in line for line in said) and len(said) <= 2
+    if "clearly" not in words and "lower" not in words:
+        assert not any("clearly" in line for line in said)
+
+
+def test_a_prolonged_run_goes_on_from_the_last_state(runs, place, tmp_path, capsys):
+    output = tmp_path / "out"
+    shutil.copytree(runs("sft"), output)
+    assert train("sft", place, output, "--epochs", 3) == 0
+    said = capsys.readouterr().out
+    assert "prolonging the run that was finished after step 12; its model is kept in" in said
+    (kept,) = tmp_path.glob("out.*")
+    assert same_weights(kept, runs("sft")) and read_json(kept / "run.json")["status"] == "finished"
+    record, log = read_json(output / "run.json"), list(read_jsonl(output / "training_log.jsonl"))
+    assert record["continues"]["results"]["steps"] == 12 and record["continues"]["folder"] == str(kept)
+    assert (
+        record["results"]["steps"] == 18
+        and record["results"]["eval_loss"] < record["continues"]["results"]["eval_loss"]
+    )
+    steps = [entry for entry in log if "loss" in entry]
+    assert [entry["step"] for entry in steps] == list(range(1, 19))
+    assert steps[12]["learning_rate"] == 0.003 / 2  # a warm-up of one step again, then down to zero once more
+    assert steps[13]["learning_rate"] > steps[-1]["learning_rate"] > 0
+    assert train("sft", place, output, "--epochs", 3) == 0
+    assert "is finished already" in capsys.readouterr().out
+    assert train("sft", place, output, "--epochs", 1) == 2
+    assert "EPOCHS: 3.0 -> 1.0" in capsys.readouterr().err
+
+
+def test_without_its_last_checkpoint_a_run_is_not_prolonged(runs, place, tmp_path, capsys):
+    shutil.copytree(runs("sft"), tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/checkpoint-12")
+    assert train("sft", place, tmp_path / "out", "--epochs", 3) == 2
+    assert "cannot be prolonged: the checkpoint of its last step, 12, is not there" in capsys.readouterr().err
+    assert same_weights(tmp_path / "out", runs("sft"))

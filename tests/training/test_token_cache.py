@@ -1,0 +1,294 @@
+"""Tokens are made once, and made again wherever what was kept is not whole or was made for anything else."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import numpy
+import pytest
+from conftest import ROOT
+from small_runs import make_place, train
+from tiny_model import make_tiny_tokenizer
+from token_rows import direct, items_of, some_pairs, some_rows
+from tokenizers import AddedToken
+
+from utils.errors import RunError, UserError
+from utils.files import read_jsonl, sample_by_id, write_jsonl
+from utils.model.batching import PackedRows, item_length
+from utils.model.chat_format import encode_answer, encode_prompt, with_default_mode
+from utils.training import dataset, token_cache
+from utils.training.dataset import load_conversations, load_pairs
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return make_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def path(tmp_path):
+    write_jsonl(tmp_path / "sft_train.jsonl", some_rows(60))
+    return tmp_path / "sft_train.jsonl"
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """made() -> how many times tokens were made since it was last asked."""
+    calls, encode = [], dataset.encode_conversations
+    monkeypatch.setattr(dataset, "encode_conversations", lambda *given: calls.append(given) or encode(*given))
+
+    def count():
+        found = len(calls)
+        calls.clear()
+        return found
+
+    return count
+
+
+def kept(path):
+    return sorted(
+        file.name for file in (path.parent / ".tokens").iterdir() if file.name.startswith(path.name)
+    )
+
+
+def test_tokens_are_those_of_chat(tokenizer, path, made):
+    """The first time and later, for several batches of rows, and whatever is typed in them."""
+    for times in (1, 0):
+        rows, thinking = load_conversations(path, tokenizer, 4096)
+        assert made() == times
+        assert items_of(rows) == direct(path, tokenizer)
+        assert thinking == (
+            sum("reasoning_content" in message for row in some_rows(60) for message in row["messages"])
+            > len(rows.items) / 2
+        )
+
+
+def test_tokens_of_pairs_are_those_of_chat(tokenizer, path):
+    pairs = some_pairs(20)
+    write_jsonl(path, pairs)
+    expected = []
+    for pair in pairs:
+        prompt = encode_prompt(tokenizer, pair["prompt"], "reasoning_content" in pair["chosen"][0])
+        answers = [encode_answer(tokenizer, pair[side][0]) for side in ("chosen", "rejected")]
+        expected.append({"id": pair["id"], "documents": [(prompt, answer) for answer in answers]})
+    for _ in range(2):
+        rows, _ = load_pairs(path, tokenizer, 4096)
+        assert items_of(rows) == expected
+        assert rows.sizes.lengths.tolist() == [item_length(item) for item in expected]
+
+
+def test_rows_are_packed_as_from_a_list(tokenizer, path, made):
+    """The same items in the same rows in the same order, at any MAX_LENGTH, which makes nothing again."""
+    everything = direct(path, tokenizer)
+    for max_length in (4096, 300, 150):
+        cached, _ = load_conversations(path, tokenizer, max_length)
+        listed = PackedRows([item for item in everything if item_length(item) <= max_length], max_length)
+        assert list(cached.rows) == list(listed.rows) and 1 < len(cached)
+        assert [[item["documents"] for item in row] for row in cached] == [
+            [item["documents"] for item in row] for row in listed
+        ]
+        assert (cached.tokens, cached.trained_tokens) == (listed.tokens, listed.trained_tokens)
+        assert numpy.array_equal(cached.keys, listed.keys) and cached.fullest(3) == listed.fullest(3)
+    assert made() == 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 59, 60, 100])
+def test_the_drawn_rows_are_those_of_sample_by_id(tokenizer, path, count):
+    drawn = {row["id"] for row in sample_by_id(read_jsonl(path), count)}
+    rows, _ = load_conversations(path, tokenizer, 4096, count)
+    assert items_of(rows) == [item for item in direct(path, tokenizer) if item["id"] in drawn]
+
+
+def change_data(path, tokenizer, monkeypatch):
+    write_jsonl(path, some_rows(59))
+
+
+def change_tokens(path, tokenizer, monkeypatch):
+    tokenizer.add_tokens([AddedToken("桂枝", normalized=False)])
+
+
+def change_template(path, tokenizer, monkeypatch):
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "<|im_start|> ")
+
+
+def change_format(path, tokenizer, monkeypatch):
+    monkeypatch.setattr(token_cache, "FORMAT", token_cache.FORMAT + 1)
+
+
+def change_version(path, tokenizer, monkeypatch):
+    monkeypatch.setattr(token_cache.tokenizers, "__version__", "0.0.1")
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (change_data, "data"),
+        (change_tokens, "tokenizer"),
+        (change_template, "tokenizer"),
+        (change_format, "format"),
+        (change_version, "versions"),
+    ],
+)
+def test_whatever_decides_the_tokens_makes_them_again(
+    path, tmp_path, made, monkeypatch, capsys, change, told
+):
+    tokenizer = make_tiny_tokenizer(tmp_path / "tokenizer")
+    load_conversations(path, tokenizer, 4096)
+    before = kept(path)
+    change(path, tokenizer, monkeypatch)
+    assert made() == 1 and not capsys.readouterr().out
+    rows, _ = load_conversations(path, tokenizer, 4096)
+    assert made() == 1 and items_of(rows) == direct(path, tokenizer)
+    assert f"were kept for other {told}; making the tokens again" in capsys.readouterr().out
+    gone = not set(before) & set(kept(path))
+    assert gone == (told != "tokenizer") and len(kept(path)) == (2 if gone else 4)
+
+
+def test_the_default_mode_of_a_finished_folder_changes_no_tokens(path, tmp_path, made):
+    """DPO after SFT, or a second SFT: the template says another default, which training never asks for."""
+    tokenizer = make_tiny_tokenizer(tmp_path / "tokenizer")
+    load_conversations(path, tokenizer, 4096)
+    tokenizer.chat_template = with_default_mode(tokenizer.chat_template, thinking=False)
+    rows, _ = load_conversations(path, tokenizer, 4096)
+    assert made() == 1 and items_of(rows) == direct(path, tokenizer)
+
+
+@pytest.mark.parametrize("place", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("file", ["arrow", "json"])
+def test_a_flipped_byte_is_found_and_said(tokenizer, path, made, capsys, file, place):
+    load_conversations(path, tokenizer, 4096)
+    [damaged] = (path.parent / ".tokens").glob(f"*.{file}")
+    content = bytearray(damaged.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 0x10
+    damaged.write_bytes(content)
+    assert made() == 1
+    rows, _ = load_conversations(path, tokenizer, 4096)
+    assert "is damaged; making the tokens again" in capsys.readouterr().out
+    assert made() == 1 and items_of(rows) == direct(path, tokenizer) and len(kept(path)) == 2
+    load_conversations(path, tokenizer, 4096)
+    assert made() == 0
+
+
+def start_process(path, folder, ends):
+    """Another process that makes the tokens; with `ends` it is gone, as when it is killed, in the middle of that."""
+    code = f"""
+import os, sys
+sys.path[:0] = [{str(ROOT)!r}]
+from pathlib import Path
+from transformers import AutoTokenizer
+from utils.training import dataset, token_cache
+encode, calls = dataset.encode_conversations, []
+def encode_some(*given):
+    calls.append(given)
+    if {ends} and len(calls) == 3:
+        os._exit(9)
+    return encode(*given)
+dataset.encode_conversations, token_cache.ROWS_AT_ONCE = encode_some, 10
+rows, _ = dataset.load_conversations(Path({str(path)!r}), AutoTokenizer.from_pretrained({str(folder)!r}), 4096)
+print(len(rows.items))
+"""
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+
+
+@pytest.mark.slow
+def test_a_kill_leaves_nothing_that_is_taken_for_whole(tokenizer, path, tmp_path, made):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    process = start_process(path, tmp_path / "tokenizer", True)
+    assert process.wait() == 9
+    assert not kept(path) and len(list((path.parent / ".tokens").iterdir())) == 1
+    rows, _ = load_conversations(path, tokenizer, 4096)
+    assert made() and items_of(rows) == direct(path, tokenizer)
+    assert [file.name for file in sorted((path.parent / ".tokens").iterdir())] == kept(path)
+
+
+def test_tokens_without_their_record_are_not_whole(tokenizer, path, made):
+    """Between the two a process can be killed as well."""
+    load_conversations(path, tokenizer, 4096)
+    [record] = (path.parent / ".tokens").glob("*.json")
+    record.unlink()
+    rows, _ = load_conversations(path, tokenizer, 4096)
+    assert made() == 2 and items_of(rows) == direct(path, tokenizer)
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_do_not_harm_one_another(tokenizer, path, tmp_path, made):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    processes = [start_process(path, tmp_path / "tokenizer", False) for _ in range(2)]
+    expected = direct(path, tokenizer)
+    for process in processes:
+        assert int(process.communicate()[0].split()[-1]) == len(expected)
+        assert process.returncode == 0
+    rows, _ = load_conversations(path, tokenizer, 4096)
+    assert made() == 0 and items_of(rows) == expected and len(kept(path)) == 2
+
+
+def test_a_folder_that_takes_nothing(tokenizer, path, made, capsys):
+    (path.parent / ".tokens").write_text("", encoding="utf-8")
+    for _ in range(2):
+        rows, _ = load_conversations(path, tokenizer, 4096)
+        assert "; every start makes them anew" in capsys.readouterr().out
+        assert made() == 1 and items_of(rows) == direct(path, tokenizer)
+
+
+def test_a_full_disk(tokenizer, path, made, monkeypatch, capsys):
+    """What fails is the write; the tokens are made once more elsewhere, and nothing of the attempt stays."""
+    write, full = token_cache.ArrowWriter.write_table, [True]
+
+    def write_once_full(*given):
+        if full.pop() if full else False:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(*given)
+
+    monkeypatch.setattr(token_cache.ArrowWriter, "write_table", write_once_full)
+    rows, _ = load_conversations(path, tokenizer, 4096)
+    assert "(No space left on device); every start" in capsys.readouterr().out
+    assert items_of(rows) == direct(path, tokenizer) and not list((path.parent / ".tokens").iterdir())
+
+
+def test_bad_rows_are_told_as_ever_and_nothing_is_kept(tokenizer, path):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("{\n")
+    with pytest.raises(UserError, match="line 61: not JSON"):
+        load_conversations(path, tokenizer, 4096)
+    assert not list((path.parent / ".tokens").iterdir())
+
+
+def test_data_that_change_while_they_are_read_are_not_kept_as_what_they_were(tokenizer, path, monkeypatch):
+    encode = dataset.encode_conversations
+
+    def encode_and_change(*given):
+        write_jsonl(path, some_rows(60, seed=3))
+        return encode(*given)
+
+    monkeypatch.setattr(dataset, "encode_conversations", encode_and_change)
+    with pytest.raises(RunError, match="was changed while it was read"):
+        load_conversations(path, tokenizer, 4096)
+    assert not list((path.parent / ".tokens").iterdir())
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"identity": 1}', "\0"])
+def test_a_record_of_anything_else_is_damage(tokenizer, path, made, text):
+    """Also that of earlier data, which is looked at for what has changed."""
+    for change in (False, True):
+        load_conversations(path, tokenizer, 4096)
+        made()
+        for record in (path.parent / ".tokens").glob("*.json"):
+            record.write_text(text, encoding="utf-8")
+        if change:
+            write_jsonl(path, some_rows(59))
+        load_conversations(path, tokenizer, 4096)
+        assert made() == 1 and len(kept(path)) == 2
+
+
+@pytest.mark.slow
+def test_every_way_to_start_takes_what_is_kept(tmp_path, made, capsys):
+    """Examples make the tokens; the estimate, the run, and one that starts over read them."""
+    place = make_place(tmp_path)
+    assert train("sft", place, place / "out", "--show-example", 1) == 0
+    assert made() == 1
+    assert train("sft", place, place / "out", "--estimate") == 0
+    assert made() == 1  # of the evaluation file
+    for more in ((), ("--fresh",)):
+        assert train("sft", place, place / "out", "--max-steps", 2, *more) == 0
+        assert made() == 0
