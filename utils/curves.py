@@ -13,7 +13,9 @@ from utils.files import atomic_write
 from utils.plots import label_text, load_pyplot, save_figure
 
 SMOOTHING = 0.05  # the smoothed curve averages over about this share of the run
-MOST_VALUES = 12  # evaluations whose values are written beside their points; of more, the first, the best and the last
+MOST_VALUES = (
+    12  # evaluations whose values are written beside their points; of more, the first, the best and the last
+)
 TEXT = {"font.size": 13, "axes.titlesize": 14, "legend.fontsize": 12}  # readable on a slide
 
 Entry = dict[str, Any]  # a line of training_log.jsonl
@@ -186,4 +188,6 @@ def _draw_run(axis, run, number, scale):
     axis.plot(steps * scale, values, "o", color=colour, markersize=6, markeredgecolor="black")
     if len(steps):
         place = {"textcoords": "offset points", "ha": "center", "fontsize": 11, "color": colour}
-        axis.annotate(f"{values[-1]:.3f}", (steps[-1] * scale, values[-1]), (0, 10 + 12 * (number % 3)), **place)
+        axis.annotate(
+            f"{values[-1]:.3f}", (steps[-1] * scale, values[-1]), (0, 10 + 12 * (number % 3)), **place
+        )

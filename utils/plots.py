@@ -121,7 +121,9 @@ def _draw_chance(axis, chance):
         axis.legend(loc="upper left", fontsize=8)
 
 
-def save_figure(pyplot: ModuleType, figure: Any, path: Path, dpi: int = 120, more: Sequence[Path] = ()) -> None:
+def save_figure(
+    pyplot: ModuleType, figure: Any, path: Path, dpi: int = 120, more: Sequence[Path] = ()
+) -> None:
     """Write a figure to `path` and to the paths in `more`, each whole and in the format of its name, and let go of it."""
     if figure.get_layout_engine() is None:
         figure.tight_layout()
