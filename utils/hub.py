@@ -265,9 +265,8 @@ def unchanged(path: Path, recorded: dict, record_path: Path) -> bool:
     """
     if not isinstance(recorded, dict) or not path.is_file() or path.stat().st_size != recorded.get("size"):
         return False
-    return path.stat().st_mtime_ns < record_path.stat().st_mtime_ns or sha256_of(path) == recorded.get(
-        "sha256"
-    )
+    older = path.stat().st_mtime_ns < record_path.stat().st_mtime_ns
+    return older or sha256_of(path) == recorded.get("sha256")
 
 
 def _part(path, file):

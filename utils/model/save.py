@@ -63,9 +63,8 @@ def write_config_for_other_tools(folder: Path) -> None:
         config["model_input_names"] = ["input_ids", "attention_mask"]
     for name in ("backend", "is_local", "local_files_only"):
         config.pop(name, None)
-    if isinstance(
-        config.get("extra_special_tokens"), list
-    ):  # the name that 4.x has for such a list, and 5.x takes
+    if isinstance(config.get("extra_special_tokens"), list):
+        # the name that 4.x has for such a list, and 5.x takes
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     write_json(folder / "tokenizer_config.json", config)
     (folder / "README.md").unlink(missing_ok=True)
