@@ -26,6 +26,7 @@ from utils.chat.options import LOOPBACK, Options, read_value
 from utils.chat.session import speed_of
 from utils.chat.terminal import note
 from utils.errors import RunError, UserError, explain, explain_os_error
+from utils.files import is_text
 
 LARGEST_BODY = 8 << 20  # bytes of a request
 SILENCE = 60  # seconds that a client may take between two bytes
@@ -116,11 +117,9 @@ def _read_message(message):
     if isinstance(content, list):  # OpenAI's parts; only texts are understood
         texts = [part.get("text") if isinstance(part, dict) else None for part in content]
         content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
-    if not isinstance(content, str) or any("\ud800" <= letter <= "\udfff" for letter in content):
-        raise UserError(
-            'every message is wanted as {"role": "system", "user" or "assistant", "content": text}'
-        )
-    return {"role": role, "content": content}
+    if is_text(content):
+        return {"role": role, "content": content}
+    raise UserError('every message is wanted as {"role": "system", "user" or "assistant", "content": text}')
 
 
 class _Handler(BaseHTTPRequestHandler):
