@@ -9,11 +9,12 @@ from pathlib import Path
 
 from utils.chat.history import History, Turn, load_history
 from utils.chat.model import ChatModel, Reply
-from utils.chat.options import KINDS, THINKING_MODES, Options, read_value
+from utils.chat.options import KINDS, Options, read_value
 from utils.chat.terminal import QUOTES, AnswerPrinter, loading, note, read_message, show_models
 from utils.device import Device
 from utils.errors import UserError, complain, explain
 from utils.files import show_path
+from utils.model.chat_format import THINKING_MODES
 from utils.model.folders import find_models
 from utils.model.generate import thinks_by_default
 from utils.settings import ROOT

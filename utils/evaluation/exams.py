@@ -135,10 +135,8 @@ def choices_by_letter(
     choices = []
     for item, asked in zip(exam, questions):
         rotations = [dict(zip(order, next(logps))) for _, order in asked]
-        scores = {
-            letter: sum(rotation[letter] for rotation in rotations) / len(rotations)
-            for letter in item["options"]
-        }
+        sums = {own: sum(rotation[own] for rotation in rotations) for own in item["options"]}
+        scores = {own: total / len(rotations) for own, total in sums.items()}
         choices.append(LetterChoice(_best(scores), scores, rotations))
     return choices
 

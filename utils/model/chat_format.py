@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import functools
 import re
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from utils.errors import UserError
+from utils.text import shorten
 
 if TYPE_CHECKING:  # --help of the scripts is not to wait for it
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +25,9 @@ if TYPE_CHECKING:  # --help of the scripts is not to wait for it
 END_OF_TURN = "<|im_end|>"
 TEXTS = ("content", "reasoning_content")  # of a message
 MARK = "\ufdd0"  # no character: Unicode keeps it for use inside a program
+
+# What settings say, and encode_prompt's `thinking`.
+THINKING_MODES = {"auto": None, "on": True, "off": False}
 
 # Qwen's decoding advice for Qwen3, by thinking mode (model card of Qwen/Qwen3-0.6B).
 DECODING = {
@@ -69,10 +72,8 @@ def _render(tokenizer, messages, mode):
     except MemoryError:
         raise
     except Exception as error:
-        why = textwrap.shorten(str(error), 200)
-        raise UserError(
-            f"the chat template of {tokenizer.name_or_path} does not render this conversation ({why})"
-        ) from None
+        refusal = f"the chat template of {tokenizer.name_or_path} does not render this conversation"
+        raise UserError(f"{refusal} ({shorten(str(error), 200)})") from None
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, message: dict) -> list[int]:
