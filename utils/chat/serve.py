@@ -47,10 +47,8 @@ def serve(chat_model: ChatModel, options: Options, system: str, host: str, port:
     """Answer requests until Ctrl-C. `system`: the system text of those without their own; `key`: the bearer token that each
     has to bring, "" for none."""
     with make_server(chat_model, options, system, host, port, key) as server:
-        shown = f"[{host}]" if ":" in host else host
-        note(
-            f"http://{shown}:{server.server_port}/v1 answers as OpenAI's chat completions do; Ctrl-C stops it"
-        )
+        address = f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}/v1"
+        note(f"{address} answers as OpenAI's chat completions do; Ctrl-C stops it")
         server.serve_forever()
 
 
@@ -248,9 +246,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _refuse(self, status, message):
-        self._send(
-            status, {"error": {"message": message, "type": "invalid_request_error", "code": status.value}}
-        )
+        error = {"message": message, "type": "invalid_request_error", "code": status.value}
+        self._send(status, {"error": error})
 
     def _fail(self, status, message):
         if self.streaming:  # the head is sent: an event says it, and the stream is cut
