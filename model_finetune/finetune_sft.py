@@ -3,7 +3,7 @@
     python model_finetune/finetune_sft.py
 
 Reads data_prepare/qwen3/sft_train.jsonl and sft_eval.jsonl, writes the finished model to trainer_output/sft_finetuned/ with its
-checkpoints, loss_curve.png, training_log.jsonl and run.json. Stopped or killed, the same command goes on where it was.
+checkpoints, loss_curve.png and .csv, training_log.jsonl, run.json and report.html. Stopped or killed, the same command goes on where it was.
 """
 
 import sys

@@ -18,6 +18,8 @@ from small_runs import METHODS, arguments, same_weights
 from utils.errors import run
 from utils.files import read_json, read_jsonl
 
+pytestmark = pytest.mark.slow  # every test starts processes, and kills some
+
 if not hasattr(os, "fork"):
     pytest.skip("stops trainings in forked processes", allow_module_level=True)
 # A process that has the libraries loaded and forks: each start costs a fraction of a second instead of seconds

@@ -19,14 +19,13 @@ from utils.evaluation.exams import (
     kind_of,
 )
 from utils.files import sample_by_id
-from utils.model.chat_format import encode_answer, encode_prompt, encode_turns
+from utils.model.chat_format import THINKING_MODES, encode_answer, encode_prompt, encode_turns
 from utils.model.generate import generate_tokens, read_answer, stop_tokens
 from utils.model.load import load_model, load_tokenizer
 from utils.model.logprobs import answer_logps, pack_for_scoring
 from utils.model.packed_forward import prepare_packed
 from utils.progress import progress
-
-THINKING_MODES = {"auto": None, "on": True, "off": False}
+from utils.settings import Settings
 
 DIGITS = "0-9一二三四五六七八九十百千"
 
@@ -77,7 +76,8 @@ class PreferenceResult(Result):
 
 
 class AnswerResult(Result):
-    """about: heldout or general; right: None where it cannot be told; repetition: see the function of this name."""
+    """about: heldout or general; right: None where it cannot be told; named: whether it names what the reference names, None
+    where that names nothing of the question; repetition: see the function of this name."""
 
     about: str
     question: str
@@ -86,15 +86,15 @@ class AnswerResult(Result):
     tokens: int
     ended: bool
     right: bool | None
+    named: bool | None
     repetition: float
 
 
-def measure(folder, tests: Tests, settings, device: Device) -> tuple[float, list[Any]]:
-    """(seconds of generating, the results of all tests) of a model folder."""
+def measure(folder: str, tests: Tests, settings: Settings, device: Device) -> tuple[float, list[Any]]:
+    """(seconds of generating, the results of all tests) of a model folder. `settings`: those of compare_models.py."""
     tokenizer = load_tokenizer(folder)
-    by_letter = letter_choices(
-        folder, tokenizer, tests.exam, settings.LETTER_ROWS, settings.BATCH_SIZE, device
-    )
+    letter_rows, batch_size = settings.LETTER_ROWS, settings.BATCH_SIZE
+    by_letter = letter_choices(folder, tokenizer, tests.exam, letter_rows, batch_size, device)
     model = load_model(folder, device.dtype).to(device.name).eval()
     # answers first: prepare_packed changes how the model computes
     seconds, answers = generated_answers(model, tokenizer, tests, settings)
@@ -108,40 +108,38 @@ def measure(folder, tests: Tests, settings, device: Device) -> tuple[float, list
     ]
 
 
-def letter_choices(folder, tokenizer, exam, count, batch_size, device) -> dict[str, dict]:
-    """{question id: its fields letter_choice, letter and rotations} for `count` of the questions (0: all).
+def letter_choices(
+    folder: str, tokenizer, exam: list[ExamQuestion], count: int, batch_size: int, device: Device
+) -> dict[str, dict]:
+    """{question id: its fields letter_choice, letter and rotations} for `count` of the questions (0: all; below: none).
 
     All questions with several right answers are among them, with letter_choice and `said`: they are asked in no other way.
     Weights and products are float32 whatever the device's number format. An untrained model finds all letters about
     equally likely, and bfloat16 would decide between them by rounding (4 of 60 choices were others).
     """
-    if not exam:
-        return {}
     several = [item for item in exam if kind_of(item) == MULTIPLE]
-    asked = sample_by_id([item for item in exam if kind_of(item) != MULTIPLE], count)
+    single = [item for item in exam if kind_of(item) != MULTIPLE]
+    asked = sample_by_id(single, count) if count >= 0 else []
+    if not several and not asked:
+        return {}
     model, found = load_model(folder, torch.float32).to(device.name).eval(), {}
     if several:
         watch = progress(f"exam, {len(several):,} questions with several right answers", always=True)
         stop = stop_tokens(model, tokenizer)
-        for item, named in zip(
-            several, choices_of_several(model, tokenizer, several, stop, batch_size, watch)
-        ):
+        sets = choices_of_several(model, tokenizer, several, stop, batch_size, watch)
+        for item, named in zip(several, sets):
             found[item["id"]] = {"letter_choice": named.letters, "said": named.said}
     if asked:
         watch = progress(f"exam by option letter, {len(asked):,} questions, every rotation", always=True)
         exact = replace(device, bf16=False)
-        for item, choice in zip(
-            asked, choices_by_letter(prepare_packed(model), tokenizer, asked, exact, watch)
-        ):
-            found[item["id"]] = {
-                "letter_choice": choice.letter,
-                "letter": choice.scores,
-                "rotations": choice.rotations,
-            }
+        choices = choices_by_letter(prepare_packed(model), tokenizer, asked, exact, watch)
+        for item, choice in zip(asked, choices):
+            scores = {"letter": choice.scores, "rotations": choice.rotations}
+            found[item["id"]] = {"letter_choice": choice.letter, **scores}
     return found
 
 
-def generated_answers(model, tokenizer, tests, settings) -> tuple[float, list[AnswerResult]]:
+def generated_answers(model, tokenizer, tests: Tests, settings: Settings) -> tuple[float, list[AnswerResult]]:
     """(seconds of generating, results) of some held-out questions and the general ones, answered greedily."""
     if not settings.GENERATE:
         return 0.0, []
@@ -173,23 +171,27 @@ class _Question(NamedTuple):
 
 def _questions(tests, settings):
     drawn = random.Random(settings.SEED).sample(tests.heldout, min(settings.GENERATE, len(tests.heldout)))
-    heldout = [
-        _Question("heldout", row["id"], row["messages"][:-1], row["messages"][-1]["content"], None)
-        for row in drawn
-    ]
-    general = [
-        _Question("general", row["id"], _asks(row["question"]), row["answer"], row["accept"])
-        for row in tests.general
-    ]
-    return heldout + general
+    questions = []
+    for row in drawn:
+        *messages, answer = row["messages"]
+        questions.append(_Question("heldout", row["id"], messages, answer["content"], None))
+    for row in tests.general:
+        asked = _asks(row["question"])
+        questions.append(_Question("general", row["id"], asked, row["answer"], row["accept"]))
+    return questions
 
 
 def _judge(asked, answer, said, ended, terms) -> AnswerResult:
     """The result of one answer: its text, the ids `said` (less the end token), and whether it ended by itself."""
     question = asked.messages[-1]["content"]
-    right = same_facts(terms, asked.reference, answer, question)
+    named, right = None, None
     if asked.accept:
         right = states_one_of(answer, asked.accept)
+    elif asked.accept is None:
+        named = same_names(terms, asked.reference, answer, question)
+        right = same_facts(terms, asked.reference, answer, question)
+        if right and named is False:
+            right = False
     return {
         "test": "answer",
         "about": asked.about,
@@ -200,12 +202,13 @@ def _judge(asked, answer, said, ended, terms) -> AnswerResult:
         "tokens": len(said) + ended,
         "ended": ended,
         "right": right,
+        "named": named,
         "repetition": repetition(said),
     }
 
 
-def answer_losses(model, tokenizer, test, rows, device) -> list[LossResult]:
-    """The loss of every assistant turn of conversations."""
+def answer_losses(model, tokenizer, test: str, rows: list[dict], device: Device) -> list[LossResult]:
+    """The loss of every assistant turn of conversations. `test`: their name in the results, heldout or general."""
     turns = [(row["id"], turn) for row in rows for turn in encode_turns(tokenizer, row["messages"])]
     if not turns:
         return []
@@ -217,18 +220,18 @@ def answer_losses(model, tokenizer, test, rows, device) -> list[LossResult]:
     ]
 
 
-def as_conversations(general) -> list[dict]:
+def as_conversations(general: list[dict]) -> list[dict]:
     """Rows of question and answer as rows of messages."""
-    return [
-        {
-            "id": row["id"],
-            "messages": [*_asks(row["question"]), {"role": "assistant", "content": row["answer"]}],
-        }
-        for row in general
-    ]
+    conversations = []
+    for row in general:
+        messages = [*_asks(row["question"]), {"role": "assistant", "content": row["answer"]}]
+        conversations.append({"id": row["id"], "messages": messages})
+    return conversations
 
 
-def exam_results(model, tokenizer, exam: list[ExamQuestion], by_letter, device) -> list[ExamResult]:
+def exam_results(
+    model, tokenizer, exam: list[ExamQuestion], by_letter: dict[str, dict], device: Device
+) -> list[ExamResult]:
     """Every question, by option text where it has one right answer, joined with its fields of `letter_choices`, if any."""
     asked, by_text = [item for item in exam if kind_of(item) != MULTIPLE], {}
     if asked:
@@ -241,32 +244,22 @@ def exam_results(model, tokenizer, exam: list[ExamQuestion], by_letter, device) 
     ]
 
 
-def preference_results(model, tokenizer, pairs, device) -> list[PreferenceResult]:
+def preference_results(model, tokenizer, pairs: list[dict], device: Device) -> list[PreferenceResult]:
     """Log-probabilities of the chosen and the rejected answer of every pair."""
     if not pairs:
         return []
-    documents = [
-        [
-            (
-                encode_prompt(tokenizer, pair["prompt"], bool(pair["chosen"][-1].get("reasoning_content"))),
-                encode_answer(tokenizer, pair[side][-1]),
-            )
-            for side in ("chosen", "rejected")
-        ]
-        for pair in pairs
-    ]
-    packed = pack_for_scoring([{"documents": pair} for pair in documents])
+    items = []
+    for pair in pairs:
+        chosen, rejected = pair["chosen"][-1], pair["rejected"][-1]
+        prompt = encode_prompt(tokenizer, pair["prompt"], bool(chosen.get("reasoning_content")))
+        answers = [encode_answer(tokenizer, message) for message in (chosen, rejected)]
+        items.append({"documents": [(prompt, answer) for answer in answers]})
     watch = progress(f"{len(pairs):,} preference pairs", always=True)
-    return [
-        {
-            "test": "preference",
-            "id": pair["id"],
-            "kind": pair.get("kind", ""),
-            "chosen": chosen,
-            "rejected": rejected,
-        }
-        for pair, (chosen, rejected) in zip(pairs, answer_logps(model, packed, device, watch))
-    ]
+    results = []
+    for pair, (good, bad) in zip(pairs, answer_logps(model, pack_for_scoring(items), device, watch)):
+        about = {"test": "preference", "id": pair["id"], "kind": pair.get("kind", "")}
+        results.append({**about, "chosen": good, "rejected": bad})
+    return results
 
 
 def _asks(question):
@@ -274,9 +267,26 @@ def _asks(question):
 
 
 def same_facts(terms: Terms, reference: str, answer: str, question: str) -> bool | None:
-    """Whether `answer` states exactly the terms that `reference` does; None where that states none beyond the question's."""
-    wanted = terms.stated(reference, question)
-    return terms.stated(answer, question) == wanted if wanted else None
+    """Whether `answer` states exactly the terms that `reference` does; None where that states none beyond the question's.
+
+    What is part of a name in the question counts: 麻黄 is an ingredient of 麻黄汤.
+    """
+    asked = _terms_in(terms, question)
+    wanted = _terms_in(terms, reference) - asked
+    return _terms_in(terms, answer) - asked == wanted if wanted else None
+
+
+def same_names(terms: Terms, reference: str, answer: str, question: str) -> bool | None:
+    """Whether `answer` holds the names of the question that `reference` repeats, such as the herb's; None if there are none.
+
+    A name with a wrong character is no term, so that `same_facts` would let it pass.
+    """
+    repeated = {term for term in _terms_in(terms, question) & _terms_in(terms, reference) if len(term) > 1}
+    return repeated <= _terms_in(terms, answer) if repeated else None
+
+
+def _terms_in(terms, text):
+    return {term for _, _, term in terms.find(text)}
 
 
 def states_one_of(answer: str, accept: list[str]) -> bool:

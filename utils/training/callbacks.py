@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback, TrainerState
 
+from utils.curves import plot_training
 from utils.files import atomic_write, show_path
-from utils.plots import plot_training
 from utils.progress import PLAIN_SECONDS
 from utils.text import duration
+from utils.training.best import best_of
 from utils.training.forecast import RunSize
 from utils.training.pace import SETTLED, Pace, done_at
 from utils.training.run_folder import RunFolder
@@ -103,12 +104,19 @@ class RunLog(TrainerCallback):
         if self.run.main and any("loss" in entry for entry in self.entries):
             self.last_drawn = time.monotonic()
             try:
-                plot_training(self.entries, self.picture, self.title)
+                best = best_of(self.evaluations())["step"] if self.evaluations() else None
+                plot_training(self.entries, self.picture, self._picture_title(), best)
             except PermissionError as error:  # on Windows, while a picture viewer has it open
                 self._print(
                     f"{show_path(self.picture)} cannot be redrawn now ({error.strerror}); training goes on",
                     keep=True,
                 )
+
+    def _picture_title(self):
+        """The method, with the model, the data and the day."""
+        settings = self.run.record["settings"]
+        model, data = Path(settings["MODEL"]).name, Path(settings["TRAIN_FILE"]).name
+        return f"{self.title} of {model} on {data}, {self.run.record['started'][:10]}"
 
     def tokens_per_second(self, state: TrainerState) -> float:
         """Real (unpadded) tokens a second over the steps of this process, evaluations and checkpoints left out."""

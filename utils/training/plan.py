@@ -80,7 +80,7 @@ def plan_step(model, train_rows: PackedRows, settings, device: Device, run) -> S
             train_rows.max_length if device.name == "mps" else 0
         )  # no fused kernel for training there
         tokens = tokens_at_once(train_rows, plan, device)
-        return memory_parts(costs, tokens, plan.recompute, device, row_length)
+        return memory_parts(costs, tokens, plan.recompute, device, row_length, plan.passes)
 
     needed = {plan: sum(parts(plan).values()) for plan in possible}
     kept = StepPlan(*run.record["plan"]) if run.checkpoint and "plan" in run.record else None
