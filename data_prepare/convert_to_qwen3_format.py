@@ -42,7 +42,7 @@ WORKERS = 0                           # processes; 0: one for input under 32 MB,
 
 DOWNLOAD = "python data_prepare/download_tcm_data.py"
 PAIRS = "python data_prepare/build_preference_pairs.py"
-TRAIN = "model_finetune/finetune_sft.py"
+TRAIN = {"sft": "model_finetune/finetune_sft.py", "dpo": "model_finetune/finetune_dpo.py"}
 COMPARE = "model_finetune/compare_models.py"
 
 
@@ -93,9 +93,11 @@ def main(argv=None):
 
 
 def next_command(folder, outputs):
-    """What to do with the files made: train on conversations, else compare models on the exam."""
-    if outputs["sft_train"]:
-        return command(TRAIN, TRAIN_FILE=folder / "sft_train.jsonl", EVAL_FILE=folder / "sft_eval.jsonl")
+    """What to do with the files made: train on conversations, else on pairs, else compare models on the exam."""
+    for kind, script in TRAIN.items():
+        if outputs[f"{kind}_train"]:
+            rows = {"TRAIN_FILE": folder / f"{kind}_train.jsonl", "EVAL_FILE": folder / f"{kind}_eval.jsonl"}
+            return command(script, **rows)
     made = {"EVAL_FILE": "sft_eval", "EXAM_FILE": "exam", "PAIRS_FILE": "dpo_eval"}
     return command(
         COMPARE, **{name: folder / f"{output}.jsonl" for name, output in made.items() if outputs[output]}

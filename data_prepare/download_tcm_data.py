@@ -84,13 +84,8 @@ def copy_sample(folder: Path) -> None:
         sample = require_file(SAMPLE_DIR / name, f"git checkout {show_path(SAMPLE_DIR / name)}")
         with atomic_write(folder / name, "wb") as copy:
             copy.write(sample.read_bytes())
-        write_source(
-            folder / name,
-            repo="sample",
-            revision=None,
-            file=show_path(sample),
-            licence="that of this project",
-        )
+        origin = {"repo": "sample", "revision": None, "file": show_path(sample)}
+        write_source(folder / name, **origin, licence="that of this project")
     say_next(folder)
 
 
@@ -116,9 +111,8 @@ def disk_paths(folder: Path, dataset: str, names: list[str]) -> dict[Path, str]:
 
     UserError where two files would get the same name, by letter case or by ending too.
     """
-    paths = {
-        folder / re.sub(r'[\\/:*?"<>|]', "-", f"{dataset.rpartition('/')[2]}-{name}"): name for name in names
-    }
+    prefix = dataset.rpartition("/")[2]
+    paths = {folder / re.sub(r'[\\/:*?"<>|]', "-", f"{prefix}-{name}"): name for name in names}
     if len({source_of(path).name.casefold() for path in paths}) < len(set(names)):
         raise UserError(
             f"some of {', '.join(sorted(names)[:8])} would get the same name here; choose with --files"
@@ -162,9 +156,8 @@ def main(argv: list[str] | None = None) -> None:
     paths = disk_paths(folder, dataset, names)
     pinned = names and COMMIT.fullmatch(revision)
     if pinned and all(is_finished(path, dataset, revision, name) for path, name in paths.items()):
-        say(
-            f"{dataset} at {revision[:7]} is complete in {show_path(folder)}: {', '.join(path.name for path in paths)}"
-        )
+        found = ", ".join(path.name for path in paths)
+        say(f"{dataset} at {revision[:7]} is complete in {show_path(folder)}: {found}")
         return
     settings.show()
 
@@ -176,14 +169,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # 4. Fetch, verify, move into place, and record where each file came from
     for path in hub.download(repo, {path: repo.files[name] for path, name in paths.items()}, ours):
-        write_source(
-            path,
-            repo=dataset,
-            revision=repo.commit,
-            asked_for=revision,
-            file=paths[path],
-            licence=repo.licence,
-        )
+        origin = {"repo": dataset, "revision": repo.commit, "asked_for": revision, "file": paths[path]}
+        write_source(path, **origin, licence=repo.licence)
     say_next(folder)
 
 

@@ -118,6 +118,7 @@ def _results(trainer, course):
         "eval_loss_before": start["eval_loss"],
         "eval_loss": kept["eval_loss"],
         "eval_loss_last": evaluations[-1]["eval_loss"],
+        "seconds": round(course.pace.elapsed(), 1),
         "tokens_per_second": round(course.log.tokens_per_second(trainer.state), 1),
         "peak_memory_bytes": peak_memory(trainer.args.device),
     }

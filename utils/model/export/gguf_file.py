@@ -187,19 +187,14 @@ NO_THINKING = "<think>\n\n</think>\n\n"
 
 def modelfile(source: Source, export: Export) -> str:
     """Ollama's Modelfile: its template ends in the prompt of the trained mode; stops and decoding as in generation_config."""
-    stops = [
-        source.tokenizer.decode([token]) for token in sorted(stop_tokens(source.model, source.tokenizer))
+    ids, decoding = sorted(stop_tokens(source.model, source.tokenizer)), DECODING[source.thinking]
+    lines = [
+        f"FROM ./{file_name(export)}",
+        f'TEMPLATE """{GO_TEMPLATE}{"" if source.thinking else NO_THINKING}"""',
+        *(f'PARAMETER stop "{source.tokenizer.decode([token])}"' for token in ids),
+        *(f"PARAMETER {name} {decoding[name]}" for name in ("temperature", "top_p", "top_k")),
     ]
-    decoding = DECODING[source.thinking]
-    return "\n".join(
-        [
-            f"FROM ./{file_name(export)}",
-            f'TEMPLATE """{GO_TEMPLATE}{"" if source.thinking else NO_THINKING}"""',
-            *(f'PARAMETER stop "{stop}"' for stop in stops),
-            *(f"PARAMETER {name} {decoding[name]}" for name in ("temperature", "top_p", "top_k")),
-            "",
-        ]
-    )
+    return "\n".join(lines) + "\n"
 
 
 def commands(export: Export, place: str) -> list[str]:
