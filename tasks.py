@@ -26,6 +26,18 @@ DATA = DEMO + "/qwen3"
 # A model of 3.7 M parameters takes far larger rates than one of 0.6 B, and shorter rows.
 SMALL = "--max-length 512 --rows-per-step 2"
 QUESTION = "麻黄的药性是什么？"
+# Of what the demo's rows never asked about. Which of them it answers right: README.md.
+SUGGESTED = """\
+麻黄有哪些功效？
+黄芩的药性是什么？请只写出答案。
+当归味属什么？
+天麻归哪些经？
+麻黄汤由哪些药组成？
+四逆散出自哪部医书？
+中府穴的代号是什么？
+三阴交穴属于哪条经脉？
+膻中穴在什么位置？
+肝郁脾虚证的代表方是什么？"""
 INTRODUCTION = f"""\
 This demo fine-tunes a tiny Qwen3 of 3.7 M parameters, pre-trained on the built-in sample, not Qwen3-0.6B: the same
 scripts, the same steps, minutes instead of hours. Everything lands in {DEMO}/."""
@@ -58,11 +70,11 @@ python model_finetune/finetune_dpo.py --model {DEMO}/sft_finetuned --output-dir 
 python model_finetune/compare_models.py --output-dir {DEMO}
     --models {TINY} {DEMO}/sft_finetuned {DEMO}/lora_finetuned {DEMO}/dpo_finetuned
     --eval-file {DATA}/sft_eval.jsonl --exam-file {DATA}/exam.jsonl --pairs-file {DATA}/dpo_eval.jsonl
-    --eval-rows 300 --letter-rows 40
+    --eval-rows 300 --letter-rows -1
 
 # ask the result a question
 # > {QUESTION}
-python model_download/load_local_model.py {DEMO}/dpo_finetuned --prompt {QUESTION} --greedy
+python model_download/load_local_model.py {DEMO}/dpo_finetuned --prompt {QUESTION}
 """
 
 
@@ -91,7 +103,8 @@ def demo() -> None:
     for pattern in ("*/loss_curve.png", "comparison.png", "comparison.md"):
         for path in sorted((ROOT / DEMO).glob(pattern)):
             print(path.relative_to(ROOT))
-    print(f"Chat: {PYTHON.relative_to(ROOT)} model_download/load_local_model.py {DEMO}/dpo_finetuned")
+    print(f"\nChat: {PYTHON.relative_to(ROOT)} model_download/load_local_model.py {DEMO}/dpo_finetuned")
+    print(f"Its answers are the likeliest ones (greedy). Ask it, for example:\n{SUGGESTED}")
 
 
 def demo_clean() -> None:

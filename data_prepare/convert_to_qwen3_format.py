@@ -42,7 +42,10 @@ WORKERS = 0                           # processes; 0: one for input under 32 MB,
 
 DOWNLOAD = "python data_prepare/download_tcm_data.py"
 PAIRS = "python data_prepare/build_preference_pairs.py"
-TRAIN = "python model_finetune/finetune_sft.py"
+TRAIN = {
+    "sft_train": "python model_finetune/finetune_sft.py",
+    "dpo_train": "python model_finetune/finetune_dpo.py",
+}
 COMPARE = "python model_finetune/compare_models.py"
 
 
@@ -88,7 +91,8 @@ def main(argv=None):
         *old_files(settings.OUTPUT_DIR, written.outputs),
     ):
         print(f"note: {note}")
-    print(f"next: {TRAIN if written.outputs['sft_train'] else COMPARE}")
+    trained = next((name for name in TRAIN if written.outputs[name]), None)
+    print(f"next: {TRAIN.get(trained, COMPARE)}")
     return 0
 
 

@@ -143,7 +143,10 @@ def make_model(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> Qwen3F
             eos_token_id=end,
         )
     )
-    model.generation_config = GenerationConfig(**generation_settings(tokenizer, thinking=False))
+    # Greedy: drawing at Qwen's temperature, a model this small says something wrong more often.
+    decoding = generation_settings(tokenizer, thinking=False)
+    ends = {name: value for name, value in decoding.items() if name.endswith("_token_id")}
+    model.generation_config = GenerationConfig(**ends, do_sample=False)
     return model
 
 

@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 
 import tasks
+from utils.files import read_jsonl
 from utils.settings import parse_settings
 
 # Stands in for every script of the demo: says how it was called, and may fail, be slow, or be stopped
@@ -92,8 +93,19 @@ def test_the_demo_runs_its_steps_one_after_another(project):
     assert {folder for _, folder, _ in ran} == {str(project)}
     assert done.stdout.endswith(
         "trainer_output/demo/sft/loss_curve.png\n"
-        "Chat: .venv/bin/python model_download/load_local_model.py trainer_output/demo/dpo_finetuned\n"
+        "\nChat: .venv/bin/python model_download/load_local_model.py trainer_output/demo/dpo_finetuned\n"
+        f"Its answers are the likeliest ones (greedy). Ask it, for example:\n{tasks.SUGGESTED}\n"
     )
+
+
+def test_the_suggested_questions_are_about_held_out_entities_and_none_is_a_training_question():
+    rows = list(read_jsonl(ROOT / "data_prepare/sample/tcm_sample.jsonl"))
+    held_out = {row["entity"] for row in rows if row["split"] == "eval"}
+    trained = {row["instruction"] for row in rows if row["split"] == "train"}
+    questions = tasks.SUGGESTED.splitlines()
+    assert len(set(questions)) == 10
+    for question in questions:
+        assert any(name in question for name in held_out) and question not in trained
 
 
 def test_a_failing_step_is_the_last_and_its_exit_code_stays(project):

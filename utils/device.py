@@ -1,6 +1,7 @@
 """Which device and number format to compute with, and why. CUDA, else Apple MPS, else CPU."""
 
 import ctypes
+import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ def pick_device(name: str = "auto", precision: str = "auto") -> Device:
         raise UserError(f"--device: no {name} device here; there is: {', '.join(here)}")
     if name == "cpu":
         hold_memory()
+        limit_kernels()
     if name == "mps" and precision == "bf16" and () < _macos() < (14,):
         raise UserError(
             f"--precision bf16 on an Apple GPU needs macOS 14, and this is {platform.mac_ver()[0]}; take fp32"
@@ -72,6 +74,13 @@ def hold_memory() -> None:
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
         libc.mallopt(M_TOP_PAD, 64 * 2**20)  # bytes asked for at a time
+
+
+def limit_kernels() -> None:
+    """Let oneDNN keep 256 kernels instead of 1,024: it makes some for every new shape of a product, about 2.6 MiB for each new length
+    of a document. An environment that says otherwise is obeyed. It has to come before the first product."""
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "256")
 
 
 def release_memory() -> None:

@@ -6,11 +6,11 @@ import types
 import pytest
 import torch
 from tiny_model import make_tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from utils.files import read_json
 from utils.model.lora import add_lora
-from utils.model.save import save_model
+from utils.model.save import remember_mode, save_model
 
 TEXT = "麻黄味辛、微苦，性温。<|im_end|>\n<think>\n\n</think>\n\n  What's this? 🌿"
 
@@ -75,3 +75,17 @@ def test_an_adapter_config_is_the_same_in_every_process(base, tmp_path, seed):
     model.peft_config["default"].target_modules = names[seed:] + names[:seed]
     save_model(model, AutoTokenizer.from_pretrained(base), tmp_path)
     assert read_json(tmp_path / "adapter_config.json")["target_modules"] == sorted(names)
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_a_base_that_answers_greedily_stays_greedy(base, tmp_path, sampled):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    if not sampled:
+        model.generation_config = GenerationConfig(do_sample=False)
+    remember_mode(model, tokenizer, thinking=False)
+    save_model(model, tokenizer, tmp_path)
+    written = read_json(tmp_path / "generation_config.json")
+    assert (written["do_sample"], written.get("temperature")) == ((True, 0.7) if sampled else (False, None))
+    assert written["eos_token_id"] == [
+        tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")
+    ]

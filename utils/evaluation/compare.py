@@ -25,7 +25,7 @@ from utils.model.hub_models import local_folder
 from utils.settings import Settings
 
 # Raise this number with every change of the code that changes a score or what counts as right.
-SCORING_VERSION = 3
+SCORING_VERSION = 4
 
 # The metrics of the exam: what kind of question, and which field of its results holds the choice.
 EXAM_METRICS = {
@@ -182,6 +182,9 @@ def metrics(results: Results) -> dict[str, Any]:
         found["mean_tokens"] = tokens_in_all / len(answers)
         found["tokens_per_second"] = tokens_in_all / results.generation_seconds
         found["answers_n"] = len(answers)
+        if named := [item["named"] for item in answers if item["named"] is not None]:
+            found["wrong_names"], found["wrong_names_n"] = 1 - sum(named) / len(named), len(named)
+            found["wrong_names_interval"] = wilson(len(named) - sum(named), len(named))
     return found | {"seconds": results.seconds}
 
 

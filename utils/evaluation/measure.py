@@ -76,7 +76,8 @@ class PreferenceResult(Result):
 
 
 class AnswerResult(Result):
-    """about: heldout or general; right: None where it cannot be told; repetition: see the function of this name."""
+    """about: heldout or general; right: None where it cannot be told; named: whether it names what the reference names, None
+    where that names nothing of the question; repetition: see the function of this name."""
 
     about: str
     question: str
@@ -85,6 +86,7 @@ class AnswerResult(Result):
     tokens: int
     ended: bool
     right: bool | None
+    named: bool | None
     repetition: float
 
 
@@ -109,16 +111,17 @@ def measure(folder: str, tests: Tests, settings: Settings, device: Device) -> tu
 def letter_choices(
     folder: str, tokenizer, exam: list[ExamQuestion], count: int, batch_size: int, device: Device
 ) -> dict[str, dict]:
-    """{question id: its fields letter_choice, letter and rotations} for `count` of the questions (0: all).
+    """{question id: its fields letter_choice, letter and rotations} for `count` of the questions (0: all; below: none).
 
     All questions with several right answers are among them, with letter_choice and `said`: they are asked in no other way.
     Weights and products are float32 whatever the device's number format. An untrained model finds all letters about
     equally likely, and bfloat16 would decide between them by rounding (4 of 60 choices were others).
     """
-    if not exam:
-        return {}
     several = [item for item in exam if kind_of(item) == MULTIPLE]
-    asked = sample_by_id([item for item in exam if kind_of(item) != MULTIPLE], count)
+    single = [item for item in exam if kind_of(item) != MULTIPLE]
+    asked = sample_by_id(single, count) if count >= 0 else []
+    if not several and not asked:
+        return {}
     model, found = load_model(folder, torch.float32).to(device.name).eval(), {}
     if several:
         watch = progress(f"exam, {len(several):,} questions with several right answers", always=True)
@@ -181,9 +184,14 @@ def _questions(tests, settings):
 def _judge(asked, answer, said, ended, terms) -> AnswerResult:
     """The result of one answer: its text, the ids `said` (less the end token), and whether it ended by itself."""
     question = asked.messages[-1]["content"]
-    right = same_facts(terms, asked.reference, answer, question)
+    named, right = None, None
     if asked.accept:
         right = states_one_of(answer, asked.accept)
+    elif asked.accept is None:
+        named = same_names(terms, asked.reference, answer, question)
+        right = same_facts(terms, asked.reference, answer, question)
+        if right and named is False:
+            right = False
     return {
         "test": "answer",
         "about": asked.about,
@@ -194,6 +202,7 @@ def _judge(asked, answer, said, ended, terms) -> AnswerResult:
         "tokens": len(said) + ended,
         "ended": ended,
         "right": right,
+        "named": named,
         "repetition": repetition(said),
     }
 
@@ -258,9 +267,26 @@ def _asks(question):
 
 
 def same_facts(terms: Terms, reference: str, answer: str, question: str) -> bool | None:
-    """Whether `answer` states exactly the terms that `reference` does; None where that states none beyond the question's."""
-    wanted = terms.stated(reference, question)
-    return terms.stated(answer, question) == wanted if wanted else None
+    """Whether `answer` states exactly the terms that `reference` does; None where that states none beyond the question's.
+
+    What is part of a name in the question counts: 麻黄 is an ingredient of 麻黄汤.
+    """
+    asked = _terms_in(terms, question)
+    wanted = _terms_in(terms, reference) - asked
+    return _terms_in(terms, answer) - asked == wanted if wanted else None
+
+
+def same_names(terms: Terms, reference: str, answer: str, question: str) -> bool | None:
+    """Whether `answer` holds the names of the question that `reference` repeats, such as the herb's; None if there are none.
+
+    A name with a wrong character is no term, so that `same_facts` would let it pass.
+    """
+    repeated = {term for term in _terms_in(terms, question) & _terms_in(terms, reference) if len(term) > 1}
+    return repeated <= _terms_in(terms, answer) if repeated else None
+
+
+def _terms_in(terms, text):
+    return {term for _, _, term in terms.find(text)}
 
 
 def states_one_of(answer: str, accept: list[str]) -> bool:

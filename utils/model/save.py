@@ -7,16 +7,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.device import release_memory
 from utils.files import read_json, write_json
-from utils.model.chat_format import generation_settings, with_default_mode
+from utils.model.chat_format import DECODING, generation_settings, with_default_mode
 from utils.model.load import load_model
 
 TOKENS_OF_CONFIG = ("bos_token_id", "pad_token_id")  # in config.json as well as in generation_config.json
 
 
 def remember_mode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, thinking: bool) -> None:
-    """Make the thinking mode of the training rows the default of all that is saved: checkpoints and finished folder alike."""
+    """Make the thinking mode of the training rows the default of all that is saved: checkpoints and finished folder alike.
+
+    Answers are drawn as Qwen advises for the mode; a base that says do_sample false, as the tiny one does, stays greedy.
+    """
     tokenizer.chat_template = with_default_mode(tokenizer.chat_template, thinking)
     settings = generation_settings(tokenizer, thinking)
+    if model.generation_config.do_sample is False:
+        settings = {name: value for name, value in settings.items() if name not in DECODING[thinking]}
     model.generation_config.update(**settings)
     model.config.update({name: settings[name] for name in TOKENS_OF_CONFIG})
 

@@ -187,12 +187,15 @@ NO_THINKING = "<think>\n\n</think>\n\n"
 
 def modelfile(source: Source, export: Export) -> str:
     """Ollama's Modelfile: its template ends in the prompt of the trained mode; stops and decoding as in generation_config."""
-    ids, decoding = sorted(stop_tokens(source.model, source.tokenizer)), DECODING[source.thinking]
+    ids = sorted(stop_tokens(source.model, source.tokenizer))
+    greedy = source.model.generation_config.do_sample is False
+    decoding = {"temperature": 0} if greedy else DECODING[source.thinking]
+    sampling = [name for name in ("temperature", "top_p", "top_k") if name in decoding]
     lines = [
         f"FROM ./{file_name(export)}",
         f'TEMPLATE """{GO_TEMPLATE}{"" if source.thinking else NO_THINKING}"""',
         *(f'PARAMETER stop "{source.tokenizer.decode([token])}"' for token in ids),
-        *(f"PARAMETER {name} {decoding[name]}" for name in ("temperature", "top_p", "top_k")),
+        *(f"PARAMETER {name} {decoding[name]}" for name in sampling),
     ]
     return "\n".join(lines) + "\n"
 
