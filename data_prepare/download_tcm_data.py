@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.errors import UserError, run
 from utils.files import atomic_write, require_file, sha256_of, show_path, write_json
 from utils.hub import COMMIT, Hub, Repo, read_record, unchanged
-from utils.settings import ROOT, parse_settings
+from utils.settings import ROOT, command, parse_settings
 from utils.text import say
 
 # fmt: off
@@ -39,7 +39,7 @@ PINNED_FILES = ["ChatMed_TCM-v0.2.json"]
 KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")  # what the conversion reads
 NOT_DATA = ("dataset_info.json", "dataset_infos.json")  # descriptions that the datasets library writes
 SAMPLE_DIR = ROOT / "data_prepare" / "sample"
-NEXT = "next: python data_prepare/convert_to_qwen3_format.py"
+CONVERT = "data_prepare/convert_to_qwen3_format.py"
 
 
 def source_of(path: Path) -> Path:
@@ -73,20 +73,20 @@ def count_rows(path: Path) -> int | None:
         return sum(1 for line in file if line.strip())
 
 
+def say_next(folder: Path) -> None:
+    """Tell the command that converts what is in `folder` now."""
+    print(f"next: {command(CONVERT, INPUT_FILES=folder)}")
+
+
 def copy_sample(folder: Path) -> None:
     """Put the built-in files into `folder`, offline."""
     for name in ("tcm_sample.jsonl", "tcm_exam.jsonl"):
         sample = require_file(SAMPLE_DIR / name, f"git checkout {show_path(SAMPLE_DIR / name)}")
         with atomic_write(folder / name, "wb") as copy:
             copy.write(sample.read_bytes())
-        write_source(
-            folder / name,
-            repo="sample",
-            revision=None,
-            file=show_path(sample),
-            licence="that of this project",
-        )
-    print(NEXT)
+        origin = {"repo": "sample", "revision": None, "file": show_path(sample)}
+        write_source(folder / name, **origin, licence="that of this project")
+    say_next(folder)
 
 
 def choose_files(repo: Repo, wanted: list[str]) -> list[str]:
@@ -111,9 +111,8 @@ def disk_paths(folder: Path, dataset: str, names: list[str]) -> dict[Path, str]:
 
     UserError where two files would get the same name, by letter case or by ending too.
     """
-    paths = {
-        folder / re.sub(r'[\\/:*?"<>|]', "-", f"{dataset.rpartition('/')[2]}-{name}"): name for name in names
-    }
+    prefix = dataset.rpartition("/")[2]
+    paths = {folder / re.sub(r'[\\/:*?"<>|]', "-", f"{prefix}-{name}"): name for name in names}
     if len({source_of(path).name.casefold() for path in paths}) < len(set(names)):
         raise UserError(
             f"some of {', '.join(sorted(names)[:8])} would get the same name here; choose with --files"
@@ -157,9 +156,8 @@ def main(argv: list[str] | None = None) -> None:
     paths = disk_paths(folder, dataset, names)
     pinned = names and COMMIT.fullmatch(revision)
     if pinned and all(is_finished(path, dataset, revision, name) for path, name in paths.items()):
-        say(
-            f"{dataset} at {revision[:7]} is complete in {show_path(folder)}: {', '.join(path.name for path in paths)}"
-        )
+        found = ", ".join(path.name for path in paths)
+        say(f"{dataset} at {revision[:7]} is complete in {show_path(folder)}: {found}")
         return
     settings.show()
 
@@ -171,15 +169,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # 4. Fetch, verify, move into place, and record where each file came from
     for path in hub.download(repo, {path: repo.files[name] for path, name in paths.items()}, ours):
-        write_source(
-            path,
-            repo=dataset,
-            revision=repo.commit,
-            asked_for=revision,
-            file=paths[path],
-            licence=repo.licence,
-        )
-    print(NEXT)
+        origin = {"repo": dataset, "revision": repo.commit, "asked_for": revision, "file": paths[path]}
+        write_source(path, **origin, licence=repo.licence)
+    say_next(folder)
 
 
 if __name__ == "__main__":

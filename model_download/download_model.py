@@ -77,10 +77,8 @@ def recorded_files(folder: Path, model: str, commit: str) -> dict:
 
 def is_finished(folder: Path, model: str, commit: str) -> bool:
     """Whether `folder` holds `model` at `commit`, whole and unchanged since; known without the network."""
-    files = recorded_files(folder, model, commit)
-    return bool(files) and all(
-        unchanged(folder / name, files[name], folder / "source.json") for name in files
-    )
+    files, source = recorded_files(folder, model, commit), folder / "source.json"
+    return bool(files) and all(unchanged(folder / name, files[name], source) for name in files)
 
 
 def check_pinned(repo: Repo) -> None:

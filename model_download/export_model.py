@@ -27,7 +27,7 @@ from utils.files import (
 )
 from utils.model.folders import check_model
 from utils.model.load import quiet_offline
-from utils.settings import ROOT, parse_settings
+from utils.settings import ROOT, Settings, parse_settings
 
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--precision q8_0) ----
@@ -48,7 +48,7 @@ DATA_DIR = "data_prepare/qwen3"                     # training-data: where sft_*
 FORMATS = ("folder", "gguf", "adapter", "training-data")
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     # 1. Settings, checked before torch is imported
     settings = parse_settings(__file__, argv, positional="MODEL")
     if settings.FORMAT not in FORMATS:
@@ -74,9 +74,8 @@ def main(argv=None):
     kind = FORMAT_MODULES[settings.FORMAT]
     export = Export(name, settings.PRECISION or kind.PRECISIONS[0], settings.BASE, place)
     if export.precision not in kind.PRECISIONS:
-        raise UserError(
-            f"--precision: wanted {' or '.join(kind.PRECISIONS) or 'none'}, got {export.precision!r}"
-        )
+        known = " or ".join(kind.PRECISIONS) or "none"
+        raise UserError(f"--precision: wanted {known}, got {export.precision!r}")
     kind.check(folder)
     prepare_folder(place)
     print(f"exporting {show_path(folder)} to {show_path(place)}", flush=True)
@@ -98,7 +97,8 @@ def main(argv=None):
     print(f"give it away (nothing is uploaded here): `hf upload YOUR-NAME/{name} {show_path(place)}`")
 
 
-def export_training_data(settings):
+def export_training_data(settings: Settings) -> None:
+    """Write the rows of DATA_DIR for the trainer FOR, and tell its command."""
     from utils.model.export.training_data import TOOLS, save_training_data
 
     if settings.FOR not in TOOLS:
@@ -108,7 +108,7 @@ def export_training_data(settings):
         print(line)
 
 
-def export_folder(settings, name):
+def export_folder(settings: Settings, name: str) -> Path:
     """OUTPUT_DIR, or the folder `name` among the exports; UserError where it holds a training run."""
     place = settings.OUTPUT_DIR or ROOT / "trainer_output" / "exports" / name
     if (place / "run.json").is_file():
@@ -116,14 +116,14 @@ def export_folder(settings, name):
     return place
 
 
-def read_questions(settings):
-    """The first PROMPTS conversations of EVAL_FILE, up to their last answer; [] where there is no such file."""
+def read_questions(settings: Settings) -> list[list[dict]]:
+    """PROMPTS conversations of EVAL_FILE, always the same, up to their last answer; [] where there is no such file."""
     if settings.EVAL_FILE and "EVAL_FILE" in settings.overridden:
         require_file(settings.EVAL_FILE, "python data_prepare/convert_to_qwen3_format.py")
     if not (settings.EVAL_FILE and settings.EVAL_FILE.is_file()):
         print("no EVAL_FILE: the export is not compared with the folder")
         return []
-    rows = sample_by_id(list(read_jsonl(settings.EVAL_FILE, ["id", "messages"])), settings.PROMPTS)
+    rows = sample_by_id(read_jsonl(settings.EVAL_FILE, ["id", "messages"]), settings.PROMPTS)
     return [row["messages"][:-1] for row in rows]
 
 

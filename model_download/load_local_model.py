@@ -17,10 +17,11 @@ from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.chat.options import LOOPBACK, THINKING_MODES, Options, read_value
+from utils.chat.options import LOOPBACK, Options, read_value
 from utils.chat.terminal import loading, note, prepare_terminal, show_models
 from utils.errors import UserError, run
 from utils.files import show_path
+from utils.model.chat_format import THINKING_MODES
 from utils.model.folders import check_model, find_models
 from utils.model.load import quiet_offline
 from utils.settings import Settings, parse_settings

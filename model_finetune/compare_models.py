@@ -7,7 +7,8 @@
 Reads sft_eval.jsonl, dpo_eval.jsonl and exam.jsonl of data_prepare/qwen3/ and, of data_prepare/sample/, general_questions.jsonl.
 Held-out loss, exam (by option text and by option letter; true or false, and several right answers, by themselves), preference
 pairs, facts stated, a control set of general questions, sample answers. Writes comparison.md, comparison.json and
-comparison.png to OUTPUT_DIR, and every item's scores to OUTPUT_DIR/comparison/. A model measured before is not measured again.
+comparison.png to OUTPUT_DIR, every item's scores to OUTPUT_DIR/comparison/, the training curves of the folders that have one to
+curves.png and curves.svg, and report.html in each training folder. A model measured before is not measured again.
 """
 
 import sys
@@ -71,7 +72,7 @@ def main(argv=None):
 
     from utils.device import pick_device
     from utils.evaluation.compare import compare_all, measured_or_kept, metrics
-    from utils.evaluation.report import terminal_lines, write_report
+    from utils.evaluation.report import draw_curves, terminal_lines, write_pages, write_report
 
     device = pick_device(settings.DEVICE, settings.PRECISION)
     print(f"device: {device}")
@@ -92,10 +93,14 @@ def main(argv=None):
     pairs = compare_all(measured)
 
     # 4. Write and print
+    curves = ", curves.png, curves.svg" if draw_curves(folders, settings.OUTPUT_DIR) else ""
     write_report(models, pairs, measured, settings, device, left_out)
+    pages = write_pages(folders, settings.OUTPUT_DIR)
     print("\n" + "\n".join(terminal_lines(models, pairs, measured, settings.SHOW)))
     place = show_path(settings.OUTPUT_DIR)
-    print(f"written: {place}/comparison.md, comparison.json, comparison.png; every item: comparison/")
+    print(f"written: {place}/comparison.md, comparison.json, comparison.png{curves}; every item: comparison/")
+    for page in pages:
+        print(f"report: {show_path(page)}")
 
 
 def models_to_compare(settings):

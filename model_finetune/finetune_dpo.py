@@ -3,7 +3,7 @@
     python model_finetune/finetune_dpo.py
 
 Starts from, and is held to, the SFT result. Reads data_prepare/qwen3/dpo_train.jsonl and dpo_eval.jsonl, writes the finished model
-to trainer_output/dpo_finetuned/ with its checkpoints, loss_curve.png, training_log.jsonl, run.json and reference_logps.json (the
+to trainer_output/dpo_finetuned/ with its checkpoints, loss_curve.png, training_log.jsonl, run.json, report.html and reference_logps.json (the
 answers' log-probabilities before training). Stopped or killed, the same command goes on where it was.
 Method: Rafailov et al. 2023, arXiv:2305.18290.
 """
@@ -32,6 +32,7 @@ LORA = False                # train adapters (RANK, ALPHA) instead of every weig
 RANK = 16                   # width of the adapters, with LORA
 ALPHA = 32                  # scale of the adapters, with LORA
 EPOCHS = 1.0                # passes over the pairs; more than one or two overfits them
+HOURS = 0.0                 # end after so many hours, saving included, if EPOCHS take longer; 0: no limit
 LEARNING_RATE = 5e-7        # peak rate; DPO takes far less than SFT
 WARMUP = 0.1                # share of the steps with a rising rate; a cosine over the run brings it down to zero
 WEIGHT_DECAY = 0.0          # pull of the weights towards zero
@@ -54,6 +55,7 @@ FRESH = False               # start over; an earlier run in OUTPUT_DIR is moved 
 
 
 def main(argv=None):
+    began = time.monotonic()
     settings = parse_settings(__file__, argv)
     for path in (settings.TRAIN_FILE, settings.EVAL_FILE):
         next(
@@ -75,14 +77,13 @@ def main(argv=None):
     from utils.model.save import remember_mode, save_adapter_and_merged, save_model
     from utils.training.course import Course
     from utils.training.dataset import load_pairs, show_examples
-    from utils.training.forecast import measure_run, plan_schedule
+    from utils.training.forecast import draw_in_time, measure_run, plan_schedule
     from utils.training.plan import check_disk, check_settings, plan_step
     from utils.training.reference import add_reference
     from utils.training.run_folder import RunFolder
     from utils.training.setup import report, train, training_arguments
     from utils.training.trainer import PackedDPOTrainer
 
-    began = time.monotonic()
     check_settings(settings)
     device = pick_device(settings.DEVICE, settings.PRECISION)
     print(f"device: {device}")
@@ -111,6 +112,7 @@ def main(argv=None):
 
     # 3. Plan the steps by the memory there is, the evaluations by the length of the run; configure the training arguments
     plan = plan_step(model, train_rows, settings, device, folder)
+    train_rows = draw_in_time(model, train_rows, settings, device, folder)
     size = measure_run(model, train_rows, plan, settings, device, folder)
     eval_rows, _ = load_pairs(settings.EVAL_FILE, tokenizer, settings.MAX_LENGTH, size.eval_rows)
     check_disk(model, settings, folder.folder)
@@ -123,7 +125,7 @@ def main(argv=None):
 
     # 4. Build the trainer; the reference's log-probabilities come first, from the model as it starts
     add_reference(model, {"train": train_rows, "eval": eval_rows}, device, folder)
-    course = Course(settings, folder, schedule, size, "DPO")
+    course = Course(settings, folder, schedule, size, "DPO", began)
     trainer = PackedDPOTrainer(
         model,
         args,

@@ -29,6 +29,7 @@ OUTPUT_DIR = "trainer_output/lora_finetuned"        # the run: adapter, merged/ 
 RANK = 16                   # width of the adapters: more learns more, and takes more memory
 ALPHA = 32                  # scale of the adapters: their product counts ALPHA / RANK times
 EPOCHS = 3.0                # passes over the training rows; a small model keeps gaining for two or three
+HOURS = 0.0                 # end after so many hours, saving included, if EPOCHS take longer; 0: no limit
 LEARNING_RATE = 2e-4        # peak rate; about ten times that of full fine-tuning
 WARMUP = 0.03               # share of the steps with a rising rate; a cosine over the run brings it down to zero
 WEIGHT_DECAY = 0.0          # pull of the weights towards zero; a short fine-tuning needs none
@@ -51,6 +52,7 @@ FRESH = False               # start over; an earlier run in OUTPUT_DIR is moved 
 
 
 def main(argv=None):
+    began = time.monotonic()
     settings = parse_settings(__file__, argv)
     for path in (settings.TRAIN_FILE, settings.EVAL_FILE):
         next(
@@ -76,7 +78,6 @@ def main(argv=None):
     from utils.training.setup import report, train, training_arguments
     from utils.training.trainer import PackedTrainer
 
-    began = time.monotonic()
     check_settings(settings)
     device = pick_device(settings.DEVICE, settings.PRECISION)
     print(f"device: {device}")
@@ -111,7 +112,7 @@ def main(argv=None):
     args = training_arguments(settings, device, folder, plan, size.steps)
 
     # 4. Build the trainer
-    course = Course(settings, folder, schedule, size, "LoRA")
+    course = Course(settings, folder, schedule, size, "LoRA", began)
     trainer = PackedTrainer(model, args, train_rows, eval_rows, tokenizer, course)
 
     # 5. Train, going on where an earlier run stopped

@@ -3,7 +3,7 @@
     python model_finetune/finetune_sft.py
 
 Reads data_prepare/qwen3/sft_train.jsonl and sft_eval.jsonl, writes the finished model to trainer_output/sft_finetuned/ with its
-checkpoints, loss_curve.png, training_log.jsonl and run.json. Stopped or killed, the same command goes on where it was.
+checkpoints, loss_curve.png and .csv, training_log.jsonl, run.json and report.html. Stopped or killed, the same command goes on where it was.
 """
 
 import sys
@@ -25,6 +25,7 @@ TRAIN_FILE = "data_prepare/qwen3/sft_train.jsonl"   # conversations to learn fro
 EVAL_FILE = "data_prepare/qwen3/sft_eval.jsonl"     # conversations that are only measured on
 OUTPUT_DIR = "trainer_output/sft_finetuned"         # the run: finished model, checkpoints, curve, log
 EPOCHS = 3.0                # passes over the training rows; a small model keeps gaining for two or three
+HOURS = 0.0                 # end after so many hours, saving included, if EPOCHS take longer; 0: no limit
 LEARNING_RATE = 2e-5        # peak rate for full fine-tuning; LoRA takes about ten times this
 WARMUP = 0.03               # share of the steps with a rising rate; a cosine over the run brings it down to zero
 WEIGHT_DECAY = 0.0          # pull of the weights towards zero; a short fine-tuning needs none
@@ -47,6 +48,7 @@ FRESH = False               # start over; an earlier run in OUTPUT_DIR is moved 
 
 
 def main(argv=None):
+    began = time.monotonic()
     settings = parse_settings(__file__, argv)
     for path in (settings.TRAIN_FILE, settings.EVAL_FILE):
         next(
@@ -72,7 +74,6 @@ def main(argv=None):
     from utils.training.setup import report, train, training_arguments
     from utils.training.trainer import PackedTrainer
 
-    began = time.monotonic()
     check_settings(settings)
     device = pick_device(settings.DEVICE, settings.PRECISION)
     print(f"device: {device}")
@@ -107,7 +108,7 @@ def main(argv=None):
     args = training_arguments(settings, device, folder, plan, size.steps)
 
     # 4. Build the trainer
-    course = Course(settings, folder, schedule, size, "SFT")
+    course = Course(settings, folder, schedule, size, "SFT", began)
     trainer = PackedTrainer(model, args, train_rows, eval_rows, tokenizer, course)
 
     # 5. Train, going on where an earlier run stopped

@@ -98,17 +98,8 @@ def make_arguments(folder):
     )
     names = {"--eval-file": "sft_eval.jsonl", "--exam-file": "exam.jsonl", "--pairs-file": "dpo_eval.jsonl"}
     files = [word for flag, name in names.items() for word in (flag, folder / name)]
-    return [
-        *files,
-        "--output-dir",
-        folder / "out",
-        "--max-new-tokens",
-        6,
-        "--device",
-        "cpu",
-        "--precision",
-        "fp32",
-    ]
+    flags = "--max-new-tokens 6 --device cpu --precision fp32".split()
+    return [*files, "--output-dir", folder / "out", *flags]
 
 
 def compare(*arguments):

@@ -179,9 +179,8 @@ def _handler(hub):
             self.answer(
                 206 if headers else 200, data[start : start + self.act["cut"]], {**headers, **promised}
             )
-            time.sleep(
-                self.act.get("hang", 0.1 if self.act.get("rst") else 0)
-            )  # let the client read what was sent
+            # Let the client read what was sent.
+            time.sleep(self.act.get("hang", 0.1 if self.act.get("rst") else 0))
             if self.act.get("rst"):
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.connection.close()

@@ -37,36 +37,11 @@ def make_place(folder):
 
 def arguments(method, place, output, *more, precision="fp32"):
     data = "dpo" if method == "dpo" else "sft"
-    return list(
-        map(
-            str,
-            [
-                "--model",
-                place / "base",
-                "--train-file",
-                place / f"{data}_train.jsonl",
-                "--eval-file",
-                place / f"{data}_eval.jsonl",
-                "--output-dir",
-                output,
-                "--epochs",
-                2,
-                "--max-length",
-                256,
-                "--rows-per-step",
-                2,
-                "--eval-rows",
-                12,
-                "--learning-rate",
-                3e-3,
-                "--device",
-                "cpu",
-                "--precision",
-                precision,
-                *more,
-            ],
-        )
-    )
+    words = ["--model", place / "base", "--output-dir", output]
+    words += ["--train-file", place / f"{data}_train.jsonl", "--eval-file", place / f"{data}_eval.jsonl"]
+    words += "--epochs 2 --max-length 256 --rows-per-step 2 --eval-rows 12 --learning-rate 3e-3".split()
+    words += ["--device", "cpu", "--precision", precision]
+    return [str(word) for word in (*words, *more)]
 
 
 def train(method, place, output, *more, precision="fp32"):

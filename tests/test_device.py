@@ -1,5 +1,6 @@
 """Which device and number format are chosen, on machines that are not here: their signs are faked."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -111,3 +112,11 @@ def test_bf16_on_an_apple_gpu_needs_macos_14(machine, monkeypatch, version, refu
             pick_device("mps", "bf16")
     else:
         assert pick_device("mps", "bf16").bf16
+
+
+def test_kernels_are_limited_unless_the_environment_says_otherwise(monkeypatch):
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "99")
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "to be put back")
+    monkeypatch.delenv("LRU_CACHE_CAPACITY")
+    device.limit_kernels()
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "99" and os.environ["LRU_CACHE_CAPACITY"] == "256"

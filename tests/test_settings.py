@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from utils.errors import run
-from utils.settings import parse_settings, read_constants
+from utils.settings import command, parse_settings, read_constants
 
 SCRIPT = '''"""A script.
 
@@ -69,6 +69,60 @@ def test_a_switch_does_not_take_the_next_word_for_its_value(script, tmp_path):
     settings = parse_settings(script, ["--fast", str(tmp_path / "model")], positional="MODEL")
     assert settings.FAST is True and settings.MODEL == str(tmp_path / "model")
     assert parse_settings(script, ["--fast", "false"]).FAST is False
+
+
+@pytest.mark.parametrize(
+    "line, wanted",
+    [
+        ('RATE = "2e-5"', "RATE is '2e-5', wanted 2e-5 without the quotes"),
+        ('STEPS = "3"', "STEPS is '3', wanted 3 without the quotes"),
+        ('FAST = "False"', "FAST is 'False', wanted False without the quotes"),
+        ("MAX_STEPS = 3.5", "MAX_STEPS is 3.5, wanted a whole number"),
+        ("DATA_FILE = 7", "DATA_FILE is 7, wanted a text"),
+        ("MODEL = None", "MODEL is None, wanted a text"),
+        ('INPUT_FILES = "a"', 'INPUT_FILES is \'a\', wanted ["a list", "of texts"]'),
+        ("RATE = 2e-5, 3", "RATE is (2e-05, 3), wanted a number"),
+        ("RATE = 2 * 1e-5", "RATE is a calculation, wanted a plain value"),
+    ],
+)
+def test_a_constant_edited_to_another_type_is_told_by_its_name(tmp_path, capsys, line, wanted):
+    path = tmp_path / "script.py"
+    path.write_text(f'"""A script."""\n# ---- Settings ----\n{line}\n# ----\n', encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        parse_settings(path, [])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: line 3 of the script: {wanted}")
+
+
+def test_a_misspelt_constant_is_told_with_the_one_meant(script, capsys):
+    script.write_text(SCRIPT.replace("RATE =", "RTAE ="), encoding="utf-8")
+    settings = parse_settings(script, [])
+    assert run(lambda: print(settings.RATE)) == 2
+    assert capsys.readouterr().err == (
+        "error: the settings at the top of the script have no RATE; is RTAE meant for it?\n"
+    )
+    assert not hasattr(settings, "anything_else")
+
+
+def test_the_next_command_carries_what_is_not_the_default_there(tmp_path):
+    script = "model_finetune/finetune_sft.py"
+    there = {"TRAIN_FILE": ROOT / "data_prepare/qwen3/sft_train.jsonl"}
+    assert command(script, **there) == f"python {script}"
+    elsewhere = {"TRAIN_FILE": tmp_path / "a b.jsonl", "MODEL": str(ROOT / "trainer_output/x")}
+    expected = f"python {script} --train-file '{tmp_path}/a b.jsonl' --model trainer_output/x"
+    assert command(script, **elsewhere) == expected
+    raw = ROOT / "data_prepare/raw"
+    assert command("data_prepare/convert_to_qwen3_format.py", INPUT_FILES=raw).endswith("format.py")
+
+
+def test_settings_are_shown_in_short_unless_asked_for(script, capsys):
+    parse_settings(script, ["--steps", "4"]).show()
+    assert capsys.readouterr().out == "settings: STEPS=4  the rest as in the script (--verbose shows all)\n"
+    parse_settings(script, []).show()
+    assert capsys.readouterr().out == "settings: as in the script (--verbose shows all)\n"
+    parse_settings(script, ["--steps", "4", "--verbose"]).show()
+    shown = capsys.readouterr().out
+    assert "STEPS=4*" in shown and "RATE=2e-05" in shown
 
 
 @pytest.mark.parametrize(

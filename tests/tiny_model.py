@@ -72,9 +72,8 @@ def make_tiny_model(folder, seed=0, context=1024):
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = make_tiny_tokenizer(folder)
-    settings = generation_settings(
-        tokenizer, thinking=True
-    )  # as Qwen3-0.6B: thinking is the template's default
+    # as Qwen3-0.6B: thinking is the template's default
+    settings = generation_settings(tokenizer, thinking=True)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=64,

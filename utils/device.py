@@ -1,6 +1,7 @@
 """Which device and number format to compute with, and why. CUDA, else Apple MPS, else CPU."""
 
 import ctypes
+import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from utils.errors import UserError
 @dataclass(frozen=True)
 class Device:
     """`name` is torch's device type, `bf16` whether matrix products run in bfloat16 (trained weights stay float32),
-    `half_weights` whether answers come from weights held in float16 (utils/half_weights.py)."""
+    `half_weights` whether answers come from weights held in float16 (utils/model/half_weights.py)."""
 
     name: str
     bf16: bool
@@ -45,37 +46,41 @@ def pick_device(name: str = "auto", precision: str = "auto") -> Device:
     if precision not in ("auto", "bf16", "fp32"):
         raise UserError(f"--precision: wanted auto, bf16 or fp32, got {precision!r}")
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in present.items() if there)
-    if not present.get(name):
-        raise UserError(
-            f"--device: no {name} device here; there is: {', '.join(kind for kind, there in present.items() if there)}"
-        )
+    here = [kind for kind, there in present.items() if there]
+    name = here[0] if name == "auto" else name
+    if name not in here:
+        raise UserError(f"--device: no {name} device here; there is: {', '.join(here)}")
     if name == "cpu":
         hold_memory()
+        limit_kernels()
     if name == "mps" and precision == "bf16" and () < _macos() < (14,):
         raise UserError(
             f"--precision bf16 on an Apple GPU needs macOS 14, and this is {platform.mac_ver()[0]}; take fp32"
         )
     native, reason = {"cuda": _cuda_bf16, "mps": _mps_bf16, "cpu": _cpu_bf16}[name]()
     if precision == "auto":
-        return Device(
-            name,
-            native,
-            reason,
-            name == "cpu" and not native and "fbgemm" in torch.backends.quantized.supported_engines,
-        )
+        half_weights = name == "cpu" and not native and "fbgemm" in torch.backends.quantized.supported_engines
+        return Device(name, native, reason, half_weights)
     return Device(name, precision == "bf16", f"{precision} as asked for; {reason}")
 
 
 def hold_memory() -> None:
-    """Keep the memory of freed tensors for the next ones. By default glibc gives large blocks back to the system at once, and
-    every training step pays for having each page of them zeroed and mapped again (full fine-tuning of 0.6 B parameters: 20
-    tokens/s so, 27 with this). Elsewhere than on glibc: does nothing."""
+    """Keep the memory of freed tensors for the next ones; does nothing elsewhere than on glibc.
+
+    By default glibc gives large blocks back to the system at once, and every training step pays for having each page of them
+    zeroed and mapped again (full fine-tuning of 0.6 B parameters: 20 tokens/s so, 27 with this).
+    """
     if libc := _glibc():
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
         libc.mallopt(M_TOP_PAD, 64 * 2**20)  # bytes asked for at a time
+
+
+def limit_kernels() -> None:
+    """Let oneDNN keep 256 kernels instead of 1,024: it makes some for every new shape of a product, about 2.6 MiB for each new length
+    of a document. An environment that says otherwise is obeyed. It has to come before the first product."""
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "256")
 
 
 def release_memory() -> None:

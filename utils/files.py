@@ -68,7 +68,7 @@ def _check_fields(row, wanted, where):
             raise UserError(f"{where}: {name} is not {FIELDS[name][1]}")
 
 
-def _is_text(value):
+def is_text(value: object) -> bool:
     """Whether it is a text that can be written as UTF-8: an escape such as \\ud800 by itself is half a character."""
     return isinstance(value, str) and not HALF_CHARACTER.search(value)
 
@@ -76,9 +76,9 @@ def _is_text(value):
 def _is_message(value):
     return (
         isinstance(value, dict)
-        and _is_text(value.get("role"))
-        and _is_text(value.get("content"))
-        and _is_text(value.get("reasoning_content") or "")
+        and is_text(value.get("role"))
+        and is_text(value.get("content"))
+        and is_text(value.get("reasoning_content") or "")
     )
 
 
@@ -97,7 +97,7 @@ HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 # What the fields of our files hold, as a test and in words.
 MESSAGES = (_are_messages, 'a list of {"role", "content"}')
 FIELDS = {
-    **dict.fromkeys(("id", "text", "question", "kind", "term"), (_is_text, "a text")),
+    **dict.fromkeys(("id", "text", "question", "kind", "term"), (is_text, "a text")),
     **dict.fromkeys(("prompt", "chosen", "rejected"), MESSAGES),
     "messages": (_is_conversation, 'a list of {"role", "content"} with a user and after it an assistant'),
 }

@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from utils.errors import RunError, UserError
-from utils.files import read_json, sha256_of, show_path
+from utils.files import is_text, read_json, sha256_of, show_path
 from utils.hub_requests import OTHER_MIRROR, Endpoint, ListingBudget, TemporaryFailure, Wanted, web_page
 from utils.progress import ByteProgress
 from utils.text import format_bytes, printable, say, shorten
@@ -72,7 +72,7 @@ class Hub:
         budget = ListingBudget(self.endpoint)
         info, _ = self.server.get_json(f"{api}/revision/{quote(revision, safe='')}", wanted, budget)
         commit, tags = (info.get("sha"), info.get("tags") or []) if isinstance(info, dict) else (None, [])
-        if not (_is_text(commit, COMMIT) and isinstance(tags, list) and all(map(_is_text, tags))):
+        if not (_is_digest(commit, COMMIT) and isinstance(tags, list) and all(map(is_text, tags))):
             raise RunError(f"{self.endpoint} does not describe {repo_id} as the Hub does")
         if COMMIT.fullmatch(revision) and revision != commit:
             raise RunError(f"{self.endpoint} gives commit {commit} for {repo_id} at {revision}")
@@ -191,26 +191,20 @@ def _read_entry(entry, endpoint):
         and _is_file_path(path)
         and type(size) is int
         and size >= 0
-        and _is_text(blob, COMMIT)
-        and (lfs is None or _is_text(sha256, SHA256))
+        and _is_digest(blob, COMMIT)
+        and (lfs is None or _is_digest(sha256, SHA256))
     ):
         raise RunError(f"{endpoint} does not list files as the Hub does: {shorten(repr(entry), 200)}")
     return HubFile(path, size, blob, sha256)
 
 
-def _is_text(value, pattern=re.compile(".*", re.DOTALL)):
+def _is_digest(value, pattern):
     return isinstance(value, str) and bool(pattern.fullmatch(value))
 
 
 def _is_file_path(path):
     """Whether `path` can be a file's in a repository: relative, inside it, without control characters or half characters."""
-    if (
-        not _is_text(path)
-        or printable(path) != path
-        or any("\ud800" <= letter <= "\udfff" for letter in path)
-    ):
-        return False
-    return not {"", ".", ".."} & set(path.split("/"))
+    return is_text(path) and printable(path) == path and not {"", ".", ".."} & set(path.split("/"))
 
 
 def _check_space(folder, to_fetch):
@@ -265,9 +259,8 @@ def unchanged(path: Path, recorded: dict, record_path: Path) -> bool:
     """
     if not isinstance(recorded, dict) or not path.is_file() or path.stat().st_size != recorded.get("size"):
         return False
-    return path.stat().st_mtime_ns < record_path.stat().st_mtime_ns or sha256_of(path) == recorded.get(
-        "sha256"
-    )
+    older = path.stat().st_mtime_ns < record_path.stat().st_mtime_ns
+    return older or sha256_of(path) == recorded.get("sha256")
 
 
 def _part(path, file):

@@ -81,9 +81,10 @@ class Endpoint:
 
     @contextlib.contextmanager
     def get(self, url: str, wanted: Wanted, headers: Mapping[str, str] | None = None) -> Iterator:
-        """The answer to a GET of `url`, its body still to be read. Redirects are followed here, and only where they may lead:
+        """The answer to a GET of `url`, its body still to be read.
 
-        a listing stays with the endpoint, the token goes to nobody else, and no public server sends us into this network.
+        Redirects are followed here, and only where they may lead: a listing stays with the endpoint, the token goes to nobody
+        else, and no public server sends us into this network.
         """
         # identity: a compressed answer would have neither the listed size nor ranges of the file itself
         headers = _headers() | {"Accept-Encoding": "identity", **(headers or {})}

@@ -1,12 +1,15 @@
-"""Pictures: loss curves of a training run, and the comparison of models. Labels are English: no font has to hold Chinese."""
+"""Pictures: the lengths of a data set, the comparison of models, and what every picture needs. Labels are English: no font has
+to hold Chinese."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from utils.files import atomic_write
 
-SMOOTHING = 0.05  # the smoothed curve averages over about this share of the run
+NEAR = 1.5  # a limit up to so many times the longest text is drawn; one that is further away is told in words
 
 PANELS = {  # of the comparison: the figure shown, and its title
     "heldout_loss": "held-out loss, nats a token (lower is better)",
@@ -39,79 +42,35 @@ def _not_about_its_cache(record):
     return not str(record.msg).startswith(("mkdir -p failed", "Matplotlib created a temporary cache"))
 
 
+def label_text(text: str, instead: str = "") -> str:
+    """A name for a picture: what the font may not hold as question marks, or `instead`, and no dollar sign begins a formula."""
+    shown = text if text.isascii() else instead or text.encode("ascii", "replace").decode()
+    return shown.replace("$", r"\$")
+
+
 def draw_lengths(path: Path, characters: list[int], tokens: list[int], max_length: int) -> None:
-    """A histogram of the conversations' lengths: in tokens where they were counted, else in characters."""
-    pyplot = load_pyplot()
-    lengths, unit = (tokens, "tokens") if tokens else (characters, "characters")
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    axes.hist(lengths, bins=60)
-    axes.set_xlabel(f"length of a conversation, {unit}")
-    axes.set_ylabel(f"conversations, of {len(lengths):,}")
-    if tokens:
-        axes.axvline(max_length, color="tab:red", label=f"MAX_LENGTH {max_length:,}")
-        axes.legend()
-    _save(pyplot, figure, path)
+    """A histogram of the conversations' lengths: in tokens where they were counted, else in characters.
 
-
-def plot_training(log: list[dict], path: Path, title: str) -> None:
-    """Draw a run from its log (list of dicts as in training_log.jsonl) to a PNG at `path`.
-
-    SFT and LoRA: training loss (raw and smoothed), evaluation loss, learning rate. DPO runs get two more panels: reward margin
-    and accuracy, and the log-probabilities of the chosen and the rejected answers.
+    MAX_LENGTH is a line where it is near the longest; else the legend says where it lies.
     """
     pyplot = load_pyplot()
-    steps = [entry for entry in log if "loss" in entry]
-    evaluations = [entry for entry in log if "eval_loss" in entry]
-    preference = any("reward_margin" in entry for entry in steps)
-    count, width = (3, 15) if preference else (1, 8)
-    figure, [panels] = pyplot.subplots(1, count, figsize=(width, 5), squeeze=False)
-    _draw_curve(panels[0], steps, evaluations, "loss", "loss", "C0")
-    _draw_rate(panels[0].twinx(), steps)
-    if preference:
-        _draw_curve(panels[1], steps, evaluations, "reward_margin", "reward margin", "C0")
-        _draw_reward_accuracy(panels[1].twinx(), evaluations)
-        for side, colour in (("chosen", "C0"), ("rejected", "C3")):
-            label = "log-probability of the answer"
-            _draw_curve(panels[2], steps, evaluations, f"{side}_logps", label, colour, f"{side}, ")
-    for panel in panels:
-        panel.set_xlabel("optimizer step")
-        panel.grid(alpha=0.3)
-        panel.legend(loc="best", fontsize=8)
-    figure.suptitle(title)
-    _save(pyplot, figure, path)
+    lengths, unit = (tokens, "tokens") if len(tokens) else (characters, "characters")
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    axes.hist(lengths, bins=min(60, max(1, len(set(lengths)))))
+    axes.set_xlabel(f"length of a conversation, {unit}")
+    axes.set_ylabel(f"conversations, of {len(lengths):,}")
+    axes.grid(alpha=0.3)
+    if len(tokens):
+        _mark_limit(axes, max(tokens), max_length)
+    save_figure(pyplot, figure, path)
 
 
-def _draw_rate(axis, steps):
-    x, y = _points(steps, "learning_rate")
-    axis.plot(x, y, color="grey", linewidth=0.8, linestyle=":")
-    axis.set_ylabel("learning rate (dotted)", color="grey")
-    axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-
-
-def _draw_reward_accuracy(axis, evaluations):
-    x, y = _points(evaluations, "eval_reward_accuracy")
-    axis.plot(x, y, "s--", color="C2")
-    axis.set_ylim(0, 1.05)
-    axis.set_ylabel("evaluation: share of pairs with margin > 0 (squares)", color="C2")
-
-
-def _draw_curve(axis, steps, evaluations, name, label, colour, prefix=""):
-    """Training values, raw and smoothed, and evaluation points of one quantity."""
-    x, y = _points(steps, name)
-    reach = max(1, round(SMOOTHING * len(y) / 2))
-    # centred, so that the curve does not lag behind
-    windows = [y[max(0, i - reach) : i + reach + 1] for i in range(len(y))]
-    smooth = [sum(window) / len(window) for window in windows]
-    axis.plot(x, y, color=colour, alpha=0.25, linewidth=0.8, label=f"{prefix}training, each step")
-    axis.plot(x, smooth, color=colour, linewidth=1.8, label=f"{prefix}training, smoothed")
-    x, y = _points(evaluations, f"eval_{name}")
-    style = {"color": colour if prefix else "black", "markersize": 5, "label": f"{prefix}evaluation"}
-    axis.plot(x, y, "o--", **style)
-    axis.set_ylabel(label)
-
-
-def _points(entries, name):
-    return [entry["step"] for entry in entries], [entry[name] for entry in entries]
+def _mark_limit(axes, longest, limit):
+    if limit <= NEAR * longest:
+        axes.axvline(limit, color="tab:red", label=f"MAX_LENGTH {limit:,}")
+    else:
+        axes.plot([], [], " ", label=f"longest {longest:,}, far below MAX_LENGTH {limit:,}")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
 
 
 def plot_comparison(models: dict[str, dict], path: Path) -> None:
@@ -125,13 +84,13 @@ def plot_comparison(models: dict[str, dict], path: Path) -> None:
     for axis, key in zip(axes.flat, keys):
         _draw_bars(axis, key, models)
     figure.suptitle("Black: 95 % interval")
-    _save(pyplot, figure, path, dpi=110)
+    save_figure(pyplot, figure, path, dpi=110)
 
 
 def _draw_bars(axis, key, models):
     """One measure: a bar a model with its interval; a share is drawn from 0 to 100 %, with the level of chance."""
     share, measure = key.endswith("accuracy"), key.removesuffix("_accuracy")
-    names = [name if name.isascii() else f"model {number}" for number, name in enumerate(models, 1)]
+    names = [label_text(name, f"model {number}") for number, name in enumerate(models, 1)]
     values = [figures.get(key, 0.0) for figures in models.values()]
     pairs = list(zip(values, models.values()))
     intervals = [figures.get(f"{measure}_interval") or [value, value] for value, figures in pairs]
@@ -162,8 +121,13 @@ def _draw_chance(axis, chance):
         axis.legend(loc="upper left", fontsize=8)
 
 
-def _save(pyplot, figure, path, dpi=120):
-    figure.tight_layout()
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=dpi)
+def save_figure(
+    pyplot: ModuleType, figure: Any, path: Path, dpi: int = 120, more: Sequence[Path] = ()
+) -> None:
+    """Write a figure to `path` and to the paths in `more`, each whole and in the format of its name, and let go of it."""
+    if figure.get_layout_engine() is None:
+        figure.tight_layout()
+    for target in (path, *more):
+        with atomic_write(target, "wb") as file:
+            figure.savefig(file, format=target.suffix[1:], dpi=dpi)
     pyplot.close(figure)

@@ -23,9 +23,8 @@ class ByteProgress:
         self.bar = None
         if sys.stdout.isatty():
             units = {"unit": "iB", "unit_scale": True, "unit_divisor": 1024}
-            self.bar = _bar(
-                self.name, total=size, initial=start, delay=0 if always else QUIET_SECONDS, **units
-            )
+            delay = 0 if always else QUIET_SECONDS
+            self.bar = _bar(self.name, total=size, initial=start, delay=delay, **units)
 
     def __enter__(self):
         if self.start:
@@ -69,7 +68,6 @@ def progress(label: str, unit: str = "batches", always: bool = False) -> Callabl
     What is no list is wrapped together with the number of its steps. What takes less than QUIET_SECONDS is not mentioned,
     unless `always`.
     """
-
     label = printable(label)
 
     def watch(steps, count=None):

@@ -20,14 +20,30 @@ import difflib
 import itertools
 import math
 import re
+import shlex
 import sys
 import textwrap
 from pathlib import Path
 
-from utils.errors import complain
+from utils.errors import UserError, complain
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST = 2**31 - 1
+
+# Endings of the names of constants that are texts whatever they look like, and of those that count something.
+TEXTS = ("_DIR", "_FILE", "MODEL", "PROMPT", "SYSTEM", "_KEY", "HOST", "COLUMNS")
+COUNTS = (
+    "_STEPS",
+    "_STEP",
+    "_ROWS",
+    "_LENGTH",
+    "_TOKENS",
+    "_SIZE",
+    "_CHECKPOINTS",
+    "SEED",
+    "EVALUATIONS",
+    "WORKERS",
+)
 
 # Least and most of a number, by the name of its constant. Where the comment of one names -1, that is allowed as well.
 LIMITS = {
@@ -51,18 +67,32 @@ class Settings(argparse.Namespace):
     """The resolved constants as attributes. `overridden` names the flags that the command line gave."""
 
     overridden: set
+    verbose: bool
+
+    def __getattr__(self, name):
+        """Only asked for what is not there: a constant that was misspelt, or left out, at the top of the script."""
+        if not name.isupper():
+            raise AttributeError(name)
+        near = difflib.get_close_matches(name, self.as_dict(), n=1, cutoff=0.5)
+        hint = f"; is {near[0]} meant for it?" if near else ""
+        raise UserError(f"the settings at the top of the script have no {name}{hint}")
 
     def as_dict(self) -> dict:
         """{name: value}, with paths inside the repository written relative to it (for printing and run.json)."""
         return {name: _plain(value) for name, value in vars(self).items() if name.isupper()}
 
     def show(self) -> None:
-        """Print the settings on a few lines, those from the command line marked with a star."""
-        shown = [
-            f"{name}={value!r}{'*' if name in self.overridden else ''}"
-            for name, value in self.as_dict().items()
-        ]
-        line = "settings (* from the command line): " + "  ".join(shown)
+        """Print the settings that the command line gave; with --verbose all, those marked with a star."""
+        everything = self.as_dict()
+        if self.verbose:
+            shown = [
+                f"{name}={value!r}{'*' if name in self.overridden else ''}"
+                for name, value in everything.items()
+            ]
+            line = "settings (* from the command line): " + "  ".join(shown)
+        else:
+            shown = [f"{name}={value!r}" for name, value in everything.items() if name in self.overridden]
+            line = f"settings: {'  '.join([*shown, ''])}{'the rest ' if shown else ''}as in the script (--verbose shows all)"
         whole_words = {"break_long_words": False, "break_on_hyphens": False}
         print(textwrap.fill(line, 118, subsequent_indent="  ", **whole_words))
 
@@ -74,10 +104,13 @@ def parse_settings(script: str | Path, argv: list | None = None, positional: str
     line, on an unknown flag (the nearest is named) or on a value of the wrong type.
     """
     source = Path(script).read_text(encoding="utf-8")
-    constants = read_constants(source)
+    try:
+        constants = read_constants(source)
+    except UserError as error:
+        sys.exit(complain(error, 2))
     parser = _make_parser(script, ast.get_docstring(ast.parse(source)), constants, positional)
     given = _read_flags(parser, sys.argv[1:] if argv is None else argv, constants, positional)
-    settings = Settings(overridden=set(given))
+    settings = Settings(verbose=given.pop("verbose"), overridden=set(given))
     here = _current_folder(parser)
     for name, (value, _) in constants.items():
         resolved = _resolve(name, given.get(name, value), here if name in given else ROOT)
@@ -88,15 +121,69 @@ def parse_settings(script: str | Path, argv: list | None = None, positional: str
     return settings
 
 
+def command(script: str, **values: str | Path) -> str:
+    """The command that runs `script` of this repository with these constants: a flag for each that its own default is not.
+
+    command("model_finetune/finetune_sft.py", TRAIN_FILE=path) -> "python model_finetune/finetune_sft.py --train-file ..."
+    """
+    constants = read_constants((ROOT / script).read_text(encoding="utf-8"))
+    words = ["python", script]
+    for name, value in values.items():
+        default = constants[name][0]
+        default = default[0] if isinstance(default, list) and default else default
+        if (ROOT / str(value)).resolve() != (ROOT / str(default)).resolve():
+            words += [_flag(name), str(_plain(value))]
+    return shlex.join(words)
+
+
 def read_constants(source: str) -> dict[str, tuple]:
     """{NAME: (value, comment)} of the settings block in a script's source text, in order."""
     lines = source.splitlines()
     start, end = _settings_block(lines)
     return {
-        node.targets[0].id: (ast.literal_eval(node.value), _comment_of(node, lines[:end]))
+        node.targets[0].id: (_value_of(node), _comment_of(node, lines[:end]))
         for node in ast.parse(source).body
         if isinstance(node, ast.Assign) and start < node.lineno <= end and node.targets[0].id.isupper()
     }
+
+
+def _value_of(node):
+    """The value of an assignment in the settings block. UserError where it is none that a flag could have as well."""
+    name = node.targets[0].id
+    try:
+        value = ast.literal_eval(node.value)
+    except ValueError:
+        raise UserError(
+            f"line {node.lineno} of the script: {name} is a calculation, wanted a plain value"
+        ) from None
+    wanted = _wanted(name, value)
+    if wanted:
+        raise UserError(f"line {node.lineno} of the script: {name} is {value!r}, wanted {wanted}")
+    return value
+
+
+def _wanted(name, value) -> str:
+    """What a constant should be instead; "" where it may be what it is. Told by its name, which also says how it is used."""
+    if name.endswith(("_FILES", "MODELS")):
+        return (
+            ""
+            if isinstance(value, list) and all(isinstance(item, str) for item in value)
+            else '["a list", "of texts"]'
+        )
+    if name.endswith(TEXTS):
+        return "" if isinstance(value, str) else 'a text, as in "text"'
+    if isinstance(value, str) and _is_quoted(value):
+        return f"{value.strip()} without the quotes"
+    if isinstance(value, float) and name.endswith(COUNTS):
+        return "a whole number"
+    return "" if type(value) in (bool, int, float, str, list) else "a number, a text in quotes, True or False"
+
+
+def _is_quoted(text):
+    """Whether a text is a number or a truth value that was put in quotes."""
+    return text.strip() in ("True", "False") or bool(
+        re.fullmatch(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?", text.strip())
+    )
 
 
 def _settings_block(lines):
@@ -121,12 +208,15 @@ def _make_parser(script, description, constants, positional):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.flags = [_flag(name) for name in constants]
+    parser.flags = [*(_flag(name) for name in constants), "--verbose"]
     for name, (value, comment) in constants.items():
         help_line = f"{comment} [{value!r}]".replace("%", "%%")
         parser.add_argument(
             _flag(name), dest=name, default=argparse.SUPPRESS, help=help_line, **_value_options(value)
         )
+    parser.add_argument(
+        "--verbose", action="store_true", help="print every setting at the start, not only what was given"
+    )
     if positional:
         parser.add_argument("positional", nargs="?", default=None, help=argparse.SUPPRESS)
     return parser

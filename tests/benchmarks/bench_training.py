@@ -37,15 +37,19 @@ VARIANTS = {
     ("lora", "ours"): {},
     ("lora", "TRL padded"): {"batch": 4},
     ("lora", "TRL packed"): {"packing": True},
+    ("lora", "TRL packed, base in bf16"): {"packing": True, "base": "bfloat16"},
     ("dpo", "ours"): {},
-    ("dpo", "TRL padded"): {"batch": 2},
+    ("dpo", "TRL"): {"batch": 2},  # padded: it packs no pairs
 }
-# ours for SFT again, with other threads and rows
-SCALING = {
-    "ours, 1 thread": {"threads": 1},
-    "ours, rows of 256 tokens": {"max_length": 256},
-    "ours, rows of 1024 tokens": {"max_length": 1024},
-    "ours, rows of 2048 tokens": {"max_length": 2048},
+# ours for SFT again, with other threads and rows; longer rows take fewer steps
+GROWTH = {
+    f"ours, rows of {length} tokens, {threads} thread{'s' * (threads > 1)}": {
+        "threads": threads,
+        "max_length": length,
+        "steps": max(3, min(6, 4096 // length)),
+    }
+    for length in (256, 512, 1024, 2048, 4096)
+    for threads in (2, 1)
 }
 
 
@@ -136,7 +140,7 @@ def ours(method, precision, options, folder):
     from transformers import set_seed
 
     from utils.device import pick_device
-    from utils.model.load import load_model, load_tokenizer
+    from utils.model.load import load_for_lora, load_model, load_tokenizer
     from utils.model.logprobs import answer_logps
     from utils.model.lora import add_lora
     from utils.model.packed_forward import prepare_packed
@@ -171,7 +175,10 @@ def ours(method, precision, options, folder):
     args.save_strategy = "no"
     set_seed(0)
     tokenizer = load_tokenizer(options.model)
-    model = prepare_packed(load_model(options.model, torch.float32))
+    if method == "lora":
+        model = add_lora(prepare_packed(load_for_lora(options.model, device.dtype)), settings)
+    else:
+        model = prepare_packed(load_model(options.model, torch.float32))
     load = load_pairs if method == "dpo" else load_conversations
     rows, _ = load(
         Path(options.pairs_file if method == "dpo" else options.train_file),
@@ -191,9 +198,7 @@ def ours(method, precision, options, folder):
         )
         trainer = PackedDPOTrainer(model, args, rows, None, tokenizer, beta=0.1, sft_weight=0.2)
     else:
-        trainer = PackedTrainer(
-            add_lora(model, settings) if method == "lora" else model, args, rows, None, tokenizer
-        )
+        trainer = PackedTrainer(model, args, rows, None, tokenizer)
     # a tree (shared tokens, tokens of each branch ...) stands for documents of shared + branch + the last token, each
     clock = Clock(
         trainer, lambda inputs: sum(tree[0] + branch + 1 for tree in inputs["layout"] for branch in tree[1:])
@@ -202,7 +207,7 @@ def ours(method, precision, options, folder):
     return clock, reference
 
 
-def theirs(method, precision, options, folder, batch=1, packing=False):
+def theirs(method, precision, options, folder, batch=1, packing=False, base="float32"):
     """The script that TRL's documentation suggests, with its public options."""
     import torch
     from datasets import Dataset
@@ -216,7 +221,7 @@ def theirs(method, precision, options, folder, batch=1, packing=False):
         list(read_jsonl(options.pairs_file if method == "dpo" else options.train_file)), options.rows
     )
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, base))
     common = dict(
         output_dir=folder,
         max_steps=options.steps,
@@ -314,13 +319,18 @@ def main():
     parser.add_argument("--train-file", help="conversations, as sft_train.jsonl")
     parser.add_argument("--pairs-file", help="preference pairs, as dpo_train.jsonl")
     parser.add_argument("--methods", nargs="+", default=["sft", "lora", "dpo"])
-    parser.add_argument("--variants", nargs="+", default=["ours", "TRL padded", "TRL packed", "scaling"])
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=["ours", "TRL", "TRL packed", "TRL packed, base in bf16"],
+        help="of these, and: 'TRL padded' (slow), 'growth' (ours over rows of 256 to 4,096 tokens, 1 and 2 threads)",
+    )
     parser.add_argument(
         "--precisions", nargs="+", help="fp32 bf16; default: fp32 for all, and bf16 where the hardware has it"
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--steps", type=int, default=3, help="optimizer steps of a measurement, the first left out"
+        "--steps", type=int, default=6, help="optimizer steps of a measurement, the first left out"
     )
     parser.add_argument("--max-length", type=int, default=512, help="tokens a packed row")
     parser.add_argument("--rows", type=int, default=200, help="conversations or pairs, drawn evenly")
@@ -352,45 +362,70 @@ def main():
         and variant in options.variants
         and not (variant == "ours" and precision != precisions[-1])
     ]
-    if "sft" in options.methods and "scaling" in options.variants:
-        cases += [("sft", variant, precisions[-1]) for variant in SCALING]
+    growth = [("sft", variant, precisions[-1]) for variant in GROWTH if "growth" in options.variants]
     peaks, results = {precision: matrix_peak(precision) for precision in precisions}, {}
     given = [
         f"--{name.replace('_', '-')}={getattr(options, name)}"
         for name in ("model", "train_file", "pairs_file", "steps", "max_length", "rows", "threads")
     ]
     for number in range(options.rounds):
-        for method, variant, precision in cases:
-            changed = [
-                f"--{name.replace('_', '-')}={value}" for name, value in SCALING.get(variant, {}).items()
-            ]
-            done = subprocess.run(
-                [
-                    sys.executable,
-                    __file__,
-                    *given,
-                    *changed,
-                    "--method",
-                    method,
-                    "--variant",
-                    variant,
-                    "--precision",
-                    precision,
-                ],
-                capture_output=True,
-                text=True,
+        for case in cases + growth * (number == 0):
+            if (result := measure_apart(case, given)) is None:
+                continue
+            results.setdefault(case, []).append(result)
+            Path(options.output).with_suffix(".partial.json").write_text(
+                json.dumps([{"case": list(case), "rounds": rounds} for case, rounds in results.items()]),
                 encoding="utf-8",
             )
-            if done.returncode:
-                sys.exit(f"{method} {variant} {precision} failed:\n{done.stderr[-2000:]}")
-            result = json.loads(done.stdout.splitlines()[-1])
-            results.setdefault((method, variant, precision), []).append(result)
             print(
-                f"round {number + 1}: {method} {variant} {precision}: {result['tokens_per_second']:.1f} tokens/s, "
+                f"round {number + 1}: {' '.join(case)}: {result['tokens_per_second']:.1f} tokens/s, "
                 f"{result['peak_gib']:.1f} GiB",
                 flush=True,
             )
     print_table(results, peaks, options)
+    if "growth" in options.variants:
+        draw_growth(results, Path(options.output).with_name("training_growth.png"))
+
+
+def measure_apart(case, given):
+    """One measurement in a process of its own; None, and what was wrong is printed, where it fails."""
+    changed = [f"--{name.replace('_', '-')}={value}" for name, value in GROWTH.get(case[1], {}).items()]
+    chosen = [f"--{name}={value}" for name, value in zip(("method", "variant", "precision"), case)]
+    done = subprocess.run(
+        [sys.executable, __file__, *given, *changed, *chosen],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    if done.returncode:
+        print(f"{' '.join(case)} failed:\n{done.stderr[-2000:]}", flush=True)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def draw_growth(results, path):
+    """Tokens/s over the length of a row, a line for each number of threads."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    for threads in (1, 2):
+        points = sorted(
+            (GROWTH[variant]["max_length"], rounds[0]["tokens_per_second"])
+            for (_, variant, _), rounds in results.items()
+            if variant in GROWTH and GROWTH[variant]["threads"] == threads
+        )
+        axes.plot(*zip(*points), marker="o", label=f"{threads} thread{'s' * (threads > 1)}")
+    axes.set(
+        xscale="log", xlabel="tokens a row", ylabel="tokens/s", ylim=0, title="SFT over the length of a row"
+    )
+    axes.set_xticks([256, 512, 1024, 2048, 4096], ["256", "512", "1,024", "2,048", "4,096"], minor=False)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(f"drawn: {path}")
 
 
 def print_table(results, peaks, options):

@@ -22,6 +22,7 @@ from utils.model.chat_format import DECODING
 from utils.model.generate import Decoding, TokenStream, read_answer
 
 SCRIPT = "model_download/load_local_model.py"
+CPU = "--device cpu --precision fp32".split()
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +54,7 @@ def test_models_are_offered_newest_first(tiny_folder, script, tmp_path, monkeypa
 
 
 def test_prompt_prints_the_answer_and_nothing_else(script, tiny_folder, chat_model, capsys):
-    command = [
-        str(tiny_folder),
-        "--prompt",
-        "甘草",
-        "--max-new-tokens",
-        "12",
-        "--device",
-        "cpu",
-        "--precision",
-        "fp32",
-    ]
+    command = [str(tiny_folder), "--prompt", "甘草", "--max-new-tokens", "12", *CPU]
     script.main([*command, "--greedy"])
     output = capsys.readouterr()
     prompt = prompts_of(chat_model)[0]
@@ -82,17 +73,7 @@ def test_prompt_prints_the_answer_and_nothing_else(script, tiny_folder, chat_mod
 
 
 def test_sampling_by_flags(script, tiny_folder, capsys):
-    command = [
-        str(tiny_folder),
-        "--prompt",
-        "甘草",
-        "--max-new-tokens",
-        "12",
-        "--seed",
-        "3",
-        "--device",
-        "cpu",
-    ]
+    command = [str(tiny_folder), "--prompt", "甘草", "--max-new-tokens", "12", "--seed", "3", *CPU]
 
     def said(*flags):
         script.main([*command, *flags])
@@ -108,20 +89,7 @@ def test_sampling_by_flags(script, tiny_folder, capsys):
 def test_questions_from_a_pipe(script, tiny_folder, chat_model, monkeypatch, capsys):
     questions = "\ufeff" + "\r\n\n".join(QUESTIONS)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(questions.encode()), encoding="ascii"))
-    script.main(
-        [
-            str(tiny_folder),
-            "--json",
-            "--max-new-tokens",
-            "12",
-            "--seed",
-            "4",
-            "--device",
-            "cpu",
-            "--precision",
-            "fp32",
-        ]
-    )
+    script.main([str(tiny_folder), "--json", "--max-new-tokens", "12", "--seed", "4", *CPU])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["question"] for row in rows] == QUESTIONS
     assert all(
@@ -144,9 +112,8 @@ def test_questions_from_a_pipe(script, tiny_folder, chat_model, monkeypatch, cap
 def test_a_trained_folder_answers_the_same_through_the_code_in_the_readme(
     script, tmp_path, capsys, monkeypatch, method, inside
 ):
-    monkeypatch.setattr(
-        signal, "signal", lambda number, handler: None
-    )  # the trainer's handlers of Ctrl-C are its script's
+    # The trainer's handlers of Ctrl-C are its script's.
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     trainer = importlib.import_module(f"model_finetune.finetune_{method}")
     assert trainer.main(
         arguments(method, make_place(tmp_path), tmp_path / "trained", "--rows-per-step", "4", "--epochs", "4")
@@ -157,25 +124,11 @@ def test_a_trained_folder_answers_the_same_through_the_code_in_the_readme(
     question = re.search('"content": "(.*?)"', code)[1]
     folder = str(tmp_path / "trained" / inside)
     code = re.sub('folder = ".*"', f"folder = {folder!r}", code)
-    code = re.sub(
-        r"max_new_tokens=\d+(, do_sample=False)?", "max_new_tokens=60, do_sample=False", code
-    )  # both greedy
+    greedy = "max_new_tokens=60, do_sample=False"
+    code = re.sub(r"max_new_tokens=\d+(, do_sample=False)?", greedy, code)
 
     capsys.readouterr()
-    script.main(
-        [
-            folder,
-            "--prompt",
-            question,
-            "--greedy",
-            "--max-new-tokens",
-            "60",
-            "--device",
-            "cpu",
-            "--precision",
-            "fp32",
-        ]
-    )
+    script.main([folder, "--prompt", question, "--greedy", "--max-new-tokens", "60", *CPU])
     ours = capsys.readouterr().out
     exec(code, {})
     assert capsys.readouterr().out == ours and len(set(ours)) > 3

@@ -87,21 +87,11 @@ def test_session_in_a_terminal(tiny_folder, chat_model, tmp_path):
     end = reference(chat_model, prompts_of(chat_model)[0], 40)[9]
     settings["eos_token_id"].append(end)
     (own / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    assert end not in reference(
-        chat_model, prompts_of(chat_model, False)[3], 500
-    )  # the answer for Ctrl-C does not end soon
-    terminal = Terminal(
-        sys.executable,
-        str(ROOT / SCRIPT),
-        str(own),
-        "--greedy",
-        "--precision",
-        "fp32",
-        "--max-new-tokens",
-        "3000",
-        OMP_NUM_THREADS="1",
-        LC_ALL="C.UTF-8",
-    )
+    # The answer for Ctrl-C does not end soon.
+    assert end not in reference(chat_model, prompts_of(chat_model, False)[3], 500)
+    flags = "--greedy --precision fp32 --max-new-tokens 3000".split()
+    command = [sys.executable, str(ROOT / SCRIPT), str(own), *flags]
+    terminal = Terminal(*command, OMP_NUM_THREADS="1", LC_ALL="C.UTF-8")
     assert "not medical advice" in terminal.read(r"> $")
     saved, answered = tmp_path / "saved.jsonl", r"tokens/s.*\n> $"
 
@@ -113,9 +103,8 @@ def test_session_in_a_terminal(tiny_folder, chat_model, tmp_path):
     assert "temperature 0.9" in terminal.type("/set temperature=0.9\n")
     assert "greedy" in terminal.type("/set temperature=0 max_new_tokens=20\n")
     assert "error: /set has no tempo" in terminal.type("/set tempo=1\n")
-    terminal.type(
-        "麻黄的功效\x1b[D\x1b[D\x1b[D汤龘\x7f\n", answered
-    )  # three steps left, two typed, one deleted
+    # three steps left, two typed, one deleted
+    terminal.type("麻黄的功效\x1b[D\x1b[D\x1b[D汤龘\x7f\n", answered)
     assert "taken back: 麻黄汤的功效)" in terminal.type("/undo\n")
     terminal.type("麻黄汤的\\\n功效是什么？\n", answered)
     assert "taken back: 麻黄汤的\n功效是什么？)" in terminal.type("/undo\n")
@@ -127,9 +116,8 @@ def test_session_in_a_terminal(tiny_folder, chat_model, tmp_path):
     terminal.type('"""麻黄\n\\\n汤"""\n', answered)
     assert "taken back: 麻黄\n\\\n汤)" in terminal.type("/undo\n")
     terminal.type("龘", "龘$")
-    time.sleep(
-        0.5
-    )  # CPython loses a Ctrl-C that comes in the microseconds between the echo and its wait for the next key
+    # CPython loses a Ctrl-C that comes in the microseconds between the echo and its wait for the next key.
+    time.sleep(0.5)
     assert "stopped" in terminal.type("\x03", r"stopped; .*\n> $")  # it drops what is being typed
     terminal.type(f"/compare {tiny_folder}\n", answered)
     assert "one model" in terminal.type("/compare\n")

@@ -106,18 +106,8 @@ def test_report_counts_tokens_as_the_trainer_does(tmp_path, capsys):
     ]
     rows += [{"Question": "何为相使？", "Complex_CoT": "想七情。", "Response": "一主一辅。"}, {"query": "坏"}]
     path, folder = write_lines(tmp_path / "a.jsonl", *rows), tmp_path / "out"
-    script.main(
-        [
-            "--input-files",
-            str(path),
-            "--output-dir",
-            str(folder),
-            "--tokenizer-model",
-            model,
-            "--max-length",
-            "40",
-        ]
-    )
+    places = ["--input-files", str(path), "--output-dir", str(folder), "--tokenizer-model", model]
+    script.main([*places, "--max-length", "40"])
     examples = read(folder / "sft_train.jsonl") + read(folder / "sft_eval.jsonl")
     tokens = sorted(sum(map(len, encode_turns(tokenizer, row["messages"])[0])) for row in examples)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -250,16 +240,8 @@ def test_columns_that_fit_no_row(tmp_path):
     with pytest.raises(
         UserError, match="no row has the fields of --columns question=X,answer=Y; fields found: query, resp"
     ):
-        script.main(
-            [
-                "--input-files",
-                str(path),
-                "--output-dir",
-                str(tmp_path / "o"),
-                "--columns",
-                "question=X,answer=Y",
-            ]
-        )
+        places = ["--input-files", str(path), "--output-dir", str(tmp_path / "o")]
+        script.main([*places, "--columns", "question=X,answer=Y"])
 
 
 def test_input_is_never_overwritten(tmp_path):

@@ -27,15 +27,8 @@ def test_normalise(one, other, equal):
 @pytest.mark.slow
 def test_normalise_all_is_normalise():
     characters = [chr(code) for code in range(1, 0x10000) if not 0xD800 <= code < 0xE000]
-    neighbours = (
-        "1{}2",
-        "a{}1",
-        "は{}",
-        "ᄀ{}",
-        "가{}",
-        "{}{}",
-        ".{}1",
-    )  # digits, and what joins with a mark after it
+    # digits, and what joins with a mark after it
+    neighbours = ("1{}2", "a{}1", "は{}", "ᄀ{}", "가{}", "{}{}", ".{}1")
     texts = [form.replace("{}", character) for character in characters for form in neighbours]
     chance = random.Random(0)
     mixture = [*"1234567890.，,% 一二三\n\1_<>=あ℃①Ⅱ𠀀e\u0301", *chance.choices(characters, k=30)]

@@ -117,10 +117,8 @@ def swapped(*rows, seed=0):
 
 
 def test_only_whole_terms_are_swapped():
-    cut = (
-        "何药清热？",
-        "双黄连注射液，里急后重者用之，口服温通经脉片。",
-    )  # holds 黄连 and 温, neither of them whole
+    # holds 黄连 and 温, neither of them whole
+    cut = ("何药清热？", "双黄连注射液，里急后重者用之，口服温通经脉片。")
     others = [("何药？", f"{herb}、石膏。") for herb in ("黄芩", "桂枝", "防风", "羌活")]
     for seed in range(5):
         assert swapped(cut, *others, seed=seed)[0] is None
@@ -252,9 +250,8 @@ def test_the_default_kind_follows_the_model(data, tmp_path, capsys):
     assert not build_preference_pairs.is_finished(folder)
     write_json(folder / "run.json", {"status": "finished"})
     assert build_preference_pairs.is_finished(folder)
-    assert (
-        build(data, "--model", folder) == 2
-    )  # a finished run without weights: the model kind was chosen, and says so
+    # A finished run without weights: the model kind was chosen, and says so.
+    assert build(data, "--model", folder) == 2
     assert "is not a model folder" in capsys.readouterr().err
 
 

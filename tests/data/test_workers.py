@@ -17,27 +17,15 @@ SCRIPT = "data_prepare/convert_to_qwen3_format.py"
 
 
 def test_workers_give_the_same_files(tmp_path, run_script):
-    rows = [{"query": f"问题{number % 900}", "response": f"答{number % 4900}"} for number in range(5000)] + [
-        {"query": "坏"}
-    ] * 3
-    path = write_lines(tmp_path / "a.jsonl", *rows)
+    rows = [{"query": f"问题{number % 900}", "response": f"答{number % 4900}"} for number in range(5000)]
+    path = write_lines(tmp_path / "a.jsonl", *rows, *[{"query": "坏"}] * 3)
     for workers in (1, 2):
-        done = run_script(
-            SCRIPT,
-            "--input-files",
-            path,
-            "--output-dir",
-            tmp_path / str(workers),
-            "--workers",
-            workers,
-            "--tokenizer-model",
-            "",
-        )
+        places = ("--input-files", path, "--output-dir", tmp_path / str(workers))
+        done = run_script(SCRIPT, *places, "--workers", workers, "--tokenizer-model", "")
         assert done.returncode == 0, done.stderr
     for name in ("sft_train", "sft_eval", "set_aside"):
-        assert (tmp_path / "1" / f"{name}.jsonl").read_bytes() == (
-            tmp_path / "2" / f"{name}.jsonl"
-        ).read_bytes()
+        one, two = (tmp_path / workers / f"{name}.jsonl" for workers in ("1", "2"))
+        assert one.read_bytes() == two.read_bytes()
 
 
 @pytest.fixture
@@ -45,20 +33,9 @@ def at_work(tmp_path):
     """at_work(seconds) starts a conversion in two workers and returns it when both have used so much CPU time."""
     if not Path("/proc/self/stat").exists():
         pytest.skip("looks for processes in /proc")
-    path = write_lines(
-        tmp_path / "a.jsonl",
-        *({"query": f"问题{number}", "response": "答" * 200} for number in range(100_000)),
-    )
-    command = [
-        sys.executable,
-        ROOT / SCRIPT,
-        "--input-files",
-        path,
-        "--output-dir",
-        tmp_path / "out",
-        "--workers",
-        "2",
-    ]
+    rows = ({"query": f"问题{number}", "response": "答" * 200} for number in range(100_000))
+    places = ("--input-files", write_lines(tmp_path / "a.jsonl", *rows), "--output-dir", tmp_path / "out")
+    command = [sys.executable, ROOT / SCRIPT, *places, "--workers", "2"]
 
     def start(seconds):
         running = subprocess.Popen(
@@ -74,9 +51,8 @@ def at_work(tmp_path):
     return start
 
 
-@pytest.mark.parametrize(
-    "seconds", [0.04, 0.6], ids=["while workers start", "while workers work"]
-)  # a start takes about 0.15
+# A start takes about 0.15 s.
+@pytest.mark.parametrize("seconds", [0.04, 0.6], ids=["while workers start", "while workers work"])
 def test_ctrl_c_ends_all_processes_and_leaves_the_earlier_files(tmp_path, at_work, seconds):
     kept = write_lines(tmp_path / "out/sft_train.jsonl", {"id": "of an earlier run"}).read_bytes()
     running = at_work(seconds)

@@ -74,22 +74,8 @@ def test_the_default_is_the_base_and_every_finished_run(folder, tmp_path, monkey
 
 
 def test_only_what_was_asked_for_is_compared(folder, arguments, tmp_path):
-    assert (
-        compare(
-            "--models",
-            folder,
-            *arguments,
-            "--exam-file",
-            "",
-            "--pairs-file",
-            "",
-            "--general-file",
-            "",
-            "--generate",
-            0,
-        )
-        == 0
-    )
+    no_files = [word for name in ("exam", "pairs", "general") for word in (f"--{name}-file", "")]
+    assert compare("--models", folder, *arguments, *no_files, "--generate", 0) == 0
     assert read_json(tmp_path / "out/comparison.json")["models"]["base"].keys() == {
         "folder",
         "heldout_loss",

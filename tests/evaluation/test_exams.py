@@ -52,9 +52,8 @@ def test_control_tokens_typed_into_an_option_are_scored_as_text(folder, typed):
     tokenizer, model = load_plain(folder)
     item = {**EXAM[0], "options": {"A": "温", "B": typed}}
     [(_, scores)] = exams.choices_by_text(load_packed(folder), tokenizer, [item], CPU)
-    pieces = [
-        piece for piece in re.split("(<)", typed) if piece
-    ]  # no token reaches across: the tags are typed
+    # No token reaches across: the tags are typed.
+    pieces = [piece for piece in re.split("(<)", typed) if piece]
     ids = [token for piece in pieces for token in tokenizer(piece)["input_ids"]]
     assert not set(ids) & set(tokenizer.added_tokens_decoder) and tokenizer.decode(ids) == typed
     expected = alone(model, prompt_of(tokenizer, f"{item['question']}\n请只写出答案。"), ids)

@@ -10,17 +10,20 @@ import random
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from utils.data import pairs
 from utils.errors import UserError
 from utils.evaluation import compare
 from utils.files import write_json, write_jsonl
 from utils.model.folders import check_model
 from utils.model.load import load_model, load_tokenizer
 from utils.model.run_record import FIELDS, read_record
-from utils.training import reference
+from utils.training import reference, token_cache
+from utils.training.best import BestWeights
 from utils.training.callbacks import read_log
 from utils.training.checkpoints import NEEDED, whole_checkpoints, write_manifest
 
@@ -49,7 +52,9 @@ LOGPS = {"train": [[-1.25, -2.5], [-0.5, -3.0]], "eval": [[-2.0, -1.0]]}
 
 def damage(content, chance):
     """The bytes of a file, damaged: cut, mixed up, or with another value somewhere in its JSON."""
-    kind = chance.randrange(6)
+    kind = chance.randrange(
+        6 if content[:1] in (b"{", b"[") else 4
+    )  # of what is no JSON, no value is changed
     if kind == 0 or not content:
         return (chance.choice(TEXTS) + chance.choice(("", "\n"))).encode()
     start, length = chance.randrange(len(content)), chance.randrange(1, 40)
@@ -109,6 +114,14 @@ def targets(tmp_path_factory, tiny_folder):
         "one", 1.5, 0.5, [{"test": "exam", "id": str(n), "letters": [-1.5]} for n in range(3)]
     )
     compare._keep(run / "kept.jsonl", IDENTITY, results)
+    tokens = run / "rows.arrow"
+    tokens.write_bytes(b"tokens")
+    write_json(token_cache._record_of(tokens), token_cache._record(tokens, IDENTITY))
+    best = BestWeights(SimpleNamespace(folder=run, record={"identity": IDENTITY}, main=True), None, "best")
+    weights = torch.nn.Linear(2, 1)
+    best._write(weights, {"step": 3, "eval_loss": 1.5})
+    parts = {0: [["温。", "寒。"]], 64: [["平。", "凉。"]]}
+    (run / "sampled.jsonl").write_bytes(b"".join(map(pairs._as_line, [IDENTITY, *parts.items()])))
     saved = place / "saved" / "checkpoint-1"
     saved.mkdir(parents=True)
     for name in (*NEEDED, "model.safetensors"):
@@ -122,8 +135,22 @@ def targets(tmp_path_factory, tiny_folder):
         (run / "training_log.jsonl", lambda: read_log(run / "training_log.jsonl"), None),
         (run / reference.NAME, lambda: reference._read(run / reference.NAME, IDENTITY)[0], LOGPS),
         (run / "kept.jsonl", lambda: compare._read_kept(run / "kept.jsonl", IDENTITY), results),
+        (token_cache._record_of(tokens), lambda: token_cache._damage(tokens, IDENTITY) is None or None, True),
+        (tokens, lambda: token_cache._damage(tokens, IDENTITY) is None or None, True),
+        (run / "best/step-3.json", lambda: best.load(weights, 3) or None, True),
+        (run / "best/step-3.safetensors", lambda: best.load(weights, 3) or None, True),
+        (
+            run / "sampled.jsonl",
+            lambda: part_of(pairs._kept_parts(run / "sampled.jsonl", IDENTITY), parts),
+            parts,
+        ),
         (saved / "MANIFEST.json", lambda: whole_checkpoints(saved.parent) or None, [saved]),
     ]
+
+
+def part_of(found, whole):
+    """None where nothing was found, `whole` where what was found is of it: the other parts are made again."""
+    return whole if found and all(whole.get(key) == value for key, value in found.items()) else found or None
 
 
 MODEL_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")

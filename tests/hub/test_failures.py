@@ -82,9 +82,8 @@ def test_gated(hub, get, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert get(download_model, "--model", "tcm/gated")[0] == 0
     assert all("Authorization" in headers for _, headers in hub.asked("/api/|/resolve/")[-3:])
-    assert not any(
-        "Authorization" in headers for _, headers in hub.asked("/storage/")
-    )  # the token stays with the Hub
+    # The token stays with the Hub.
+    assert not any("Authorization" in headers for _, headers in hub.asked("/storage/"))
 
 
 def test_wrong_token_401(hub, get, monkeypatch):

@@ -88,9 +88,8 @@ def test_expired_storage_link_is_asked_for_again(hub, get):
 
 def test_progress_earns_new_retries(hub, get):
     hub.fault("/storage/", cut=1_100_000)
-    assert (
-        get.model("--retries", "1")[0] == 0
-    )  # two cuts, one retry allowed: each cut came a megabyte further
+    # Two cuts, one retry allowed: each cut came a megabyte further.
+    assert get.model("--retries", "1")[0] == 0
     assert_whole(get.folder)
 
 
@@ -108,14 +107,8 @@ def test_same_size_corruption_is_fetched_once_more(hub, get):
 
 def test_killed_download_goes_on(hub, get, tmp_path):
     hub.fault("/storage/", times=1, cut=2_000_000, hang=30)
-    command = [
-        sys.executable,
-        ROOT / "model_download/download_model.py",
-        "--model",
-        "tcm/small",
-        "--output-dir",
-        get.folder,
-    ]
+    script = ROOT / "model_download/download_model.py"
+    command = [sys.executable, script, "--model", "tcm/small", "--output-dir", get.folder]
     killed = subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "0"}
     )

@@ -145,7 +145,8 @@ def run_in(tmp_path):
             encoding="utf-8",
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(done.stdout.strip().splitlines()[-1])
+        # vLLM logs on stdout as well, before and after
+        return json.loads([line for line in done.stdout.splitlines() if line.startswith(("[", "{"))][-1])
 
     return run_in
 

@@ -60,9 +60,8 @@ def test_one_mask_over_equal_rows_gives_what_each_document_gives(shared):
     layout, states = batch["layout"], states_for(1800)
     assert batch["input_ids"].shape == (1, 1800) and sum(map(sum, layout)) == 1800
     masks = row_masks(layout, 600, CPU)
-    assert (
-        masks.shape == (3, 1, 600, 600) and masks.any(dim=-1).all()
-    )  # a row that sees nothing is NaN on some devices
+    # A row that sees nothing is NaN on some devices.
+    assert masks.shape == (3, 1, 600, 600) and masks.any(dim=-1).all()
     one = by_mask(*states, 0.25, masks)
     other = by_document(*states, 0.25, layout, {})
     assert one.shape == (1, 1800, HEADS, WIDTH) and torch.allclose(one, other, atol=1e-12)

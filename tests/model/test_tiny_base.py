@@ -55,32 +55,10 @@ def test_its_training_log_is_kept():
 
 
 def test_the_script_makes_such_a_folder(tmp_path, capsys):
-    pretrain_tiny_model.main(
-        [
-            "--output-dir",
-            str(tmp_path / "model"),
-            "--statements-file",
-            str(few_statements(tmp_path)),
-            "--epochs",
-            "3",
-            "--copies",
-            "20",
-            "--invented",
-            "10",
-            "--tokens-per-step",
-            "128",
-            "--warmup-steps",
-            "2",
-            "--width",
-            "64",
-            "--layers",
-            "1",
-            "--feed-forward",
-            "64",
-            "--vocabulary",
-            "600",
-        ]
-    )
+    places = ["--output-dir", str(tmp_path / "model"), "--statements-file", str(few_statements(tmp_path))]
+    course = "--epochs 3 --copies 20 --invented 10 --tokens-per-step 128 --warmup-steps 2".split()
+    sizes = "--width 64 --layers 1 --feed-forward 64 --vocabulary 600".split()
+    pretrain_tiny_model.main([*places, *course, *sizes])
     log = list(read_jsonl(tmp_path / "model/training_log.jsonl"))
     assert log[-1]["loss"] < log[0]["loss"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.hidden_size == 64
@@ -162,36 +140,16 @@ def test_fine_tuning_teaches_it_to_answer_about_entities_it_was_never_asked_abou
     tmp_path, capsys, unstopped
 ):
     """A few dozen steps on the rows of other entities lift the exam on the held-out ones by at least 15 points."""
-    convert_to_qwen3_format.main(
-        [
-            "--input-files",
-            str(SAMPLE / "tcm_sample.jsonl"),
-            str(SAMPLE / "tcm_exam.jsonl"),
-            "--output-dir",
-            str(tmp_path),
-            "--tokenizer-model",
-            str(TINY),
-        ]
-    )
+    files = [str(SAMPLE / "tcm_sample.jsonl"), str(SAMPLE / "tcm_exam.jsonl")]
+    places = ["--output-dir", str(tmp_path), "--tokenizer-model", str(TINY)]
+    convert_to_qwen3_format.main(["--input-files", *files, *places])
     exam = list(read_jsonl(tmp_path / "exam.jsonl"))[::4]
-    finetune_sft.main(
-        [
-            "--model",
-            str(TINY),
-            "--train-file",
-            str(tmp_path / "sft_train.jsonl"),
-            "--eval-file",
-            str(tmp_path / "sft_eval.jsonl"),
-            "--output-dir",
-            str(tmp_path / "sft"),
-            "--max-length",
-            "512",
-            "--rows-per-step",
-            "2",
-            "--learning-rate",
-            "1e-3",
-            "--max-steps",
-            "80",
-        ]
-    )
+    rows = [
+        "--train-file",
+        str(tmp_path / "sft_train.jsonl"),
+        "--eval-file",
+        str(tmp_path / "sft_eval.jsonl"),
+    ]
+    course = "--max-length 512 --rows-per-step 2 --learning-rate 1e-3 --max-steps 80".split()
+    finetune_sft.main(["--model", str(TINY), *rows, "--output-dir", str(tmp_path / "sft"), *course])
     assert exam_accuracy(tmp_path / "sft", exam) >= exam_accuracy(TINY, exam) + 0.15

@@ -39,17 +39,8 @@ def export(tmp_path):
         write_jsonl(tmp_path / "sft_train.jsonl", rows)
         if pairs:
             write_jsonl(tmp_path / "dpo_train.jsonl", [{"id": "0", **pair, "kind": ""} for pair in pairs])
-        words = [
-            "--format",
-            "training-data",
-            "--for",
-            tool,
-            "--data-dir",
-            tmp_path,
-            "--output-dir",
-            tmp_path / tool,
-        ]
-        assert run(lambda: export_model.main([*map(str, words)])) == code
+        words = ["--for", tool, "--data-dir", tmp_path, "--output-dir", tmp_path / tool]
+        assert run(lambda: export_model.main(["--format", "training-data", *map(str, words)])) == code
         return tmp_path / tool
 
     return export

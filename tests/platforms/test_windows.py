@@ -125,7 +125,9 @@ def test_a_picture_that_a_viewer_holds_does_not_end_the_run(tmp_path, monkeypatc
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(callbacks, "plot_training", refuse)
-    log = callbacks.RunLog(SimpleNamespace(folder=tmp_path, main=True), None, None, 1, "SFT")
+    record = {"settings": {"MODEL": "base", "TRAIN_FILE": "sft.jsonl"}, "started": "2026-11-25"}
+    run_folder = SimpleNamespace(folder=tmp_path, main=True, record=record)
+    log = callbacks.RunLog(run_folder, SimpleNamespace(start=0), None, 1, "SFT")
     log.entries.append({"step": 1, "loss": 1.0})
     log.draw()
     assert (

@@ -54,6 +54,14 @@ def test_weights_gradients_and_optimizer(place):
     assert parts["optimizer"] == 2 * parts["weights"]
 
 
+def test_with_one_pass_gradients_come_as_activations_go(place):
+    costs = memory.measure_costs(model_of(place), False)
+    head, whole = costs.head.numel() * 4, costs.trainable * 4
+    for tokens in (64, 4000):  # fewer bytes of activations than of gradients, and more
+        parts = memory.memory_parts(costs, tokens, False, CPU, passes=1)
+        assert parts["gradients"] == head + max(0, whole - head - parts["activations"])
+
+
 def test_a_frozen_base_is_held_in_the_format_of_its_products(place):
     whole = {name: weight.numel() for name, weight in model_of(place).named_parameters()}
     frozen = load_for_lora(str(place / "base"), torch.bfloat16)

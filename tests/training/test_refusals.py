@@ -79,6 +79,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(place, t
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_no_memory_underway_names_the_last_checkpoint(place, tmp_path, capsys, monkeypatch):
     whole = PackedTrainer.batch_loss
 
@@ -99,6 +100,7 @@ def test_no_memory_underway_names_the_last_checkpoint(place, tmp_path, capsys, m
     )
 
 
+@pytest.mark.slow
 def test_the_hub_is_not_contacted(place, tmp_path):
     """With a proxy that refuses everything and no offline flag, training from a folder still works: nothing is asked."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}

@@ -16,7 +16,9 @@ from conftest import ROOT
 from small_runs import METHODS, arguments, same_weights
 
 from utils.errors import run
-from utils.files import read_jsonl
+from utils.files import read_json, read_jsonl
+
+pytestmark = pytest.mark.slow  # every test starts processes, and kills some
 
 if not hasattr(os, "fork"):
     pytest.skip("stops trainings in forked processes", allow_module_level=True)
@@ -59,7 +61,7 @@ def start(method, place, output, *more, environment=None, precision="fp32"):
     return process
 
 
-def start_two(method, place, output):
+def start_two(method, place, output, *more):
     """Two processes joined by gloo, each with half of a step's rows, as accelerate launch would start them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -69,6 +71,7 @@ def start_two(method, place, output):
             method,
             place,
             output,
+            *more,
             environment={
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
@@ -217,3 +220,12 @@ def test_two_processes_go_on_after_a_kill(by_two, place):
         process.join()
     assert "going on from" in said(start_two("sft", place, output), output)
     assert same_run(output, by_two["sft"][0])
+
+
+def test_two_processes_end_together_when_time_is_over(place):
+    """The main process has the clock: with hardly any time they stop after the first steps that could be timed."""
+    output = place / "hours_two"
+    more = ["--epochs", 1000, "--hours", 0.001, "--evaluations", 2]
+    assert "finished in" in said(start_two("sft", place, output, *more), output)
+    record = read_json(output / "run.json")
+    assert record["results"]["steps"] <= 10 and len(record["schedule"]["plan"]) > 1

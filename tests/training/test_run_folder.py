@@ -84,6 +84,7 @@ def stopped(runs, tmp_path):
     return copy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"step": 3, "loss"', '{"loss": 1}', "\x00\x01"])
 def test_a_damaged_line_of_the_log_does_not_stop_a_run(stopped, runs, place, capsys, damage):
     output = stopped("sft")
@@ -95,6 +96,7 @@ def test_a_damaged_line_of_the_log_does_not_stop_a_run(stopped, runs, place, cap
     assert same_weights(output, runs("sft"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("manifest", ["{}", "[]", '{"model.safetensors": [1]}', "null", "7"])
 def test_a_manifest_that_lists_no_whole_checkpoint(stopped, place, capsys, manifest):
     output = stopped("sft")
@@ -115,6 +117,7 @@ def test_a_damaged_record_is_told_by_its_field(runs, place, tmp_path, capsys, fi
     assert f"run.json is damaged: its {field} is no" in said and said.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["model", "pairs", "digit", "text"])
 def test_the_reference_is_that_of_this_model_and_these_pairs(runs, place, tmp_path, capsys, change):
     """A run that was killed before its first checkpoint leaves its reference behind; another run must not take it."""
@@ -132,6 +135,7 @@ def test_the_reference_is_that_of_this_model_and_these_pairs(runs, place, tmp_pa
     assert (output / "reference_logps.json").read_bytes() == other.read_bytes()
 
 
+@pytest.mark.slow
 def test_fresh_on_a_link_to_another_place_keeps_the_run_there(runs, place, tmp_path):
     real, link = tmp_path / "disk/out", tmp_path / "out"
     shutil.copytree(runs("sft"), real)

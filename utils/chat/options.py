@@ -12,7 +12,6 @@ if TYPE_CHECKING:  # torch takes seconds, and wrong flags are told before
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-THINKING_MODES = {"auto": None, "on": True, "off": False}
 
 
 class Kind(NamedTuple):

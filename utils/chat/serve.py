@@ -26,6 +26,7 @@ from utils.chat.options import LOOPBACK, Options, read_value
 from utils.chat.session import speed_of
 from utils.chat.terminal import note
 from utils.errors import RunError, UserError, explain, explain_os_error
+from utils.files import is_text
 
 LARGEST_BODY = 8 << 20  # bytes of a request
 SILENCE = 60  # seconds that a client may take between two bytes
@@ -46,10 +47,8 @@ def serve(chat_model: ChatModel, options: Options, system: str, host: str, port:
     """Answer requests until Ctrl-C. `system`: the system text of those without their own; `key`: the bearer token that each
     has to bring, "" for none."""
     with make_server(chat_model, options, system, host, port, key) as server:
-        shown = f"[{host}]" if ":" in host else host
-        note(
-            f"http://{shown}:{server.server_port}/v1 answers as OpenAI's chat completions do; Ctrl-C stops it"
-        )
+        address = f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}/v1"
+        note(f"{address} answers as OpenAI's chat completions do; Ctrl-C stops it")
         server.serve_forever()
 
 
@@ -116,11 +115,9 @@ def _read_message(message):
     if isinstance(content, list):  # OpenAI's parts; only texts are understood
         texts = [part.get("text") if isinstance(part, dict) else None for part in content]
         content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
-    if not isinstance(content, str) or any("\ud800" <= letter <= "\udfff" for letter in content):
-        raise UserError(
-            'every message is wanted as {"role": "system", "user" or "assistant", "content": text}'
-        )
-    return {"role": role, "content": content}
+    if is_text(content):
+        return {"role": role, "content": content}
+    raise UserError('every message is wanted as {"role": "system", "user" or "assistant", "content": text}')
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -249,9 +246,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _refuse(self, status, message):
-        self._send(
-            status, {"error": {"message": message, "type": "invalid_request_error", "code": status.value}}
-        )
+        error = {"message": message, "type": "invalid_request_error", "code": status.value}
+        self._send(status, {"error": error})
 
     def _fail(self, status, message):
         if self.streaming:  # the head is sent: an event says it, and the stream is cut

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from utils.chat.history import History, Turn, load_history
 from utils.chat.model import ChatModel, Reply
-from utils.chat.options import KINDS, THINKING_MODES, Options, read_value
+from utils.chat.options import KINDS, Options, read_value
 from utils.chat.terminal import QUOTES, AnswerPrinter, loading, note, read_message, show_models
 from utils.device import Device
 from utils.errors import UserError, complain, explain
 from utils.files import show_path
+from utils.model.chat_format import THINKING_MODES
 from utils.model.folders import find_models
 from utils.model.generate import thinks_by_default
 from utils.settings import ROOT
@@ -70,11 +71,10 @@ class Chat:
                 return False
             if line.startswith("/"):
                 return self._command(line)
-            question = (
-                line.removeprefix(QUOTES).removesuffix(QUOTES).strip() if line.startswith(QUOTES) else line
-            )
-            if question:
-                self.ask(question, len(self.history.turns))
+            if line.startswith(QUOTES):
+                line = line.removeprefix(QUOTES).removesuffix(QUOTES).strip()
+            if line:
+                self.ask(line, len(self.history.turns))
         except Exception as error:
             unforeseen = f"that failed: {type(error).__name__}: {shorten(str(error), 300)}"
             complain(*(explain(error) or (unforeseen, 1)))
@@ -171,9 +171,8 @@ class Chat:
 
     def _system(self, text):
         self.history.system = text
-        note(
-            f"(system text {'set' if text else 'removed'}; the conversation goes on, /clear starts a new one)"
-        )
+        done = "set" if text else "removed"
+        note(f"(system text {done}; the conversation goes on, /clear starts a new one)")
 
     def _think(self, text):
         if text and text not in THINKING_MODES:
@@ -241,9 +240,8 @@ class Chat:
         folder = next((path for path in (_user_path(text), ROOT / text) if path.exists()), text)
         with loading(show_path(folder)):
             chat_model = self.load(str(folder))
-        describe(
-            chat_model, self.options
-        )  # renders its template: a broken one is told now, not at every question
+        # This renders its template: a broken one is told now, not at every question.
+        describe(chat_model, self.options)
         return chat_model
 
 

@@ -264,10 +264,8 @@ def _runs(rows, decisions, sampled) -> Iterator[Run]:
 def _pair_line(bad: bytes, good: bytes) -> bytes:
     """The preference pair of a bad answer's line and the line of the conversation that answers the same prompt well."""
     pair, chosen = json.loads(bad), json.loads(good)["messages"][-1:]
-    pair = {"id": pair["id"], "prompt": pair["prompt"], "chosen": chosen, "rejected": pair["rejected"]} | {
-        "kind": "given",
-        "source": pair["source"],
-    }
+    turns = {"prompt": pair["prompt"], "chosen": chosen, "rejected": pair["rejected"]}
+    pair = {"id": pair["id"], **turns, "kind": "given", "source": pair["source"]}
     return _ENCODE(pair).encode() + b"\n"
 
 

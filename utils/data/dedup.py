@@ -24,16 +24,12 @@ from utils.progress import progress
 
 FAMILY = 5  # more questions than this, alike but for a word, are a template, not one question
 
-PASSAGE = (
-    0.6  # of the shorter question's shingles: with so much in common, two questions are about one passage
-)
-PASSAGE_TRIES = (
-    4  # questions with which one is compared in vain, so that a template of many rows costs linear time
-)
-LARGEST_PASSAGE = (
-    100,
-    0.1,
-)  # questions, share of the long ones: what more than both share is an instruction, no passage
+# Two questions that share so much of the shorter one's shingles are about one passage.
+PASSAGE = 0.6
+# Questions with which one is compared in vain, so that a template of many rows costs linear time.
+PASSAGE_TRIES = 4
+# Questions, and share of the long ones: what more than both share is an instruction, no passage.
+LARGEST_PASSAGE = (100, 0.1)
 
 KEPT, EXACT_DUPLICATE, NEAR_DUPLICATE, EVALUATION_LEAK, EXAM_LEAK, MARKED_BAD, ALSO_GOOD = range(7)
 REASONS = (
@@ -60,18 +56,17 @@ class Decisions(NamedTuple):
 
 
 class QuestionGroups(NamedTuple):
-    """The distinct questions and their groups, each named by the index of its first member in `keys`."""
+    """The distinct questions and their groups, each named by the index of its first member in `keys`.
 
-    keys: numpy.ndarray  # (distinct questions,) their text_keys, ascending
-    asked: numpy.ndarray  # (questions,) index into `keys`
-    first: (
-        numpy.ndarray
-    )  # (rows,) index into `keys` of the row's first question; 0 where the row cannot be used
-    same: numpy.ndarray  # (distinct questions,) group of those that are one question
-    family: numpy.ndarray  # (distinct questions,) group of those that differ in a word at most
-    together: (
-        numpy.ndarray
-    )  # (distinct questions,) group of those that go to one split: families that share a passage
+    `keys`, `same`, `family` and `together` have an entry a distinct question, `asked` a question, `first` a row.
+    """
+
+    keys: numpy.ndarray  # text_keys, ascending
+    asked: numpy.ndarray  # index into `keys`
+    first: numpy.ndarray  # index into `keys` of the row's first question; 0 where the row cannot be used
+    same: numpy.ndarray  # group of those that are one question
+    family: numpy.ndarray  # group of those that differ in a word at most
+    together: numpy.ndarray  # group of those that go to one split: families that share a passage
 
 
 def decide(index: RowIndex, lines: TextStore, threshold: float, settings: SplitSettings) -> Decisions:

@@ -29,10 +29,10 @@ LONG_STEM = 10  # characters, without filler: so long a text is not part of anot
 LISTED = 0.75  # of the options: one of four may have been changed
 ROWS = 2000  # read at a time
 
-_TRAILING = re.compile(
-    "(?:是指|是|为|有|包括|属于|哪项|哪一项|以下|下列)+$"
-)  # what a stem ends with where the options follow
-_LISTS = re.compile(  # letters one after the other, or three things in a row
+# What a stem ends with where the options follow.
+_TRAILING = re.compile("(?:是指|是|为|有|包括|属于|哪项|哪一项|以下|下列)+$")
+# Letters one after the other, or three things in a row.
+_LISTS = re.compile(
     r"(?<![A-Za-z])A(?![A-Za-z]).+?(?<![A-Za-z])B(?![A-Za-z]).+?(?<![A-Za-z])C(?![A-Za-z])"
     r"|[^、，。？：\s]+(?:、[^、，。？：\s]+){2}",
     re.DOTALL,
@@ -91,9 +91,8 @@ def _by_piece(items, length):
     by_piece = defaultdict(list)
     for item, found in zip(items, pieces):
         # Filler may be missing elsewhere: a piece without any is looked for first.
-        by_piece[min(found, key=lambda piece: (without_filler(piece) != piece, counts[piece], piece))].append(
-            item
-        )
+        rarest = min(found, key=lambda piece: (without_filler(piece) != piece, counts[piece], piece))
+        by_piece[rarest].append(item)
     return by_piece
 
 
@@ -137,10 +136,10 @@ def _leaks(row, item):
     """Whether a training row (a line of output) asks an exam item."""
     turns = row.get("messages") or row["prompt"]
     asked = "\n".join(turn["content"] for turn in turns if turn["role"] != "assistant")
-    text = without_filler(normalize(asked))
+    whole = normalize(asked)
+    text = without_filler(whole)
     if item.stem not in text:
         return False
-    whole = normalize(asked)
     listed = sum(option in whole.replace(item.text, "", 1) for option in item.options)
     if listed >= LISTED * len(item.options):
         return True

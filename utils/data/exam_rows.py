@@ -63,20 +63,15 @@ def _options(row):
         options = {option.get("key"): option.get("value") for option in options}
     if isinstance(options, list) and len(options) <= len(LETTERS):
         options = dict(zip(LETTERS, map(_without_letter, options, LETTERS)))
-    if not isinstance(options, dict) or not all(
-        isinstance(value, (str, type(None))) for value in options.values()
-    ):
+    if not isinstance(options, dict) or not all(isinstance(text, str | None) for text in options.values()):
         raise Reject("wrong type", "the options are not texts by letter")
-    return {
-        str(letter).strip().upper(): value.strip()
-        for letter, value in options.items()
-        if value and value.strip()
-    }
+    given = {letter: text.strip() for letter, text in options.items() if text}
+    return {str(letter).strip().upper(): text for letter, text in given.items() if text}
 
 
 def _without_letter(option, letter):
     """An option of a list without the letter that it may begin with ("A. 麻黄")."""
-    return re.sub(rf"^\s*{letter}\s*[.．、:：)）]\s*", "", option) if isinstance(option, str) else option
+    return re.sub(rf"^\s*{letter}{_SIGN}", "", option) if isinstance(option, str) else option
 
 
 def _answer(row, options):

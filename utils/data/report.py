@@ -121,8 +121,9 @@ def show(report: dict) -> None:
             f"\n{report['conversations_trimmed']:>12,}  conversations without turns before the first question, or after the last answer"
         )
     if report["eval_answers_in_training"]:
+        stand = "s stand" if report["eval_answers_in_training"] > 1 else " stands"
         say(
-            f"\n{report['eval_answers_in_training']:>12,}  held-out answers stand word for word in training: the loss on them says little"
+            f"\n{report['eval_answers_in_training']:>12,}  held-out answer{stand} word for word in training: the loss on them says little"
         )
     _show_lengths(report)
     if report["reasoning_share"] is not None:

@@ -50,15 +50,7 @@ ALIASES = {
 
 BESIDE_TEXT = {"id", "source", "url", "title", "meta", "metadata", "date", "timestamp", "lang", "language"}
 
-SPLITS = {
-    "": "",
-    "train": "train",
-    "eval": "eval",
-    "validation": "eval",
-    "valid": "eval",
-    "dev": "eval",
-    "test": "eval",
-}
+SPLITS = {"": "", "train": "train", **dict.fromkeys(("eval", "validation", "valid", "dev", "test"), "eval")}
 
 # Text that no tokenizer or file can carry, and Qwen's own control tokens, which would forge a turn of the conversation.
 _UNFIT = re.compile(

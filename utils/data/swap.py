@@ -143,9 +143,8 @@ def _is_wrong(slot, term, row, terms, common):
         return False
     if not slot.is_name and (set(slot.term) & set(term)) - common[slot.kind]:
         return False
-    return term not in terms.near[slot.kind, slot.term] and slot.term not in terms.near.get(
-        (slot.kind, term), ()
-    )
+    near, near_term = terms.near[slot.kind, slot.term], terms.near.get((slot.kind, term), ())
+    return term not in near and slot.term not in near_term
 
 
 def _alike(one, other):

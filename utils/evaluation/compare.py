@@ -22,6 +22,7 @@ from utils.evaluation.statistics import mcnemar, mean_per_token, share_differenc
 from utils.files import read_jsonl, sha256_of, show_path, write_jsonl
 from utils.model.folders import adapter_base, model_sha256
 from utils.model.hub_models import local_folder
+from utils.settings import Settings
 
 # Raise this number with every change of the code that changes a score or what counts as right.
 SCORING_VERSION = 4
@@ -62,7 +63,7 @@ class Difference(TypedDict):
 # ---- Kept results
 
 
-def measured_or_kept(folder: str, tests: Tests, settings, device: Device) -> Results:
+def measured_or_kept(folder: str, tests: Tests, settings: Settings, device: Device) -> Results:
     """The results of a model folder: read where it was measured before in just this way, else measured and kept."""
     identity = result_identity(folder, settings, device)
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
@@ -80,37 +81,29 @@ def measured_or_kept(folder: str, tests: Tests, settings, device: Device) -> Res
     return results
 
 
-def result_identity(folder: str, settings, device: Device) -> dict[str, Any]:
+def result_identity(folder: str, settings: Settings, device: Device) -> dict[str, Any]:
     """All that decides the results: weights, files and settings by content, prompts, code, libraries, number format."""
-    identity = {
-        name: f"sha256 {sha256_of(value)}"
-        if name.endswith("_FILE") and value and value.is_file()
-        else str(value)
-        for name, value in vars(settings).items()
-        if name.isupper() and name not in NOT_IDENTITY
-    }
+    identity: dict[str, Any] = {}
+    for name, value in vars(settings).items():
+        if name.isupper() and name not in NOT_IDENTITY:
+            by_content = name.endswith("_FILE") and value and value.is_file()
+            identity[name] = f"sha256 {sha256_of(value)}" if by_content else str(value)
     parts = [folder, adapter_base(folder)] if (Path(folder) / "adapter_config.json").is_file() else [folder]
     decoding = Path(local_folder(folder)) / "generation_config.json"  # its end tokens
+    libraries = ("torch", "transformers", "tokenizers", "peft")
     return identity | {
         "model": [model_sha256(part) for part in parts],
         "generation_config": sha256_of(decoding) if decoding.is_file() else "",
         "prompts": prompt_texts(),
         "scoring_version": SCORING_VERSION,
-        "libraries": {
-            package: version(package) for package in ("torch", "transformers", "tokenizers", "peft")
-        },
+        "libraries": {package: version(package) for package in libraries},
         "device": f"{device.name} {'bf16' if device.bf16 else 'fp32'}",
     }
 
 
 def _keep(path, identity, results):
-    first = {
-        "test": "model",
-        "folder": results.folder,
-        "identity": identity,
-        "seconds": results.seconds,
-        "generation_seconds": results.generation_seconds,
-    }
+    first = {"test": "model", "folder": results.folder, "identity": identity}
+    first |= {"seconds": results.seconds, "generation_seconds": results.generation_seconds}
     write_jsonl(path, [first | {"sha256": _digest([first, *results.items])}, *results.items])
 
 
@@ -135,16 +128,13 @@ def _digest(rows):
 
 def shares(results: Results) -> dict[str, list[bool]]:
     """{metric: whether each item is right}; a test that was not made is missing."""
+    found = {}
+    for name, (_, choice) in EXAM_METRICS.items():
+        found[name] = [item[choice] == item["answer"] for item in exam_items(results, name)]
+    found["preference"] = [item["chosen"] > item["rejected"] for item in results.of("preference")]
     answers = [item for item in results.of("answer") if item["right"] is not None]
-    found = {
-        **{
-            name: [item[choice] == item["answer"] for item in exam_items(results, name)]
-            for name, (_, choice) in EXAM_METRICS.items()
-        },
-        "preference": [item["chosen"] > item["rejected"] for item in results.of("preference")],
-        "facts": [item["right"] for item in answers if item["about"] == "heldout"],
-        "general": [item["right"] for item in answers if item["about"] == "general"],
-    }
+    for name, about in (("facts", "heldout"), ("general", "general")):
+        found[name] = [item["right"] for item in answers if item["about"] == about]
     return {name: right for name, right in found.items() if right}
 
 
@@ -162,12 +152,11 @@ def guessed_right(item: Any) -> float:
 
 def losses(results: Results) -> dict[str, tuple[list[float], list[int]]]:
     """{metric: (the sum of losses, the tokens) of each item}; a test that was not made is missing."""
-    found = {f"{test}_loss": results.of(test) for test in ("heldout", "general")}
-    return {
-        name: ([item["loss"] for item in items], [item["tokens"] for item in items])
-        for name, items in found.items()
-        if items
-    }
+    found = {}
+    for test in ("heldout", "general"):
+        if items := results.of(test):
+            found[f"{test}_loss"] = [item["loss"] for item in items], [item["tokens"] for item in items]
+    return found
 
 
 def metrics(results: Results) -> dict[str, Any]:

@@ -35,9 +35,8 @@ LETTER_PROMPT = (
 )
 KIND_NAMES = {SINGLE: "单项选择题", TRUE_FALSE: "判断题", MULTIPLE: "多项选择题"}
 SUBJECT = "中医中药"
-LONGEST_SET = (
-    64  # tokens of an answer that names several options: enough to write the texts of most beside the letters
-)
+# Tokens of an answer that names several options: enough to write the texts of most beside the letters.
+LONGEST_SET = 64
 
 
 def prompt_texts() -> dict[str, Any]:
@@ -99,9 +98,8 @@ def choices_by_text(
     items = []
     for item in exam:
         prompt = _prompt(tokenizer, text_question(item))
-        items.append(
-            {"documents": [(prompt, encode_text(tokenizer, text)) for text in item["options"].values()]}
-        )
+        answers = [encode_text(tokenizer, text) for text in item["options"].values()]
+        items.append({"documents": [(prompt, answer) for answer in answers]})
     choices = []
     for item, logps in zip(exam, answer_logps(model, pack_for_scoring(items), device, watch)):
         scores = {letter: logp / len(text) for (letter, text), logp in zip(item["options"].items(), logps)}
@@ -137,10 +135,8 @@ def choices_by_letter(
     choices = []
     for item, asked in zip(exam, questions):
         rotations = [dict(zip(order, next(logps))) for _, order in asked]
-        scores = {
-            letter: sum(rotation[letter] for rotation in rotations) / len(rotations)
-            for letter in item["options"]
-        }
+        sums = {own: sum(rotation[own] for rotation in rotations) for own in item["options"]}
+        scores = {own: total / len(rotations) for own, total in sums.items()}
         choices.append(LetterChoice(_best(scores), scores, rotations))
     return choices
 

@@ -19,14 +19,13 @@ from utils.evaluation.exams import (
     kind_of,
 )
 from utils.files import sample_by_id
-from utils.model.chat_format import encode_answer, encode_prompt, encode_turns
+from utils.model.chat_format import THINKING_MODES, encode_answer, encode_prompt, encode_turns
 from utils.model.generate import generate_tokens, read_answer, stop_tokens
 from utils.model.load import load_model, load_tokenizer
 from utils.model.logprobs import answer_logps, pack_for_scoring
 from utils.model.packed_forward import prepare_packed
 from utils.progress import progress
-
-THINKING_MODES = {"auto": None, "on": True, "off": False}
+from utils.settings import Settings
 
 DIGITS = "0-9一二三四五六七八九十百千"
 
@@ -91,12 +90,11 @@ class AnswerResult(Result):
     repetition: float
 
 
-def measure(folder, tests: Tests, settings, device: Device) -> tuple[float, list[Any]]:
-    """(seconds of generating, the results of all tests) of a model folder."""
+def measure(folder: str, tests: Tests, settings: Settings, device: Device) -> tuple[float, list[Any]]:
+    """(seconds of generating, the results of all tests) of a model folder. `settings`: those of compare_models.py."""
     tokenizer = load_tokenizer(folder)
-    by_letter = letter_choices(
-        folder, tokenizer, tests.exam, settings.LETTER_ROWS, settings.BATCH_SIZE, device
-    )
+    letter_rows, batch_size = settings.LETTER_ROWS, settings.BATCH_SIZE
+    by_letter = letter_choices(folder, tokenizer, tests.exam, letter_rows, batch_size, device)
     model = load_model(folder, device.dtype).to(device.name).eval()
     # answers first: prepare_packed changes how the model computes
     seconds, answers = generated_answers(model, tokenizer, tests, settings)
@@ -110,7 +108,9 @@ def measure(folder, tests: Tests, settings, device: Device) -> tuple[float, list
     ]
 
 
-def letter_choices(folder, tokenizer, exam, count, batch_size, device) -> dict[str, dict]:
+def letter_choices(
+    folder: str, tokenizer, exam: list[ExamQuestion], count: int, batch_size: int, device: Device
+) -> dict[str, dict]:
     """{question id: its fields letter_choice, letter and rotations} for `count` of the questions (0: all; below: none).
 
     All questions with several right answers are among them, with letter_choice and `said`: they are asked in no other way.
@@ -126,25 +126,20 @@ def letter_choices(folder, tokenizer, exam, count, batch_size, device) -> dict[s
     if several:
         watch = progress(f"exam, {len(several):,} questions with several right answers", always=True)
         stop = stop_tokens(model, tokenizer)
-        for item, named in zip(
-            several, choices_of_several(model, tokenizer, several, stop, batch_size, watch)
-        ):
+        sets = choices_of_several(model, tokenizer, several, stop, batch_size, watch)
+        for item, named in zip(several, sets):
             found[item["id"]] = {"letter_choice": named.letters, "said": named.said}
     if asked:
         watch = progress(f"exam by option letter, {len(asked):,} questions, every rotation", always=True)
         exact = replace(device, bf16=False)
-        for item, choice in zip(
-            asked, choices_by_letter(prepare_packed(model), tokenizer, asked, exact, watch)
-        ):
-            found[item["id"]] = {
-                "letter_choice": choice.letter,
-                "letter": choice.scores,
-                "rotations": choice.rotations,
-            }
+        choices = choices_by_letter(prepare_packed(model), tokenizer, asked, exact, watch)
+        for item, choice in zip(asked, choices):
+            scores = {"letter": choice.scores, "rotations": choice.rotations}
+            found[item["id"]] = {"letter_choice": choice.letter, **scores}
     return found
 
 
-def generated_answers(model, tokenizer, tests, settings) -> tuple[float, list[AnswerResult]]:
+def generated_answers(model, tokenizer, tests: Tests, settings: Settings) -> tuple[float, list[AnswerResult]]:
     """(seconds of generating, results) of some held-out questions and the general ones, answered greedily."""
     if not settings.GENERATE:
         return 0.0, []
@@ -176,15 +171,14 @@ class _Question(NamedTuple):
 
 def _questions(tests, settings):
     drawn = random.Random(settings.SEED).sample(tests.heldout, min(settings.GENERATE, len(tests.heldout)))
-    heldout = [
-        _Question("heldout", row["id"], row["messages"][:-1], row["messages"][-1]["content"], None)
-        for row in drawn
-    ]
-    general = [
-        _Question("general", row["id"], _asks(row["question"]), row["answer"], row["accept"])
-        for row in tests.general
-    ]
-    return heldout + general
+    questions = []
+    for row in drawn:
+        *messages, answer = row["messages"]
+        questions.append(_Question("heldout", row["id"], messages, answer["content"], None))
+    for row in tests.general:
+        asked = _asks(row["question"])
+        questions.append(_Question("general", row["id"], asked, row["answer"], row["accept"]))
+    return questions
 
 
 def _judge(asked, answer, said, ended, terms) -> AnswerResult:
@@ -213,8 +207,8 @@ def _judge(asked, answer, said, ended, terms) -> AnswerResult:
     }
 
 
-def answer_losses(model, tokenizer, test, rows, device) -> list[LossResult]:
-    """The loss of every assistant turn of conversations."""
+def answer_losses(model, tokenizer, test: str, rows: list[dict], device: Device) -> list[LossResult]:
+    """The loss of every assistant turn of conversations. `test`: their name in the results, heldout or general."""
     turns = [(row["id"], turn) for row in rows for turn in encode_turns(tokenizer, row["messages"])]
     if not turns:
         return []
@@ -226,18 +220,18 @@ def answer_losses(model, tokenizer, test, rows, device) -> list[LossResult]:
     ]
 
 
-def as_conversations(general) -> list[dict]:
+def as_conversations(general: list[dict]) -> list[dict]:
     """Rows of question and answer as rows of messages."""
-    return [
-        {
-            "id": row["id"],
-            "messages": [*_asks(row["question"]), {"role": "assistant", "content": row["answer"]}],
-        }
-        for row in general
-    ]
+    conversations = []
+    for row in general:
+        messages = [*_asks(row["question"]), {"role": "assistant", "content": row["answer"]}]
+        conversations.append({"id": row["id"], "messages": messages})
+    return conversations
 
 
-def exam_results(model, tokenizer, exam: list[ExamQuestion], by_letter, device) -> list[ExamResult]:
+def exam_results(
+    model, tokenizer, exam: list[ExamQuestion], by_letter: dict[str, dict], device: Device
+) -> list[ExamResult]:
     """Every question, by option text where it has one right answer, joined with its fields of `letter_choices`, if any."""
     asked, by_text = [item for item in exam if kind_of(item) != MULTIPLE], {}
     if asked:
@@ -250,32 +244,22 @@ def exam_results(model, tokenizer, exam: list[ExamQuestion], by_letter, device) 
     ]
 
 
-def preference_results(model, tokenizer, pairs, device) -> list[PreferenceResult]:
+def preference_results(model, tokenizer, pairs: list[dict], device: Device) -> list[PreferenceResult]:
     """Log-probabilities of the chosen and the rejected answer of every pair."""
     if not pairs:
         return []
-    documents = [
-        [
-            (
-                encode_prompt(tokenizer, pair["prompt"], bool(pair["chosen"][-1].get("reasoning_content"))),
-                encode_answer(tokenizer, pair[side][-1]),
-            )
-            for side in ("chosen", "rejected")
-        ]
-        for pair in pairs
-    ]
-    packed = pack_for_scoring([{"documents": pair} for pair in documents])
+    items = []
+    for pair in pairs:
+        chosen, rejected = pair["chosen"][-1], pair["rejected"][-1]
+        prompt = encode_prompt(tokenizer, pair["prompt"], bool(chosen.get("reasoning_content")))
+        answers = [encode_answer(tokenizer, message) for message in (chosen, rejected)]
+        items.append({"documents": [(prompt, answer) for answer in answers]})
     watch = progress(f"{len(pairs):,} preference pairs", always=True)
-    return [
-        {
-            "test": "preference",
-            "id": pair["id"],
-            "kind": pair.get("kind", ""),
-            "chosen": chosen,
-            "rejected": rejected,
-        }
-        for pair, (chosen, rejected) in zip(pairs, answer_logps(model, packed, device, watch))
-    ]
+    results = []
+    for pair, (good, bad) in zip(pairs, answer_logps(model, pack_for_scoring(items), device, watch)):
+        about = {"test": "preference", "id": pair["id"], "kind": pair.get("kind", "")}
+        results.append({**about, "chosen": good, "rejected": bad})
+    return results
 
 
 def _asks(question):

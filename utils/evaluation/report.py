@@ -2,12 +2,17 @@
 
 import datetime
 from collections import Counter
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from utils.curves import Run, plot_runs
 from utils.evaluation.compare import Results
 from utils.files import atomic_write, show_path, write_json
+from utils.model.run_record import read_record
 from utils.plots import plot_comparison
 from utils.text import printable, text_width
+from utils.training.callbacks import read_log
+from utils.training.report_page import write_report_page
 
 LONGEST = 300  # characters of a sample answer that are shown
 
@@ -84,10 +89,38 @@ def write_report(models, pairs, measured, settings, device, left_out) -> None:
             "models": models,
             "differences": pairs,
             "settings": settings.as_dict(),
+            "samples": [
+                {"question": question, "answers": answers}
+                for question, answers in _samples(measured, settings.SHOW)
+            ],
             "device": str(device),
             "exam_rows_left_out": left_out,
         },
     )
+
+
+def draw_curves(folders: dict[str, str], place: Path) -> bool:
+    """Draw the curves of the training folders among {name: folder} to curves.png and curves.svg; False where there is none."""
+    runs = []
+    for name, folder in folders.items():
+        log = Path(folder) / "training_log.jsonl"
+        if entries := read_log(log) if log.is_file() else []:
+            results = (read_record(folder) or {}).get("results", {})
+            steps, tokens = results.get("steps", 0), results.get("tokens", 0)
+            runs.append(Run(name, entries, tokens / steps if steps else 0))
+    if runs:
+        plot_runs(runs, place / "curves.png")
+    return bool(runs)
+
+
+def write_pages(folders: dict[str, str], place: Path) -> list[Path]:
+    """report.html of each training folder among {name: folder}, with the comparison in `place`; returns their paths."""
+    pages = []
+    for folder in folders.values():
+        record = read_record(folder) if Path(folder).is_dir() else None
+        if record and record.get("status") == "finished":
+            pages.append(write_report_page(Path(folder), place))
+    return pages
 
 
 def terminal_lines(models: dict, pairs: list, measured: dict[str, Results], show: int) -> list[str]:

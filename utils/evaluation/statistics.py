@@ -29,10 +29,8 @@ def mean_per_token(sums: list[float], tokens: list[int]) -> tuple[float, list[fl
 
 def discordant(one: list[bool], other: list[bool]) -> tuple[int, int]:
     """(items that only `one` has right, items that only `other` has right), for the same items."""
-    return (
-        sum(a and not b for a, b in zip(one, other, strict=True)),
-        sum(b and not a for a, b in zip(one, other)),
-    )
+    pairs = list(zip(one, other, strict=True))
+    return sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
 
 
 def mcnemar(one: list[bool], other: list[bool]) -> float:

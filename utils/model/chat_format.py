@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import functools
 import re
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from utils.errors import UserError
+from utils.text import shorten
 
 if TYPE_CHECKING:  # --help of the scripts is not to wait for it
     from transformers import PreTrainedTokenizerBase
@@ -26,13 +26,14 @@ END_OF_TURN = "<|im_end|>"
 TEXTS = ("content", "reasoning_content")  # of a message
 MARK = "\ufdd0"  # no character: Unicode keeps it for use inside a program
 
+# What settings say, and encode_prompt's `thinking`.
+THINKING_MODES = {"auto": None, "on": True, "off": False}
 
 # Qwen's decoding advice for Qwen3, by thinking mode (model card of Qwen/Qwen3-0.6B).
 DECODING = {
     True: {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20},
     False: {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20},
 }
-
 
 # Put in front of a chat template: the mode that holds where nobody asks for another. llama.cpp's server and mlx-lm ask every
 # template that names enable_thinking for True, so that a model trained with thinking off has to take that for no wish at all;
@@ -41,10 +42,8 @@ _DEFAULT_MODE = {
     True: "{%- if enable_thinking is not defined %}{%- set enable_thinking = true %}{%- endif %}",
     False: "{%- set enable_thinking = force_thinking is defined and force_thinking %}",
 }
-_ANY_DEFAULT_MODE = [
-    *_DEFAULT_MODE.values(),
-    _DEFAULT_MODE[True].replace("true", "false"),
-]  # the last: earlier folders'
+# The last is that of earlier folders.
+_ANY_DEFAULT_MODE = [*_DEFAULT_MODE.values(), _DEFAULT_MODE[True].replace("true", "false")]
 
 
 def encode_prompt(
@@ -73,10 +72,8 @@ def _render(tokenizer, messages, mode):
     except MemoryError:
         raise
     except Exception as error:
-        why = textwrap.shorten(str(error), 200)
-        raise UserError(
-            f"the chat template of {tokenizer.name_or_path} does not render this conversation ({why})"
-        ) from None
+        refusal = f"the chat template of {tokenizer.name_or_path} does not render this conversation"
+        raise UserError(f"{refusal} ({shorten(str(error), 200)})") from None
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, message: dict) -> list[int]:
@@ -111,12 +108,10 @@ def _cut(text, mark):
 def encode_pieces(tokenizer: PreTrainedTokenizerBase, texts: list[list[str]]) -> list[list[int]]:
     """Token ids of texts that are given in pieces. Many at a time cost less each, and share the cores (token_cache.py)."""
     flat = [piece for pieces in texts for piece in pieces]
-    ids = iter(
-        tokenizer(flat, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    )
-    return [
-        next(ids) if len(pieces) == 1 else [token for _ in pieces for token in next(ids)] for pieces in texts
-    ]
+    encoded = tokenizer(flat, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    ids = iter(encoded["input_ids"])
+    # One piece, as nearly always, is not copied.
+    return [next(ids) if len(text) == 1 else [token for _ in text for token in next(ids)] for text in texts]
 
 
 def _mark_controls(tokenizer, messages):

@@ -82,7 +82,7 @@ ABSENT = Kind(lambda value: not value, "empty: it is not supported here")
 
 CONFIG = {
     **dict.fromkeys(("max_position_embeddings", *SIZES), SIZE),
-    **dict.fromkeys(("rms_norm_eps",), NUMBER),
+    "rms_norm_eps": NUMBER,
     **dict.fromkeys(("attention_dropout", "initializer_range", "rope_theta"), _or_null(NUMBER)),
     **dict.fromkeys(("attention_bias", "tie_word_embeddings", "use_cache"), SWITCH),
     **dict.fromkeys(("use_sliding_window", "output_attentions", "output_hidden_states"), SWITCH),
@@ -192,11 +192,9 @@ def _check_config(folder):
             f"{show_path(folder)} is a {str(kind)[:40]} model; wanted Qwen3, without sliding windows"
         )
     config = _fields(folder, "config.json", CONFIG, CONFIG_NEEDS)
-    layers = config.get("layer_types")
-    if layers is not None and len(layers) != config["num_hidden_layers"]:
-        raise cannot_load(
-            folder, "config.json", f"lists {len(layers)} layer_types for {config['num_hidden_layers']} layers"
-        )
+    listed, layers = config.get("layer_types"), config["num_hidden_layers"]
+    if listed is not None and len(listed) != layers:
+        raise cannot_load(folder, "config.json", f"lists {len(listed)} layer_types for {layers} layers")
     shapes = {}
     for path in weight_files(folder):
         shapes.update(read_shapes(path))
@@ -239,25 +237,20 @@ def read_shapes(path: Path) -> dict[str, list[int]]:
             raise cannot_load(folder, name, f"holds a tensor of no known form ({tensor[:60]})")
         shapes[tensor] = shape
         total += math.prod(shape) * BYTES[entry["dtype"]]
-    if 8 + length + total != size:
-        raise cannot_load(
-            folder, name, f"is not whole: {size} bytes, its header tells of {8 + length + total}"
-        )
+    told = 8 + length + total
+    if told != size:
+        raise cannot_load(folder, name, f"is not whole: {size} bytes, its header tells of {told}")
     return shapes
 
 
 def _check_sizes(folder, config, shapes):
     """What config.json says is what the weights hold: nothing larger is ever built."""
     hidden, head = config["hidden_size"], config["head_dim"]
-    layers = {
-        found[1] for found in (re.match(r"model\.layers\.(\d{1,9})\.", name) for name in shapes) if found
-    }
-    if len(layers) != config["num_hidden_layers"]:
-        raise cannot_load(
-            folder,
-            "config.json",
-            f"says num_hidden_layers is {config['num_hidden_layers']}, the weights have {len(layers)}; it is not whole",
-        )
+    in_layers = (re.match(r"model\.layers\.(\d{1,9})\.", name) for name in shapes)
+    said, held = config["num_hidden_layers"], len({found[1] for found in in_layers if found})
+    if said != held:
+        problem = f"says num_hidden_layers is {said}, the weights have {held}; it is not whole"
+        raise cannot_load(folder, "config.json", problem)
     wanted = {
         "model.embed_tokens.weight": [config["vocab_size"], hidden],
         "model.layers.0.self_attn.q_proj.weight": [config["num_attention_heads"] * head, hidden],
@@ -268,24 +261,16 @@ def _check_sizes(folder, config, shapes):
         if name not in shapes:
             raise UserError(f"{show_path(folder)} is not whole: its weights lack {name}")
         if shapes[name] != shape:
-            raise cannot_load(
-                folder, "config.json", f"asks for {name} of {shape}, the weights have {shapes[name]}"
-            )
+            problem = f"asks for {name} of {shape}, the weights have {shapes[name]}"
+            raise cannot_load(folder, "config.json", problem)
 
 
 def _check_rank(folder, adapter):
     name = "adapter_model.safetensors"
     if not (folder / name).is_file():
         raise cannot_load(folder, name, "is not there")
-    ranks = [
-        shape[0]
-        for tensor, shape in read_shapes(folder / name).items()
-        if re.search(r"\.lora_(embedding_)?A\b", tensor) and shape
-    ]
-    asked = {adapter["r"], *(adapter.get("rank_pattern") or {}).values()}
-    if not ranks or max(asked) > max(ranks):
-        raise cannot_load(
-            folder,
-            "adapter_config.json",
-            f"asks for rank {max(asked)}, the weights have {max(ranks, default=0)}",
-        )
+    shapes = read_shapes(folder / name).items()
+    ranks = [shape[0] for tensor, shape in shapes if re.search(r"\.lora_(embedding_)?A\b", tensor) and shape]
+    asked, held = max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()]), max(ranks, default=0)
+    if not ranks or asked > held:
+        raise cannot_load(folder, "adapter_config.json", f"asks for rank {asked}, the weights have {held}")

@@ -1,5 +1,6 @@
 """Model folders: which ones there are, whether one can be loaded, and what identifies its content."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -19,53 +20,27 @@ MADE_BY = {
 }
 
 
-def check_model(model, above=()):
+def check_model(model: str, above: tuple[Path, ...] = ()) -> str:
     """Return `model` (a folder as text, or a Hub id) if it can be a causal language model; UserError otherwise.
 
     Reads a few small files only, so that a wrong folder is refused before torch is imported. `above`: the adapters (resolved
     paths) that `model` is the base of.
     """
-    folder = Path(model)
+    folder, weights = Path(model), "*.safetensors"
     if folder.is_symlink() and not folder.exists():
         raise UserError(f"{show_path(folder)} is a link to something that is not there")
     if not folder.exists():
-        known = Path(ROOT, model).resolve().as_posix()
-        for place, command in MADE_BY.items():
-            if known == (ROOT / place).as_posix():
-                raise UserError(f"the model folder {model} does not exist; make it with: {command}")
-        if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) and not (ROOT / model).parent.is_dir():
-            return model  # a Hub id such as Qwen/Qwen3-0.6B; not C:/models, ~/models or ./models
-        raise UserError(
-            f"the model folder {model} does not exist; download one: python model_download/download_model.py"
-        )
+        return _hub_id(model)
     if not folder.is_dir():
-        hint = (
-            f"; did you mean {show_path(folder.parent)}?" if (folder.parent / "config.json").is_file() else ""
-        )
+        inside = (folder.parent / "config.json").is_file()
+        hint = f"; did you mean {show_path(folder.parent)}?" if inside else ""
         raise UserError(f"{show_path(folder)} is a file, wanted a model folder{hint}")
     if (folder / "adapter_config.json").is_file():
-        base = adapter_base(folder)
-        if not Path(base).is_dir():
-            raise UserError(
-                f"{show_path(folder)} is a LoRA adapter for {base}, which is not there; use its merged/ folder"
-            )
-        if folder.resolve() in above:
-            raise cannot_load(folder, "adapter_config.json", "names a base that is an adapter of this one")
-        check_model(base, (*above, folder.resolve()))
+        _check_base(folder, above)
+        weights = "adapter_model.safetensors"  # peft would go on with a pickled adapter_model.bin
     elif not (folder / "config.json").is_file():
-        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
-        nested = [
-            path for name in ("config.json", "adapter_config.json") for path in folder.glob(f"*/{name}")
-        ]
-        newest = max(nested, key=lambda path: path.stat().st_mtime, default=None)
-        hint = (
-            f"did you mean {show_path(newest.parent)}?"
-            if nested
-            else "a model has config.json and *.safetensors"
-        )
-        raise UserError(f"{show_path(folder)} is not a model folder (it holds {found}); {hint}")
-    weights = "adapter_model.safetensors" if (folder / "adapter_config.json").is_file() else "*.safetensors"
-    if not list(folder.glob(weights)):  # peft would go on with a pickled adapter_model.bin
+        raise _no_model(folder)
+    if not list(folder.glob(weights)):
         raise UserError(f"{show_path(folder)} holds no *.safetensors weights; other formats are not loaded")
     if not (folder / "tokenizer.json").is_file():
         raise UserError(
@@ -74,14 +49,49 @@ def check_model(model, above=()):
     return model
 
 
-def find_models():
-    """Folders (Path) that load: finished runs, the newest first, then downloaded models, Qwen3-0.6B before the tiny one."""
+def _hub_id(model):
+    """`model`, which is no folder here, if it can be a Hub id such as Qwen/Qwen3-0.6B: not C:/models, ~/models or ./models."""
+    known = Path(ROOT, model).resolve().as_posix()
+    for place, command in MADE_BY.items():
+        if known == (ROOT / place).as_posix():
+            raise UserError(f"the model folder {model} does not exist; make it with: {command}")
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) and not (ROOT / model).parent.is_dir():
+        return model
+    raise UserError(
+        f"the model folder {model} does not exist; download one: python model_download/download_model.py"
+    )
+
+
+def _check_base(folder, above):
+    base = adapter_base(folder)
+    if not Path(base).is_dir():
+        raise UserError(
+            f"{show_path(folder)} is a LoRA adapter for {base}, which is not there; use its merged/ folder"
+        )
+    if folder.resolve() in above:
+        raise cannot_load(folder, "adapter_config.json", "names a base that is an adapter of this one")
+    check_model(base, (*above, folder.resolve()))
+
+
+def _no_model(folder):
+    """The UserError for a folder without a config: what it holds, and the newest model folder in it."""
+    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
+    nested = [*folder.glob("*/config.json"), *folder.glob("*/adapter_config.json")]
+    hint = "a model has config.json and *.safetensors"
+    if nested:
+        newest = max(nested, key=lambda path: path.stat().st_mtime)
+        hint = f"did you mean {show_path(newest.parent)}?"
+    return UserError(f"{show_path(folder)} is not a model folder (it holds {found}); {hint}")
+
+
+def find_models() -> list[Path]:
+    """Folders that load: finished runs, the newest first, then downloaded models, Qwen3-0.6B before the tiny one."""
     runs = [folder for folder in (ROOT / "trainer_output").glob("*/") if _is_model(folder)]
     bases = [folder for folder in (ROOT / "model_download").glob("*/") if _is_model(folder)]
     return sorted(runs, key=written_at, reverse=True) + sorted(bases)
 
 
-def written_at(folder):
+def written_at(folder: Path) -> float:
     """When the weights in a model folder were written (seconds since 1970): for a run, when it ended."""
     return max(path.stat().st_mtime for path in folder.glob("*.safetensors"))
 
@@ -95,7 +105,7 @@ def _is_model(folder):
     return True
 
 
-def adapter_base(folder):
+def adapter_base(folder: str | Path) -> str:
     """The base model that a LoRA adapter folder names: a path (relative ones are to the repository) or a Hub id."""
     path = Path(folder) / "adapter_config.json"
     config = read_json(path)
@@ -113,21 +123,10 @@ def adapter_base(folder):
         ) from None
 
 
-def model_sha256(model):
+def model_sha256(model: str | Path) -> str:
     """One sha256 over the weights, config and tokenizer of a model folder, or of the one that a Hub id has in the cache."""
-    folder = Path(local_folder(str(model)))
-    names = [
-        path
-        for path in sorted(folder.glob("*"))
-        if path.suffix in (".safetensors", ".jinja")
-        or path.name
-        in ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", INDEX)
-    ]
-    digests = {path.name: sha256_of(path) for path in names}
-    return _sha256_text(json.dumps(digests, sort_keys=True))
-
-
-def _sha256_text(text):
-    import hashlib
-
-    return hashlib.sha256(text.encode()).hexdigest()
+    kinds = (".safetensors", ".jinja")
+    names = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", INDEX)
+    files = Path(local_folder(str(model))).iterdir()
+    digests = {path.name: sha256_of(path) for path in files if path.suffix in kinds or path.name in names}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

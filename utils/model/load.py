@@ -60,7 +60,13 @@ def load_tokenizer(model):
 def _check_size(tokenizer, folder):
     """UserError where the tokenizer has tokens that the model knows no embedding for: that of another model was copied here."""
     while (Path(folder) / "adapter_config.json").is_file():
-        folder = local_folder(adapter_base(folder))
+        base = adapter_base(folder)
+        try:
+            folder = local_folder(base)
+        except (
+            UserError
+        ):  # an exported adapter may name a base that is not here; whoever loads the weights is told
+            return
     size, last = read_json(Path(folder) / "config.json")["vocab_size"], max(tokenizer.get_vocab().values())
     if last >= size:
         raise UserError(

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.device import release_memory
 from utils.files import read_json, write_json
@@ -12,7 +13,7 @@ from utils.model.load import load_model
 TOKENS_OF_CONFIG = ("bos_token_id", "pad_token_id")  # in config.json as well as in generation_config.json
 
 
-def remember_mode(model, tokenizer, thinking):
+def remember_mode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, thinking: bool) -> None:
     """Make the thinking mode of the training rows the default of all that is saved: checkpoints and finished folder alike.
 
     Answers are drawn as Qwen advises for the mode; a base that says do_sample false, as the tiny one does, stays greedy.
@@ -25,7 +26,7 @@ def remember_mode(model, tokenizer, thinking):
     model.config.update({name: settings[name] for name in TOKENS_OF_CONFIG})
 
 
-def save_model(model, tokenizer, folder):
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Save a model (or adapter), its decoding settings and its tokenizer.
 
     Weights keep float32: rounding them to bfloat16 would lose updates as small as DPO's.
@@ -68,16 +69,15 @@ def write_config_for_other_tools(folder: Path) -> None:
         config["model_input_names"] = ["input_ids", "attention_mask"]
     for name in ("backend", "is_local", "local_files_only"):
         config.pop(name, None)
-    if isinstance(
-        config.get("extra_special_tokens"), list
-    ):  # the name that 4.x has for such a list, and 5.x takes
+    if isinstance(config.get("extra_special_tokens"), list):
+        # the name that 4.x has for such a list, and 5.x takes
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     write_json(folder / "tokenizer_config.json", config)
     (folder / "README.md").unlink(missing_ok=True)
 
 
-def save_adapter_and_merged(model, tokenizer, folder: Path) -> None:
-    """Save the adapter at the root of `folder` and the merged model in merged/. `model` is of no use afterwards.
+def save_adapter_and_merged(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save the adapter of a PeftModel at the root of `folder`, the merged model in merged/. `model` is of no use afterwards.
 
     The base is read from its folder once more, in float32: in training it may have been held in bfloat16, and the merged
     weights are to be rounded no further than those of a base that was not.

@@ -14,6 +14,7 @@ import sys
 
 from utils.errors import UserError
 from utils.settings import ROOT
+from utils.text import shorten
 
 LONGEST = 200_000  # characters; Qwen3's template has 4,168
 SECONDS = 30  # on the clock: a busy machine takes a while
@@ -73,11 +74,7 @@ def _limit_this_process():
 
 def _render_all(text):
     question = [{"role": "user", "content": "甘草？"}]
-    turns = [
-        {"role": role, "content": "甘草调和诸药。" * 10}
-        for _ in range(TURNS)
-        for role in ("user", "assistant")
-    ]
+    turns = [{"role": role, "content": "甘草调和诸药。" * 10} for role in ("user", "assistant")] * TURNS
     long = [{"role": "system", "content": "中医"}, *turns, *question]
     try:
         template = _environment().from_string(text)
@@ -85,8 +82,8 @@ def _render_all(text):
     except MemoryError:
         raise UserError("takes too much memory") from None
     except Exception as error:  # a template can run into any
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"does not render a question ({type(error).__name__}: {why})") from None
+        why = shorten(f"{type(error).__name__}: {error}", 200)
+        raise UserError(f"does not render a question ({why})") from None
     longest = 10_000 + GROWTH * sum(len(message["content"]) for message in long)
     for mode in ({}, *({"enable_thinking": mode, "force_thinking": mode} for mode in (True, False))):
         size = 0

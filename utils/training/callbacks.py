@@ -1,6 +1,7 @@
 """What a run shows while it trains: a line of progress, training_log.jsonl, a loss curve that is redrawn, and Ctrl-C obeyed."""
 
 import json
+import math
 import signal
 import sys
 import threading
@@ -10,14 +11,17 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback, TrainerState
 
+from utils.curves import plot_training
 from utils.files import atomic_write, show_path
-from utils.plots import plot_training
 from utils.progress import PLAIN_SECONDS
 from utils.text import duration
+from utils.training.best import best_of
+from utils.training.forecast import RunSize
 from utils.training.pace import SETTLED, Pace, done_at
 from utils.training.run_folder import RunFolder
 from utils.training.schedule import Schedule
 
+WORTH_TELLING = 0.1  # of the steps that were left: a change of the plan that is told
 LONG = 60  # seconds left from which on the time of day is worth telling
 REDRAW_SECONDS = 30  # the PNG takes about half a second to draw
 
@@ -79,17 +83,40 @@ class RunLog(TrainerCallback):
             entry["loss"] for entry in self.entries if "loss" in entry and entry["step"] > self.schedule.start
         ]
 
+    def tell_plan(self, state: TrainerState, size: RunSize) -> None:
+        """Print what fits into HOURS."""
+        steps = state.max_steps - self.schedule.start
+        epochs = state.max_steps / size.steps_per_epoch
+        left = self.pace.seconds_left(self.schedule, state.global_step)
+        all_of_it = " (all that was asked for)" if state.max_steps == size.steps else ""
+        self.tell(
+            f"{duration(self.pace.limit)} are {steps:,} steps{all_of_it}: {min(1, epochs):.1%} of the rows, {epochs:.2f} epochs; done at "
+            f"{done_at(left)}"
+        )
+
+    def tell(self, text: str) -> None:
+        """Print a line that stays."""
+        if self.run.main:
+            self._print(text, keep=True)
+
     def draw(self) -> None:
         """Redraw the picture now, if there is anything to draw."""
         if self.run.main and any("loss" in entry for entry in self.entries):
             self.last_drawn = time.monotonic()
             try:
-                plot_training(self.entries, self.picture, self.title)
+                best = best_of(self.evaluations())["step"] if self.evaluations() else None
+                plot_training(self.entries, self.picture, self._picture_title(), best)
             except PermissionError as error:  # on Windows, while a picture viewer has it open
                 self._print(
                     f"{show_path(self.picture)} cannot be redrawn now ({error.strerror}); training goes on",
                     keep=True,
                 )
+
+    def _picture_title(self):
+        """The method, with the model, the data and the day."""
+        settings = self.run.record["settings"]
+        model, data = Path(settings["MODEL"]).name, Path(settings["TRAIN_FILE"]).name
+        return f"{self.title} of {model} on {data}, {self.run.record['started'][:10]}"
 
     def tokens_per_second(self, state: TrainerState) -> float:
         """Real (unpadded) tokens a second over the steps of this process, evaluations and checkpoints left out."""
@@ -113,7 +140,7 @@ class RunLog(TrainerCallback):
             return
         last = entry["step"] == state.max_steps
         left = self.pace.seconds_left(self.schedule, state.global_step)
-        if state.global_step == self.first_step + SETTLED and left > LONG:
+        if state.global_step == self.first_step + SETTLED and left > LONG and self.pace.limit == math.inf:
             self._print(f"about {duration(left)} to go, done at {done_at(left)}", keep=True)
         elif not sys.stdout.isatty() and not last and time.monotonic() - self.last_line < PLAIN_SECONDS:
             return
@@ -136,8 +163,8 @@ class SaveAndStop(TrainerCallback):
     on. A second one stops at once.
     """
 
-    def __init__(self, run: RunFolder, schedule: Schedule, pace: Pace, log: "RunLog"):
-        self.run, self.schedule, self.pace, self.log = run, schedule, pace, log
+    def __init__(self, run: RunFolder, schedule: Schedule, pace: Pace, log: RunLog, size: RunSize):
+        self.run, self.schedule, self.pace, self.log, self.size = run, schedule, pace, log, size
         self.saved_step = None
         self.requested: float | None = None  # when, in monotonic seconds
         if threading.current_thread() is threading.main_thread():
@@ -164,17 +191,33 @@ class SaveAndStop(TrainerCallback):
             entry["step"] == state.global_step for entry in self.log.entries if "eval_loss" in entry
         )
         args.eval_on_start = self.schedule.evaluates(state.global_step) and not measured
-        self.last_save = time.monotonic()
-        self.pace.begin()
+        self.pace.begin(self.run.record.get("pace", {}).get(str(state.global_step)))
 
     def on_step_end(self, args, state, control, **kwargs):
         self.pace.ended("step")
-        overdue = time.monotonic() - self.last_save > self.pace.between_checkpoints
-        stop, save = self._agree(args, [bool(self.requested), overdue])
+        # the main process has the clock
+        total = self.pace.new_total(self.schedule, state.global_step, self.size.steps) if self.run.main else 0
+        due = self.run.main and self.pace.checkpoint_due
+        stop, save, total = self._agree(args, [bool(self.requested), due, total])
+        if total:
+            self._change(state, total)
         last = state.global_step >= state.max_steps
         control.should_evaluate = not stop and self.schedule.evaluates(state.global_step)
         control.should_save = bool(stop or save or last)
         control.should_training_stop = bool(stop or last)
+
+    def _change(self, state, total):
+        """The run ends after `total` steps, whatever was planned."""
+        before, first = state.max_steps, len(self.schedule.plan) == 1
+        reason = "faster than planned" if total > before else "slower than planned"
+        self.schedule.change(state.global_step, total, "the first steps were timed" if first else reason)
+        state.max_steps = total
+        self.run.record["schedule"] = self.schedule.as_dict()
+        self.run.write()
+        if first:
+            self.log.tell_plan(state, self.size)
+        elif abs(total - before) > WORTH_TELLING * (before - state.global_step):
+            self.log.tell(f"{reason}: {total:,} steps instead of {before:,}, to end in time")
 
     def agree_to_stop(self, args) -> bool:
         """Whether one of the processes was asked to stop; all of them have to call this."""
@@ -195,8 +238,13 @@ class SaveAndStop(TrainerCallback):
         self.pace.ended("evaluation")
 
     def on_save(self, args, state, control, **kwargs):
-        self.saved_step, self.last_save = state.global_step, time.monotonic()
+        self.saved_step = state.global_step
         self.pace.ended("checkpoint")
+        kept = {**self.run.record.get("pace", {}), str(state.global_step): self.pace.as_dict()}
+        self.run.record["pace"] = {
+            step: kept[step] for step in sorted(kept, key=int)[-args.save_total_limit :]
+        }
+        self.run.write()
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.saved_step == state.global_step:  # done a moment ago, at the step's end

@@ -1,5 +1,7 @@
 """What goes along with a run while it trains: its schedule, its pace, its log, its best weights, and when to save and to stop."""
 
+import math
+
 from transformers import TrainerCallback
 
 from utils.training.best import BestWeights
@@ -11,16 +13,21 @@ from utils.training.schedule import Schedule
 
 
 class Course:
-    """All that goes along with one run."""
+    """All that goes along with one run. `began`: when the process began, in monotonic seconds."""
 
-    def __init__(self, settings, run: RunFolder, schedule: Schedule, size: RunSize, title: str):
+    def __init__(self, settings, run: RunFolder, schedule: Schedule, size: RunSize, title: str, began: float):
         self.schedule, self.keep = schedule, settings.KEEP
         self.pace = Pace(
-            size.checkpoint_seconds, size.saving_seconds, settings.CHECKPOINT_MINUTES, size.steps_per_epoch
+            size.checkpoint_seconds,
+            size.saving_seconds,
+            settings.CHECKPOINT_MINUTES,
+            size.steps_per_epoch,
+            began,
+            run.seconds_given(settings.HOURS) if settings.HOURS else math.inf,
         )
         self.log = RunLog(run, schedule, self.pace, size.tokens_per_step, title)
         self.best = BestWeights(run, self.log, settings.KEEP)
-        self.control = SaveAndStop(run, schedule, self.pace, self.log)
+        self.control = SaveAndStop(run, schedule, self.pace, self.log, size)
 
     @property
     def callbacks(self) -> list[TrainerCallback]:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy
 import torch
 
 from utils.device import Device
@@ -17,18 +18,19 @@ from utils.model.batching import Item, PackedRows, collate, item_length, model_i
 from utils.model.lm_head import cross_entropy_sum
 from utils.text import duration
 from utils.training.memory import FLOAT
-from utils.training.pace import ENDING, done_at
+from utils.training.pace import ENDING, SETTLED, done_at
 from utils.training.plan import StepPlan
 from utils.training.run_folder import RunFolder
 from utils.training.schedule import Schedule, evaluation_count, evaluation_rows, make_schedule
 
 FEW_STEPS = 30  # a run of fewer is hardly more than its warm-up
+MARGIN = 1.25  # more pairs than should fit into HOURS
 TIMED_TOKENS = 512  # that a forecast is measured on, about
 WRITTEN = 16 << 20  # bytes that the disk's speed is measured on
 
 
 class RunSize(NamedTuple):
-    steps: int  # of the whole run, at most
+    steps: int  # of the whole run, at most: HOURS may end it earlier
     steps_per_epoch: int
     tokens_per_step: float  # on average
     eval_rows: int  # rows that an evaluation takes
@@ -70,6 +72,8 @@ def measure_run(
     else:  # in passes: the backward one takes as long as two forward ones, or as one where few weights are trained
         training = forward / (3 if 2 * trainable > stored else 2) * (3 / 4 if plan.recompute else 1)
     tokens = (steps - run.first_step) * tokens_per_step
+    if settings.HOURS:
+        tokens = min(tokens, run.seconds_given(settings.HOURS) * training)
     per_row = train_rows.tokens / len(train_rows.items)
     seconds_per_byte = run.from_main(disk_seconds_per_byte(run.folder))
     return RunSize(
@@ -82,6 +86,28 @@ def measure_run(
         3 * trainable * FLOAT * seconds_per_byte,
         stored * FLOAT * seconds_per_byte,
     )
+
+
+def draw_in_time(model, train_rows: PackedRows, settings, device: Device, run: RunFolder) -> PackedRows:
+    """With HOURS, the pairs that DPO can train on in that time: the reference of each costs a forward pass before training.
+
+    They are those with the lowest hashes of their ids, so that what fits in one hour is part of what fits in eight. As the rate is judged
+    by a forward pass, there are a quarter more than should fit.
+    """
+    if not settings.HOURS:
+        return train_rows
+    trainable, stored = count_weights(model)
+    passes = 1 + (3 if 2 * trainable > stored else 2)  # that of the reference, and those of training
+    tokens = MARGIN * run.seconds_given(settings.HOURS) * forward_rate(model, train_rows, device) / passes
+    order = numpy.argsort(train_rows.keys, kind="stable")
+    fits = int(numpy.searchsorted(numpy.cumsum(train_rows.sizes.tokens[order]), tokens)) + 1
+    fits = run.kept("pairs_in_time", run.from_main(min(fits, len(order))))
+    if fits == len(order):
+        return train_rows
+    print(
+        f"hours: {fits:,} of {len(order):,} pairs, drawn by their ids, are more than what fits into {settings.HOURS:g} h"
+    )
+    return train_rows.select(numpy.sort(order[:fits]))
 
 
 def _more_steps(train_rows, settings):
@@ -179,9 +205,14 @@ def plan_schedule(
 
     reference_tokens: those whose log-probabilities DPO computes first.
     """
-    tokens = size.tokens_per_step * (size.steps - run.first_step)
+    steps, reason = size.steps, "as asked for"
+    if settings.HOURS:
+        fits = int(run.seconds_given(settings.HOURS) * size.train_rate / size.tokens_per_step)
+        if run.first_step + fits < steps:
+            steps, reason = run.first_step + max(SETTLED + 1, fits), "judged by a forward pass"
+    tokens = size.tokens_per_step * (steps - run.first_step)
     evaluations = evaluation_count(settings.EVAL_ROWS, tokens, eval_rows.tokens, settings.EVALUATIONS)
-    schedule = make_schedule(settings, run, size.steps, evaluations, "as asked for")
+    schedule = make_schedule(settings, run, steps, evaluations, reason)
     share = (schedule.evaluations + 1) * eval_rows.tokens / size.forward_rate
     share /= share + tokens / size.train_rate
     times = (
@@ -190,6 +221,11 @@ def plan_schedule(
         else "before and after training"
     )
     print(f"evaluation: {len(eval_rows.items):,} held-out examples, {times}: about {share:.1%} of the time")
+    if settings.HOURS:
+        epochs = schedule.total / size.steps_per_epoch
+        print(
+            f"hours: {settings.HOURS:g} h given, about {schedule.total - schedule.start:,} steps or {epochs:.2g} epochs; the first ones will tell better"
+        )
     _tell_hours(size, schedule, eval_rows.tokens, 0 if run.checkpoint else reference_tokens, settings, run)
     return schedule
 

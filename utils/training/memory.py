@@ -21,7 +21,9 @@ from utils.model.lm_head import CHUNK
 PROBES = (64, 128)
 FLOAT, HALF = 4, 2  # bytes
 LIBRARIES = 700 << 20  # bytes of Python, torch, transformers and their threads in a training process
-KERNELS = 250 << 20  # bytes of the kernels that oneDNN makes for products in bfloat16, one a shape
+KERNELS = (
+    450 << 20
+)  # bytes of the 256 kernels that oneDNN keeps for products in bfloat16 (utils.device.limit_kernels)
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -87,11 +89,12 @@ def _bytes_kept(model, tokens: int, bf16: bool) -> int:
 
 
 def memory_parts(
-    costs: Costs, tokens: int, recompute: bool, device: Device, row_length: int = 0
+    costs: Costs, tokens: int, recompute: bool, device: Device, row_length: int = 0, passes: int = 2
 ) -> dict[str, int]:
     """{what: bytes} at the peak of a training step whose largest batch holds `tokens` packed tokens.
 
-    `row_length`: tokens of a row where every token sees its whole row, in attention without a fused kernel; else 0.
+    `row_length`: tokens of a row where every token sees its whole row, in attention without a fused kernel; else 0. With one pass
+    a step the layers' gradients come as their activations go: only what is more of them counts.
     """
     squares = (
         costs.layers * costs.heads * tokens * row_length * FLOAT
@@ -101,9 +104,13 @@ def memory_parts(
         kept += (costs.kept + squares) / costs.layers
     else:
         kept = costs.kept_per_token * tokens + costs.kept + squares
+    gradients = costs.trainable * FLOAT
+    if passes == 1:
+        head = costs.head.numel() * FLOAT * costs.head_trained
+        gradients = head + max(0, gradients - head - round(kept))
     return {
         "weights": costs.weights,
-        "gradients": costs.trainable * FLOAT,
+        "gradients": gradients,
         "optimizer": 2 * costs.trainable * FLOAT,
         "activations": round(kept),
         "scores": _score_bytes(costs, tokens),

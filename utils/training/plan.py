@@ -36,7 +36,7 @@ class StepPlan(NamedTuple):
 def check_settings(settings) -> None:
     """UserError, by name, where a number of a training's settings makes no sense, before anything is loaded."""
     above_zero = ("EPOCHS", "LEARNING_RATE", "MAX_LENGTH", "ROWS_PER_STEP", "EVALUATIONS", "KEEP_CHECKPOINTS")
-    not_below = ("MAX_STEPS", "EVAL_ROWS", "WARMUP", "WEIGHT_DECAY", "CHECKPOINT_MINUTES")
+    not_below = ("MAX_STEPS", "EVAL_ROWS", "WARMUP", "WEIGHT_DECAY", "CHECKPOINT_MINUTES", "HOURS")
     for names, fits, wanted in (
         (above_zero, lambda value: value > 0, "more than 0"),
         (not_below, lambda value: value >= 0, "0 or more"),
@@ -80,7 +80,7 @@ def plan_step(model, train_rows: PackedRows, settings, device: Device, run) -> S
             train_rows.max_length if device.name == "mps" else 0
         )  # no fused kernel for training there
         tokens = tokens_at_once(train_rows, plan, device)
-        return memory_parts(costs, tokens, plan.recompute, device, row_length)
+        return memory_parts(costs, tokens, plan.recompute, device, row_length, plan.passes)
 
     needed = {plan: sum(parts(plan).values()) for plan in possible}
     kept = StepPlan(*run.record["plan"]) if run.checkpoint and "plan" in run.record else None

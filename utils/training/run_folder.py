@@ -122,6 +122,12 @@ class RunFolder:
     def last_step(checkpoints: list[Path]) -> int:
         return int(checkpoints[-1].name.rpartition("-")[2])
 
+    def seconds_given(self, hours: float) -> float:
+        """Seconds that HOURS leaves to this run: those that a run took which it prolongs are over."""
+        return max(
+            0.0, 3600 * hours - self.record.get("continues", {}).get("results", {}).get("seconds", 0.0)
+        )
+
     def from_main(self, value: Any) -> Any:
         """The value that the main process has, in all processes."""
         return broadcast_object_list([value])[0] if self.processes.num_processes > 1 else value

@@ -15,6 +15,7 @@ from utils.text import duration, format_bytes
 from utils.training.best import best_of, verdict
 from utils.training.checkpoints import list_checkpoints
 from utils.training.plan import StepPlan
+from utils.training.report_page import write_report_page
 from utils.training.run_folder import RunFolder
 from utils.training.trainer import PackedTrainer
 
@@ -117,6 +118,7 @@ def _results(trainer, course):
         "eval_loss_before": start["eval_loss"],
         "eval_loss": kept["eval_loss"],
         "eval_loss_last": evaluations[-1]["eval_loss"],
+        "seconds": round(course.pace.elapsed(), 1),
         "tokens_per_second": round(course.log.tokens_per_second(trainer.state), 1),
         "peak_memory_bytes": peak_memory(trainer.args.device),
     }
@@ -132,8 +134,10 @@ def report(run: RunFolder, results: dict[str, Any], seconds: float) -> None:
         f"{results['tokens_per_second']:,.0f} tokens/s, peak memory {format_bytes(results['peak_memory_bytes'])}"
     )
     place = show_path(run.folder)
+    if run.main:
+        write_report_page(run.folder)
     print(
-        f"model: {place}   loss curve: {place}/loss_curve.png\nchat with it: python model_download/load_local_model.py {place}"
+        f"model: {place}   loss curve: {place}/loss_curve.png   report: {place}/report.html\nchat with it: python model_download/load_local_model.py {place}"
     )
 
 

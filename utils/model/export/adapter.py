@@ -16,6 +16,7 @@ PRECISIONS = ("",)  # as it was trained
 
 
 def check(folder: Path) -> None:
+    """UserError where `folder` holds a whole model."""
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{show_path(folder)} is no LoRA adapter; export it with --format folder or gguf")
 

@@ -40,16 +40,10 @@ def model_card(source: Source, export: Export, notes: list[str]) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "language: [zh]"]
     lines += [f"base_model: {export.base}"] if export.base else []
     lines += ["tags: [qwen3, traditional-chinese-medicine]", "---", "", f"# {export.name}", ""]
-    origin = (
-        f"fine-tuned for Traditional Chinese Medicine from {base}"
-        if base
-        else "whose training is not recorded"
-    )
-    lines += [f"A Qwen3 model {origin}."]
-    lines += [
-        f"Trained with thinking {'on' if source.thinking else 'off'}; its chat template keeps to that.",
-        "",
-    ]
+    made = f"fine-tuned for Traditional Chinese Medicine from {base}"
+    lines += [f"A Qwen3 model {made if base else 'whose training is not recorded'}."]
+    mode = "on" if source.thinking else "off"
+    lines += [f"Trained with thinking {mode}; its chat template keeps to that.", ""]
     for title, part in (
         ("Use", ["In this folder:", "", *(f"- {note}" for note in notes)]),
         ("Training", _training(source.runs)),
@@ -100,14 +94,11 @@ def _origins(folder):
         source = read_json(path)
         known[source["sha256"]] = source
     for file in read_json(report)["files"] if report.is_file() else []:
-        source = known.get(file["sha256"], {})
-        revision = f" at {source['revision']}" if source.get("revision") else ""
-        where = (
-            f"{source['repo']}{revision}, licence: {source['licence']}; "
-            if source
-            else "origin not recorded; "
-        )
-        yield f"`{Path(file['file']).name}`: {where}{file['rows']:,} rows, sha256 `{file['sha256']}`"
+        source, where = known.get(file["sha256"]), "origin not recorded"
+        if source:
+            revision = f" at {source['revision']}" if source.get("revision") else ""
+            where = f"{source['repo']}{revision}, licence: {source['licence']}"
+        yield f"`{Path(file['file']).name}`: {where}; {file['rows']:,} rows, sha256 `{file['sha256']}`"
 
 
 def _scores(source):

@@ -187,24 +187,17 @@ NO_THINKING = "<think>\n\n</think>\n\n"
 
 def modelfile(source: Source, export: Export) -> str:
     """Ollama's Modelfile: its template ends in the prompt of the trained mode; stops and decoding as in generation_config."""
-    stops = [
-        source.tokenizer.decode([token]) for token in sorted(stop_tokens(source.model, source.tokenizer))
-    ]
+    ids = sorted(stop_tokens(source.model, source.tokenizer))
     greedy = source.model.generation_config.do_sample is False
     decoding = {"temperature": 0} if greedy else DECODING[source.thinking]
-    return "\n".join(
-        [
-            f"FROM ./{file_name(export)}",
-            f'TEMPLATE """{GO_TEMPLATE}{"" if source.thinking else NO_THINKING}"""',
-            *(f'PARAMETER stop "{stop}"' for stop in stops),
-            *(
-                f"PARAMETER {name} {decoding[name]}"
-                for name in ("temperature", "top_p", "top_k")
-                if name in decoding
-            ),
-            "",
-        ]
-    )
+    sampling = [name for name in ("temperature", "top_p", "top_k") if name in decoding]
+    lines = [
+        f"FROM ./{file_name(export)}",
+        f'TEMPLATE """{GO_TEMPLATE}{"" if source.thinking else NO_THINKING}"""',
+        *(f'PARAMETER stop "{source.tokenizer.decode([token])}"' for token in ids),
+        *(f"PARAMETER {name} {decoding[name]}" for name in sampling),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def commands(export: Export, place: str) -> list[str]:

@@ -12,6 +12,7 @@ from utils.model.chat_format import with_default_mode
 from utils.model.folders import adapter_base
 from utils.model.generate import thinks_by_default
 from utils.model.load import load_model, load_tokenizer
+from utils.model.run_record import read_record
 from utils.model.save import write_config_for_other_tools
 from utils.settings import ROOT
 
@@ -42,6 +43,7 @@ class Export(NamedTuple):
 
 
 def load_source(folder: Path) -> Source:
+    """The Source in a finished folder. UserError where it cannot be loaded."""
     runs, base = training_history(folder)
     tokenizer = load_tokenizer(str(folder))
     thinking = thinks_by_default(tokenizer)
@@ -61,11 +63,11 @@ def training_history(folder: Path) -> tuple[list[dict], str]:
     """(run.json of the folder and of those it was trained from, the last training first; the base of the first of them)."""
     runs: list[dict] = []
     base = adapter_base(folder) if (folder / "adapter_config.json").is_file() else ""
-    record = run_folder(folder) / "run.json"
-    while record.is_file():
-        runs.append(read_json(record))
-        base = runs[-1]["settings"]["MODEL"]  # inside the repository: relative to it
-        record = run_folder(ROOT / base) / "run.json"
+    record = read_record(run_folder(folder))
+    while record is not None:
+        runs.append(record)
+        base = record["settings"]["MODEL"]  # inside the repository: relative to it
+        record = read_record(run_folder(ROOT / base))
     return runs, base
 
 
@@ -80,7 +82,6 @@ def save_tokenizer(source: Source, place: Path) -> None:
                     shutil.copyfile(published / name, place / name)
     config = read_json(place / "tokenizer_config.json")
     if "chat_template" in config:  # some tools look here, some in chat_template.jinja
-        write_json(
-            place / "tokenizer_config.json", config | {"chat_template": source.tokenizer.chat_template}
-        )
+        config["chat_template"] = source.tokenizer.chat_template
+        write_json(place / "tokenizer_config.json", config)
     write_config_for_other_tools(place)

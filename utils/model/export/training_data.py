@@ -58,14 +58,21 @@ def _reasoning_share(path):
     return sum(bool(turn.replies[0].get("reasoning_content")) for turn in turns) / len(turns)
 
 
+def _chat_row(turn, **mark):
+    """The messages of a turn, and the two answers of a pair. `mark`: further fields of the message to train on."""
+    replies = [_with_reasoning(reply) for reply in turn.replies]
+    if len(replies) == 1:
+        return {"messages": [*turn.prompt, replies[0] | mark]}
+    return {"messages": turn.prompt, "chosen": replies[0], "rejected": replies[1]}
+
+
 def _with_reasoning(message):
     """The message as text alone, its reasoning in the tags that the template would put around it."""
     reasoning = message.get("reasoning_content", "").strip("\n")
     content = message["content"].lstrip("\n")
-    return {
-        "role": "assistant",
-        "content": f"<think>\n{reasoning}\n</think>\n\n{content}" if reasoning else content,
-    }
+    if reasoning:
+        content = f"<think>\n{reasoning}\n</think>\n\n{content}"
+    return {"role": "assistant", "content": content}
 
 
 # ---- LLaMA-Factory: rows in its "sharegpt" form, a dataset_info.json, and the settings that fit
@@ -73,42 +80,26 @@ def _with_reasoning(message):
 
 def _for_llamafactory(found, place, thinking):
     info = {}
-    tags = {
-        "role_tag": "role",
-        "content_tag": "content",
-        "user_tag": "user",
-        "assistant_tag": "assistant",
-        "system_tag": "system",
-    }
+    tags = {f"{name}_tag": name for name in ("role", "content", "user", "assistant", "system")}
     for path in found:
         ranking = path.stem.startswith("dpo")
-        columns = {
-            "messages": "messages",
-            **({"chosen": "chosen", "rejected": "rejected"} if ranking else {}),
-        }
+        columns = ("messages", "chosen", "rejected") if ranking else ("messages",)
         info[path.stem] = {
             "file_name": path.name,
             "formatting": "sharegpt",
             **({"ranking": True} if ranking else {}),
-            "columns": columns,
+            "columns": {name: name for name in columns},
             "tags": tags,
         }
-        write_jsonl(place / path.name, map(_llamafactory_row, read_turns(path)))
+        write_jsonl(place / path.name, map(_chat_row, read_turns(path)))
     write_json(place / "dataset_info.json", info)
     mode = "true" if thinking[found[0].stem] else "false"
-    (place / "settings.yaml").write_text(
-        f"# add to your training configuration; the prompt is then the one that these scripts train and chat with\n"
-        f"dataset_dir: .\ndataset: {found[0].stem}\ntemplate: qwen3\nenable_thinking: {mode}\n",
-        encoding="utf-8",
-    )
+    with atomic_write(place / "settings.yaml") as file:
+        file.write(
+            "# add to your training configuration; the prompt is then the one that these scripts train and chat with\n"
+            f"dataset_dir: .\ndataset: {found[0].stem}\ntemplate: qwen3\nenable_thinking: {mode}\n"
+        )
     return [f"llamafactory-cli train, with the lines of {show_path(place)}/settings.yaml"]
-
-
-def _llamafactory_row(turn):
-    replies = [_with_reasoning(reply) for reply in turn.replies]
-    if len(replies) == 1:
-        return {"messages": [*turn.prompt, *replies]}
-    return {"messages": turn.prompt, "chosen": replies[0], "rejected": replies[1]}
 
 
 # ---- Axolotl: conversations, of which one turn is marked for training; a configuration for SFT, another one for DPO
@@ -134,7 +125,7 @@ def _for_axolotl(found, place, thinking):
     for kind, settings, first in (("sft", AXOLOTL_SFT, ""), ("dpo", AXOLOTL_DPO, "rl: dpo\n")):
         files = {path.stem: path for path in found if path.stem.startswith(kind)}
         for path in files.values():
-            write_jsonl(place / path.name, map(_axolotl_row, read_turns(path)))
+            write_jsonl(place / path.name, (_chat_row(turn, train=True) for turn in read_turns(path)))
         if f"{kind}_train" not in files:
             continue
         text = f"# add to your training configuration\n{first}chat_template: tokenizer_default\n"
@@ -152,13 +143,6 @@ def _for_axolotl(found, place, thinking):
     ]
 
 
-def _axolotl_row(turn):
-    replies = [_with_reasoning(reply) for reply in turn.replies]
-    if len(replies) == 1:
-        return {"messages": [*turn.prompt, replies[0] | {"train": True}]}
-    return {"messages": turn.prompt, "chosen": replies[0], "rejected": replies[1]}
-
-
 # ---- mlx-lm: a folder of train.jsonl and valid.jsonl; it has no DPO
 
 
@@ -168,8 +152,7 @@ def _for_mlx(found, place, thinking):
     if not sft:
         raise UserError("mlx-lm trains on conversations alone (no DPO), and there is no sft_train.jsonl")
     for path in sft:
-        rows = ({"messages": [*turn.prompt, _with_reasoning(turn.replies[0])]} for turn in read_turns(path))
-        write_jsonl(place / names[path.stem], rows)
+        write_jsonl(place / names[path.stem], map(_chat_row, read_turns(path)))
     mode = "on" if thinking["sft_train"] else "off"
     return [
         f"python -m mlx_lm lora --train --mask-prompt --data {show_path(place)} --model FOLDER",

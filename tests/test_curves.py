@@ -1,0 +1,104 @@
+"""Pictures of training: what is drawn, what is marked, and the numbers beside it."""
+
+import csv
+
+import pytest
+
+from utils import curves, plots
+from utils.curves import Run, plot_runs, plot_training, smooth
+
+
+def log_of(steps, evaluations, preference=False):
+    """A log of a run: losses that fall, and evaluations at these steps."""
+    names = ["reward_margin", "reward_accuracy", "chosen_logps", "rejected_logps"] if preference else []
+    more = dict.fromkeys(names, 0.5)
+    entries = []
+    for step in range(steps + 1):
+        if step:
+            entries.append({"step": step, "loss": 3.0 / step, "learning_rate": 1e-5, **more})
+        if step in evaluations:
+            entries.append({"step": step, "eval_loss": 4.0 / (step + 1)} | {f"eval_{n}": 0.5 for n in names})
+    return entries
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, before they are let go."""
+    kept = []
+    monkeypatch.setattr(curves, "save_figure", lambda pyplot, figure, *_, **__: kept.append(figure))
+    return kept
+
+
+def test_evaluations_are_points_with_their_values_and_the_best_is_ringed(tmp_path, figures):
+    plot_training(log_of(20, {0, 10, 20}), tmp_path / "loss_curve.png", "SFT of $a$ on 药.jsonl", 20)
+    loss = figures[0].axes[0]
+    lines = {line.get_label(): line for line in loss.get_lines()}
+    held_out = lines["held-out rows"]
+    assert held_out.get_linestyle() == "None" and list(held_out.get_xdata()) == [0, 10, 20]
+    assert list(lines["best: step 20"].get_xdata()) == [20]
+    assert {text.get_text() for text in loss.texts} == {"4.000", "0.364", "0.190"}
+    assert figures[0].get_suptitle() == r"SFT of \$a\$ on ?.jsonl"
+    assert not loss.get_legend() and figures[0].legends  # beside the curves, not over them
+
+
+def test_of_many_evaluations_the_first_the_best_and_the_last_are_written_out(tmp_path, figures):
+    plot_training(log_of(40, set(range(41))), tmp_path / "loss_curve.png", "SFT", 20)
+    assert [text.get_text() for text in figures[0].axes[0].texts] == ["4.000", "0.190", "0.098"]
+
+
+@pytest.mark.parametrize("preference, panels", [(False, 2), (True, 5)])
+@pytest.mark.parametrize("steps, evaluations", [(1, {0}), (1, {0, 1}), (30, set(range(0, 31, 3)))])
+@pytest.mark.filterwarnings("error")
+def test_runs_of_any_length_can_be_drawn(tmp_path, figures, preference, panels, steps, evaluations):
+    plot_training(
+        log_of(steps, evaluations, preference), tmp_path / "loss_curve.png", "run", max(evaluations)
+    )
+    assert len(figures[0].axes) == panels
+
+
+def test_the_numbers_lie_beside_the_picture(tmp_path):
+    plot_training(log_of(3, {0, 3}), tmp_path / "loss_curve.png", "SFT", 3)
+    assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    with open(tmp_path / "loss_curve.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == [
+        "0",
+        "1",
+        "2",
+        "3",
+    ]  # training and evaluation of a step on one line
+    assert (rows[3]["loss"], rows[3]["eval_loss"], rows[0]["loss"]) == ("1.0", "1.0", "")
+
+
+def test_the_smoothed_curve_is_a_centred_mean():
+    assert list(smooth(curves.numpy.array([0.0, 3.0, 6.0, 0.0]))) == [1.5, 3.0, 3.0, 3.0]
+
+
+def test_several_runs_in_one_picture(tmp_path, figures):
+    runs = [
+        Run("sft", log_of(20, {0, 20}), 100.0),
+        Run("药", log_of(10, {0, 10}), 50.0),
+        Run("dpo", log_of(5, {0, 5}, preference=True), 80.0),
+    ]
+    plot_runs(runs, tmp_path / "curves.png")
+    losses, preference = figures[0].axes  # DPO's loss is another quantity
+    assert [text.get_text() for text in losses.get_legend().get_texts()] == ["sft", "model 2"]
+    assert losses.get_lines()[0].get_xdata()[-1] == 2000 and losses.get_xlabel() == "tokens trained on"
+    plot_runs([runs[0]._replace(tokens_per_step=0), runs[1]], tmp_path / "curves.png")
+    assert figures[1].axes[0].get_xlabel() == "optimizer step"
+
+
+def test_several_runs_are_written_as_png_and_svg(tmp_path):
+    plot_runs([Run("sft", log_of(5, {0, 5}), 0)], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "curves.svg").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("limit, marked", [(100, True), (140, True), (1024, False)])
+def test_the_limit_of_lengths_is_drawn_only_where_it_is_near(tmp_path, monkeypatch, limit, marked):
+    kept = []
+    monkeypatch.setattr(plots, "save_figure", lambda pyplot, figure, *_: kept.append(figure))
+    plots.draw_lengths(tmp_path / "lengths.png", [], [10, 50, 100], limit)
+    axes = kept[0].axes[0]
+    assert (axes.get_xlim()[1] < 200) and bool(axes.get_lines()[0].get_xdata().__len__()) == marked
+    assert f"{limit:,}" in axes.get_legend().get_texts()[0].get_text()

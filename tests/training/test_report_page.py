@@ -1,0 +1,153 @@
+"""report.html: what it holds, that it is whole HTML, that nothing in it can run or load anything."""
+
+import base64
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from utils.errors import UserError
+from utils.evaluation.report import draw_curves, write_pages
+from utils.files import show_path, write_json, write_jsonl
+from utils.training.report_page import write_report_page
+
+HOSTILE = "<script>alert(1)</script><img src=http://evil.example/x.png>&\x1b[31m"
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)
+VOID = {"meta", "img"}  # elements without an end
+
+
+class Page(HTMLParser):
+    """The elements, attributes and cells of a page; fails where an end does not fit its beginning."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.cells = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.cells[-1] += data
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A finished run whose settings are hostile, with the report of its data."""
+    folder = tmp_path / "sft_finetuned"
+    folder.mkdir()
+    write_json(tmp_path / "report.json", {"rows_in": 1234, "set_aside": {HOSTILE: 7}})
+    record = {
+        "status": "finished",
+        "identity": {},
+        "settings": {"MODEL": "药/中医模型", "TRAIN_FILE": str(tmp_path / "sft.jsonl"), "NOTE": HOSTILE},
+        "started": "2026-11-25T10:00:00+00:00",
+        "finished": "2026-11-25T12:00:00+00:00",
+        "memory_forecast_bytes": 1 << 30,
+        "results": {"eval_loss": 0.5, "steps": 20, "tokens": 2000, "peak_memory_bytes": 3 << 29},
+    }
+    write_json(folder / "run.json", record)
+    (folder / "loss_curve.png").write_bytes(PNG)
+    log = [{"step": step, "loss": 1.0 / step} for step in range(1, 21)] + [{"step": 20, "eval_loss": 0.5}]
+    write_jsonl(folder / "training_log.jsonl", log)
+    return folder
+
+
+@pytest.fixture
+def compared(folder, tmp_path):
+    """The folder of a comparison that the run is part of."""
+    place = tmp_path / "compared"
+    place.mkdir()
+    answers = {"reference": "发汗解表", "base": HOSTILE, "sft": "宣肺平喘", "other": "不相干"}
+    models = {"base": {"folder": "base", "heldout_loss": 3.0}, "other": {"folder": "x", "heldout_loss": 2.0}}
+    models["sft"] = {"folder": show_path(folder), "heldout_loss": 0.5}
+    samples = [{"question": "麻黄汤的功效？", "answers": answers}]
+    write_json(place / "comparison.json", {"models": models, "samples": samples})
+    (place / "comparison.png").write_bytes(PNG)
+    return place
+
+
+def test_a_run_on_one_page(folder):
+    page = Page(write_report_page(folder).read_text(encoding="utf-8"))
+    cells = page.cells
+    for name, value in (("rows_in", "1,234"), ("eval_loss", None), ("NOTE", None)):
+        assert value is None or cells[cells.index(name) + 1] == value
+    row = cells.index("memory")
+    assert cells[row + 1 : row + 3] == ["1.00 GiB", "1.50 GiB"]
+    assert cells[cells.index("time, start to end") + 2] == "2.0 h"
+    assert cells[cells.index("MODEL") + 1] == "药/中医模型"
+    pictures = [value for name, value in page.attributes if name == "src"]
+    assert [base64.b64decode(source.partition(",")[2]) for source in pictures] == [PNG]
+
+
+def test_nothing_on_the_page_can_run_or_load(folder, compared):
+    text = write_report_page(folder, compared).read_text(encoding="utf-8")
+    page = Page(text)
+    assert not {"script", "link", "iframe", "object", "form", "a", "base"} & set(page.tags)
+    assert all(value.startswith("data:image/png;base64,") for name, value in page.attributes if name == "src")
+    assert not [name for name, _ in page.attributes if name.startswith("on") or name == "href"]
+    assert any("default-src 'none'" in (value or "") for _, value in page.attributes)
+    assert "url(" not in text and "@import" not in text and "\x1b" not in text
+    hostile = HOSTILE.replace("\x1b", "\ufffd")
+    assert page.cells.count(hostile) == 2  # shown as it is: the setting, the answer of the base
+    assert f"set_aside: {hostile}" in page.cells
+
+
+def test_a_comparison_comes_with_answers_before_and_after(folder, compared):
+    assert write_pages({"sft": str(folder), "base": "Qwen/Qwen3-0.6B"}, compared) == [folder / "report.html"]
+    cells = Page((folder / "report.html").read_text(encoding="utf-8")).cells
+    row = cells.index("麻黄汤的功效？")
+    assert cells[row + 1 : row + 4] == ["发汗解表", HOSTILE.replace("\x1b", "\ufffd"), "宣肺平喘"]
+    assert cells[cells.index("heldout_loss") + 1 : cells.index("heldout_loss") + 4] == ["3", "2", "0.5"]
+
+
+def test_curves_are_drawn_of_folders_that_have_a_log(folder, tmp_path):
+    assert draw_curves({"sft": str(folder), "base": "Qwen/Qwen3-0.6B"}, tmp_path)
+    assert (tmp_path / "curves.svg").is_file() and (tmp_path / "curves.png").is_file()
+    assert not draw_curves({"base": "Qwen/Qwen3-0.6B"}, tmp_path)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no run\.json"):
+        write_report_page(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_browser_shows_it(folder, compared, tmp_path):
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    page = write_report_page(folder, compared)
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    shown = subprocess.run(
+        [*command, "--dump-dom", page.as_uri()],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        check=True,
+    ).stdout
+    assert "麻黄汤的功效？" in shown and "宣肺平喘" in shown and "<script" not in shown
+    picture = tmp_path / "page.png"
+    subprocess.run([*command, f"--screenshot={picture}", page.as_uri()], timeout=120, check=True)
+    assert picture.read_bytes().startswith(b"\x89PNG")
