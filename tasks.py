@@ -25,8 +25,8 @@ DEMO = "trainer_output/demo"
 DATA = DEMO + "/qwen3"
 # A model of 3.6 M parameters takes far larger rates than one of 0.6 B, and shorter rows.
 SMALL = "--max-length 512 --rows-per-step 2"
-QUESTION = "麻黄的药性是什么？"
-# Of what the demo's rows never asked about. Which of them it answers right: README.md.
+QUESTION = "麻黄有哪些功效？"
+# About what the demo's rows never asked about.
 SUGGESTED = """\
 麻黄有哪些功效？
 黄芩的药性是什么？请只写出答案。
