@@ -25,7 +25,7 @@ DEMO = "trainer_output/demo"
 DATA = DEMO + "/qwen3"
 # A model of 3.6 M parameters takes far larger rates than one of 0.6 B, and shorter rows.
 SMALL = "--max-length 512 --rows-per-step 2"
-QUESTION = "麻黄的药性是什么？"
+QUESTION = "麻黄有哪些功效？"
 # Of what the demo's rows never asked about. Which of them it answers right: README.md.
 SUGGESTED = """\
 麻黄有哪些功效？
