@@ -29,7 +29,7 @@ from utils.files import (
     write_json,
     write_jsonl,
 )
-from utils.settings import parse_settings
+from utils.settings import command, parse_settings
 
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--kind mismatch) ----
@@ -89,7 +89,9 @@ def main(argv=None):
         report[split] = summary(rows, made, reasons)
         show(split, report[split], target)
     write_json(settings.OUTPUT_DIR / "dpo_report.json", report)
-    print("next: python model_finetune/finetune_dpo.py")
+    place = settings.OUTPUT_DIR
+    files = {"TRAIN_FILE": place / "dpo_train.jsonl", "EVAL_FILE": place / "dpo_eval.jsonl"}
+    print(f"next: {command('model_finetune/finetune_dpo.py', MODEL=settings.MODEL, **files)}")
 
 
 def is_finished(model):

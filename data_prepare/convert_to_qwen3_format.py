@@ -18,7 +18,7 @@ from utils.data.schemas import OUTPUTS, RowOptions
 from utils.data.sources import find_sources
 from utils.errors import UserError, run
 from utils.files import show_path, write_json
-from utils.settings import parse_settings
+from utils.settings import command, parse_settings
 
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--eval-share 0.1) ----
@@ -42,11 +42,8 @@ WORKERS = 0                           # processes; 0: one for input under 32 MB,
 
 DOWNLOAD = "python data_prepare/download_tcm_data.py"
 PAIRS = "python data_prepare/build_preference_pairs.py"
-TRAIN = {
-    "sft_train": "python model_finetune/finetune_sft.py",
-    "dpo_train": "python model_finetune/finetune_dpo.py",
-}
-COMPARE = "python model_finetune/compare_models.py"
+TRAIN = {"sft": "model_finetune/finetune_sft.py", "dpo": "model_finetune/finetune_dpo.py"}
+COMPARE = "model_finetune/compare_models.py"
 
 
 def main(argv=None):
@@ -91,9 +88,20 @@ def main(argv=None):
         *old_files(settings.OUTPUT_DIR, written.outputs),
     ):
         print(f"note: {note}")
-    trained = next((name for name in TRAIN if written.outputs[name]), None)
-    print(f"next: {TRAIN.get(trained, COMPARE)}")
+    print(f"next: {next_command(settings.OUTPUT_DIR, written.outputs)}")
     return 0
+
+
+def next_command(folder, outputs):
+    """What to do with the files made: train on conversations, else on pairs, else compare models on the exam."""
+    for kind, script in TRAIN.items():
+        if outputs[f"{kind}_train"]:
+            rows = {"TRAIN_FILE": folder / f"{kind}_train.jsonl", "EVAL_FILE": folder / f"{kind}_eval.jsonl"}
+            return command(script, **rows)
+    made = {"EVAL_FILE": "sft_eval", "EXAM_FILE": "exam", "PAIRS_FILE": "dpo_eval"}
+    return command(
+        COMPARE, **{name: folder / f"{output}.jsonl" for name, output in made.items() if outputs[output]}
+    )
 
 
 def row_options(settings):

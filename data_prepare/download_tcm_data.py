@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.errors import UserError, run
 from utils.files import atomic_write, require_file, sha256_of, show_path, write_json
 from utils.hub import COMMIT, Hub, Repo, read_record, unchanged
-from utils.settings import ROOT, parse_settings
+from utils.settings import ROOT, command, parse_settings
 from utils.text import say
 
 # fmt: off
@@ -39,7 +39,7 @@ PINNED_FILES = ["ChatMed_TCM-v0.2.json"]
 KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")  # what the conversion reads
 NOT_DATA = ("dataset_info.json", "dataset_infos.json")  # descriptions that the datasets library writes
 SAMPLE_DIR = ROOT / "data_prepare" / "sample"
-NEXT = "next: python data_prepare/convert_to_qwen3_format.py"
+CONVERT = "data_prepare/convert_to_qwen3_format.py"
 
 
 def source_of(path: Path) -> Path:
@@ -73,6 +73,11 @@ def count_rows(path: Path) -> int | None:
         return sum(1 for line in file if line.strip())
 
 
+def say_next(folder: Path) -> None:
+    """Tell the command that converts what is in `folder` now."""
+    print(f"next: {command(CONVERT, INPUT_FILES=folder)}")
+
+
 def copy_sample(folder: Path) -> None:
     """Put the built-in files into `folder`, offline."""
     for name in ("tcm_sample.jsonl", "tcm_exam.jsonl"):
@@ -81,7 +86,7 @@ def copy_sample(folder: Path) -> None:
             copy.write(sample.read_bytes())
         origin = {"repo": "sample", "revision": None, "file": show_path(sample)}
         write_source(folder / name, **origin, licence="that of this project")
-    print(NEXT)
+    say_next(folder)
 
 
 def choose_files(repo: Repo, wanted: list[str]) -> list[str]:
@@ -166,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     for path in hub.download(repo, {path: repo.files[name] for path, name in paths.items()}, ours):
         origin = {"repo": dataset, "revision": repo.commit, "asked_for": revision, "file": paths[path]}
         write_source(path, **origin, licence=repo.licence)
-    print(NEXT)
+    say_next(folder)
 
 
 if __name__ == "__main__":

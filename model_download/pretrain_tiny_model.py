@@ -2,18 +2,23 @@
 
     python model_download/pretrain_tiny_model.py
 
-Reads statements.jsonl, exercises.json and terms.jsonl of data_prepare/sample/, makes model_download/tiny_qwen3_tcm/: Qwen3's
-architecture and chat format at 3.7 M parameters, with a byte-level BPE tokenizer of its own. It reads every fact as a
-statement, and of chat only how to carry a name from a question into an answer: what a question asks for is left to
-fine-tuning. It stands in for Qwen3-0.6B in the demo and the tests, nowhere else.
+Reads statements.jsonl, terms.jsonl, world.json and exercises.json of data_prepare/sample/, makes model_download/tiny_qwen3_tcm/:
+Qwen3's architecture and chat format at 3.7 M parameters, with a byte-level BPE tokenizer of its own. Of medicine it reads every
+fact as a statement, and no question. What a question is it learns in an invented world, whose wordings are close to those of the
+sample: statements, questions about part of them, and how to carry a name that it never met from a question into an answer. It
+stands in for Qwen3-0.6B in the demo and the tests, nowhere else.
 """
 
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` is found from any folder
 
+from data_prepare.sample.entities import Entity, Wordings
+from data_prepare.sample.invented import Names, copy_exercises, invent_world
+from data_prepare.sample.texts import rows_of, statements_of
 from utils.data.terms import Terms
 from utils.errors import run
 from utils.files import (
@@ -31,22 +36,26 @@ from utils.settings import parse_settings
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--epochs 10) ----
 STATEMENTS_FILE = "data_prepare/sample/statements.jsonl"    # what it reads: {"text"} a line
-EXERCISES_FILE = "data_prepare/sample/exercises.json"    # chat exercises with no medicine in them
+WORLD_FILE = "data_prepare/sample/world.json"       # the invented world: what there is to know, and how it is asked and stated
+EXERCISES_FILE = "data_prepare/sample/exercises.json"    # copying exercises with no medicine in them
 TERMS_FILE = "data_prepare/sample/terms.jsonl"      # where words end: the tokenizer merges inside them, never across
 TEMPLATE_FILE = "model_download/tiny_qwen3_tcm/chat_template.jinja"     # Qwen3's chat template, unchanged
 OUTPUT_DIR = "model_download/tiny_qwen3_tcm"    # the model folder to write
-VOCABULARY = 3072           # tokens: 256 bytes, Qwen3's special tokens, the rest merges of Chinese characters and words
+VOCABULARY = 2560           # tokens: 256 bytes, Qwen3's special tokens, the rest merges of Chinese characters and words
 WIDTH = 256                 # hidden size
 LAYERS = 4                  # decoder layers
 FEED_FORWARD = 704          # inner width of the MLP
-EPOCHS = 5                  # passes over the statements; each fact is met about 16 times a pass
+EPOCHS = 3                  # passes over the statements; each fact is met about 16 times a pass
 TOKENS_PER_STEP = 2048      # packed tokens a step
 LEARNING_RATE = 2e-3        # peak; a model this small takes a rate about ten times that of a large one
 WARMUP_STEPS = 100          # linear warm-up, then a cosine down to a tenth
 WEIGHT_DECAY = 0.05         # small: the facts are to be remembered word for word
-COPIES = 3000               # exercises in carrying an invented name from a question into its answer
-NAMES = 600                 # invented names for those exercises
-SEED = 0                    # fixes the initial weights, the exercises and the order
+INVENTED = 300              # people, tools, places, kinds of weather and guests of the invented world
+ASKED_SHARE = 0.7           # share of them that questions ask about; the others are only stated
+CARDS = 3                   # statements that put all facts of one of them in one line, each in a new order
+COPIES = 5000               # exercises a pass in carrying a name from a question into its answer; names are new every time
+SEED = 0                    # fixes the initial weights, the invented world, the exercises and the order
+PRECISION = "auto"          # auto (bf16 where the processor computes in it), bf16 or fp32
 # ----
 # fmt: on
 
@@ -58,43 +67,54 @@ def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(__file__, argv)
     settings.show()
 
-    # 1. Read the statements, the terms, the exercises' patterns and Qwen3's chat template
+    # 1. Read the statements, the terms, the invented world's wordings, the exercises' patterns and Qwen3's chat template
     statements_file = require_file(settings.STATEMENTS_FILE, MAKE_SAMPLE)
     statements = [row["text"] for row in read_jsonl(statements_file, wanted=["text"])]
     terms = Terms(require_file(settings.TERMS_FILE, MAKE_SAMPLE))
+    world = read_json(require_file(settings.WORLD_FILE, CHECK_OUT))
     patterns = read_json(require_file(settings.EXERCISES_FILE, CHECK_OUT))["copy"]
     template = require_file(settings.TEMPLATE_FILE, CHECK_OUT).read_text(encoding="utf-8")
     prepare_folder(settings.OUTPUT_DIR)
 
-    # 2. Make exercises about invented names
+    # 2. Invent a world: statements about all of it, questions about a part; and new exercises in copying for every pass
     quiet_offline(settings.OUTPUT_DIR)
     import torch
 
     from model_download import tiny_recipe
+    from utils.device import hold_memory, pick_device
     from utils.model.batching import PackedRows
     from utils.model.chat_format import encode_turns
 
-    rng = random.Random(settings.SEED)
-    names = tiny_recipe.invent_names(settings.NAMES, terms, rng)
-    conversations = list(tiny_recipe.copy_exercises(settings.COPIES, patterns, names, rng))
+    names = Names(terms, random.Random(settings.SEED))
+    invented = invent_world(world, settings.INVENTED, settings.ASKED_SHARE, names)
+    for entity in invented:
+        statements += statements_of(entity, world, settings.CARDS, names.rng)
+    questions = [messages for turn, entity in enumerate(invented) for messages in asked(entity, world, turn)]
+    exercises = [list(copy_exercises(settings.COPIES, patterns, names)) for _ in range(settings.EPOCHS)]
 
     # 3. Train the tokenizer and encode: a statement is trained from its first token (after <|endoftext|>) to its end
-    spoken = [message["content"] for messages in conversations for message in messages]
+    spoken = [message["content"] for messages in questions + exercises[0] for message in messages]
     pieces = tiny_recipe.pieces(statements + spoken, terms)
     tokenizer = tiny_recipe.train_tokenizer(pieces, settings.VOCABULARY, template)
     stop = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     documents = [([stop], ids + [stop]) for ids in tokenizer(statements)["input_ids"]]
-    documents += [turn for messages in conversations for turn in encode_turns(tokenizer, messages)]
-    rows = PackedRows([{"documents": [document]} for document in documents], settings.TOKENS_PER_STEP)
+    passes = []
+    for new in exercises:
+        turns = [turn for messages in questions + new for turn in encode_turns(tokenizer, messages)]
+        items = [{"documents": [document]} for document in documents + turns]
+        passes.append(PackedRows(items, settings.TOKENS_PER_STEP))
     print(
-        f"{len(statements):,} statements, {len(conversations):,} exercises: {rows.tokens:,} tokens in {len(rows)} rows"
+        f"a pass: {len(statements):,} statements, {len(questions):,} invented questions, {settings.COPIES:,} exercises, "
+        f"{passes[0].tokens:,} tokens in {len(passes[0])} rows"
     )
 
     # 4. Train
+    device = pick_device("cpu", settings.PRECISION)
+    hold_memory()
     model = tiny_recipe.make_model(tokenizer, settings)
-    print(f"{model.num_parameters():,} parameters, {settings.EPOCHS * len(rows):,} steps")
+    print(f"{model.num_parameters():,} parameters, {sum(map(len, passes)):,} steps on {device}", flush=True)
     log = []
-    for entry in tiny_recipe.train(model, rows, settings):
+    for entry in tiny_recipe.train(model, passes, settings, device):
         log.append(entry)
         step, steps = entry["step"], entry["steps"]
         if step % 50 == 0 or step == steps:
@@ -108,6 +128,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     write_jsonl(settings.OUTPUT_DIR / "training_log.jsonl", log[::10])
     print(f"saved: {show_path(settings.OUTPUT_DIR)}")
+
+
+def asked(entity: Entity, world: Wordings, turn: int) -> Iterator[list[dict]]:
+    """Conversations of one question and its answer: for each fact one bare answer and two sentences; none if it is held out."""
+    for row in rows_of(entity, world, 3, turn) if not entity.held_out else ():
+        question = f"{row['instruction']}\n{row['input']}" if row["input"] else row["instruction"]
+        yield [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What the tiny base model is made of: its tokenizer, its exercises, its shape and its training loop."""
+"""What the tiny base model is made of: its tokenizer, its shape and its training loop."""
 
 import math
 import random
+import re
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypedDict
@@ -11,7 +12,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from utils.data.terms import Terms
-from utils.model.batching import PackedRows, collate, model_inputs
+from utils.device import Device
+from utils.model.batching import PackedRows, collate, model_inputs, padding_for
 from utils.model.chat_format import generation_settings
 from utils.model.lm_head import cross_entropy_sum
 from utils.model.packed_forward import prepare_packed
@@ -49,21 +51,23 @@ PLAIN_ADDED_TOKENS = [  # added like the special ones, but shown when text is de
     "<think>",
     "</think>",
 ]
+PARTICLES = re.compile("[的是穴]")  # stand beside names, and are never part of a token with others
 WORD_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def pieces(texts: Iterable[str], terms: Terms) -> Iterator[str]:
-    """The texts cut at the borders of their terms, so that a word is the same token whatever stands beside it.
+    """The texts cut at the borders of their terms and around 的, 是 and 穴: no token reaches across such a border.
 
-    A fact such as 温 then has one form in a statement (药性是|温) and in an answer (温), which is what lets the model carry it over.
+    A name or a fact such as 温 then has one form in a statement (药性是|温), a question and an answer (温), which is what lets the
+    model carry it over.
     """
     for text in texts:
         end = 0
         for start, stop, term in terms.find(text):
-            yield text[end:start]
+            yield from PARTICLES.split(text[end:start])
             yield term
             end = stop
-        yield text[end:]
+        yield from PARTICLES.split(text[end:])
     for word in ("system", "user", "assistant"):  # of the chat format: one token each
         yield from [word] * 1000
 
@@ -94,30 +98,6 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, template: str) -> Pre
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
     )
-
-
-# ---- Exercises: chat without medicine in it
-
-
-def invent_names(count: int, terms: Terms, rng: random.Random) -> list[str]:
-    """`count` different names of 2 to 4 characters, put together from the characters of real terms, none of them a term."""
-    characters = sorted(set("".join(terms.kinds)))
-    names: set[str] = set()
-    while len(names) < count:
-        name = "".join(rng.choices(characters, k=rng.choice([2, 3, 3, 4])))
-        if name not in terms.kinds:
-            names.add(name)
-    return sorted(names)
-
-
-def copy_exercises(
-    count: int, patterns: list[list[str]], names: list[str], rng: random.Random
-) -> Iterator[list[dict]]:
-    """`count` one-turn conversations about invented names; the answer carries the right one over from the question."""
-    for _ in range(count):
-        n, m = rng.sample(names, 2)
-        question, answer = (text.format(n=n, m=m) for text in rng.choice(patterns))
-        yield [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 # ---- Model and training
@@ -160,20 +140,24 @@ class LogEntry(TypedDict):
     seconds: float
 
 
-def train(model: Qwen3ForCausalLM, rows: PackedRows, settings: Settings) -> Iterator[LogEntry]:
-    """Train on the packed rows, one a step, in a new order each epoch; yields after every step."""
+def train(
+    model: Qwen3ForCausalLM, passes: list[PackedRows], settings: Settings, device: Device
+) -> Iterator[LogEntry]:
+    """Train on each pass's packed rows, one a step, in a random order; yields after every step."""
     prepare_packed(model).train()
     optimizer = make_optimizer(model, settings)
-    steps, step, began = settings.EPOCHS * len(rows), 0, time.perf_counter()
+    steps, step, began = sum(map(len, passes)), 0, time.perf_counter()
     rng = random.Random(settings.SEED)
-    for epoch in range(1, settings.EPOCHS + 1):
+    padding = padding_for(device.name, device.bf16, settings.TOKENS_PER_STEP)
+    for epoch, rows in enumerate(passes, 1):
         for number in rng.sample(range(len(rows)), len(rows)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, settings)
-            batch = collate([rows[number]])
-            hidden = model(**model_inputs(batch))
+            batch = collate([rows[number]], padding)
             targets = batch["targets"]
-            loss = cross_entropy_sum(hidden, model.lm_head.weight, targets) / len(targets)
+            with torch.autocast("cpu", torch.bfloat16, enabled=device.bf16):
+                hidden = model(**model_inputs(batch))
+                loss = cross_entropy_sum(hidden, model.lm_head.weight, targets) / len(targets)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

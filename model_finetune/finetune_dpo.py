@@ -3,7 +3,7 @@
     python model_finetune/finetune_dpo.py
 
 Starts from, and is held to, the SFT result. Reads data_prepare/qwen3/dpo_train.jsonl and dpo_eval.jsonl, writes the finished model
-to trainer_output/dpo_finetuned/ with its checkpoints, loss_curve.png, training_log.jsonl, run.json and reference_logps.json (the
+to trainer_output/dpo_finetuned/ with its checkpoints, loss_curve.png, training_log.jsonl, run.json, report.html and reference_logps.json (the
 answers' log-probabilities before training). Stopped or killed, the same command goes on where it was.
 Method: Rafailov et al. 2023, arXiv:2305.18290.
 """

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from utils.errors import run
-from utils.settings import parse_settings, read_constants
+from utils.settings import command, parse_settings, read_constants
 
 SCRIPT = '''"""A script.
 
@@ -102,6 +102,17 @@ def test_a_misspelt_constant_is_told_with_the_one_meant(script, capsys):
         "error: the settings at the top of the script have no RATE; is RTAE meant for it?\n"
     )
     assert not hasattr(settings, "anything_else")
+
+
+def test_the_next_command_carries_what_is_not_the_default_there(tmp_path):
+    script = "model_finetune/finetune_sft.py"
+    there = {"TRAIN_FILE": ROOT / "data_prepare/qwen3/sft_train.jsonl"}
+    assert command(script, **there) == f"python {script}"
+    elsewhere = {"TRAIN_FILE": tmp_path / "a b.jsonl", "MODEL": str(ROOT / "trainer_output/x")}
+    expected = f"python {script} --train-file '{tmp_path}/a b.jsonl' --model trainer_output/x"
+    assert command(script, **elsewhere) == expected
+    raw = ROOT / "data_prepare/raw"
+    assert command("data_prepare/convert_to_qwen3_format.py", INPUT_FILES=raw).endswith("format.py")
 
 
 def test_settings_are_shown_in_short_unless_asked_for(script, capsys):

@@ -77,7 +77,7 @@ def _draw_preference(panels, log, best_step):
     ):
         _draw_quantity(panels[name], log, quantity, best_step)
         panels[name].set_title(title, loc="left")
-    panels["accuracy"].set_ylim(0, 1.1)
+    panels["accuracy"].set_ylim(-0.05, 1.1)
     for side, colour in (("chosen", "C0"), ("rejected", "C3")):
         _draw_quantity(panels["logps"], log, f"{side}_logps", best_step, colour)
     panels["logps"].set_title("log-probability of the answers: chosen blue, rejected red", loc="left")

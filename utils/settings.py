@@ -20,6 +20,7 @@ import difflib
 import itertools
 import math
 import re
+import shlex
 import sys
 import textwrap
 from pathlib import Path
@@ -118,6 +119,21 @@ def parse_settings(script: str | Path, argv: list | None = None, positional: str
             _refuse_file_in_path(parser, name, resolved)
         setattr(settings, name, resolved)
     return settings
+
+
+def command(script: str, **values: str | Path) -> str:
+    """The command that runs `script` of this repository with these constants: a flag for each that its own default is not.
+
+    command("model_finetune/finetune_sft.py", TRAIN_FILE=path) -> "python model_finetune/finetune_sft.py --train-file ..."
+    """
+    constants = read_constants((ROOT / script).read_text(encoding="utf-8"))
+    words = ["python", script]
+    for name, value in values.items():
+        default = constants[name][0]
+        default = default[0] if isinstance(default, list) and default else default
+        if (ROOT / str(value)).resolve() != (ROOT / str(default)).resolve():
+            words += [_flag(name), str(_plain(value))]
+    return shlex.join(words)
 
 
 def read_constants(source: str) -> dict[str, tuple]:

@@ -7,9 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from packed_items import some_items
-from tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from utils.errors import UserError
 from utils.files import id_key
@@ -18,22 +16,7 @@ from utils.model.batching import PackedRows, collate, item_length, model_inputs,
 from utils.model.lm_head import cross_entropy_sum, token_logps
 from utils.model.packed_forward import prepare_packed
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def norms_in_float64(monkeypatch):
-    """transformers' norm rounds to float32 whatever it gets. A reference in float64 must not."""
-
-    def forward(norm, states):
-        exact = states.to(torch.promote_types(states.dtype, torch.float32))
-        exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-        return norm.weight * exact.to(states.dtype)
-
-    monkeypatch.setattr(Qwen3RMSNorm, "forward", forward)
+pytestmark = pytest.mark.usefixtures("norms_in_float64")
 
 
 def load(folder, dtype=torch.float32):

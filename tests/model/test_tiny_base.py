@@ -9,6 +9,9 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from data_prepare import convert_to_qwen3_format
+from data_prepare.sample.entities import TABLES
+from data_prepare.sample.invented import Names, copy_exercises, invent_world
+from data_prepare.sample.texts import statements_of
 from model_download import pretrain_tiny_model, tiny_recipe
 from model_finetune import finetune_sft
 from utils.data.terms import Terms
@@ -53,7 +56,7 @@ def test_its_training_log_is_kept():
 
 def test_the_script_makes_such_a_folder(tmp_path, capsys):
     places = ["--output-dir", str(tmp_path / "model"), "--statements-file", str(few_statements(tmp_path))]
-    course = "--epochs 3 --copies 20 --names 8 --tokens-per-step 128 --warmup-steps 2".split()
+    course = "--epochs 3 --copies 20 --invented 10 --tokens-per-step 128 --warmup-steps 2".split()
     sizes = "--width 64 --layers 1 --feed-forward 64 --vocabulary 600".split()
     pretrain_tiny_model.main([*places, *course, *sizes])
     log = list(read_jsonl(tmp_path / "model/training_log.jsonl"))
@@ -70,24 +73,52 @@ def few_statements(folder):
     return path
 
 
-def test_exercises_are_invented_and_carry_names_over():
+def test_exercises_are_about_fresh_names_and_carry_them_over():
     terms, exercises = Terms(SAMPLE / "terms.jsonl"), read_json(SAMPLE / "exercises.json")
-    rng = random.Random(0)
-    names = tiny_recipe.invent_names(40, terms, rng)
-    assert len(set(names)) == 40 and not set(names) & set(terms.kinds)
-    for messages in tiny_recipe.copy_exercises(200, exercises["copy"], names, rng):
-        question, answer = (message["content"] for message in messages)
-        assert [name for name in names if name in answer and name in question]
+    names = Names(terms, random.Random(0))
+    for pattern in exercises["copy"]:
+        [(question, answer)] = copy_exercises(1, [pattern], names)
+        shared = max(
+            len(name)
+            for start in range(len(answer["content"]))
+            for end in range(start + 1, len(answer["content"]) + 1)
+            if (name := answer["content"][start:end]) in question["content"]
+        )
+        assert shared >= 2, pattern
+    fresh = [names.fresh() for _ in range(400)]
+    assert len(set(fresh)) > 390 and not set(fresh) & set(terms.kinds)
+    real = {name[:1] for kind in TABLES for name in terms.by_kind[kind]}
+    assert sum(name[:1] in real for name in fresh) > 200  # look-alikes
+
+
+def test_the_invented_world_is_stated_in_full_and_asked_about_in_part():
+    terms, world = Terms(SAMPLE / "terms.jsonl"), read_json(SAMPLE / "world.json")
+    entities = invent_world(world, 50, 0.7, Names(terms, random.Random(0)))
+    assert len({entity.name for entity in entities}) == 50 and {entity.kind for entity in entities} == set(
+        world
+    )
+    assert not {entity.name for entity in entities} & set(terms.kinds)
+    questions = {
+        entity.name: [messages[0]["content"] for messages in pretrain_tiny_model.asked(entity, world, 0)]
+        for entity in entities
+    }
+    assert sum(map(bool, questions.values())) == 35
+    for entity in entities:
+        stated = "".join(statements_of(entity, world, 2, random.Random(0)))
+        assert all(value in stated for value in entity.facts.values())
+        assert all(entity.name in question for question in questions[entity.name])
 
 
 def test_tokenizer_pieces_end_where_terms_end():
     terms = Terms(SAMPLE / "terms.jsonl")
-    assert list(tiny_recipe.pieces(["石膏的药性是大寒。"], terms))[:5] == [
-        "",
-        "石膏",
-        "的药性是",
-        "大寒",
-        "。",
+    pieces = list(tiny_recipe.pieces(["石膏的药性是大寒。"], terms))[:6]
+    assert pieces == ["", "石膏", "", "药性", "", "大寒"]
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    assert not [
+        token
+        for token in tokenizer.get_vocab()
+        if len(decoded := tokenizer.decode(tokenizer.convert_tokens_to_ids(token))) > 1
+        and set(decoded) & set("的是")
     ]
 
 

@@ -118,7 +118,7 @@ def test_a_machine_that_stood_still_costs_no_more_than_a_step(place, tmp_path, c
 
 def test_epochs_that_take_less_end_the_run(place, tmp_path, clock):
     assert train("sft", place, tmp_path / "out", *GIVEN, "--epochs", 2) == 0
-    assert read_json(tmp_path / "out/run.json")["results"]["steps"] == 12 and clock.now - 1000.0 < 600
+    assert read_json(tmp_path / "out/run.json")["results"]["steps"] == 12 and clock.now - 1000.0 < 900
 
 
 def test_the_plan_is_told_and_kept(place, tmp_path, clock, capsys):
