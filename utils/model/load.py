@@ -22,9 +22,8 @@ def quiet_offline(*models):
     After that nothing asks the Hub. UserError or RunError, in one line, where such a model cannot be had.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "false"
-    )  # threads and forks do not mix, and we batch anyway
+    # Threads and forks do not mix, and we batch anyway.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for model in models:
         if not Path(model).is_dir():
             fetch(model)
@@ -61,11 +60,10 @@ def _check_size(tokenizer, folder):
     """UserError where the tokenizer has tokens that the model knows no embedding for: that of another model was copied here."""
     while (Path(folder) / "adapter_config.json").is_file():
         base = adapter_base(folder)
+        # An exported adapter may name a base that is not here; whoever loads the weights is told.
         try:
             folder = local_folder(base)
-        except (
-            UserError
-        ):  # an exported adapter may name a base that is not here; whoever loads the weights is told
+        except UserError:
             return
     size, last = read_json(Path(folder) / "config.json")["vocab_size"], max(tokenizer.get_vocab().values())
     if last >= size:
