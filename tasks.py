@@ -23,10 +23,10 @@ INSTALLED = VENV / ".installed"  # a copy of the requirements.txt that the envir
 TINY = "model_download/tiny_qwen3_tcm"
 DEMO = "trainer_output/demo"
 DATA = DEMO + "/qwen3"
-# A model of 3.7 M parameters takes far larger rates than one of 0.6 B, and shorter rows.
+# A model of 3.6 M parameters takes far larger rates than one of 0.6 B, and shorter rows.
 SMALL = "--max-length 512 --rows-per-step 2"
-QUESTION = "麻黄的药性是什么？"
-# Of what the demo's rows never asked about. Which of them it answers right: README.md.
+QUESTION = "麻黄有哪些功效？"
+# About what the demo's rows never asked about.
 SUGGESTED = """\
 麻黄有哪些功效？
 黄芩的药性是什么？请只写出答案。
@@ -39,7 +39,7 @@ SUGGESTED = """\
 膻中穴在什么位置？
 肝郁脾虚证的代表方是什么？"""
 INTRODUCTION = f"""\
-This demo fine-tunes a tiny Qwen3 of 3.7 M parameters, pre-trained on the built-in sample, not Qwen3-0.6B: the same
+This demo fine-tunes a tiny Qwen3 of 3.6 M parameters, pre-trained on the built-in sample, not Qwen3-0.6B: the same
 scripts, the same steps, minutes instead of hours. Everything lands in {DEMO}/."""
 STEPS = f"""\
 # the built-in TCM sample, as if downloaded

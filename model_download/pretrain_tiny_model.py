@@ -3,7 +3,7 @@
     python model_download/pretrain_tiny_model.py
 
 Reads statements.jsonl, terms.jsonl, world.json and exercises.json of data_prepare/sample/, makes model_download/tiny_qwen3_tcm/:
-Qwen3's architecture and chat format at 3.7 M parameters, with a byte-level BPE tokenizer of its own. Of medicine it reads every
+Qwen3's architecture and chat format at 3.6 M parameters, with a byte-level BPE tokenizer of its own. Of medicine it reads every
 fact as a statement, and no question. What a question is it learns in an invented world, whose wordings are close to those of the
 sample: statements, questions about part of them, and how to carry a name that it never met from a question into an answer. It
 stands in for Qwen3-0.6B in the demo and the tests, nowhere else.

@@ -17,7 +17,7 @@ NEEDS_FBGEMM = pytest.mark.skipif(
 
 
 def some_ids(count):
-    return torch.randint(3000, (count,), generator=torch.Generator().manual_seed(count)).tolist()
+    return torch.randint(2500, (count,), generator=torch.Generator().manual_seed(count)).tolist()
 
 
 def close(ours, theirs, accuracy):
