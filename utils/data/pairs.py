@@ -26,9 +26,8 @@ CHUNK = 64  # rows whose answers are sampled, and kept, at a time
 FOLDS = 5  # of the pairs, to measure how well they are told apart
 MEASURED = 20_000  # pairs looked at for that
 
-_SYNDROME = re.compile(
-    r"[\u4e00-\u9fff]{2,4}证(?![\u4e00-\u9fff])"
-)  # 肝胃不和证, whether it is a known term or not
+# Such as 肝胃不和证, whether it is a known term or not.
+_SYNDROME = re.compile(r"[\u4e00-\u9fff]{2,4}证(?![\u4e00-\u9fff])")
 
 
 class Worse(NamedTuple):

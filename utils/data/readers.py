@@ -22,10 +22,8 @@ from utils.files import show_path
 BATCH_ROWS, BATCH_CHARACTERS = 2000, 4 << 20  # what one worker gets at a time
 PARQUET_BYTES = 256 << 20  # unpacked, of the rows read at once
 LARGEST_GROUP = 4 << 30  # unpacked, of a row group that is read at all
-START, LONGEST_LINE = (
-    4096,
-    64 << 20,
-)  # bytes looked at to tell JSON lines from arrays; of a line that is read at all
+START = 4096  # bytes looked at to tell JSON lines from arrays
+LONGEST_LINE = 64 << 20  # bytes of a line that is read at all
 
 Raw = bytes | str | dict | Reject
 

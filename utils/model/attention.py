@@ -23,9 +23,8 @@ from utils.model.batching import GroupShape
 
 BLOCK = 256  # queries at a time in plain products: the keys after them are left out, and what is quadratic stays small
 
-Attention = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor
-]  # (query, key, value, scaling)
+# Of query, key, value and scaling.
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
 def plan_attention(

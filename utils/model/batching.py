@@ -41,19 +41,12 @@ class PackedBatch(TypedDict):
     layout: list[GroupShape]  # the groups in the order in which they stand, T tokens together
     row_length: int  # of rows padded to one length; 0 where they are joined without padding
     targets: torch.Tensor  # (N,) int64: the tokens to predict there
-    label_documents: (
-        torch.Tensor
-    )  # (N,) int64: the document of each label, counted through the items in their order
+    label_documents: torch.Tensor  # (N,) int64: each label's document, counted through the items in order
     ids: list[str | None]
 
 
-INPUTS = (
-    "input_ids",
-    "position_ids",
-    "label_positions",
-    "layout",
-    "row_length",
-)  # what the model's forward takes
+# What the model's forward takes.
+INPUTS = ("input_ids", "position_ids", "label_positions", "layout", "row_length")
 
 
 class Packing(Sequence):

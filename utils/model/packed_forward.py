@@ -29,9 +29,8 @@ def prepare_packed(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
     model.set_attn_implementation("packed_attention")  # for which transformers builds no mask
     fuse_layers(model)
 
-    def forward(
-        input_ids, position_ids, label_positions, layout, row_length, **unset
-    ):  # PEFT adds arguments that are None
+    # `unset`: PEFT adds arguments that are None.
+    def forward(input_ids, position_ids, label_positions, layout, row_length, **unset):
         embedded = _embed(model, input_ids)
         attention = plan_attention(layout, row_length, input_ids.device, matmul_dtype(embedded))
         states = model.model(

@@ -172,9 +172,8 @@ class SaveAndStop(TrainerCallback):
                 signal.signal(number, self._request)
 
     def _request(self, number, frame):
-        if (
-            self.requested and time.monotonic() - self.requested > 1
-        ):  # a launcher hands the same Ctrl-C on once more
+        # A launcher hands the same Ctrl-C on once more, at once.
+        if self.requested and time.monotonic() - self.requested > 1:
             raise KeyboardInterrupt("stopped at once; the same command goes on from the last checkpoint")
         if self.requested:
             return

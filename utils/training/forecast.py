@@ -158,9 +158,8 @@ def train_rate(model, train_rows: PackedRows, plan: StepPlan, device: Device) ->
     rate = _rate(model.train().to(device.name), train_rows, device, backward=True)
     for weight in model.parameters():
         weight.grad = None
-    return rate * (
-        3 / 4 if plan.recompute else 1
-    )  # a second forward pass; the backward pass takes as long as two
+    # Recomputing is a second forward pass; the backward pass takes as long as two.
+    return rate * (3 / 4 if plan.recompute else 1)
 
 
 def _rate(model, train_rows, device, backward):

@@ -9,12 +9,8 @@ from utils.errors import UserError
 from utils.files import show_path
 
 NAME = ".lock"
-HELD = (
-    errno.EWOULDBLOCK,
-    errno.EAGAIN,
-    errno.EACCES,
-    errno.EDEADLK,
-)  # what systems say where another process has it
+# What systems say where another process has it.
+HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 
 
 def lock_folder(folder: Path) -> TextIO:
@@ -54,9 +50,8 @@ def _hold(file: TextIO) -> None:
     """Lock an open file; OSError where that cannot be."""
     try:
         import fcntl
-    except (
-        ImportError
-    ):  # Windows locks bytes, which nobody else can read then: one far behind the text, the same for all
+    except ImportError:
+        # Windows locks bytes, which nobody else can read then: one far behind the text, the same for all.
         import msvcrt
 
         os.lseek(file.fileno(), 1 << 20, os.SEEK_SET)

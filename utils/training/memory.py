@@ -21,9 +21,8 @@ from utils.model.lm_head import CHUNK
 PROBES = (64, 128)
 FLOAT, HALF = 4, 2  # bytes
 LIBRARIES = 700 << 20  # bytes of Python, torch, transformers and their threads in a training process
-KERNELS = (
-    450 << 20
-)  # bytes of the 256 kernels that oneDNN keeps for products in bfloat16 (utils.device.limit_kernels)
+# Bytes of the 256 kernels that oneDNN keeps for products in bfloat16 (utils.device.limit_kernels).
+KERNELS = 450 << 20
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -96,9 +95,8 @@ def memory_parts(
     `row_length`: tokens of a row where every token sees its whole row, in attention without a fused kernel; else 0. With one pass
     a step the layers' gradients come as their activations go: only what is more of them counts.
     """
-    squares = (
-        costs.layers * costs.heads * tokens * row_length * FLOAT
-    )  # the weights of attention, kept by every layer
+    # The weights of attention, kept by every layer.
+    squares = costs.layers * costs.heads * tokens * row_length * FLOAT
     if recompute:  # the input of every layer, and one layer as a whole
         kept = (costs.layers * costs.hidden * FLOAT + costs.kept_per_token / costs.layers) * tokens
         kept += (costs.kept + squares) / costs.layers

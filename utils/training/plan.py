@@ -76,9 +76,8 @@ def plan_step(model, train_rows: PackedRows, settings, device: Device, run) -> S
     costs, free = measure_costs(model, device.bf16), free_memory(device)
 
     def parts(plan: StepPlan) -> dict[str, int]:
-        row_length = (
-            train_rows.max_length if device.name == "mps" else 0
-        )  # no fused kernel for training there
+        # MPS has no fused kernel for training.
+        row_length = train_rows.max_length if device.name == "mps" else 0
         tokens = tokens_at_once(train_rows, plan, device)
         return memory_parts(costs, tokens, plan.recompute, device, row_length, plan.passes)
 

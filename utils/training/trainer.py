@@ -60,9 +60,8 @@ class PackedTrainer(Trainer):
             callbacks=course.callbacks if course else None,
         )
         self.course = course
-        if (
-            self.accelerator.ddp_handler
-        ):  # several processes: gradients are kept once, not also in the buckets they travel in
+        # Several processes: gradients are kept once, not also in the buckets they travel in.
+        if self.accelerator.ddp_handler:
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
         # The head's gradient goes straight to where it is added up; several processes have to exchange it first.
         self.into_grad = args.device.type == "cpu" and self.accelerator.num_processes == 1
@@ -189,9 +188,8 @@ class PackedTrainer(Trainer):
             )
 
     def _issue_warnings_after_load(self, load_result):
-        tied = (
-            getattr(self.model, "_tied_weights_keys", None) or {}
-        )  # stored once, under the embedding's name
+        # Tied weights are stored once, under the embedding's name.
+        tied = getattr(self.model, "_tied_weights_keys", None) or {}
         missing = [name for name in load_result.missing_keys if name not in tied]
         if missing or load_result.unexpected_keys:
             names = [*missing, *load_result.unexpected_keys][:3]
