@@ -30,7 +30,7 @@ COMMANDS = {
     "pairs": "data_prepare/build_preference_pairs.py --kind mismatch --input-dir {w}/qwen3 --output-dir {w}/qwen3",
     "model": "model_download/download_model.py --model tcm/small --output-dir {w}/got-model --retries 0",
     "pretrain": "model_download/pretrain_tiny_model.py --statements-file {w}/statements.jsonl --output-dir {w}/pretrained "
-    "--vocabulary 600 --width 64 --layers 1 --epochs 1 --copies 50 --names 30",
+    "--vocabulary 600 --width 64 --layers 1 --epochs 1 --copies 50 --invented 10",
     "sft": "model_finetune/finetune_sft.py --model {w}/base --train-file {w}/sft_train.jsonl --eval-file {w}/sft_eval.jsonl "
     "--output-dir {w}/sft --epochs 1 --max-length 256 --rows-per-step 2 --device cpu --precision fp32",
     "lora": "model_finetune/finetune_lora.py --model {w}/base --train-file {w}/sft_train.jsonl --eval-file {w}/sft_eval.jsonl "
@@ -113,7 +113,7 @@ def fill_world(world, hub):
     (world / "cut/model.safetensors").write_bytes((world / "base/model.safetensors").read_bytes()[:9000])
     for name in COMMANDS:
         done = start(world, name, hub=hub, ready=name in HEAVY)
-        assert (done.end(), done.err if name not in ("compare", "chat") else "") == (0, ""), done.out
+        assert (done.end(), done.err if name not in ("compare", "chat") else "") == (0, ""), (name, done.out)
 
 
 def make_inputs(folder):

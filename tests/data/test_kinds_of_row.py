@@ -20,7 +20,7 @@ RECOGNISED = '    if {"prompt", "answer", "score"} <= have:\n        return "sco
 
 @pytest.mark.slow
 def test_a_kind_that_schemas_names_gets_its_files(tmp_path):
-    for folder in ("utils", "data_prepare"):
+    for folder in ("utils", "data_prepare", "model_finetune"):
         shutil.copytree(
             ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "raw", "qwen3")
         )
