@@ -22,7 +22,8 @@ ENVIRONMENTS = {
     # Without its other requirements (kernels for GPUs, cloud storage): what its loader of data sets imports.
     "axolotl": [
         "torch==2.13.0",
-        "transformers==5.16.1 accelerate==1.13.0 datasets==4.8.4 pydantic==2.12.5 addict==2.4.0 colorama==0.4.6 pillow==13.0.0",
+        "transformers==5.16.1 accelerate==1.13.0 peft==0.20.0 datasets==4.8.4 trl==1.9.0 pydantic==2.12.5 addict==2.4.0",
+        "colorama==0.4.6 pillow==13.0.0 posthog==6.7.11 numba==0.68.1",
         "--no-deps axolotl==0.19.0",
     ],
     "openai": ["openai==3.57.0"],  # the client
