@@ -251,6 +251,8 @@ def _refuse_number(parser, name, value, comment):
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     least, most = LIMITS.get(name, (-math.inf, math.inf))
+    if isinstance(value, float):
+        least = min(least, 0)  # half an epoch
     unset = value == -1 and re.search(r"(?<![\w.])-1\b", comment)
     if not math.isfinite(value) or not (unset or least <= value <= most):
         wanted = f"{least:,} to {most:,}" if most < math.inf else f"a number from {least:,}"

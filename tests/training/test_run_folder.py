@@ -3,7 +3,6 @@
 import errno
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 from small_runs import same_weights, train
@@ -149,7 +148,9 @@ def test_fresh_on_a_mount_point_keeps_the_run_inside(tmp_path, monkeypatch):
     folder = tmp_path / "out"
     (folder / "checkpoint-3").mkdir(parents=True)
     monkeypatch.setattr(run_folder, "_device", lambda path: str(path))  # every folder a disk of its own
-    run_folder.RunFolder._move_aside(SimpleNamespace(folder=folder))
+    run = run_folder.RunFolder.__new__(run_folder.RunFolder)
+    run.folder = folder
+    run._move_aside()
     (kept,) = folder.glob("earlier.*")
     assert [path.name for path in kept.iterdir()] == ["checkpoint-3"]
 
