@@ -75,7 +75,7 @@ def measure_run(
     if settings.HOURS:
         tokens = min(tokens, run.seconds_given(settings.HOURS) * training)
     per_row = train_rows.tokens / len(train_rows.items)
-    seconds_per_byte = run.from_main(disk_seconds_per_byte(run.folder))
+    seconds_per_byte = run.from_main(disk_seconds_per_byte(run.folder, trainable * FLOAT))
     return RunSize(
         steps,
         steps_per_epoch,
@@ -183,18 +183,20 @@ def _seconds_of_loss(model, items, max_length, device, backward):
     return max(time.monotonic() - began, 1e-6)
 
 
-def disk_seconds_per_byte(folder: Path) -> float:
-    """Seconds to write a byte to the disk under `folder`, with its checksum, as a checkpoint is written."""
+def disk_seconds_per_byte(folder: Path, most: int) -> float:
+    """Seconds to write a byte to the disk under `folder`, with its checksum, as a checkpoint is written. Writes `most` bytes at most:
+    a disk that takes the run's files takes those of this trial."""
     place = next(place for place in (folder, *folder.parents) if place.is_dir())
-    block = os.urandom(1 << 20)
+    block = os.urandom(min(1 << 20, most))
+    blocks = min(WRITTEN, most) // len(block)
     began = time.monotonic()
     with tempfile.TemporaryFile(dir=place) as file:
-        for _ in range(WRITTEN // len(block)):
+        for _ in range(blocks):
             file.write(block)
             hashlib.sha256(block)
         file.flush()
         os.fsync(file.fileno())
-    return (time.monotonic() - began) / WRITTEN
+    return (time.monotonic() - began) / (blocks * len(block))
 
 
 def plan_schedule(
