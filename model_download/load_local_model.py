@@ -64,13 +64,13 @@ def main(argv: list[str] | None = None) -> None:
     quiet_offline(folder)
 
     # 3. Load it
-    with loading(show_path(folder)):
-        from utils.chat.model import ChatModel
-        from utils.chat.session import ARGUMENTS, Chat, answer_once, greet
-        from utils.device import pick_device
+    loading(show_path(folder))
+    from utils.chat.model import ChatModel
+    from utils.chat.session import ARGUMENTS, Chat, answer_once, greet
+    from utils.device import pick_device
 
-        device = pick_device(settings.DEVICE, settings.PRECISION)
-        chat_model = ChatModel(folder, device)
+    device = pick_device(settings.DEVICE, settings.PRECISION)
+    chat_model = ChatModel(folder, device)
     options = make_options(settings)
     greet(chat_model, options, device)
 

@@ -7,18 +7,16 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
 from fake_hub import TOKEN, FakeHub
-from small_runs import arguments, make_place
+from small_runs import make_place, train
 from sources import FOR_USERS, SOURCES
 
-from model_finetune import finetune_sft
-from utils.errors import UserError, run
+from utils.errors import UserError
 from utils.model.folders import check_model
 from utils.model.load import load_model, load_tokenizer
 from utils.training.checkpoints import write_manifest
@@ -145,11 +143,8 @@ class Evil:
 def test_a_checkpoint_with_code_in_it_is_refused(place, tmp_path, capsys, monkeypatch):
     """torch pickles optimizer and scheduler; its loader here takes tensors and numbers only, whatever the manifest says."""
     monkeypatch.setenv("HF_TOKEN", "hf_marker")
-    command, handlers = (
-        arguments("sft", place, tmp_path / "run", "--max-steps", 2),
-        signal.getsignal(signal.SIGINT),
-    )
-    assert run(lambda: finetune_sft.main(command)) == 0
+    again = ("sft", place, tmp_path / "run", "--max-steps", 2)
+    assert train(*again) == 0
     assert not [
         path for path in (tmp_path / "run").rglob("*") if path.is_file() and b"hf_marker" in path.read_bytes()
     ]
@@ -160,8 +155,7 @@ def test_a_checkpoint_with_code_in_it_is_refused(place, tmp_path, capsys, monkey
     record = json.loads((tmp_path / "run/run.json").read_text(encoding="utf-8"))
     (tmp_path / "run/run.json").write_text(json.dumps({**record, "status": "running"}), encoding="utf-8")
     capsys.readouterr()
-    assert run(lambda: finetune_sft.main(command)) == 1
-    signal.signal(signal.SIGINT, handlers)
+    assert train(*again) == 1
     said = capsys.readouterr()
     assert "checkpoint-2 holds more than numbers" in said.err and said.err.count("\n") == 1
     assert "hf_marker" not in said.out + said.err

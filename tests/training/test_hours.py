@@ -9,6 +9,7 @@ import torch
 from small_runs import same_weights, train
 
 from utils.files import read_json, read_jsonl, write_json
+from utils.training import callbacks
 from utils.training.trainer import PackedTrainer
 
 pytestmark = pytest.mark.slow
@@ -36,6 +37,8 @@ class Clock:
         self.ids: list[list[str]] = []  # of the rows of each step
         self.dies = None  # in the step after this one
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        # on this clock a picture would be due after every step
+        monkeypatch.setattr(callbacks, "plot_training", lambda *given: None)
         for name, wrapped in (
             ("training_step", self._training_step),
             ("batch_loss", self._batch_loss),

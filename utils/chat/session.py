@@ -238,8 +238,8 @@ class Chat:
         if text.isdecimal() and 1 <= int(text) <= len(found):
             text = str(found[int(text) - 1])
         folder = next((path for path in (_user_path(text), ROOT / text) if path.exists()), text)
-        with loading(show_path(folder)):
-            chat_model = self.load(str(folder))
+        loading(show_path(folder))
+        chat_model = self.load(str(folder))
         # This renders its template: a broken one is told now, not at every question.
         describe(chat_model, self.options)
         return chat_model

@@ -1,12 +1,10 @@
 """The terminal: reading a message that may be Chinese and several lines long, Tab completion, dimmed text, answers."""
 
-import contextlib
 import glob
 import os
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -14,7 +12,6 @@ from utils.files import show_path
 from utils.model.folders import written_at
 from utils.text import printable
 
-LOADING_SECONDS = 1.5  # what takes longer is announced
 QUOTES = '"""'
 
 
@@ -81,16 +78,10 @@ def note(text: str) -> None:
     print(dim(printable(text), sys.stderr), file=sys.stderr, flush=True)
 
 
-@contextlib.contextmanager
-def loading(name: str) -> Iterator[None]:
-    """Say that `name` is being loaded where the block takes a while."""
-    line = threading.Timer(LOADING_SECONDS, note, [f"loading {name} ..."])
-    line.daemon = True
-    line.start()
-    try:
-        yield
-    finally:
-        line.cancel()
+def loading(name: str) -> None:
+    """Say at a terminal that `name` is being loaded, which takes seconds."""
+    if sys.stderr.isatty():
+        note(f"loading {name} ...")
 
 
 def show_models(found: list[Path]) -> None:
