@@ -28,7 +28,7 @@ def commands(text):
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The project in a path with a space and Chinese characters, a tiny model in the place of Qwen3-0.6B, forty raw rows."""
+    """The project in a path with a space and Chinese characters, a tiny model in the place of Qwen3-0.6B, some raw rows."""
     place = tmp_path_factory.mktemp("中医 模型") / "tcm"
     shutil.copytree(
         ROOT,
@@ -46,7 +46,7 @@ def copy(tmp_path_factory):
     shutil.copytree(
         place / "model_download/tiny_qwen3_tcm", place / "model_download/Qwen3-0.6B", dirs_exist_ok=True
     )
-    rows = (place / "data_prepare/sample/tcm_sample.jsonl").read_text(encoding="utf-8").splitlines()[::190]
+    rows = (place / "data_prepare/sample/tcm_sample.jsonl").read_text(encoding="utf-8").splitlines()[::60]
     rows = [{name: value for name, value in json.loads(row).items() if name != "split"} for row in rows]
     (place / "data_prepare/raw/rows.jsonl").write_text(
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
