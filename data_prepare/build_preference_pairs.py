@@ -71,13 +71,12 @@ def main(argv=None):
         rows = sample_by_id(read_jsonl(source, wanted=["id", "messages"]), count)
 
         # 2. Make a worse answer for each
-        made, reasons = [], Counter()
-        for row, worse in zip(rows, worse_answers(kind, rows, terms, settings, split)):
-            pair = pairs.make_pair(row, worse, kind)
-            if pair:
-                made.append(pair)
-            else:
-                reasons[worse.reason or "the worse answer is the same"] += 1
+        made, reasons = pair_up(kind, rows, terms, settings, split)
+        if not made and settings.KIND == "auto" and kind == "model":
+            print(
+                f"{split}: the model gives no answer that is clearly wrong ({dict(reasons)}); kind facts instead"
+            )
+            made, reasons = pair_up("facts", rows, terms, settings, split)
         if not made:
             raise UserError(
                 f"no pair could be made from {show_path(source)} ({dict(reasons)}); try --kind mismatch"
@@ -98,6 +97,18 @@ def is_finished(model):
     """Whether a model folder is a finished run of training."""
     record = Path(model) / "run.json"
     return record.is_file() and read_json(record).get("status") == "finished"
+
+
+def pair_up(kind, rows, terms, settings, split):
+    """(pairs, {reason: number of rows}) of `rows`."""
+    made, reasons = [], Counter()
+    for row, worse in zip(rows, worse_answers(kind, rows, terms, settings, split)):
+        pair = pairs.make_pair(row, worse, kind)
+        if pair:
+            made.append(pair)
+        else:
+            reasons[worse.reason or "the worse answer is the same"] += 1
+    return made, reasons
 
 
 def worse_answers(kind, rows, terms, settings, split):

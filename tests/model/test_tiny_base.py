@@ -150,6 +150,6 @@ def test_fine_tuning_teaches_it_to_answer_about_entities_it_was_never_asked_abou
         "--eval-file",
         str(tmp_path / "sft_eval.jsonl"),
     ]
-    course = "--max-length 512 --rows-per-step 2 --learning-rate 1e-3 --max-steps 80".split()
+    course = "--max-length 512 --rows-per-step 2 --learning-rate 1e-3 --max-steps 40".split()
     finetune_sft.main(["--model", str(TINY), *rows, "--output-dir", str(tmp_path / "sft"), *course])
     assert exam_accuracy(tmp_path / "sft", exam) >= exam_accuracy(TINY, exam) + 0.15

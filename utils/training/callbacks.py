@@ -43,6 +43,7 @@ class RunLog(TrainerCallback):
         if self.path.is_file() and state.global_step:
             self.entries = [entry for entry in read_log(self.path) if entry["step"] <= state.global_step]
         self.first_step = state.global_step
+        self.last_drawn = time.monotonic()  # a picture of the first step alone shows nothing
         if state.is_world_process_zero:
             with atomic_write(self.path) as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in self.entries)
