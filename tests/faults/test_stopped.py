@@ -127,8 +127,8 @@ def test_ctrl_c_while_libraries_are_imported(world, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("name", TRAINERS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+# all methods in both formats: tests/training/test_resume.py
+@pytest.mark.parametrize("name, precision", [("sft", "fp32"), ("lora", "fp32"), ("dpo", "bf16")])
 def test_killed_trainer(world, tmp_path, name, precision):
     """The run that was killed ends in the weights, bit for bit, of one that was not."""
     output, more = tmp_path / "new", ["--epochs", 3, "--precision", precision]
