@@ -71,7 +71,7 @@ def killed(wrong, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [7, 11, 14, 17])
+@pytest.mark.parametrize("step", [7, 14])
 def test_a_run_that_goes_on_keeps_the_same_best(killed, wrong, finished, step):
     output = killed(f"killed_{step}", step)
     assert len(list((output / "best").glob("*.safetensors"))) in (1, 2)

@@ -228,4 +228,4 @@ def test_two_processes_end_together_when_time_is_over(place):
     more = ["--epochs", 1000, "--hours", 0.001, "--evaluations", 2]
     assert "finished in" in said(start_two("sft", place, output, *more), output)
     record = read_json(output / "run.json")
-    assert record["results"]["steps"] <= 10 and len(record["schedule"]["plan"]) > 1
+    assert record["results"]["steps"] < 200 and len(record["schedule"]["plan"]) > 1
