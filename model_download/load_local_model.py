@@ -46,7 +46,7 @@ HOST = "127.0.0.1"        # of --serve; any other than the loopback needs a key
 PORT = 8000               # of --serve, 0 for any free one
 API_KEY = ""              # what clients of --serve have to send; empty: none
 DEVICE = "auto"           # auto (CUDA, else MPS, else CPU), cuda, mps, cpu
-PRECISION = "auto"        # auto (bf16 where the hardware computes in it, fp16 weights on other x86 CPUs), bf16, fp32
+PRECISION = "auto"        # auto (bf16 where the hardware has it, fp16 weights on other x86 CPUs), bf16, fp32; int8 on x86 CPUs
 # ----
 # fmt: on
 
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     from utils.chat.session import ARGUMENTS, Chat, answer_once, greet
     from utils.device import pick_device
 
-    device = pick_device(settings.DEVICE, settings.PRECISION)
+    device = pick_device(settings.DEVICE, settings.PRECISION, answering=True)
     chat_model = ChatModel(folder, device)
     options = make_options(settings)
     greet(chat_model, options, device)

@@ -13,13 +13,13 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class Device:
-    """`name` is torch's device type, `bf16` whether matrix products run in bfloat16 (trained weights stay float32),
-    `half_weights` whether answers come from weights held in float16 (utils/model/half_weights.py)."""
+    """`name` is torch's device type, `bf16` whether matrix products run in bfloat16 (trained weights stay float32), `weights` the
+    form in which those are held that answer: plain, half or int8 (utils/model/answer_weights.py)."""
 
     name: str
     bf16: bool
     reason: str
-    half_weights: bool = False
+    weights: str = "plain"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -29,22 +29,25 @@ class Device:
     @property
     def answers(self) -> str:
         """The number format of answers, in words."""
-        return "bf16" if self.bf16 else "fp16 weights, fp32 products" if self.half_weights else "fp32"
+        forms = {"half": "fp16 weights, fp32 products", "int8": "int8 weights and products"}
+        return forms.get(self.weights) or ("bf16" if self.bf16 else "fp32")
 
     def __str__(self):
         return f"{self.name}, {'bf16 autocast over fp32 weights' if self.bf16 else 'fp32'} ({self.reason})"
 
 
-def pick_device(name: str = "auto", precision: str = "auto") -> Device:
-    """Choose a Device. `name`: auto, cuda, mps or cpu; `precision`: auto, bf16 or fp32 (both are settings of the scripts).
+def pick_device(name: str = "auto", precision: str = "auto", answering: bool = False) -> Device:
+    """Choose a Device. `name`: auto, cuda, mps or cpu; `precision`: auto, bf16 or fp32 (both are settings of the scripts); for
+    `answering` alone also int8.
 
     bfloat16 is chosen only where the hardware computes in it: CUDA from compute capability 8.0, x86 with AVX512-BF16 or
     AMX. Elsewhere it is emulated and slower than float32; Apple's M1 and M2 emulate it, so MPS gets it only on request.
-    Other x86 CPUs (with AVX2, which FBGEMM needs) get half_weights, unless another precision is asked for.
+    Other x86 CPUs (with AVX2, which FBGEMM needs) answer from half weights, unless another precision is asked for.
     Raises UserError for a device that is not there and for another precision. On a CPU, memory is held from now on.
     """
-    if precision not in ("auto", "bf16", "fp32"):
-        raise UserError(f"--precision: wanted auto, bf16 or fp32, got {precision!r}")
+    known = ("auto", "bf16", "fp32", "int8") if answering else ("auto", "bf16", "fp32")
+    if precision not in known:
+        raise UserError(f"--precision: wanted {', '.join(known[:-1])} or {known[-1]}, got {precision!r}")
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     here = [kind for kind, there in present.items() if there]
     name = here[0] if name == "auto" else name
@@ -58,9 +61,13 @@ def pick_device(name: str = "auto", precision: str = "auto") -> Device:
             f"--precision bf16 on an Apple GPU needs macOS 14, and this is {platform.mac_ver()[0]}; take fp32"
         )
     native, reason = {"cuda": _cuda_bf16, "mps": _mps_bf16, "cpu": _cpu_bf16}[name]()
+    fbgemm = name == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
     if precision == "auto":
-        half_weights = name == "cpu" and not native and "fbgemm" in torch.backends.quantized.supported_engines
-        return Device(name, native, reason, half_weights)
+        return Device(name, native, reason, "half" if fbgemm and not native else "plain")
+    if precision == "int8":
+        if not fbgemm:
+            raise UserError("--precision int8 is for x86 CPUs with AVX2; here, take auto")
+        return Device(name, False, f"int8 as asked for; {reason}", "int8")
     return Device(name, precision == "bf16", f"{precision} as asked for; {reason}")
 
 

@@ -26,11 +26,11 @@ def loss_of(way: str, hidden, weight, targets, bf16: bool):
     import torch
     import torch.nn.functional as F
 
-    from utils.model.lm_head import cross_entropy_sum
+    from utils.model.lm_head import HeadGradient, cross_entropy_sum
 
     if way.startswith("ours"):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            return cross_entropy_sum(hidden, weight, targets, into_grad="into" in way)
+            return cross_entropy_sum(hidden, weight, targets, kept=HeadGradient() if "into" in way else None)
     if way == "whole logits":
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")

@@ -6,8 +6,8 @@ from conftest import ROOT
 
 from utils.device import Device
 from utils.errors import UserError
+from utils.model.answer_weights import hold_weights
 from utils.model.cached_forward import CachedModel
-from utils.model.half_weights import hold_half_weights
 from utils.model.load import load_for_answers, load_model
 
 TINY = str(ROOT / "model_download/tiny_qwen3_tcm")  # trained, and published in bfloat16 as Qwen3 is
@@ -52,7 +52,7 @@ def test_bfloat16_weights_lose_nothing_as_float16():
     ids, exact = some_ids(200), load_model(TINY, torch.float32).double().eval()
     with torch.no_grad():
         double = exact(torch.tensor([ids])).logits[0, -1]
-    halved = load_for_answers(TINY, Device("cpu", False, "test", half_weights=True))
+    halved = load_for_answers(TINY, Device("cpu", False, "test", "half"))
     assert not [name for name, _ in halved.named_parameters() if "proj" in name]  # those weights are gone
     assert close(CachedModel(halved).feed(ids).double(), double, 1e-5)
     one_by_one = CachedModel(halved)
@@ -60,32 +60,78 @@ def test_bfloat16_weights_lose_nothing_as_float16():
 
 
 @NEEDS_FBGEMM
-def test_float32_weights_keep_more_than_bfloat16_would():
+def test_float32_weights_lose_least_in_half_and_most_in_int8():
     def logits(change):
         torch.manual_seed(0)
         model = load_model(TINY, torch.float32).eval()
         for weight in model.parameters():
             weight.data *= 1 + torch.rand_like(weight) / 100  # now they have 24 bits
-        return CachedModel(change(model)).feed(some_ids(100)).double()
+        change(model)
+        return CachedModel(model).feed(some_ids(100)).double()
 
     exact = logits(torch.nn.Module.double)
-    off = {
-        name: (logits(change) - exact).norm()
-        for name, change in (("half", hold_half_weights), ("bf16", torch.nn.Module.bfloat16))
+    changes = {
+        "half": lambda model: hold_weights(model, "half"),
+        "bf16": torch.nn.Module.bfloat16,
+        "int8": lambda model: hold_weights(model, "int8"),
     }
-    assert 0 < off["half"] < off["bf16"] / 4
+    off = {name: (logits(change) - exact).norm() / exact.norm() for name, change in changes.items()}
+    assert 0 < off["half"] < off["bf16"] / 4 and off["half"] < off["int8"] < 0.05, off
 
 
 @NEEDS_FBGEMM
+@pytest.mark.parametrize("form", ["half", "int8"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 7e4])
-def test_weights_that_float16_cannot_hold_stay(value):
-    """FBGEMM would make 65504 of each, and a diverged model would talk on."""
+def test_weights_that_a_form_cannot_hold_stay(value, form):
+    """FBGEMM would make 65504 of each in half, and a diverged model would talk on."""
     model = load_model(TINY, torch.float32).eval()
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
-    hold_half_weights(model)
-    assert type(model.model.layers[1].mlp.up_proj) is torch.nn.Linear
-    assert type(model.model.layers[1].mlp.down_proj) is not torch.nn.Linear
+    hold_weights(model, form)
+    assert hasattr(model.model.layers[1].mlp.up_proj, "weight") == (form == "half" or value != 7e4)
+    assert not hasattr(model.model.layers[1].mlp.down_proj, "weight")
     assert torch.isfinite(CachedModel(model).feed([1, 2])).all() == (value == 7e4)
+
+
+def test_joined_weights_are_the_model_s_own():
+    """No second copy in memory, the same result of transformers' pass, and nothing new in what would be saved."""
+    model, ids = load_model(TINY, torch.float32).eval(), torch.tensor([some_ids(50)])
+    with torch.no_grad():
+        names, before = list(model.state_dict()), model(ids).logits
+        CachedModel(model)
+        assert list(model.state_dict()) == names and torch.equal(model(ids).logits, before)
+    attention, mlp = model.model.layers[2].self_attn, model.model.layers[2].mlp
+    for parts in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+        assert len({part.weight.untyped_storage().data_ptr() for part in parts}) == 1
+    attention.k_proj.weight.data.zero_()  # seen by the joined product
+    assert not torch.equal(CachedModel(model).feed(ids[0].tolist()), before[0, -1])
+
+
+def test_onednn_is_as_it_was():
+    model, enabled = load_model(TINY, torch.bfloat16).eval(), torch.backends.mkldnn.enabled
+    CachedModel(model).feed([1])
+    assert torch.backends.mkldnn.enabled == enabled
+
+
+@pytest.mark.parametrize("dtype, accuracy", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_several_conversations_equal_each_alone(dtype, accuracy):
+    """Of different length, one token after another, over the border where the cache grows, and with one leaving in between."""
+    model, prompts = load_model(TINY, dtype).eval(), [some_ids(count) for count in (40, 3, 17)]
+    padding = torch.tensor([0, 37, 23])
+    batch, exact = CachedModel(model, padding), load_model(TINY, torch.float32).double().eval()
+    new = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding.tolist(), prompts)])
+    for step in range(320):
+        logits = batch.feed_rows(new)
+        if step == 100:
+            batch.keep_rows(torch.tensor([0, 2]))
+            logits, prompts = logits[[0, 2]], [prompts[0], prompts[2]]
+        if step in (0, 1, 99, 100, 319):
+            with torch.no_grad():
+                for ours, prompt in zip(logits, prompts, strict=True):
+                    theirs = exact(torch.tensor([prompt])).logits[0, -1]
+                    assert close(ours.double(), theirs, accuracy), step
+        new = torch.tensor([[(7 * step + 13 * row) % 2000] for row in range(len(prompts))])
+        for prompt, [token] in zip(prompts, new.tolist()):
+            prompt.append(token)
 
 
 def test_other_models_are_refused(tmp_path):

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from utils.model import lm_head
 from utils.model.batching import collate, model_inputs
-from utils.model.lm_head import cross_entropy_sum
+from utils.model.lm_head import HeadGradient, cross_entropy_sum
 from utils.model.packed_forward import prepare_packed
 
 pytestmark = pytest.mark.usefixtures("norms_in_float64")
@@ -44,20 +44,20 @@ def test_gradients_added_to_grad_at_once_are_those_of_autograd(folder):
     """Two batches, loss over the head and embedding of the same weight, in float64; scaling the loss afterwards is an error."""
     direct, plain = (prepare_packed(load(folder, torch.float64)) for _ in range(2))
     batches = [collate([some_items(8, seed=seed)]) for seed in (1, 2)]
-    for model, into_grad in ((direct, True), (plain, False)):
+    for model, kept in ((direct, HeadGradient()), (plain, None)):
         for batch in batches:
             weights = torch.full((len(batch["targets"]),), 0.125)
             hidden = model(**model_inputs(batch))
-            cross_entropy_sum(hidden, model.lm_head.weight, batch["targets"], weights, into_grad).backward()
+            cross_entropy_sum(hidden, model.lm_head.weight, batch["targets"], weights, kept).backward()
     for (name, one), other in zip(direct.named_parameters(), plain.parameters()):
         assert torch.allclose(one.grad, other.grad, rtol=1e-12), name
     before = direct.lm_head.weight.grad.clone()
     with torch.no_grad():  # an evaluation leaves no gradient behind
         hidden = direct(**model_inputs(batches[0]))
-        cross_entropy_sum(hidden, direct.lm_head.weight, batches[0]["targets"], None, True)
+        cross_entropy_sum(hidden, direct.lm_head.weight, batches[0]["targets"], None, HeadGradient())
     assert torch.equal(direct.lm_head.weight.grad, before)
     hidden = direct(**model_inputs(batches[0]))
-    loss = cross_entropy_sum(hidden, direct.lm_head.weight, batches[0]["targets"], None, True)
+    loss = cross_entropy_sum(hidden, direct.lm_head.weight, batches[0]["targets"], None, HeadGradient())
     with pytest.raises(RuntimeError, match="scaled by 2.0 after its gradient had been added up"):
         (2 * loss).backward()
 
@@ -98,3 +98,16 @@ def test_bf16_is_no_further_from_float64_than_the_plain_bf16_path():
         )
     for reference, one, other in zip(exact, ours, plain):
         assert (one - reference).norm() <= 1.05 * (other - reference).norm()
+
+
+def test_the_head_s_gradient_keeps_its_memory_and_nothing_else():
+    """From step to step the block is the same, and what a step left in it is gone."""
+    weight, kept = torch.nn.Parameter(torch.randn(50, 4)), HeadGradient()
+    hidden, targets = torch.randn(6, 4), torch.arange(6)
+    places, gradients = set(), []
+    for _ in range(3):
+        weight.grad = None  # as Trainer does after a step
+        cross_entropy_sum(hidden, weight, targets, None, kept).backward()
+        places.add(weight.grad.data_ptr())
+        gradients.append(weight.grad.clone())
+    assert len(places) == 1 and all(torch.equal(gradients[0], other) for other in gradients)

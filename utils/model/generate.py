@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from tokenizers.decoders import DecodeStream
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.errors import RunError
 from utils.model.cached_forward import CachedModel
@@ -202,19 +202,23 @@ def generate_tokens(
 
 @torch.inference_mode()
 def _generate_batch(model, prompts, stop, max_new_tokens, decoding, generator):
-    batch, answers = _PaddedBatch(model, prompts), [[] for _ in prompts]
+    answers, width = [[] for _ in prompts], max(map(len, prompts))
+    padding = [width - len(prompt) for prompt in prompts]  # on the left, so that all answers begin at once
+    fed = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts)], device=model.device)
+    cached = CachedModel(model, torch.tensor(padding, device=model.device))
     going = list(range(len(prompts)))  # the answers that have not ended: the batch shrinks to them
     for _ in range(max_new_tokens):
         seen = [prompts[row] + answers[row] for row in going]
-        tokens = _choose_for_all(batch.next_logits(), decoding, seen, generator)
+        tokens = _choose_for_all(cached.feed_rows(fed), decoding, seen, generator)
         for row, token in zip(going, tokens):
             answers[row].append(token)
         kept = [place for place, token in enumerate(tokens) if token not in stop]
         if not kept:
             break
-        batch.keep(kept)
+        if len(kept) < len(going):
+            cached.keep_rows(torch.tensor(kept, device=model.device))
         going = [going[place] for place in kept]
-        batch.append([tokens[place] for place in kept])
+        fed = torch.tensor([[tokens[place]] for place in kept], device=model.device)
     return answers
 
 
@@ -227,47 +231,6 @@ def _choose_for_all(logits, decoding, seen, generator):
     if -1 in tokens:
         raise RunError(NOT_NUMBERS)
     return tokens
-
-
-class _PaddedBatch:
-    """Prompts padded on the left, with their KV cache, advancing by one token a row at a time."""
-
-    def __init__(self, model, prompts):
-        self.model, self.cache = model, DynamicCache()
-        width, device = max(map(len, prompts)), model.device
-        padding = [width - len(prompt) for prompt in prompts]
-        self.ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts)], device=device)
-        columns = torch.arange(width, device=device)
-        self.real = columns >= torch.tensor(padding, device=device)[:, None]  # (rows, width), False: padding
-        self.positions = (self.real.cumsum(1) - 1).clamp(min=0)
-        # Padding sees itself, and nothing sees it. A row of the mask without any key would be NaN on some devices.
-        causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-        itself = torch.eye(width, dtype=torch.bool, device=device)
-        self.mask = (self.real[:, None, None, :] & causal) | itself
-
-    def next_logits(self):
-        """(rows, vocabulary), in the model's number format, of the token after the last one fed."""
-        return self.model(
-            input_ids=self.ids,
-            attention_mask=self.mask,
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-
-    def keep(self, rows):
-        """Drop all rows but these (list of int)."""
-        if len(rows) < len(self.real):
-            rows = torch.tensor(rows, device=self.real.device)
-            self.cache.batch_select_indices(rows)
-            self.real, self.positions = self.real[rows], self.positions[rows]
-
-    def append(self, tokens):
-        """Feed one token a row next, which sees all real ones before it."""
-        self.ids = torch.tensor(tokens, device=self.real.device)[:, None]
-        self.real = torch.cat([self.real, self.real.new_ones(len(tokens), 1)], dim=1)
-        self.mask, self.positions = self.real[:, None, None, :], self.positions[:, -1:] + 1
 
 
 class AnswerReader:

@@ -119,12 +119,14 @@ def load_for_lora(model, dtype):
 
 
 def load_for_answers(model, device):
-    """load_model's result on `device` (utils.device.Device), in its number format for answers."""
-    loaded = load_model(model, device.dtype).to(device.name).eval()
-    if device.half_weights:
-        from utils.model.half_weights import hold_half_weights
+    """The model of a folder or Hub id on `device` (utils.device.Device), its weights in the device's form for answers."""
+    from utils.model.answer_weights import hold_weights
 
-        hold_half_weights(loaded)
+    adapter = (Path(model) / "adapter_config.json").is_file()
+    # Weights that are packed anyway are not widened to float32 before.
+    dtype = device.dtype if device.weights == "plain" or adapter else "auto"
+    loaded = load_model(model, dtype).to(device.name).eval()
+    hold_weights(loaded, device.weights)
     return loaded
 
 

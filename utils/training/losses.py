@@ -9,15 +9,17 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.model.lm_head import cross_entropy_sum
+from utils.model.lm_head import HeadGradient, cross_entropy_sum
 
 
-def sft_loss(hidden: Tensor, head: Tensor, targets: Tensor, scale: Tensor, into_grad: bool = False) -> Tensor:
+def sft_loss(
+    hidden: Tensor, head: Tensor, targets: Tensor, scale: Tensor, kept: HeadGradient | None = None
+) -> Tensor:
     """Cross-entropy of the trained tokens in nats: its sum times `scale`, 1 / (trained tokens of the step) for their mean.
 
-    hidden (N, H), head (V, H), targets (N,). `into_grad`: as for utils.model.lm_head.cross_entropy_sum.
+    hidden (N, H), head (V, H), targets (N,). `kept`: as for utils.model.lm_head.cross_entropy_sum.
     """
-    return cross_entropy_sum(hidden, head, targets, scale.expand(len(targets)), into_grad)
+    return cross_entropy_sum(hidden, head, targets, scale.expand(len(targets)), kept)
 
 
 class DPOLoss(NamedTuple):

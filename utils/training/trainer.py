@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from utils.errors import RunError
 from utils.model.batching import PackedBatch, PackedRows, collate, model_inputs, padding_for
-from utils.model.lm_head import backward_through_head
+from utils.model.lm_head import HeadGradient, backward_through_head
 from utils.progress import progress
 from utils.text import listed
 from utils.training.checkpoints import HiddenCheckpoint, remove_old_checkpoints
@@ -64,14 +64,15 @@ class PackedTrainer(Trainer):
         if self.accelerator.ddp_handler:
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
         # The head's gradient goes straight to where it is added up; several processes have to exchange it first.
-        self.into_grad = args.device.type == "cpu" and self.accelerator.num_processes == 1
+        direct = args.device.type == "cpu" and self.accelerator.num_processes == 1
+        self.head_gradient = HeadGradient() if direct else None
         self.remove_callback(PrinterCallback)  # our own callback prints one line a step
         self.step_metrics: dict[str, Tensor] = {}  # means over the units of the present step, so far
         self.step_losses: list[tuple[Tensor, list]] = []  # (loss, ids of its rows) of the step's batches
 
     def batch_loss(self, hidden: Tensor, batch: PackedBatch, scale: Tensor) -> BatchLoss:
         """The loss of one batch, from the hidden states (N, H) of its trained positions. `scale`: 1 / units of the step."""
-        loss = sft_loss(hidden, self.head_weight(), batch["targets"], scale, self.into_grad)
+        loss = sft_loss(hidden, self.head_weight(), batch["targets"], scale, self.head_gradient)
         return BatchLoss(loss, len(batch["targets"]), {})
 
     def count_units(self, batch: PackedBatch) -> int:
@@ -256,6 +257,6 @@ class PackedDPOTrainer(PackedTrainer):
             return losses.sum() * scale
 
         loss = backward_through_head(
-            hidden, self.head_weight(), batch["targets"], loss_of_logps, self.into_grad
+            hidden, self.head_weight(), batch["targets"], loss_of_logps, self.head_gradient
         )
         return BatchLoss(loss, pairs, metrics)

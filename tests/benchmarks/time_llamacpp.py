@@ -1,0 +1,42 @@
+"""Answer through llama.cpp for bench_chat.py, in the environment of tests/interop: python time_llamacpp.py FILE.gguf THREADS
+
+A line of stdin is a JSON request {"prompt": [token ids], "tokens": number of the answer's tokens}; for each, a line of stdout is
+{"first_s": seconds to the first token, "tokens_per_second": of the others}, as llama.cpp's server times them.
+"""
+
+import json
+import sys
+
+import xllamacpp
+
+path, threads = sys.argv[1], int(sys.argv[2])
+parameters = xllamacpp.CommonParams()
+parameters.model.path = path
+parameters.n_ctx = 9216
+parameters.n_parallel = 1
+parameters.cpuparams.n_threads = threads
+parameters.cpuparams_batch.n_threads = threads
+server = xllamacpp.Server(parameters)
+print(json.dumps("ready"), flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    reply = server.handle_completions(
+        {
+            "prompt": asked["prompt"],
+            "n_predict": asked["tokens"],
+            "temperature": 0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+        }
+    )
+    timings = reply["timings"]
+    assert timings["prompt_n"] == len(asked["prompt"]) and timings["predicted_n"] == asked["tokens"], timings
+    print(
+        json.dumps(
+            {
+                "first_s": timings["prompt_ms"] / 1000,
+                "tokens_per_second": timings["predicted_per_second"],
+            }
+        ),
+        flush=True,
+    )
