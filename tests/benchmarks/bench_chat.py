@@ -1,20 +1,26 @@
-"""Time chat on the exact shape of Qwen3-0.6B: our decode loop against transformers' `generate`, and against the memory's speed.
+"""Time chat on the exact shape of Qwen3-0.6B: our decode loop against transformers' `generate`, llama.cpp, and the memory's speed.
 
     python tests/benchmarks/bench_chat.py
+    python tests/benchmarks/bench_chat.py --llamacpp .venv/interop/llamacpp/bin/python model-f16.gguf model-q8_0.gguf
+    python tests/benchmarks/bench_chat.py --growth
     python tests/benchmarks/bench_chat.py --model model_download/Qwen3-0.6B
 
-One process; all ways in turn in every round; medians over the rounds. "Ours is" is the median of the ratios within a round.
-Answers are greedy and have no end token, so that all have the same number of tokens; they are compared. Generate is called
-with a streamer that notes when tokens come. Where chat holds its weights in float16, ours is timed with those and without.
+All ways in turn in every round, one at a time; medians over the rounds. "Of generate" is the median of the ratios within a round.
+Answers are greedy and have no end token, so that all have the same number of tokens. Generate is called with a streamer that notes
+when tokens come. llama.cpp runs in the environment that tests/interop/environments.py makes, on files of export_model.py, and
+times itself.
 
 The bound: one token reads every weight once, the embedding as well, which is also the LM head. No loop is faster than the
 memory's bandwidth divided by the bytes of the weights. The bandwidth is that of a sum over 1 GiB.
+
+With --growth, ours alone: over the length of the context, and over the number of answers made at once. The plot goes beside the numbers.
 """
 
 import argparse
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from importlib.metadata import version
@@ -74,19 +80,52 @@ def bandwidth() -> float:
     return block.numel() * 4 / min(times)
 
 
-def ways_to_answer(folder: str, device) -> dict[str, tuple]:
-    """{name: (function, model)} of what is compared. Where chat holds its weights in float16, ours with those comes last."""
+class LlamaCpp:
+    """A GGUF file in a process of its own, called as `ours` and `generate` are."""
+
+    def __init__(self, python: str, file: str, threads: int):
+        script = Path(__file__).with_name("time_llamacpp.py")
+        self.process = subprocess.Popen(
+            [python, script, file, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+        )
+        self._answer()
+
+    def _answer(self):
+        return json.loads(self.process.stdout.readline())
+
+    def __call__(self, _, prompt: list[int], count: int) -> tuple[list[float], None]:
+        self.process.stdin.write(json.dumps({"prompt": prompt, "tokens": count}) + "\n")
+        self.process.stdin.flush()
+        told = self._answer()
+        return [told["first_s"] + number / told["tokens_per_second"] for number in range(count)], None
+
+
+def ways_to_answer(folder: str, device, llamacpp: list[str]) -> dict[str, tuple]:
+    """{name: (function, model)} of what is compared."""
+    import torch
+
+    from utils.device import Device
     from utils.model.load import load_for_answers, load_model
 
     model = load_model(folder, device.dtype).to(device.name).eval()
     model.generation_config.eos_token_id = None  # generate would avoid the end token, ours may choose it
-    if not device.half_weights:
-        return {"generate": (generate, model), "ours": (ours, model)}
-    return {
+    ways = {
         "generate": (generate, model),
-        "ours, fp32": (ours, model),
-        "ours": (ours, load_for_answers(folder, device)),
+        f"ours, {device.answers}": (ours, load_for_answers(folder, device)),
     }
+    if device.name == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines:
+        for form in {"half", "int8"} - {device.weights}:
+            other = Device("cpu", False, "to compare", form)
+            ways[f"ours, {other.answers}"] = (ours, load_for_answers(folder, other))
+    python, *files = llamacpp or [""]
+    for file in files:
+        ways[f"llama.cpp, {Path(file).name}"] = (LlamaCpp(python, file, torch.get_num_threads()), None)
+    return ways
 
 
 def measure(ways: dict[str, tuple], prompt: list[int], tokens: int, rounds: int) -> tuple[dict, bool]:
@@ -100,7 +139,8 @@ def measure(ways: dict[str, tuple], prompt: list[int], tokens: int, rounds: int)
             speed = (len(times) - 1) / (times[-1] - times[0])
             if number:
                 measured[name].append({"first_s": times[0], "tokens_per_second": speed})
-    return measured, all(answer == answers[0] for answer in answers)
+    known = [answer for answer in answers if answer]
+    return measured, all(answer == known[0] for answer in known)
 
 
 def medians(measured: dict) -> dict[str, dict]:
@@ -117,12 +157,57 @@ def medians(measured: dict) -> dict[str, dict]:
 
 
 def print_table(table: dict[str, dict], bound: float | None) -> None:
-    print("| | first token | tokens/s | ours is |\n|---|---|---|---|")
+    print("| | first token | tokens/s | of generate |\n|---|---|---|---|")
     for name, row in table.items():
         speed, ratio = f"{row['tokens_per_second']:.1f}", f"{row['of_generate']:.2f} x"
         print(f"| {name} | {row['first_s']:.2f} s | {speed} | {ratio} |")
     if bound:
-        print(f"| bound of the memory | | {bound:.1f} | |")
+        print(f"| bound of the memory, weights in 2 bytes | | {bound:.1f} | |")
+
+
+def measure_growth(model, tokens: int) -> dict[str, dict[int, float]]:
+    """Tokens/s after contexts of 100 to 8,000 tokens and of 1 to 64 answers at once; seconds to the first token."""
+    from utils.model.generate import generate_tokens
+
+    found = {"context": {}, "first_s": {}, "batch": {}}
+    for context in (100, 500, 1000, 2000, 4000, 8000):
+        times, _ = ours(model, some_prompt(context), tokens)
+        found["context"][context] = (tokens - 1) / (times[-1] - times[0])
+        found["first_s"][context] = times[0]
+    for batch in (1, 4, 16, 64):
+        began = time.perf_counter()
+        generate_tokens(
+            model, [some_prompt(50, seed) for seed in range(batch)], set(), tokens, batch_size=batch
+        )
+        found["batch"][batch] = batch * tokens / (time.perf_counter() - began)
+    return found
+
+
+def draw_growth(found: dict[str, dict[int, float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    titles = {
+        "context": ("tokens of context", "tokens/s"),
+        "first_s": ("tokens of the prompt", "seconds to the first token"),
+        "batch": ("answers at once", "tokens/s of all, prompts of 50 tokens included"),
+    }
+    for axes, (name, (across, up)) in zip(panels, titles.items()):
+        axes.plot(*zip(*found[name].items()), marker="o")
+        axes.set(xlabel=across, ylabel=up, xlim=0, ylim=0)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(f"drawn: {path}")
+
+
+def some_prompt(length: int, seed: int = 0) -> list[int]:
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1000, 3000, (length,), generator=generator).tolist()
 
 
 def parse_options() -> argparse.Namespace:
@@ -133,7 +218,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=200, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=48, help="tokens of the answer")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--precision", default="auto", help="auto, bf16 or fp32")
+    parser.add_argument("--precision", default="auto", help="auto, bf16, fp32 or int8")
+    parser.add_argument("--llamacpp", nargs="+", metavar=("PYTHON", "GGUF"), help="compare with llama.cpp")
+    parser.add_argument("--growth", action="store_true", help="ours over context and batch, and no other way")
     parser.add_argument("--output", default=str(ROOT / "trainer_output/bench/chat.json"))
     return parser.parse_args()
 
@@ -146,30 +233,31 @@ def main() -> None:
     from bench_training import shape_of_qwen3
 
     from utils.device import pick_device
+    from utils.model.load import load_for_answers
 
     place = ROOT / "trainer_output/bench"
     place.mkdir(parents=True, exist_ok=True)
-    device = pick_device("auto", options.precision)
-    ways = ways_to_answer(options.model or str(shape_of_qwen3(place / "qwen3_0_6b_shape")), device)
+    device = pick_device("auto", options.precision, answering=True)
+    folder = options.model or str(shape_of_qwen3(place / "qwen3_0_6b_shape"))
+    if options.growth:
+        found = measure_growth(load_for_answers(folder, device), options.tokens)
+        print(json.dumps(found, indent=1))
+        return draw_growth(found, Path(options.output).with_name("chat_growth.png"))
+    ways = ways_to_answer(folder, device, options.llamacpp)
 
     # 2. Measure, and the memory's speed beside it
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(1000, 3000, (options.context,), generator=generator).tolist()
-    measured, same = measure(ways, prompt, options.tokens, options.rounds)
-    weights = ways["generate"][1].parameters()
-    bytes_read = sum(weight.numel() * weight.element_size() for weight in weights)
-    bytes_read /= 2 if device.half_weights else 1
-    bound = bandwidth() / bytes_read if device.name == "cpu" else None
+    measured, same = measure(ways, some_prompt(options.context), options.tokens, options.rounds)
+    elements = sum(weight.numel() for weight in ways["generate"][1].parameters())
+    bound = (
+        bandwidth() / (elements * (4 if device.answers == "fp32" else 2)) if device.name == "cpu" else None
+    )
 
     # 3. Print and keep what was measured
     table = medians(measured)
     print_table(table, bound)
-    print(
-        f"same tokens: {same}; {device.name}, {device.answers}; {options.context} tokens of context, {options.tokens} of answer"
-    )
+    print(f"same tokens: {same}; {options.context} tokens of context, {options.tokens} of answer")
     record = {
         "command": " ".join(["python", "tests/benchmarks/bench_chat.py", *sys.argv[1:]]),
-        "device": f"{device.name}, {device.answers}",
         "table": table,
         "memory_bound_tokens_per_second": bound,
         "same_tokens": same,

@@ -33,10 +33,7 @@ for line in sys.stdin:
     assert timings["prompt_n"] == len(asked["prompt"]) and timings["predicted_n"] == asked["tokens"], timings
     print(
         json.dumps(
-            {
-                "first_s": timings["prompt_ms"] / 1000,
-                "tokens_per_second": timings["predicted_per_second"],
-            }
+            {"first_s": timings["prompt_ms"] / 1000, "tokens_per_second": timings["predicted_per_second"]}
         ),
         flush=True,
     )
