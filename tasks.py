@@ -112,8 +112,9 @@ def demo_clean() -> None:
     remove(ROOT / DEMO)
 
 
-# Tests of one file stay on one core: many share a model that takes seconds to make.
-PYTEST = "-m pytest -q -n 2 --dist loadfile --no-loadscope-reorder".split()
+# Tests of one file stay on one core: many share a model that takes seconds to make. The longest come first, so that both cores end together.
+LONGEST = ["tests/test_readme.py", "tests/training", "tests/faults", "tests/model"]
+PYTEST = "-m pytest -q -n 2 --dist loadfile --no-loadscope-reorder".split() + [*LONGEST, "tests"]
 
 
 def test() -> None:

@@ -84,7 +84,7 @@ class LlamaCpp:
     """A GGUF file in a process of its own, called as `ours` and `generate` are."""
 
     def __init__(self, python: str, file: str, threads: int):
-        script = Path(__file__).with_name("time_llamacpp.py")
+        script = ROOT / "tests/interop/time_llamacpp.py"
         self.process = subprocess.Popen(
             [python, script, file, str(threads)],
             stdin=subprocess.PIPE,

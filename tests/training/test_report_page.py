@@ -58,6 +58,7 @@ def folder(tmp_path):
         "started": "2026-11-25T10:00:00+00:00",
         "finished": "2026-11-25T12:00:00+00:00",
         "memory_forecast_bytes": 1 << 30,
+        "time_forecast_seconds": 5400.0,
         "results": {"eval_loss": 0.5, "steps": 20, "tokens": 2000, "peak_memory_bytes": 3 << 29},
     }
     write_json(folder / "run.json", record)
@@ -88,7 +89,8 @@ def test_a_run_on_one_page(folder):
         assert value is None or cells[cells.index(name) + 1] == value
     row = cells.index("memory")
     assert cells[row + 1 : row + 3] == ["1.00 GiB", "1.50 GiB"]
-    assert cells[cells.index("time, start to end") + 2] == "2.0 h"
+    time = cells.index("time, start to end")
+    assert cells[time + 1 : time + 3] == ["1.5 h", "2.0 h"]
     assert cells[cells.index("MODEL") + 1] == "药/中医模型"
     pictures = [value for name, value in page.attributes if name == "src"]
     assert [base64.b64decode(source.partition(",")[2]) for source in pictures] == [PNG]

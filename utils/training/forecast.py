@@ -244,6 +244,8 @@ def _tell_hours(size, schedule, eval_tokens, reference_tokens, settings, run):
         "saving": checkpoints * size.checkpoint_seconds + size.saving_seconds + ENDING,
     }
     total = sum(parts.values())
+    if done == schedule.start:  # not of a resumed run: what it has left is no forecast of the whole
+        run.record["time_forecast_seconds"] = round(total, 1)
     listed = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds)
     how = (
         "measured on one row"

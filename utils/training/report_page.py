@@ -117,11 +117,11 @@ def _forecasts(record):
     rows = [("memory", _bytes(record.get("memory_forecast_bytes")), _bytes(results.get("peak_memory_bytes")))]
     if record.get("started") and record.get("finished"):
         began, ended = (datetime.datetime.fromisoformat(record[name]) for name in ("started", "finished"))
-        hours = record["settings"].get("HOURS")
+        seconds = record["settings"].get("HOURS", 0) * 3600 or record.get("time_forecast_seconds")
         rows.append(
             (
                 "time, start to end",
-                duration(hours * 3600) if hours else "-",
+                duration(seconds) if seconds else "-",
                 duration((ended - began).total_seconds()),
             )
         )
