@@ -62,6 +62,18 @@ def test_with_one_pass_gradients_come_as_activations_go(place):
         assert parts["gradients"] == head + max(0, whole - head - parts["activations"])
 
 
+@pytest.mark.parametrize(
+    "bf16, device, kernels", [(True, "cpu", True), (False, "cpu", False), (True, "mps", False)]
+)
+def test_kernels_grow_with_the_lengths_of_documents_up_to_what_is_kept(place, bf16, device, kernels):
+    costs = memory.measure_costs(model_of(place), False)._replace(bf16=bf16)
+    few, more, many = (
+        memory.memory_parts(costs, 100, False, Device(device, bf16, "test"), lengths=count)["program"]
+        for count in (0, 10, 10_000)
+    )
+    assert (few < more < many < 2 * memory.LIBRARIES) if kernels else (few == more == many)
+
+
 def test_a_frozen_base_is_held_in_the_format_of_its_products(place):
     whole = {name: weight.numel() for name, weight in model_of(place).named_parameters()}
     frozen = load_for_lora(str(place / "base"), torch.bfloat16)

@@ -20,9 +20,10 @@ from utils.model.lm_head import CHUNK
 # Tokens of the two passes: enough to tell the two parts apart, cheap enough to compute anywhere.
 PROBES = (64, 128)
 FLOAT, HALF = 4, 2  # bytes
-LIBRARIES = 700 << 20  # bytes of Python, torch, transformers and their threads in a training process
-# Bytes of the 256 kernels that oneDNN keeps for products in bfloat16 (utils.device.limit_kernels).
-KERNELS = 450 << 20
+LIBRARIES = 510 << 20  # bytes of Python, torch, transformers and their threads in a training process
+# Bytes of the kernels that oneDNN makes in bfloat16 for documents of one length, and of all that it keeps
+# (utils.device.limit_kernels).
+KERNELS, ALL_KERNELS = 4 << 20, 450 << 20
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -88,12 +89,19 @@ def _bytes_kept(model, tokens: int, bf16: bool) -> int:
 
 
 def memory_parts(
-    costs: Costs, tokens: int, recompute: bool, device: Device, row_length: int = 0, passes: int = 2
+    costs: Costs,
+    tokens: int,
+    recompute: bool,
+    device: Device,
+    row_length: int = 0,
+    passes: int = 2,
+    lengths: int = 0,
 ) -> dict[str, int]:
     """{what: bytes} at the peak of a training step whose largest batch holds `tokens` packed tokens.
 
     `row_length`: tokens of a row where every token sees its whole row, in attention without a fused kernel; else 0. With one pass
-    a step the layers' gradients come as their activations go: only what is more of them counts.
+    a step the layers' gradients come as their activations go: only what is more of them counts. `lengths`: how many different ones
+    the documents have.
     """
     # The weights of attention, kept by every layer.
     squares = costs.layers * costs.heads * tokens * row_length * FLOAT
@@ -112,10 +120,15 @@ def memory_parts(
         "optimizer": 2 * costs.trainable * FLOAT,
         "activations": round(kept),
         "scores": _score_bytes(costs, tokens),
-        "program": 0
-        if device.name == "cuda"
-        else LIBRARIES + KERNELS * (costs.bf16 and device.name == "cpu"),
+        "program": _program_bytes(costs, device, lengths),
     }
+
+
+def _program_bytes(costs: Costs, device: Device, lengths: int) -> int:
+    if device.name == "cuda":
+        return 0
+    kernels = min(ALL_KERNELS, KERNELS * lengths) if costs.bf16 and device.name == "cpu" else 0
+    return LIBRARIES + kernels
 
 
 def _score_bytes(costs: Costs, tokens: int) -> int:

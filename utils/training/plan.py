@@ -9,6 +9,8 @@ import math
 import shutil
 from typing import NamedTuple
 
+import numpy
+
 from utils.device import Device
 from utils.errors import UserError
 from utils.files import show_path
@@ -74,12 +76,13 @@ def plan_step(model, train_rows: PackedRows, settings, device: Device, run) -> S
     """
     possible = ways(rows_of_each_process(settings.ROWS_PER_STEP, run.processes.num_processes))
     costs, free = measure_costs(model, device.bf16), free_memory(device)
+    lengths = len(numpy.unique(train_rows.sizes.lengths))
 
     def parts(plan: StepPlan) -> dict[str, int]:
         # MPS has no fused kernel for training.
         row_length = train_rows.max_length if device.name == "mps" else 0
         tokens = tokens_at_once(train_rows, plan, device)
-        return memory_parts(costs, tokens, plan.recompute, device, row_length, plan.passes)
+        return memory_parts(costs, tokens, plan.recompute, device, row_length, plan.passes, lengths)
 
     needed = {plan: sum(parts(plan).values()) for plan in possible}
     kept = StepPlan(*run.record["plan"]) if run.checkpoint and "plan" in run.record else None
