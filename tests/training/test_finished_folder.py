@@ -1,6 +1,7 @@
 """What SFT, LoRA and DPO leave behind, in both number formats: files as documented, a model that loads, and loss that fell."""
 
 import torch
+from safetensors.torch import load_file
 from small_runs import train, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -80,3 +81,14 @@ def test_lora_inside_dpo(place, tmp_path, precision):
     assert (tmp_path / "out/adapter_model.safetensors").is_file() and (
         tmp_path / "out/merged/model.safetensors"
     ).is_file()
+
+
+def test_embeddings_that_are_not_trained_stay_as_they_are(place, precision):
+    """Everything else is trained, the loss falls, and the forecast counts fewer gradients and moments."""
+    folder = place / f"frozen_embeddings_{precision}"
+    assert train("sft", place, folder, "--train-embeddings", "false", precision=precision) == 0
+    before, after = load_file(place / "base/model.safetensors"), weights(folder)
+    same = [name for name in after if torch.equal(before[name].float(), after[name].float())]
+    assert same == ["model.embed_tokens.weight"]
+    record = read_json(folder / "run.json")
+    assert record["results"]["eval_loss"] < record["results"]["eval_loss_before"]

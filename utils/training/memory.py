@@ -24,6 +24,7 @@ LIBRARIES = 510 << 20  # bytes of Python, torch, transformers and their threads 
 # Bytes of the kernels that oneDNN makes in bfloat16 for documents of one length, and of all that it keeps
 # (utils.device.limit_kernels).
 KERNELS, ALL_KERNELS = 4 << 20, 450 << 20
+FRAGMENTS = 0.2  # of the activations: blocks of one batch that fit none of the next, as measured on CPUs
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -119,6 +120,7 @@ def memory_parts(
         "gradients": gradients,
         "optimizer": 2 * costs.trainable * FLOAT,
         "activations": round(kept),
+        "fragments": round(FRAGMENTS * kept) if passes > 1 and device.name == "cpu" else 0,
         "scores": _score_bytes(costs, tokens),
         "program": _program_bytes(costs, device, lengths),
     }

@@ -122,7 +122,7 @@ def tokens_at_once(train_rows: PackedRows, plan: StepPlan, device: Device) -> in
 
 def _what_would_fit(costs: Costs, parts: dict[str, int], free: int, train_rows: PackedRows, model) -> str:
     tokens = train_rows.fullest(1)
-    per_token = (parts["activations"] - costs.kept / costs.layers) / tokens
+    per_token = (parts["activations"] + parts["fragments"] - costs.kept / costs.layers) / tokens
     room = tokens - (sum(parts.values()) - free) / per_token
     if room >= 128:
         return f"lower MAX_LENGTH to {int(room):,} tokens"
