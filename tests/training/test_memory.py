@@ -59,7 +59,9 @@ def test_with_one_pass_gradients_come_as_activations_go(place):
     head, whole = costs.head.numel() * 4, costs.trainable * 4
     for tokens in (64, 4000):  # fewer bytes of activations than of gradients, and more
         parts = memory.memory_parts(costs, tokens, False, CPU, passes=1)
-        assert parts["gradients"] == head + max(0, whole - head - parts["activations"])
+        assert parts["gradients"] == pytest.approx(
+            head + max(0, whole - head - parts["activations"] / 2), abs=2
+        )
 
 
 @pytest.mark.parametrize(

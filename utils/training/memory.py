@@ -101,7 +101,7 @@ def memory_parts(
     """{what: bytes} at the peak of a training step whose largest batch holds `tokens` packed tokens.
 
     `row_length`: tokens of a row where every token sees its whole row, in attention without a fused kernel; else 0. With one pass
-    a step the layers' gradients come as their activations go: only what is more of them counts. `lengths`: how many different ones
+    a step the layers' gradients come as their activations go, and find half of their memory. `lengths`: how many different ones
     the documents have.
     """
     # The weights of attention, kept by every layer.
@@ -114,7 +114,7 @@ def memory_parts(
     gradients = costs.trainable * FLOAT
     if passes == 1:
         head = costs.head.numel() * FLOAT * costs.head_trained
-        gradients = head + max(0, gradients - head - round(kept))
+        gradients = head + max(0, gradients - head - round(kept / 2))
     return {
         "weights": costs.weights,
         "gradients": gradients,

@@ -66,6 +66,8 @@ class PackedTrainer(Trainer):
         # The head's gradient goes straight to where it is added up; several processes have to exchange it first.
         direct = args.device.type == "cpu" and self.accelerator.num_processes == 1
         self.head_gradient = HeadGradient() if direct else None
+        if direct and not self.head_weight().requires_grad:
+            _keep_gradients(model)
         self.remove_callback(PrinterCallback)  # our own callback prints one line a step
         self.step_metrics: dict[str, Tensor] = {}  # means over the units of the present step, so far
         self.step_losses: list[tuple[Tensor, list]] = []  # (loss, ids of its rows) of the step's batches
@@ -213,6 +215,18 @@ class PackedTrainer(Trainer):
         if self.args.should_save:
             hidden.publish()
             remove_old_checkpoints(run_dir, self.args.save_total_limit)
+
+
+def _keep_gradients(model):
+    """Let the few gradients of an adapter stay where they are from step to step.
+
+    Made anew, each would lie between activations that are freed around it, and the next batch's, of another length, would not fit
+    there: memory grew by half of the activations.
+    """
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.grad = torch.zeros_like(weight)
+    model.zero_grad = functools.partial(model.zero_grad, set_to_none=False)
 
 
 class PackedDPOTrainer(PackedTrainer):
