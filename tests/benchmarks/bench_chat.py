@@ -193,7 +193,7 @@ def draw_growth(found: dict[str, dict[int, float]], path: Path) -> None:
     titles = {
         "context": ("tokens of context", "tokens/s"),
         "first_s": ("tokens of the prompt", "seconds to the first token"),
-        "batch": ("answers at once", "tokens/s of all, prompts of 50 tokens included"),
+        "batch": ("answers at once", "tokens/s of all of them"),
     }
     for axes, (name, (across, up)) in zip(panels, titles.items()):
         axes.plot(*zip(*found[name].items()), marker="o")
