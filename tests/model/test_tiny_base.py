@@ -54,6 +54,7 @@ def test_its_training_log_is_kept():
     assert last < 0.3 * first and log[-1]["step"] > 0.98 * log[-1]["steps"]
 
 
+@pytest.mark.slow
 def test_the_script_makes_such_a_folder(tmp_path, capsys):
     places = ["--output-dir", str(tmp_path / "model"), "--statements-file", str(few_statements(tmp_path))]
     course = "--epochs 3 --copies 20 --invented 10 --tokens-per-step 128 --warmup-steps 2".split()

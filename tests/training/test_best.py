@@ -95,6 +95,7 @@ def test_damaged_best_weights_are_not_taken(killed, wrong, finished, capsys, dam
     assert results(output)["kept_step"] == results(output)["steps"]
 
 
+@pytest.mark.slow
 def test_checkpoints_come_by_the_clock_too(place, tmp_path):
     assert train("sft", place, tmp_path / "out", "--checkpoint-minutes", 1e-9, "--keep-checkpoints", 20) == 0
     assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 12
@@ -128,6 +129,7 @@ def test_what_is_said_at_the_end(start, after, losses, words):
         assert not any("clearly" in line for line in said)
 
 
+@pytest.mark.slow
 def test_a_prolonged_run_goes_on_from_the_last_state(runs, place, tmp_path, capsys):
     output = tmp_path / "out"
     shutil.copytree(runs("sft"), output)

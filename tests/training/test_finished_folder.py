@@ -1,5 +1,6 @@
 """What SFT, LoRA and DPO leave behind, in both number formats: files as documented, a model that loads, and loss that fell."""
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from small_runs import train, weights
@@ -7,6 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.files import read_json, read_jsonl
 from utils.training.callbacks import chosen_fell
+
+pytestmark = pytest.mark.slow  # six whole runs
 
 
 def test_the_finished_folder_is_as_documented(runs, method, precision):

@@ -65,6 +65,7 @@ def test_every_way_gives_the_same_weights(place, tmp_path, monkeypatch, method, 
             assert (one - other[name]).norm() <= (5e-2 if precision == "bf16" else 1e-3) * one.norm(), name
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_keeps_its_plan(place, tmp_path, monkeypatch, capsys):
     """Although there is less memory now: other batches would end in other bits."""
     monkeypatch.setattr(planning, "choose", lambda *_: StepPlan(2, 1, False))
