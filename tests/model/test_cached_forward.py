@@ -80,11 +80,12 @@ def test_float32_weights_lose_least_in_half_and_most_in_int8():
 
 
 @NEEDS_FBGEMM
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", ["half", "int8"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 7e4])
-def test_weights_that_a_form_cannot_hold_stay(value, form):
+def test_weights_that_a_form_cannot_hold_stay(value, form, dtype):
     """FBGEMM would make 65504 of each in half, and a diverged model would talk on."""
-    model = load_model(TINY, torch.float32).eval()
+    model = load_model(TINY, dtype).eval()
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
     hold_weights(model, form)
     assert hasattr(model.model.layers[1].mlp.up_proj, "weight") == (form == "half" or value != 7e4)

@@ -65,10 +65,13 @@ def hold_weights(model: Qwen3ForCausalLM, form: str) -> None:
         for name, weight in model.named_parameters():
             if name.endswith("norm.weight"):
                 weight.data = weight.data.float()
-    with ThreadPoolExecutor(1 if form == "plain" else torch.get_num_threads()) as threads:
-        head = threads.submit(_hold, hold, model.lm_head)  # the largest comes first
-        layers = threads.map(lambda layer: _layer_weights(hold, layer), model.model.layers)
-        model.answer_weights = AnswerWeights(list(layers), head.result())
+    with warnings.catch_warnings():
+        # Quantized tensors are to leave a later torch. The one that is pinned here has no other product as fast for one row.
+        warnings.filterwarnings("ignore", message=".*quantized tensor creation functions")
+        with ThreadPoolExecutor(1 if form == "plain" else torch.get_num_threads()) as threads:
+            head = threads.submit(_hold, hold, model.lm_head)  # the largest comes first
+            layers = threads.map(lambda layer: _layer_weights(hold, layer), model.model.layers)
+            model.answer_weights = AnswerWeights(list(layers), head.result())
 
 
 @torch.no_grad()  # as for anything of torch's, in each thread by itself
@@ -99,7 +102,7 @@ def _hold(hold, *layers):
     weight = _joined(layers)
     product = hold(weight)
     if product is None:
-        return _plain(weight)
+        return _plain(weight.float())
     if hold is not _plain:
         for layer in layers:
             del layer.weight
@@ -123,9 +126,8 @@ def _plain(weight):
 
 
 def _half(weight):
-    if (
-        not max(abs(end) for end in torch.aminmax(weight)) <= LARGEST_HALF
-    ):  # FBGEMM would make 65504 of it, and of NaN
+    fits = max(abs(end) for end in torch.aminmax(weight)) <= LARGEST_HALF  # False for NaN
+    if not fits:  # FBGEMM would make 65504 of it
         return None
     packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
     return lambda states: torch.ops.quantized.linear_dynamic_fp16(states, packed)
@@ -137,12 +139,8 @@ def _int8(weight):
     if not torch.isfinite(scales).all():
         return None
     whole = (weight / scales[:, None]).round().to(torch.int8)
-    with warnings.catch_warnings():
-        # Quantized tensors are to leave a later torch. The one that is pinned here has no other product as fast for one row.
-        warnings.filterwarnings("ignore", message=".*quantized tensor creation functions")
-        matrix = torch._make_per_channel_quantized_tensor(
-            whole, scales.double(), torch.zeros(len(scales), dtype=torch.int64), 0
-        )
+    zeros = torch.zeros(len(scales), dtype=torch.int64)
+    matrix = torch._make_per_channel_quantized_tensor(whole, scales.double(), zeros, 0)
     packed = torch.ops.quantized.linear_prepack(matrix, None)
     # Without VNNI instructions, pairs of products are added in 16 bits: 7-bit states keep them from overflowing.
     largest = 127 if torch.cpu._is_vnni_supported() else 63
@@ -174,9 +172,8 @@ def _plain(weight):
 
 
 def _half(weight):
-    if (
-        not max(abs(end) for end in torch.aminmax(weight)) <= LARGEST_HALF
-    ):  # FBGEMM would make 65504 of it, and of NaN
+    fits = max(abs(end) for end in torch.aminmax(weight)) <= LARGEST_HALF  # False for NaN
+    if not fits:  # FBGEMM would make 65504 of it
         return None
     packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
     return lambda states: torch.ops.quantized.linear_dynamic_fp16(states, packed)
@@ -188,12 +185,8 @@ def _int8(weight):
     if not torch.isfinite(scales).all():
         return None
     whole = (weight / scales[:, None]).round().to(torch.int8)
-    with warnings.catch_warnings():
-        # Quantized tensors are to leave a later torch. The one that is pinned here has no other product as fast for one row.
-        warnings.filterwarnings("ignore", message=".*quantized tensor creation functions")
-        matrix = torch._make_per_channel_quantized_tensor(
-            whole, scales.double(), torch.zeros(len(scales), dtype=torch.int64), 0
-        )
+    zeros = torch.zeros(len(scales), dtype=torch.int64)
+    matrix = torch._make_per_channel_quantized_tensor(whole, scales.double(), zeros, 0)
     packed = torch.ops.quantized.linear_prepack(matrix, None)
     # Without VNNI instructions, pairs of products are added in 16 bits: 7-bit states keep them from overflowing.
     largest = 127 if torch.cpu._is_vnni_supported() else 63
