@@ -147,56 +147,7 @@ def _int8(weight):
     multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
 
     def product(states):
-        size = torch.linalg.vector_norm(states, torch.inf, -1, keepdim=True).clamp_(min=1e-30)
-        exact = states * (largest / size)
-        upper = exact.round()
-        both = torch.cat([upper, exact.sub_(upper).mul_(2 * largest)])
-        upper, lower = multiply(both, 1.0, largest + 1, packed).chunk(2)
-        return upper.add_(lower, alpha=0.5 / largest).mul_(size / largest)
-
-    return product
-
-
-def _joined(layers: Sequence[nn.Linear]):
-    """The weights of linear layers as one matrix, whose parts they are from now on."""
-    if len(layers) == 1:
-        return layers[0].weight
-    joined = torch.cat([layer.weight for layer in layers])
-    for layer, part in zip(layers, joined.split([layer.out_features for layer in layers])):
-        layer.weight.data = part
-    return joined
-
-
-def _plain(weight):
-    return lambda states: F.linear(states, weight)
-
-
-def _half(weight):
-    fits = max(abs(end) for end in torch.aminmax(weight)) <= LARGEST_HALF  # False for NaN
-    if not fits:  # FBGEMM would make 65504 of it
-        return None
-    packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
-    return lambda states: torch.ops.quantized.linear_dynamic_fp16(states, packed)
-
-
-def _int8(weight):
-    weight = weight.float()
-    scales = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    if not torch.isfinite(scales).all():
-        return None
-    whole = (weight / scales[:, None]).round().to(torch.int8)
-    zeros = torch.zeros(len(scales), dtype=torch.int64)
-    matrix = torch._make_per_channel_quantized_tensor(whole, scales.double(), zeros, 0)
-    packed = torch.ops.quantized.linear_prepack(matrix, None)
-    # Without VNNI instructions, pairs of products are added in 16 bits: 7-bit states keep them from overflowing.
-    largest = 127 if torch.cpu._is_vnni_supported() else 63
-    multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-
-    def product(states):
-        size = (
-            torch.linalg.vector_norm(states, torch.inf, -1, keepdim=True).clamp_(min=1e-30).clamp_(min=1e-30)
-            / largest
-        )
+        size = torch.linalg.vector_norm(states, torch.inf, -1, keepdim=True).clamp_(min=1e-30) / largest
         exact = states / size
         whole = exact.round()
         rest = exact.sub_(whole).mul_(2 * largest)

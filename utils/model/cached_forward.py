@@ -23,9 +23,8 @@ class CachedModel:
     def __init__(self, model: Qwen3ForCausalLM, padding: torch.Tensor | None = None):
         self.model, self.weights, self.config = model, answer_weights(model), model.config
         self.padding, self.length = padding, 0
-        self.cache = (
-            None  # (2 x layers, rows, heads, capacity, head_dim): keys and values of each layer in turn
-        )
+        # (2 x layers, rows, heads, capacity, head_dim): keys and values of each layer in turn
+        self.cache: torch.Tensor | None = None
 
     def keep(self, count: int) -> None:
         """Forget all but the first `count` tokens."""
