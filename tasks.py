@@ -23,7 +23,7 @@ INSTALLED = VENV / ".installed"  # a copy of the requirements.txt that the envir
 TINY = "model_download/tiny_qwen3_tcm"
 DEMO = "trainer_output/demo"
 DATA = DEMO + "/qwen3"
-# A model of 3.6 M parameters takes far larger rates than one of 0.6 B, and shorter rows.
+# A model of 5.2 M parameters takes far larger rates than one of 0.6 B, and shorter rows.
 SMALL = "--max-length 512 --rows-per-step 2"
 QUESTION = "麻黄有哪些功效？"
 # About what the demo's rows never asked about.
@@ -39,7 +39,7 @@ SUGGESTED = """\
 膻中穴在什么位置？
 肝郁脾虚证的代表方是什么？"""
 INTRODUCTION = f"""\
-This demo fine-tunes a tiny Qwen3 of 3.6 M parameters, pre-trained on the built-in sample, not Qwen3-0.6B: the same
+This demo fine-tunes a tiny Qwen3 of 5.2 M parameters, pre-trained on the built-in sample, not Qwen3-0.6B: the same
 scripts, the same steps, minutes instead of hours. Everything lands in {DEMO}/."""
 STEPS = f"""\
 # the built-in TCM sample, as if downloaded
@@ -51,26 +51,27 @@ python data_prepare/convert_to_qwen3_format.py --input-files {DEMO}/raw --output
 # full fine-tuning (SFT)
 python model_finetune/finetune_sft.py --model {TINY} --output-dir {DEMO}/sft_finetuned
     --train-file {DATA}/sft_train.jsonl --eval-file {DATA}/sft_eval.jsonl
-    {SMALL} --epochs 1 --max-steps 160 --learning-rate 5e-4
+    {SMALL} --epochs 1 --max-steps 160 --learning-rate 5e-4 --train-embeddings False
 
 # LoRA fine-tuning of the same base
 python model_finetune/finetune_lora.py --model {TINY} --output-dir {DEMO}/lora_finetuned
     --train-file {DATA}/sft_train.jsonl --eval-file {DATA}/sft_eval.jsonl
     {SMALL} --epochs 1 --max-steps 160 --learning-rate 2e-3
 
-# preference pairs from the same rows
-python data_prepare/build_preference_pairs.py --kind facts --input-dir {DATA} --output-dir {DATA} --max-train 1200 --max-eval 600
+# preference pairs: what the SFT result itself says wrongly when its answers are sampled
+python data_prepare/build_preference_pairs.py --kind model --model {DEMO}/sft_finetuned --input-dir {DATA} --output-dir {DATA}
+    --max-train 2000 --max-eval 800 --max-new-tokens 64 --batch-size 256
 
 # DPO, from the SFT result
 python model_finetune/finetune_dpo.py --model {DEMO}/sft_finetuned --output-dir {DEMO}/dpo_finetuned
     --train-file {DATA}/dpo_train.jsonl --eval-file {DATA}/dpo_eval.jsonl
-    {SMALL} --learning-rate 1e-4 --sft-weight 1
+    {SMALL} --learning-rate 5e-5
 
 # compare them on held-out herbs, formulas, points and syndromes
 python model_finetune/compare_models.py --output-dir {DEMO}
     --models {TINY} {DEMO}/sft_finetuned {DEMO}/lora_finetuned {DEMO}/dpo_finetuned
     --eval-file {DATA}/sft_eval.jsonl --exam-file {DATA}/exam.jsonl --pairs-file {DATA}/dpo_eval.jsonl
-    --eval-rows 300 --letter-rows -1
+    --eval-rows 300 --letter-rows -1 --generate 2000
 
 # ask the result a question
 # > {QUESTION}

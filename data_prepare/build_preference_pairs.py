@@ -39,7 +39,9 @@ OUTPUT_DIR = "data_prepare/qwen3"       # where dpo_train.jsonl and dpo_eval.jso
 TERMS_FILE = "data_prepare/sample/terms.jsonl"      # the words that are facts, by kind
 MODEL = "trainer_output/sft_finetuned"  # model: whose answers are sampled
 SAMPLES = 4                 # model: answers sampled for a question
+TEMPERATURE = 1.0           # model: of the sampling; 1 draws mistakes as often as the model would make them, less draws fewer
 MAX_NEW_TOKENS = 256        # model: longest sampled answer, in tokens
+BATCH_SIZE = 16             # model: answers sampled at a time
 MAX_TRAIN = 0               # at most this many training pairs, drawn evenly; 0 takes all
 MAX_EVAL = 0                # at most this many evaluation pairs; 0 takes all
 SEED = 0                    # changes the draws
@@ -118,7 +120,14 @@ def worse_answers(kind, rows, terms, settings, split):
         return pairs.swapped_facts(rows, terms, rng)
     if kind == "mismatch":
         return pairs.mismatched(rows, terms, rng)
-    sampling = pairs.Sampling(settings.MODEL, settings.SAMPLES, settings.MAX_NEW_TOKENS, settings.SEED)
+    sampling = pairs.Sampling(
+        settings.MODEL,
+        settings.SAMPLES,
+        settings.TEMPERATURE,
+        settings.MAX_NEW_TOKENS,
+        settings.BATCH_SIZE,
+        settings.SEED,
+    )
     return pairs.sampled(rows, terms, sampling, settings.OUTPUT_DIR / f"sampled_{split}.jsonl")
 
 

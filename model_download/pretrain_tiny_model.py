@@ -3,7 +3,7 @@
     python model_download/pretrain_tiny_model.py
 
 Reads statements.jsonl, terms.jsonl, world.json and exercises.json of data_prepare/sample/, makes model_download/tiny_qwen3_tcm/:
-Qwen3's architecture and chat format at 3.6 M parameters, with a byte-level BPE tokenizer of its own. Of medicine it reads every
+Qwen3's architecture and chat format at 5.2 M parameters, with a byte-level BPE tokenizer of its own. Of medicine it reads every
 fact as a statement, and no question. What a question is it learns in an invented world, whose wordings are close to those of the
 sample: statements, questions about part of them, and how to carry a name that it never met from a question into an answer. It
 stands in for Qwen3-0.6B in the demo and the tests, nowhere else.
@@ -41,11 +41,11 @@ EXERCISES_FILE = "data_prepare/sample/exercises.json"    # copying exercises wit
 TERMS_FILE = "data_prepare/sample/terms.jsonl"      # where words end: the tokenizer merges inside them, never across
 TEMPLATE_FILE = "model_download/tiny_qwen3_tcm/chat_template.jinja"     # Qwen3's chat template, unchanged
 OUTPUT_DIR = "model_download/tiny_qwen3_tcm"    # the model folder to write
-VOCABULARY = 2560           # tokens: 256 bytes, Qwen3's special tokens, the rest merges of Chinese characters and words
+VOCABULARY = 3072           # tokens: 256 bytes, Qwen3's special tokens, the rest merges of Chinese characters and words
 WIDTH = 256                 # hidden size
-LAYERS = 4                  # decoder layers
+LAYERS = 6                  # decoder layers
 FEED_FORWARD = 704          # inner width of the MLP
-EPOCHS = 3                  # passes over the statements; each fact is met about 16 times a pass
+EPOCHS = 4                  # passes over the statements; each fact is met about 16 times a pass
 TOKENS_PER_STEP = 2048      # packed tokens a step
 LEARNING_RATE = 2e-3        # peak; a model this small takes a rate about ten times that of a large one
 WARMUP_STEPS = 100          # linear warm-up, then a cosine down to a tenth

@@ -11,6 +11,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from data_prepare.sample.entities import TABLES
 from utils.data.terms import Terms
 from utils.device import Device
 from utils.model.batching import PackedRows, collate, model_inputs, padding_for
@@ -55,21 +56,27 @@ PARTICLES = re.compile("[的是穴]")  # stand beside names, and are never part 
 WORD_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def pieces(texts: Iterable[str], terms: Terms) -> Iterator[str]:
+def pieces(texts: list[str], terms: Terms) -> Iterator[str]:
     """The texts cut at the borders of their terms and around 的, 是 and 穴: no token reaches across such a border.
 
-    A name or a fact such as 温 then has one form in a statement (药性是|温), a question and an answer (温), which is what lets the
-    model carry it over.
+    A fact such as 大寒 then has one form in a statement (药性是|大寒), a question and an answer (大寒), which is what lets the model
+    carry it over. Names are cut into their characters: each name is a row of characters, as those of the copying exercises are,
+    and none a token that only its own statements use.
     """
     for text in texts:
         end = 0
         for start, stop, term in terms.find(text):
             yield from PARTICLES.split(text[end:start])
-            yield term
+            yield from term if is_name(terms, term) else [term]
             end = stop
         yield from PARTICLES.split(text[end:])
-    for word in ("system", "user", "assistant"):  # of the chat format: one token each
-        yield from [word] * 1000
+    for word in ("system", "user", "assistant", *sorted(set("".join(texts)))):
+        yield from [word] * 1000  # one token each: the words of the chat format, and every character
+
+
+def is_name(terms: Terms, term: str) -> bool:
+    """Whether a herb, formula, acupoint or syndrome is called so."""
+    return any(kind in TABLES for kind in terms.kinds[term])
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int, template: str) -> PreTrainedTokenizerFast:

@@ -59,6 +59,7 @@ LIMITS = {
     ),
     **dict.fromkeys("LEARNING_RATE WEIGHT_DECAY BETA SFT_WEIGHT ALPHA".split(), (0, math.inf)),
     "WARMUP": (0, 1),
+    "TEMPERATURE": (0.01, 100),
     "SEED": (0, 2**32 - 1),  # numpy takes no larger one
 }
 

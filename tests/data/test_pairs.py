@@ -198,7 +198,7 @@ def test_answers_of_a_model_that_knows_nothing_are_worse(data, model, capsys):
 @pytest.mark.slow
 def test_sampling_goes_on_where_it_was_stopped(tmp_path, model, monkeypatch):
     rows = [as_row(n, f"问题{n}？", "答") for n in range(12)]
-    sampling, kept = pairs.Sampling(str(model), 2, 4, 0), tmp_path / "sampled.jsonl"
+    sampling, kept = pairs.Sampling(str(model), 2, 1.0, 4, 8, 0), tmp_path / "sampled.jsonl"
     monkeypatch.setattr(pairs, "CHUNK", 4)
     whole = pairs.sample_answers(rows, sampling, kept)
     assert [len(answers) for answers in whole] == [2] * 12
@@ -223,8 +223,7 @@ def test_sampling_goes_on_where_it_was_stopped(tmp_path, model, monkeypatch):
     kept.write_text("".join([*lines[:2], changed, "no line\n", lines[3]]), encoding="utf-8")
     pairs.sample_answers(rows, sampling, kept)
     assert begun[5:] == [4]
-    (model / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}', encoding="utf-8")
-    pairs.sample_answers(rows, sampling, kept)
+    pairs.sample_answers(rows, sampling._replace(temperature=0.5), kept)
     assert begun[6:] == [0, 4, 8]
 
 

@@ -117,7 +117,9 @@ def test_generate_answers(chat_model):
         for prompt in prompts_of(chat_model, False)
     ]
     sampled = [
-        generate_answers(chat_model.model, chat_model.tokenizer, conversations, 20, greedy=False, seed=seed)
+        generate_answers(
+            chat_model.model, chat_model.tokenizer, conversations, 20, Decoding(do_sample=True), seed=seed
+        )
         for seed in (1, 1, 2)
     ]
     assert sampled[0] == sampled[1] != sampled[2]

@@ -18,7 +18,6 @@ from typing import NamedTuple
 from utils.data.normalize import normalize
 from utils.data.swap import Question, swap_facts
 from utils.data.terms import Terms
-from utils.model.hub_models import local_folder
 
 LENGTH_TOLERANCE = 0.2  # a rejected answer is at most this much longer or shorter: DPO shall not learn length
 SAME = 0.8  # of the characters' pairs: answers that agree by this much say the same, where no facts tell them apart
@@ -38,11 +37,16 @@ class Worse(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How answers are sampled from a model: `samples` of each question, of at most `max_new_tokens`."""
+    """How answers are sampled from a model: `samples` of each question, of at most `max_new_tokens`, `batch_size` at a time.
+
+    `temperature`: 1 draws as likely as the model thinks a token, less draws likelier ones.
+    """
 
     model: str | Path
     samples: int
+    temperature: float
     max_new_tokens: int
+    batch_size: int
     seed: int
 
 
@@ -163,7 +167,6 @@ def sample_answers(rows: list[dict], sampling: Sampling, kept: Path) -> list[lis
     quiet_offline(sampling.model)
     identity = sampling._asdict() | {
         "model": model_sha256(sampling.model),
-        "decoding": _decoding_file(sampling.model),
         "ids": [row["id"] for row in rows],
     }
     done = _kept_parts(kept, identity)
@@ -177,12 +180,6 @@ def sample_answers(rows: list[dict], sampling: Sampling, kept: Path) -> list[lis
                 file.write(_as_line([start, done[start]]))
                 file.flush()
     return [answers for start in sorted(done) for answers in done[start]]
-
-
-def _decoding_file(model):
-    """What decides how answers are drawn."""
-    path = Path(local_folder(model)) / "generation_config.json"
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def _kept_parts(kept, identity):
@@ -211,16 +208,22 @@ def _digest(value):
 def _generator(sampling):
     """A function (conversations, number of the first row) -> for each of them `samples` answers."""
     from utils.device import pick_device
-    from utils.model.generate import generate_answers
+    from utils.model.generate import Decoding, generate_answers
     from utils.model.load import load_for_answers, load_tokenizer
 
     tokenizer, model = load_tokenizer(sampling.model), load_for_answers(sampling.model, pick_device())
+    decoding = Decoding(do_sample=True, temperature=sampling.temperature)
 
     def generate(conversations, start):
         repeated = [messages for messages in conversations for _ in range(sampling.samples)]
-        seed = sampling.seed + start
         answers = generate_answers(
-            model, tokenizer, repeated, sampling.max_new_tokens, greedy=False, seed=seed
+            model,
+            tokenizer,
+            repeated,
+            sampling.max_new_tokens,
+            decoding,
+            batch_size=sampling.batch_size,
+            seed=sampling.seed + start,
         )
         return [answers[at : at + sampling.samples] for at in range(0, len(answers), sampling.samples)]
 

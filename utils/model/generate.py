@@ -5,7 +5,7 @@ every turn. `generate_answers` answers many conversations in batches. Both choos
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from tokenizers.decoders import DecodeStream
@@ -157,7 +157,7 @@ def generate_answers(
     tokenizer: PreTrainedTokenizerBase,
     conversations: list[list[dict]],
     max_new_tokens: int = 512,
-    greedy: bool = True,
+    decoding: Decoding = Decoding(),
     thinking: bool | None = None,
     batch_size: int = 16,
     seed: int = 0,
@@ -165,12 +165,9 @@ def generate_answers(
 ) -> list[str]:
     """The answers, without their thinking, to `conversations` (lists of messages that end with the user's).
 
-    Greedy, or decoded as the folder's generation_config says. `thinking`: True, False, or None for the template's default.
-    `watch` wraps the batches, to show progress.
+    `thinking`: True, False, or None for the template's default. `watch` wraps the batches, to show progress.
     """
     prompts = [encode_prompt(tokenizer, messages, thinking) for messages in conversations]
-    decoding = decoding_for(model, tokenizer, thinking)
-    decoding = replace(decoding, do_sample=False) if greedy else decoding
     stop = stop_tokens(model, tokenizer)
     answers = generate_tokens(model, prompts, stop, max_new_tokens, decoding, batch_size, seed, watch)
     return [read_answer(tokenizer, prompt, answer).content for prompt, answer in zip(prompts, answers)]
