@@ -65,7 +65,7 @@ python data_prepare/build_preference_pairs.py --kind model --model {DEMO}/sft_fi
 # DPO, from the SFT result
 python model_finetune/finetune_dpo.py --model {DEMO}/sft_finetuned --output-dir {DEMO}/dpo_finetuned
     --train-file {DATA}/dpo_train.jsonl --eval-file {DATA}/dpo_eval.jsonl
-    {SMALL} --learning-rate 5e-5
+    {SMALL} --rows-per-step 1 --learning-rate 5e-5
 
 # compare them on held-out herbs, formulas, points and syndromes
 python model_finetune/compare_models.py --output-dir {DEMO}

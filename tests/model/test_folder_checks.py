@@ -292,7 +292,7 @@ def test_a_tokenizer_of_another_model_is_told(folder):
     """Its tokens would be looked up behind the end of the embedding."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ROOT / "model_download/tiny_qwen3_tcm" / name, folder)
-    refused(folder, "tokenizer.json is of another model: it has token 2,")
+    refused(folder, "tokenizer.json is of another model: it has token 3,")
 
 
 def test_a_link_to_nothing_is_no_hub_id(tmp_path, monkeypatch):
