@@ -12,7 +12,6 @@ from utils.model.generate import (
     AnswerReader,
     Decoding,
     TokenStream,
-    _choose_for_all,
     candidates,
     choose,
     decoding_for,
@@ -92,18 +91,6 @@ def test_sampling_follows_its_probabilities_and_its_seed():
         for _ in range(100)
     ]
     assert again == draws[:100]
-
-
-def test_a_batch_is_drawn_by_its_probabilities_within_top_k():
-    logits = torch.log(torch.tensor([0.5, 0.3, 0.2])).expand(4000, 3)
-    decoding, seen = Decoding(do_sample=True, top_k=2), [[]] * 4000
-    draws, again = (
-        _choose_for_all(logits, decoding, seen, torch.Generator().manual_seed(3)) for _ in range(2)
-    )
-    shares = [draws.count(token) / len(draws) for token in range(3)]
-    assert shares == pytest.approx([0.625, 0.375, 0], abs=0.03) and draws == again
-    with pytest.raises(RunError, match="NaN"):
-        _choose_for_all(torch.full((2, 3), torch.nan), decoding, seen, torch.Generator())
 
 
 def test_nan_is_a_run_error():

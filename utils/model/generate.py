@@ -221,26 +221,13 @@ def _generate_batch(model, prompts, stop, max_new_tokens, decoding, generator):
 
 def _choose_for_all(logits, decoding, seen, generator):
     """A token id for each row of `logits` (rows, vocabulary). Greedy: decided on the device, only the ids leave it."""
-    if decoding.repetition_penalty != 1 or (decoding.do_sample and decoding.top_p != 1):
+    if decoding.do_sample or decoding.repetition_penalty != 1:
         return [choose(row, decoding, ids, generator) for row, ids in zip(logits.float().cpu(), seen)]
     finite = torch.isfinite(logits).all(-1)
-    if decoding.do_sample:
-        tokens = _draw_for_all(logits.float().nan_to_num().cpu(), decoding, generator)
-    else:
-        tokens = logits.argmax(-1)
-    tokens = torch.where(finite.to(tokens.device), tokens, -1).tolist()
+    tokens = torch.where(finite, logits.argmax(-1), -1).tolist()
     if -1 in tokens:
         raise RunError(NOT_NUMBERS)
     return tokens
-
-
-def _draw_for_all(logits, decoding, generator):
-    """A drawn token id for each row of `logits` (rows, vocabulary), after temperature and top_k: half the time of row by row."""
-    logits = logits / decoding.temperature
-    if 0 < decoding.top_k < logits.shape[-1]:
-        lowest = torch.topk(logits, decoding.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < lowest, -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
 class AnswerReader:
