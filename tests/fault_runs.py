@@ -20,7 +20,7 @@ from conftest import ROOT
 if not hasattr(os, "fork"):
     pytest.skip("makes faults with POSIX signals, limits and permissions", allow_module_level=True)
 
-from processes import SERVER, Script
+from processes import Script, fork
 
 # Every script, as it was run to make what is there. A case repeats one and adds words to it.
 COMMANDS = {
@@ -102,8 +102,7 @@ def fill_world(world, hub):
         shutil.copytree(ROOT / folder, world / "tcm" / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for script in (*ROOT.glob("data_prepare/*.py"), *ROOT.glob("model_download/*.py")):
         shutil.copy(script, world / "tcm" / script.parent.name)
-    maker = SERVER.Process(target=make_inputs, args=(world,))
-    maker.start()
+    maker = fork(make_inputs, world)
     for name, content in FILES.items():
         (world / name).parent.mkdir(exist_ok=True)
         (world / name).write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -17,13 +17,25 @@ import runpy
 import signal
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
+import pytest
+from conftest import ROOT
+
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["torch", "transformers.trainer", "transformers.models.qwen3.modeling_qwen3", "peft", "matplotlib.pyplot"]
-)
+SERVER.set_forkserver_preload(["preloaded"])
 DEADLINE = 60  # seconds
+
+
+def fork(target, *arguments):
+    """A process of the server's that calls target(*arguments). It has imported what tests/preloaded.py imports."""
+    with pytest.MonkeyPatch.context() as patch:  # Python 3.11 does not tell the server where tests import from
+        patch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
+        forkserver.ensure_running()
+    process = SERVER.Process(target=target, args=arguments, daemon=True)
+    process.start()
+    return process
 
 
 class Script:
@@ -38,12 +50,8 @@ class Script:
         environment = {
             name: value for name, value in {**os.environ, **(environment or {})}.items() if value is not None
         }
-        self.process = SERVER.Process(
-            target=become,
-            args=(command, cwd or folder, environment, [stdin, *self.files], before, ready),
-            daemon=True,
-        )
-        self.process.start()
+        files = [stdin, *self.files]
+        self.process = fork(become, command, cwd or folder, environment, files, before, ready)
 
     def wait_for(self, happened):
         """Until `happened()`; AssertionError where the script ends before that, or a minute has passed."""

@@ -1,10 +1,9 @@
 """What the README tells people to type: every command that needs no hub is run, as it stands there, in a copy of the project."""
 
 import json
+import os
 import re
 import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -112,8 +111,13 @@ def test_every_change_opens_two_modules_at_most():
 
 
 @pytest.mark.slow
-def test_the_commands_run_one_after_another(copy):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts scripts in forked processes")
+def test_the_commands_run_one_after_another(copy, tmp_path):
     """In the order of the README, with its default settings and no flag but those written there."""
+    from processes import Script
+
+    question = tmp_path / "question.txt"
+    question.write_text("麻黄的药性是什么？\n", encoding="utf-8")
     ran = []
     for line in commands(TEXT):
         words = line.split()
@@ -123,17 +127,9 @@ def test_the_commands_run_one_after_another(copy):
             continue  # an optional package
         if "finetune_" in line and line in ran:
             words.append("--fresh")
-        done = subprocess.run(
-            [sys.executable, *words[1:]],
-            cwd=copy,
-            input="麻黄的药性是什么？\n",
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            timeout=200,
-        )
-        assert done.returncode == 0, (line, done.stderr[-2000:])
-        assert "Traceback" not in done.stderr, line
+        script = Script(words[1:], copy, tmp_path / str(len(ran)), cwd=copy, stdin=question, ready=True)
+        assert script.end() == 0, (line, script.err[-2000:])
+        assert "Traceback" not in script.err, line
         ran.append(line)
     assert len(ran) >= 9
     for path in (

@@ -143,7 +143,7 @@ def unstopped(monkeypatch):
 def test_fine_tuning_teaches_it_to_answer_about_entities_it_was_never_asked_about(
     tmp_path, capsys, unstopped
 ):
-    """A few dozen steps on the rows of other entities lift the exam on the held-out ones by at least 15 points."""
+    """Twenty steps on the rows of other entities lift the exam on the held-out ones by at least 10 points."""
     files = [str(SAMPLE / "tcm_sample.jsonl"), str(SAMPLE / "tcm_exam.jsonl")]
     places = ["--output-dir", str(tmp_path), "--tokenizer-model", str(TINY)]
     convert_to_qwen3_format.main(["--input-files", *files, *places])
@@ -154,6 +154,6 @@ def test_fine_tuning_teaches_it_to_answer_about_entities_it_was_never_asked_abou
         "--eval-file",
         str(tmp_path / "sft_eval.jsonl"),
     ]
-    course = "--max-length 512 --rows-per-step 2 --learning-rate 1e-3 --max-steps 40".split()
+    course = "--max-length 512 --rows-per-step 2 --learning-rate 1e-3 --max-steps 20 --evaluations 1".split()
     finetune_sft.main(["--model", str(TINY), *rows, "--output-dir", str(tmp_path / "sft"), *course])
-    assert exam_accuracy(tmp_path / "sft", exam) >= exam_accuracy(TINY, exam) + 0.15
+    assert exam_accuracy(tmp_path / "sft", exam) >= exam_accuracy(TINY, exam) + 0.1

@@ -1,7 +1,7 @@
 """A place with a tiny model and data, and runs that were finished once, in both number formats."""
 
 import pytest
-from small_runs import METHODS, make_place, train
+from small_runs import METHODS, make_place, no_picture, train
 
 from utils.training import callbacks
 
@@ -10,13 +10,8 @@ PRECISIONS = ("fp32", "bf16")
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_pictures():
-    """The curves of a hundred runs take minutes to draw; they are tested in tests/test_curves.py and by whole scripts in tests/faults."""
-
-    def touch(entries, path, title, best=None):
-        path.write_bytes(b"\x89PNG\r\n\x1a\n")
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(callbacks, "plot_training", touch)
+        patch.setattr(callbacks, "plot_training", no_picture)
         yield
 
 

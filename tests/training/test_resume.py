@@ -1,7 +1,6 @@
 """A run that was killed ends in the same weights and the same log, bit for bit, as one that was never stopped."""
 
 import importlib
-import multiprocessing
 import os
 import random
 import signal
@@ -13,31 +12,24 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from small_runs import METHODS, arguments, same_weights
+from small_runs import METHODS, arguments, no_picture, same_weights
 
 from utils.errors import run
 from utils.files import read_json, read_jsonl
+from utils.training import callbacks
 
 pytestmark = pytest.mark.slow  # every test starts processes, and kills some
 
 if not hasattr(os, "fork"):
     pytest.skip("stops trainings in forked processes", allow_module_level=True)
-# A process that has the libraries loaded and forks: each start costs a fraction of a second instead of seconds
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    [
-        "model_finetune.finetune_sft",
-        "utils.training.trainer",
-        "utils.training.setup",
-        "utils.model.lora",
-        "utils.training.run_folder",
-    ]
-)
+
+from processes import fork
 
 
 def script(method, given, output, environment):
     """In a process of its own: the finetune script, its messages in the files said and errors beside `output`."""
     os.environ.update(environment)
+    callbacks.plot_training = no_picture
     place = f"{output}{environment.get('RANK', '')}"
     with (
         open(f"{place}.said", "w", encoding="utf-8") as sys.stdout,
@@ -48,17 +40,8 @@ def script(method, given, output, environment):
 
 
 def start(method, place, output, *more, environment=None, precision="fp32"):
-    process = SERVER.Process(
-        target=script,
-        args=(
-            method,
-            arguments(method, place, output, *more, precision=precision),
-            output,
-            environment or {},
-        ),
-    )
-    process.start()
-    return process
+    given = arguments(method, place, output, *more, precision=precision)
+    return fork(script, method, given, output, environment or {})
 
 
 def start_two(method, place, output, *more):
