@@ -102,11 +102,12 @@ class CachedModel:
         return weight * F.rms_norm(states, weight.shape[-1:], None, self.config.rms_norm_eps)
 
     def _reserve(self, rows, end):
-        """Room for `end` tokens and, so that this is rare, half as many more."""
+        """Room for `end` tokens and, so that this is rare, half as many more; 256 at least for one conversation, not for each of many,
+        whose room is copied whenever one of them ends."""
         if self.cache is not None and end <= self.cache.shape[3]:
             return
         config, weight = self.config, self.model.model.norm.weight
-        capacity = end + max(256, end // 2)
+        capacity = end + max(256 // rows, end // 2)
         shape = (2 * config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_dim)
         grown = weight.new_empty(shape)
         if self.cache is not None:
