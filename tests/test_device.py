@@ -1,5 +1,6 @@
 """Which device and number format are chosen, on machines that are not here: their signs are faked."""
 
+import gc
 import os
 from types import SimpleNamespace
 
@@ -120,3 +121,9 @@ def test_kernels_are_limited_unless_the_environment_says_otherwise(monkeypatch):
     monkeypatch.delenv("LRU_CACHE_CAPACITY")
     device.limit_kernels()
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "99" and os.environ["LRU_CACHE_CAPACITY"] == "256"
+
+
+def test_collections_are_pythons_own_once_the_libraries_are_imported():
+    gc.set_threshold(100_000)  # as utils.errors.run does
+    pick_device("cpu")
+    assert gc.get_threshold()[:2] == (700, 10) and gc.get_freeze_count()

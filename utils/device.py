@@ -1,6 +1,7 @@
 """Which device and number format to compute with, and why. CUDA, else Apple MPS, else CPU."""
 
 import ctypes
+import gc
 import os
 import platform
 import sys
@@ -45,6 +46,9 @@ def pick_device(name: str = "auto", precision: str = "auto", answering: bool = F
     Other x86 CPUs (with AVX2, which FBGEMM needs) answer from half weights, unless another precision is asked for.
     Raises UserError for a device that is not there and for another precision. On a CPU, memory is held from now on.
     """
+    if not gc.get_freeze_count():  # the libraries are imported by now
+        gc.freeze()
+    gc.set_threshold(700, 10, 10)  # Python's own
     known = ("auto", "bf16", "fp32", "int8") if answering else ("auto", "bf16", "fp32")
     if precision not in known:
         raise UserError(f"--precision: wanted {', '.join(known[:-1])} or {known[-1]}, got {precision!r}")

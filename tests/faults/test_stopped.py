@@ -39,7 +39,7 @@ def test_ctrl_c_in_a_download(world, hub, tmp_path, name):
 # What gives a script enough work, and the words on stdout that say it has begun
 AT_WORK = {
     "pairs": ("--input-dir {w}/many", "settings"),
-    "pretrain": ("--epochs 300", "parameters"),
+    "pretrain": ("--epochs 60", "parameters"),
     "sft": ("--epochs 1000", "evaluation after step 0"),
     "lora": ("--epochs 1000", "evaluation after step 0"),
     "dpo": ("--epochs 1000", "evaluation after step 0"),
