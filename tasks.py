@@ -51,12 +51,12 @@ python data_prepare/convert_to_qwen3_format.py --input-files {DEMO}/raw --output
 # full fine-tuning (SFT)
 python model_finetune/finetune_sft.py --model {TINY} --output-dir {DEMO}/sft_finetuned
     --train-file {DATA}/sft_train.jsonl --eval-file {DATA}/sft_eval.jsonl
-    {SMALL} --epochs 1 --max-steps 160 --learning-rate 5e-4 --train-embeddings False
+    {SMALL} --epochs 1 --learning-rate 5e-4 --train-embeddings False
 
 # LoRA fine-tuning of the same base
 python model_finetune/finetune_lora.py --model {TINY} --output-dir {DEMO}/lora_finetuned
     --train-file {DATA}/sft_train.jsonl --eval-file {DATA}/sft_eval.jsonl
-    {SMALL} --epochs 1 --max-steps 160 --learning-rate 2e-3
+    {SMALL} --epochs 1 --learning-rate 2e-3
 
 # preference pairs: what the SFT result itself says wrongly when its answers are sampled
 python data_prepare/build_preference_pairs.py --kind model --model {DEMO}/sft_finetuned --input-dir {DATA} --output-dir {DATA}
@@ -71,7 +71,7 @@ python model_finetune/finetune_dpo.py --model {DEMO}/sft_finetuned --output-dir 
 python model_finetune/compare_models.py --output-dir {DEMO}
     --models {TINY} {DEMO}/sft_finetuned {DEMO}/lora_finetuned {DEMO}/dpo_finetuned
     --eval-file {DATA}/sft_eval.jsonl --exam-file {DATA}/exam.jsonl --pairs-file {DATA}/dpo_eval.jsonl
-    --eval-rows 0 --letter-rows -1 --generate 2000
+    --eval-rows 0 --letter-rows -1 --generate 2000 --batch-size 256
 
 # ask the result a question
 # > {QUESTION}

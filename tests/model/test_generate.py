@@ -7,6 +7,7 @@ from chat_helpers import QUESTIONS, prompts_of, reference
 from utils.chat.model import ChatModel
 from utils.device import Device
 from utils.errors import RunError
+from utils.model.cached_forward import CachedModel
 from utils.model.chat_format import DECODING, encode_prompt
 from utils.model.generate import (
     AnswerReader,
@@ -105,6 +106,25 @@ def test_batched_equals_one_by_one(chat_model):
     assert len({len(answer) for answer in alone}) > 1
     for size in (1, 3, 4):
         assert generate_tokens(chat_model.model, prompts, stop, 30, batch_size=size) == alone
+
+
+def test_a_prompt_of_several_answers_is_read_once(chat_model, monkeypatch):
+    one, two = prompts_of(chat_model)[:2]
+    fed, feed_rows = [], CachedModel.feed_rows
+
+    def watched(self, ids):
+        fed.append(ids.shape)
+        return feed_rows(self, ids)
+
+    monkeypatch.setattr(CachedModel, "feed_rows", watched)
+    order = [one, two, one, two, one]
+    answers = generate_tokens(chat_model.model, order, set(), 12, batch_size=5)
+    assert fed[0][0] == 2 and fed[1:] == [(5, 1)] * 11
+    assert answers == [reference(chat_model, prompt, 12) for prompt in order]
+    sampled = generate_tokens(
+        chat_model.model, [one] * 20, set(), 12, Decoding(do_sample=True, temperature=2.0), batch_size=20
+    )
+    assert len(set(map(tuple, sampled))) > 15
 
 
 def test_generate_answers(chat_model):

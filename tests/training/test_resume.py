@@ -18,12 +18,12 @@ from utils.errors import run
 from utils.files import read_json, read_jsonl
 from utils.training import callbacks
 
-pytestmark = pytest.mark.slow  # every test starts processes, and kills some
-
 if not hasattr(os, "fork"):
     pytest.skip("stops trainings in forked processes", allow_module_level=True)
 
 from processes import fork
+
+pytestmark = pytest.mark.slow  # every test starts processes, and kills some
 
 
 def script(method, given, output, environment):

@@ -199,24 +199,39 @@ def generate_tokens(
 
 @torch.inference_mode()
 def _generate_batch(model, prompts, stop, max_new_tokens, decoding, generator):
-    answers, width = [[] for _ in prompts], max(map(len, prompts))
-    padding = [width - len(prompt) for prompt in prompts]  # on the left, so that all answers begin at once
-    fed = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts)], device=model.device)
-    cached = CachedModel(model, torch.tensor(padding, device=model.device))
+    answers = [[] for _ in prompts]
+    cached, logits = _read_prompts(model, prompts)
     going = list(range(len(prompts)))  # the answers that have not ended: the batch shrinks to them
-    for _ in range(max_new_tokens):
+    for left in reversed(range(max_new_tokens)):
         seen = [prompts[row] + answers[row] for row in going]
-        tokens = _choose_for_all(cached.feed_rows(fed), decoding, seen, generator)
+        tokens = _choose_for_all(logits, decoding, seen, generator)
         for row, token in zip(going, tokens):
             answers[row].append(token)
         kept = [place for place, token in enumerate(tokens) if token not in stop]
-        if not kept:
+        if not kept or not left:
             break
         if len(kept) < len(going):
             cached.keep_rows(torch.tensor(kept, device=model.device))
         going = [going[place] for place in kept]
-        fed = torch.tensor([[tokens[place]] for place in kept], device=model.device)
+        logits = cached.feed_rows(torch.tensor([[tokens[place]] for place in kept], device=model.device))
     return answers
+
+
+def _read_prompts(model, prompts):
+    """A CachedModel that has read `prompts`, and the logits (rows, vocabulary) after each. One that stands several times, because
+    several answers are wanted, is computed once."""
+    places = {}
+    rows = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
+    width = max(map(len, places))
+    padding = [width - len(prompt) for prompt in places]  # on the left, so that all answers begin at once
+    cached = CachedModel(model, torch.tensor(padding, device=model.device))
+    fed = torch.tensor([[0] * pad + [*prompt] for pad, prompt in zip(padding, places)], device=model.device)
+    logits = cached.feed_rows(fed)
+    if len(places) < len(prompts):
+        rows = torch.tensor(rows, device=model.device)
+        logits = logits[rows]
+        cached.keep_rows(rows)
+    return cached, logits
 
 
 def _choose_for_all(logits, decoding, seen, generator):

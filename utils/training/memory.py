@@ -106,9 +106,9 @@ def memory_parts(
     """
     # The weights of attention, kept by every layer.
     squares = costs.layers * costs.heads * tokens * row_length * FLOAT
-    if recompute:  # the input of every layer, and one layer as a whole
+    if recompute:  # the input of every layer, one layer as a whole, and the copies of all weights, which stay until the loss
         kept = (costs.layers * costs.hidden * FLOAT + costs.kept_per_token / costs.layers) * tokens
-        kept += (costs.kept + squares) / costs.layers
+        kept += costs.kept + squares / costs.layers
     else:
         kept = costs.kept_per_token * tokens + costs.kept + squares
     gradients = costs.trainable * FLOAT

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from utils.device import release_memory
 from utils.errors import RunError
 from utils.model.batching import PackedBatch, PackedRows, collate, model_inputs, padding_for
 from utils.model.lm_head import HeadGradient, backward_through_head
@@ -100,6 +101,13 @@ class PackedTrainer(Trainer):
         for name, value in sums.items():
             self.step_metrics[name] = self.step_metrics.get(name, 0.0) + value.detach() / num_items_in_batch
         self.step_losses.append((loss.detach(), inputs["ids"]))
+        return loss
+
+    def training_step(self, *given, **named):
+        """transformers' training_step. Where memory is so short that activations are recomputed, what the heap holds is given back."""
+        loss = super().training_step(*given, **named)
+        if self.args.activation_checkpointing:
+            release_memory()
         return loss
 
     def create_scheduler(self, num_training_steps, optimizer=None):
