@@ -48,7 +48,7 @@ def test_metrics_and_differences_follow_from_the_items():
         2,
         15.0,
     )
-    assert (found["wrong_names"], found["wrong_names_n"]) == (0.5, 2)
+    assert (found["names_accuracy"], found["names_n"]) == (0.5, 2)
     change = differences(one, other)
     assert change["exam"]["difference"] == pytest.approx(0.5) and change["exam"]["p"] == pytest.approx(
         2 / 2**10

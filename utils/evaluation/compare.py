@@ -135,6 +135,7 @@ def shares(results: Results) -> dict[str, list[bool]]:
     answers = [item for item in results.of("answer") if item["right"] is not None]
     for name, about in (("facts", "heldout"), ("general", "general")):
         found[name] = [item["right"] for item in answers if item["about"] == about]
+    found["names"] = [item["named"] for item in results.of("answer") if item["named"] is not None]
     return {name: right for name, right in found.items() if right}
 
 
@@ -182,9 +183,6 @@ def metrics(results: Results) -> dict[str, Any]:
         found["mean_tokens"] = tokens_in_all / len(answers)
         found["tokens_per_second"] = tokens_in_all / results.generation_seconds
         found["answers_n"] = len(answers)
-        if named := [item["named"] for item in answers if item["named"] is not None]:
-            found["wrong_names"], found["wrong_names_n"] = 1 - sum(named) / len(named), len(named)
-            found["wrong_names_interval"] = wilson(len(named) - sum(named), len(named))
     return found | {"seconds": results.seconds}
 
 

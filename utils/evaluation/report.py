@@ -57,9 +57,9 @@ METRICS = [
     Metric("facts_accuracy", "facts stated right", "{:.1%}",
            "generated answers that state exactly the terms (herbs, actions, channels, ...) of the reference, about what the "
            "question names, where the reference repeats that name"),
-    Metric("wrong_names", "wrong name", "{:.1%}",
-           "of the answers that have to repeat a name of the question, such as a herb's, those that do not: they speak of "
-           "something else, or garble the name; lower is better"),
+    Metric("names_accuracy", "names right", "{:.1%}",
+           "of the answers that have to repeat a name of the question, such as a herb's, those that do; the others speak of "
+           "something else, or garble the name"),
     Metric("general_accuracy", "general questions right", "{:.1%}",
            "generated answers to everyday questions that have nothing to do with Chinese medicine: what falls here was "
            "forgotten. A model that never learned such things has nothing to forget"),

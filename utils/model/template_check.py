@@ -18,7 +18,7 @@ from utils.text import shorten
 
 LONGEST = 200_000  # characters; Qwen3's template has 4,168
 SECONDS = 30  # on the clock: a busy machine takes a while
-CPU_SECONDS = 4  # of work, where the system can limit it; good templates take 0.2
+CPU_SECONDS = 2  # of work, where the system can limit it; good templates take 0.2
 MEMORY = 1 << 30  # bytes that the trial may take, where the system can limit it
 TURNS, GROWTH = 50, 20  # of the long conversation; characters rendered for each one in it
 QWEN3 = "a55ee1b1660128b7098723e0abcd92caa0788061051c62d51cbe87d9cf1974d8"

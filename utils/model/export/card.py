@@ -19,7 +19,7 @@ SCORES = (
     ("exam_multiple_accuracy", "exam, several answers", "{:.1%}"),
     ("preference_accuracy", "preference pairs", "{:.1%}"),
     ("facts_accuracy", "facts stated right", "{:.1%}"),
-    ("wrong_names", "wrong name in the answer", "{:.1%}"),
+    ("names_accuracy", "names right", "{:.1%}"),
     ("general_accuracy", "general questions right", "{:.1%}"),
 )
 
