@@ -35,6 +35,10 @@ def test_recomputing_keeps_the_input_of_every_layer_and_one_layer_as_a_whole(pla
     one_layer = costs.kept_per_token / costs.layers * 1000
     assert parts["activations"] == pytest.approx(costs.layers * costs.hidden * 4 * 1000 + one_layer, rel=1e-3)
     assert parts["activations"] < memory.memory_parts(costs, 1000, False, CPU)["activations"]
+    # bfloat16 copies of all weights stay from the forward pass to the loss, recomputed or not
+    copies = 1 << 30
+    more = memory.memory_parts(costs._replace(kept=costs.kept + copies), 1000, True, CPU)["activations"]
+    assert more - parts["activations"] == copies
 
 
 def test_attention_without_a_fused_kernel_keeps_the_square_of_a_row(place):
