@@ -60,7 +60,7 @@ python model_finetune/finetune_lora.py --model {TINY} --output-dir {DEMO}/lora_f
 
 # preference pairs: what the SFT result itself says wrongly when its answers are sampled
 python data_prepare/build_preference_pairs.py --kind model --model {DEMO}/sft_finetuned --input-dir {DATA} --output-dir {DATA}
-    --max-train 3000 --max-eval 400 --max-new-tokens 64 --batch-size 256
+    --max-train 1500 --max-eval 400 --max-new-tokens 64 --batch-size 256
 
 # DPO, from the SFT result
 python model_finetune/finetune_dpo.py --model {DEMO}/sft_finetuned --output-dir {DEMO}/dpo_finetuned
