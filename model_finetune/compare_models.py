@@ -126,8 +126,8 @@ def models_to_compare(settings):
 def load_tests(settings):
     """(utils.evaluation.measure.Tests, {reason: rows of the exam file left out}); UserError for files that are not as wanted."""
     from utils.data.terms import Terms
-    from utils.evaluation.exams import read_exam
-    from utils.evaluation.measure import THINKING_MODES, Tests
+    from utils.evaluation.questions import Tests, read_exam
+    from utils.model.chat_format import THINKING_MODES
 
     if settings.THINKING not in THINKING_MODES:
         raise UserError(f"--thinking: wanted auto, on or off, got {settings.THINKING!r}")

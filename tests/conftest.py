@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+gc.disable()  # until all tests are imported: a million objects that stay, and hardly any garbage
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,9 +21,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_collection_finish():
-    """What the imports made stays: small runs spend half of their time in collections that go through it."""
+    """What the imports made stays: small runs would spend half of their time in collections that go through it."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

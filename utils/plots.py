@@ -20,6 +20,7 @@ PANELS = {  # of the comparison: the figure shown, and its title
     "exam_multiple_accuracy": "exam, several answers",
     "preference_accuracy": "preference pairs",
     "facts_accuracy": "facts stated right",
+    "names_accuracy": "names right",
     "general_loss": "loss on general questions (lower is better)",
 }
 

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 from utils.data.exam_rows import MULTIPLE, SINGLE, TRUE_FALSE
 from utils.device import Device
 from utils.errors import UserError
-from utils.evaluation.exams import kind_of, prompt_texts
-from utils.evaluation.measure import Tests, measure
+from utils.evaluation.exams import prompt_texts
+from utils.evaluation.measure import measure
+from utils.evaluation.questions import Tests, kind_of
 from utils.evaluation.statistics import mcnemar, mean_per_token, share_difference, wilson
 from utils.files import read_jsonl, sha256_of, show_path, write_jsonl
 from utils.model.folders import adapter_base, model_sha256

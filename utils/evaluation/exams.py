@@ -1,4 +1,4 @@
-"""Exams: the prompts that ask for an answer, how options are chosen, and files of questions.
+"""Exams: the prompts that ask for an answer, and how options are chosen.
 
 Three kinds of question, told apart everywhere: single choice and true or false, of which the likeliest option counts (by its
 text, by its letter), and several right answers, of which the model writes the letters.
@@ -6,19 +6,12 @@ text, by its letter), and several right answers, of which the model writes the l
 
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple
 
 from utils.data.exam_rows import LETTERS, MULTIPLE, SINGLE, TRUE_FALSE
-from utils.data.readers import parse_row, read_rows
-from utils.data.reject import Reject
-from utils.data.schemas import convert_row
-from utils.data.sources import find_sources
 from utils.device import Device
-from utils.errors import UserError
-from utils.files import show_path
+from utils.evaluation.questions import ExamQuestion, kind_of
 from utils.model.chat_format import encode_prompt, encode_text
 from utils.model.generate import generate_tokens, read_answer
 from utils.model.logprobs import answer_logps, next_token_logps, pack_for_scoring
@@ -50,22 +43,6 @@ def prompt_texts() -> dict[str, Any]:
         "subject": SUBJECT,
         "longest_set": LONGEST_SET,
     }
-
-
-class ExamQuestion(TypedDict):
-    """`answer`: the right letter, or all right ones in order ("ABD"); `kind`: as in KIND_NAMES, missing for single choice."""
-
-    id: str
-    question: str
-    options: dict[str, str]
-    answer: str
-    subject: str
-    kind: NotRequired[str]
-
-
-def kind_of(item: ExamQuestion) -> str:
-    """SINGLE, TRUE_FALSE or MULTIPLE."""
-    return item.get("kind", SINGLE)
 
 
 class TextChoice(NamedTuple):
@@ -205,30 +182,3 @@ def _prompt(tokenizer, question):
 
 def _best(scores):
     return max(scores, key=scores.get)
-
-
-def read_exam(path: Path) -> tuple[list[ExamQuestion], Counter[str]]:
-    """The questions of a file, and the reasons why other rows are left out, counted.
-
-    Reads this project's exam.jsonl and all that the conversion knows as an exam (utils/data/exam_rows.py). UserError where no
-    row is a question.
-    """
-    source = find_sources([path], "python data_prepare/convert_to_qwen3_format.py")[0][0]
-    exam: dict[str, Any] = {}
-    left_out: Counter[str] = Counter()
-    for line, raw in read_rows(source):
-        try:
-            row = parse_row(raw, source.encoding)
-            item = convert_row(row)
-            if item.kind != "exam":
-                raise Reject("another kind of row")
-        except Reject as problem:
-            left_out[problem.reason] += 1
-            continue
-        given, place = str(row.get("id") or ""), f"{path.stem}:{line}"
-        name = place if not given or given in exam else given  # results are found by id: each once
-        exam[name] = {"id": name, **item.body}
-    if not exam:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in left_out.items()) or "it is empty"
-        raise UserError(f"{show_path(path)}: no exam question in it ({reasons})")
-    return list(exam.values()), left_out

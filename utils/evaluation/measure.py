@@ -11,13 +11,8 @@ import torch
 from utils.data.exam_rows import MULTIPLE
 from utils.data.terms import Terms
 from utils.device import Device
-from utils.evaluation.exams import (
-    ExamQuestion,
-    choices_by_letter,
-    choices_by_text,
-    choices_of_several,
-    kind_of,
-)
+from utils.evaluation.exams import choices_by_letter, choices_by_text, choices_of_several
+from utils.evaluation.questions import ExamQuestion, Tests, kind_of
 from utils.files import sample_by_id
 from utils.model.chat_format import THINKING_MODES, encode_answer, encode_prompt, encode_turns
 from utils.model.generate import generate_tokens, read_answer, stop_tokens
@@ -28,16 +23,6 @@ from utils.progress import progress
 from utils.settings import Settings
 
 DIGITS = "0-9一二三四五六七八九十百千"
-
-
-class Tests(NamedTuple):
-    """What every model is asked: rows of the project's files (no rows: this test is left out)."""
-
-    heldout: list[dict]
-    exam: list[ExamQuestion]
-    pairs: list[dict]
-    general: list[dict]
-    terms: Terms
 
 
 class Result(TypedDict):

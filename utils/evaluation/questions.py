@@ -1,0 +1,68 @@
+"""What models are asked: the tests, and files of exam questions. Without torch, so that a wrong file is told at once."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple, NotRequired, TypedDict
+
+from utils.data.exam_rows import SINGLE
+from utils.data.readers import parse_row, read_rows
+from utils.data.reject import Reject
+from utils.data.schemas import convert_row
+from utils.data.sources import find_sources
+from utils.data.terms import Terms
+from utils.errors import UserError
+from utils.files import show_path
+
+
+class ExamQuestion(TypedDict):
+    """`answer`: the right letter, or all right ones in order ("ABD"); `kind`: SINGLE, TRUE_FALSE or MULTIPLE,
+    missing for single choice."""
+
+    id: str
+    question: str
+    options: dict[str, str]
+    answer: str
+    subject: str
+    kind: NotRequired[str]
+
+
+def kind_of(item: ExamQuestion) -> str:
+    """SINGLE, TRUE_FALSE or MULTIPLE."""
+    return item.get("kind", SINGLE)
+
+
+class Tests(NamedTuple):
+    """What every model is asked: rows of the project's files (no rows: this test is left out)."""
+
+    heldout: list[dict]
+    exam: list[ExamQuestion]
+    pairs: list[dict]
+    general: list[dict]
+    terms: Terms
+
+
+def read_exam(path: Path) -> tuple[list[ExamQuestion], Counter[str]]:
+    """The questions of a file, and the reasons why other rows are left out, counted.
+
+    Reads this project's exam.jsonl and all that the conversion knows as an exam (utils/data/exam_rows.py). UserError where no
+    row is a question.
+    """
+    source = find_sources([path], "python data_prepare/convert_to_qwen3_format.py")[0][0]
+    exam: dict[str, Any] = {}
+    left_out: Counter[str] = Counter()
+    for line, raw in read_rows(source):
+        try:
+            row = parse_row(raw, source.encoding)
+            item = convert_row(row)
+            if item.kind != "exam":
+                raise Reject("another kind of row")
+        except Reject as problem:
+            left_out[problem.reason] += 1
+            continue
+        given, place = str(row.get("id") or ""), f"{path.stem}:{line}"
+        name = place if not given or given in exam else given  # results are found by id: each once
+        exam[name] = {"id": name, **item.body}
+    if not exam:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in left_out.items()) or "it is empty"
+        raise UserError(f"{show_path(path)}: no exam question in it ({reasons})")
+    return list(exam.values()), left_out
