@@ -30,9 +30,8 @@ DEADLINE = 60  # seconds
 
 def fork(target, *arguments):
     """A process of the server's that calls target(*arguments). It has imported what tests/preloaded.py imports."""
-    with (
-        pytest.MonkeyPatch.context() as patch
-    ):  # Python 3.11 does not tell the server where tests import from
+    # Python 3.11 does not tell the server where tests import from.
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
         forkserver.ensure_running()
     process = SERVER.Process(target=target, args=arguments, daemon=True)

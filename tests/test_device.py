@@ -9,7 +9,7 @@ import torch
 
 from utils import device
 from utils.device import pick_device
-from utils.errors import UserError
+from utils.errors import OWN_THRESHOLDS, UserError, run
 from utils.training import setup
 from utils.training.plan import StepPlan
 
@@ -123,7 +123,12 @@ def test_kernels_are_limited_unless_the_environment_says_otherwise(monkeypatch):
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "99" and os.environ["LRU_CACHE_CAPACITY"] == "256"
 
 
-def test_collections_are_pythons_own_once_the_libraries_are_imported():
-    gc.set_threshold(100_000)  # as utils.errors.run does
-    pick_device("cpu")
-    assert gc.get_threshold()[:2] == (700, 10) and gc.get_freeze_count()
+def test_collections_are_rare_until_the_libraries_are_imported():
+    during = []
+
+    def main():
+        during.append(gc.get_threshold())
+        pick_device("cpu")
+
+    assert run(main) == 0
+    assert during[0] > OWN_THRESHOLDS == gc.get_threshold() and gc.get_freeze_count()

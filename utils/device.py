@@ -1,7 +1,6 @@
 """Which device and number format to compute with, and why. CUDA, else Apple MPS, else CPU."""
 
 import ctypes
-import gc
 import os
 import platform
 import sys
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, imports_are_done
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,7 @@ def pick_device(name: str = "auto", precision: str = "auto", answering: bool = F
     Other x86 CPUs (with AVX2, which FBGEMM needs) answer from half weights, unless another precision is asked for.
     Raises UserError for a device that is not there and for another precision. On a CPU, memory is held from now on.
     """
-    if not gc.get_freeze_count():  # the libraries are imported by now
-        gc.freeze()
-    gc.set_threshold(700, 10, 10)  # Python's own
+    imports_are_done()
     known = ("auto", "bf16", "fp32", "int8") if answering else ("auto", "bf16", "fp32")
     if precision not in known:
         raise UserError(f"--precision: wanted {', '.join(known[:-1])} or {known[-1]}, got {precision!r}")

@@ -52,14 +52,24 @@ SIGNS = {
 }
 
 
+OWN_THRESHOLDS = gc.get_threshold()  # Python's
+
+
+def imports_are_done() -> None:
+    """From now on garbage is collected as often as Python does by itself, but not looked for among what the imports made."""
+    if not gc.get_freeze_count():
+        gc.freeze()
+    gc.set_threshold(*OWN_THRESHOLDS)
+
+
 def run(main: Callable[[], int | None]) -> int:
     """Call `main()` and return the exit code, with foreseeable failures told in one line on stderr.
 
     Of several processes (torchrun, accelerate launch) only the first prints; a UserError, the same in all, is told once.
     """
     prepare_streams()
-    # The imports make a million objects that stay: looking for garbage among them took a fifth of their time. pick_device ends this.
-    gc.set_threshold(100_000)
+    # The imports make a million objects that stay: looking for garbage among them took a fifth of their time.
+    gc.set_threshold(100_000)  # until imports_are_done
     first, code = int(os.environ.get("RANK", 0)) == 0, None
     try:
         with contextlib.nullcontext() if first else _silent_stdout():
