@@ -421,7 +421,8 @@ def draw_growth(results, path):
     axes.set(
         xscale="log", xlabel="tokens a row", ylabel="tokens/s", ylim=0, title="SFT over the length of a row"
     )
-    axes.set_xticks([256, 512, 1024, 2048, 4096], ["256", "512", "1,024", "2,048", "4,096"], minor=False)
+    axes.minorticks_off()
+    axes.set_xticks([256, 512, 1024, 2048, 4096], ["256", "512", "1,024", "2,048", "4,096"])
     axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
