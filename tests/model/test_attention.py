@@ -1,6 +1,7 @@
 """The three forms of attention over a packed row agree: by document, by torch's varlen kernel, by one mask over equal rows."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from packed_items import some_items
 
 from utils.model import attention
 from utils.model.attention import (
+    FEW,
     VarlenSequences,
+    attend_in_bfloat16,
     by_document,
     by_mask,
     by_varlen,
@@ -121,9 +124,26 @@ def test_plain_products_keep_nothing_that_grows_with_the_square(monkeypatch):
     assert sum(tensor.nbytes for tensor in kept.values()) <= 700 * (HEADS + 2 * KV_HEADS) * WIDTH * 2
 
 
+def test_few_products_are_made_in_float32_under_autocast_too():
+    """Results and gradients are those of float32, and from the next token on those of plain products in bfloat16."""
+    fitting = math.isqrt(FEW // (HEADS * WIDTH))
+    for length, same in ((fitting, fused_attend), (fitting + 1, plain_attend)):
+        found = []
+        for attend in (attend_in_bfloat16, same):
+            states = [part.requires_grad_() for part in states_for(length, torch.float32)]
+            with torch.autocast("cpu", torch.bfloat16, enabled=attend is attend_in_bfloat16):
+                result = attend(*states, 0.25, {})
+            upstream = torch.randn(
+                result.shape, generator=torch.Generator().manual_seed(1), dtype=result.dtype
+            )
+            found.append([result, *torch.autograd.grad(result, states, upstream)])
+        for one, other in zip(*found):
+            assert one.dtype == other.dtype and torch.equal(one, other)
+
+
 def test_the_form_follows_device_and_format():
     layout = [(0, 5), (3, 2, 2)]
-    for dtype, attend in ((torch.float32, fused_attend), (torch.bfloat16, plain_attend)):
+    for dtype, attend in ((torch.float32, fused_attend), (torch.bfloat16, attend_in_bfloat16)):
         planned = plan_attention(layout, 0, CPU, dtype)
         assert planned.func is by_document and planned.keywords["attend"] is attend
     assert plan_attention(layout, 12, CPU, torch.float32).func is by_mask

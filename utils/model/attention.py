@@ -2,7 +2,8 @@
 
 Three forms of the same computation. `by_document` loops over the groups and asks for no mask over the row: the cost is the sum
 of the squared document lengths, not the square of their sum. It is the one for CPUs, and what the others are tested against. In
-bfloat16 it computes softmax(q k^T) v as plain matrix products, since torch's fused kernel for CPUs is slow there.
+bfloat16 it computes softmax(q k^T) v as plain matrix products, since torch's fused kernel for CPUs is slow there; short documents go to
+that kernel in float32.
 `by_varlen` is one call of torch's variable-length kernel (FlashAttention) a layer, for CUDA in bfloat16: the loop would launch
 thousands of small kernels there. `by_mask` is one masked call a layer over rows of one length, for CUDA in float32 and for
 Apple GPUs, which compile a graph for every new shape.
@@ -22,6 +23,9 @@ from torch.nn.attention.varlen import varlen_attn
 from utils.model.batching import GroupShape
 
 BLOCK = 256  # queries at a time in plain products: the keys after them are left out, and what is quadratic stays small
+# Multiplications of queries with keys up to which the fused kernel in float32 has ended before plain products in bfloat16, of which a
+# call takes 0.7 ms at least (2 cores with AVX512-BF16: 64 tokens of Qwen3-0.6B).
+FEW = 2**23
 
 # Of query, key, value and scaling.
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
@@ -38,9 +42,9 @@ def plan_attention(
         return functools.partial(by_mask, mask=row_masks(layout, row_length, device))
     if device.type == "cuda" and dtype == torch.bfloat16:
         return functools.partial(by_varlen, sequences=VarlenSequences.of(layout, device))
-    plain = device.type == "cpu" and dtype == torch.bfloat16
+    reduced = device.type == "cpu" and dtype == torch.bfloat16
     return functools.partial(
-        by_document, layout=layout, masks={}, attend=plain_attend if plain else fused_attend
+        by_document, layout=layout, masks={}, attend=attend_in_bfloat16 if reduced else fused_attend
     )
 
 
@@ -57,6 +61,14 @@ def fused_attend(query, key, value, scaling, masks) -> torch.Tensor:
         ones = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
         masks[queries, keys] = ones.tril(keys - queries)
     return attend(query, key, value, attn_mask=masks[queries, keys])
+
+
+def attend_in_bfloat16(query, key, value, scaling, masks) -> torch.Tensor:
+    """What is faster on a CPU with instructions for bfloat16: plain products in it, or for few products the fused kernel in float32."""
+    if query.numel() * key.shape[2] > FEW:
+        return plain_attend(query, key, value, scaling, masks)
+    with torch.autocast("cpu", enabled=False):  # which would cast to bfloat16
+        return fused_attend(query.float(), key.float(), value.float(), scaling, masks)
 
 
 def plain_attend(query, key, value, scaling, masks, dtype=torch.bfloat16) -> torch.Tensor:
