@@ -58,45 +58,47 @@ def test_sampling_equals_the_warpers_of_transformers(settings):
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     decoding = Decoding(do_sample=True, **settings)
-    generator = torch.Generator().manual_seed(1)
-    for rounded in (False, True):  # rounded as bf16 logits are: many equal values at the border of top_k
-        logits = 3 * torch.randn(5000, generator=generator)
-        logits = logits.bfloat16().float() if rounded else logits
-        warped = TemperatureLogitsWarper(decoding.temperature)(None, logits[None])
-        if decoding.top_k:
-            warped = TopKLogitsWarper(decoding.top_k)(None, warped)
-        tied = warped[0][torch.isfinite(warped[0])]
-        if decoding.top_p < 1:
-            warped = TopPLogitsWarper(decoding.top_p)(None, warped)
-        ids, probabilities = candidates(logits, decoding)
-        ours = torch.zeros(5000).scatter(0, ids, probabilities)
-        if len(tied.unique()) == len(tied):
-            torch.testing.assert_close(ours, warped[0].softmax(-1))
-        else:  # which of two equal tokens top_p cuts is up to the sort: compare the values
-            torch.testing.assert_close(ours.sort().values, warped[0].softmax(-1).sort().values)
+    logits = 3 * torch.randn(4, 5000, generator=torch.Generator().manual_seed(1))
+    logits[1] = logits[1].bfloat16()  # as bf16 logits are: many equal values at the border of top_k
+    logits[2] = logits[2].round()  # still more, in a row between others
+    warped = TemperatureLogitsWarper(decoding.temperature)(None, logits)
+    if decoding.top_k:
+        warped = TopKLogitsWarper(decoding.top_k)(None, warped)
+    tied = warped
+    if decoding.top_p < 1:
+        warped = TopPLogitsWarper(decoding.top_p)(None, warped)
+    ids, probabilities = candidates(logits, decoding)
+    ours = torch.zeros_like(logits).scatter(1, ids, probabilities)
+    for row, own, expected in zip(tied, ours, warped.softmax(-1)):
+        row = row[torch.isfinite(row)]
+        if len(row.unique()) < len(
+            row
+        ):  # which of two equal tokens top_p cuts is up to the sort: compare the values
+            own, expected = own.sort().values, expected.sort().values
+        torch.testing.assert_close(own, expected)
 
 
 def test_sampling_follows_its_probabilities_and_its_seed():
-    logits = torch.log(torch.tensor([0.5, 0.3, 0.2]))
+    """Each row by its own."""
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]))
     decoding = Decoding(do_sample=True, top_k=0)
-    draws = [
-        choose(logits, decoding, [], random)
-        for random in [torch.Generator().manual_seed(3)]
-        for _ in range(4000)
-    ]
-    shares = [draws.count(token) / len(draws) for token in range(3)]
-    assert shares == pytest.approx([0.5, 0.3, 0.2], abs=0.03)  # four standard deviations
-    again = [
-        choose(logits, decoding, [], random)
-        for random in [torch.Generator().manual_seed(3)]
-        for _ in range(100)
-    ]
-    assert again == draws[:100]
+
+    def draws(count):
+        random = torch.Generator().manual_seed(3)
+        return [choose(logits, decoding, [], random) for _ in range(count)]
+
+    for found, expected in zip(zip(*draws(4000)), logits.exp().tolist()):
+        shares = [found.count(token) / len(found) for token in range(3)]
+        assert shares == pytest.approx(expected, abs=0.03)  # four standard deviations
+    assert draws(100) == draws(4000)[:100]
 
 
-def test_nan_is_a_run_error():
+@pytest.mark.parametrize("sampled", [False, True])
+def test_nan_in_one_row_is_a_run_error(sampled):
+    logits = torch.tensor([[1.0, 2.0], [1.0, float("nan")]])
+    assert choose(logits[:1], Decoding(do_sample=sampled, temperature=1e-9), [[]], None) == [1]
     with pytest.raises(RunError, match="NaN"):
-        choose(torch.tensor([1.0, float("nan")]), Decoding(), [], None)
+        choose(logits, Decoding(do_sample=sampled), [[], []], None)
 
 
 def test_batched_equals_one_by_one(chat_model):
