@@ -151,7 +151,21 @@ def test_layers_keep_a_quarter_less_for_the_backward_pass(folder):
     plain.set_attn_implementation("packed_attention")
     attention = plan_attention(inputs["layout"], 0, torch.device("cpu"), torch.float32)
     given = {name: inputs[name] for name in ("input_ids", "position_ids")} | {"attention": attention}
+    given["wanted_positions"] = torch.arange(inputs["input_ids"].shape[1])  # all
     assert bytes_kept(ours, **given) < 0.77 * bytes_kept(plain, **given)
+
+
+def test_the_last_layer_computes_only_what_is_trained(folder):
+    model, seen = prepare_packed(load(folder)), []
+    batch = collate([some_items(30)])
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    states = model(**model_inputs(batch))
+    labels, tokens = len(batch["targets"]), batch["input_ids"].shape[1]
+    *before, last = seen
+    assert set(before) == {tokens} and labels <= last < min(tokens, labels + 64)
+    everywhere = model(**model_inputs(batch) | {"label_positions": torch.arange(tokens)})
+    torch.testing.assert_close(states, everywhere[batch["label_positions"]])
 
 
 def test_packed_rows_count_tokens():

@@ -1,7 +1,8 @@
 """Qwen3's layers with the same results, fewer tensors kept for the backward pass and fewer passes over memory.
 
 A norm keeps what it has normalised and not what came in. SwiGLU keeps its two inputs and computes its inner steps again. Activations
-shrink by a quarter, which decides how long a row fits into memory. Plain PyTorch, for any device. Formulas: RMSNorm, Zhang and
+shrink by a quarter, which decides how long a row fits into memory. After the attention of the last layer only the trained positions
+are computed: nothing else asks for the others. Plain PyTorch, for any device. Formulas: RMSNorm, Zhang and
 Sennrich 2019 (arXiv:1910.07467); rotary positions, Su et al. 2021 (arXiv:2104.09864); SwiGLU, Shazeer 2020 (arXiv:2002.05202).
 """
 
@@ -14,13 +15,16 @@ import torch.nn.functional as F
 def fuse_layers(model) -> None:
     """Let the layers of `model` (Qwen3ForCausalLM) compute this way.
 
-    Its forward then needs `attention` (utils.model.attention.Attention) among the keyword arguments for the layers.
+    Its forward then needs `attention` (utils.model.attention.Attention) and `wanted_positions` (N,) among the keyword arguments for the
+    layers, and gives the final hidden states (1, N, hidden) of these positions of its one row.
     """
     for layer in model.model.layers:
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
             norm.forward = functools.partial(_rms_norm, norm)
         layer.self_attn.forward = functools.partial(_self_attention, layer.self_attn)
         layer.mlp.forward = functools.partial(_mlp, layer.mlp)
+    last = model.model.layers[-1]
+    last.forward = functools.partial(_last_layer, last)
     model.model.norm.forward = functools.partial(_rms_norm, model.model.norm)
 
 
@@ -28,7 +32,13 @@ def _rms_norm(norm, states):
     return _RMSNorm.apply(states, norm.weight, norm.variance_epsilon, None, None)
 
 
-def _self_attention(layer, hidden_states, position_embeddings, attention, **unused):
+def _last_layer(layer, hidden_states, wanted_positions, **given):
+    attended, _ = layer.self_attn(layer.input_layernorm(hidden_states), only=wanted_positions, **given)
+    states = hidden_states.index_select(1, wanted_positions) + attended
+    return states + layer.mlp(layer.post_attention_layernorm(states))
+
+
+def _self_attention(layer, hidden_states, position_embeddings, attention, only=None, **unused):
     heads = (*hidden_states.shape[:-1], -1, layer.head_dim)
     query, key, value = (
         project(hidden_states).view(heads) for project in (layer.q_proj, layer.k_proj, layer.v_proj)
@@ -36,7 +46,10 @@ def _self_attention(layer, hidden_states, position_embeddings, attention, **unus
     query = _RMSNorm.apply(query, layer.q_norm.weight, layer.q_norm.variance_epsilon, *position_embeddings)
     key = _RMSNorm.apply(key, layer.k_norm.weight, layer.k_norm.variance_epsilon, *position_embeddings)
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))
-    return layer.o_proj(attention(query, key, value, layer.scaling).flatten(2)), None
+    attended = attention(query, key, value, layer.scaling).flatten(2)
+    if only is not None:
+        attended = attended.index_select(1, only)
+    return layer.o_proj(attended), None
 
 
 def _mlp(mlp, states):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, Qwen3ForCausalLM
 
 from utils.model.attention import plan_attention
+from utils.model.batching import ROUNDED
 from utils.model.fused_layers import fuse_layers
 from utils.model.lm_head import matmul_dtype
 
@@ -33,10 +34,17 @@ def prepare_packed(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
     def forward(input_ids, position_ids, label_positions, layout, row_length, **unset):
         embedded = _embed(model, input_ids)
         attention = plan_attention(layout, row_length, input_ids.device, matmul_dtype(embedded))
+        labels = len(label_positions)
+        # rounded up, since every new shape costs time where kernels are made for it
+        wanted = F.pad(label_positions, (0, -labels % ROUNDED))
         states = model.model(
-            inputs_embeds=embedded, position_ids=position_ids, attention=attention, use_cache=False
+            inputs_embeds=embedded,
+            position_ids=position_ids,
+            attention=attention,
+            wanted_positions=wanted,
+            use_cache=False,
         ).last_hidden_state
-        return states[0].index_select(0, label_positions)
+        return states[0, :labels]
 
     model.forward = forward
     return model

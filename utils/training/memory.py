@@ -64,7 +64,7 @@ def measure_costs(model, bf16: bool) -> Costs:
 
 
 def _bytes_kept(model, tokens: int, bf16: bool) -> int:
-    """Bytes that autograd keeps between forward and backward pass of one document, weights themselves not counted."""
+    """Bytes that autograd keeps between forward and backward pass of one document with all its tokens trained, weights not counted."""
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     seen = {}
 
@@ -75,7 +75,7 @@ def _bytes_kept(model, tokens: int, bf16: bool) -> int:
         # The graph gets nothing: a tensor that a node saves of its own output would keep the whole graph alive for ever.
 
     padding = padding_for(model.device.type, bf16, tokens)
-    inputs = model_inputs(collate([[{"documents": [([0] * tokens, [0])]}]], padding))
+    inputs = model_inputs(collate([[{"documents": [([0], [0] * tokens)]}]], padding))
     inputs = {
         name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()
     }
