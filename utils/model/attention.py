@@ -23,9 +23,9 @@ from torch.nn.attention.varlen import varlen_attn
 from utils.model.batching import GroupShape
 
 BLOCK = 256  # queries at a time in plain products: the keys after them are left out, and what is quadratic stays small
-# Multiplications of queries with keys up to which the fused kernel in float32 has ended before plain products in bfloat16, of which a
-# call takes 0.7 ms at least (2 cores with AVX512-BF16: 64 tokens of Qwen3-0.6B).
-FEW = 2**23
+# Multiplications of queries with keys in a call, up to which the fused kernel in float32 has ended before plain products in bfloat16,
+# which take 0.7 ms at least: a document of 90 tokens in Qwen3-0.6B (tests/benchmarks/bench_attention.py).
+FEW = 2**24
 
 # Of query, key, value and scaling.
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
