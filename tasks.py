@@ -23,7 +23,8 @@ INSTALLED = VENV / ".installed"  # a copy of the requirements.txt that the envir
 TINY = "model_download/tiny_qwen3_tcm"
 DEMO = "trainer_output/demo"
 DATA = DEMO + "/qwen3"
-SMALL = "--max-length 512 --rows-per-step 2"  # a model of 5.2 M parameters takes far larger rates than one of 0.6 B, and shorter rows
+# A model of 5.2 M parameters takes far larger rates than one of 0.6 B, and shorter rows.
+SMALL = "--max-length 512 --rows-per-step 2"
 QUESTION = "麻黄有哪些功效？"
 # About what the demo's rows never asked about.
 SUGGESTED = """\

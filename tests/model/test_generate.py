@@ -71,9 +71,8 @@ def test_sampling_equals_the_warpers_of_transformers(settings):
     ours = torch.zeros_like(logits).scatter(1, ids, probabilities)
     for row, own, expected in zip(tied, ours, warped.softmax(-1)):
         row = row[torch.isfinite(row)]
-        if len(row.unique()) < len(
-            row
-        ):  # which of two equal tokens top_p cuts is up to the sort: compare the values
+        # Which of two equal tokens top_p cuts is up to the sort: compare the values.
+        if len(row.unique()) < len(row):
             own, expected = own.sort().values, expected.sort().values
         torch.testing.assert_close(own, expected)
 
