@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from utils import progress
-from utils.progress import ByteProgress
+from utils import text
+from utils.text import ByteProgress
 
 
 def test_progress_shows_speed_and_time_left(capsys, monkeypatch):
     seconds = iter([0, 20, 25, 100, 100])
-    monkeypatch.setattr("utils.progress.time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr("utils.text.time", SimpleNamespace(monotonic=lambda: next(seconds)))
     mib = 1 << 20
     with ByteProgress("model.safetensors", 500 * mib, 1500 * mib) as bytes_done:
         bytes_done.show(700 * mib)
@@ -29,8 +29,8 @@ def test_progress_shows_speed_and_time_left(capsys, monkeypatch):
 
 def test_progress_tells_the_time_left_and_nothing_of_what_is_soon_over(capsys, monkeypatch):
     def seconds_of(times):
-        monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=iter(times).__next__))
-        assert list(progress.progress("tokenizing rows.jsonl", "rows")([1, 2, 3])) == [1, 2, 3]
+        monkeypatch.setattr(text, "time", SimpleNamespace(monotonic=iter(times).__next__))
+        assert list(text.progress("tokenizing rows.jsonl", "rows")([1, 2, 3])) == [1, 2, 3]
         return capsys.readouterr().out
 
     assert seconds_of([0, 0, 0.5, 1, 1.5]) == ""
@@ -43,14 +43,14 @@ def test_progress_tells_the_time_left_and_nothing_of_what_is_soon_over(capsys, m
 
 TERMINAL = """
 import sys, time
-from utils import progress
-progress.QUIET_SECONDS = 0.1
-with progress.ByteProgress("model.safetensors", 0, 8 << 20) as bytes_done:
+from utils import text
+text.QUIET_SECONDS = 0.1
+with text.ByteProgress("model.safetensors", 0, 8 << 20) as bytes_done:
     for number in range(1, 9):
         time.sleep(0.1)
         bytes_done.show(number << 20)
 for unit, seconds in (("quick", 0), ("slow", 0.1)):
-    for _ in progress.progress("evaluation", unit)(range(8)):
+    for _ in text.progress("evaluation", unit)(range(8)):
         time.sleep(seconds)
 """
 

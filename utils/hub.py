@@ -18,8 +18,7 @@ from urllib.parse import quote
 from utils.errors import RunError, UserError
 from utils.files import is_text, read_json, sha256_of, show_path
 from utils.hub_requests import OTHER_MIRROR, Endpoint, ListingBudget, TemporaryFailure, Wanted, web_page
-from utils.progress import ByteProgress
-from utils.text import format_bytes, printable, say, shorten
+from utils.text import ByteProgress, format_bytes, printable, say, shorten
 
 COMMIT, SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 SPARE_BYTES = 64 << 20  # to leave free on the disk

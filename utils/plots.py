@@ -1,13 +1,33 @@
-"""Pictures: the lengths of a data set, the comparison of models, and what every picture needs. Labels are English: no font has
-to hold Chinese."""
+"""Pictures: the curves of training, the lengths of a data set, the comparison of models. Labels are English, and what comes from
+elsewhere is put into ASCII: no font has to hold Chinese."""
 
+import csv
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy
 
 from utils.files import atomic_write
+
+SMOOTHING = 0.05  # the smoothed curve averages over about this share of the run
+MOST_VALUES = (
+    12  # evaluations whose values are written beside their points; of more, the first, the best and the last
+)
+TEXT = {"font.size": 13, "axes.titlesize": 14, "legend.fontsize": 12}  # readable on a slide
+
+Entry = dict[str, Any]  # a line of training_log.jsonl
+
+
+class Run(NamedTuple):
+    """One run of several in a picture. `entries`: as in training_log.jsonl; tokens_per_step: on average, 0 if unknown."""
+
+    name: str
+    entries: list[Entry]
+    tokens_per_step: float
+
 
 NEAR = 1.5  # a limit up to so many times the longest text is drawn; one that is further away is told in words
 
@@ -132,3 +152,167 @@ def save_figure(
         with atomic_write(target, "wb") as file:
             figure.savefig(file, format=target.suffix[1:], dpi=dpi)
     pyplot.close(figure)
+
+
+# ---- The curves of one run
+
+
+def plot_training(log: list[Entry], path: Path, title: str, best_step: int | None = None) -> None:
+    """Draw a run from its log (entries as in training_log.jsonl) to a PNG at `path`, and its numbers beside it as CSV.
+
+    SFT and LoRA: training loss, each step and smoothed; evaluations as points with their values, that of `best_step` ringed; the
+    learning rate below. DPO runs have three more panels: the share of pairs told apart, the reward margin, and the
+    log-probabilities of the chosen and the rejected answers.
+    """
+    pyplot = load_pyplot()
+    preference = any("reward_margin" in entry for entry in log)
+    with pyplot.rc_context(TEXT):
+        if preference:
+            figure = pyplot.figure(figsize=(16, 9), layout="constrained")
+            panels = figure.subplot_mosaic(
+                [["loss", "accuracy"], ["margin", "logps"], ["rate", "rate"]], height_ratios=[5, 5, 1.4]
+            )
+            _draw_preference(panels, log, best_step)
+        else:
+            figure = pyplot.figure(figsize=(11, 6.2), layout="constrained")
+            panels = figure.subplot_mosaic([["loss"], ["rate"]], height_ratios=[5, 1])
+        _draw_quantity(panels["loss"], log, "loss", best_step)
+        panels["loss"].set_title("loss", loc="left")
+        _draw_rate(panels["rate"], log)
+        for panel in panels.values():
+            panel.grid(alpha=0.3)
+            panel.set_xlim(*_range_of_steps(log))
+        figure.legend(*panels["loss"].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        figure.suptitle(label_text(title))
+        save_figure(pyplot, figure, path)
+    write_curve_csv(log, path.with_suffix(".csv"))
+
+
+def _range_of_steps(log):
+    """The same for all panels, with room for the values beside the outermost points."""
+    steps = [entry["step"] for entry in log]
+    room = max(0.04 * (max(steps) - min(steps)), 0.5)
+    return min(steps) - room, max(steps) + room
+
+
+def _draw_preference(panels, log, best_step):
+    for name, quantity, title in (
+        ("accuracy", "reward_accuracy", "share of pairs with a margin above 0"),
+        ("margin", "reward_margin", "reward margin"),
+    ):
+        _draw_quantity(panels[name], log, quantity, best_step)
+        panels[name].set_title(title, loc="left")
+    panels["accuracy"].set_ylim(-0.05, 1.1)
+    for side, colour in (("chosen", "C0"), ("rejected", "C3")):
+        _draw_quantity(panels["logps"], log, f"{side}_logps", best_step, colour)
+    panels["logps"].set_title("log-probability of the answers: chosen blue, rejected red", loc="left")
+
+
+def _draw_quantity(axis, log, name, best_step, colour="C0"):
+    """Training values, raw and smoothed, and the evaluations of one quantity as points with their values."""
+    steps, values = points(log, name)
+    axis.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8, label="training, each step")
+    axis.plot(
+        steps, smooth(values), color=colour, linewidth=2.2, label="training, smoothed", **_dots(len(steps))
+    )
+    steps, values = points(log, f"eval_{name}")
+    points_colour = "black" if colour == "C0" and name != "chosen_logps" else colour
+    axis.plot(steps, values, "o", color=points_colour, markersize=6, label="held-out rows", zorder=4)
+    best = [index for index, step in enumerate(steps) if step == best_step]
+    if best:
+        ring = {"markersize": 15, "markerfacecolor": "none", "markeredgewidth": 2, "color": "C2", "zorder": 5}
+        axis.plot(steps[best], values[best], "o", label=f"best: step {best_step:,}", **ring)
+    axis.margins(y=0.18)
+    for index in _worth_a_value(len(steps), best):
+        text = f"{values[index]:.3g}" if abs(values[index]) >= 100 else f"{values[index]:.3f}"
+        place = {"textcoords": "offset points", "ha": "center", "fontsize": 11, "color": points_colour}
+        axis.annotate(text, (steps[index], values[index]), (0, 11), zorder=6, **place)
+
+
+def _dots(count):
+    """A line through one point is nothing to see: then, and for a handful, the points are drawn as well."""
+    return {"marker": ".", "markersize": 8} if count < 4 else {}
+
+
+def _worth_a_value(count, best):
+    return range(count) if count <= MOST_VALUES else sorted({0, *best, count - 1})
+
+
+def _draw_rate(axis, log):
+    steps, rates = points(log, "learning_rate")
+    axis.plot(steps, rates, color="grey", linewidth=1.5, **_dots(len(steps)))
+    axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel("rate")
+    axis.set_xlabel("optimizer step; below the curves: the learning rate")
+
+
+def points(log: list[Entry], name: str) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """(steps, values) of the entries that have a value of this name."""
+    found = [(entry["step"], entry[name]) for entry in log if name in entry]
+    return numpy.array([step for step, _ in found]), numpy.array([value for _, value in found], dtype=float)
+
+
+def smooth(values: numpy.ndarray) -> numpy.ndarray:
+    """A centred moving mean, which does not lag behind, over SMOOTHING of all values; at the ends over what there is."""
+    reach = max(1, round(SMOOTHING * len(values) / 2))
+    sums = numpy.concatenate([[0.0], numpy.cumsum(values)])
+    first = numpy.maximum(numpy.arange(len(values)) - reach, 0)
+    last = numpy.minimum(numpy.arange(len(values)) + reach + 1, len(values))
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def write_curve_csv(log: list[Entry], path: Path) -> None:
+    """The log as a table for a spreadsheet: a line a step, the held-out figures beside those of training."""
+    steps: dict[int, Entry] = {}
+    for entry in log:
+        steps[entry["step"]] = steps.get(entry["step"], {}) | entry
+    names = list(dict.fromkeys(name for entry in log for name in entry))
+    with atomic_write(path) as file:
+        table = csv.DictWriter(file, names, lineterminator="\n")
+        table.writeheader()
+        table.writerows(steps.values())
+
+
+# ---- The curves of several runs
+
+
+def plot_runs(runs: list[Run], path: Path) -> None:
+    """Draw the losses of several runs over one another, to `path` (a .png) and as SVG beside it.
+
+    Against tokens trained on where every run tells how many, else against optimizer steps. DPO's loss is another quantity than
+    that of SFT and LoRA: where both are there, each has a panel.
+    """
+    pyplot = load_pyplot()
+    kinds = {"loss (SFT, LoRA)": [], "DPO loss": []}
+    for number, run in enumerate(runs):
+        preference = any("reward_margin" in entry for entry in run.entries)
+        kinds["DPO loss" if preference else "loss (SFT, LoRA)"].append((number, run))
+    kinds = {title: members for title, members in kinds.items() if members}
+    by_tokens = all(run.tokens_per_step for run in runs)
+    with pyplot.rc_context(TEXT):
+        figure, [axes] = pyplot.subplots(
+            1, len(kinds), figsize=(9 * len(kinds), 6), squeeze=False, layout="constrained"
+        )
+        for axis, (title, members) in zip(axes, kinds.items()):
+            for number, run in members:
+                _draw_run(axis, run, number, run.tokens_per_step if by_tokens else 1)
+            axis.set_title(title, loc="left")
+            axis.set_xlabel("tokens trained on" if by_tokens else "optimizer step")
+            axis.grid(alpha=0.3)
+            axis.legend(loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2, frameon=False)
+        figure.suptitle("Lines: training loss, smoothed. Points: held-out rows of each run")
+        save_figure(pyplot, figure, path, more=[path.with_suffix(".svg")])
+
+
+def _draw_run(axis, run, number, scale):
+    name, colour = label_text(run.name, f"model {number + 1}"), f"C{number}"
+    steps, values = points(run.entries, "loss")
+    axis.plot(steps * scale, smooth(values), color=colour, linewidth=2, label=name, **_dots(len(steps)))
+    steps, values = points(run.entries, "eval_loss")
+    axis.plot(steps * scale, values, "o", color=colour, markersize=6, markeredgecolor="black")
+    if len(steps):
+        place = {"textcoords": "offset points", "ha": "center", "fontsize": 11, "color": colour}
+        axis.annotate(
+            f"{values[-1]:.3f}", (steps[-1] * scale, values[-1]), (0, 10 + 12 * (number % 3)), **place
+        )

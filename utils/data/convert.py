@@ -22,8 +22,7 @@ from utils.data.text_store import TextStore
 from utils.data.workers import map_tasks
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.progress import ByteProgress
-from utils.text import format_bytes
+from utils.text import ByteProgress, format_bytes
 
 RUN = 1000  # rows written at a time, at most
 LARGE = 32e6  # bytes: from here up, several processes are worth their start

@@ -20,7 +20,7 @@ from utils.data.minhash import candidate_pairs, containment, overlap, repeated
 from utils.data.row_index import EVAL, EXAM, KIND, TRAIN, RowIndex
 from utils.data.split import SplitSettings, assign_splits
 from utils.data.text_store import TextStore
-from utils.progress import progress
+from utils.text import progress
 
 FAMILY = 5  # more questions than this, alike but for a word, are a template, not one question
 

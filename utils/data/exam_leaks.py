@@ -22,7 +22,7 @@ from utils.data.exam_rows import options_in
 from utils.data.normalize import normalize, normalize_all, without_filler
 from utils.data.row_index import EXAM, KIND, TRAIN
 from utils.data.text_store import TextStore
-from utils.progress import progress
+from utils.text import progress
 
 PIECES = (6, 3)  # characters looked for: of stems that are long enough the first, of others the second
 LONG_STEM = 10  # characters, without filler: so long a text is not part of another question by chance

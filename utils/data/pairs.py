@@ -161,7 +161,7 @@ def sample_answers(rows: list[dict], sampling: Sampling, kept: Path) -> list[lis
     """For each row, `samples` answers of the model. What `kept` holds of the same model, rows and settings is not done again."""
     from utils.model.folders import check_model, model_sha256
     from utils.model.load import quiet_offline
-    from utils.progress import progress
+    from utils.text import progress
 
     check_model(sampling.model)
     quiet_offline(sampling.model)

@@ -19,8 +19,8 @@ from utils.model.generate import generate_tokens, read_answer, stop_tokens
 from utils.model.load import load_model, load_tokenizer
 from utils.model.logprobs import answer_logps, pack_for_scoring
 from utils.model.packed_forward import prepare_packed
-from utils.progress import progress
 from utils.settings import Settings
+from utils.text import progress
 
 DIGITS = "0-9一二三四五六七八九十百千"
 

@@ -5,11 +5,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.curves import Run, plot_runs
 from utils.evaluation.compare import Results
 from utils.files import atomic_write, show_path, write_json
 from utils.model.run_record import read_record
-from utils.plots import plot_comparison
+from utils.plots import Run, plot_comparison, plot_runs
 from utils.text import printable, text_width
 from utils.training.callbacks import read_log
 from utils.training.report_page import write_report_page

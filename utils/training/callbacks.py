@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback, TrainerState
 
-from utils.curves import plot_training
 from utils.files import atomic_write, show_path
-from utils.progress import PLAIN_SECONDS
-from utils.text import duration
+from utils.plots import plot_training
+from utils.text import PLAIN_SECONDS, duration
 from utils.training.best import best_of
 from utils.training.forecast import RunSize
 from utils.training.pace import SETTLED, Pace, done_at

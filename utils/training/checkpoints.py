@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from utils.files import sha256_of, show_path
-from utils.progress import progress
+from utils.text import progress
 
 MANIFEST = "MANIFEST.json"  # {file: [bytes, sha256]}, the last file of a checkpoint
 NEEDED = {"trainer_state.json", "optimizer.pt", "scheduler.pt"}  # to go on from it, beside the weights

@@ -12,7 +12,7 @@ from utils.errors import UserError
 from utils.files import read_json, show_path, write_json
 from utils.model.batching import PackedRows
 from utils.model.logprobs import answer_logps
-from utils.progress import progress
+from utils.text import progress
 from utils.training.run_folder import RunFolder
 
 NAME = "reference_logps.json"

@@ -39,7 +39,7 @@ from utils.files import (
 )
 from utils.model.batching import Item, Sizes
 from utils.model.chat_format import without_modes
-from utils.progress import progress
+from utils.text import progress
 
 # Raise it with every change after which the same data would give other tokens (utils/model/chat_format.py, the encoders in
 # dataset.py) or other columns: tokens that were kept before it are then made again.

@@ -19,8 +19,7 @@ from utils.device import release_memory
 from utils.errors import RunError
 from utils.model.batching import PackedBatch, PackedRows, collate, model_inputs, padding_for
 from utils.model.lm_head import HeadGradient, backward_through_head
-from utils.progress import progress
-from utils.text import listed
+from utils.text import listed, progress
 from utils.training.checkpoints import HiddenCheckpoint, remove_old_checkpoints
 from utils.training.course import Course
 from utils.training.losses import dpo_loss, sft_loss

@@ -8,7 +8,7 @@ from utils.errors import RunError
 from utils.model.chat_format import encode_prompt
 from utils.model.export.source import Source
 from utils.model.generate import generate_tokens, stop_tokens
-from utils.progress import progress
+from utils.text import progress
 
 
 class Agreement(NamedTuple):

@@ -4,8 +4,8 @@ import csv
 
 import pytest
 
-from utils import curves, plots
-from utils.curves import Run, plot_runs, plot_training, smooth
+from utils import plots
+from utils.plots import Run, plot_runs, plot_training, smooth
 
 
 def log_of(steps, evaluations, preference=False):
@@ -25,7 +25,7 @@ def log_of(steps, evaluations, preference=False):
 def figures(monkeypatch):
     """The figures that are drawn, before they are let go."""
     kept = []
-    monkeypatch.setattr(curves, "save_figure", lambda pyplot, figure, *_, **__: kept.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda pyplot, figure, *_, **__: kept.append(figure))
     return kept
 
 
@@ -71,7 +71,7 @@ def test_the_numbers_lie_beside_the_picture(tmp_path):
 
 
 def test_the_smoothed_curve_is_a_centred_mean():
-    assert list(smooth(curves.numpy.array([0.0, 3.0, 6.0, 0.0]))) == [1.5, 3.0, 3.0, 3.0]
+    assert list(smooth(plots.numpy.array([0.0, 3.0, 6.0, 0.0]))) == [1.5, 3.0, 3.0, 3.0]
 
 
 def test_several_runs_in_one_picture(tmp_path, figures):
