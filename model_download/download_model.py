@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.errors import RunError, UserError, run
 from utils.files import sha256_of, show_path, write_json
 from utils.hub import COMMIT, Hub, Repo, read_record, unchanged
-from utils.model.folders import check_model
+from utils.model.folder import check_model
 from utils.model.hub_models import choose_files
 from utils.settings import ROOT, parse_settings
 from utils.text import say

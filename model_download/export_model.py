@@ -25,8 +25,7 @@ from utils.files import (
     show_path,
     write_folder,
 )
-from utils.model.folders import check_model
-from utils.model.load import quiet_offline
+from utils.model.folder import check_model, quiet_offline
 from utils.settings import ROOT, Settings, parse_settings
 
 # fmt: off

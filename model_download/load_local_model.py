@@ -22,8 +22,7 @@ from utils.chat.terminal import loading, note, prepare_terminal, show_models
 from utils.errors import UserError, run
 from utils.files import show_path
 from utils.model.chat_format import THINKING_MODES
-from utils.model.folders import check_model, find_models
-from utils.model.load import quiet_offline
+from utils.model.folder import check_model, find_models, quiet_offline
 from utils.settings import Settings, parse_settings
 
 # fmt: off

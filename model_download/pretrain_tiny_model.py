@@ -30,7 +30,7 @@ from utils.files import (
     write_folder,
     write_jsonl,
 )
-from utils.model.load import quiet_offline
+from utils.model.folder import quiet_offline
 from utils.settings import parse_settings
 
 # fmt: off
@@ -82,8 +82,8 @@ def main(argv: list[str] | None = None) -> None:
 
     from model_download import tiny_recipe
     from utils.device import hold_memory, pick_device
-    from utils.model.batching import PackedRows
     from utils.model.chat_format import encode_turns
+    from utils.model.packing import PackedRows
 
     names = Names(terms, random.Random(settings.SEED))
     invented = invent_world(world, settings.INVENTED, settings.ASKED_SHARE, names)

@@ -14,10 +14,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 from data_prepare.sample.entities import TABLES
 from utils.data.terms import Terms
 from utils.device import Device
-from utils.model.batching import PackedRows, collate, model_inputs, padding_for
 from utils.model.chat_format import generation_settings
 from utils.model.lm_head import cross_entropy_sum
 from utils.model.packed_forward import prepare_packed
+from utils.model.packing import PackedRows, collate, model_inputs, padding_for
 from utils.settings import Settings
 
 # ---- Tokenizer

@@ -18,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` 
 
 from utils.errors import RunError, UserError, run
 from utils.files import prepare_folder, read_json, read_jsonl, require_file, sample_by_id, show_path
-from utils.model.folders import check_model, find_models
-from utils.model.load import quiet_offline
+from utils.model.folder import check_model, find_models, quiet_offline
 from utils.settings import ROOT, parse_settings
 
 # fmt: off

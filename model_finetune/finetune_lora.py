@@ -16,8 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` 
 
 from utils.errors import run
 from utils.files import read_jsonl, require_file
-from utils.model.folders import check_model
-from utils.model.load import load_for_lora, load_tokenizer, quiet_offline
+from utils.model.folder import check_model, load_for_lora, load_tokenizer, quiet_offline
 from utils.settings import parse_settings
 
 # fmt: off
@@ -67,9 +66,9 @@ def main(argv=None):
     from transformers import set_seed
 
     from utils.device import pick_device
+    from utils.model.folder import remember_mode, save_adapter_and_merged
     from utils.model.lora import add_lora
     from utils.model.packed_forward import prepare_packed
-    from utils.model.save import remember_mode, save_adapter_and_merged
     from utils.training.course import Course
     from utils.training.dataset import load_conversations, show_examples
     from utils.training.forecast import measure_run, plan_schedule

@@ -14,8 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` 
 
 from utils.errors import run
 from utils.files import read_jsonl, require_file
-from utils.model.folders import check_model
-from utils.model.load import load_model, load_tokenizer, quiet_offline
+from utils.model.folder import check_model, load_model, load_tokenizer, quiet_offline
 from utils.settings import parse_settings
 
 # fmt: off
@@ -65,8 +64,8 @@ def main(argv=None):
     from transformers import set_seed
 
     from utils.device import pick_device
+    from utils.model.folder import remember_mode, save_model
     from utils.model.packed_forward import prepare_packed
-    from utils.model.save import remember_mode, save_model
     from utils.training.course import Course
     from utils.training.dataset import load_conversations, show_examples
     from utils.training.forecast import measure_run, plan_schedule

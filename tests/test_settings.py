@@ -197,7 +197,7 @@ def test_every_script_refuses_an_unknown_flag(script, run_script):
 
 def test_utils_import_nothing_heavy(tmp_path):
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import utils.settings, utils.files, utils.errors, utils.model.folders, utils.model.load; "
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import utils.settings, utils.files, utils.errors, utils.model.folder; "
         "print([m for m in ('torch', 'transformers', 'numpy', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run(

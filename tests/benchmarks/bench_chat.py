@@ -110,7 +110,7 @@ def ways_to_answer(folder: str, device, llamacpp: list[str]) -> dict[str, tuple]
     import torch
 
     from utils.device import Device
-    from utils.model.load import load_for_answers, load_model
+    from utils.model.folder import load_for_answers, load_model
 
     model = load_model(folder, device.dtype).to(device.name).eval()
     model.generation_config.eos_token_id = None  # generate would avoid the end token, ours may choose it
@@ -233,7 +233,7 @@ def main() -> None:
     from bench_training import shape_of_qwen3
 
     from utils.device import pick_device
-    from utils.model.load import load_for_answers
+    from utils.model.folder import load_for_answers
 
     place = ROOT / "trainer_output/bench"
     place.mkdir(parents=True, exist_ok=True)

@@ -32,8 +32,8 @@ def main() -> None:
     from utils.evaluation.measure import same_facts, same_names
     from utils.files import read_jsonl, sample_by_id
     from utils.model.chat_format import encode_prompt
+    from utils.model.folder import load_for_answers, load_tokenizer
     from utils.model.generate import generate_tokens, read_answer, stop_tokens
-    from utils.model.load import load_for_answers, load_tokenizer
 
     tokenizer = load_tokenizer(options.model)
     terms = Terms(ROOT / "data_prepare/sample/terms.jsonl")

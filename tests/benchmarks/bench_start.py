@@ -45,7 +45,7 @@ def make_rows(path: Path, count: int, characters: int, seed: int) -> None:
 
 def start(model: str, folder: Path, max_length: int) -> dict:
     """What a training does up to its plan; seconds, CPU seconds and bytes."""
-    from utils.model.load import load_tokenizer, quiet_offline
+    from utils.model.folder import load_tokenizer, quiet_offline
 
     quiet_offline(model)
     from utils.training.dataset import load_conversations

@@ -140,7 +140,7 @@ def ours(method, precision, options, folder):
     from transformers import set_seed
 
     from utils.device import pick_device
-    from utils.model.load import load_for_lora, load_model, load_tokenizer
+    from utils.model.folder import load_for_lora, load_model, load_tokenizer
     from utils.model.logprobs import answer_logps
     from utils.model.lora import add_lora
     from utils.model.packed_forward import prepare_packed

@@ -17,8 +17,8 @@ from conftest import ROOT
 from small_runs import arguments, make_place
 
 from utils.errors import UserError
-from utils.model import folders
 from utils.model.chat_format import DECODING
+from utils.model.folder import find_models
 from utils.model.generate import Decoding, TokenStream, read_answer
 
 SCRIPT = "model_download/load_local_model.py"
@@ -34,7 +34,7 @@ def script():
 
 
 def test_models_are_offered_newest_first(tiny_folder, script, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(folders, "ROOT", tmp_path)
+    monkeypatch.setattr("utils.model.folder.ROOT", tmp_path)
     with pytest.raises(UserError, match="download_model.py"):
         script.choose_model(ask=False)
     bases, runs = (
@@ -45,7 +45,7 @@ def test_models_are_offered_newest_first(tiny_folder, script, tmp_path, monkeypa
         shutil.copytree(tiny_folder, tmp_path / name)
         os.utime(tmp_path / name / "model.safetensors", (1e9 - age, 1e9 - age))
     (tmp_path / "trainer_output/unfinished/checkpoint-5").mkdir(parents=True)
-    assert [path.name for path in folders.find_models()] == ["new", "old", "Qwen3-0.6B", "tiny"]
+    assert [path.name for path in find_models()] == ["new", "old", "Qwen3-0.6B", "tiny"]
     assert script.choose_model(ask=False) == str(tmp_path / "trainer_output/new")
     answers = iter(["7", "x", "2"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(answers))

@@ -16,7 +16,7 @@ from utils.data.sources import Source
 from utils.data.text_store import TextStore
 from utils.errors import UserError
 from utils.model.chat_format import encode_turns
-from utils.model.load import load_tokenizer
+from utils.model.folder import load_tokenizer
 
 SCRIPT = "data_prepare/convert_to_qwen3_format.py"
 

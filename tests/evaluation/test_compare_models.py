@@ -55,9 +55,8 @@ def test_the_comparison_is_written_and_printed(folder, arguments, tmp_path, caps
 
 
 def test_the_default_is_the_base_and_every_finished_run(folder, tmp_path, monkeypatch):
-    from utils.model import folders
 
-    monkeypatch.setattr(folders, "ROOT", tmp_path)
+    monkeypatch.setattr("utils.model.folder.ROOT", tmp_path)
     monkeypatch.setattr(compare_models, "ROOT", tmp_path)
     for name, status in (
         ("sft_finetuned", "finished"),

@@ -19,9 +19,7 @@ from utils.data import pairs
 from utils.errors import UserError
 from utils.evaluation import compare
 from utils.files import write_json, write_jsonl
-from utils.model.folders import check_model
-from utils.model.load import load_model, load_tokenizer
-from utils.model.run_record import FIELDS, read_record
+from utils.model.folder import RECORD_FIELDS, check_model, load_model, load_tokenizer, read_record
 from utils.training import reference, token_cache
 from utils.training.best import BestWeights
 from utils.training.callbacks import read_log
@@ -130,7 +128,7 @@ def targets(tmp_path_factory, tiny_folder):
     return [
         *((model / name, lambda: load(model), None) for name in MODEL_FILES),
         (adapter / "adapter_config.json", lambda: load(adapter), None),
-        (run / "run.json", lambda: read_record(run, FIELDS), None),
+        (run / "run.json", lambda: read_record(run, RECORD_FIELDS), None),
         (run / "run.json", lambda: load(adapter), None),
         (run / "training_log.jsonl", lambda: read_log(run / "training_log.jsonl"), None),
         (run / reference.NAME, lambda: reference._read(run / reference.NAME, IDENTITY)[0], LOGPS),

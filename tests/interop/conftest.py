@@ -13,8 +13,8 @@ from interop.environments import PLACE, python_of, reason_not_to
 
 from utils.files import read_jsonl, write_jsonl
 from utils.model.chat_format import encode_prompt
+from utils.model.folder import load_model, load_tokenizer
 from utils.model.generate import generate_tokens, stop_tokens
-from utils.model.load import load_model, load_tokenizer
 
 TINY = ROOT / "model_download/tiny_qwen3_tcm"
 SMALL = "--epochs 1 --max-length 512 --rows-per-step 2 --max-steps 160 --eval-rows 100".split()

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from utils.evaluation.exams import INSTRUCTION, choices_by_text
 from utils.files import read_json, read_jsonl, write_json, write_jsonl
 from utils.model.chat_format import encode_answer, encode_prompt, encode_turns
+from utils.model.folder import save_model
 from utils.model.packed_forward import prepare_packed
-from utils.model.save import save_model
 
 
 def test_transformers_4_reads_a_rope_base_of_a_million(run_in, tmp_path):

@@ -11,8 +11,8 @@ from conftest import ROOT
 from interop.conftest import TINY
 
 from utils.model.chat_format import encode_prompt
+from utils.model.folder import load_model, load_tokenizer
 from utils.model.generate import generate_tokens, stop_tokens
-from utils.model.load import load_model, load_tokenizer
 
 QUESTION, KEY = "麻黄的药性是什么？", "hemlig nyckel"
 

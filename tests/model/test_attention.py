@@ -21,7 +21,7 @@ from utils.model.attention import (
     plan_attention,
     row_masks,
 )
-from utils.model.batching import Padding, collate, wants_rows_of_one_length
+from utils.model.packing import Padding, collate, wants_rows_of_one_length
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
 CPU = torch.device("cpu")
@@ -155,9 +155,9 @@ def test_padding_changes_no_loss_and_no_gradient(tmp_path):
     from tiny_model import make_tiny_model
     from transformers import AutoModelForCausalLM
 
-    from utils.model.batching import model_inputs
     from utils.model.lm_head import cross_entropy_sum
     from utils.model.packed_forward import prepare_packed
+    from utils.model.packing import model_inputs
 
     folder, found = make_tiny_model(tmp_path / "tiny"), items(True)
     results = []

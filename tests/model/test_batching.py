@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from utils.errors import UserError
 from utils.files import id_key
 from utils.model.attention import plan_attention
-from utils.model.batching import PackedRows, collate, item_length, model_inputs, pack
 from utils.model.lm_head import cross_entropy_sum, token_logps
 from utils.model.packed_forward import prepare_packed
+from utils.model.packing import PackedRows, collate, item_length, model_inputs, pack
 
 pytestmark = pytest.mark.usefixtures("norms_in_float64")
 

@@ -8,7 +8,7 @@ from utils.device import Device
 from utils.errors import UserError
 from utils.model.answer_weights import hold_weights
 from utils.model.cached_forward import CachedModel
-from utils.model.load import load_for_answers, load_model
+from utils.model.folder import load_for_answers, load_model
 
 TINY = str(ROOT / "model_download/tiny_qwen3_tcm")  # trained, and published in bfloat16 as Qwen3 is
 NEEDS_FBGEMM = pytest.mark.skipif(

@@ -13,7 +13,7 @@ from model_download import export_model
 from model_finetune import finetune_dpo, finetune_lora, finetune_sft
 from utils.errors import run
 from utils.files import read_json, write_json, write_jsonl
-from utils.model.folders import model_sha256
+from utils.model.folder import model_sha256
 
 pytestmark = pytest.mark.slow  # three trainings first
 

@@ -11,10 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from utils.errors import UserError
 from utils.files import read_json, write_json
-from utils.model import folders
+from utils.model.folder import check_model, find_models, load_model, load_tokenizer, model_sha256
 from utils.model.folder_checks import INDEX
-from utils.model.folders import check_model, find_models, model_sha256
-from utils.model.load import load_model, load_tokenizer
 
 
 @pytest.fixture
@@ -80,7 +78,7 @@ def refused(folder, *words):
     ids=str,
 )
 def test_a_damaged_adapter_never_stops_the_search_for_models(adapter, tiny_folder, monkeypatch, content):
-    monkeypatch.setattr(folders, "ROOT", adapter.parent)
+    monkeypatch.setattr("utils.model.folder.ROOT", adapter.parent)
     runs = adapter.parent / "trainer_output"
     for name in ("lora", "other"):
         shutil.copytree(adapter, runs / name)

@@ -8,9 +8,8 @@ from chat_helpers import damaged, prompts_of, reference
 
 from utils.errors import UserError
 from utils.files import write_json
-from utils.model.folders import check_model, model_sha256
+from utils.model.folder import check_model, load_model, load_tokenizer, model_sha256
 from utils.model.generate import Decoding, TokenStream, decoding_for, stop_tokens
-from utils.model.load import load_model, load_tokenizer
 
 
 def test_adapter_answers_as_its_merged_model(tiny_folder, chat_model, tmp_path):

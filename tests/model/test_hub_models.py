@@ -8,8 +8,7 @@ from fake_hub import FakeHub
 
 from utils.errors import RunError, UserError
 from utils.model import hub_models
-from utils.model.folders import model_sha256
-from utils.model.load import load_model, load_tokenizer, quiet_offline
+from utils.model.folder import load_model, load_tokenizer, model_sha256, quiet_offline
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from utils.files import read_json
+from utils.model.folder import remember_mode, save_model
 from utils.model.lora import add_lora
-from utils.model.save import remember_mode, save_model
 
 TEXT = "麻黄味辛、微苦，性温。<|im_end|>\n<think>\n\n</think>\n\n  What's this? 🌿"
 

@@ -8,7 +8,7 @@ from tiny_model import TEMPLATE
 
 from utils.errors import UserError
 from utils.model.chat_format import encode_prompt, with_default_mode
-from utils.model.load import load_tokenizer
+from utils.model.folder import load_tokenizer
 from utils.model.template_check import problem_of
 
 QWEN3 = TEMPLATE.read_text(encoding="utf-8")

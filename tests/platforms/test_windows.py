@@ -13,7 +13,7 @@ from model_download.download_model import choose_files
 from utils import errors
 from utils.errors import UserError, run
 from utils.hub import HubFile, Repo
-from utils.model.folders import check_model
+from utils.model.folder import check_model
 from utils.training import callbacks, lock
 
 

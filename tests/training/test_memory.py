@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from utils.device import Device
-from utils.model.load import load_for_lora
+from utils.model.folder import load_for_lora
 from utils.model.packed_forward import prepare_packed
 from utils.training import memory
 

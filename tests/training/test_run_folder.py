@@ -8,7 +8,7 @@ import pytest
 from small_runs import same_weights, train
 
 from utils.files import read_json, write_json
-from utils.model.run_record import write_record
+from utils.model.folder import write_record
 from utils.training import run_folder
 
 

@@ -15,8 +15,8 @@ from tokenizers import AddedToken
 
 from utils.errors import RunError, UserError
 from utils.files import read_jsonl, sample_by_id, write_jsonl
-from utils.model.batching import PackedRows, item_length
 from utils.model.chat_format import encode_answer, encode_prompt, with_default_mode
+from utils.model.packing import PackedRows, item_length
 from utils.training import dataset, token_cache
 from utils.training.dataset import load_conversations, load_pairs
 

@@ -12,9 +12,8 @@ from utils.device import Device
 from utils.errors import RunError, UserError
 from utils.files import show_path
 from utils.model.chat_format import encode_prompt
-from utils.model.folders import check_model
+from utils.model.folder import check_model, load_for_answers, load_tokenizer
 from utils.model.generate import AnswerReader, Decoding, TokenStream, decoding_for, stop_tokens
-from utils.model.load import load_for_answers, load_tokenizer
 
 
 @dataclass

@@ -15,7 +15,7 @@ from utils.device import Device
 from utils.errors import UserError, complain, explain
 from utils.files import show_path
 from utils.model.chat_format import THINKING_MODES
-from utils.model.folders import find_models
+from utils.model.folder import find_models
 from utils.model.generate import thinks_by_default
 from utils.settings import ROOT
 from utils.text import shorten, side_by_side

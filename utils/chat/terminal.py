@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from utils.files import show_path
-from utils.model.folders import written_at
+from utils.model.folder import written_at
 from utils.text import printable
 
 QUOTES = '"""'

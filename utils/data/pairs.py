@@ -159,8 +159,7 @@ def sampled(rows: list[dict], terms: Terms, sampling: Sampling, kept: Path) -> I
 
 def sample_answers(rows: list[dict], sampling: Sampling, kept: Path) -> list[list[str]]:
     """For each row, `samples` answers of the model. What `kept` holds of the same model, rows and settings is not done again."""
-    from utils.model.folders import check_model, model_sha256
-    from utils.model.load import quiet_offline
+    from utils.model.folder import check_model, model_sha256, quiet_offline
     from utils.text import progress
 
     check_model(sampling.model)
@@ -208,8 +207,8 @@ def _digest(value):
 def _generator(sampling):
     """A function (conversations, number of the first row) -> for each of them `samples` answers."""
     from utils.device import pick_device
+    from utils.model.folder import load_for_answers, load_tokenizer
     from utils.model.generate import Decoding, generate_answers
-    from utils.model.load import load_for_answers, load_tokenizer
 
     tokenizer, model = load_tokenizer(sampling.model), load_for_answers(sampling.model, pick_device())
     decoding = Decoding(do_sample=True, temperature=sampling.temperature)

@@ -12,7 +12,7 @@ from utils.data.schemas import OUTPUTS
 from utils.data.sources import Skipped, Source
 from utils.files import sha256_of
 from utils.model.chat_format import encode_turns
-from utils.model.load import load_tokenizer, quiet_offline
+from utils.model.folder import load_tokenizer, quiet_offline
 from utils.settings import Settings
 from utils.text import say, shorten
 

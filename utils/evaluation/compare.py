@@ -21,7 +21,7 @@ from utils.evaluation.measure import measure
 from utils.evaluation.questions import Tests, kind_of
 from utils.evaluation.statistics import mcnemar, mean_per_token, share_difference, wilson
 from utils.files import read_jsonl, sha256_of, show_path, write_jsonl
-from utils.model.folders import adapter_base, model_sha256
+from utils.model.folder import adapter_base, model_sha256
 from utils.model.hub_models import local_folder
 from utils.settings import Settings
 

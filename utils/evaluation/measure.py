@@ -15,8 +15,8 @@ from utils.evaluation.exams import choices_by_letter, choices_by_text, choices_o
 from utils.evaluation.questions import ExamQuestion, Tests, kind_of
 from utils.files import sample_by_id
 from utils.model.chat_format import THINKING_MODES, encode_answer, encode_prompt, encode_turns
+from utils.model.folder import load_model, load_tokenizer
 from utils.model.generate import generate_tokens, read_answer, stop_tokens
-from utils.model.load import load_model, load_tokenizer
 from utils.model.logprobs import answer_logps, pack_for_scoring
 from utils.model.packed_forward import prepare_packed
 from utils.settings import Settings

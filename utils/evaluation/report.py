@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from utils.evaluation.compare import Results
 from utils.files import atomic_write, show_path, write_json
-from utils.model.run_record import read_record
+from utils.model.folder import read_record
 from utils.plots import Run, plot_comparison, plot_runs
 from utils.text import printable, text_width
 from utils.training.callbacks import read_log

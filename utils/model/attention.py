@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-from utils.model.batching import GroupShape
+from utils.model.packing import GroupShape
 
 BLOCK = 256  # queries at a time in plain products: the keys after them are left out, and what is quadratic stays small
 # Multiplications of queries with keys in a call, up to which the fused kernel in float32 has ended before plain products in bfloat16,

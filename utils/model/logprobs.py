@@ -9,16 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from utils.device import Device
-from utils.model.batching import (
-    Item,
-    PackedBatch,
-    PackedRows,
-    collate,
-    item_length,
-    model_inputs,
-    padding_for,
-)
 from utils.model.lm_head import token_logps
+from utils.model.packing import Item, PackedBatch, PackedRows, collate, item_length, model_inputs, padding_for
 
 TOKENS_AT_ONCE = 1024  # packed tokens in one forward pass; more only costs memory, and on CPUs page faults
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, Qwen3ForCausalLM
 
 from utils.model.attention import plan_attention
-from utils.model.batching import ROUNDED
 from utils.model.fused_layers import fuse_layers
 from utils.model.lm_head import matmul_dtype
+from utils.model.packing import ROUNDED
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling, attention, **unset):
@@ -22,7 +22,7 @@ AttentionInterface.register("packed_attention", packed_attention)
 
 
 def prepare_packed(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
-    """Let `model` take the inputs that utils.model.batching.collate makes, and return it.
+    """Let `model` take the inputs that utils.model.packing.collate makes, and return it.
 
     Its forward then gives the final hidden states (N, hidden) of the N positions that have a label. The LM head is left to
     the loss, which sees only those. Call it before an adapter is put on.

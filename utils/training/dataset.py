@@ -7,8 +7,8 @@ import numpy
 
 from utils.errors import UserError
 from utils.files import show_path
-from utils.model.batching import Chosen, PackedRows, Sizes
 from utils.model.chat_format import answer_pieces, encode_pieces, prompt_pieces
+from utils.model.packing import Chosen, PackedRows, Sizes
 from utils.text import printable
 from utils.training.token_cache import CachedItems, Encoded, cached_items
 

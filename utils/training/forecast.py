@@ -14,8 +14,8 @@ import torch
 from utils.device import Device
 from utils.errors import UserError
 from utils.files import show_path
-from utils.model.batching import Item, PackedRows, collate, item_length, model_inputs, padding_for
 from utils.model.lm_head import cross_entropy_sum
+from utils.model.packing import Item, PackedRows, collate, item_length, model_inputs, padding_for
 from utils.text import duration
 from utils.training.memory import FLOAT
 from utils.training.pace import ENDING, SETTLED, done_at

@@ -14,8 +14,8 @@ import psutil
 import torch
 
 from utils.device import Device
-from utils.model.batching import collate, model_inputs, padding_for
 from utils.model.lm_head import CHUNK
+from utils.model.packing import collate, model_inputs, padding_for
 
 # Tokens of the two passes: enough to tell the two parts apart, cheap enough to compute anywhere.
 PROBES = (64, 128)

@@ -14,7 +14,7 @@ import numpy
 from utils.device import Device
 from utils.errors import UserError
 from utils.files import show_path
-from utils.model.batching import ROUNDED, PackedRows, wants_rows_of_one_length
+from utils.model.packing import ROUNDED, PackedRows, wants_rows_of_one_length
 from utils.text import format_bytes
 from utils.training.memory import FLOAT, Costs, free_memory, measure_costs, memory_parts
 

@@ -10,8 +10,8 @@ import numpy
 from utils.device import Device
 from utils.errors import UserError
 from utils.files import read_json, show_path, write_json
-from utils.model.batching import PackedRows
 from utils.model.logprobs import answer_logps
+from utils.model.packing import PackedRows
 from utils.text import progress
 from utils.training.run_folder import RunFolder
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.files import atomic_write, read_json, show_path
-from utils.model.run_record import read_record
+from utils.model.folder import read_record
 from utils.settings import ROOT
 from utils.text import duration, format_bytes, printable
 

@@ -22,9 +22,7 @@ from accelerate.utils import broadcast_object_list
 from utils.device import Device
 from utils.errors import UserError
 from utils.files import sha256_of, show_path, write_folder
-from utils.model.folders import model_sha256
-from utils.model.run_record import FIELDS, read_record, write_record
-from utils.model.run_record import NAME as RECORD
+from utils.model.folder import RECORD, RECORD_FIELDS, model_sha256, read_record, write_record
 from utils.training import lock
 from utils.training.checkpoints import remove_old_checkpoints, whole_checkpoints
 
@@ -80,7 +78,7 @@ class RunFolder:
             self._open(settings, device, identity)
 
     def _open(self, settings, device, identity):
-        record = read_record(self.folder, FIELDS)
+        record = read_record(self.folder, RECORD_FIELDS)
         self.finished = bool(record) and record["status"] == "finished"
         prolonged = self.finished and _asks_for_more(record["identity"], identity)
         found = [] if self.finished and not prolonged else whole_checkpoints(self.folder)

@@ -37,8 +37,8 @@ from utils.files import (
     show_path,
     write_json,
 )
-from utils.model.batching import Item, Sizes
 from utils.model.chat_format import without_modes
+from utils.model.packing import Item, Sizes
 from utils.text import progress
 
 # Raise it with every change after which the same data would give other tokens (utils/model/chat_format.py, the encoders in
@@ -85,7 +85,7 @@ class CachedItems(Sequence):
             for name in ("line", "key", "thinking", "prompt_tokens", "answer_tokens", "documents")
         )
         # The answers to one prompt share all of it but its last token, which is fed once for each answer; the last token of an
-        # answer is not fed (utils.model.batching.item_length).
+        # answer is not fed (utils.model.packing.item_length).
         self.sizes = Sizes(prompts - 1 + answers, prompts * documents + answers, answers)
 
     def __len__(self) -> int:
@@ -224,7 +224,7 @@ def _as_table(batch: list[dict], start: int, items: list[Encoded]) -> pyarrow.Ta
 
 @contextlib.contextmanager
 def _all_cores() -> Iterator[None]:
-    """Let the tokenizer use threads for the block; elsewhere utils.model.load keeps it to one."""
+    """Let the tokenizer use threads for the block; elsewhere utils.model.folder keeps it to one."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "true"

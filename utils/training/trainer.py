@@ -17,8 +17,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from utils.device import release_memory
 from utils.errors import RunError
-from utils.model.batching import PackedBatch, PackedRows, collate, model_inputs, padding_for
 from utils.model.lm_head import HeadGradient, backward_through_head
+from utils.model.packing import PackedBatch, PackedRows, collate, model_inputs, padding_for
 from utils.text import listed, progress
 from utils.training.checkpoints import HiddenCheckpoint, remove_old_checkpoints
 from utils.training.course import Course

@@ -9,8 +9,7 @@ import torch
 from utils.errors import UserError
 from utils.files import read_json, show_path, write_json
 from utils.model.export.source import Export, Source, save_tokenizer
-from utils.model.folders import adapter_base
-from utils.model.load import load_model, load_tokenizer
+from utils.model.folder import adapter_base, load_model, load_tokenizer
 
 PRECISIONS = ("",)  # as it was trained
 

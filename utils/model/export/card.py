@@ -6,7 +6,7 @@ from typing import Any
 from utils.errors import UserError
 from utils.files import read_json, read_jsonl, sha256_of
 from utils.model.export.source import Export, Source, run_folder
-from utils.model.folders import model_sha256
+from utils.model.folder import model_sha256
 from utils.settings import ROOT
 
 # Metrics of comparison.json that the card shows: key, label, form. The interval's key is this one, less _accuracy, plus _interval.

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from utils.model.export.source import Export, Source, save_tokenizer
-from utils.model.load import load_model, load_tokenizer
+from utils.model.folder import load_model, load_tokenizer
 
 PRECISIONS = ("bf16", "fp32")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

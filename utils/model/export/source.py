@@ -9,11 +9,14 @@ import torch
 
 from utils.files import read_json, write_json
 from utils.model.chat_format import with_default_mode
-from utils.model.folders import adapter_base
+from utils.model.folder import (
+    adapter_base,
+    load_model,
+    load_tokenizer,
+    read_record,
+    write_config_for_other_tools,
+)
 from utils.model.generate import thinks_by_default
-from utils.model.load import load_model, load_tokenizer
-from utils.model.run_record import read_record
-from utils.model.save import write_config_for_other_tools
 from utils.settings import ROOT
 
 # What a tokenizer consists of, besides the chat template.

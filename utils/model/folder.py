@@ -1,0 +1,440 @@
+"""Model folders: find, check, load and save them, and read and write a run's run.json.
+
+Safetensors only, no remote code, and no network once the models are on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import textwrap
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import NO_MEMORY, UserError
+from utils.files import read_json, sha256_of, show_path, write_json
+from utils.model.chat_format import DECODING, generation_settings, with_default_mode, without_modes
+from utils.model.folder_checks import INDEX, cannot_load, check_files
+from utils.model.hub_models import fetch, local_folder
+from utils.model.template_check import problem_of
+from utils.settings import ROOT
+
+if TYPE_CHECKING:  # a wrong folder is refused before these are imported
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# What makes a folder that a setting names but that is not there yet.
+MADE_BY = {
+    "model_download/Qwen3-0.6B": "python model_download/download_model.py",
+    "trainer_output/sft_finetuned": "python model_finetune/finetune_sft.py",
+    "trainer_output/lora_finetuned": "python model_finetune/finetune_lora.py",
+    "trainer_output/dpo_finetuned": "python model_finetune/finetune_dpo.py",
+}
+
+
+def check_model(model: str, above: tuple[Path, ...] = ()) -> str:
+    """Return `model` (a folder as text, or a Hub id) if it can be a causal language model; UserError otherwise.
+
+    Reads a few small files only, so that a wrong folder is refused before torch is imported. `above`: the adapters (resolved
+    paths) that `model` is the base of.
+    """
+    folder, weights = Path(model), "*.safetensors"
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"{show_path(folder)} is a link to something that is not there")
+    if not folder.exists():
+        return _hub_id(model)
+    if not folder.is_dir():
+        inside = (folder.parent / "config.json").is_file()
+        hint = f"; did you mean {show_path(folder.parent)}?" if inside else ""
+        raise UserError(f"{show_path(folder)} is a file, wanted a model folder{hint}")
+    if (folder / "adapter_config.json").is_file():
+        _check_base(folder, above)
+        weights = "adapter_model.safetensors"  # peft would go on with a pickled adapter_model.bin
+    elif not (folder / "config.json").is_file():
+        raise _no_model(folder)
+    if not list(folder.glob(weights)):
+        raise UserError(f"{show_path(folder)} holds no *.safetensors weights; other formats are not loaded")
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(
+            f"{show_path(folder)} has no tokenizer; copy tokenizer*.json and chat_template.jinja from its base"
+        )
+    return model
+
+
+def _hub_id(model):
+    """`model`, which is no folder here, if it can be a Hub id such as Qwen/Qwen3-0.6B: not C:/models, ~/models or ./models."""
+    known = Path(ROOT, model).resolve().as_posix()
+    for place, command in MADE_BY.items():
+        if known == (ROOT / place).as_posix():
+            raise UserError(f"the model folder {model} does not exist; make it with: {command}")
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) and not (ROOT / model).parent.is_dir():
+        return model
+    raise UserError(
+        f"the model folder {model} does not exist; download one: python model_download/download_model.py"
+    )
+
+
+def _check_base(folder, above):
+    base = adapter_base(folder)
+    if not Path(base).is_dir():
+        raise UserError(
+            f"{show_path(folder)} is a LoRA adapter for {base}, which is not there; use its merged/ folder"
+        )
+    if folder.resolve() in above:
+        raise cannot_load(folder, "adapter_config.json", "names a base that is an adapter of this one")
+    check_model(base, (*above, folder.resolve()))
+
+
+def _no_model(folder):
+    """The UserError for a folder without a config: what it holds, and the newest model folder in it."""
+    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
+    nested = [*folder.glob("*/config.json"), *folder.glob("*/adapter_config.json")]
+    hint = "a model has config.json and *.safetensors"
+    if nested:
+        newest = max(nested, key=lambda path: path.stat().st_mtime)
+        hint = f"did you mean {show_path(newest.parent)}?"
+    return UserError(f"{show_path(folder)} is not a model folder (it holds {found}); {hint}")
+
+
+def find_models() -> list[Path]:
+    """Folders that load: finished runs, the newest first, then downloaded models, Qwen3-0.6B before the tiny one."""
+    runs = [folder for folder in (ROOT / "trainer_output").glob("*/") if _is_model(folder)]
+    bases = [folder for folder in (ROOT / "model_download").glob("*/") if _is_model(folder)]
+    return sorted(runs, key=written_at, reverse=True) + sorted(bases)
+
+
+def written_at(folder: Path) -> float:
+    """When the weights in a model folder were written (seconds since 1970): for a run, when it ended."""
+    return max(path.stat().st_mtime for path in folder.glob("*.safetensors"))
+
+
+def _is_model(folder):
+    try:
+        check_model(str(folder))
+        check_files(folder)
+    except (UserError, OSError):
+        return False
+    return True
+
+
+def adapter_base(folder: str | Path) -> str:
+    """The base model that a LoRA adapter folder names: a path (relative ones are to the repository) or a Hub id."""
+    path = Path(folder) / "adapter_config.json"
+    config = read_json(path)
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not base or not isinstance(base, str):
+        raise UserError(f"{show_path(path)} names no base model (base_model_name_or_path)")
+    if base.startswith(("//", "\\\\")):  # Windows would log in at a server of the adapter's choice
+        raise UserError(f"{show_path(path)} names a base model on another machine")
+    try:
+        inside = ROOT / base
+        return str(inside) if inside.is_dir() else base
+    except OSError:
+        raise UserError(
+            f"{show_path(path)} names a base model that no folder can be called: {base[:60]} ..."
+        ) from None
+
+
+def model_sha256(model: str | Path) -> str:
+    """One sha256 over the weights, config and tokenizer of a model folder, or of the one that a Hub id has in the cache."""
+    kinds = (".safetensors", ".jinja")
+    names = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", INDEX)
+    files = Path(local_folder(str(model))).iterdir()
+    digests = {path.name: sha256_of(path) for path in files if path.suffix in kinds or path.name in names}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def quiet_offline(*models):
+    """Before transformers is imported: no usage pings, and models named by a Hub id are brought to this machine and checked.
+
+    After that nothing asks the Hub. UserError or RunError, in one line, where such a model cannot be had.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Threads and forks do not mix, and we batch anyway.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for model in models:
+        if not Path(model).is_dir():
+            fetch(model)
+            check_model(local_folder(model))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    # peft asks transformers for this under its old name; nothing that a user could change
+    warnings.filterwarnings(
+        "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+    )
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # "Loading weights" bars of a fraction of a second
+
+
+def load_tokenizer(model):
+    """The tokenizer of a model folder, adapter folder or Hub id."""
+    from transformers import AutoTokenizer
+
+    folder = local_folder(model)
+    check_files(Path(folder))
+    with _told_in_one_line(model, "tokenizer.json or tokenizer_config.json"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if not isinstance(tokenizer.chat_template, str) or "<|im_end|>" not in tokenizer.get_vocab():
+        raise UserError(
+            f"{model} is not a Qwen chat model: its tokenizer has no chat template with <|im_end|>"
+        )
+    _check_size(tokenizer, folder)
+    if problem := problem_of(without_modes(tokenizer.chat_template)):
+        raise UserError(f"{model} cannot be loaded: its chat template (chat_template.jinja) {problem}")
+    return tokenizer
+
+
+def _check_size(tokenizer, folder):
+    """UserError where the tokenizer has tokens that the model knows no embedding for: that of another model was copied here."""
+    while (Path(folder) / "adapter_config.json").is_file():
+        base = adapter_base(folder)
+        # An exported adapter may name a base that is not here; whoever loads the weights is told.
+        try:
+            folder = local_folder(base)
+        except UserError:
+            return
+    size, last = read_json(Path(folder) / "config.json")["vocab_size"], max(tokenizer.get_vocab().values())
+    if last >= size:
+        raise UserError(
+            f"{tokenizer.name_or_path} cannot be loaded: tokenizer.json is of another model: it has token {last:,}, "
+            f"and the model knows {size:,}"
+        )
+
+
+def load_model(model, dtype):
+    """The causal language model of a folder or Hub id in `dtype`; a LoRA adapter comes merged into its base.
+
+    The merge is done in float32 and rounded once, as for a merged/ folder, so that both give the same answers.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    if not (Path(model) / "adapter_config.json").is_file():
+        return _load_whole(model, dtype)
+    from peft import PeftModel
+
+    check_model(model)  # no adapter is its own base
+    check_files(Path(model))
+    _check_same_base(Path(model), adapter_base(model))
+    base = load_model(adapter_base(model), torch.float32)
+    with _told_in_one_line(model, "adapter_config.json or adapter_model.safetensors"):
+        merged = PeftModel.from_pretrained(base, model).merge_and_unload()
+    for weight in merged.parameters():  # not .to(dtype), which would round the rotary frequencies as well
+        weight.data = weight.data.to(dtype)
+    if (Path(model) / "generation_config.json").is_file():
+        with _told_in_one_line(model, "generation_config.json"):
+            merged.generation_config = GenerationConfig.from_pretrained(model)
+    return merged
+
+
+def load_for_lora(model, dtype):
+    """The model of a folder or Hub id with frozen weights, for adapters.
+
+    Linear layers and embeddings are held in `dtype`, in which their products are computed anyway: with bfloat16 half the memory,
+    and no copy of them in every step. The norms stay float32.
+    """
+    import torch
+    from torch import nn
+
+    adapter = (Path(model) / "adapter_config.json").is_file()
+    loaded = load_model(model, torch.float32 if adapter else "auto")
+    for module in loaded.modules():
+        for weight in module.parameters(recurse=False):
+            weight.data = weight.data.to(
+                dtype if isinstance(module, nn.Linear | nn.Embedding) else torch.float32
+            )
+    return loaded.requires_grad_(False)
+
+
+def load_for_answers(model, device):
+    """The model of a folder or Hub id on `device` (utils.device.Device), its weights in the device's form for answers."""
+    from utils.model.answer_weights import hold_weights
+
+    adapter = (Path(model) / "adapter_config.json").is_file()
+    # Weights that are packed anyway are not widened to float32 before.
+    dtype = device.dtype if device.weights == "plain" or adapter else "auto"
+    loaded = load_model(model, dtype).to(device.name).eval()
+    hold_weights(loaded, device.weights)
+    return loaded
+
+
+def _load_whole(model, dtype):
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    folder = local_folder(model)
+    check_files(Path(folder))
+    if (Path(folder) / "generation_config.json").is_file():
+        with _told_in_one_line(model, "generation_config.json"):
+            GenerationConfig.from_pretrained(folder)
+    with _told_in_one_line(model, "config.json"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config._attn_implementation = "sdpa"  # a name in config.json would be fetched as a kernel
+    with _told_in_one_line(model, "config.json or *.safetensors"):
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            config=config,
+        )
+    if loaded.config.model_type != "qwen3" or set(loaded.config.layer_types) != {"full_attention"}:
+        raise UserError(
+            f"{model} is a {loaded.config.model_type} model; wanted Qwen3, without sliding windows"
+        )
+    if report["missing_keys"]:  # transformers would go on with random numbers in their place
+        raise UserError(
+            f"{model} is not whole: its weights lack {', '.join(sorted(report['missing_keys'])[:3])} ..."
+        )
+    return loaded
+
+
+def _check_same_base(adapter, base):
+    """UserError where `base` is not what the adapter was trained on, as its run.json tells: the answers would be noise."""
+    for folder in (adapter, adapter.parent):  # a checkpoint belongs to the run in the folder above it
+        if record := read_record(folder, {"identity": dict}):
+            trained_on = record["identity"].get("MODEL")
+            if trained_on and trained_on != f"sha256 {model_sha256(base)}":
+                raise UserError(
+                    f"{show_path(adapter)} was trained on other weights than {show_path(base)} holds now; "
+                    "use its merged/ folder, or bring that base model back"
+                )
+            return
+
+
+@contextlib.contextmanager
+def _told_in_one_line(model, name):
+    """What the libraries raise for damaged, foreign or unreachable files, as a UserError of one line that names the file.
+
+    For such files they raise whatever the values run into, TypeError as well as Exception itself.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY):
+            raise
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{model} needs Python code of its own to load, and code from a model is not run here"
+            ) from None
+        why = textwrap.shorten(str(error) or type(error).__name__, 300)
+        raise UserError(f"{model} cannot be loaded: {name} is damaged or foreign ({why})") from None
+
+
+TOKENS_OF_CONFIG = ("bos_token_id", "pad_token_id")  # in config.json as well as in generation_config.json
+
+
+def remember_mode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, thinking: bool) -> None:
+    """Make the thinking mode of the training rows the default of all that is saved: checkpoints and finished folder alike.
+
+    Answers are drawn as Qwen advises for the mode; a base that says do_sample false, as the tiny one does, stays greedy.
+    """
+    tokenizer.chat_template = with_default_mode(tokenizer.chat_template, thinking)
+    settings = generation_settings(tokenizer, thinking)
+    if model.generation_config.do_sample is False:
+        settings = {name: value for name, value in settings.items() if name not in DECODING[thinking]}
+    model.generation_config.update(**settings)
+    model.config.update({name: settings[name] for name in TOKENS_OF_CONFIG})
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Save a model (or adapter), its decoding settings and its tokenizer.
+
+    Weights keep float32: rounding them to bfloat16 would lose updates as small as DPO's.
+    """
+    model.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)  # an adapter's save_pretrained leaves it out
+    tokenizer.save_pretrained(folder)
+    _sort_adapter_config(Path(folder))
+    write_config_for_other_tools(Path(folder))
+
+
+def _sort_adapter_config(folder):
+    """PEFT writes its sets in an order that differs from run to run."""
+    path = folder / "adapter_config.json"
+    if path.is_file():
+        config = read_json(path)
+        write_json(path, {name: sorted(value) if _is_set(value) else value for name, value in config.items()})
+
+
+def _is_set(value):
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def write_config_for_other_tools(folder: Path) -> None:
+    """Make a folder that transformers 5 saved readable for transformers 4 too, and for what is built on either.
+
+    config.json gets the RoPE base where 4.x looks for it: without it, 4.57 computes with 10,000 and says nothing. The
+    tokenizer gets a class that both know. It is not Qwen2Tokenizer, with which 5.x would ignore how tokenizer.json splits words.
+    PEFT's README.md, a form to fill in with a path of this machine, is removed.
+    """
+    if (folder / "config.json").is_file():
+        config = read_json(folder / "config.json")
+        rope = dict(config["rope_parameters"])
+        config["rope_theta"] = rope.pop("rope_theta")
+        config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+        write_json(folder / "config.json", config)
+    config = read_json(folder / "tokenizer_config.json")
+    if config["tokenizer_class"] == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config["model_input_names"] = ["input_ids", "attention_mask"]
+    for name in ("backend", "is_local", "local_files_only"):
+        config.pop(name, None)
+    if isinstance(config.get("extra_special_tokens"), list):
+        # the name that 4.x has for such a list, and 5.x takes
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    write_json(folder / "tokenizer_config.json", config)
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def save_adapter_and_merged(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save the adapter of a PeftModel at the root of `folder`, the merged model in merged/. `model` is of no use afterwards.
+
+    The base is read from its folder once more, in float32: in training it may have been held in bfloat16, and the merged
+    weights are to be rounded no further than those of a base that was not.
+    """
+    import torch
+
+    from utils.device import release_memory
+
+    save_model(model, tokenizer, folder)
+    for weight in model.parameters():  # two models at once would be the peak of the whole run
+        if not weight.requires_grad:
+            weight.data = weight.data.new_empty(0)
+    release_memory()
+    merged = load_model(str(folder), torch.float32)
+    merged.config.update({name: getattr(model.config, name) for name in TOKENS_OF_CONFIG})
+    save_model(merged, tokenizer, folder / "merged")
+
+
+RECORD = "run.json"
+# The fields that a run needs to go on, and of what type they are.
+RECORD_FIELDS: dict[str, type] = {"status": str, "identity": dict, "settings": dict}
+
+
+def read_record(folder: str | Path, fields: dict[str, type] | None = None) -> dict[str, Any] | None:
+    """The record of a training folder; None where it has none. UserError where it is damaged or lacks one of `fields`."""
+    path = Path(folder) / RECORD
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise UserError(f"{show_path(path)} is damaged: it holds no object")
+    wanted = dict(fields or {})
+    if fields and record.get("status") == "finished":
+        wanted["results"] = dict
+    for name, kind in wanted.items():
+        if not isinstance(record.get(name), kind):
+            raise UserError(
+                f"{show_path(path)} is damaged: its {name} is no {kind.__name__}; restore the file, or start over with --fresh"
+            )
+    return record
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write the record of a training folder."""
+    write_json(folder / RECORD, record)
