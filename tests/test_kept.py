@@ -1,0 +1,120 @@
+"""Kept results: the same identity gives them back, anything damaged or foreign is told in one line and made again."""
+
+import json
+
+import pytest
+
+from utils.kept import (
+    changed_file,
+    damage,
+    digest,
+    is_kept,
+    list_files,
+    read_kept,
+    record_path,
+    seal,
+    write_kept,
+)
+
+IDENTITY = {"model": "sha256 12", "settings": {"ROWS": 3}, "shape": [1, 2]}
+
+
+def test_a_value_comes_back_for_its_identity_alone(tmp_path, capsys):
+    path, value = tmp_path / "scores.json", {"名": [0.1, None, "\ud800"], "z": {"b": 1, "a": float("inf")}}
+    assert (
+        read_kept(path, IDENTITY) is None and capsys.readouterr().out == ""
+    )  # nothing is there: nothing is told
+    write_kept(path, {**IDENTITY, "shape": (1, 2)}, value)
+    assert read_kept(path, IDENTITY) == value and capsys.readouterr().out == ""
+    assert read_kept(path, {**IDENTITY, "model": "sha256 13", "new": 1}) is None
+    assert capsys.readouterr().out.endswith("scores.json is of other model, new; making it again\n")
+
+
+def cut(text):
+    return text[: len(text) // 2]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        cut,
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: "{}",
+        lambda text: "[" * 100_000,
+        lambda text: text.replace("0.25", "0.26"),
+        lambda text: json.dumps({**json.loads(text), "identity": "none"}),
+        lambda text: json.dumps({"identity": IDENTITY}),
+    ],
+)
+def test_a_damaged_value_is_told_in_one_line(tmp_path, capsys, change):
+    path = tmp_path / "scores.json"
+    write_kept(path, IDENTITY, [0.25])
+    path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
+    assert read_kept(path, IDENTITY) is None
+    assert capsys.readouterr().out.endswith("scores.json is damaged; making it again\n")
+
+
+def folder_of(tmp_path):
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    (folder / "weights").write_bytes(b"w" * 100)
+    (folder / "optimizer").write_bytes(b"o" * 100)
+    seal(folder, IDENTITY)
+    return folder
+
+
+def test_a_sealed_folder_moves_with_its_record(tmp_path, capsys):
+    folder = folder_of(tmp_path).rename(tmp_path / "other")
+    assert is_kept(folder, IDENTITY) and not damage(folder, IDENTITY)
+    assert not is_kept(tmp_path / "nothing", IDENTITY) and capsys.readouterr().out == ""
+    assert damage(folder, {}) == "of other model, settings, shape"
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda folder: (folder / "optimizer").write_bytes(b"o" * 99 + b"x"), "damaged (optimizer)"),
+        (lambda folder: (folder / "weights").write_bytes(b"w" * 99), "damaged (weights)"),
+        (lambda folder: (folder / "weights").unlink(), "damaged (weights)"),
+        (lambda folder: record_path(folder).write_text("{", encoding="utf-8"), "damaged"),
+        (
+            lambda folder: record_path(folder).write_text('{"identity": {}, "files": {}}', encoding="utf-8"),
+            "of other",
+        ),
+    ],
+)
+def test_a_spoilt_folder_is_told_in_one_line(tmp_path, capsys, spoil, said):
+    folder = folder_of(tmp_path)
+    spoil(folder)
+    assert damage(folder, IDENTITY).startswith(said)
+    assert not is_kept(folder, IDENTITY)
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1 and said in told and told.endswith("; making it again\n")
+
+
+def test_a_sealed_file_has_its_record_beside_it(tmp_path):
+    path = tmp_path / "rows.jsonl-1.arrow"
+    path.write_bytes(b"tokens")
+    assert not is_kept(path, IDENTITY)  # without a record it was never finished
+    seal(path, IDENTITY)
+    assert record_path(path).name == "rows.jsonl-1.arrow.json" and is_kept(path, IDENTITY)
+    path.write_bytes(b"tokenz")
+    assert damage(path, IDENTITY) == "damaged (rows.jsonl-1.arrow)"
+
+
+def test_files_older_than_their_record_are_not_read_again(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"aa")
+    files, time = list_files(path), path.stat().st_mtime
+    path.write_bytes(b"ab")
+    assert changed_file(tmp_path, files) == changed_file(tmp_path, files, since=time) == path.name
+    assert changed_file(tmp_path, files, since=path.stat().st_mtime + 1) == ""
+
+
+def test_the_digest_does_not_depend_on_the_order_of_keys():
+    assert (
+        digest({"a": 1, "b": [1.5, "药"]})
+        == digest({"b": [1.5, "药"], "a": 1})
+        != digest({"a": 1, "b": [1.5]})
+    )
