@@ -48,15 +48,15 @@ SEED = 0                    # changes the draws
 # ----
 # fmt: on
 
-KINDS = ("auto", "facts", "mismatch", "model")
+OUTPUT_FILES = ("auto", "facts", "mismatch", "model")
 TOLD_APART = 0.65  # share of the pairs told apart without the question from which a model would learn that
 LEAST_PAIRS = 30  # below that, the share says nothing
 
 
 def main(argv=None):
     settings = parse_settings(__file__, argv)
-    if settings.KIND not in KINDS:
-        raise UserError(f"--kind: wanted one of {', '.join(KINDS)}, got {settings.KIND!r}")
+    if settings.KIND not in OUTPUT_FILES:
+        raise UserError(f"--kind: wanted one of {', '.join(OUTPUT_FILES)}, got {settings.KIND!r}")
     settings.show()
     kind = settings.KIND
     if kind == "auto":

@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.data.columns import parse_columns
+from utils.data.inputs import find_input_files
 from utils.data.schemas import OUTPUTS, RowOptions
-from utils.data.sources import find_sources
 from utils.errors import UserError, run
 from utils.files import show_path, write_json
 from utils.settings import command, parse_settings
@@ -54,7 +54,7 @@ def main(argv=None):
     from utils.plots import draw_lengths
 
     # 1. Find the files, tell their encodings and the splits that their names say
-    sources, skipped = find_sources(settings.INPUT_FILES, DOWNLOAD, settings.SPLIT_BY_NAME)
+    sources, skipped = find_input_files(settings.INPUT_FILES, DOWNLOAD, settings.SPLIT_BY_NAME)
     refuse_to_overwrite(sources, settings.OUTPUT_DIR)
     settings.OUTPUT_DIR.mkdir(parents=True, exist_ok=True)
 

@@ -36,7 +36,7 @@ RETRIES = 6                                             # failures in a row, wit
 
 PINNED_DATASET, PINNED_COMMIT = "michaelwzhu/ShenNong_TCM_Dataset", "7356f4f786b87c6bcb3c38d8b6d4b5e75aadb718"
 PINNED_FILES = ["ChatMed_TCM-v0.2.json"]
-KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")  # what the conversion reads
+OUTPUT_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")  # what the conversion reads
 NOT_DATA = ("dataset_info.json", "dataset_infos.json")  # descriptions that the datasets library writes
 SAMPLE_DIR = ROOT / "data_prepare" / "sample"
 CONVERT = "data_prepare/convert_to_qwen3_format.py"
@@ -91,16 +91,18 @@ def copy_sample(folder: Path) -> None:
 
 def choose_files(repo: Repo, wanted: list[str]) -> list[str]:
     """The names in `wanted`, or those of all data files. UserError where a name is not there or is of no known kind."""
-    data = [name for name in sorted(repo.files) if name.endswith(KINDS) and Path(name).name not in NOT_DATA]
+    data = [
+        name for name in sorted(repo.files) if name.endswith(OUTPUT_FILES) and Path(name).name not in NOT_DATA
+    ]
     if not data:
         raise UserError(
-            f"{repo.id} holds no {' '.join(KINDS)} file (it holds {', '.join(sorted(repo.files)[:8])})"
+            f"{repo.id} holds no {' '.join(OUTPUT_FILES)} file (it holds {', '.join(sorted(repo.files)[:8])})"
         )
     for name in wanted:
         if name not in data:
             near = difflib.get_close_matches(name, data, n=1, cutoff=0.3) or data
             raise UserError(
-                f"{repo.id} has no data file {name} ({' '.join(KINDS)}); did you mean {near[0]}? "
+                f"{repo.id} has no data file {name} ({' '.join(OUTPUT_FILES)}); did you mean {near[0]}? "
                 f"See {repo.page}/tree/main"
             )
     return wanted or data

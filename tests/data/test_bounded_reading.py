@@ -11,9 +11,9 @@ import pytest
 from conftest import ROOT
 
 from utils.data import readers
+from utils.data.inputs import InputFile, find_input_files
+from utils.data.messages import Reject
 from utils.data.readers import parse_row, read_rows
-from utils.data.reject import Reject
-from utils.data.sources import Source, find_sources
 from utils.errors import UserError
 
 
@@ -27,7 +27,7 @@ def test_many_duplicate_keys_take_no_longer_than_their_text():
 
 def parquet(path, columns, **options):
     pyarrow.parquet.write_table(pyarrow.table(columns), path, **options)
-    return list(read_rows(Source(path, path.name)))
+    return list(read_rows(InputFile(path, path.name)))
 
 
 def test_parquet_cells_that_raise_set_aside_their_row(tmp_path):
@@ -54,8 +54,8 @@ def test_a_small_parquet_file_takes_bounded_memory(tmp_path):
     assert path.stat().st_size < 20_000
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from pathlib import Path; from utils.data.readers import read_rows; from utils.data.sources import Source\n"
-        f"rows = sum(1 for _ in read_rows(Source(Path({str(path)!r}), 'x')))\n"
+        "from pathlib import Path; from utils.data.readers import read_rows; from utils.data.inputs import InputFile\n"
+        f"rows = sum(1 for _ in read_rows(InputFile(Path({str(path)!r}), 'x')))\n"
         "import pyarrow; print(rows, pyarrow.default_memory_pool().max_memory() >> 20)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8")
@@ -67,9 +67,9 @@ def test_parquet_row_groups_that_no_memory_holds_are_refused(tmp_path, monkeypat
     path = shared_text(tmp_path / "shared.parquet", 10, 1 << 20)
     monkeypatch.setattr(readers, "LARGEST_GROUP", 1 << 19)
     with pytest.raises(UserError, match="shared.parquet has a row group of 1 MB"):
-        list(read_rows(Source(path, path.name)))
+        list(read_rows(InputFile(path, path.name)))
     monkeypatch.setattr(readers, "LARGEST_GROUP", 1 << 30)
-    assert len(list(read_rows(Source(path, path.name)))) == 10
+    assert len(list(read_rows(InputFile(path, path.name)))) == 10
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz", "a.tsv.gz"])
@@ -78,6 +78,6 @@ def test_a_line_that_unpacks_to_more_than_memory_is_refused(tmp_path, monkeypatc
     monkeypatch.setattr(readers, "LONGEST_LINE", 1 << 20)
     first = b'{"query": "q?", "response": "x"}\n' if "json" in name else b"query\n"
     (tmp_path / name).write_bytes(gzip.compress(first + b"\0" * (2 << 20)))
-    [source] = find_sources([tmp_path / name], "", True)[0]
+    [source] = find_input_files([tmp_path / name], "", True)[0]
     with pytest.raises(UserError, match=rf"{name}, line 2 is longer than 1 MiB"):
         list(read_rows(source))

@@ -11,8 +11,8 @@ from conftest import ROOT
 from data_rows import read, write_lines
 
 from utils.data.convert import Batch, examine
+from utils.data.inputs import InputFile
 from utils.data.schemas import RowOptions
-from utils.data.sources import Source
 from utils.data.text_store import TextStore
 from utils.errors import UserError
 from utils.model.chat_format import encode_turns
@@ -158,7 +158,7 @@ def test_text_store_gives_back_what_it_took(tmp_path):
 )
 def test_output_lines_are_what_json_writes(row):
     """Lines of conversations are put together by hand, for speed."""
-    source = Source(Path("my.jsonl"), 'my "data".jsonl', encoding="utf-8")
+    source = InputFile(Path("my.jsonl"), 'my "data".jsonl', encoding="utf-8")
     examined = examine(Batch(0, source, [(7, row)], RowOptions(max_characters=100)))
     lines = examined.lines
     assert examined.lengths == [len(lines)]

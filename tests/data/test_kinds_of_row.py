@@ -9,7 +9,7 @@ from conftest import ROOT
 from data_rows import read, write_lines
 
 # What a person writes there for rows {"prompt", "answer", "score"} that are to be trained on and held out by themselves.
-LINE = '    "scored": Kind("scored_train", "scored_eval", dealt=True),\n'
+LINE = '    "scored": OutputFiles("scored_train", "scored_eval", dealt=True),\n'
 READER = """
 def _scored(row, schema):
     prompt = [{"role": "user", "content": row["prompt"]}]
@@ -26,7 +26,7 @@ def test_a_kind_that_schemas_names_gets_its_files(tmp_path):
         )
     place = tmp_path / "utils/data/schemas.py"
     text = place.read_text(encoding="utf-8")
-    for before, more in [("KINDS = {\n", LINE), ("    have = set(fields)\n", RECOGNISED)]:
+    for before, more in [("OUTPUT_FILES = {\n", LINE), ("    have = set(fields)\n", RECOGNISED)]:
         assert text.count(before) == 1
         text = text.replace(before, before + more)
     place.write_text(text + READER, encoding="utf-8")

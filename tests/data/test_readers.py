@@ -6,8 +6,8 @@ import json
 import pytest
 from data_rows import BAD, RAW
 
+from utils.data.inputs import InputFile, detect_encoding
 from utils.data.readers import batches
-from utils.data.sources import Source, detect_encoding
 
 SCRIPT = "data_prepare/convert_to_qwen3_format.py"
 
@@ -117,5 +117,5 @@ def test_table_rows_that_are_none(tmp_path, convert):
 def test_encoding_of_a_damaged_utf8_file(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join(["麻黄汤".encode()] * 5 + ["麻黄".encode("gb18030")] * 3 + [b"\xff"]))
-    assert detect_encoding(Source(path, path.name)) == "utf-8"
-    assert sum(len(batch) for _, batch in batches([Source(path, path.name, encoding="utf-8")])) == 9
+    assert detect_encoding(InputFile(path, path.name)) == "utf-8"
+    assert sum(len(batch) for _, batch in batches([InputFile(path, path.name, encoding="utf-8")])) == 9

@@ -10,7 +10,7 @@ import pytest
 from data_rows import write_lines
 
 from utils.data import convert as conversion
-from utils.data.sources import Source
+from utils.data.inputs import InputFile
 from utils.errors import UserError
 
 
@@ -39,4 +39,4 @@ def test_sizes_are_those_of_the_unpacked_files(tmp_path):
         ("a.zip", packed.getvalue(), "in.jsonl"),
     ):
         (tmp_path / name).write_bytes(data)
-        assert Source(tmp_path / name, name, member=member).size == len(content)
+        assert InputFile(tmp_path / name, name, member=member).size == len(content)

@@ -4,7 +4,7 @@ import pytest
 from data_rows import BAD, EXAM, PREFERENCE, SFT, turns
 
 from utils.data.columns import parse_columns
-from utils.data.reject import Reject
+from utils.data.messages import Reject
 from utils.data.schemas import RowOptions, convert_row
 
 

@@ -10,7 +10,7 @@ import zipfile
 import pytest
 from data_rows import write_lines
 
-from utils.data.sources import find_sources, says_evaluation
+from utils.data.inputs import find_input_files, says_evaluation
 from utils.errors import UserError
 
 
@@ -189,7 +189,7 @@ def test_openpyxl_is_named_where_it_is_missing(tmp_path, convert, monkeypatch):
 
 def test_each_file_is_read_once(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", *ROWS)
-    sources, _ = find_sources([tmp_path, path], "x")
+    sources, _ = find_input_files([tmp_path, path], "x")
     assert [source.name for source in sources] == ["a.jsonl"]
 
 

@@ -5,8 +5,8 @@ from collections import Counter
 
 from utils.data.columns import look_reversed, suggest_columns
 from utils.data.convert import Recognised
+from utils.data.inputs import InputFile
 from utils.data.row_index import KIND
-from utils.data.sources import Source
 from utils.files import show_path
 from utils.text import shorten
 
@@ -14,7 +14,7 @@ COMMAND = "python data_prepare/convert_to_qwen3_format.py"
 SHOWN = 40  # characters of a text
 
 
-def refusal(sources: list[Source], found: Recognised, columns: str) -> str:
+def refusal(sources: list[InputFile], found: Recognised, columns: str) -> str:
     """Why there is nothing to convert, in one line; "" where there is. `columns`: the setting."""
     if found.schemas and (not columns or found.schemas["--columns"]):
         return ""
@@ -60,7 +60,7 @@ def _read_as(sources, found, file):
     )
 
 
-def notes(sources: list[Source], found: Recognised, columns: dict[str, str]) -> list[str]:
+def notes(sources: list[InputFile], found: Recognised, columns: dict[str, str]) -> list[str]:
     """A line for each file of which no row could be used, and for columns that look the wrong way round."""
     rows, said = found.row_index.rows, []
     for file, source in enumerate(sources):

@@ -13,11 +13,11 @@ import psutil
 
 from utils.data.columns import UnknownRow
 from utils.data.dedup import KEPT, REASONS, Decisions
+from utils.data.inputs import InputFile
+from utils.data.messages import Reject
 from utils.data.readers import batches, parse_row
-from utils.data.reject import Reject
 from utils.data.row_index import EVAL, KIND, IndexedBatch, RowIndex, content_key, index_rows
-from utils.data.schemas import KINDS, OUTPUTS, Item, RowOptions, convert_row
-from utils.data.sources import Source
+from utils.data.schemas import OUTPUT_FILES, OUTPUTS, ConvertedRow, RowOptions, convert_row
 from utils.data.text_store import TextStore
 from utils.data.workers import map_tasks
 from utils.errors import UserError
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
     """What a worker is given: rows (line, raw) of one file, the file's number, and how to read them."""
 
     file: int
-    source: Source
+    source: InputFile
     rows: list
     options: RowOptions
 
@@ -86,7 +86,7 @@ class Written(NamedTuple):
     sampled: list
 
 
-def recognise(sources: list[Source], options: RowOptions, folder: Path, workers: int) -> Recognised:
+def recognise(sources: list[InputFile], options: RowOptions, folder: Path, workers: int) -> Recognised:
     """Read and recognise every row. Texts wait in temporary files in `folder`; `workers` 0: as the size suggests."""
     size = sum(source.size for source in sources)
     workers = workers or (1 if size < LARGE else min(os.cpu_count() or 1, 8))
@@ -149,7 +149,7 @@ def _as_json(raw, encoding):
 def examine(batch: Batch) -> Examined:
     """Recognise the rows of one batch."""
     source, options = batch.source, batch.options
-    indexed: list[tuple[int, int, Item | None]] = []
+    indexed: list[tuple[int, int, ConvertedRow | None]] = []
     lines: list[bytes] = []
     rejects: list[FirstReject] = []
     unknown: list[UnknownRow] = []
@@ -185,7 +185,7 @@ def _shortened(value):
     return value[:UNKNOWN_CHARACTERS] if isinstance(value, str) else None
 
 
-def _output_line(name: str, line: int, key: int, item: Item) -> bytes:
+def _output_line(name: str, line: int, key: int, item: ConvertedRow) -> bytes:
     body, source = item.body, _ENCODE(f"{name}:{line}")
     if item.kind == "exam":
         body["subject"] = body["subject"] or Path(name.removesuffix(".gz")).stem
@@ -221,7 +221,7 @@ class Run(NamedTuple):
 
 
 def write_outputs(
-    found: Recognised, decisions: Decisions, sampled: numpy.ndarray, sources: list[Source], folder: Path
+    found: Recognised, decisions: Decisions, sampled: numpy.ndarray, sources: list[InputFile], folder: Path
 ) -> Written:
     """Write every line to its file, and the originals of duplicates and leaks to the ledger. `sampled`: a mask of rows."""
     written = Written(Counter(), Counter(), [])
@@ -250,7 +250,7 @@ def write_outputs(
 
 def _runs(rows, decisions, sampled) -> Iterator[Run]:
     bad = rows["kind"] == KIND["bad"]  # written as a pair with the good answer, which is read for each
-    files = [(OUTPUTS.index(kind.trained), OUTPUTS.index(kind.held_out)) for kind in KINDS.values()]
+    files = [(OUTPUTS.index(kind.trained), OUTPUTS.index(kind.held_out)) for kind in OUTPUT_FILES.values()]
     output = numpy.array([(-1, -1), *files])[rows["kind"], (decisions.split == EVAL).astype(int)]
     alone = (decisions.status != KEPT) | sampled | bad  # these need a look each, the others go by runs
     alone[::RUN] = True
@@ -286,6 +286,6 @@ def _repeat_line(row, found, decisions, sources):
 
 def remove_stale(folder: Path, outputs: Counter) -> None:
     """Remove the evaluation file of an earlier run that the new training file does not belong to."""
-    for kind in KINDS.values():
+    for kind in OUTPUT_FILES.values():
         if outputs[kind.trained] and not outputs[kind.held_out]:
             (folder / f"{kind.held_out}.jsonl").unlink(missing_ok=True)

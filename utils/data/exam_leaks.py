@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy
 
-from utils.data.exam_rows import options_in
+from utils.data.exams import options_in
 from utils.data.normalize import normalize, normalize_all, without_filler
 from utils.data.row_index import EXAM, KIND, TRAIN
 from utils.data.text_store import TextStore

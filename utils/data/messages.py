@@ -6,9 +6,15 @@ here; no output row does.
 
 from collections.abc import Sequence
 
-from utils.data.reject import Reject
-
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+
+
+class Reject(Exception):
+    """Why a row is set aside: `reason` is one of few, to count by, `detail` about this row, `row` what was read of it."""
+
+    def __init__(self, reason: str, detail: str = "", row: object = None):
+        super().__init__(reason, detail)
+        self.reason, self.detail, self.row = reason, detail, row
 
 
 def text_of(row: dict, field: str, what: str, optional: bool = False) -> str:

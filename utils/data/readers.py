@@ -13,9 +13,9 @@ import re
 import zipfile
 from collections.abc import Iterator
 
+from utils.data.inputs import BOM, DAMAGED, InputFile, says_evaluation
 from utils.data.json_stream import JsonStream, wrapper_key
-from utils.data.reject import Reject
-from utils.data.sources import BOM, DAMAGED, Source, says_evaluation
+from utils.data.messages import Reject
 from utils.errors import UserError
 from utils.files import show_path
 
@@ -28,15 +28,15 @@ LONGEST_LINE = 64 << 20  # bytes of a line that is read at all
 Raw = bytes | str | dict | Reject
 
 
-def read_rows(source: Source) -> Iterator[tuple[int, Raw]]:
+def read_rows(source: InputFile) -> Iterator[tuple[int, Raw]]:
     """Yield `(line, raw)` for every row, blank lines left out; `line`: where it starts, in Parquet and Excel its number."""
     try:
-        yield from _READERS[source.kind](source)
+        yield from _READERS[source.ending](source)
     except DAMAGED as error:
         raise UserError(f"{show_path(source.path)} cannot be unpacked ({error})") from None
 
 
-def batches(sources: list[Source]) -> Iterator[tuple[int, list]]:
+def batches(sources: list[InputFile]) -> Iterator[tuple[int, list]]:
     """Yield `(number of the source, [(line, raw), ...])`: at most BATCH_ROWS rows and about BATCH_CHARACTERS characters."""
     for number, source in enumerate(sources):
         batch, size = [], 0
@@ -107,7 +107,7 @@ def _json_rows(source):
     start = (first + more)[:START].removeprefix(BOM).lstrip()
     if first.rstrip().endswith((b"}", b"]")) and more.lstrip().startswith((b"{", b"[")):
         return _lines(source)
-    if start.startswith(b"[") if source.kind == ".json" else re.match(rb"\[\s*([\[{]|$)", start):
+    if start.startswith(b"[") if source.ending == ".json" else re.match(rb"\[\s*([\[{]|$)", start):
         return _array_rows(source)
     if wrapper_key(start.decode(source.encoding, "replace")):
         return _wrapped_rows(source)

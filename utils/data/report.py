@@ -7,9 +7,9 @@ import numpy
 
 from utils.data.convert import Recognised, Written
 from utils.data.dedup import KEPT, Decisions
+from utils.data.inputs import InputFile, Skipped
 from utils.data.row_index import EVAL, KIND, TRAIN
 from utils.data.schemas import OUTPUTS
-from utils.data.sources import Skipped, Source
 from utils.files import sha256_of
 from utils.model.chat_format import encode_turns
 from utils.model.folder import load_tokenizer, quiet_offline
@@ -31,7 +31,7 @@ def count_tokens(model: str, examples: list[dict]) -> list[int]:
 
 
 def build_report(
-    sources: list[Source],
+    sources: list[InputFile],
     skipped: list[Skipped],
     found: Recognised,
     decisions: Decisions,

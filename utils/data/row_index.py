@@ -9,14 +9,14 @@ import numpy
 
 from utils.data.minhash import signatures
 from utils.data.normalize import normalize_all, without_filler
-from utils.data.schemas import KINDS, Item
+from utils.data.schemas import OUTPUT_FILES, ConvertedRow
 from utils.data.text_store import TextStore
 
 LONG = 40  # characters without filler: as long as a case description, too long for a name in a template
 LONG_ANSWER = 20  # characters: two rows do not share such an answer by chance
 SHORTEST_LATER_TURN = 8  # characters: later turns such as "请继续" are no question of their own
 
-KIND = {kind: number for number, kind in enumerate(["", *KINDS])}  # 0: a row that cannot be used
+KIND = {kind: number for number, kind in enumerate(["", *OUTPUT_FILES])}  # 0: a row that cannot be used
 TRAIN, EVAL, EXAM = 1, 2, 3  # the splits
 TOLD = {"": 0, "train": TRAIN, "eval": EVAL}  # what a row says of its own split
 
@@ -59,7 +59,7 @@ def text_key(text: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def content_key(item: Item) -> int:
+def content_key(item: ConvertedRow) -> int:
     """The 64-bit key that a row's id is written from: the same wherever, and in whatever schema, the row comes from."""
     return text_key("\x1f".join([item.kind, *item.questions, "\x1e", item.rest]))
 
@@ -72,8 +72,8 @@ def _prompt_key(item):
     return text_key("\x1f".join(message["content"] for message in messages))
 
 
-def index_rows(rows: list[tuple[int, int, Item | None]]) -> IndexedBatch:
-    """The index of a batch of (line, content_key, Item, or None where the row cannot be used)."""
+def index_rows(rows: list[tuple[int, int, ConvertedRow | None]]) -> IndexedBatch:
+    """The index of a batch of (line, content_key, ConvertedRow, or None where the row cannot be used)."""
     items = [item for _, _, item in rows if item]
     rests = iter(normalize_all([item.rest for item in items]))
     asked = iter(normalize_all([question for item in items for question in item.questions]))

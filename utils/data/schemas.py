@@ -1,17 +1,18 @@
 """Recognise what a row is by its field names, and turn it into one of the things this project hands on.
 
-`convert_row` returns an Item: a conversation to train on ("sft"), a preference pair ("dpo"), an exam item ("exam") or an
+`convert_row` returns an ConvertedRow: a conversation to train on ("sft"), a preference pair ("dpo"), an exam item ("exam") or an
 answer that is marked as bad ("bad"); or it raises Reject with the reason. To add a schema of questions and answers, add a line
 to QUESTION_ANSWER; to add another language's or data set's name for a field, one to ALIASES; to add a kind of row, a line to
-KINDS and a reader that returns it.
+OUTPUT_FILES and a reader that returns it.
 """
 
 import functools
 import re
 from typing import NamedTuple
 
-from utils.data.exam_rows import LETTERS, as_conversation, exam_item, options_in, subject_of
+from utils.data.exams import LETTERS, as_conversation, exam_item, options_in, subject_of
 from utils.data.messages import (
+    Reject,
     assistant_message,
     history_of,
     in_order,
@@ -20,7 +21,6 @@ from utils.data.messages import (
     trimmed,
     turns_of,
 )
-from utils.data.reject import Reject
 
 # name, question field, further context, reasoning, answer; the first line whose question and answer fields a row has.
 QUESTION_ANSWER = (
@@ -66,7 +66,7 @@ _UNFIT_REASON = {
 }
 
 
-class Kind(NamedTuple):
+class OutputFiles(NamedTuple):
     """The output files (less .jsonl) of the rows that are trained on, and of those that are held out.
 
     `dealt`: whether a share of such rows is held out; others are never trained on, or follow rows of another kind.
@@ -77,20 +77,22 @@ class Kind(NamedTuple):
     dealt: bool
 
 
-KINDS = {
-    "sft": Kind("sft_train", "sft_eval", dealt=True),
-    "dpo": Kind("dpo_train", "dpo_eval", dealt=True),
-    "exam": Kind("exam", "exam", dealt=False),
+OUTPUT_FILES = {
+    "sft": OutputFiles("sft_train", "sft_eval", dealt=True),
+    "dpo": OutputFiles("dpo_train", "dpo_eval", dealt=True),
+    "exam": OutputFiles("exam", "exam", dealt=False),
     # with the good answer to its prompt, whose split it follows, a bad one becomes a preference pair
-    "bad": Kind("dpo_train", "dpo_eval", dealt=False),
+    "bad": OutputFiles("dpo_train", "dpo_eval", dealt=False),
 }
-OUTPUTS = list(dict.fromkeys(name for kind in KINDS.values() for name in (kind.trained, kind.held_out)))
+OUTPUTS = list(
+    dict.fromkeys(name for kind in OUTPUT_FILES.values() for name in (kind.trained, kind.held_out))
+)
 
 
-class Item(NamedTuple):
+class ConvertedRow(NamedTuple):
     """A usable row. `body`: the fields of the output line; `questions`: the user turns; `rest`: all text after the first."""
 
-    kind: str  # of KINDS
+    kind: str  # of OUTPUT_FILES
     schema: str
     body: dict  # of a bad answer: {"prompt", "rejected"}
     questions: list
@@ -115,8 +117,8 @@ class RowOptions(NamedTuple):
 PLAIN = RowOptions()
 
 
-def convert_row(row: dict, options: RowOptions = PLAIN) -> Item:
-    """The Item that a row makes; raises Reject."""
+def convert_row(row: dict, options: RowOptions = PLAIN) -> ConvertedRow:
+    """The ConvertedRow that a row makes; raises Reject."""
     schema, read, renamed = _recognise(tuple(row), options.columns)
     if read is None:
         names = {str(name).strip().lower() for name in row} - BESIDE_TEXT
@@ -147,7 +149,7 @@ def convert_row(row: dict, options: RowOptions = PLAIN) -> Item:
     characters = len(questions[0]) + len(rest)
     if options.max_characters and characters > options.max_characters:
         raise Reject("too long", f"{characters:,} characters")
-    return Item(kind, schema, body, questions, rest, split, characters, reasoning, was_trimmed)
+    return ConvertedRow(kind, schema, body, questions, rest, split, characters, reasoning, was_trimmed)
 
 
 def _told_split(row):

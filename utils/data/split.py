@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy
 
 from utils.data.row_index import EVAL, EXAM, KIND, TRAIN
-from utils.data.schemas import KINDS
+from utils.data.schemas import OUTPUT_FILES
 
 
 class SplitSettings(NamedTuple):
@@ -30,7 +30,7 @@ def assign_splits(
     for told in (TRAIN, EVAL):
         members = _groups_of(group[dealt & (rows["told"] == told)], len(keys))
         split[dealt & (rows["told"] == 0) & members[group]] = told
-    for kind in [KIND[name] for name, kind in KINDS.items() if kind.dealt]:
+    for kind in [KIND[name] for name, kind in OUTPUT_FILES.items() if kind.dealt]:
         free = numpy.flatnonzero((rows["kind"] == kind) & (rows["told"] == 0))
         free = free[numpy.unique(rows["content"][free], return_index=True)[1]]  # each distinct row once
         told = numpy.count_nonzero((rows["kind"] == kind) & (rows["told"] == EVAL))

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
-from utils.data.exam_rows import MULTIPLE, SINGLE, TRUE_FALSE
+from utils.data.exams import MULTIPLE, SINGLE, TRUE_FALSE
 from utils.device import Device
 from utils.errors import UserError
 from utils.evaluation.exams import prompt_texts

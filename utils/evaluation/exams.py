@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from utils.data.exam_rows import LETTERS, MULTIPLE, SINGLE, TRUE_FALSE
+from utils.data.exams import LETTERS, MULTIPLE, SINGLE, TRUE_FALSE
 from utils.device import Device
 from utils.evaluation.questions import ExamQuestion, kind_of
 from utils.model.chat_format import encode_prompt, encode_text

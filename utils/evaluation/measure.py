@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 
-from utils.data.exam_rows import MULTIPLE
+from utils.data.exams import MULTIPLE
 from utils.data.terms import Terms
 from utils.device import Device
 from utils.evaluation.exams import choices_by_letter, choices_by_text, choices_of_several

@@ -4,11 +4,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
-from utils.data.exam_rows import SINGLE
+from utils.data.exams import SINGLE
+from utils.data.inputs import find_input_files
+from utils.data.messages import Reject
 from utils.data.readers import parse_row, read_rows
-from utils.data.reject import Reject
 from utils.data.schemas import convert_row
-from utils.data.sources import find_sources
 from utils.data.terms import Terms
 from utils.errors import UserError
 from utils.files import show_path
@@ -44,10 +44,10 @@ class Tests(NamedTuple):
 def read_exam(path: Path) -> tuple[list[ExamQuestion], Counter[str]]:
     """The questions of a file, and the reasons why other rows are left out, counted.
 
-    Reads this project's exam.jsonl and all that the conversion knows as an exam (utils/data/exam_rows.py). UserError where no
+    Reads this project's exam.jsonl and all that the conversion knows as an exam (utils/data/exams.py). UserError where no
     row is a question.
     """
-    source = find_sources([path], "python data_prepare/convert_to_qwen3_format.py")[0][0]
+    source = find_input_files([path], "python data_prepare/convert_to_qwen3_format.py")[0][0]
     exam: dict[str, Any] = {}
     left_out: Counter[str] = Counter()
     for line, raw in read_rows(source):

@@ -14,8 +14,8 @@ from typing import IO, NamedTuple
 from utils.errors import UserError
 from utils.files import show_path
 
-TEXT_KINDS = (".jsonl", ".json", ".csv", ".tsv")
-KINDS = (*TEXT_KINDS, ".parquet", ".xlsx")
+TEXT_ENDINGS = (".jsonl", ".json", ".csv", ".tsv")
+DATA_ENDINGS = (*TEXT_ENDINGS, ".parquet", ".xlsx")
 ARCHIVES = (".gz", ".zip")
 EVALUATION = {"test", "valid", "validation", "val", "dev", "eval", "evaluation", "测试集", "验证集"}
 PLAIN_TEXT = "plain text: continued pre-training is not done here"
@@ -24,7 +24,7 @@ ENCODING_LINES = 1000  # non-ASCII lines looked at to tell UTF-8 from GB18030
 BOM = b"\xef\xbb\xbf"
 
 
-class Source(NamedTuple):
+class InputFile(NamedTuple):
     """One file of rows. `name`: what messages and output rows call it; `split`: "eval" where its name says so, else ""."""
 
     path: Path
@@ -34,7 +34,7 @@ class Source(NamedTuple):
     encoding: str = ""
 
     @property
-    def kind(self) -> str:
+    def ending(self) -> str:
         """The ending that says how it is read."""
         name = self.member or self.path.name.lower().removesuffix(".gz")
         return Path(name).suffix.lower()
@@ -74,9 +74,9 @@ class Skipped(NamedTuple):
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile)
 
 
-def find_sources(
+def find_input_files(
     inputs: list[Path], made_by: str, by_name: bool = True
-) -> tuple[list[Source], list[Skipped]]:
+) -> tuple[list[InputFile], list[Skipped]]:
     """The sources among `inputs` (files, or folders of them), each once, and what is skipped.
 
     UserError names `made_by`, the command that makes data. `by_name`: files in a folder, and folders in it, that are named
@@ -93,14 +93,16 @@ def find_sources(
             raise UserError(f"{show_path(given)} does not exist; make it with: {made_by}")
         elif why := _not_data(given):
             raise UserError(
-                f"{show_path(given)}: {why}; wanted {', '.join(KINDS)}, or such a file as .gz or .zip"
+                f"{show_path(given)}: {why}; wanted {', '.join(DATA_ENDINGS)}, or such a file as .gz or .zip"
             )
         else:
             found += _sources_of(given, given.name, "", skipped)
     if not found:
         places = ", ".join(map(show_path, inputs))
         there = f" (there: {'; '.join(f'{name}, {why}' for name, why in skipped[:3])})" if skipped else ""
-        raise UserError(f"no data file ({', '.join(KINDS)}) in {places}{there}; make one with: {made_by}")
+        raise UserError(
+            f"no data file ({', '.join(DATA_ENDINGS)}) in {places}{there}; make one with: {made_by}"
+        )
     for source in found:
         if not _encodes(source.name):
             raise UserError(
@@ -135,14 +137,14 @@ def _not_data(path):
     kind = Path(name.removesuffix(".gz")).suffix
     if kind in (".txt", ".md"):
         return PLAIN_TEXT if kind == ".txt" else "a text for people"
-    if kind in KINDS or name.endswith(".zip"):
+    if kind in DATA_ENDINGS or name.endswith(".zip"):
         return "" if kind not in (".parquet", ".xlsx") or not name.endswith(".gz") else "unpack it first"
     return f"cannot read {path.suffix or 'a file without extension'}"
 
 
 def _sources_of(path, name, split, skipped):
     if path.suffix.lower() != ".zip":
-        return [Source(path, name, split)]
+        return [InputFile(path, name, split)]
     try:
         with zipfile.ZipFile(path) as archive:
             members = [member for member in archive.namelist() if not member.endswith("/")]
@@ -153,11 +155,11 @@ def _sources_of(path, name, split, skipped):
         parts = Path(member).parts
         if parts[0] == "__MACOSX" or parts[-1].startswith("."):
             continue
-        if Path(member).suffix.lower() not in TEXT_KINDS:
+        if Path(member).suffix.lower() not in TEXT_ENDINGS:
             skipped.append(Skipped(f"{name}/{member}", _not_data(Path(member)) or "unpack it first"))
             continue
         says = split or ("eval" if any(map(says_evaluation, parts)) else "")
-        found.append(Source(path, f"{name}/{member}", says, member))
+        found.append(InputFile(path, f"{name}/{member}", says, member))
     return found
 
 
@@ -175,14 +177,14 @@ def _encodes(text):
     return True
 
 
-def detect_encoding(source: Source) -> str:
+def detect_encoding(source: InputFile) -> str:
     """ "utf-8", "utf-8-sig" (with a BOM), "gb18030", or "parquet" or "xlsx" for a file that is no text.
 
     A UTF-8 file with damaged lines stays UTF-8: GB18030 is chosen only where most non-ASCII lines are not UTF-8 and more of
     them are GB18030 (which accepts most byte pairs, so it cannot be asked first).
     """
-    if source.kind not in TEXT_KINDS:
-        return source.kind[1:]
+    if source.ending not in TEXT_ENDINGS:
+        return source.ending[1:]
     try:
         with source.open_bytes() as lines:
             first = lines.read(4)

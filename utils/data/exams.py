@@ -3,8 +3,7 @@
 import re
 import unicodedata
 
-from utils.data.messages import text_of
-from utils.data.reject import Reject
+from utils.data.messages import Reject, text_of
 
 LETTERS = "ABCDEFGHIJ"
 SINGLE, MULTIPLE, TRUE_FALSE = "single", "multiple", "true_false"  # `kind` of an item; single is not written
