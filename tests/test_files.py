@@ -6,11 +6,12 @@ import subprocess
 import sys
 import weakref
 
+import jinja2
 import pytest
 from conftest import ROOT
 
 from utils.errors import UserError
-from utils.files import atomic_write, prepare_folder, read_json, read_jsonl, sample_by_id, write_json
+from utils.files import atomic_write, prepare_folder, read_json, read_jsonl, render, sample_by_id, write_json
 
 KILLED = """
 import os, sys
@@ -93,3 +94,13 @@ def test_rows_are_drawn_by_their_ids_alone_and_not_held_together():
             yield row
 
     assert len(sample_by_id(made(), 10)) == 10
+
+
+def test_a_template_shows_values_as_text(tmp_path):
+    page, text = tmp_path / "page.html.jinja", tmp_path / "text.md.jinja"
+    for path in (page, text):
+        path.write_text("{% for row in rows %}\n{{ row }}\n{% endfor %}\n", encoding="utf-8")
+    assert render(page, rows=["<b>&\x1b", 3]) == "&lt;b&gt;&amp;\ufffd\n3\n"
+    assert render(text, rows=["麻黄 <b>"]) == "麻黄 <b>\n"
+    with pytest.raises(jinja2.UndefinedError):
+        render(text)

@@ -195,6 +195,35 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """The entries of a training_log.jsonl. Lines that are no entry, such as one that a kill has cut, are left out, which is said."""
+    entries, damaged = [], 0
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    for line in lines[:-1]:  # after the last line break: nothing, or a line cut by a kill
+        try:
+            entry = json.loads(line)
+            entries.append({**entry, "step": int(entry["step"])})
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            damaged += 1
+    if damaged:
+        print(f"{show_path(path)}: {damaged} damaged lines are left out of the curve")
+    return entries
+
+
+def render(template: Path, **values: Any) -> str:
+    """The text of a jinja2 template. In HTML (NAME.html.jinja) every value is escaped; all are made printable."""
+    import jinja2
+
+    settings = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    escapes = jinja2.select_autoescape(["html.jinja"])
+    loader = jinja2.FileSystemLoader(template.parent, encoding="utf-8")
+    pages = jinja2.Environment(
+        loader=loader, autoescape=escapes, undefined=jinja2.StrictUndefined, **settings
+    )
+    pages.finalize = lambda value: printable(value) if isinstance(value, str) else value
+    return pages.get_template(template.name).render(values)
+
+
 def id_key(identifier: str) -> int:
     """A 64-bit number from the sha256 of a row's id, the same in every run."""
     digest = hashlib.sha256(identifier.encode("utf-8", "surrogatepass")).digest()

@@ -18,11 +18,10 @@ import torch
 from utils.data import pairs
 from utils.errors import UserError
 from utils.evaluation import compare
-from utils.files import write_json, write_jsonl
+from utils.files import read_log, write_json, write_jsonl
 from utils.model.folder import RECORD_FIELDS, check_model, load_model, load_tokenizer, read_record
 from utils.training import reference, token_cache
 from utils.training.best import BestWeights
-from utils.training.callbacks import read_log
 from utils.training.checkpoints import NEEDED, whole_checkpoints, write_manifest
 
 VALUES = (

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.evaluation.compare import Results
-from utils.files import atomic_write, show_path, write_json
+from utils.files import atomic_write, read_log, show_path, write_json
 from utils.model.folder import read_record
 from utils.plots import Run, plot_comparison, plot_runs
 from utils.text import printable, text_width
-from utils.training.callbacks import read_log
 from utils.training.report_page import write_report_page
 
 LONGEST = 300  # characters of a sample answer that are shown

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback, TrainerState
 
-from utils.files import atomic_write, show_path
+from utils.files import atomic_write, read_log, show_path
 from utils.plots import plot_training
 from utils.text import PLAIN_SECONDS, duration
 from utils.training.best import best_of
@@ -248,21 +248,6 @@ class SaveAndStop(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.saved_step == state.global_step:  # done a moment ago, at the step's end
             control.should_save = False
-
-
-def read_log(path: Path) -> list[dict]:
-    """The entries of a training_log.jsonl. Lines that are no entry, such as one that a kill has cut, are left out, which is said."""
-    entries, damaged = [], 0
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for line in lines[:-1]:  # after the last line break: nothing, or a line cut by a kill
-        try:
-            entry = json.loads(line)
-            entries.append({**entry, "step": int(entry["step"])})
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            damaged += 1
-    if damaged:
-        print(f"{show_path(path)}: {damaged} damaged lines are left out of the curve")
-    return entries
 
 
 def chosen_fell(entries: list[dict]) -> bool:
