@@ -29,34 +29,31 @@ from utils.files import (
     write_json,
     write_jsonl,
 )
-from utils.settings import command, parse_settings
+from utils.settings import command, read_settings
 
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--kind mismatch) ----
-KIND = "auto"               # facts, mismatch or model; auto: model if MODEL is a finished run, else facts
+KIND = "auto"               # [auto | facts | mismatch | model] auto: model if MODEL is a finished run, else facts
 INPUT_DIR = "data_prepare/qwen3"        # holds sft_train.jsonl and sft_eval.jsonl
 OUTPUT_DIR = "data_prepare/qwen3"       # where dpo_train.jsonl and dpo_eval.jsonl go
 TERMS_FILE = "data_prepare/sample/terms.jsonl"      # the words that are facts, by kind
 MODEL = "trainer_output/sft_finetuned"  # model: whose answers are sampled
-SAMPLES = 4                 # model: answers sampled for a question
-TEMPERATURE = 1.0           # model: of the sampling; 1 draws mistakes as often as the model would make them, less draws fewer
-MAX_NEW_TOKENS = 256        # model: longest sampled answer, in tokens
-BATCH_SIZE = 16             # model: answers sampled at a time
-MAX_TRAIN = 0               # at most this many training pairs, drawn evenly; 0 takes all
-MAX_EVAL = 0                # at most this many evaluation pairs; 0 takes all
-SEED = 0                    # changes the draws
+SAMPLES = 4                 # [1, 2, ...] model: answers sampled for a question
+TEMPERATURE = 1.0           # [> 0, at most 100] model: of the sampling; 1 draws mistakes as often as the model would make them, less draws fewer
+MAX_NEW_TOKENS = 256        # [1, 2, ...] model: longest sampled answer, in tokens
+BATCH_SIZE = 16             # [1, 2, ...] model: answers sampled at a time
+MAX_TRAIN = 0               # [0, 1, ...] at most this many training pairs, drawn evenly; 0 takes all
+MAX_EVAL = 0                # [0, 1, ...] at most this many evaluation pairs; 0 takes all
+SEED = 0                    # [0, 1, ...] changes the draws
 # ----
 # fmt: on
 
-OUTPUT_FILES = ("auto", "facts", "mismatch", "model")
 TOLD_APART = 0.65  # share of the pairs told apart without the question from which a model would learn that
 LEAST_PAIRS = 30  # below that, the share says nothing
 
 
 def main(argv=None):
-    settings = parse_settings(__file__, argv)
-    if settings.KIND not in OUTPUT_FILES:
-        raise UserError(f"--kind: wanted one of {', '.join(OUTPUT_FILES)}, got {settings.KIND!r}")
+    settings = read_settings(globals(), argv)
     settings.show()
     kind = settings.KIND
     if kind == "auto":

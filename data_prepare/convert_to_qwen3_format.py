@@ -18,7 +18,7 @@ from utils.data.inputs import find_input_files
 from utils.data.schemas import OUTPUTS, RowOptions
 from utils.errors import UserError, run
 from utils.files import show_path, write_json
-from utils.settings import command, parse_settings
+from utils.settings import command, read_settings
 
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--eval-share 0.1) ----
@@ -28,15 +28,15 @@ COLUMNS = ""                          # fields of an unknown schema, e.g. questi
 SYSTEM = ""                           # system text for rows that have none; chat has none by default
 SPLIT_BY_NAME = True                  # in a folder, test.jsonl, valid*.json, dev, eval and folders named so are evaluation
 EXPLAINED = False                     # exam items with an explanation become conversations with reasoning to train on
-EVAL_SHARE = 0.05                     # share of the rows held out, for rows that do not say their split themselves
-MAX_EVAL_ROWS = 1000                  # and at most so many, because every evaluation in training takes its time
-NEAR_DUPLICATE = 0.85                 # long questions are alike from this overlap of 3-character shingles (Jaccard) up
-MAX_CHARACTERS = 50000                # longer rows are set aside: 32,768 tokens, Qwen3's window, hold about 43,000 of Chinese
-MAX_LENGTH = 1024                     # tokens; the report says what share of the rows a trainer with this limit keeps
+EVAL_SHARE = 0.05                     # [0 to 1] share of the rows held out, for rows that do not say their split themselves
+MAX_EVAL_ROWS = 1000                  # [0, 1, ...] and at most so many, because every evaluation in training takes its time
+NEAR_DUPLICATE = 0.85                 # [> 0, at most 1] long questions are alike from this overlap of 3-character shingles (Jaccard) up
+MAX_CHARACTERS = 50000                # [1, 2, ...] longer rows are set aside: 32,768 tokens, Qwen3's window, hold about 43,000 of Chinese
+MAX_LENGTH = 1024                     # [1, 2, ...] tokens; the report says what share of the rows a trainer with this limit keeps
 TOKENIZER_MODEL = "model_download/Qwen3-0.6B"   # its tokenizer counts the tokens, if the folder is there
-TOKEN_ROWS = 3000                     # rows, drawn at random, whose tokens are counted: 30 of them lie beyond the 99 % point
-SEED = 0                              # another seed holds out other questions
-WORKERS = 0                           # processes; 0: one for input under 32 MB, else one a core, 8 at most
+TOKEN_ROWS = 3000                     # [0, 1, ...] rows, drawn at random, whose tokens are counted: 30 of them lie beyond the 99 % point
+SEED = 0                              # [0, 1, ...] another seed holds out other questions
+WORKERS = 0                           # [0, 1, ...] processes; 0: one for input under 32 MB, else one a core, 8 at most
 # ----
 # fmt: on
 
@@ -47,7 +47,7 @@ COMPARE = "model_finetune/compare_models.py"
 
 
 def main(argv=None):
-    settings = parse_settings(__file__, argv)
+    settings = read_settings(globals(), argv)
     options = row_options(settings)
     settings.show()
     from utils.data import advice, convert, dedup, report, split  # numpy, which --help does not need

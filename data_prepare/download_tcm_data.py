@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.errors import UserError, run
 from utils.files import atomic_write, require_file, sha256_of, show_path, write_json
 from utils.hub import COMMIT, Hub, Repo, read_record, unchanged
-from utils.settings import ROOT, command, parse_settings
+from utils.settings import ROOT, command, read_settings
 from utils.text import say
 
 # fmt: off
@@ -29,8 +29,8 @@ DATASET = "michaelwzhu/ShenNong_TCM_Dataset"            # a data set on the Hub;
 REVISION = "7356f4f786b87c6bcb3c38d8b6d4b5e75aadb718"   # commit, branch or tag; this is ShenNong's, for others: main
 FILES = ["ChatMed_TCM-v0.2.json"]                       # files of it; empty, or for another data set: all its data files
 OUTPUT_DIR = "data_prepare/raw"                         # the folder that the conversion reads
-TIMEOUT = 30.0                                          # seconds without a byte after which a connection counts as stalled
-RETRIES = 6                                             # failures in a row, without progress, before giving up
+TIMEOUT = 30.0                                          # [> 0] seconds without a byte after which a connection counts as stalled
+RETRIES = 6                                             # [0, 1, ...] failures in a row, without progress, before giving up
 # ----
 # fmt: on
 
@@ -141,7 +141,7 @@ def is_finished(path: Path, dataset: str, commit: str, name: str) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     # 1. Which data set, from where, to where
-    settings = parse_settings(__file__, argv)
+    settings = read_settings(globals(), argv)
     if settings.DATASET == "sample":
         return copy_sample(settings.OUTPUT_DIR)
     if Path(settings.DATASET).is_file():

@@ -21,7 +21,7 @@ from utils.files import sha256_of, show_path, write_json
 from utils.hub import COMMIT, Hub, Repo, read_record, unchanged
 from utils.model.folder import check_model
 from utils.model.hub_models import choose_files
-from utils.settings import ROOT, parse_settings
+from utils.settings import ROOT, read_settings
 from utils.text import say
 
 # fmt: off
@@ -29,8 +29,8 @@ from utils.text import say
 MODEL = "Qwen/Qwen3-0.6B"       # a model on the Hub; or tiny: the built-in one
 REVISION = "c1899de289a04d12100db370d81485cdf75e47ca"   # commit, branch or tag; this is Qwen3-0.6B's, for others: main
 OUTPUT_DIR = ""                 # folder for the files; empty: model_download/<name of the model>
-TIMEOUT = 30.0                  # seconds without a byte after which a connection counts as stalled
-RETRIES = 6                     # failures in a row, without progress, before giving up
+TIMEOUT = 30.0                  # [> 0] seconds without a byte after which a connection counts as stalled
+RETRIES = 6                     # [0, 1, ...] failures in a row, without progress, before giving up
 # ----
 # fmt: on
 
@@ -96,7 +96,7 @@ def check_pinned(repo: Repo) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     # 1. Which model, from where, to where
-    settings = parse_settings(__file__, argv)
+    settings = read_settings(globals(), argv)
     if settings.MODEL == "tiny":
         return use_tiny()
     if settings.MODEL and Path(settings.MODEL).is_dir():

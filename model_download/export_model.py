@@ -26,32 +26,28 @@ from utils.files import (
     write_folder,
 )
 from utils.model.folder import check_model, quiet_offline
-from utils.settings import ROOT, Settings, parse_settings
+from utils.settings import ROOT, Settings, read_settings
 
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--precision q8_0) ----
 MODEL = "trainer_output/sft_finetuned"              # the finished folder, also without the flag
-FORMAT = "folder"                                   # folder, gguf, adapter or training-data
-PRECISION = ""                                      # folder: bf16 or fp32; gguf: f16, bf16 or q8_0; empty: bf16, q8_0
+FORMAT = "folder"                                   # [folder | gguf | adapter | training-data] what is written
+PRECISION = ""                                      # [bf16 | fp32 | f16 | q8_0 | empty] folder: bf16 (if empty) or fp32; gguf: f16, bf16 or q8_0 (if empty)
 OUTPUT_DIR = ""                                     # empty: trainer_output/exports/<name>-<format>
 NAME = ""                                           # of the exported model; empty: as the folder is called
 BASE = ""                                           # Hub id of the base, for card and adapter; adapter, empty: its absolute path
 EVAL_FILE = "data_prepare/qwen3/sft_eval.jsonl"     # whose questions compare the export with the folder; "": none
-PROMPTS = 50                                        # of these questions, so many
-MAX_NEW_TOKENS = 64                                 # longest answer to them, in tokens
-FOR = "llamafactory"                                # training-data: llamafactory, axolotl, mlx or trl
+PROMPTS = 50                                        # [0, 1, ...] of these questions, so many
+MAX_NEW_TOKENS = 64                                 # [1, 2, ...] longest answer to them, in tokens
+FOR = "llamafactory"                                # [llamafactory | axolotl | mlx | trl] training-data: the tool that it is for
 DATA_DIR = "data_prepare/qwen3"                     # training-data: where sft_*.jsonl and dpo_*.jsonl lie
 # ----
 # fmt: on
 
-FORMATS = ("folder", "gguf", "adapter", "training-data")
-
 
 def main(argv: list[str] | None = None) -> None:
     # 1. Settings, checked before torch is imported
-    settings = parse_settings(__file__, argv, positional="MODEL")
-    if settings.FORMAT not in FORMATS:
-        raise UserError(f"--format: wanted {', '.join(FORMATS)}, got {settings.FORMAT!r}")
+    settings = read_settings(globals(), argv, positional="MODEL")
     if settings.FORMAT == "training-data":
         return export_training_data(settings)
     folder = Path(check_model(settings.MODEL)).resolve()

@@ -23,7 +23,7 @@ from utils.errors import UserError, run
 from utils.files import show_path
 from utils.model.chat_format import THINKING_MODES
 from utils.model.folder import check_model, find_models, quiet_offline
-from utils.settings import Settings, parse_settings
+from utils.settings import Settings, read_settings
 
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--max-new-tokens 512) ----
@@ -31,21 +31,21 @@ MODEL = ""                # model folder or Hub id, also without the flag; empty
 PROMPT = ""               # answer this one question and leave; empty: the questions on stdin, or a chat
 JSON = False              # one object a line: question, answer, tokens, seconds
 SYSTEM = ""               # system text in front of every conversation
-THINKING = "auto"         # auto: as the folder was trained (its chat template's default); on; off
+THINKING = "auto"         # [auto | on | off] auto: as the folder was trained (its chat template's default)
 SHOW_THINKING = True      # print the thinking, dimmed, on stderr where stdout is for answers only
 GREEDY = False            # always the likeliest token: repeatable; with thinking on it tends to go round in circles
-TEMPERATURE = -1.0        # of the sampling, 0 for greedy; this and the next three: -1 as the model folder says
-TOP_P = -1.0              # draw from the likeliest tokens that make up this share
-TOP_K = -1                # draw from this many, 0 for no limit
-REPETITION_PENALTY = -1.0 # above 1: tokens that were there already become less likely
-SEED = -1                 # of the sampling; the same seed gives the same answers, -1 different ones every time
-MAX_NEW_TOKENS = 2048     # longest answer in tokens, thinking included
+TEMPERATURE = -1.0        # [-1 or 0 or more] of the sampling, 0 for greedy; this and the next three: -1 as the model folder says
+TOP_P = -1.0              # [-1 or > 0, at most 1] draw from the likeliest tokens that make up this share
+TOP_K = -1                # [-1, 0, ...] draw from this many, 0 for no limit
+REPETITION_PENALTY = -1.0 # [-1 or > 0] above 1: tokens that were there already become less likely
+SEED = -1                 # [-1, 0, ...] of the sampling; the same seed gives the same answers, -1 different ones every time
+MAX_NEW_TOKENS = 2048     # [1, 2, ...] longest answer in tokens, thinking included
 SERVE = False             # answer over HTTP as OpenAI's chat completions do, for chat pages and apps on this machine
 HOST = "127.0.0.1"        # of --serve; any other than the loopback needs a key
-PORT = 8000               # of --serve, 0 for any free one
+PORT = 8000               # [0, 1, ... 65535] of --serve, 0 for any free one
 API_KEY = ""              # what clients of --serve have to send; empty: none
-DEVICE = "auto"           # auto (CUDA, else MPS, else CPU), cuda, mps, cpu
-PRECISION = "auto"        # auto (bf16 where the hardware has it, fp16 weights on other x86 CPUs), bf16, fp32; int8 on x86 CPUs
+DEVICE = "auto"           # [auto | cuda | mps | cpu] auto: CUDA, else MPS, else CPU
+PRECISION = "auto"        # [auto | bf16 | fp32 | int8] auto: bf16 where the hardware has it, fp16 weights on other x86 CPUs; int8: x86 CPUs
 # ----
 # fmt: on
 
@@ -54,7 +54,7 @@ SAMPLING = ("TEMPERATURE", "TOP_P", "TOP_K", "REPETITION_PENALTY")
 
 def main(argv: list[str] | None = None) -> None:
     # 1. Settings
-    settings = parse_settings(__file__, argv, positional="MODEL")
+    settings = read_settings(globals(), argv, positional="MODEL")
     chatting = check_settings(settings)
 
     # 2. Which model: checked before torch is imported, which takes seconds

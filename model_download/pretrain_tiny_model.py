@@ -31,7 +31,7 @@ from utils.files import (
     write_jsonl,
 )
 from utils.model.folder import quiet_offline
-from utils.settings import parse_settings
+from utils.settings import read_settings
 
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--epochs 10) ----
@@ -41,21 +41,21 @@ EXERCISES_FILE = "data_prepare/sample/exercises.json"    # copying exercises wit
 TERMS_FILE = "data_prepare/sample/terms.jsonl"      # where words end: the tokenizer merges inside them, never across
 TEMPLATE_FILE = "model_download/tiny_qwen3_tcm/chat_template.jinja"     # Qwen3's chat template, unchanged
 OUTPUT_DIR = "model_download/tiny_qwen3_tcm"    # the model folder to write
-VOCABULARY = 3072           # tokens: 256 bytes, Qwen3's special tokens, the rest merges of Chinese characters and words
-WIDTH = 256                 # hidden size
-LAYERS = 6                  # decoder layers
-FEED_FORWARD = 704          # inner width of the MLP
-EPOCHS = 4                  # passes over the statements; each fact is met about 16 times a pass
-TOKENS_PER_STEP = 2048      # packed tokens a step
-LEARNING_RATE = 2e-3        # peak; a model this small takes a rate about ten times that of a large one
-WARMUP_STEPS = 100          # linear warm-up, then a cosine down to a tenth
-WEIGHT_DECAY = 0.05         # small: the facts are to be remembered word for word
-INVENTED = 300              # people, tools, places, kinds of weather and guests of the invented world
-ASKED_SHARE = 0.7           # share of them that questions ask about; the others are only stated
-CARDS = 3                   # statements that put all facts of one of them in one line, each in a new order
-COPIES = 5000               # exercises a pass in carrying a name from a question into its answer; names are new every time
-SEED = 0                    # fixes the initial weights, the invented world, the exercises and the order
-PRECISION = "auto"          # auto (bf16 where the processor computes in it), bf16 or fp32
+VOCABULARY = 3072           # [1, 2, ...] tokens: 256 bytes, Qwen3's special tokens, the rest merges of Chinese characters and words
+WIDTH = 256                 # [1, 2, ...] hidden size
+LAYERS = 6                  # [1, 2, ...] decoder layers
+FEED_FORWARD = 704          # [1, 2, ...] inner width of the MLP
+EPOCHS = 4                  # [1, 2, ...] passes over the statements; each fact is met about 16 times a pass
+TOKENS_PER_STEP = 2048      # [1, 2, ...] packed tokens per step
+LEARNING_RATE = 2e-3        # [> 0, at most 0.1] peak; a model this small takes a rate about ten times that of a large one
+WARMUP_STEPS = 100          # [0, 1, ...] linear warm-up, then a cosine down to a tenth
+WEIGHT_DECAY = 0.05         # [0 or more] small: the facts are to be remembered word for word
+INVENTED = 300              # [1, 2, ...] people, tools, places, kinds of weather and guests of the invented world
+ASKED_SHARE = 0.7           # [0 to 1] share of them that questions ask about; the others are only stated
+CARDS = 3                   # [1, 2, ...] statements that put all facts of one of them in one line, each in a new order
+COPIES = 5000               # [0, 1, ...] exercises a pass in carrying a name from a question into its answer; names are new every time
+SEED = 0                    # [0, 1, ...] fixes the initial weights, the invented world, the exercises and the order
+PRECISION = "auto"          # [auto | bf16 | fp32] auto: bf16 where the processor computes in it
 # ----
 # fmt: on
 
@@ -64,7 +64,7 @@ CHECK_OUT = "git checkout data_prepare/sample model_download/tiny_qwen3_tcm"
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = parse_settings(__file__, argv)
+    settings = read_settings(globals(), argv)
     settings.show()
 
     # 1. Read the statements, the terms, the invented world's wordings, the exercises' patterns and Qwen3's chat template

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` 
 from utils.errors import RunError, UserError, run
 from utils.files import prepare_folder, read_json, read_jsonl, require_file, sample_by_id, show_path
 from utils.model.folder import check_model, find_models, quiet_offline
-from utils.settings import ROOT, parse_settings
+from utils.settings import ROOT, read_settings
 
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--models trainer_output/sft_finetuned) ----
@@ -31,18 +31,18 @@ PAIRS_FILE = "data_prepare/qwen3/dpo_eval.jsonl"    # held-out preference pairs;
 GENERAL_FILE = "data_prepare/sample/general_questions.jsonl"    # questions that are not TCM, to see forgetting; "": none
 TERMS_FILE = "data_prepare/sample/terms.jsonl"      # terms by which a generated answer counts as right
 OUTPUT_DIR = "trainer_output"                       # where the results go
-EVAL_ROWS = 300             # conversations of EVAL_FILE, and as many pairs, that are scored; 0: all
-EXAM_ROWS = 0               # exam questions that are scored; 0: all
-LETTER_ROWS = 0             # of those with one right answer, how many also by option letter: five times as long; 0: all, -1: none
-GENERATE = 200              # held-out questions answered in full, beside the general ones; 0: no answers at all
-THINKING = "off"            # of answers in full: off, on, or auto (each folder's own mode); scores are taken with it off
-MAX_NEW_TOKENS = 128        # longest generated answer, in tokens
-BATCH_SIZE = 64             # answers generated at a time
-SHOW = 3                    # sample answers shown side by side
-SEED = 0                    # which held-out questions are answered
+EVAL_ROWS = 300             # [0, 1, ...] conversations of EVAL_FILE, and as many pairs, that are scored; 0: all
+EXAM_ROWS = 0               # [0, 1, ...] exam questions that are scored; 0: all
+LETTER_ROWS = 0             # [-1, 0, ...] of those with one right answer, how many also by option letter: five times as long; 0: all, -1: none
+GENERATE = 200              # [0, 1, ...] held-out questions answered in full, beside the general ones; 0: no answers at all
+THINKING = "off"            # [auto | on | off] of answers in full; auto: each folder's own mode; scores are taken with it off
+MAX_NEW_TOKENS = 128        # [1, 2, ...] longest generated answer, in tokens
+BATCH_SIZE = 64             # [1, 2, ...] answers generated at a time
+SHOW = 3                    # [0, 1, ...] sample answers shown side by side
+SEED = 0                    # [0, 1, ...] which held-out questions are answered
 FRESH = False               # measure again what was measured before
-DEVICE = "auto"             # auto, cuda, mps or cpu
-PRECISION = "auto"          # auto, bf16 or fp32
+DEVICE = "auto"             # [auto | cuda | mps | cpu] auto: CUDA, else MPS, else CPU
+PRECISION = "auto"          # [auto | bf16 | fp32] auto: bf16 where the hardware computes in it
 # ----
 
 # What makes a file that is not there.
@@ -57,7 +57,7 @@ MADE_BY = {
 
 
 def main(argv=None):
-    settings = parse_settings(__file__, argv)
+    settings = read_settings(globals(), argv)
 
     # 1. Find the models and the tests
     folders = models_to_compare(settings)

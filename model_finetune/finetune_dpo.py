@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` 
 from utils.errors import run
 from utils.files import read_jsonl, require_file
 from utils.model.folder import check_model, load_for_lora, load_model, load_tokenizer, quiet_offline
-from utils.settings import parse_settings
+from utils.settings import read_settings
 
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--beta 0.2) ----
@@ -25,29 +25,29 @@ MODEL = "trainer_output/sft_finetuned"  # where the policy starts, and the refer
 TRAIN_FILE = "data_prepare/qwen3/dpo_train.jsonl"   # preference pairs to learn from
 EVAL_FILE = "data_prepare/qwen3/dpo_eval.jsonl"     # pairs that are only measured on
 OUTPUT_DIR = "trainer_output/dpo_finetuned"         # the run: finished model, checkpoints, curve, log
-BETA = 0.1                  # how strongly the policy is held to the reference; smaller lets it go further
-SFT_WEIGHT = 0.2            # weight of the chosen answer's own loss; without it DPO may lower chosen and rejected alike
+BETA = 0.1                  # [> 0] how strongly the policy is held to the reference; smaller lets it go further
+SFT_WEIGHT = 0.2            # [0 or more] weight of the chosen answer's own loss; without it DPO may lower chosen and rejected alike
 LORA = False                # train adapters (RANK, ALPHA) instead of every weight; take a LEARNING_RATE of 5e-6 then
-RANK = 16                   # width of the adapters, with LORA
-ALPHA = 32                  # scale of the adapters, with LORA
-EPOCHS = 1.0                # passes over the pairs; more than one or two overfits them
-HOURS = 0.0                 # end after so many hours, saving included, if EPOCHS take longer; 0: no limit
-LEARNING_RATE = 5e-7        # peak rate; DPO takes far less than SFT
-WARMUP = 0.1                # share of the steps with a rising rate; a cosine over the run brings it down to zero
-WEIGHT_DECAY = 0.0          # pull of the weights towards zero
-MAX_LENGTH = 2048           # tokens a packed row; a pair (both its answers) that is longer is set aside, never cut
-ROWS_PER_STEP = 4           # packed rows of an optimizer step; how many go at once follows from the memory there is
-MAX_STEPS = 0               # stop after this many optimizer steps; 0 trains all EPOCHS
-EVALUATIONS = 10            # measurements on EVAL_FILE, evenly over the run, beside the one before training
-EVAL_ROWS = 0               # pairs of each; 0: 50 to 500, so that all of them take 5 % of the time at most
-KEEP = "best"               # the finished model: best (of all evaluations) or last (step)
-CHECKPOINT_MINUTES = 30.0   # write a checkpoint at least so often, beside every epoch's end; 0: at epochs' ends only
-KEEP_CHECKPOINTS = 2        # newest checkpoints to keep, about 7 GB each for 0.6 B parameters
-SEED = 0                    # order of the rows, and the adapters' initial weights
-DEVICE = "auto"             # auto, cuda, mps or cpu
-PRECISION = "auto"          # auto, bf16 or fp32; weights are float32 in any case
+RANK = 16                   # [1, 2, ...] width of the adapters, with LORA
+ALPHA = 32                  # [1, 2, ...] scale of the adapters, with LORA
+EPOCHS = 1.0                # [> 0] passes over the pairs; more than one or two overfits them
+HOURS = 0.0                 # [0 or more] end after so many hours, saving included, if EPOCHS take longer; 0: no limit
+LEARNING_RATE = 5e-7        # [> 0, at most 0.1] peak rate; DPO takes far less than SFT
+WARMUP = 0.1                # [0 to 0.99] share of the steps with a rising rate; a cosine over the run brings it down to zero
+WEIGHT_DECAY = 0.0          # [0 or more] pull of the weights towards zero
+MAX_LENGTH = 2048           # [1, 2, ...] tokens per packed row; a pair (both its answers) that is longer is set aside, never cut
+ROWS_PER_STEP = 4           # [1, 2, ...] packed rows of an optimizer step; how many go at once follows from the memory there is
+MAX_STEPS = 0               # [0, 1, ...] stop after this many optimizer steps; 0 trains all EPOCHS
+EVALUATIONS = 10            # [1, 2, ...] measurements on EVAL_FILE, evenly over the run, beside the one before training
+EVAL_ROWS = 0               # [0, 1, ...] pairs of each; 0: 50 to 500, so that all of them take 5 % of the time at most
+KEEP = "best"               # [best | last] the finished model: best of all evaluations, or that of the last step
+CHECKPOINT_MINUTES = 30.0   # [0 or more] write a checkpoint at least so often, beside every epoch's end; 0: at epochs' ends only
+KEEP_CHECKPOINTS = 2        # [1, 2, ...] newest checkpoints to keep, about 7 GB each for 0.6 B parameters
+SEED = 0                    # [0, 1, ...] order of the rows, and the adapters' initial weights
+DEVICE = "auto"             # [auto | cuda | mps | cpu] auto: CUDA, else MPS, else CPU
+PRECISION = "auto"          # [auto | bf16 | fp32] auto: bf16 where the hardware computes in it; weights are float32 in any case
 ESTIMATE = False            # print what the run needs in memory, disk and steps, and stop
-SHOW_EXAMPLE = 0            # print this many pairs as the trainer sees them, and stop
+SHOW_EXAMPLE = 0            # [0, 1, ...] print this many pairs as the trainer sees them, and stop
 FRESH = False               # start over; an earlier run in OUTPUT_DIR is moved aside
 # ----
 # fmt: on
@@ -55,7 +55,7 @@ FRESH = False               # start over; an earlier run in OUTPUT_DIR is moved 
 
 def main(argv=None):
     began = time.monotonic()
-    settings = parse_settings(__file__, argv)
+    settings = read_settings(globals(), argv)
     for path in (settings.TRAIN_FILE, settings.EVAL_FILE):
         next(
             read_jsonl(

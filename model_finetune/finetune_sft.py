@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` 
 from utils.errors import run
 from utils.files import read_jsonl, require_file
 from utils.model.folder import check_model, load_model, load_tokenizer, quiet_offline
-from utils.settings import parse_settings
+from utils.settings import read_settings
 
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--learning-rate 1e-5) ----
@@ -23,25 +23,25 @@ MODEL = "model_download/Qwen3-0.6B"     # base model: a folder, or a Hub id
 TRAIN_FILE = "data_prepare/qwen3/sft_train.jsonl"   # conversations to learn from
 EVAL_FILE = "data_prepare/qwen3/sft_eval.jsonl"     # conversations that are only measured on
 OUTPUT_DIR = "trainer_output/sft_finetuned"         # the run: finished model, checkpoints, curve, log
-EPOCHS = 3.0                # passes over the training rows; a small model keeps gaining for two or three
-HOURS = 0.0                 # end after so many hours, saving included, if EPOCHS take longer; 0: no limit
-LEARNING_RATE = 2e-5        # peak rate for full fine-tuning; LoRA takes about ten times this
-WARMUP = 0.03               # share of the steps with a rising rate; a cosine over the run brings it down to zero
-WEIGHT_DECAY = 0.0          # pull of the weights towards zero; a short fine-tuning needs none
-MAX_LENGTH = 1024           # tokens a packed row; a longer example is set aside, never cut
+EPOCHS = 3.0                # [> 0] passes over the training rows; a small model keeps gaining for two or three
+HOURS = 0.0                 # [0 or more] end after so many hours, saving included, if EPOCHS take longer; 0: no limit
+LEARNING_RATE = 2e-5        # [> 0, at most 0.1] peak rate for full fine-tuning; LoRA takes about ten times this
+WARMUP = 0.03               # [0 to 0.99] share of the steps with a rising rate; a cosine over the run brings it down to zero
+WEIGHT_DECAY = 0.0          # [0 or more] pull of the weights towards zero; a short fine-tuning needs none
+MAX_LENGTH = 1024           # [1, 2, ...] tokens per packed row; a longer example is set aside, never cut
 TRAIN_EMBEDDINGS = True     # False leaves the embedding, which is the LM head too, as it is: 156 M of 596 M weights, a fifth less memory
-ROWS_PER_STEP = 4           # packed rows of an optimizer step; how many go at once follows from the memory there is
-MAX_STEPS = 0               # stop after this many optimizer steps; 0 trains all EPOCHS
-EVALUATIONS = 10            # measurements on EVAL_FILE, evenly over the run, beside the one before training
-EVAL_ROWS = 0               # conversations of each; 0: 50 to 500, so that all of them take 5 % of the time at most
-KEEP = "best"               # the finished model: best (of all evaluations) or last (step)
-CHECKPOINT_MINUTES = 30.0   # write a checkpoint at least so often, beside every epoch's end; 0: at epochs' ends only
-KEEP_CHECKPOINTS = 2        # newest checkpoints to keep, about 7 GB each for 0.6 B parameters
-SEED = 0                    # order of the rows
-DEVICE = "auto"             # auto, cuda, mps or cpu
-PRECISION = "auto"          # auto, bf16 or fp32; weights are float32 in any case
+ROWS_PER_STEP = 4           # [1, 2, ...] packed rows of an optimizer step; how many go at once follows from the memory there is
+MAX_STEPS = 0               # [0, 1, ...] stop after this many optimizer steps; 0 trains all EPOCHS
+EVALUATIONS = 10            # [1, 2, ...] measurements on EVAL_FILE, evenly over the run, beside the one before training
+EVAL_ROWS = 0               # [0, 1, ...] conversations of each; 0: 50 to 500, so that all of them take 5 % of the time at most
+KEEP = "best"               # [best | last] the finished model: best of all evaluations, or that of the last step
+CHECKPOINT_MINUTES = 30.0   # [0 or more] write a checkpoint at least so often, beside every epoch's end; 0: at epochs' ends only
+KEEP_CHECKPOINTS = 2        # [1, 2, ...] newest checkpoints to keep, about 7 GB each for 0.6 B parameters
+SEED = 0                    # [0, 1, ...] order of the rows
+DEVICE = "auto"             # [auto | cuda | mps | cpu] auto: CUDA, else MPS, else CPU
+PRECISION = "auto"          # [auto | bf16 | fp32] auto: bf16 where the hardware computes in it; weights are float32 in any case
 ESTIMATE = False            # print what the run needs in memory, disk and steps, and stop
-SHOW_EXAMPLE = 0            # print this many examples as the trainer sees them, and stop
+SHOW_EXAMPLE = 0            # [0, 1, ...] print this many examples as the trainer sees them, and stop
 FRESH = False               # start over; an earlier run in OUTPUT_DIR is moved aside
 # ----
 # fmt: on
@@ -49,7 +49,7 @@ FRESH = False               # start over; an earlier run in OUTPUT_DIR is moved 
 
 def main(argv=None):
     began = time.monotonic()
-    settings = parse_settings(__file__, argv)
+    settings = read_settings(globals(), argv)
     for path in (settings.TRAIN_FILE, settings.EVAL_FILE):
         next(
             read_jsonl(

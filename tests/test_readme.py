@@ -14,7 +14,6 @@ from utils.settings import read_constants
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 CHINESE = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
-ROOMS = (ROOT / "utils/README.md").read_text(encoding="utf-8")
 
 
 def commands(text):
@@ -92,22 +91,6 @@ def test_every_setting_that_is_named_exists(text):
     settings = {name for source in sources if "# ---- Settings" in source for name in read_constants(source)}
     environment = {"HF_ENDPOINT", "HF_TOKEN"}
     assert set(re.findall(r"\b[A-Z]{2,}_[A-Z_]+\b", text)) - environment <= settings
-
-
-def test_utils_readme_lists_every_module_and_no_other():
-    listed = re.findall(r"^\| `([\w/]+\.py)` \| ", ROOMS, re.MULTILINE)
-    there = [path.relative_to(ROOT / "utils").as_posix() for path in (ROOT / "utils").rglob("*.py")]
-    assert sorted(listed) == sorted(name for name in there if not name.endswith("__init__.py"))
-
-
-def test_every_change_opens_two_modules_at_most():
-    changes, _, _ = ROOMS.partition("## To change X, open Y")[2].partition("\n## ")
-    rows = [line for line in changes.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) >= 6
-    for row in rows:
-        modules = set(re.findall(r"`([\w/]+\.py)`", row))
-        assert 1 <= len(modules) <= 2, row
-        assert all((ROOT / "utils" / module).is_file() for module in modules), row
 
 
 @pytest.mark.slow

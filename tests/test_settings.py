@@ -1,5 +1,7 @@
 """Settings: constants as flags, paths, one-line refusals, fast help."""
 
+import re
+import runpy
 import subprocess
 import sys
 import time
@@ -8,8 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from utils.errors import run
-from utils.settings import command, parse_settings, read_constants
+from utils.errors import UserError, run
+from utils.settings import command, flag_of, read_constants, read_settings
 
 SCRIPT = '''"""A script.
 
@@ -20,12 +22,14 @@ IGNORED = 1
 MODEL = "model_download"    # a folder
 # a remark that belongs to nothing
 DATA_FILE = "data_prepare/x.jsonl"  # a file
-RATE = 2e-5                 # a rate, of 10 %
+RATE = 2e-5                 # [> 0, at most 0.1] a rate, of 10 %
     # and more about it
-STEPS = 3                   # a count
-EPOCHS = 3                  # passes
-WARMUP = 0.1                # a share
-SEED = -1                   # -1: another one every time
+STEPS = 3                   # [0, 1, ...] a count
+EPOCHS = 3                  # [> 0] passes
+WARMUP = 0.1                # [0 to 1] a share
+TOP_P = -1.0                # [-1 or > 0, at most 1] a share; -1: as the folder says
+SEED = -1                   # [-1, 0, ... 99] -1: another one every time
+KEEP = "best"               # [best | last | empty] of the finished model
 FAST = False                # a switch
 INPUT_FILES = ["a", "b"]    # several
 # ----
@@ -41,67 +45,102 @@ SCRIPTS = sorted(
 
 @pytest.fixture
 def script(tmp_path):
-    path = tmp_path / "script.py"
-    path.write_text(SCRIPT, encoding="utf-8")
-    return path
+    """script(wrong="right", ...) -> the globals() of the script, in which these texts are replaced."""
+
+    def make(**changes):
+        text = SCRIPT
+        for name, line in changes.items():
+            before = re.search(rf"^{name} = [^#]*", text, re.MULTILINE)[0]
+            text = text.replace(before, f"{line}  ")
+        (tmp_path / "script.py").write_text(text, encoding="utf-8")
+        return runpy.run_path(str(tmp_path / "script.py"))
+
+    return make
 
 
-def test_constants_come_with_their_comments():
+def test_constants_come_with_their_rules_and_comments():
     constants = read_constants(SCRIPT)
-    assert " ".join(constants) == "MODEL DATA_FILE RATE STEPS EPOCHS WARMUP SEED FAST INPUT_FILES"
-    assert constants["RATE"] == (2e-5, "a rate, of 10 % and more about it")
+    assert " ".join(constants) == "MODEL DATA_FILE RATE STEPS EPOCHS WARMUP TOP_P SEED KEEP FAST INPUT_FILES"
+    assert constants["RATE"] == (10, "> 0, at most 0.1", "a rate, of 10 % and more about it")
+    assert constants["MODEL"] == (7, "", "a folder")
 
 
 def test_flags_override_constants_and_paths_follow_their_origin(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
-    settings = parse_settings(script, ["--rate", "1", "--fast", "--input-files", "c", "--model", "mine"])
-    assert (settings.RATE, settings.STEPS, settings.FAST) == (1.0, 3, True)
+    words = "--rate 0.01 --fast --input-files c --model mine --epochs 0.5 --keep".split()
+    settings = read_settings(script(), [*words, ""])
+    assert (settings.RATE, settings.STEPS, settings.FAST) == (0.01, 3, True)
+    assert (settings.EPOCHS, settings.KEEP, settings.SEED, settings.TOP_P) == (0.5, "", -1, -1.0)
     assert settings.DATA_FILE == ROOT / "data_prepare/x.jsonl"  # from the script: relative to the repository
     assert settings.INPUT_FILES == [tmp_path / "c"]  # from the user: relative to where the user stands
     assert settings.MODEL == str(tmp_path / "mine")
-    assert parse_settings(script, ["--model", "Qwen/Qwen3-0.6B"]).MODEL == "Qwen/Qwen3-0.6B"
+    assert read_settings(script(), ["--model", "Qwen/Qwen3-0.6B"]).MODEL == "Qwen/Qwen3-0.6B"
     assert settings.as_dict()["DATA_FILE"] == "data_prepare/x.jsonl"
 
 
 def test_a_switch_does_not_take_the_next_word_for_its_value(script, tmp_path):
     (tmp_path / "model").mkdir()
-    settings = parse_settings(script, ["--fast", str(tmp_path / "model")], positional="MODEL")
+    settings = read_settings(script(), ["--fast", str(tmp_path / "model")], positional="MODEL")
     assert settings.FAST is True and settings.MODEL == str(tmp_path / "model")
-    assert parse_settings(script, ["--fast", "false"]).FAST is False
+    assert read_settings(script(), ["--fast", "false"]).FAST is False
 
 
 @pytest.mark.parametrize(
     "line, wanted",
     [
-        ('RATE = "2e-5"', "RATE is '2e-5', wanted 2e-5 without the quotes"),
-        ('STEPS = "3"', "STEPS is '3', wanted 3 without the quotes"),
+        ('RATE = "2e-5"', "RATE is '2e-5', wanted a number: > 0, at most 0.1"),
+        ("RATE = 2e5", "RATE is 200000.0, wanted a number: > 0, at most 0.1; 2e-05 meant?"),
+        ("RATE = 2e-5, 3", "RATE is (2e-05, 3), wanted a number: > 0, at most 0.1"),
+        ("RATE = True", "RATE is True, wanted a number: > 0, at most 0.1"),
+        ('STEPS = "3"', "STEPS is '3', wanted a whole number: 0, 1, ..."),
+        ("STEPS = 3.5", "STEPS is 3.5, wanted a whole number: 0, 1, ..."),
         ('FAST = "False"', "FAST is 'False', wanted False without the quotes"),
-        ("MAX_STEPS = 3.5", "MAX_STEPS is 3.5, wanted a whole number"),
-        ("DATA_FILE = 7", "DATA_FILE is 7, wanted a text"),
-        ("MODEL = None", "MODEL is None, wanted a text"),
+        ('KEEP = "bets"', "KEEP is 'bets', wanted best | last | empty"),
+        ("DATA_FILE = 7", "DATA_FILE is 7, wanted a text in quotes"),
+        ("MODEL = None", "MODEL is None, wanted a text in quotes"),
         ('INPUT_FILES = "a"', 'INPUT_FILES is \'a\', wanted ["a list", "of texts"]'),
-        ("RATE = 2e-5, 3", "RATE is (2e-05, 3), wanted a number"),
-        ("RATE = 2 * 1e-5", "RATE is a calculation, wanted a plain value"),
+        ("INPUT_FILES = [7]", 'INPUT_FILES is [7], wanted ["a list", "of texts"]'),
     ],
 )
-def test_a_constant_edited_to_another_type_is_told_by_its_name(tmp_path, capsys, line, wanted):
-    path = tmp_path / "script.py"
-    path.write_text(f'"""A script."""\n# ---- Settings ----\n{line}\n# ----\n', encoding="utf-8")
-    with pytest.raises(SystemExit) as stop:
-        parse_settings(path, [])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith(f"error: line 3 of the script: {wanted}")
+def test_a_constant_that_does_not_fit_is_told_by_its_name(script, line, wanted):
+    name = line.split()[0]
+    with pytest.raises(UserError) as refused:
+        read_settings(script(**{name: line}), [])
+    assert str(refused.value).endswith(f"script.py, line {read_constants(SCRIPT)[name].line}: {wanted}")
 
 
 def test_a_misspelt_constant_is_told_with_the_one_meant(script, capsys):
-    script.write_text(SCRIPT.replace("RATE =", "RTAE ="), encoding="utf-8")
-    settings = parse_settings(script, [])
+    settings = read_settings(script(RATE="RTAE = 1e-5"), [])
     assert run(lambda: print(settings.RATE)) == 2
     assert capsys.readouterr().err == (
-        "error: the settings at the top of the script have no RATE; is RTAE meant for it?\n"
+        "error: the settings at the top of the script have no RATE; did you mean RTAE?\n"
     )
     assert not hasattr(settings, "anything_else")
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ("KEEP = best", 'KEEP = best wants "best"'),
+        ("FRESH = true      # start over", "FRESH = true wants True"),
+        ("import torhc", "the package torhc is not installed"),
+    ],
+)
+def test_an_error_before_main_is_one_line(tmp_path, run_script, line, told):
+    path = tmp_path / "script.py"
+    path.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport utils.settings\n{line}\n", encoding="utf-8"
+    )
+    done = run_script(path)
+    assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_an_error_that_is_a_bug_keeps_its_traceback(tmp_path, run_script):
+    text = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport utils.settings\ndef main():\n    print(nothing)\nmain()\n"
+    (tmp_path / "script.py").write_text(text, encoding="utf-8")
+    done = run_script(tmp_path / "script.py")
+    assert done.returncode == 1 and done.stderr.startswith("Traceback")
 
 
 def test_the_next_command_carries_what_is_not_the_default_there(tmp_path):
@@ -116,11 +155,12 @@ def test_the_next_command_carries_what_is_not_the_default_there(tmp_path):
 
 
 def test_settings_are_shown_in_short_unless_asked_for(script, capsys):
-    parse_settings(script, ["--steps", "4"]).show()
-    assert capsys.readouterr().out == "settings: STEPS=4  the rest as in the script (--verbose shows all)\n"
-    parse_settings(script, []).show()
-    assert capsys.readouterr().out == "settings: as in the script (--verbose shows all)\n"
-    parse_settings(script, ["--steps", "4", "--verbose"]).show()
+    read_settings(script(), ["--steps", "4"]).show()
+    begin, rest = "settings: MODEL='model_download'", "the rest as in the script (--verbose shows all)\n"
+    assert capsys.readouterr().out == f"{begin}  STEPS=4  {rest}"
+    read_settings(script(), []).show()
+    assert capsys.readouterr().out == f"{begin}  {rest}"
+    read_settings(script(), ["--steps", "4", "--verbose"]).show()
     shown = capsys.readouterr().out
     assert "STEPS=4*" in shown and "RATE=2e-05" in shown
 
@@ -128,24 +168,26 @@ def test_settings_are_shown_in_short_unless_asked_for(script, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--stepz", "4"], "error: unknown argument --stepz; did you mean --steps?"),
-        (["--steps", "many"], "error: --steps: wanted a whole number, got 'many'"),
-        (["--rate", "fast"], "error: --rate: wanted a number such as 2e-5, got 'fast'"),
-        (["--fast", "perhaps"], "error: --fast: wanted true or false, got 'perhaps'"),
-        (["--steps"], "error: --steps: expected one argument"),
-        (["--rate", "nan"], "error: --rate: wanted a finite number, got nan"),
-        (["--rate", "inf"], "error: --rate: wanted a finite number, got inf"),
-        (["--epochs", "0"], "error: --epochs: wanted 1 to 2,147,483,647, got 0"),
-        (["--warmup", "1.5"], "error: --warmup: wanted 0 to 1, got 1.5"),
-        (["--model", "~nobody_here/x"], "error: ~nobody_here/x: Could not determine home directory."),
-        (["--seed", "-2"], "error: --seed: wanted 0 to 4,294,967,295, got -2"),
+        (["--stepz", "4"], "unknown argument --stepz; did you mean --steps?"),
+        (["--steps", "many"], "--steps is 'many', wanted a whole number: 0, 1, ..."),
+        (["--steps", "3.5"], "--steps is '3.5', wanted a whole number: 0, 1, ..."),
+        (["--rate", "fast"], "--rate is 'fast', wanted a number: > 0, at most 0.1"),
+        (["--fast", "perhaps"], "--fast is 'perhaps', wanted true or false"),
+        (["--steps"], "--steps: expected one argument"),
+        (["--rate", "nan"], "--rate is nan, wanted a number: > 0, at most 0.1"),
+        (["--epochs", "inf"], "--epochs is inf, wanted a number: > 0"),
+        (["--epochs", "0"], "--epochs is 0.0, wanted a number: > 0"),
+        (["--warmup", "1.5"], "--warmup is 1.5, wanted a number: 0 to 1"),
+        (["--top-p", "0"], "--top-p is 0.0, wanted a number: -1 or > 0, at most 1"),
+        (["--seed", "-2"], "--seed is -2, wanted a whole number: -1, 0, ... 99"),
+        (["--seed", "100"], "--seed is 100, wanted a whole number: -1, 0, ... 99"),
+        (["--keep", "newest"], "--keep is 'newest', wanted best | last | empty"),
     ],
 )
-def test_wrong_flags_are_refused_in_one_line(script, capsys, arguments, message):
-    with pytest.raises(SystemExit) as stop:
-        parse_settings(script, arguments)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == message + "\n"
+def test_wrong_flags_are_refused_in_one_line(script, arguments, message):
+    with pytest.raises(UserError) as refused:
+        read_settings(script(), arguments)
+    assert str(refused.value) == message
 
 
 @pytest.mark.slow
@@ -159,8 +201,9 @@ def test_help_is_fast_and_tells_every_setting(script, run_script):
     assert shown.returncode == 0, shown.stderr
     assert min(seconds) < 0.7
     source = (ROOT / script).read_text(encoding="utf-8")
-    for name, (_, comment) in read_constants(source).items():
-        assert f"--{name.lower().replace('_', '-')}" in shown.stdout and comment, name
+    for name, (_, rule, comment) in read_constants(source).items():
+        assert flag_of(name) in shown.stdout and comment, name
+        assert rule or type(runpy.run_path(str(ROOT / script))[name]) not in (int, float), name
     assert f"python {script}" in source.split('"""')[1]  # the docstring is the exact command
 
 

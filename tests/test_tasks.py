@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -15,7 +16,7 @@ from conftest import ROOT
 
 import tasks
 from utils.files import read_jsonl
-from utils.settings import parse_settings
+from utils.settings import read_settings
 
 # Stands in for every script of the demo: says how it was called, and may fail, be slow, or be stopped
 SCRIPT = """
@@ -78,7 +79,9 @@ def call(project, *words, **options):
 
 def test_the_demo_runs_every_script_with_flags_that_it_has():
     for _, (script, *words) in tasks.demo_steps():
-        parse_settings(ROOT / script, words, positional="MODEL" if "load_local" in script else "")
+        read_settings(
+            runpy.run_path(str(ROOT / script)), words, positional="MODEL" if "load_local" in script else ""
+        )
 
 
 def test_the_demo_runs_its_steps_one_after_another(project):

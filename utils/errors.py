@@ -9,6 +9,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from utils.text import printable
 
@@ -97,9 +98,26 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         return READER_LEFT, 1
     if isinstance(error, MemoryError):
         return MORE_MEMORY, 1
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != "utils":
+        return missing_package(error.name.partition(".")[0]), 2
     if isinstance(error, OSError):
         return explain_os_error(error), 1
     return next(((meaning, 1) for sign, meaning in SIGNS.items() if sign in str(error)), None)
+
+
+def missing_package(name: str) -> str:
+    """One line for a package that this Python does not have: mostly it is not the project's own Python."""
+    root = Path(__file__).resolve().parents[1]
+    python = root / (".venv/Scripts/python.exe" if os.name == "nt" else ".venv/bin/python")
+    task = "py -3.11 tasks.py install" if os.name == "nt" else "python3.11 tasks.py install"
+    mend = (
+        f"run the script with {python.relative_to(root)}"
+        if python.exists()
+        else f"make the environment: {task}"
+    )
+    if Path(sys.prefix).resolve() == python.parents[1].resolve():
+        mend = f"complete it: {python.relative_to(root)} -m pip install -r requirements.txt"
+    return f"the package {name} is not installed for {sys.executable}; {mend}"
 
 
 def prepare_streams() -> None:

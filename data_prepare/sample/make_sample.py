@@ -25,16 +25,16 @@ from data_prepare.sample.exam import ASKED, GROUPS, exam_items
 from data_prepare.sample.texts import rows_of, statements_of
 from utils.errors import run
 from utils.files import read_json, require_file, show_path, write_jsonl
-from utils.settings import parse_settings
+from utils.settings import read_settings
 
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--seed 1) ----
 TABLES_DIR = "data_prepare/sample"      # the fact tables, and wordings.json: how each fact is asked for and stated
 OUTPUT_DIR = "data_prepare/sample"      # where the four files go
-HELD_OUT_SHARE = 0.2                    # share of the entities of each kind that only the eval split and the exam ask about
-ROWS_PER_FACT = 2                       # question-and-answer rows a fact, one of them with a bare answer
-CARDS = 10                              # statements that put all facts of an entity in one line, each in a new order
-SEED = 0                                # changes which wordings and which distractors are drawn
+HELD_OUT_SHARE = 0.2                    # [0 to 1] share of the entities of each kind that only the eval split and the exam ask about
+ROWS_PER_FACT = 2                       # [1, 2, ...] question-and-answer rows per fact, one of them with a bare answer
+CARDS = 10                              # [1, 2, ...] statements that put all facts of an entity in one line, each in a new order
+SEED = 0                                # [0, 1, ...] changes which wordings and which distractors are drawn
 # ----
 # fmt: on
 
@@ -63,7 +63,7 @@ def terms_of(entities: list[Entity]) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = parse_settings(__file__, argv)
+    settings = read_settings(globals(), argv)
     rng = random.Random(settings.SEED)
 
     # 1. Read the tables and choose whom the training rows never ask about

@@ -18,6 +18,7 @@ import argparse
 import json
 import platform
 import resource
+import runpy
 import statistics
 import subprocess
 import sys
@@ -144,14 +145,14 @@ def ours(method, precision, options, folder):
     from utils.model.logprobs import answer_logps
     from utils.model.lora import add_lora
     from utils.model.packed_forward import prepare_packed
-    from utils.settings import parse_settings
+    from utils.settings import read_settings
     from utils.training.dataset import load_conversations, load_pairs
     from utils.training.plan import StepPlan
     from utils.training.setup import training_arguments
     from utils.training.trainer import PackedDPOTrainer, PackedTrainer
 
-    settings = parse_settings(
-        ROOT / f"model_finetune/finetune_{method}.py",
+    settings = read_settings(
+        runpy.run_path(str(ROOT / f"model_finetune/finetune_{method}.py")),
         [
             "--model",
             options.model,

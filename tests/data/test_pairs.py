@@ -257,7 +257,7 @@ def test_the_default_kind_follows_the_model(data, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--kind", "opinion"], "--kind: wanted one of auto, facts, mismatch, model, got 'opinion'"),
+        (["--kind", "opinion"], "--kind is 'opinion', wanted auto | facts | mismatch | model"),
         (["--input-dir", "nowhere"], "make it with: python data_prepare/convert_to_qwen3_format.py"),
         (["--terms-file", "nowhere"], "make it with: python data_prepare/sample/make_sample.py"),
     ],

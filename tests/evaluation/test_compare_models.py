@@ -67,7 +67,7 @@ def test_the_default_is_the_base_and_every_finished_run(folder, tmp_path, monkey
         shutil.copytree(folder, tmp_path / "trainer_output" / name)
         if status:
             write_json(tmp_path / "trainer_output" / name / "run.json", {"status": status})
-    settings = compare_models.parse_settings(compare_models.__file__, ["--base-model", str(folder)])
+    settings = compare_models.read_settings(vars(compare_models), ["--base-model", str(folder)])
     named = compare_models.models_to_compare(settings)
     assert set(named) == {"base", "sft", "my_run"} and list(named)[0] == "base"
 
@@ -91,7 +91,7 @@ def test_only_what_was_asked_for_is_compared(folder, arguments, tmp_path):
         (["--models", "nowhere/at/all"], "does not exist"),
         (["--exam-file", "no.csv"], "no.csv does not exist"),
         (["--eval-file", "nowhere.jsonl"], "make it with: python data_prepare/convert_to_qwen3_format.py"),
-        (["--thinking", "maybe"], "wanted auto, on or off"),
+        (["--thinking", "maybe"], "--thinking is 'maybe', wanted auto | on | off"),
     ],
 )
 def test_wrong_input_is_one_line(folder, arguments, capsys, changes, message):

@@ -186,7 +186,7 @@ def test_a_template_that_asks_otherwise_is_found(export, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "model, arguments, message",
     [
-        ("sft", ["--format", "onnx"], "--format: wanted folder, gguf, adapter, training-data, got 'onnx'"),
+        ("sft", ["--format", "onnx"], "--format is 'onnx', wanted folder | gguf | adapter | training-data"),
         ("sft", ["--precision", "q8_0"], "--precision: wanted bf16 or fp32, got 'q8_0'"),
         ("sft", ["--format", "adapter"], "is no LoRA adapter"),
         ("nowhere", [], "does not exist"),
@@ -194,7 +194,7 @@ def test_a_template_that_asks_otherwise_is_found(export, monkeypatch, capsys):
         (
             "sft",
             ["--format", "training-data", "--for", "abacus"],
-            "--for: wanted llamafactory, axolotl, mlx, trl",
+            "--for is 'abacus', wanted llamafactory | axolotl | mlx | trl",
         ),
         ("sft", ["--name", "../../x"], "--name: wanted letters, digits"),
     ],
