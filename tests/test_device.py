@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -18,10 +19,20 @@ from utils.training.plan import StepPlan
 def machine(monkeypatch):
     """machine(cuda=(8, 0), ...) fakes what torch and platform report."""
 
-    def fake(cuda=None, mps=False, cpu="x86_64", amx=False, avx512_bf16=False):
+    def fake(
+        code=("sm_75", "sm_80", "sm_90"),
+        flash=True,
+        cuda=None,
+        mps=False,
+        cpu="x86_64",
+        amx=False,
+        avx512_bf16=False,
+    ):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: cuda)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU")
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(code))
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: flash)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
         monkeypatch.setattr(device.platform, "machine", lambda: cpu)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
@@ -86,7 +97,7 @@ def test_what_is_asked_for_is_obeyed_or_refused(machine):
     "signs, use_cpu, bf16, pinned",
     [
         ({"cuda": (9, 0)}, False, True, True),
-        ({"cuda": (7, 0)}, False, False, True),
+        ({"cuda": (7, 5)}, False, False, True),
         ({"mps": True}, False, False, False),
         ({"avx512_bf16": True}, True, True, False),
         ({}, True, False, False),
@@ -102,6 +113,86 @@ def test_training_arguments_follow_the_device(machine, monkeypatch, tmp_path, si
     assert args.seed == args.data_seed == 7
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (2, 3)
     assert args.activation_checkpointing
+
+
+@pytest.mark.parametrize(
+    "cuda, flash_built, can",
+    [
+        ((9, 0), True, (True, True, True)),
+        ((8, 6), True, (True, True, True)),
+        ((8, 6), False, (False, True, True)),  # Windows
+        ((7, 5), True, (False, False, True)),
+    ],
+)
+def test_what_a_gpu_can_do_is_found_once(machine, cuda, flash_built, can):
+    machine(cuda=cuda, flash=flash_built)
+    found = pick_device().can
+    assert (found.flash, found.bf16, found.fp16) == can and found.architectures == ("sm_75", "sm_80", "sm_90")
+    assert pick_device("cpu").can.flash is False
+
+
+@pytest.mark.parametrize(
+    "cuda, code, used",
+    [
+        ((6, 1), ["sm_75", "sm_80"], False),
+        ((7, 0), ["sm_75", "sm_80"], False),
+        ((8, 9), ["sm_75", "sm_80"], True),
+        ((12, 0), ["sm_90", "sm_100"], False),
+        ((12, 1), ["sm_90", "sm_120"], True),
+        ((12, 0), ["sm_90a", "compute_90"], True),
+    ],
+)
+def test_a_card_that_the_build_has_no_code_for_is_told_and_not_used(machine, capsys, cuda, code, used):
+    machine(cuda=cuda, code=code)
+    assert pick_device().name == ("cuda" if used else "cpu")
+    told = capsys.readouterr().out
+    assert told.count("\n") == (not used) and ("has code for sm_" in told) == (not used)
+    if not used:
+        with pytest.raises(UserError, match="is not used: torch .* has code for"):
+            pick_device("cuda")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in is a shell script")
+@pytest.mark.parametrize(
+    "build, hidden, told",
+    [
+        (
+            None,
+            False,
+            "NVIDIA GeForce RTX 3060 is not used: torch .* is built without CUDA; mend it with: .*/whl/cu130",
+        ),
+        (
+            "13.0",
+            False,
+            "NVIDIA GeForce RTX 3060 is not used: .* for CUDA 13.0, and the driver is too old for it; .* R580",
+        ),
+        (None, True, None),
+    ],
+)
+def test_a_gpu_that_is_there_and_not_used_is_told(
+    machine, monkeypatch, tmp_path, capsys, build, hidden, told
+):
+    machine()
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text('#!/bin/sh\necho "GPU 0: NVIDIA GeForce RTX 3060 (UUID: GPU-1)"\n', encoding="utf-8")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.version, "cuda", build)
+    if hidden:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    else:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert pick_device().name == "cpu"
+    said = capsys.readouterr().out
+    assert re.fullmatch(told + ".*\n", said) if told else not said
+    assert pick_device("cpu").name == "cpu" and not capsys.readouterr().out  # asked for: nothing to tell
+
+
+def test_bf16_on_a_gpu_that_emulates_it_is_told(machine, capsys):
+    machine(cuda=(7, 5))
+    assert pick_device("cuda", "bf16").bf16 and "this GPU emulates bf16" in capsys.readouterr().out
+    machine(cuda=(8, 0))
+    assert pick_device("cuda", "bf16").bf16 and not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("version, refused", [("13.6.1", True), ("14.0", False), ("15.2", False)])

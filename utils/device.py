@@ -3,23 +3,45 @@
 import ctypes
 import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from utils.errors import UserError, imports_are_done
 
+INDEX = "https://download.pytorch.org/whl"  # of torch's builds: cu130 and others
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # numbers of malloc.h
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a device can do with this build of torch.
+
+    `flash`: FlashAttention is built in and runs on this GPU; `bf16`, `fp16`: the hardware multiplies matrices in that format.
+    `build` is torch's version; `architectures` are those that a CUDA build has code for (sm_75, ...).
+    """
+
+    flash: bool = False
+    bf16: bool = False
+    fp16: bool = False
+    build: str = str(torch.__version__)
+    architectures: tuple[str, ...] = ()
+
 
 @dataclass(frozen=True)
 class Device:
-    """`name` is torch's device type, `bf16` whether matrix products run in bfloat16 (trained weights stay float32), `weights` the
-    form in which those are held that answer: plain, half or int8 (utils/model/answer_weights.py)."""
+    """`name` is torch's device type. `bf16`: matrix products run in bfloat16, while trained weights stay float32. `weights` is the
+    form of the weights that answer: plain, half or int8 (utils/model). `can` is what the device can do."""
 
     name: str
     bf16: bool
     reason: str
     weights: str = "plain"
+    can: Capabilities = field(default=Capabilities(), compare=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -43,33 +65,113 @@ def pick_device(name: str = "auto", precision: str = "auto", answering: bool = F
     bfloat16 is chosen only where the hardware computes in it: CUDA from compute capability 8.0, x86 with AVX512-BF16 or
     AMX. Elsewhere it is emulated and slower than float32; Apple's M1 and M2 emulate it, so MPS gets it only on request.
     Other x86 CPUs (with AVX2, which FBGEMM needs) answer from half weights, unless another precision is asked for.
-    Raises UserError for a device that is not there and for another precision. On a CPU, memory is held from now on.
+    A GPU that is there and cannot be used is told in one line. Raises UserError for a device that is not there and for another
+    precision. On a CPU, memory is held from now on.
     """
     imports_are_done()
     known = ("auto", "bf16", "fp32", "int8") if answering else ("auto", "bf16", "fp32")
     if precision not in known:
         raise UserError(f"--precision: wanted {', '.join(known[:-1])} or {known[-1]}, got {precision!r}")
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    unused = "" if name in ("mps", "cpu") else _unused_gpu()
+    present = {
+        "cuda": torch.cuda.is_available() and not unused,
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     here = [kind for kind, there in present.items() if there]
+    if name not in ("auto", *here):
+        raise UserError(unused or f"--device: no {name} device here; there is: {', '.join(here)}")
+    if unused:
+        print(unused, flush=True)
     name = here[0] if name == "auto" else name
-    if name not in here:
-        raise UserError(f"--device: no {name} device here; there is: {', '.join(here)}")
     if name == "cpu":
         hold_memory()
         limit_kernels()
+    can, reason = {"cuda": _cuda, "mps": _mps, "cpu": _cpu}[name]()
     if name == "mps" and precision == "bf16" and () < _macos() < (14,):
         raise UserError(
             f"--precision bf16 on an Apple GPU needs macOS 14, and this is {platform.mac_ver()[0]}; take fp32"
         )
-    native, reason = {"cuda": _cuda_bf16, "mps": _mps_bf16, "cpu": _cpu_bf16}[name]()
+    if name == "cuda" and precision == "bf16" and not can.bf16:
+        print(f"{reason}: this GPU emulates bf16 and is slower with it than with fp32", flush=True)
     fbgemm = name == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
+    if precision == "int8" and not fbgemm:
+        raise UserError("--precision int8 is for x86 CPUs with AVX2; here, take auto")
     if precision == "auto":
-        return Device(name, native, reason, "half" if fbgemm and not native else "plain")
-    if precision == "int8":
-        if not fbgemm:
-            raise UserError("--precision int8 is for x86 CPUs with AVX2; here, take auto")
-        return Device(name, False, f"int8 as asked for; {reason}", "int8")
-    return Device(name, precision == "bf16", f"{precision} as asked for; {reason}")
+        native = can.bf16 and name != "mps"
+        return Device(name, native, reason, "half" if fbgemm and not native else "plain", can)
+    weights = "int8" if precision == "int8" else "plain"
+    return Device(name, precision == "bf16", f"{precision} as asked for; {reason}", weights, can)
+
+
+# ---- What each device can do
+
+
+def _cuda():
+    major, minor = torch.cuda.get_device_capability()
+    flash = major >= 8 and torch.backends.cuda.is_flash_attention_available()  # Windows builds have none
+    architectures = tuple(torch.cuda.get_arch_list())
+    can = Capabilities(flash, bf16=major >= 8, fp16=major >= 7, architectures=architectures)
+    return can, f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
+
+
+def _macos() -> tuple[int, ...]:
+    return tuple(int(part) for part in platform.mac_ver()[0].split(".") if part.isdigit())
+
+
+def _mps():
+    return Capabilities(fp16=True), "Apple GPU; bf16 would save memory, not time"
+
+
+def _cpu():
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return Capabilities(), f"{platform.machine()} processor"
+    if torch.cpu._is_amx_tile_supported():
+        return Capabilities(bf16=True), "x86 processor with AMX"
+    if torch.cpu._is_avx512_bf16_supported():
+        return Capabilities(bf16=True), "x86 processor with AVX512-BF16"
+    return Capabilities(), "x86 processor without bf16 instructions"
+
+
+def _unused_gpu() -> str:
+    """Why an NVIDIA GPU that is there cannot be used, with what helps; "" if it can, or if there is none."""
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        code = torch.cuda.get_arch_list()
+        versions = [
+            (kind, int(digits[:-1]), int(digits[-1]))
+            for kind, digits in re.findall(r"(sm|compute)_(\d+)", str(code))
+        ]
+        # Code of one generation runs on its later cards (sm_80 on 8.6), and compute_ code on all later ones.
+        if any((m, n) <= (major, minor) and (m == major or kind == "compute") for kind, m, n in versions):
+            return ""
+        return (
+            f"{torch.cuda.get_device_name()} (sm_{major}{minor}) is not used: torch {torch.__version__} has code for "
+            f"{', '.join(code)} only; a build for it, if there is one, is at {INDEX}/cu126"
+        )
+    smi = shutil.which("nvidia-smi")
+    if not smi or torch.version.hip or "CUDA_VISIBLE_DEVICES" in os.environ:
+        return ""
+    try:
+        listed = subprocess.run(
+            [smi, "-L"], capture_output=True, encoding="utf-8", errors="replace", timeout=10
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    gpu = re.search(r"GPU \d+: ([^(\n]*)", listed)
+    if not gpu:
+        return ""
+    begin, version = (
+        f"{gpu[1].strip()} is not used: torch {torch.__version__} is built",
+        str(torch.__version__).partition("+")[0],
+    )
+    if torch.version.cuda:
+        return f"{begin} for CUDA {torch.version.cuda}, and the driver is too old for it; update it (CUDA 13 needs R580 or newer)"
+    pip = f"{sys.executable} -m pip install --force-reinstall torch=={version} --index-url {INDEX}/cu130"
+    return f"{begin} without CUDA; mend it with: {pip}"
+
+
+# ---- Memory of a CPU
 
 
 def hold_memory() -> None:
@@ -100,29 +202,3 @@ def release_memory() -> None:
 def _glibc():
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     return libc if hasattr(libc, "mallopt") else None  # musl has none
-
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # numbers of malloc.h
-
-
-def _cuda_bf16():
-    major, minor = torch.cuda.get_device_capability()
-    return major >= 8, f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
-
-
-def _macos() -> tuple[int, ...]:
-    return tuple(int(part) for part in platform.mac_ver()[0].split(".") if part.isdigit())
-
-
-def _mps_bf16():
-    return False, "Apple GPU; bf16 would save memory, not time"
-
-
-def _cpu_bf16():
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return False, f"{platform.machine()} processor"
-    if torch.cpu._is_amx_tile_supported():
-        return True, "x86 processor with AMX"
-    if torch.cpu._is_avx512_bf16_supported():
-        return True, "x86 processor with AVX512-BF16"
-    return False, "x86 processor without bf16 instructions"
