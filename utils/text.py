@@ -1,11 +1,12 @@
 """Text for people: widths, columns, sizes, durations, progress, and nothing that would control the terminal."""
 
+import locale
+import os
 import shutil
 import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from itertools import zip_longest
 
 PLAIN_SECONDS = 15  # between two lines of progress, off a terminal
 QUIET_SECONDS = 2  # shorter work is not mentioned
@@ -26,22 +27,11 @@ def say(text: str, flush: bool = False) -> None:
     print(printable(text), flush=flush)
 
 
-def side_by_side(left: str, right: str, columns: int) -> str:
-    """Two texts in two columns of together `columns` character cells, wrapped (str of lines)."""
-    width = max((columns - 3) // 2, 2)
-    pairs = zip_longest(_wrap(printable(left), width), _wrap(printable(right), width), fillvalue="")
-    return "\n".join(f"{one}{' ' * (width - text_width(one))} | {two}".rstrip() for one, two in pairs)
-
-
-def _wrap(text, width):
-    for line in text.expandtabs(4).split("\n"):
-        start = used = 0
-        for index, character in enumerate(line):
-            if used + text_width(character) > width:
-                yield line[start:index]
-                start, used = index, 0
-            used += text_width(character)
-        yield line[start:]
+def localized(english: str, chinese: str) -> str:
+    """Whichever of two texts is in the language that the environment asks for: Chinese or else English."""
+    variables = ("LC_ALL", "LC_MESSAGES", "LANG")
+    named = next(filter(None, map(os.environ.get, variables)), None) or locale.getlocale()[0] or ""
+    return chinese if named.lower().startswith(("zh", "chinese")) else english
 
 
 def text_width(text: str) -> int:

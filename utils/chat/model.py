@@ -1,19 +1,57 @@
-"""A model that answers in chat: a loaded folder, and what one answer of it is."""
+"""The model of a chat: a loaded folder, the options of an answer, and the answer."""
 
+import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from utils.chat.options import Options
+from utils.chat.terminal import note
 from utils.device import Device
 from utils.errors import RunError, UserError
 from utils.files import show_path
 from utils.model.chat_format import encode_prompt
-from utils.model.folder import check_model, load_for_answers, load_tokenizer
-from utils.model.generate import AnswerReader, Decoding, TokenStream, decoding_for, stop_tokens
+from utils.model.folder import check_model, load_for_answers, load_tokenizer, read_record
+from utils.model.generate import (
+    AnswerReader,
+    Decoding,
+    TokenStream,
+    decoding_for,
+    stop_tokens,
+    thinks_by_default,
+)
+
+
+@dataclass
+class Options:
+    """Options of every answer. `thinking`: True, False or None (the folder's own mode); `decoding`: changes to the folder's
+    generation_config, by name."""
+
+    thinking: bool | None = None
+    max_new_tokens: int = 2048
+    show_thinking: bool = True
+    decoding: dict = field(default_factory=dict)
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+    def apply(self, name: str, value: float) -> None:
+        """Change one setting to a value that utils/chat/session.py:read_value has passed."""
+        if name == "max_new_tokens":
+            self.max_new_tokens = value
+        elif name == "seed":
+            self.generator.manual_seed(value)
+        elif name == "temperature":  # 0 would divide by zero; its limit is greedy decoding
+            self.decoding |= {"do_sample": True, "temperature": value} if value else {"do_sample": False}
+        else:
+            self.decoding[name] = value
+
+    def seed(self, seed: int) -> None:
+        """Begin the random numbers anew: with `seed`, or with any where it is negative."""
+        if seed < 0:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(seed)
 
 
 @dataclass
@@ -28,9 +66,17 @@ class Reply:
     ended: bool
     stopped: bool
 
+    def speed(self) -> str:
+        """Tokens and speed, in words."""
+        after_first = self.seconds - self.first
+        rate = ""
+        if self.tokens > 1 and after_first > 0:
+            rate = f"{(self.tokens - 1) / after_first:.1f} tokens/s, "
+        return f"{self.tokens} tokens, {rate}first after {self.first:.2f} s"
+
 
 class ChatModel:
-    """A loaded model folder, ready to answer."""
+    """A loaded model folder, ready to answer. `record`: the run.json of its training, {} for a model that has none."""
 
     def __init__(self, folder: str, device: Device):
         check_model(folder)
@@ -42,6 +88,7 @@ class ChatModel:
             raise RunError(f"not enough memory on {device.name} for {self.name}; add --device cpu") from None
         self.stream = TokenStream(self.model, stop_tokens(self.model, self.tokenizer))
         self.context = self.model.config.max_position_embeddings
+        self.record = record_of(folder)
 
     def encode(self, messages: list[dict], options: Options) -> list[int]:
         """The ids that ask for an answer to `messages`."""
@@ -56,6 +103,19 @@ class ChatModel:
 
     def decoding(self, options: Options) -> Decoding:
         return replace(decoding_for(self.model, self.tokenizer, options.thinking), **options.decoding)
+
+    def describe(self, options: Options) -> str:
+        """How the model is going to answer, in one line."""
+        decoding, how = self.decoding(options), "greedy"
+        if decoding.do_sample:
+            how = f"temperature {decoding.temperature}, top_p {decoding.top_p}, top_k {decoding.top_k}"
+        if decoding.repetition_penalty != 1:
+            how += f", repetition_penalty {decoding.repetition_penalty}"
+        mode = "on" if options.thinking else "off"
+        if options.thinking is None:
+            mode = "on" if thinks_by_default(self.tokenizer) else "off"
+            mode += " (the folder's own mode)"
+        return f"thinking {mode}; {how}; at most {options.max_new_tokens} tokens an answer"
 
     def answer(self, prompt: list[int], options: Options, show: Callable[[str, bool], None]) -> Reply:
         """Answer the ids `prompt`, handing the text on as it comes to show(text, thinking); Ctrl-C ends it."""
@@ -72,3 +132,21 @@ class ChatModel:
             stopped = True
         seconds, ended = time.perf_counter() - start, token in self.stream.stop
         return Reply(reader.content, reader.reasoning, tokens, seconds, first, ended, stopped)
+
+
+def record_of(folder: str) -> dict:
+    """The run.json of the training that a model folder came from, {} where there is none. A damaged one is told and not used.
+
+    It lies in the folder itself, or above: `merged/` and `checkpoint-20/` stand in the folder of their run.
+    """
+    for place in (Path(folder), Path(folder).parent):
+        try:
+            record = read_record(place)
+        except UserError as error:
+            note(f"{error}; going on without it")
+            return {}
+        if record is not None:
+            return record
+        if not re.fullmatch(r"merged|checkpoint-\d+", Path(folder).name):
+            break
+    return {}

@@ -1,54 +1,221 @@
-"""A conversation at the terminal, with one model or with two at once: its commands, and what is printed about it."""
+"""A conversation at the terminal: its history, its commands, and what is printed about it.
 
+Every prompt is rendered from the text anew, by the path that training uses (utils/model/chat_format.py), so the model sees the
+conversation as it was trained to see one.
+"""
+
+from __future__ import annotations
+
+import bisect
 import difflib
+import functools
 import itertools
 import json
-import shutil
+import os
+import re
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from utils.chat.history import History, Turn, load_history
-from utils.chat.model import ChatModel, Reply
-from utils.chat.options import KINDS, Options, read_value
 from utils.chat.terminal import QUOTES, AnswerPrinter, loading, note, read_message, show_models
-from utils.device import Device
 from utils.errors import UserError, complain, explain
-from utils.files import show_path
+from utils.files import read_jsonl, show_path
 from utils.model.chat_format import THINKING_MODES
 from utils.model.folder import find_models
-from utils.model.generate import thinks_by_default
 from utils.settings import ROOT
-from utils.text import shorten, side_by_side
+from utils.text import localized, shorten
 
-COMMANDS = {  # name: (argument, meaning)
-    "help": ("", "list these commands; also /?"),
-    "clear": ("", "forget the conversation, keep the system text; also /reset"),
-    "undo": ("", "take back the last question and its answer"),
-    "retry": ("", "answer the last question again"),
-    "system": ("TEXT", "set the system text; without TEXT remove it"),
-    "think": ("on|off|auto", "think before answering; auto: as the model folder was trained"),
-    "set": ("NAME VALUE", f"{', '.join(KINDS)}; temperature 0 is greedy"),
-    "save": ("FILE.jsonl", "append the conversation to FILE as a row to train on"),
-    "load": ("FILE.jsonl", "go on with the last conversation in FILE"),
-    "model": ("FOLDER", "go on with another model; without FOLDER list them"),
-    "compare": ("FOLDER", "let a second model answer beside this one; without FOLDER stop that"),
-    "exit": ("", "leave, as Ctrl-D does; also /bye, exit, quit"),
+if TYPE_CHECKING:  # torch takes seconds, and wrong flags are told before
+    from utils.chat.model import ChatModel, Options
+    from utils.device import Device
+
+
+# ---- Settings of an answer
+
+
+class Rule(NamedTuple):
+    """The type of a setting, and the values that it takes: in words, and as a test."""
+
+    type: type
+    wanted: str
+    allowed: Callable[[Any], bool]
+
+
+RULES = {
+    # below 0.01 the scores overflow; 0 means greedy
+    "temperature": Rule(float, "0 (greedy) or a number from 0.01 to 10", lambda v: v == 0 or 0.01 <= v <= 10),
+    "top_p": Rule(float, "a number above 0, up to 1", lambda v: 0 < v <= 1),
+    "top_k": Rule(int, "a whole number, 0 for no limit", lambda v: v >= 0),
+    "repetition_penalty": Rule(float, "a number from 0.1 to 10", lambda v: 0.1 <= v <= 10),
+    "max_new_tokens": Rule(int, "a whole number from 1", lambda v: v > 0),
+    "seed": Rule(int, "a whole number from 0", lambda v: 0 <= v < 2**63),
 }
+
+
+def read_value(name: str, value: str | float, where: str) -> float:
+    """`value` as setting `name` takes it. UserError, with `where` it was given, for any other."""
+    rule = RULES[name]
+    try:
+        number = rule.type(value)
+    except (ValueError, TypeError, OverflowError):
+        number = None
+    if number is None or not rule.allowed(number):
+        raise UserError(f"{where}: wanted {rule.wanted}, got {value!r}")
+    return number
+
+
+# ---- History
+
+
+@dataclass
+class Turn:
+    """A question and its answer; `whole` is False if Ctrl-C or the token limit cut the answer."""
+
+    question: str
+    answer: str
+    reasoning: str
+    whole: bool
+
+    def messages(self) -> list[dict]:
+        reasoning = {"reasoning_content": self.reasoning} if self.reasoning else {}
+        return [
+            {"role": "user", "content": self.question},
+            {"role": "assistant", "content": self.answer, **reasoning},
+        ]
+
+
+class History:
+    """The system text and the turns. `start` is the first turn that the model is shown; `afresh`: it is shown none."""
+
+    def __init__(self, system: str = "", afresh: bool = False):
+        self.system, self.afresh, self.start = system, afresh, 0
+        self.turns: list[Turn] = []
+
+    def messages(self, turns: list[Turn], question: str = "") -> list[dict]:
+        """The system text, some turns, and a question, as a model's messages."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        last = [{"role": "user", "content": question}] if question else []
+        return [*system, *(message for turn in turns for message in turn.messages()), *last]
+
+    def prompt(self, chat_model: ChatModel, options: Options, question: str, count: int) -> list[int]:
+        """The ids that ask `question` after the first `count` turns, of which the oldest are left out, whole ones only, until
+        an answer has room. UserError if the question alone is too long.
+
+        At most 2 + log2(turns) renderings: a long conversation takes a tenth of a second for each.
+        """
+        room = min(options.max_new_tokens, chat_model.context // 2)
+
+        @functools.cache
+        def render(start):
+            return chat_model.encode(self.messages(self.turns[start:count], question), options)
+
+        def fits(start):
+            return len(render(start)) + room <= chat_model.context
+
+        chat_model.check_length(render(count))
+        start = count if self.afresh else min(self.start, count)
+        if not fits(start):
+            start += bisect.bisect_left(range(start, count), True, key=fits)
+        self.start = 0 if self.afresh else start
+        return render(start)
+
+    def save(self, path: Path) -> int:
+        """Append the turns that came to their end to a JSONL file, as one row to train on, or one row per question that was
+        asked afresh; return how many turns they are."""
+        whole = [turn for turn in self.turns if turn.whole]
+        if not whole:
+            raise UserError("nothing to save: no answer that came to its end")
+        conversations = [[turn] for turn in whole] if self.afresh else [whole]
+        rows = [json.dumps({"messages": self.messages(turns)}, ensure_ascii=False) for turns in conversations]
+        with open(path, "a+b") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+            # a file edited by hand may lack its last line break
+            line_break = b"" if file.read(1) in (b"", b"\n") else b"\n"
+            file.write(line_break + "".join(row + "\n" for row in rows).encode())
+        return len(whole)
+
+
+def load_history(path: Path) -> History:
+    """The conversation in the last row of a JSONL file, as History.save writes it. UserError if it is none."""
+    [row] = deque(read_jsonl(path, ["messages"]), maxlen=1)
+    messages = row["messages"]
+    history = History(messages.pop(0)["content"] if messages[0]["role"] == "system" else "")
+    roles = [message["role"] for message in messages]
+    if roles != ["user", "assistant"] * (len(roles) // 2):
+        raise UserError(f"{show_path(path)}, last line: wanted questions and answers in turn")
+    for question, answer in zip(messages[::2], messages[1::2]):
+        reasoning = answer.get("reasoning_content")
+        reasoning = reasoning if isinstance(reasoning, str) else ""
+        history.turns.append(Turn(question["content"], answer["content"], reasoning, True))
+    return history
+
+
+# ---- Chat
+
+
+HELP = f"""\
+  /help                list these commands; also /?
+  /clear               forget the conversation, keep the system text; also /reset
+  /undo                take back the last question and its answer
+  /retry               answer the last question again
+  /system TEXT         set the system text; without TEXT remove it
+  /history on|off      off: every question starts a conversation of its own
+  /think on|off|auto   think before answering; auto: as the model folder was trained
+  /set NAME VALUE      {", ".join(RULES)}; temperature 0 is greedy
+  /save FILE.jsonl     append the conversation to FILE as a row to train on
+  /load FILE.jsonl     go on with the last conversation in FILE
+  /model FOLDER        go on with another model, by folder or number; without FOLDER list them
+  /exit                leave, as Ctrl-D does; also /bye, exit, quit
+  Several lines: {QUOTES} before and after them, or \\ at the end of a line. Tab completes a command.
+  Ctrl-C stops an answer; what there is of it stays."""
+HELP_IN_CHINESE = f"""\
+  /help                列出这些命令；也可用 /?
+  /clear               忘掉对话，保留系统提示；也可用 /reset
+  /undo                撤回上一个问题和回答
+  /retry               重新回答上一个问题
+  /system TEXT         设定系统提示；不写 TEXT 则去掉
+  /history on|off      off：每个问题都另起一段对话，不看前文
+  /think on|off|auto   先思考再回答；auto：按模型训练时的方式
+  /set NAME VALUE      {", ".join(RULES)}；temperature 0 总取最可能的词
+  /save FILE.jsonl     把对话追加到 FILE，可作训练数据
+  /load FILE.jsonl     接着 FILE 里最后一段对话
+  /model FOLDER        换一个模型（文件夹或编号）；不写则列出
+  /exit                离开，同 Ctrl-D；也可用 /bye、exit、quit
+  多行：前后各写 {QUOTES}，或在行尾写 \\。Tab 补全命令。
+  Ctrl-C 停止回答，已有的部分保留。"""
+COMMANDS = re.findall("^  /([a-z]+)", HELP, re.MULTILINE)
 OTHER_NAMES = {"?": "help", "reset": "clear", "bye": "exit", "quit": "exit"}
-# For Tab: a command's argument.
-ARGUMENTS = {name: argument for name, (argument, _) in COMMANDS.items()} | dict.fromkeys(OTHER_NAMES, "")
+TYPED = [f"/{name}" for name in (*COMMANDS, *OTHER_NAMES)]  # as Tab completes them
 
 
 class Chat:
-    """A session. `load(folder)` makes the ChatModel for /model and /compare."""
+    """A session. `system`: the system text, None for the one of the model's training; `load(folder)` makes the ChatModel for
+    /model."""
 
     def __init__(
-        self, chat_model: ChatModel, options: Options, system: str, load: Callable[[str], ChatModel]
+        self, chat_model: ChatModel, options: Options, system: str | None, load: Callable[[str], ChatModel]
     ):
         self.chat_model, self.options, self.load = chat_model, options, load
-        self.history = History(system)
-        self.other = None  # the second ChatModel, while /compare is on
+        self.system_is_given, self.history_is_given = system is not None, False
+        self.history = History(system or "")
         self.unanswered = ""  # a question that Ctrl-C took the answer from, for /retry
+        self._follow_training()
+
+    def _follow_training(self):
+        """Take what the user has not said from the record of the model's training, and tell it."""
+        if not self.system_is_given:
+            self.history.system = trained_system(self.chat_model)
+        if not self.history_is_given:
+            self.history.afresh = self.chat_model.record.get("conversations") == "single"
+            if self.history.afresh:
+                note(
+                    localized(
+                        "(trained on single questions: each starts afresh; /history on shows it the ones before)",
+                        "（模型只用单个问题训练过：每个问题都另起一段对话；/history on 让它看到前文）",
+                    )
+                )
 
     def run(self) -> None:
         """Read and answer until Ctrl-D or /exit. Ctrl-C at any point only ends what is being done."""
@@ -84,74 +251,39 @@ class Chat:
         name, _, text = line[1:].partition(" ")
         name = OTHER_NAMES.get(name, name)
         if name not in COMMANDS:
-            near = difflib.get_close_matches(name, ARGUMENTS, n=1)
-            hint = f"did you mean /{near[0]}?" if near else "/help lists them"
-            raise UserError(f"no command /{name}; {hint}")
+            near = difflib.get_close_matches(f"/{name}", TYPED, n=1)
+            raise UserError(f"no command /{name}; {f'did you mean {near[0]}?' if near else '/help lists them'}")
         if name != "exit":
             getattr(self, f"_{name}")(text.strip())
         return name != "exit"
 
-    # ---- questions
-
     def ask(self, question: str, count: int) -> None:
         """Answer `question` after the first `count` turns of the history, and put it in their place if it was answered."""
-        chat_models = [self.chat_model, self.other] if self.other else [self.chat_model]
-        prompts = [self._prompt(chat_model, question, count) for chat_model in chat_models]
+        before = self.history.start
+        prompt = self.history.prompt(self.chat_model, self.options, question, count)
+        if self.history.start > before:
+            note(
+                f"(the context window of {self.chat_model.context} tokens is full: "
+                f"the oldest {self.history.start} of {count} turns are left out)"
+            )
         self.unanswered = question
-        if self.other:
-            replies = list(map(self._answer_aside, chat_models, prompts))
-            self._show_both([reply.content for reply in replies])
-        else:
-            printer = AnswerPrinter(self.options.show_thinking)
-            replies = [self.chat_model.answer(prompts[0], self.options, printer)]
-            print(flush=True)
-        for chat_model, reply in zip(chat_models, replies):
-            self._show_speed(chat_model, reply)
-        reply = replies[0]
+        reply = self.chat_model.answer(prompt, self.options, AnswerPrinter(self.options.show_thinking))
+        print(flush=True)
+        cut = "" if reply.ended else "; cut at the limit (/set max_new_tokens ...)"
+        note(f"[{reply.speed()}{'; stopped by Ctrl-C' if reply.stopped else cut}]")
         if not reply.content:
             note("(no answer, so the question is not kept; /retry asks it again)")
             return
         self.history.turns[count:] = [Turn(question, reply.content, reply.reasoning, reply.ended)]
         self.unanswered = ""
 
-    def _prompt(self, chat_model, question, count):
-        before = self.history.start
-        prompt = self.history.prompt(chat_model, self.options, question, count)
-        if self.history.start > before:
-            note(
-                f"(the context window of {chat_model.context} tokens is full: "
-                f"the oldest {self.history.start} of {count} turns are left out)"
-            )
-        return prompt
-
-    def _answer_aside(self, chat_model, prompt):
-        note(f"({chat_model.name} is answering ...)")
-        reply = chat_model.answer(prompt, self.options, lambda text, thinking: None)
-        if reply.stopped:
-            raise KeyboardInterrupt
-        return reply
-
-    def _show_both(self, answers):
-        names = (self.chat_model.name, self.other.name)
-        columns = [f"{name}\n\n{answer or '(no answer)'}" for name, answer in zip(names, answers)]
-        print(side_by_side(*columns, shutil.get_terminal_size().columns), flush=True)
-
-    def _show_speed(self, chat_model, reply):
-        cut = "" if reply.ended else "; cut at the limit (/set max_new_tokens ...)"
-        cut = "; stopped by Ctrl-C" if reply.stopped else cut
-        who = f"{chat_model.name}: " if self.other else ""
-        note(f"[{who}{speed_of(reply)}{cut}]")
-
     # ---- commands: each takes the text after its name
 
     def _help(self, text):
-        for name, (argument, meaning) in COMMANDS.items():
-            note(f"  {f'/{name} {argument}':<20} {meaning}")
-        note(f"  Several lines: {QUOTES} before and after them, or \\ at the end of a line. Tab completes.")
-        note("  Ctrl-C stops an answer; what there is of it stays.")
+        note(localized(HELP, HELP_IN_CHINESE))
 
     def _clear(self, text):
-        self.history, self.unanswered = History(self.history.system), ""
+        self.history, self.unanswered = History(self.history.system, self.history.afresh), ""
         note("(the conversation is forgotten)")
 
     def _undo(self, text):
@@ -170,30 +302,35 @@ class Chat:
             raise UserError("nothing to answer again")
 
     def _system(self, text):
-        self.history.system = text
+        self.history.system, self.system_is_given = text, True
         done = "set" if text else "removed"
         note(f"(system text {done}; the conversation goes on, /clear starts a new one)")
+
+    def _history(self, text):
+        if text not in ("", "on", "off"):
+            raise UserError(f"/history takes on or off, got {text!r}")
+        if text:
+            self.history.afresh, self.history_is_given = text == "off", True
+        seen = "no earlier question" if self.history.afresh else "the earlier questions and answers"
+        note(f"(the model is shown {seen} with each question)")
 
     def _think(self, text):
         if text and text not in THINKING_MODES:
             raise UserError(f"/think takes on, off or auto, got {text!r}")
         if text:
             self.options.thinking = THINKING_MODES[text]
-        self._show_options()
+        note(f"({self.chat_model.describe(self.options)})")
 
     def _set(self, text):
         words = text.replace("=", " ").split()
         values = {}
         for name, value in itertools.zip_longest(words[::2], words[1::2], fillvalue=""):
-            if name not in KINDS:
-                raise UserError(f"/set has no {name}; it has {', '.join(KINDS)}, as in /set temperature 0.6")
+            if name not in RULES:
+                raise UserError(f"/set has no {name}; it has {', '.join(RULES)}, as in /set temperature 0.6")
             values[name] = read_value(name, value, f"/set {name}")
         for name, value in values.items():  # of a line with a mistake nothing is taken
             self.options.apply(name, value)
-        self._show_options()
-
-    def _show_options(self):
-        note(f"({describe(self.chat_model, self.options)})")
+        note(f"({self.chat_model.describe(self.options)})")
 
     def _save(self, text):
         path = _jsonl_path("/save", text)
@@ -204,45 +341,30 @@ class Chat:
 
     def _load(self, text):
         path = _jsonl_path("/load", text)
+        afresh = self.history.afresh
         self.history, self.unanswered = load_history(path), ""
+        self.history.afresh = afresh
         turns = self.history.turns
         last = f"; the last question: {shorten(turns[-1].question)}" if turns else ""
         note(f"({_turns(len(turns))} from {show_path(path)}{last})")
 
     def _model(self, text):
+        """Go on with the model of a folder, found from here or in the repository, of a number in the list, or of a Hub id."""
+        found = find_models()
         if not text:
-            show_models(find_models())
+            show_models(found)
             note(f"({self.chat_model.name} is answering; /model FOLDER or its number changes that)")
             return
-        self.chat_model = self._load_model(text)
-        note(f"({self.chat_model.name} goes on)")
-        self._show_options()
-
-    def _compare(self, text):
-        if not text:
-            self.other = None
-            note("(one model answers)")
-            return
-        self.other = self._load_model(text)
-        note(f"({self.other.name} now answers beside {self.chat_model.name}, whose answers make the history)")
-        if self.history.turns:
-            last = self.history.turns[-1]
-            prompt = self._prompt(self.other, last.question, len(self.history.turns) - 1)
-            reply = self._answer_aside(self.other, prompt)
-            self._show_both([last.answer, reply.content])
-            self._show_speed(self.other, reply)
-
-    def _load_model(self, text):
-        """The ChatModel of a folder, found from here or in the repository, of a number in the list, or of a Hub id."""
-        found = find_models() if text.isdecimal() else []
         if text.isdecimal() and 1 <= int(text) <= len(found):
             text = str(found[int(text) - 1])
         folder = next((path for path in (_user_path(text), ROOT / text) if path.exists()), text)
         loading(show_path(folder))
         chat_model = self.load(str(folder))
         # This renders its template: a broken one is told now, not at every question.
-        describe(chat_model, self.options)
-        return chat_model
+        described = chat_model.describe(self.options)
+        self.chat_model = chat_model
+        note(f"({chat_model.name} goes on)\n({described})")
+        self._follow_training()
 
 
 def _turns(count):
@@ -263,34 +385,24 @@ def _jsonl_path(command, text):
     return path
 
 
+# ---- Before and without a chat
+
+
 def greet(chat_model: ChatModel, options: Options, device: Device) -> None:
     """Say what is going to answer, and how."""
     note(f"{chat_model.name} on {device.name}, {device.answers} ({device.reason})")
-    note(describe(chat_model, options))
-    note("For study and research only, not medical advice.")
+    note(chat_model.describe(options))
+    note(localized("For study and research only, not medical advice.", "仅供学习和研究，不能代替医生的诊断和建议。"))
 
 
-def describe(chat_model: ChatModel, options: Options) -> str:
-    """How the model is going to answer, in one line."""
-    decoding, how = chat_model.decoding(options), "greedy"
-    if decoding.do_sample:
-        how = f"temperature {decoding.temperature}, top_p {decoding.top_p}, top_k {decoding.top_k}"
-    if decoding.repetition_penalty != 1:
-        how += f", repetition_penalty {decoding.repetition_penalty}"
-    mode = "on" if options.thinking else "off"
-    if options.thinking is None:
-        mode = "on" if thinks_by_default(chat_model.tokenizer) else "off"
-        mode += " (the folder's own mode)"
-    return f"thinking {mode}; {how}; at most {options.max_new_tokens} tokens an answer"
-
-
-def speed_of(reply: Reply) -> str:
-    """Tokens and speed of an answer, in words."""
-    after_first = reply.seconds - reply.first
-    rate = ""
-    if reply.tokens > 1 and after_first > 0:
-        rate = f"{(reply.tokens - 1) / after_first:.1f} tokens/s, "
-    return f"{reply.tokens} tokens, {rate}first after {reply.first:.2f} s"
+def trained_system(chat_model: ChatModel) -> str:
+    """The system text that nearly all rows of the model's training shared, which is said; "" if they shared none."""
+    system = chat_model.record.get("system")
+    if not isinstance(system, str) or not system:
+        return ""
+    told = localized("the system text of its training is used", "使用训练时的系统提示")
+    note(f"({told}: {shorten(system)})")
+    return system
 
 
 def answer_once(
@@ -312,4 +424,4 @@ def answer_once(
     else:
         print(flush=True)
     cut = "" if reply.ended else f"; cut at the limit of {options.max_new_tokens} tokens (--max-new-tokens)"
-    note(f"[{place}: {speed_of(reply)}{cut}]")
+    note(f"[{place}: {reply.speed()}{cut}]")

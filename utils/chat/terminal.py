@@ -1,10 +1,9 @@
 """The terminal: reading a message that may be Chinese and several lines long, Tab completion, dimmed text, answers."""
 
-import glob
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -15,36 +14,25 @@ from utils.text import printable
 QUOTES = '"""'
 
 
-def prepare_terminal(arguments: Mapping[str, str]) -> None:
-    """Switch on line editing (arrow keys, history, whole pastes) and Tab where Python has readline; Windows edits by itself.
+def prepare_terminal(commands: Sequence[str]) -> None:
+    """Switch on line editing (arrow keys, history, whole pastes) where Python has readline; Windows edits by itself.
 
-    `arguments`: the argument of each command, for `completions`.
+    Tab completes `commands`, such as "/help".
     """
     try:
         import readline
     except ImportError:
         return
     readline.parse_and_bind("set enable-bracketed-paste on")  # a paste of several lines is one message
-    readline.set_completer_delims("")  # the whole line is completed: folders may have spaces in their names
-    readline.set_completer(lambda line, number: [*completions(line, arguments), None][number])
+    readline.set_completer_delims(" ")
+    readline.set_completer(lambda begun, number: [*completions(begun, commands), None][number])
     libedit = "libedit" in (readline.__doc__ or "")  # macOS
     readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
 
 
-def completions(line: str, arguments: Mapping[str, str]) -> list[str]:
-    """The lines that Tab can make of `line`: a command of `arguments`, or the FOLDER or FILE that one takes."""
-    if not line.startswith("/"):
-        return []
-    name, space, begun = line[1:].partition(" ")
-    if not space:
-        return [f"/{known}{' ' if arguments[known] else ''}" for known in arguments if known.startswith(name)]
-    kind = arguments.get(name, "")
-    if not kind.startswith(("FOLDER", "FILE")):
-        return []
-    found = sorted(glob.glob(glob.escape(os.path.expanduser(begun)) + "*"))
-    folders = [f"/{name} {path}/" for path in found if os.path.isdir(path)]
-    files = [f"/{name} {path}" for path in found if path.endswith(".jsonl") and os.path.isfile(path)]
-    return folders + (files if kind.startswith("FILE") else [])
+def completions(begun: str, commands: Sequence[str]) -> list[str]:
+    """The commands that begin so; none for text that is no command."""
+    return [command for command in commands if begun.startswith("/") and command.startswith(begun)]
 
 
 def read_message() -> str:
@@ -60,7 +48,7 @@ def read_message() -> str:
 
 
 def goes_on(text: str) -> bool:
-    """Whether a message needs another line."""
+    """Tell whether a message needs another line."""
     begun = text.strip()
     if begun.startswith(QUOTES):
         return len(begun) < 2 * len(QUOTES) or not begun.endswith(QUOTES)
@@ -68,7 +56,7 @@ def goes_on(text: str) -> bool:
 
 
 def dim(text: str, stream: TextIO) -> str:
-    """`text` with the codes for dim where `stream` is a terminal that may be coloured (https://no-color.org)."""
+    """`text` with the codes for dim if `stream` is a terminal that may be coloured (https://no-color.org)."""
     return f"\033[2m{text}\033[0m" if stream.isatty() and not os.environ.get("NO_COLOR") else text
 
 
