@@ -17,20 +17,20 @@ from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.chat.options import LOOPBACK, Options, read_value
 from utils.chat.terminal import loading, note, prepare_terminal, show_models
 from utils.errors import UserError, run
 from utils.files import show_path
 from utils.model.chat_format import THINKING_MODES
 from utils.model.folder import check_model, find_models, quiet_offline
 from utils.settings import Settings, read_settings
+from utils.text import localized
 
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--max-new-tokens 512) ----
 MODEL = ""                # model folder or Hub id, also without the flag; empty: choose from what is here
 PROMPT = ""               # answer this one question and leave; empty: the questions on stdin, or a chat
 JSON = False              # one object a line: question, answer, tokens, seconds
-SYSTEM = ""               # system text in front of every conversation
+SYSTEM = "auto"           # system text in front of every conversation; auto: the one that the rows of its training shared
 THINKING = "auto"         # [auto | on | off] auto: as the folder was trained (its chat template's default)
 SHOW_THINKING = True      # print the thinking, dimmed, on stderr where stdout is for answers only
 GREEDY = False            # always the likeliest token: repeatable; with thinking on it tends to go round in circles
@@ -65,60 +65,50 @@ def main(argv: list[str] | None = None) -> None:
     # 3. Load it
     loading(show_path(folder))
     from utils.chat.model import ChatModel
-    from utils.chat.session import ARGUMENTS, Chat, answer_once, greet
+    from utils.chat.session import TYPED, Chat, answer_once, greet, trained_system
     from utils.device import pick_device
 
+    options = make_options(settings)
+    if settings.SERVE:
+        from utils.chat.serve import check_address, serve
+
+        check_address(settings.HOST, settings.API_KEY)
     device = pick_device(settings.DEVICE, settings.PRECISION, answering=True)
     chat_model = ChatModel(folder, device)
-    options = make_options(settings)
     greet(chat_model, options, device)
+    system = None if settings.SYSTEM == "auto" else settings.SYSTEM
 
-    # 4. Chat, answer over HTTP, or answer the questions given
-    if settings.SERVE:
-        from utils.chat.serve import serve
-
-        serve(chat_model, options, settings.SYSTEM, settings.HOST, settings.PORT, settings.API_KEY)
+    # 4. Chat
     if chatting:
-        prepare_terminal(ARGUMENTS)
-        note("/help lists the commands, Ctrl-D leaves.")
-        Chat(chat_model, options, settings.SYSTEM, lambda other: ChatModel(other, device)).run()
+        prepare_terminal(TYPED)
+        note(localized("/help lists the commands, Ctrl-D leaves.", "/help 列出命令，Ctrl-D 离开。"))
+        Chat(chat_model, options, system, lambda other: ChatModel(other, device)).run()
         return
+
+    # 5. Or answer over HTTP, or the questions given
+    system = trained_system(chat_model) if system is None else system
+    if settings.SERVE:
+        serve(chat_model, options, system, settings.HOST, settings.PORT, settings.API_KEY)
     questions = [("--prompt", settings.PROMPT)] if settings.PROMPT else read_questions(sys.stdin.buffer)
     for place, question in questions:
-        seed_answers(options, settings.SEED)  # each as if it were the only one
-        answer_once(chat_model, options, settings.SYSTEM, place, question, settings.JSON)
+        options.seed(settings.SEED)  # each as if it were the only one
+        answer_once(chat_model, options, system, place, question, settings.JSON)
 
 
 def check_settings(settings: Settings) -> bool:
-    """Whether this is a chat at a terminal; UserError for values that cannot be used."""
-    if settings.THINKING not in THINKING_MODES:
-        raise UserError(f"--thinking: wanted auto, on or off, got {settings.THINKING!r}")
-    read_value("max_new_tokens", settings.MAX_NEW_TOKENS, "--max-new-tokens")
-    for name, value in sampling(settings).items():
-        read_value(name, value, f"--{name.replace('_', '-')}")
+    """Tell whether this is a chat at a terminal; UserError for settings that exclude one another."""
     if settings.GREEDY and settings.TEMPERATURE > 0:
         raise UserError(f"--greedy and --temperature {settings.TEMPERATURE:g} exclude each other")
     if "PROMPT" in settings.overridden and not settings.PROMPT.strip():
         raise UserError("--prompt: wanted a question, got an empty text")
     if settings.SERVE:
-        check_serving(settings)
+        if settings.PROMPT or settings.JSON or settings.SEED >= 0:
+            raise UserError("--serve takes no --prompt, --json or --seed: a request brings its own")
         return False
     chatting = not settings.PROMPT and sys.stdin.isatty()
     if chatting and settings.JSON:
         raise UserError('--json is for questions from --prompt "..." or from a pipe, not for a chat')
     return chatting
-
-
-def check_serving(settings: Settings) -> None:
-    """UserError for settings that a server has no use for, or that would open it to others without a key."""
-    if settings.PROMPT or settings.JSON or settings.SEED >= 0:
-        raise UserError("--serve takes no --prompt, --json or --seed: a request brings its own")
-    if settings.HOST not in LOOPBACK and not settings.API_KEY:
-        raise UserError(
-            f"--host {settings.HOST}: others could ask there; a key is wanted too: --api-key TEXT"
-        )
-    if not 0 <= settings.PORT < 65536:
-        raise UserError(f"--port: wanted 0 (any free one) to 65535, got {settings.PORT}")
 
 
 def choose_model(ask: bool) -> str:
@@ -139,30 +129,19 @@ def choose_model(ask: bool) -> str:
             return str(found[int(answer) - 1])
 
 
-def make_options(settings: Settings) -> Options:
-    """The settings that hold for every answer."""
-    import torch
+def make_options(settings: Settings):
+    """The settings that hold for every answer, as utils/chat/model.py:Options."""
+    from utils.chat.model import Options, read_value
 
-    thinking = THINKING_MODES[settings.THINKING]
-    options = Options(thinking, settings.MAX_NEW_TOKENS, settings.SHOW_THINKING, torch.Generator())
-    for name, value in sampling(settings).items():
-        options.apply(name, value)
-    if settings.GREEDY:
-        options.apply("temperature", 0)
-    seed_answers(options, settings.SEED)
+    read_value("max_new_tokens", settings.MAX_NEW_TOKENS, "--max-new-tokens")
+    options = Options(THINKING_MODES[settings.THINKING], settings.MAX_NEW_TOKENS, settings.SHOW_THINKING)
+    for name in SAMPLING:
+        value = 0 if name == "TEMPERATURE" and settings.GREEDY else getattr(settings, name)
+        if value != -1:
+            flag = f"--{name.lower().replace('_', '-')}"
+            options.apply(name.lower(), read_value(name.lower(), value, flag))
+    options.seed(settings.SEED)
     return options
-
-
-def sampling(settings: Settings) -> dict[str, float]:
-    """What is to be other than the model folder says."""
-    return {name.lower(): getattr(settings, name) for name in SAMPLING if getattr(settings, name) != -1}
-
-
-def seed_answers(options: Options, seed: int) -> None:
-    if seed < 0:
-        options.generator.seed()
-    else:
-        options.generator.manual_seed(seed)
 
 
 def read_questions(stream: BinaryIO) -> Iterator[tuple[str, str]]:

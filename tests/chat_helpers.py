@@ -42,15 +42,12 @@ class Echo:
 
     name = "echo"
 
-    def __init__(self, chat_model, context=4096):
-        self.tokenizer, self.model, self.context, self.seen = (
-            chat_model.tokenizer,
-            chat_model.model,
-            context,
-            [],
-        )
+    def __init__(self, chat_model, context=4096, record=None):
+        self.tokenizer, self.model = chat_model.tokenizer, chat_model.model
+        self.context, self.record, self.seen = context, record or {}, []
 
-    encode, check_length, decoding = ChatModel.encode, ChatModel.check_length, ChatModel.decoding
+    encode, check_length = ChatModel.encode, ChatModel.check_length
+    decoding, describe = ChatModel.decoding, ChatModel.describe
 
     def answer(self, prompt, options, show):
         text = self.tokenizer.decode(prompt)

@@ -1,15 +1,15 @@
 """The commands of a chat as people type them, and that none of them ends it."""
 
 import json
+import re
 import shutil
 import time
 
 import pytest
 from chat_helpers import Echo, damaged, plain, talk
 
-from utils.chat.history import Turn
-from utils.chat.model import ChatModel
-from utils.chat.session import ARGUMENTS
+from utils.chat.model import ChatModel, Options, record_of
+from utils.chat.session import COMMANDS, HELP_IN_CHINESE, TYPED, Chat, Turn
 from utils.chat.terminal import completions, goes_on, loading, read_message
 
 
@@ -143,16 +143,14 @@ def broken(tiny_folder, where):
     [
         "/save ~nobody_here/x.jsonl",
         "/load ~nobody_here/x.jsonl",
-        "/compare ~nobody_here",
         "/model ~nobody_here",
         "/save a\0b.jsonl",
         f"/save {'x' * 300}.jsonl",
-        f"/compare {'x' * 5000}",
+        f"/model {'x' * 5000}",
         "/set temperature=1e-40",
         "/set repetition_penalty=1e-40",
         "/set top_k=" + "9" * 5000,
         "/set temperature=nan",
-        "/compare BROKEN",
         "/model BROKEN",
         "/model CUT",
     ],
@@ -231,22 +229,77 @@ def test_a_question_that_cannot_fit_is_refused_at_once(long_chat, capsys):
     assert len(long_chat.history.turns) == 1000
 
 
-# ---- Tab, and what takes a while
+# ---- Tab and help
 
 
-def test_tab_completes_commands_and_folders(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("trainer_output/sft one", "trainer_output/sft_two", "其他"):
-        (tmp_path / name).mkdir(parents=True)
-    for name in ("trainer_output/sft.jsonl", "trainer_output/note.txt"):
-        (tmp_path / name).touch()
-    assert completions("/s", ARGUMENTS) == ["/system ", "/set ", "/save "]
-    assert completions("/cl", ARGUMENTS) == ["/clear"] and completions("你", ARGUMENTS) == []
-    folders = ["/compare trainer_output/sft one/", "/compare trainer_output/sft_two/"]
-    assert completions("/compare trainer_output/s", ARGUMENTS) == folders
-    assert completions("/load trainer_output/", ARGUMENTS)[-1] == "/load trainer_output/sft.jsonl"
-    assert completions("/model 其", ARGUMENTS) == ["/model 其他/"]
-    assert completions("/set temp", ARGUMENTS) == [] and completions("/nothing x", ARGUMENTS) == []
+def test_tab_completes_commands():
+    assert completions("/s", TYPED) == ["/system", "/set", "/save"]
+    assert completions("/cl", TYPED) == ["/clear"] and completions("/by", TYPED) == ["/bye"]
+    assert completions("你", TYPED) == completions("", TYPED) == completions("/nothing", TYPED) == []
+
+
+def test_help_and_notice_in_the_language_of_the_user(chat, capsys, monkeypatch):
+    assert re.findall("^  /([a-z]+)", HELP_IN_CHINESE, re.MULTILINE) == COMMANDS
+    for language, said in (("zh_CN.UTF-8", "撤回上一个问题"), ("en_US.UTF-8", "take back the last question")):
+        monkeypatch.delenv("LC_ALL")
+        monkeypatch.setenv("LANG", language)
+        talk(chat, "/help")
+        assert said in capsys.readouterr().err
+        monkeypatch.setenv("LC_ALL", language)
+        monkeypatch.setenv("LANG", "de_DE.UTF-8")
+        talk(chat, "/help")
+        assert said in capsys.readouterr().err
+
+
+# ---- What the model was trained on
+
+
+SINGLE = {"conversations": "single", "system": "你是中医师。"}
+
+
+def test_a_model_of_single_questions_starts_each_afresh(chat_model, tmp_path, capsys):
+    path = tmp_path / "x.jsonl"
+    chat = Chat(Echo(chat_model, record=SINGLE), Options(False, 64), None, lambda name: Echo(chat_model))
+    said = capsys.readouterr().err
+    assert said.count("/history on") == 1 and "the system text of its training is used: 你是中医师。" in said
+    talk(chat, "一", "二", f"/save {path}")
+    system = "<|im_start|>system\n你是中医师。<|im_end|>\n<|im_start|>user\n"
+    assert [seen.split(system)[1][:1] for seen in chat.chat_model.seen] == ["一", "二"]
+    rows = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [[message["content"] for message in row] for row in rows] == [
+        ["你是中医师。", "一", "答1"],
+        ["你是中医师。", "二", "答2"],
+    ]
+    talk(chat, "/retry", "/undo", "/history on", "三")
+    assert "一<|im_end|>" in chat.chat_model.seen[-1] and "二" not in chat.chat_model.seen[-1]
+    talk(chat, "/history off", "四", "/history maybe", "/history")
+    said = capsys.readouterr().err
+    assert "三" not in chat.chat_model.seen[-1] and "takes on or off" in said
+    assert said.count("is shown no earlier question") == 2
+
+
+def test_another_model_brings_its_own_system_text_unless_one_was_given(chat, chat_model, capsys):
+    chat.load = lambda name: Echo(chat_model, record=SINGLE)
+    talk(chat, "/model x")
+    assert chat.history.afresh and not chat.history.system  # it was given: none
+    chat.system_is_given = False
+    talk(chat, "/history on", "/model x")
+    assert not chat.history.afresh and chat.history.system == "你是中医师。"
+
+
+def test_the_record_of_a_merged_or_damaged_run(tmp_path, capsys):
+    for inside in ("", "merged", "checkpoint-20", "elsewhere"):
+        (tmp_path / inside).mkdir(exist_ok=True)
+    assert record_of(str(tmp_path)) == record_of("Qwen/Qwen3-0.6B") == {}
+    (tmp_path / "run.json").write_text(json.dumps(SINGLE), encoding="utf-8")
+    for inside in ("", "merged", "checkpoint-20"):
+        assert record_of(str(tmp_path / inside)) == SINGLE
+    assert record_of(str(tmp_path / "elsewhere")) == {}
+    (tmp_path / "run.json").write_text("{", encoding="utf-8")
+    assert record_of(str(tmp_path)) == {} and "going on without it" in capsys.readouterr().err
+
+
+# ---- What takes a while
 
 
 def test_loading_is_announced_at_a_terminal_only(capsys, monkeypatch):

@@ -22,6 +22,7 @@ from utils.model.folder import find_models
 from utils.model.generate import Decoding, TokenStream, read_answer
 
 SCRIPT = "model_download/load_local_model.py"
+TINY = str(ROOT / "model_download/tiny_qwen3_tcm")
 CPU = "--device cpu --precision fp32".split()
 
 
@@ -39,14 +40,14 @@ def test_models_are_offered_newest_first(tiny_folder, script, tmp_path, monkeypa
         script.choose_model(ask=False)
     bases, runs = (
         ["model_download/tiny", "model_download/Qwen3-0.6B"],
-        ["trainer_output/new", "trainer_output/old"],
+        ["trainer_output/demo/new", "trainer_output/old"],
     )
     for age, name in enumerate(bases + runs):
         shutil.copytree(tiny_folder, tmp_path / name)
         os.utime(tmp_path / name / "model.safetensors", (1e9 - age, 1e9 - age))
     (tmp_path / "trainer_output/unfinished/checkpoint-5").mkdir(parents=True)
     assert [path.name for path in find_models()] == ["new", "old", "Qwen3-0.6B", "tiny"]
-    assert script.choose_model(ask=False) == str(tmp_path / "trainer_output/new")
+    assert script.choose_model(ask=False) == str(tmp_path / "trainer_output/demo/new")
     answers = iter(["7", "x", "2"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
     assert script.choose_model(ask=True) == str(tmp_path / "trainer_output/old")
@@ -154,14 +155,14 @@ def test_questions_that_cannot_be_answered(script, tiny_folder, monkeypatch, cap
         (["no/such/tiny_folder/at/all", "--prompt", "x"], "does not exist"),
         (["--prompt", " "], "--prompt"),
         (["--thinking", "maybe", "--prompt", "x"], "--thinking"),
-        (["--max-new-tokens", "0"], "--max-new-tokens"),
+        ([TINY, "--max-new-tokens", "0"], "--max-new-tokens"),
         (
-            ["--temperature", "1e-40"],
+            [TINY, "--temperature", "1e-40"],
             "--temperature: wanted 0 (greedy) or a number from 0.01 to 10, got 1e-40",
         ),
         (["--top-p", "2"], "--top-p is 2.0, wanted a number: -1 or > 0, at most 1"),
         (["--repetition-penalty", "0"], "--repetition-penalty is 0.0, wanted"),
-        (["--serve", "--host", "0.0.0.0"], "a key is wanted too: --api-key TEXT"),
+        ([TINY, "--serve", "--host", "0.0.0.0"], "a key is wanted too: --api-key TEXT"),
         (["--serve", "--prompt", "甘草"], "--serve takes no --prompt"),
         (["--serve", "--port", "70000"], "--port is 70000, wanted a whole number: 0, 1, ... 65535"),
         (["--greedy", "--temperature", "0.5"], "--greedy and --temperature 0.5 exclude each other"),

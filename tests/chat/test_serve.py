@@ -12,11 +12,10 @@ import threading
 import time
 
 import pytest
-import torch
 from chat_helpers import QUESTIONS, reference
 from conftest import ROOT
 
-from utils.chat.options import Options
+from utils.chat.model import Options
 from utils.chat.serve import make_server
 from utils.errors import RunError
 from utils.model.chat_format import encode_prompt
@@ -27,7 +26,7 @@ ASKED = {"messages": [{"role": "user", "content": QUESTIONS[0]}], "temperature":
 
 @contextlib.contextmanager
 def serving(chat_model, system="", key="", host="127.0.0.1"):
-    options = Options(None, 64, True, torch.Generator())
+    options = Options(None, 64)
     with make_server(chat_model, options, system, host, 0, key) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
@@ -223,7 +222,7 @@ def test_two_clients_at_once(port, chat_model):
 
 
 def test_an_address_that_is_taken(chat_model, port):
-    options = Options(None, 64, True, torch.Generator())
+    options = Options(None, 64)
     with pytest.raises(RunError, match="cannot be used .*; choose another --port"):
         make_server(chat_model, options, "", "127.0.0.1", port, "")
 

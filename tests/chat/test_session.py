@@ -20,7 +20,7 @@ def test_history_commands(chat, capsys):
     said = capsys.readouterr().err
     assert not chat.history.turns and chat.history.system
     assert "nothing to take back" in said and "nothing to answer again" in said
-    assert "no command /nonsense" in said and "did you mean /reset?" in said and "/compare FOLDER" in said
+    assert "no command /nonsense" in said and "did you mean /reset?" in said and "/model FOLDER" in said
     assert not chat.handle("/exit")
 
 
@@ -122,13 +122,3 @@ def test_oldest_turns_are_left_out_whole(chat, chat_model, capsys):
     assert "the context window takes 256" in capsys.readouterr().err and len(chat.history.turns) == 8
     talk(chat, "/undo", "短")
     assert chat.history.turns[-1].question == "短"
-
-
-def test_compare(chat, tiny_folder, capsys):
-    talk(chat, "一", f"/compare {tiny_folder}", "/set temperature=0", "二")
-    output = capsys.readouterr()
-    assert "echo" in output.out and "答1" in output.out and "答2" in output.out and " | " in output.out
-    assert "whose answers make the history" in output.err and plain(chat) == [("一", "答1"), ("二", "答2")]
-    talk(chat, "/compare", "三", "/compare no/such/folder", "/compare .")
-    assert plain(chat)[-1] == ("三", "答3")
-    assert "no/such/folder does not exist" in capsys.readouterr().err

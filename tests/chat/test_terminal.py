@@ -12,7 +12,6 @@ from chat_helpers import QUESTIONS, damaged, prompts_of, reference
 from conftest import ROOT
 
 from utils.chat.terminal import AnswerPrinter
-from utils.text import side_by_side
 
 SCRIPT = ROOT / "model_download/load_local_model.py"
 
@@ -36,11 +35,6 @@ def test_thinking_goes_to_stderr(capsys, monkeypatch, show, aside):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     AnswerPrinter(show)("\x1b[2J。", False)
     assert capsys.readouterr().out == "\ufffd[2J。"  # a terminal is not to be controlled by a model
-
-
-def test_side_by_side_counts_wide_characters():
-    lines = side_by_side("麻黄汤由麻黄组成", "abcdefghij\n\nx", 17).split("\n")
-    assert lines == ["麻黄汤  | abcdefg", "由麻黄  | hij", "组成    |", "        | x"]
 
 
 class Terminal:
@@ -119,8 +113,6 @@ def test_session_in_a_terminal(tiny_folder, chat_model, tmp_path):
     # CPython loses a Ctrl-C that comes in the microseconds between the echo and its wait for the next key.
     time.sleep(0.5)
     assert "stopped" in terminal.type("\x03", r"stopped; .*\n> $")  # it drops what is being typed
-    terminal.type(f"/compare {tiny_folder}\n", answered)
-    assert "one model" in terminal.type("/compare\n")
     terminal.type(b"/system \xe7\x94\xb2\xe7\n", r"set.*\n> $")  # half a character
     terminal.type("/system\n", r"removed.*\n> $")
     terminal.type("/reset\n")

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +25,37 @@ from utils.model.generate import (
 )
 
 
+class Rule(NamedTuple):
+    """The type of a setting, and the values that it takes: in words, and as a test."""
+
+    type: type
+    wanted: str
+    allowed: Callable[[Any], bool]
+
+
+RULES = {
+    # below 0.01 the scores overflow; 0 means greedy
+    "temperature": Rule(float, "0 (greedy) or a number from 0.01 to 10", lambda v: v == 0 or 0.01 <= v <= 10),
+    "top_p": Rule(float, "a number above 0, up to 1", lambda v: 0 < v <= 1),
+    "top_k": Rule(int, "a whole number, 0 for no limit", lambda v: v >= 0),
+    "repetition_penalty": Rule(float, "a number from 0.1 to 10", lambda v: 0.1 <= v <= 10),
+    "max_new_tokens": Rule(int, "a whole number from 1", lambda v: v > 0),
+    "seed": Rule(int, "a whole number from 0", lambda v: 0 <= v < 2**63),
+}
+
+
+def read_value(name: str, value: str | float, where: str) -> float:
+    """`value` as setting `name` takes it. UserError, with `where` it was given, for any other."""
+    rule = RULES[name]
+    try:
+        number = rule.type(value)
+    except (ValueError, TypeError, OverflowError):
+        number = None
+    if number is None or not rule.allowed(number):
+        raise UserError(f"{where}: wanted {rule.wanted}, got {value!r}")
+    return number
+
+
 @dataclass
 class Options:
     """Options of every answer. `thinking`: True, False or None (the folder's own mode); `decoding`: changes to the folder's
@@ -36,7 +68,7 @@ class Options:
     generator: torch.Generator = field(default_factory=torch.Generator)
 
     def apply(self, name: str, value: float) -> None:
-        """Change one setting to a value that utils/chat/session.py:read_value has passed."""
+        """Change one setting to a value that read_value has passed."""
         if name == "max_new_tokens":
             self.max_new_tokens = value
         elif name == "seed":

@@ -21,13 +21,12 @@ from urllib.parse import urlsplit
 
 import torch
 
-from utils.chat.model import ChatModel, Reply
-from utils.chat.options import LOOPBACK, Options, read_value
-from utils.chat.session import speed_of
+from utils.chat.model import ChatModel, Options, Reply, read_value
 from utils.chat.terminal import note
 from utils.errors import RunError, UserError, explain, explain_os_error
 from utils.files import is_text
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LARGEST_BODY = 8 << 20  # bytes of a request
 SILENCE = 60  # seconds that a client may take between two bytes
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -41,6 +40,12 @@ NAMES = {
     "max_completion_tokens": "max_new_tokens",
     "seed": "seed",
 }
+
+
+def check_address(host: str, key: str) -> None:
+    """UserError for an address that others could ask at without a key."""
+    if host not in LOOPBACK and not key:
+        raise UserError(f"--host {host}: others could ask there; a key is wanted too: --api-key TEXT")
 
 
 def serve(chat_model: ChatModel, options: Options, system: str, host: str, port: int, key: str) -> None:
@@ -176,7 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._begin_stream()
             show = self._send_piece if request.stream else self._check_client
             reply = self.chat_model.answer(prompt, request.options, show)
-        note(f"[{speed_of(reply)}]")
+        note(f"[{reply.speed()}]")
         total = len(prompt) + reply.tokens
         usage = {"prompt_tokens": len(prompt), "completion_tokens": reply.tokens, "total_tokens": total}
         finish = "stop" if reply.ended else "length"

@@ -4,8 +4,6 @@ Every prompt is rendered from the text anew, by the path that training uses (uti
 conversation as it was trained to see one.
 """
 
-from __future__ import annotations
-
 import bisect
 import difflib
 import functools
@@ -17,54 +15,16 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
 
+from utils.chat.model import RULES, ChatModel, Options, read_value
 from utils.chat.terminal import QUOTES, AnswerPrinter, loading, note, read_message, show_models
+from utils.device import Device
 from utils.errors import UserError, complain, explain
 from utils.files import read_jsonl, show_path
 from utils.model.chat_format import THINKING_MODES
 from utils.model.folder import find_models
 from utils.settings import ROOT
 from utils.text import localized, shorten
-
-if TYPE_CHECKING:  # torch takes seconds, and wrong flags are told before
-    from utils.chat.model import ChatModel, Options
-    from utils.device import Device
-
-
-# ---- Settings of an answer
-
-
-class Rule(NamedTuple):
-    """The type of a setting, and the values that it takes: in words, and as a test."""
-
-    type: type
-    wanted: str
-    allowed: Callable[[Any], bool]
-
-
-RULES = {
-    # below 0.01 the scores overflow; 0 means greedy
-    "temperature": Rule(float, "0 (greedy) or a number from 0.01 to 10", lambda v: v == 0 or 0.01 <= v <= 10),
-    "top_p": Rule(float, "a number above 0, up to 1", lambda v: 0 < v <= 1),
-    "top_k": Rule(int, "a whole number, 0 for no limit", lambda v: v >= 0),
-    "repetition_penalty": Rule(float, "a number from 0.1 to 10", lambda v: 0.1 <= v <= 10),
-    "max_new_tokens": Rule(int, "a whole number from 1", lambda v: v > 0),
-    "seed": Rule(int, "a whole number from 0", lambda v: 0 <= v < 2**63),
-}
-
-
-def read_value(name: str, value: str | float, where: str) -> float:
-    """`value` as setting `name` takes it. UserError, with `where` it was given, for any other."""
-    rule = RULES[name]
-    try:
-        number = rule.type(value)
-    except (ValueError, TypeError, OverflowError):
-        number = None
-    if number is None or not rule.allowed(number):
-        raise UserError(f"{where}: wanted {rule.wanted}, got {value!r}")
-    return number
-
 
 # ---- History
 
@@ -252,7 +212,9 @@ class Chat:
         name = OTHER_NAMES.get(name, name)
         if name not in COMMANDS:
             near = difflib.get_close_matches(f"/{name}", TYPED, n=1)
-            raise UserError(f"no command /{name}; {f'did you mean {near[0]}?' if near else '/help lists them'}")
+            raise UserError(
+                f"no command /{name}; {f'did you mean {near[0]}?' if near else '/help lists them'}"
+            )
         if name != "exit":
             getattr(self, f"_{name}")(text.strip())
         return name != "exit"
@@ -392,7 +354,11 @@ def greet(chat_model: ChatModel, options: Options, device: Device) -> None:
     """Say what is going to answer, and how."""
     note(f"{chat_model.name} on {device.name}, {device.answers} ({device.reason})")
     note(chat_model.describe(options))
-    note(localized("For study and research only, not medical advice.", "仅供学习和研究，不能代替医生的诊断和建议。"))
+    note(
+        localized(
+            "For study and research only, not medical advice.", "仅供学习和研究，不能代替医生的诊断和建议。"
+        )
+    )
 
 
 def trained_system(chat_model: ChatModel) -> str:

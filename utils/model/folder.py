@@ -102,7 +102,8 @@ def _no_model(folder):
 
 def find_models() -> list[Path]:
     """Folders that load: finished runs, the newest first, then downloaded models, Qwen3-0.6B before the tiny one."""
-    runs = [folder for folder in (ROOT / "trainer_output").glob("*/") if _is_model(folder)]
+    output = ROOT / "trainer_output"
+    runs = [folder for folder in (*output.glob("*/"), *output.glob("demo/*/")) if _is_model(folder)]
     bases = [folder for folder in (ROOT / "model_download").glob("*/") if _is_model(folder)]
     return sorted(runs, key=written_at, reverse=True) + sorted(bases)
 
