@@ -17,11 +17,11 @@ from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.chat.terminal import loading, note, prepare_terminal, show_models
+from utils.chat.terminal import choose_model, loading, note, prepare_terminal
 from utils.errors import UserError, run
 from utils.files import show_path
 from utils.model.chat_format import THINKING_MODES
-from utils.model.folder import check_model, find_models, quiet_offline
+from utils.model.folder import check_model, quiet_offline
 from utils.settings import Settings, read_settings
 from utils.text import localized
 
@@ -111,29 +111,10 @@ def check_settings(settings: Settings) -> bool:
     return chatting
 
 
-def choose_model(ask: bool) -> str:
-    """A folder (str) from trainer_output/ or model_download/: asked for at the terminal, else the first of the list."""
-    found = find_models()
-    if not found:
-        raise UserError("no model is here yet; download one with: python model_download/download_model.py")
-    if not ask:
-        note(f"no model named, taking {show_path(found[0])}")
-        return str(found[0])
-    show_models(found)
-    while True:
-        try:
-            answer = input(f"Which model? [1-{len(found)}, Enter for 1] ").strip() or "1"
-        except EOFError:
-            raise UserError("no model chosen") from None
-        if answer.isdecimal() and 1 <= int(answer) <= len(found):
-            return str(found[int(answer) - 1])
-
-
 def make_options(settings: Settings):
     """The settings that hold for every answer, as utils/chat/model.py:Options."""
     from utils.chat.model import Options, read_value
 
-    read_value("max_new_tokens", settings.MAX_NEW_TOKENS, "--max-new-tokens")
     options = Options(THINKING_MODES[settings.THINKING], settings.MAX_NEW_TOKENS, settings.SHOW_THINKING)
     for name in SAMPLING:
         value = 0 if name == "TEMPERATURE" and settings.GREEDY else getattr(settings, name)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
+from utils.errors import UserError
 from utils.files import show_path
-from utils.model.folder import written_at
+from utils.model.folder import find_models, written_at
 from utils.text import printable
 
 QUOTES = '"""'
@@ -77,6 +78,24 @@ def show_models(found: list[Path]) -> None:
     for number, folder in enumerate(found, 1):
         finished = time.strftime("%Y-%m-%d %H:%M", time.localtime(written_at(folder)))
         note(f"  {number}  {show_path(folder):<40} {finished}")
+
+
+def choose_model(ask: bool) -> str:
+    """A folder (str) from trainer_output/ or model_download/: asked for at the terminal, else the first of the list."""
+    found = find_models()
+    if not found:
+        raise UserError("no model is here yet; download one with: python model_download/download_model.py")
+    if not ask:
+        note(f"no model named, taking {show_path(found[0])}")
+        return str(found[0])
+    show_models(found)
+    while True:
+        try:
+            answer = input(f"Which model? [1-{len(found)}, Enter for 1] ").strip() or "1"
+        except EOFError:
+            raise UserError("no model chosen") from None
+        if answer.isdecimal() and 1 <= int(answer) <= len(found):
+            return str(found[int(answer) - 1])
 
 
 class AnswerPrinter:
