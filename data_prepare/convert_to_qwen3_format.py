@@ -5,8 +5,8 @@
 
 Reads .jsonl, .json, .csv, .tsv (UTF-8 or GB18030, also as .gz or .zip), .parquet and .xlsx, and recognises the fields of the usual data sets. Writes
 sft_train.jsonl, sft_eval.jsonl, and where such rows were given dpo_train.jsonl, dpo_eval.jsonl, exam.jsonl. What is not kept
-goes whole, with file, line and reason, to set_aside.jsonl; report.json and lengths.png sum up. Memory does not grow with the
-text, which waits in temporary files in the output folder (about twice its size) until all questions have been compared.
+goes whole, with file, line and reason, to set_aside.jsonl; report.json and lengths.png sum up. Memory grows by less than a
+kilobyte per row: the texts wait in a temporary file in the output folder (about twice their size) until all questions have been compared.
 """
 
 import sys
@@ -28,15 +28,14 @@ COLUMNS = ""                          # fields of an unknown schema, e.g. questi
 SYSTEM = ""                           # system text for rows that have none; chat has none by default
 SPLIT_BY_NAME = True                  # in a folder, test.jsonl, valid*.json, dev, eval and folders named so are evaluation
 EXPLAINED = False                     # exam items with an explanation become conversations with reasoning to train on
-EVAL_SHARE = 0.05                     # [0 to 1] share of the rows held out, for rows that do not say their split themselves
+EVAL_SHARE = 0.05                     # [0 to 0.9] share of the rows held out, for rows that do not say their split themselves
 MAX_EVAL_ROWS = 1000                  # [0, 1, ...] and at most so many, because every evaluation in training takes its time
-NEAR_DUPLICATE = 0.85                 # [> 0, at most 1] long questions are alike from this overlap of 3-character shingles (Jaccard) up
+NEAR_DUPLICATE = 0.85                 # [0.5 to 1] long questions are alike from this overlap of 3-character shingles (Jaccard) up
 MAX_CHARACTERS = 50000                # [1, 2, ...] longer rows are set aside: 32,768 tokens, Qwen3's window, hold about 43,000 of Chinese
 MAX_LENGTH = 1024                     # [1, 2, ...] tokens; the report says what share of the rows a trainer with this limit keeps
 TOKENIZER_MODEL = "model_download/Qwen3-0.6B"   # its tokenizer counts the tokens, if the folder is there
 TOKEN_ROWS = 3000                     # [0, 1, ...] rows, drawn at random, whose tokens are counted: 30 of them lie beyond the 99 % point
 SEED = 0                              # [0, 1, ...] another seed holds out other questions
-WORKERS = 0                           # [0, 1, ...] processes; 0: one for input under 32 MB, else one a core, 8 at most
 # ----
 # fmt: on
 
@@ -50,7 +49,7 @@ def main(argv=None):
     settings = read_settings(globals(), argv)
     options = row_options(settings)
     settings.show()
-    from utils.data import advice, convert, dedup, report, split  # numpy, which --help does not need
+    from utils.data import advice, convert, dedup, exam_leaks, report  # numpy, which --help does not need
     from utils.plots import draw_lengths
 
     # 1. Find the files, tell their encodings and the splits that their names say
@@ -58,37 +57,37 @@ def main(argv=None):
     refuse_to_overwrite(sources, settings.OUTPUT_DIR)
     settings.OUTPUT_DIR.mkdir(parents=True, exist_ok=True)
 
-    # 2. Recognise every row; its text waits in temporary files, only keys and signatures of it stay in memory
-    found = convert.recognise(sources, options, settings.OUTPUT_DIR, settings.WORKERS)
+    # 2. Recognise every row; its text waits in a temporary file, only keys of it stay in memory
+    found = convert.recognise(sources, options, settings.OUTPUT_DIR)
     problem = advice.refusal(sources, found, settings.COLUMNS)
     if problem:
         raise UserError(problem)
 
     # 3. Decide for every row: its split, and whether it is a duplicate or a leak
-    shares = split.SplitSettings(settings.EVAL_SHARE, settings.MAX_EVAL_ROWS, settings.SEED)
-    decisions = dedup.decide(found.row_index, found.lines, settings.NEAR_DUPLICATE, shares)
+    shares = dedup.Shares(settings.EVAL_SHARE, settings.MAX_EVAL_ROWS, settings.SEED)
+    long, leaks = (found.long_questions, found.long_question), exam_leaks.find_exam_leaks(found)
+    dedup.decide(found.rows, *long, leaks, settings.NEAR_DUPLICATE, shares)
+    convert.pair_bad_answers(found)
 
     # 4. Write every row to its file
-    rows = found.row_index.rows
-    trained = report.conversations(rows, decisions)
-    sampled = split.sample_rows(rows, trained, settings.TOKEN_ROWS, settings.SEED)
-    written = convert.write_outputs(found, decisions, sampled, sources, settings.OUTPUT_DIR)
-    convert.remove_stale(settings.OUTPUT_DIR, written.outputs)
+    outputs = convert.write_outputs(found, sources, settings.OUTPUT_DIR)
+    convert.remove_stale(settings.OUTPUT_DIR, outputs)
 
     # 5. Measure, report, and say what comes next
-    tokens = report.count_tokens(settings.TOKENIZER_MODEL, written.sampled)
-    summary = report.build_report(sources, skipped, found, decisions, written, tokens, settings)
+    examples = report.sample_examples(found, settings.TOKEN_ROWS, settings.SEED)
+    tokens = report.count_tokens(settings.TOKENIZER_MODEL, examples)
+    summary = report.build_report(sources, skipped, found, outputs, examples, tokens, settings)
     write_json(settings.OUTPUT_DIR / "report.json", summary)
-    lengths = rows["characters"][trained]
+    lengths = [row.characters for row in report.conversations(found.rows)]
     draw_lengths(settings.OUTPUT_DIR / "lengths.png", lengths, tokens, settings.MAX_LENGTH)
     report.show(summary)
     print(f"\nwritten to {show_path(settings.OUTPUT_DIR)}; what was set aside, and why: set_aside.jsonl")
     for note in (
         *advice.notes(sources, found, dict(options.columns)),
-        *old_files(settings.OUTPUT_DIR, written.outputs),
+        *old_files(settings.OUTPUT_DIR, outputs),
     ):
         print(f"note: {note}")
-    print(f"next: {next_command(settings.OUTPUT_DIR, written.outputs)}")
+    print(f"next: {next_command(settings.OUTPUT_DIR, outputs)}")
     return 0
 
 
@@ -105,11 +104,7 @@ def next_command(folder, outputs):
 
 
 def row_options(settings):
-    """How rows are read, out of the settings; UserError where any setting makes no sense."""
-    if not 0 <= settings.EVAL_SHARE < 1:
-        raise UserError(f"--eval-share is {settings.EVAL_SHARE}, wanted 0 or more and less than 1")
-    if not 0.5 <= settings.NEAR_DUPLICATE <= 1:
-        raise UserError(f"--near-duplicate is {settings.NEAR_DUPLICATE}, wanted 0.5 to 1")
+    """How rows are read, out of the settings; UserError if COLUMNS is wrong."""
     try:
         columns = parse_columns(settings.COLUMNS)
     except ValueError as error:

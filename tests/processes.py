@@ -1,6 +1,6 @@
 """Scripts in processes of their own, started as a shell starts them and stopped by signals.
 
-    script = Script(["data_prepare/convert_to_qwen3_format.py", "--workers", "1"], repository, folder, before=[(os.close, 1)])
+    script = Script(["data_prepare/convert_to_qwen3_format.py", "--seed", "1"], repository, folder, before=[(os.close, 1)])
     script.wait_for(lambda: (folder / "half.part").exists())
     script.kill(signal.SIGINT)
     script.end()                        # the exit code; then script.out and script.err, the text of stdout and stderr

@@ -33,8 +33,7 @@ SCRIPT = ROOT / "data_prepare" / "convert_to_qwen3_format.py"
 WITH_DATASETS = """
 import sys
 import datasets
-from utils.data.row_index import text_key
-from utils.data.normalize import normalize, normalize_all
+from utils.data.normalize import normalize, text_key
 
 source, cache, output, form = sys.argv[1:]
 datasets.disable_progress_bars()
@@ -53,7 +52,7 @@ def convert(query, response):
 def convert_batch(queries, responses):
     questions, answers = ([text.strip() for text in texts] for texts in (queries, responses))
     return {"messages": list(map(messages, questions, answers)),
-            "key": list(map(key, normalize_all(questions), normalize_all(answers)))}
+            "key": list(map(key, map(normalize, questions), map(normalize, answers)))}
 
 def is_new(key):
     count = len(seen)

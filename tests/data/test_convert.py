@@ -3,17 +3,12 @@
 import json
 import os
 import sys
-from pathlib import Path
 
 import convert_to_qwen3_format as script
 import pytest
 from conftest import ROOT
 from data_rows import read, write_lines
 
-from utils.data.convert import Batch, examine
-from utils.data.inputs import InputFile
-from utils.data.schemas import RowOptions
-from utils.data.text_store import TextStore
 from utils.errors import UserError
 from utils.model.chat_format import encode_turns
 from utils.model.folder import load_tokenizer
@@ -129,44 +124,6 @@ def test_report_counts_tokens_as_the_trainer_does(tmp_path, capsys):
         f"  user      {report['examples'][0]['messages'][0]['content']}",
     ):
         assert line in shown, line
-
-
-def test_text_store_gives_back_what_it_took(tmp_path):
-    store, texts = TextStore(tmp_path), [b"one", b"", b"\xe9\xba\xbb\n", b"x" * 20_000]
-    for batch in (texts, [], texts[::-1]):
-        store.add(b"".join(batch), map(len, batch))
-    assert [store.read(index) for index in (7, 0, 1, 2, 3)] == [b"one", *texts]
-    assert store.read(1, 4) == b"".join(texts[1:4]) and store.read(0, 8) == b"".join(texts + texts[::-1])
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"query": 'q "\\\t\n', "response": "a\u2028😀"},
-        {
-            "messages": [
-                {"role": "system", "content": "s"},
-                {"role": "user", "content": "q"},
-                {"role": "assistant", "content": "a", "reasoning_content": "r"},
-                {"role": "user", "content": "q2"},
-                {"role": "assistant", "content": "a2"},
-            ]
-        },
-        {"prompt": "q", "chosen": "a", "rejected": "b"},
-        {"question": "q", "options": {"A": "a", "B": "b"}, "answer": "A"},
-    ],
-)
-def test_output_lines_are_what_json_writes(row):
-    """Lines of conversations are put together by hand, for speed."""
-    source = InputFile(Path("my.jsonl"), 'my "data".jsonl', encoding="utf-8")
-    examined = examine(Batch(0, source, [(7, row)], RowOptions(max_characters=100)))
-    lines = examined.lines
-    assert examined.lengths == [len(lines)]
-    fields = json.loads(lines)
-    assert lines == json.dumps(fields, ensure_ascii=False).encode() + b"\n"
-    assert (
-        list(fields)[0] == "id" and list(fields)[-1] == "source" and fields["source"] == 'my "data".jsonl:7'
-    )
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import random
 import pytest
 from data_rows import CASE, turns, write_lines
 
-from utils.data.minhash import candidate_pairs, overlap, signatures
+from utils.data.dedup import candidate_pairs, overlap, signatures
 from utils.data.schemas import OUTPUTS
 
 
@@ -167,5 +167,5 @@ def test_signatures_find_what_overlaps():
     }
     marks = signatures(texts)
     assert (marks == signatures(texts[:7] + texts[7:])).all()
-    found = set(zip(*(side.tolist() for side in candidate_pairs(marks, 0.85))))
+    found = set(zip(*candidate_pairs(marks, 0.85)))
     assert len(close) == 100 and len(close & found) >= 98 and len(found) < 200

@@ -3,9 +3,7 @@
 import gzip
 import io
 import zipfile
-from types import SimpleNamespace
 
-import psutil
 import pytest
 from data_rows import write_lines
 
@@ -18,13 +16,13 @@ def test_rows_that_would_not_fit_into_memory_are_refused(tmp_path, convert, monk
     rows = [{"query": f"第{n}个问题？", "response": f"答{n}"} for n in range(9000)]
     path = write_lines(tmp_path / "a.jsonl", *rows)
     monkeypatch.setattr(conversion, "FORECAST_ROWS", 2000)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5_000_000))
+    monkeypatch.setattr(conversion, "memory_for_process", lambda: 5_000_000)
     with pytest.raises(UserError) as caught:
         convert(path)
     words = str(caught.value)
     assert "about 9," in words and "1000 bytes a row" in words and "convert the files in parts" in words
     assert [file.name for file in (tmp_path / "out").iterdir()] == []  # neither results nor temporary files
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=50_000_000))
+    monkeypatch.setattr(conversion, "memory_for_process", lambda: 50_000_000)
     assert convert(path)["report"]["rows_in"] == 9000
 
 

@@ -18,8 +18,8 @@ from utils.training import callbacks, lock
 
 
 @pytest.mark.slow
-def test_conversion_in_workers_like_on_windows(like_windows, tmp_path):
-    """Started anew (spawn), as on Windows and macOS; the terminal's encoding holds no rare characters."""
+def test_conversion_like_on_windows(like_windows, tmp_path):
+    """The terminal's encoding holds no rare characters."""
     rows = [{"query": f"问题{number}", "response": f"答{number}"} for number in range(5000)]
     (tmp_path / "问.jsonl").write_text(
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
@@ -30,8 +30,6 @@ def test_conversion_in_workers_like_on_windows(like_windows, tmp_path):
         tmp_path / "问.jsonl",
         "--output-dir",
         tmp_path / "out",
-        "--workers",
-        2,
         "--tokenizer-model",
         "",
     )

@@ -1,7 +1,6 @@
 """The forecast of memory: what grows with the tokens is told from what does not, and limits are obeyed."""
 
 import gc
-import resource
 
 import pytest
 import torch
@@ -86,44 +85,6 @@ def test_a_frozen_base_is_held_in_the_format_of_its_products(place):
     sizes = {name: weight.element_size() for name, weight in frozen.named_parameters()}
     assert {name for name, size in sizes.items() if size == 4} == {name for name in whole if "norm" in name}
     assert not any(weight.requires_grad for weight in frozen.parameters())
-
-
-def test_memory_that_a_control_group_may_use(tmp_path, monkeypatch):
-    free, files = memory.free_memory(CPU), [tmp_path / name for name in ("own", "above", "top")]
-    monkeypatch.setattr(memory, "_limit_files", lambda: files)
-    for file, text in zip(files, ("max\n", "12345678\n", "9223372036854771712\n")):
-        file.write_text(text, encoding="ascii")
-    assert memory.free_memory(CPU) == 12345678
-    files[1].unlink()
-    assert abs(memory.free_memory(CPU) - free) < 2**30  # other programs come and go
-
-
-@pytest.mark.parametrize(
-    "lines, files",
-    [
-        ("0::/a/b\n", ["a/b/memory.max", "a/memory.max", "memory.max"]),
-        ("3:cpu,memory:/a\n2:cpuset:/\n", ["memory/a/memory.limit_in_bytes", "memory/memory.limit_in_bytes"]),
-    ],
-    ids=["version 2", "version 1"],
-)
-def test_limits_of_this_process_and_of_the_groups_above_it(monkeypatch, lines, files):
-    monkeypatch.setattr(memory.Path, "read_text", lambda path, **how: lines)
-    assert memory._limit_files() == [memory.CGROUPS / file for file in files]
-
-
-def test_address_space_limited_by_ulimit(monkeypatch):
-    class Used:
-        rss, vms = 2**30, 5 * 2**30
-
-    monkeypatch.setattr(memory, "_limit_files", lambda: [])
-    monkeypatch.setattr(resource, "getrlimit", lambda what: (8 * 2**30, 8 * 2**30))
-    assert memory._limits(Used) == [4 * 2**30]
-
-
-def test_processes_of_one_machine_share_its_memory(monkeypatch):
-    whole = memory.free_memory(CPU)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert memory.free_memory(CPU) < 0.5 * whole
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -6,7 +6,6 @@ from collections import Counter
 from utils.data.columns import look_reversed, suggest_columns
 from utils.data.convert import Recognised
 from utils.data.inputs import InputFile
-from utils.data.row_index import KIND
 from utils.files import show_path
 from utils.text import shorten
 
@@ -62,14 +61,16 @@ def _read_as(sources, found, file):
 
 def notes(sources: list[InputFile], found: Recognised, columns: dict[str, str]) -> list[str]:
     """A line for each file of which no row could be used, and for columns that look the wrong way round."""
-    rows, said = found.row_index.rows, []
+    rows, used, said = Counter(), Counter(), []
+    for row in found.rows:
+        rows[row.file] += 1
+        used[row.file] += bool(row.kind)
     for file, source in enumerate(sources):
-        mine = rows["kind"][rows["file"] == file]
-        if len(mine) and (mine == KIND[""]).all() and file in found.rejects:
+        if rows[file] and not used[file]:
             advice = _read_as(sources, found, file if file in found.unknown else None)
-            why = f"none of its {len(mine):,} rows could be used; line {_why(found.rejects[file])}"
+            why = f"none of its {rows[file]:,} rows could be used; line {_why(found.rejects[file])}"
             said.append(f"{source.name}: {why}{advice}")
-        elif not len(mine):
+        elif not rows[file]:
             said.append(f"{source.name}: no row in it")
     if columns and look_reversed(columns.get("question", ""), columns.get("answer", "")):
         said.append(

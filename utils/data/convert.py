@@ -1,46 +1,31 @@
-"""The stages of the conversion: recognise every row, and once each row's status is known, write its line where it belongs."""
+"""The stages of the conversion: recognise every row, and once each row's fate is known, write its line where it belongs."""
 
 import json
-import os
+import sys
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, NamedTuple
 
-import numpy
-import psutil
-
 from utils.data.columns import UnknownRow
-from utils.data.dedup import KEPT, REASONS, Decisions
+from utils.data.dedup import EVAL, Row
 from utils.data.inputs import InputFile
 from utils.data.messages import Reject
-from utils.data.readers import batches, parse_row
-from utils.data.row_index import EVAL, KIND, IndexedBatch, RowIndex, content_key, index_rows
-from utils.data.schemas import OUTPUT_FILES, OUTPUTS, ConvertedRow, RowOptions, convert_row
-from utils.data.text_store import TextStore
-from utils.data.workers import map_tasks
+from utils.data.normalize import normalize, text_key, without_filler
+from utils.data.readers import Raw, parse_row, read_rows
+from utils.data.schemas import OUTPUT_FILES, ConvertedRow, RowOptions, convert_row
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.memory import memory_for_process
 from utils.text import ByteProgress, format_bytes
 
-RUN = 1000  # rows written at a time, at most
-LARGE = 32e6  # bytes: from here up, several processes are worth their start
-BYTES_A_ROW = 1000  # of memory: 300 measured for mixed questions, 1,000 where all are one long template
+LONG = 40  # characters without filler: as long as a case description, too long for a name in a template
+LONG_ANSWER = 20  # characters: two rows do not share such an answer by chance
+SHORTEST_LATER_TURN = 8  # characters: later turns such as "请继续" are no question of their own
+BYTES_A_ROW = 1000  # of memory
 FORECAST_ROWS = 50_000  # rows after which the memory is forecast for the first time
-UNKNOWN_ROWS, UNKNOWN_CHARACTERS = 200, 300  # kept of a batch to suggest columns by: rows, and of each text
-
-# One encoder for all rows, where json.dumps would make one a call; what was just read from JSON holds no circles to check for.
-_ENCODE = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
-
-
-class Batch(NamedTuple):
-    """What a worker is given: rows (line, raw) of one file, the file's number, and how to read them."""
-
-    file: int
-    source: InputFile
-    rows: list
-    options: RowOptions
+UNKNOWN_ROWS, UNKNOWN_CHARACTERS = 200, 300  # kept of a file to suggest columns by: rows, and of each text
 
 
 class FirstReject(NamedTuple):
@@ -51,74 +36,67 @@ class FirstReject(NamedTuple):
     detail: str
 
 
-class Examined(NamedTuple):
-    """What a worker gives back. Of a usable row `lines` holds its output line, of any other its line in the ledger."""
+class Recognised:
+    """All rows after the first pass: numbers in memory, their texts in a temporary file in `folder`."""
 
-    file: int
-    lines: bytes
-    lengths: list  # bytes of each line
-    indexed: IndexedBatch
-    schemas: Counter
-    reasons: Counter
-    trimmed: int  # conversations of which turns at an end were left out
-    rejects: list  # [FirstReject] or []
-    unknown: list  # [UnknownRow, ...]: the first rows whose fields are not recognised
+    def __init__(self, folder: Path):
+        self.rows: list[Row] = []
+        self.texts = tempfile.TemporaryFile(dir=folder)
+        self.end = 0  # of the texts written so far, in bytes
+        self.given = 0  # bytes of the rows so far, as they were given
+        self.long_questions: dict[int, tuple[int, int]] = {}  # {text_key: where its text begins, its bytes}
+        self.schemas: Counter[str] = Counter()  # names of schemas
+        self.reasons: Counter[str] = Counter()  # why rows cannot be used
+        self.trimmed = 0  # conversations of which turns at an end were left out
+        self.rejects: dict[int, FirstReject] = {}  # {file: its first row that cannot be used}
+        self.unknown: dict[int, list[UnknownRow]] = {}  # {file: its first rows with fields not recognised}
+
+    def write(self, text: bytes) -> int:
+        """Write a text to the temporary file; where it begins there."""
+        self.texts.write(text)
+        self.end += len(text)
+        return self.end - len(text)
+
+    def read(self, at: int, size: int) -> bytes:
+        """The text that begins at a place in the temporary file."""
+        self.texts.seek(at)
+        return self.texts.read(size)
+
+    def line(self, row: Row) -> bytes:
+        """The line of output that a row makes; of a row that cannot be used, its line of the ledger."""
+        return self.read(row.at, row.size)
+
+    def original(self, row: Row) -> bytes:
+        """The row as it was given, as JSON in one line."""
+        return self.read(row.at + row.size, row.original)
+
+    def long_question(self, key: int) -> str:
+        """The text of a long question, as it is compared."""
+        return self.read(*self.long_questions[key]).decode("utf-8", "surrogatepass")
 
 
-class Recognised(NamedTuple):
-    """All rows after the first pass; the lines of both stores are in the order of `row_index.rows`."""
-
-    row_index: RowIndex
-    lines: TextStore  # as in Examined
-    originals: TextStore  # the rows as they were given, a JSON text each
-    schemas: Counter
-    reasons: Counter
-    trimmed: list  # counts of Examined
-    rejects: dict  # {file: FirstReject}
-    unknown: dict  # {file: [UnknownRow, ...]}, of the first batch that has some
-
-
-class Written(NamedTuple):
-    """Rows by output file, rows set aside as duplicates and leaks by reason, and the sampled output rows."""
-
-    outputs: Counter
-    set_aside: Counter
-    sampled: list
-
-
-def recognise(sources: list[InputFile], options: RowOptions, folder: Path, workers: int) -> Recognised:
-    """Read and recognise every row. Texts wait in temporary files in `folder`; `workers` 0: as the size suggests."""
-    size = sum(source.size for source in sources)
-    workers = workers or (1 if size < LARGE else min(os.cpu_count() or 1, 8))
-    stores = RowIndex(folder), TextStore(folder), TextStore(folder)
-    found = Recognised(*stores, Counter(), Counter(), [], {}, {})
-    tasks = _tasks(sources, options, found.originals)
-    forecast_at = FORECAST_ROWS
+def recognise(sources: list[InputFile], options: RowOptions, folder: Path) -> Recognised:
+    """Read and recognise every row."""
+    size, forecast_at = sum(source.size for source in sources), FORECAST_ROWS
+    found = Recognised(folder)
     with ByteProgress("rows recognised", 0, size, always=False) as meter:
-        for examined in map_tasks(examine, tasks, workers):
-            found.lines.add(examined.lines, examined.lengths)
-            found.row_index.add(examined.file, examined.indexed)
-            found.schemas.update(examined.schemas)
-            found.reasons.update(examined.reasons)
-            found.trimmed.append(examined.trimmed)
-            for reject in examined.rejects:
-                found.rejects.setdefault(examined.file, reject)
-            if examined.unknown:
-                found.unknown.setdefault(examined.file, examined.unknown)
-            # About: the same rows take more or less as tables and arrays than as JSON lines.
-            done = min(found.originals.ends[-1], size - 1)
-            meter.show(done)
-            if found.row_index.count >= forecast_at:
-                refuse_too_many(found.row_index.count, done / size)
-                forecast_at *= 2
+        for file, source in enumerate(sources):
+            for line, raw in read_rows(source):
+                _add_row(found, file, source, options, line, raw)
+                # About: the same rows take more or less as tables and arrays than as JSON lines.
+                done = min(found.given, size - 1)
+                if len(found.rows) >= forecast_at:
+                    _refuse_too_many(len(found.rows), done / size)
+                    forecast_at *= 2
+                if len(found.rows) % 1000 == 0:
+                    meter.show(done)
         meter.show(size)
-    found.row_index.finish()
     return found
 
 
-def refuse_too_many(rows: int, share: float) -> None:
-    """UserError with the forecast where all rows, of which `rows` are this share, would not fit into the memory."""
-    needed, free = BYTES_A_ROW * rows / share, psutil.virtual_memory().available + BYTES_A_ROW * rows
+def _refuse_too_many(rows, share):
+    """UserError with the forecast if all rows, of which `rows` are this share, would not fit into the memory."""
+    needed, free = BYTES_A_ROW * rows / share, memory_for_process()
     if needed > free:
         raise UserError(
             f"about {rows / share:,.0f} rows are to be compared with one another, which takes {format_bytes(needed)} of memory "
@@ -127,77 +105,67 @@ def refuse_too_many(rows: int, share: float) -> None:
         )
 
 
-def _tasks(sources, options, originals) -> Iterator[Batch]:
-    """A task of `examine` for every batch of rows, which goes to the store `originals` as it was given."""
-    for file, rows in batches(sources):
-        texts = [_as_json(raw, sources[file].encoding) for _, raw in rows]
-        originals.add(b"".join(texts), map(len, texts))
-        yield Batch(file, sources[file], rows, options)
+def _add_row(
+    found: Recognised, file: int, source: InputFile, options: RowOptions, line: int, raw: Raw
+) -> None:
+    """Recognise one row, and take it in."""
+    row = None
+    try:
+        row = parse_row(raw, source.encoding)
+        item = convert_row(row, options)
+    except Reject as problem:
+        text = _ledger_line(source.name, line, problem, problem.row if row is None else row)
+        found.rows.append(Row(file, line, found.write(text), len(text)))
+        found.reasons[problem.reason] += 1
+        found.given += len(text)
+        found.rejects.setdefault(file, FirstReject(line, problem.reason, problem.detail))
+        strange = problem.reason == "fields not recognised"
+    else:
+        key = text_key("\x1f".join([item.kind, *item.questions, "\x1e", item.rest]))
+        text, original = _output_line(source.name, line, key, item), _as_json(raw, source.encoding)
+        mine = Row(file, line, found.write(text + original), len(text), len(original))
+        mine.kind, mine.told, mine.content = sys.intern(item.kind), item.split or source.split, key
+        mine.characters, mine.reasoning = item.characters, item.reasoning
+        rest = normalize(item.rest)
+        mine.rest, mine.long_rest = text_key(rest), len(rest) >= LONG_ANSWER
+        mine.questions = tuple(_question_keys(found, item.questions))
+        found.rows.append(mine)
+        found.given += len(original)
+        found.schemas[item.schema] += 1
+        found.trimmed += item.trimmed
+        strange = options.columns and item.schema != "--columns"
+    if strange and len(unknown := found.unknown.setdefault(file, [])) < UNKNOWN_ROWS:
+        shown = (value[:UNKNOWN_CHARACTERS] if isinstance(value, str) else None for value in row.values())
+        unknown.append(UnknownRow(line, dict(zip(row, shown))))
+
+
+def _question_keys(found, questions):
+    """The keys of a row's questions as they are compared; the long ones are kept as texts."""
+    for turn, question in enumerate(questions):
+        text = without_filler(normalize(question))
+        if turn and len(text) < SHORTEST_LATER_TURN:
+            continue
+        key = text_key(text)
+        if len(text) >= LONG and key not in found.long_questions:
+            written = text.encode("utf-8", "surrogatepass")
+            found.long_questions[key] = found.write(written), len(written)
+        yield key
 
 
 def _as_json(raw, encoding):
-    """UTF-8, in one line; a table row is written as an object."""
+    """A row as it was given, in UTF-8 and in one line; a table row is written as an object."""
     if isinstance(raw, dict):
         return json.dumps(raw, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace")
     if isinstance(raw, str):
         return raw.replace("\n", " ").encode("utf-8", "backslashreplace")
-    if isinstance(raw, Reject):  # never asked for: such a row already has its line in the ledger
-        return b""
     return raw.decode(encoding, "backslashreplace").encode() if encoding == "gb18030" else raw
 
 
-def examine(batch: Batch) -> Examined:
-    """Recognise the rows of one batch."""
-    source, options = batch.source, batch.options
-    indexed: list[tuple[int, int, ConvertedRow | None]] = []
-    lines: list[bytes] = []
-    rejects: list[FirstReject] = []
-    unknown: list[UnknownRow] = []
-    schemas: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    trimmed = 0
-    for number, raw in batch.rows:
-        row = None
-        try:
-            row = parse_row(raw, source.encoding)
-            item = convert_row(row, options)
-            item = item if item.split else item._replace(split=source.split)
-            key = content_key(item)
-            indexed.append((number, key, item))
-            schemas[item.schema] += 1
-            trimmed += item.trimmed
-            strange = options.columns and item.schema != "--columns"
-            lines.append(_output_line(source.name, number, key, item))
-        except Reject as problem:
-            indexed.append((number, 0, None))
-            reasons[problem.reason] += 1
-            rejects = rejects or [FirstReject(number, problem.reason, problem.detail)]
-            strange = problem.reason == "fields not recognised"
-            lines.append(_ledger_line(source.name, number, problem, problem.row if row is None else row))
-        if strange and len(unknown) < UNKNOWN_ROWS:
-            unknown.append(UnknownRow(number, {name: _shortened(value) for name, value in row.items()}))
-    lengths = [len(line) for line in lines]
-    index = index_rows(indexed)
-    return Examined(batch.file, b"".join(lines), lengths, index, schemas, reasons, trimmed, rejects, unknown)
-
-
-def _shortened(value):
-    return value[:UNKNOWN_CHARACTERS] if isinstance(value, str) else None
-
-
 def _output_line(name: str, line: int, key: int, item: ConvertedRow) -> bytes:
-    body, source = item.body, _ENCODE(f"{name}:{line}")
     if item.kind == "exam":
-        body["subject"] = body["subject"] or Path(name.removesuffix(".gz")).stem
-    if item.kind == "sft":  # nearly every row: put together here in half the time of the encoder
-        fields = (
-            ", ".join([f'"{field}": {_ENCODE(value)}' for field, value in turn.items()])
-            for turn in body["messages"]
-        )
-        text = '"messages": [{' + "}, {".join(fields) + "}]"
-    else:
-        text = _ENCODE(body)[1:-1]
-    return f'{{"id": "{key:016x}", {text}, "source": {source}}}\n'.encode()
+        item.body["subject"] = item.body["subject"] or Path(name.removesuffix(".gz")).stem
+    fields = {"id": f"{key:016x}", **item.body, "source": f"{name}:{line}"}
+    return json.dumps(fields, ensure_ascii=False).encode() + b"\n"
 
 
 def _ledger_line(name, line, problem, row):
@@ -210,78 +178,63 @@ def _ledger_line(name, line, problem, row):
     return text + b"\n"
 
 
-class Run(NamedTuple):
-    """Rows number `start` to `end` - 1, which go to one file together. `output`: an index into OUTPUTS, negative: ledger."""
+def pair_bad_answers(found: Recognised) -> None:
+    """Give every bad answer that is left the good one to the same prompt and its split, or set it aside."""
+    bad = [row for row in found.rows if row.kind == "bad" and not row.reason]
+    good: dict[str, Row] = {}  # {prompt: the first row that answers it well}
+    for row in found.rows if bad else ():
+        if row.kind == "sft" and not row.reason:
+            good.setdefault(_prompt_key(json.loads(found.line(row))["messages"][:-1]), row)
+    for row in bad:
+        partner = good.get(_prompt_key(json.loads(found.line(row))["prompt"]))
+        if partner is None:
+            row.set_aside("marked as a bad answer, no good one", None)
+        elif partner.rest == row.rest:
+            row.set_aside("marked as a bad answer, and as a good one", partner)
+        else:
+            row.of, row.split = partner, partner.split
 
-    start: int
-    end: int
-    output: int
-    status: int
-    sampled: bool
+
+def _prompt_key(messages):
+    return text_key("\x1f".join(message["content"] for message in messages))
 
 
-def write_outputs(
-    found: Recognised, decisions: Decisions, sampled: numpy.ndarray, sources: list[InputFile], folder: Path
-) -> Written:
-    """Write every line to its file, and the originals of duplicates and leaks to the ledger. `sampled`: a mask of rows."""
-    written = Written(Counter(), Counter(), [])
+def write_outputs(found: Recognised, sources: list[InputFile], folder: Path) -> Counter:
+    """Write every line to its file, and what is set aside to the ledger. {output file: its rows}."""
+    outputs: Counter[str] = Counter()
     with ExitStack() as stack:
         ledger = stack.enter_context(atomic_write(folder / "set_aside.jsonl", "wb"))
         files: dict[str, IO[bytes]] = {}
-        for run in _runs(found.row_index.rows, decisions, sampled):
-            if run.output < 0:
-                ledger.write(found.lines.read(run.start, run.end))
-            elif run.status != KEPT:
-                written.set_aside[REASONS[run.status]] += 1
-                ledger.write(_repeat_line(run.start, found, decisions, sources))
+        for row in found.rows:
+            if not row.kind:
+                ledger.write(found.line(row))
+            elif row.reason:
+                ledger.write(_repeat_line(row, found, sources))
             else:
-                name = OUTPUTS[run.output]
+                name = (
+                    OUTPUT_FILES[row.kind].held_out if row.split == EVAL else OUTPUT_FILES[row.kind].trained
+                )
                 if name not in files:
                     files[name] = stack.enter_context(atomic_write(folder / f"{name}.jsonl", "wb"))
-                lines = found.lines.read(run.start, run.end)
-                if found.row_index.rows["kind"][run.start] == KIND["bad"]:
-                    lines = _pair_line(lines, found.lines.read(decisions.duplicate_of[run.start]))
-                files[name].write(lines)
-                written.outputs[name] += run.end - run.start
-                if run.sampled:
-                    written.sampled.append(json.loads(lines))
-    return written
+                files[name].write(_pair_line(row, found) if row.kind == "bad" else found.line(row))
+                outputs[name] += 1
+    return outputs
 
 
-def _runs(rows, decisions, sampled) -> Iterator[Run]:
-    bad = rows["kind"] == KIND["bad"]  # written as a pair with the good answer, which is read for each
-    files = [(OUTPUTS.index(kind.trained), OUTPUTS.index(kind.held_out)) for kind in OUTPUT_FILES.values()]
-    output = numpy.array([(-1, -1), *files])[rows["kind"], (decisions.split == EVAL).astype(int)]
-    alone = (decisions.status != KEPT) | sampled | bad  # these need a look each, the others go by runs
-    alone[::RUN] = True
-    bounds = numpy.flatnonzero((numpy.diff(output) != 0) | alone[1:] | alone[:-1]) + 1
-    starts = numpy.concatenate(([0], bounds)) if len(rows) else bounds
-    of_run = (values[starts].tolist() for values in (output, decisions.status, sampled))
-    return map(Run, starts.tolist(), [*bounds.tolist(), len(rows)], *of_run)
-
-
-def _pair_line(bad: bytes, good: bytes) -> bytes:
-    """The preference pair of a bad answer's line and the line of the conversation that answers the same prompt well."""
-    pair, chosen = json.loads(bad), json.loads(good)["messages"][-1:]
+def _pair_line(row, found):
+    """The preference pair of a bad answer and the conversation that answers the same prompt well."""
+    pair, chosen = json.loads(found.line(row)), json.loads(found.line(row.of))["messages"][-1:]
     turns = {"prompt": pair["prompt"], "chosen": chosen, "rejected": pair["rejected"]}
     pair = {"id": pair["id"], **turns, "kind": "given", "source": pair["source"]}
-    return _ENCODE(pair).encode() + b"\n"
+    return json.dumps(pair, ensure_ascii=False).encode() + b"\n"
 
 
-def _repeat_line(row, found, decisions, sources):
+def _repeat_line(row, found, sources):
     """The ledger's line of a row that repeats or leaks another, or is a bad answer alone."""
-    rows, other = found.row_index.rows, decisions.duplicate_of[row]
-
-    def name_of(number):
-        return sources[rows["file"][number]].name
-
-    entry = {
-        "file": name_of(row),
-        "line": int(rows["line"][row]),
-        "reason": REASONS[decisions.status[row]],
-        "detail": f"of {name_of(other)}:{rows['line'][other]}" if other >= 0 else "",
-    }
-    return _ENCODE(entry)[:-1].encode() + b', "row": ' + found.originals.read(row) + b"}\n"
+    detail = f"of {sources[row.of.file].name}:{row.of.line}" if row.of else ""
+    entry = {"file": sources[row.file].name, "line": row.line, "reason": row.reason, "detail": detail}
+    text = json.dumps(entry, ensure_ascii=False)[:-1].encode()
+    return text + b', "row": ' + found.original(row) + b"}\n"
 
 
 def remove_stale(folder: Path, outputs: Counter) -> None:

@@ -1,178 +1,186 @@
 """Which rows ask the same question, and what becomes of each row: its split, and whether it is a duplicate or a leak.
 
 Two questions are the same if their normalised texts (NFKC, case, spacing, punctuation), without politeness and filler words,
-are equal; or if both are long, their 3-character shingles overlap by `threshold` (Jaccard), and they either hold the same
-characters or have the same long answer. The last condition keeps template questions apart ("麻黄的性味是什么？",
-"桂枝的性味是什么？"): they overlap as much as true duplicates do, but ask something else. Where numbers, negations or opposites
-(左 and 右) differ, so do the questions: two patients' records are alike in all else. A few long questions that overlap so far
-and differ in a word with it are a family: not duplicates, but never in two splits. Nor are questions about one passage.
+are equal. Two long questions are also the same if their 3-character shingles overlap by `threshold` (Jaccard) and they either
+hold the same characters or have the same long answer. The last condition keeps template questions apart ("麻黄的性味是什么？",
+"桂枝的性味是什么？"): they overlap as much as true duplicates do, but ask something else. Questions with other numbers, negations
+or opposites (左 and 右) are never the same: two patients' records are alike in all else.
+
+Questions that are not the same may still have to go to one split: a few that differ in a word (a family), and those about one
+text (a passage). Long questions that may overlap are found by MinHash signatures of their shingles, compared in bands (Broder
+1997; Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, ch. 3), and then compared exactly.
 """
 
+import random
 import re
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy
 
-from utils.data.exam_leaks import find_exam_leaks
-from utils.data.minhash import candidate_pairs, containment, overlap, repeated
-from utils.data.row_index import EVAL, EXAM, KIND, TRAIN, RowIndex
-from utils.data.split import SplitSettings, assign_splits
-from utils.data.text_store import TextStore
+from utils.data.schemas import OUTPUT_FILES
 from utils.text import progress
 
-FAMILY = 5  # more questions than this, alike but for a word, are a template, not one question
+TRAIN, EVAL, EXAM = "train", "eval", "exam"  # the splits
 
-# Two questions that share so much of the shorter one's shingles are about one passage.
-PASSAGE = 0.6
-# Questions with which one is compared in vain, so that a template of many rows costs linear time.
-PASSAGE_TRIES = 4
-# Questions, and share of the long ones: what more than both share is an instruction, no passage.
-LARGEST_PASSAGE = (100, 0.1)
+SHINGLE = 3  # characters
+HASHES = 32  # in 8 bands of 4: of pairs that overlap by 0.85, 0.3 % share no band
+NEIGHBOURS = 4  # rows of one bucket compared with each row, so that a large bucket costs linear time
+TEXTS = 1000  # whose signatures are made together
 
-KEPT, EXACT_DUPLICATE, NEAR_DUPLICATE, EVALUATION_LEAK, EXAM_LEAK, MARKED_BAD, ALSO_GOOD = range(7)
-REASONS = (
-    *("", "exact duplicate", "near-duplicate", "evaluation leak", "exam leak"),
-    *("marked as a bad answer, no good one", "marked as a bad answer, and as a good one"),
+FAMILY = 5  # questions: more than this that differ in a word are a template, and may go to two splits
+PASSAGE = 0.6  # of the shingles of the shorter question: two that share so many are about one passage
+PASSAGE_TRIES = (
+    4  # failed comparisons, after which a question is compared no more: a template costs linear time
 )
+# What more questions share than both of these, a number and a share of the long ones, is an instruction and no passage.
+LARGEST_PASSAGE = (100, 0.1)
 
 _NUMBERS = re.compile(r"\d+(?:[.,:/%-]\d+)*|[零〇一二三四五六七八九十百千万两半]+")
 _DECIDING = re.compile("[无不未非否没伴有男女左右上下升降增减高低轻重阴阳寒热虚实浮沉迟数滑涩弦细]")
 
-
-class Decisions(NamedTuple):
-    """Arrays (rows,): `split` (TRAIN, EVAL, EXAM; 0: cannot be used), `status` (an index into REASONS), and
-    `duplicate_of`, the row that it repeats or leaks, or of a bad answer the row of the good one, or -1."""
-
-    split: numpy.ndarray
-    status: numpy.ndarray
-    duplicate_of: numpy.ndarray
-
-    def set_aside(self, rows: numpy.ndarray | int, reason: int, duplicate_of: numpy.ndarray | int) -> None:
-        """Note for `rows` (their numbers) why they are not kept."""
-        self.status[rows] = reason
-        self.duplicate_of[rows] = duplicate_of
+_random = random.Random(0)
+_XOR = numpy.array([_random.getrandbits(32) for _ in range(HASHES)], dtype=numpy.uint32)
+_ODD = numpy.array([_random.getrandbits(32) | 1 for _ in range(HASHES)], dtype=numpy.uint32)
 
 
-class QuestionGroups(NamedTuple):
-    """The distinct questions and their groups, each named by the index of its first member in `keys`.
+@dataclass(slots=True, eq=False)
+class Row:
+    """One row of the input as it is compared with the others: numbers only, its text waits in a file."""
 
-    `keys`, `same`, `family` and `together` have an entry a distinct question, `asked` a question, `first` a row.
+    file: int  # number of its source
+    line: int
+    at: int  # where its output line begins in the file of texts; of a row that cannot be used, its ledger line
+    size: int  # bytes of that line
+    original: int = 0  # bytes of the row as it was given, which follows
+    kind: str = ""  # of OUTPUT_FILES; "" if the row cannot be used
+    told: str = ""  # the split that the row says it belongs to, or ""
+    content: int = 0  # text_key of the whole row, from which its id is written
+    questions: tuple[int, ...] = ()  # text_key of each question, normalised
+    rest: int = 0  # text_key of all text after the first question, normalised
+    long_rest: bool = False  # whether that is too long to be shared by chance
+    characters: int = 0
+    reasoning: bool = False
+    split: str = ""  # TRAIN, EVAL or EXAM, as decided
+    reason: str = ""  # why the row is set aside, or ""
+    of: "Row | None" = None  # the row that it repeats or leaks; of a bad answer, the row of the good one
+
+    def set_aside(self, reason: str, of: "Row | None") -> None:
+        """Note why the row is not kept."""
+        self.reason, self.of = reason, of
+
+
+class Groups(NamedTuple):
+    """Groups of questions, {key: key that names its group} for those that are not alone in theirs.
+
+    `same`: one question; `family`: they differ in a word at most; `together`: they go to one split.
     """
 
-    keys: numpy.ndarray  # text_keys, ascending
-    asked: numpy.ndarray  # index into `keys`
-    first: numpy.ndarray  # index into `keys` of the row's first question; 0 where the row cannot be used
-    same: numpy.ndarray  # group of those that are one question
-    family: numpy.ndarray  # group of those that differ in a word at most
-    together: numpy.ndarray  # group of those that go to one split: families that share a passage
+    same: dict[int, int]
+    family: dict[int, int]
+    together: dict[int, int]
 
 
-def decide(index: RowIndex, lines: TextStore, threshold: float, settings: SplitSettings) -> Decisions:
-    """What becomes of every row. `lines`: the rows' output lines, of which those with exam questions are read.
+class Shares(NamedTuple):
+    """`eval_share` of the rows of each kind is held out, `max_eval_rows` at most; `seed` chooses which."""
 
-    Depends on the rows and the seed, not on the order of the rows, except that of two equal rows the first is kept.
+    eval_share: float
+    max_eval_rows: int
+    seed: int
+
+
+def decide(
+    rows: list[Row],
+    long_questions: Iterable[int],
+    text_of: Callable[[int], str],
+    exam_leaks: Iterable[tuple[Row, Row]],
+    threshold: float,
+    shares: Shares,
+) -> None:
+    """Give every row its split, and set duplicates and leaks aside.
+
+    `long_questions`: the keys of those that are compared by their text, which `text_of` gives. `exam_leaks`: (row, exam row) for
+    every row that asks an exam question. The result depends on the rows and the seed, not on the order of the rows, except that
+    of two equal rows the first is kept.
     """
-    rows = index.rows
-    groups = group_index(index, threshold)
-    split = assign_splits(rows, groups.together[groups.first], groups.keys, settings)
-    status = numpy.zeros(len(rows), dtype=numpy.uint8)
-    decisions = Decisions(split, status, numpy.full(len(rows), -1, dtype=numpy.int64))
+    groups = group_questions(rows, sorted(long_questions), text_of, threshold)
+    assign_splits(rows, groups.together, shares)
+    _set_leaks_aside(rows, groups.family, EVAL, "evaluation leak")
+    for row, exam_row in exam_leaks:
+        if row.split == TRAIN:
+            row.set_aside("exam leak", exam_row)
+    _set_leaks_aside(rows, groups.family, EXAM, "exam leak")
 
-    _set_leaks_aside(decisions, index.questions, groups, EVAL, EVALUATION_LEAK)
-    for row, exam_row in find_exam_leaks(lines, rows, split):
-        decisions.set_aside(row, EXAM_LEAK, exam_row)
-    _set_leaks_aside(decisions, index.questions, groups, EXAM, EXAM_LEAK)
+    def asked(row):
+        return groups.same.get(row.questions[0], row.questions[0])
 
-    usable = numpy.flatnonzero((rows["kind"] > 0) & (status == KEPT))
-    _set_repeats_aside(decisions, usable, EXACT_DUPLICATE, equal=(rows["kind"], split, rows["content"]))
-    usable = usable[status[usable] == KEPT]
-    same_question_and_answer = (rows["kind"], split, groups.same[groups.first], rows["rest"])
-    longest_first = (-rows["characters"], rows["content"])  # the longest: it has the punctuation
-    _set_repeats_aside(decisions, usable, NEAR_DUPLICATE, same_question_and_answer, longest_first)
-    _pair_bad_answers(decisions, rows)
-    return decisions
-
-
-def _pair_bad_answers(decisions, rows):
-    """Give every bad answer that is left the good one to the same prompt and its split, or set it aside."""
-    left = decisions.status == KEPT
-    bad = numpy.flatnonzero(left & (rows["kind"] == KIND["bad"]))
-    good = numpy.flatnonzero(left & (rows["kind"] == KIND["sft"]))
-    if not len(bad):
-        return
-    prompts, first = numpy.unique(rows["prompt"][good], return_index=True)
-    found = numpy.minimum(numpy.searchsorted(prompts, rows["prompt"][bad]), max(len(prompts) - 1, 0))
-    has_good = prompts[found] == rows["prompt"][bad] if len(good) else numpy.zeros(len(bad), dtype=bool)
-    decisions.set_aside(bad[~has_good], MARKED_BAD, -1)
-    bad, partner = bad[has_good], good[first[found[has_good]]]
-    decisions.duplicate_of[bad] = partner
-    decisions.split[bad] = decisions.split[partner]
-    same = rows["rest"][bad] == rows["rest"][partner]
-    decisions.set_aside(bad[same], ALSO_GOOD, partner[same])
+    usable = [row for row in rows if row.kind and not row.reason]
+    set_repeats_aside(usable, "exact duplicate", lambda row: (row.kind, row.split, row.content))
+    usable = [row for row in usable if not row.reason]
+    set_repeats_aside(
+        usable,
+        "near-duplicate",
+        lambda row: (row.kind, row.split, asked(row), row.rest),
+        lambda row: (-row.characters, row.content),  # the longest first: it has the punctuation
+    )
 
 
-def group_index(index: RowIndex, threshold: float) -> QuestionGroups:
-    """The groups of all questions of all rows."""
-    rows, questions = index.rows, index.questions
-    keys, asked = numpy.unique(questions["key"], return_inverse=True)
-    first = numpy.zeros(len(rows), dtype=numpy.int64)
-    first[questions["row"][questions["first"]]] = asked[questions["first"]]
+def _set_leaks_aside(rows, family, held_out, reason):
+    """Set aside the training rows that ask, in any turn, what a row of the split `held_out` asks first."""
+    asked: dict[int, Row] = {}
+    for row in rows:
+        if row.split == held_out:
+            asked.setdefault(family.get(row.questions[0], row.questions[0]), row)
+    for row in rows if asked else ():
+        for question in row.questions if row.split == TRAIN else ():
+            if leaked := asked.get(family.get(question, question)):
+                row.set_aside(reason, leaked)
 
-    mark = numpy.full(len(keys), -1, dtype=numpy.int64)
-    mark[asked] = questions["mark"]
-    long_at = numpy.flatnonzero(mark >= 0)
-    by_key = numpy.argsort(asked, kind="stable")
-    starts = numpy.searchsorted(asked[by_key], numpy.arange(len(keys) + 1))
 
-    def text_of(long_question):
-        return index.long_text(mark[long_at[long_question]])
-
-    def answers_of(key):
-        mine = rows[questions["row"][by_key[starts[key] : starts[key + 1]]]]
-        return set(mine["rest"][mine["long_rest"]].tolist())
-
-    marks = index.marks[mark[long_at]]
-    same, family = group_questions(len(keys), long_at, marks, text_of, answers_of, threshold)
-    together = group_passages(family, long_at, marks, text_of)
-    return QuestionGroups(keys, asked, first, same, family, together)
+def set_repeats_aside(
+    rows: list[Row], reason: str, key: Callable[[Row], Hashable], order: Callable[[Row], tuple] = lambda _: ()
+) -> None:
+    """Of the rows with one `key` keep that which is the first by `order`, then by position, and set the others aside."""
+    kept: dict[Hashable, Row] = {}
+    for row in rows:
+        other = kept.setdefault(key(row), row)
+        if order(row) < order(other):
+            kept[key(row)] = row
+    for row in rows:
+        if (other := kept[key(row)]) is not row:
+            row.set_aside(reason, other)
 
 
 def group_questions(
-    count: int,
-    long_at: numpy.ndarray,
-    marks: numpy.ndarray,
-    text_of: Callable[[int], str],
-    answers_of: Callable[[int], set],
-    threshold: float,
-) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """(same, family) of `count` distinct questions, as in QuestionGroups.
+    rows: list[Row], keys: list[int], text_of: Callable[[int], str], threshold: float
+) -> Groups:
+    """The groups of all questions. `keys`: those of the long ones, ascending, whose text `text_of` gives."""
+    marks = _all_signatures(keys, text_of)
+    pairs = [(keys[one], keys[other]) for one, other in zip(*candidate_pairs(marks, threshold))]
+    close = {key for pair in pairs for key in pair}
+    answers = defaultdict(set)  # {question: keys of its long answers}
+    for row in rows if close else ():
+        if row.long_rest:
+            for question in close.intersection(row.questions):
+                answers[question].add(row.rest)
 
-    `long_at`: which of them are long; `marks`: their signatures, row by row. `text_of(row of marks)` gives a long question's
-    text, `answers_of(question)` the keys of its long answers. A family has FAMILY members at most.
-    """
-    # Of those that have joined a group: the index that leads on to its first member.
-    same: dict[int, int] = {}
-    family: dict[int, int] = {}
-    for one, other in _one_by_one(candidate_pairs(marks, threshold), "comparing long questions"):
-        texts, pair = (text_of(one), text_of(other)), (int(long_at[one]), int(long_at[other]))
+    same, family = Joined(), Joined()
+    for one, other in progress("comparing long questions", "pairs")(pairs):
+        texts = text_of(one), text_of(other)
         if overlap(*texts) >= threshold:
-            _join(family, *pair)
-            if differ_in_fact(*texts):
-                continue
-            if Counter(texts[0]) == Counter(texts[1]) or answers_of(pair[0]) & answers_of(pair[1]):
-                _join(same, *pair)
-    one_question, alike = _roots(same, count), _roots(family, count)
-    members = numpy.bincount(alike[numpy.unique(one_question)], minlength=count)  # distinct questions in each
-    return one_question, numpy.where(members[alike] > FAMILY, one_question, alike)
-
-
-def _one_by_one(pairs, label):
-    """The pairs of two arrays as ints, with a progress bar."""
-    one, other = pairs
-    for number in progress(label, "pairs")(range(len(one))):
-        yield int(one[number]), int(other[number])
+            family.join(one, other)
+            if not differ_in_fact(*texts) and (
+                Counter(texts[0]) == Counter(texts[1]) or answers[one] & answers[other]
+            ):
+                same.join(one, other)
+    same_of, family_of = same.groups(), family.groups()
+    members = Counter(family_of[key] for key in family_of if same_of.get(key, key) == key)
+    for key, group in family_of.items():
+        if members[group] > FAMILY:
+            family_of[key] = same_of.get(key, key)
+    return Groups(same_of, family_of, _join_passages(keys, marks, family_of, text_of))
 
 
 def differ_in_fact(one: str, other: str) -> bool:
@@ -182,65 +190,161 @@ def differ_in_fact(one: str, other: str) -> bool:
     return Counter(_DECIDING.findall(one)) != Counter(_DECIDING.findall(other))
 
 
-def group_passages(
-    family: numpy.ndarray, long_at: numpy.ndarray, marks: numpy.ndarray, text_of: Callable[[int], str]
-) -> numpy.ndarray:
-    """The families, those joined that share a passage; the other arguments as in `group_questions`."""
-    joined: dict[int, int] = {}
-    failed: Counter[int] = Counter()
-    pairs = candidate_pairs(marks, PASSAGE, band=2, neighbours=1)
-    for one, other in _one_by_one(pairs, "looking for shared passages"):
-        pair = int(family[long_at[one]]), int(family[long_at[other]])
-        if failed[one] >= PASSAGE_TRIES or _root(joined, pair[0]) == _root(joined, pair[1]):
+def _join_passages(keys, marks, family, text_of):
+    """{question: group} as Groups.together: the families, those joined that share a passage."""
+    joined, failed = Joined(), Counter()
+    pairs = list(zip(*candidate_pairs(marks, PASSAGE, band=2, neighbours=1)))
+    for one, other in progress("looking for shared passages", "pairs")(pairs):
+        one, other = keys[one], keys[other]
+        groups = [joined.group(family.get(key, key)) for key in (one, other)]
+        if failed[one] >= PASSAGE_TRIES or groups[0] == groups[1]:
             continue
         if containment(text_of(one), text_of(other)) >= PASSAGE:
-            _join(joined, *pair)
+            joined.join(*groups)
         else:
             failed[one] += 1
-    together = _roots(joined, len(family))[family]
-    members = numpy.bincount(together[long_at], minlength=len(family))
-    least, share = LARGEST_PASSAGE
-    return numpy.where(members[together] > max(least, share * len(long_at)), family, together)
+    together = {key: joined.group(family.get(key, key)) for key in keys}
+    members, (least, share) = Counter(together.values()), LARGEST_PASSAGE
+    for key, group in together.items():
+        if members[group] > max(least, share * len(keys)):
+            together[key] = family.get(key, key)
+    return together
 
 
-def _set_leaks_aside(decisions, questions, groups, held_out, reason):
-    """Set aside the training rows that ask, in any turn, what a row of the split `held_out` asks."""
-    group = groups.family[groups.asked]  # (questions,)
-    source = numpy.full(len(groups.keys), -1, dtype=numpy.int64)  # of each group: its first held-out row
-    rows = numpy.flatnonzero(decisions.split == held_out)[::-1]  # backwards: the first is written last
-    source[groups.family[groups.first[rows]]] = rows
-    leaks = (source[group] >= 0) & (decisions.split[questions["row"]] == TRAIN)
-    decisions.set_aside(questions["row"][leaks], reason, source[group[leaks]])
+class Joined:
+    """Groups that grow by joining two members, each named by its smallest member (union-find)."""
+
+    def __init__(self):
+        self.parents: dict[int, int] = {}
+
+    def group(self, member: int) -> int:
+        """The name of the group that `member` is in."""
+        while (parent := self.parents.get(member, member)) != member:
+            member = parent
+        return member
+
+    def join(self, one: int, other: int) -> None:
+        """Make one group of those of two members."""
+        one, other = self.group(one), self.group(other)
+        self.parents[min(one, other)] = self.parents[max(one, other)] = min(one, other)
+
+    def groups(self) -> dict[int, int]:
+        """{member: its group} of all that were joined."""
+        return {member: self.group(member) for member in self.parents}
 
 
-def _set_repeats_aside(decisions, usable, reason, equal, preference=()):
-    """Among the rows `usable` that agree in all the arrays `equal`, keep the first by `preference`, then by position."""
-    usable = usable[repeated(equal[-1][usable])]
-    by_preference = [key[usable] for key in reversed(preference)]
-    order = usable[numpy.lexsort([usable, *by_preference, *(key[usable] for key in equal)])]
-    repeats = numpy.ones(len(order), dtype=bool)  # whether it equals the one before it
-    repeats[:1] = False
-    for key in equal:
-        repeats[1:] &= key[order[1:]] == key[order[:-1]]
-    kept = order[numpy.maximum.accumulate(numpy.where(repeats, 0, numpy.arange(len(order))))]
-    decisions.set_aside(order[repeats], reason, kept[repeats])
+def assign_splits(rows: list[Row], together: dict[int, int], shares: Shares) -> None:
+    """Give every usable row its split: TRAIN, EVAL or EXAM. Groups of questions go to one split whole.
+
+    Rows that say their split keep it; the others of their group follow, to EVAL if it has both; the groups that are left are
+    dealt out.
+    """
+
+    def group_of(row):
+        return together.get(row.questions[0], row.questions[0])
+
+    dealt = [row for row in rows if row.kind and row.kind != EXAM]
+    told = {group_of(row): row.told for split in (TRAIN, EVAL) for row in dealt if row.told == split}
+    for row in rows:
+        if row.kind:
+            row.split = EXAM if row.kind == EXAM else row.told or told.get(group_of(row), "")
+    for kind in (name for name, kind in OUTPUT_FILES.items() if kind.dealt):
+        mine = [row for row in dealt if row.kind == kind]
+        free = {row.content: row for row in mine if not row.told}.values()  # each distinct row once
+        held_out = sum(row.told == EVAL for row in mine)
+        wanted = max(round(shares.eval_share * (len(free) + held_out)), 1 if shares.eval_share else 0)
+        wanted = min(shares.max_eval_rows, wanted) - held_out - sum(row.split == EVAL for row in free)
+        chosen = _drawn(Counter(group_of(row) for row in free if not row.split), wanted, shares.seed)
+        groups = {group_of(row) for row in free}
+        for row in dealt:
+            if not row.split and group_of(row) in groups:
+                row.split = EVAL if group_of(row) in chosen else TRAIN
 
 
-def _root(parents, index):
-    while index in parents:
-        index = parents[index]
-    return index
+def _drawn(sizes, wanted, seed):
+    """Groups drawn at random to hold `wanted` rows together. A group too large for evaluation is left to training."""
+    chosen = set()
+    for group in sorted(sizes, key=lambda group: mixed(group, seed)):
+        if wanted > 0 and sizes[group] <= max(wanted, 3) and len(sizes) > 1:
+            chosen.add(group)
+            wanted -= sizes[group]
+    return chosen
 
 
-def _join(parents, one, other):
-    one, other = _root(parents, one), _root(parents, other)
-    if one != other:
-        parents[max(one, other)] = min(one, other)
+def mixed(key: int, seed: int) -> int:
+    """A random 64-bit number that depends on `key` and `seed` only (the finaliser of splitmix64)."""
+    key = (key + (seed + 1) * 0x9E3779B97F4A7C15) % 2**64
+    key = (key ^ key >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    key = (key ^ key >> 27) * 0x94D049BB133111EB % 2**64
+    return key ^ key >> 31
 
 
-def _roots(parents, count):
-    """The root of each index, an int array (count,)."""
-    roots = numpy.arange(count)
-    for index in sorted(parents):  # a parent comes before its children
-        roots[index] = roots[parents[index]]
-    return roots
+def _all_signatures(keys, text_of):
+    """The signatures of the texts of `keys`, array (len(keys), HASHES)."""
+    starts = progress("signing long questions", f"x {TEXTS:,}")(range(0, len(keys), TEXTS))
+    parts = [signatures([text_of(key) for key in keys[start : start + TEXTS]]) for start in starts]
+    return numpy.concatenate([signatures([]), *parts])
+
+
+def signatures(texts: list[str]) -> numpy.ndarray:
+    """MinHash signatures of texts of at least SHINGLE characters: uint16 array (len(texts), HASHES)."""
+    result = numpy.empty((len(texts), HASHES), dtype=numpy.uint16)
+    if not texts:
+        return result
+    lengths = numpy.array([len(text) for text in texts])
+    codes = numpy.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype=numpy.uint32)
+    factors = numpy.array([0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35], dtype=numpy.uint32)
+    hashes = codes[:-2] * factors[0] ^ codes[1:-1] * factors[1] ^ codes[2:] * factors[2]
+    inside = numpy.ones(len(hashes), dtype=bool)
+    ends = numpy.cumsum(lengths)[:-1]
+    inside[ends - 1] = inside[ends - 2] = False  # no shingle reaches from one text into the next
+    hashes = hashes[inside]
+    hashes = (hashes ^ hashes >> numpy.uint32(15)) * numpy.uint32(0x2C1B3C6D)
+    hashes ^= hashes >> numpy.uint32(13)
+    starts = numpy.concatenate(([0], numpy.cumsum(lengths - SHINGLE + 1)[:-1]))
+    for index in range(HASHES):
+        least = numpy.minimum.reduceat((hashes ^ _XOR[index]) * _ODD[index], starts)
+        result[:, index] = (least * numpy.uint32(0x9E3779B1)) >> numpy.uint32(16)
+    return result
+
+
+def candidate_pairs(
+    marks: numpy.ndarray, threshold: float, band: int = 4, neighbours: int = NEIGHBOURS
+) -> tuple[list[int], list[int]]:
+    """The pairs of rows of `marks` (signatures) that may overlap by `threshold`: the lower numbers, and the higher ones.
+
+    `band`: hashes that have to agree, 4 or 2; the fewer, the more of the pairs that overlap little are found. The rows that
+    agree in a band lie side by side when sorted by it, those that agree in the next band nearest; each is compared with so many
+    `neighbours` after it.
+    """
+    bands = numpy.ascontiguousarray(marks).view({4: numpy.uint64, 2: numpy.uint32}[band])
+    found = [numpy.empty((0, 2), dtype=numpy.int64)]
+    for number in range(bands.shape[1]):
+        own, following = bands[:, number], bands[:, (number + 1) % bands.shape[1]]
+        order = numpy.lexsort((following, own))
+        for step in range(1, neighbours + 1):
+            one, other = order[:-step], order[step:]
+            agree = own[one] == own[other]
+            pairs = numpy.stack((one[agree], other[agree]), axis=1)
+            for part in numpy.array_split(pairs, len(pairs) // 100_000 + 1):
+                # The estimate's standard error is 0.09 at most: two of them are left as leeway.
+                likely = (marks[part[:, 0]] == marks[part[:, 1]]).mean(axis=1) >= threshold - 0.2
+                found.append(numpy.sort(part[likely], axis=1))
+    pairs = numpy.unique(numpy.concatenate(found), axis=0)
+    return pairs[:, 0].tolist(), pairs[:, 1].tolist()
+
+
+def overlap(one: str, other: str) -> float:
+    """The Jaccard similarity of the shingles of two texts, 0 to 1."""
+    own, others = _shingles(one), _shingles(other)
+    return len(own & others) / len(own | others)
+
+
+def containment(one: str, other: str) -> float:
+    """The share of the shingles of that text that has fewer which the other has too, 0 to 1."""
+    own, others = _shingles(one), _shingles(other)
+    return len(own & others) / min(len(own), len(others))
+
+
+def _shingles(text):
+    return {text[at : at + SHINGLE] for at in range(len(text) - SHINGLE + 1)}

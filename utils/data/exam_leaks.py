@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import numpy
 
+from utils.data.convert import Recognised
+from utils.data.dedup import EXAM, Row
 from utils.data.exams import options_in
-from utils.data.normalize import normalize, normalize_all, without_filler
-from utils.data.row_index import EXAM, KIND, TRAIN
-from utils.data.text_store import TextStore
+from utils.data.normalize import normalize, without_filler
 from utils.text import progress
 
 PIECES = (6, 3)  # characters looked for: of stems that are long enough the first, of others the second
@@ -42,7 +42,7 @@ _LISTS = re.compile(
 class ExamItem(NamedTuple):
     """An exam item as it is compared: normalised, the stem also without filler words."""
 
-    row: int
+    row: Row
     question: str  # as it is given, without the gap at its end
     text: str  # the stem as it stands, normalised
     stem: str  # its core: without filler, and without "是" and the like at its end
@@ -51,9 +51,9 @@ class ExamItem(NamedTuple):
     alone: bool  # whether no other item has this stem
 
 
-def find_exam_leaks(lines: TextStore, rows: numpy.ndarray, split: numpy.ndarray) -> Iterator[tuple[int, int]]:
-    """(training row, exam row) for every leak; `lines`: the output lines of `rows` (ROW array), `split` as in Decisions."""
-    items = [_exam_item(row, lines) for row in numpy.flatnonzero(split == EXAM).tolist()]
+def find_exam_leaks(found: Recognised) -> Iterator[tuple[Row, Row]]:
+    """(row, exam row) for every row that asks an exam question."""
+    items = [_exam_item(row, found.line(row)) for row in found.rows if row.kind == EXAM]
     rights = defaultdict(set)  # {stem: all right answers to it}
     for item in items:
         rights[item.stem].add("\n".join(item.right))
@@ -61,11 +61,11 @@ def find_exam_leaks(lines: TextStore, rows: numpy.ndarray, split: numpy.ndarray)
     for length in PIECES:
         fitting = [item for item in items if _piece_length(item) == length]
         if fitting:
-            yield from _leaks_of(_by_piece(fitting, length), length, lines, rows, split)
+            yield from _leaks_of(_by_piece(fitting, length), length, found)
 
 
-def _exam_item(row, lines):
-    item = json.loads(lines.read(row))
+def _exam_item(row, line):
+    item = json.loads(line)
     text = normalize(item["question"])
     stem = without_filler(text)
     right = [normalize(item["options"][letter]) for letter in item["answer"]]
@@ -96,20 +96,17 @@ def _by_piece(items, length):
     return by_piece
 
 
-def _leaks_of(by_piece, length, lines, rows, split):
+def _leaks_of(by_piece, length, found):
     wanted = numpy.sort(_hashes("".join(by_piece), length)[::length])
-    trained = (split == TRAIN) & (rows["kind"] != KIND["exam"])
-    for start in progress("looking for exam questions", f"x {ROWS:,} rows")(range(0, len(rows), ROWS)):
-        end = min(start + ROWS, len(rows))
-        if not trained[start:end].any():
-            continue
-        texts = lines.read(start, end).decode("utf-8").split("\n")[:-1]
-        normalised = normalize_all([text.replace("\\n", " ") for text in texts])
-        for row, piece in _where(normalised, wanted, length):
-            if trained[start + row]:
-                for item in by_piece.get(piece, ()):
-                    if _leaks(json.loads(texts[row]), item):
-                        yield start + row, item.row
+    asking = [row for row in found.rows if row.kind not in ("", EXAM)]
+    for start in progress("looking for exam questions", f"x {ROWS:,} rows")(range(0, len(asking), ROWS)):
+        rows = asking[start : start + ROWS]
+        texts = [found.line(row).decode("utf-8") for row in rows]
+        normalised = [normalize(text.replace("\\n", " ")) for text in texts]
+        for number, piece in _where(normalised, wanted, length):
+            for item in by_piece.get(piece, ()):
+                if _leaks(json.loads(texts[number]), item):
+                    yield rows[number], item.row
 
 
 def _hashes(text, length):

@@ -1,14 +1,16 @@
 """What a converted data set looks like: lengths in characters and tokens, a histogram, and the table a person reads."""
 
+import heapq
+import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import numpy
 
-from utils.data.convert import Recognised, Written
-from utils.data.dedup import KEPT, Decisions
+from utils.data.convert import Recognised
+from utils.data.dedup import EVAL, TRAIN, Row, mixed
 from utils.data.inputs import InputFile, Skipped
-from utils.data.row_index import EVAL, KIND, TRAIN
 from utils.data.schemas import OUTPUTS
 from utils.files import sha256_of
 from utils.model.chat_format import encode_turns
@@ -30,62 +32,69 @@ def count_tokens(model: str, examples: list[dict]) -> list[int]:
     return [max(len(prompt) + len(answer) for prompt, answer in pairs) for pairs in turns]
 
 
+def conversations(rows: list[Row]) -> list[Row]:
+    """The rows that are kept as conversations."""
+    return [row for row in rows if row.kind == "sft" and not row.reason]
+
+
+def sample_examples(found: Recognised, count: int, seed: int) -> list[dict]:
+    """`count` of the conversations (all, if fewer), in their order; random, but the same for the same rows."""
+    mine = conversations(found.rows)
+    drawn = heapq.nsmallest(count, range(len(mine)), key=lambda number: mixed(mine[number].content, seed))
+    return [json.loads(found.line(mine[number])) for number in sorted(drawn)]
+
+
 def build_report(
     sources: list[InputFile],
     skipped: list[Skipped],
     found: Recognised,
-    decisions: Decisions,
-    written: Written,
+    written: Counter,
+    examples: list[dict],
     tokens: list[int],
     settings: Settings,
 ) -> dict:
-    """report.json. `tokens`: those of the sampled conversations."""
-    rows, reasons = found.row_index.rows, found.reasons + written.set_aside
-    trained = conversations(rows, decisions)
-    outputs = [name for name in OUTPUTS if written.outputs[name]]
-    by_file = numpy.bincount(rows["file"], minlength=len(sources)).tolist()
+    """report.json. `written`: rows of each output file; `examples`: conversations, `tokens`: the number that each has."""
+    rows = found.rows
+    reasons = found.reasons + Counter(row.reason for row in rows if row.kind and row.reason)
+    trained = conversations(rows)
+    outputs = [name for name in OUTPUTS if written[name]]
+    by_file = Counter(row.file for row in rows)
     return {
         "rows_in": len(rows),
-        "rows_kept": written.outputs.total(),
+        "rows_kept": written.total(),
         "rows_set_aside": reasons.total(),
         "set_aside": dict(reasons.most_common()),
-        "outputs": {name: written.outputs[name] for name in outputs},
+        "outputs": {name: written[name] for name in outputs},
         "files": [
             {
                 "file": source.name,
                 "encoding": source.encoding,
                 "split": source.split,
-                "rows": count,
+                "rows": by_file[number],
                 "sha256": sha256_of(source.path),
             }
-            for source, count in zip(sources, by_file)
+            for number, source in enumerate(sources)
         ],
         "skipped": dict(skipped),
         "schemas": dict(found.schemas.most_common()),
-        "conversations_trimmed": sum(found.trimmed),
-        "eval_answers_in_training": _answers_in_training(rows, decisions),
-        "characters": _spread(rows["characters"][trained]),
+        "conversations_trimmed": found.trimmed,
+        "eval_answers_in_training": _answers_in_training(trained),
+        "characters": _spread([row.characters for row in trained]),
         "tokens": _spread(tokens),
         "tokens_counted_in": len(tokens),
         "max_length": settings.MAX_LENGTH,
-        "kept_by_max_length": _share(numpy.array(tokens) <= settings.MAX_LENGTH),
-        "reasoning_share": _share(rows["reasoning"][trained]),
+        "kept_by_max_length": _share([count <= settings.MAX_LENGTH for count in tokens]),
+        "reasoning_share": _share([row.reasoning for row in trained]),
         "fingerprints": {name: sha256_of(settings.OUTPUT_DIR / f"{name}.jsonl") for name in outputs},
-        "examples": random.Random(settings.SEED).sample(written.sampled, min(EXAMPLES, len(written.sampled))),
+        "examples": random.Random(settings.SEED).sample(examples, min(EXAMPLES, len(examples))),
         "settings": settings.as_dict(),
     }
 
 
-def conversations(rows: numpy.ndarray, decisions: Decisions) -> numpy.ndarray:
-    """A mask of the rows (ROW array) that are kept as conversations."""
-    return (decisions.status == KEPT) & (rows["kind"] == KIND["sft"])
-
-
-def _answers_in_training(rows, decisions):
+def _answers_in_training(rows):
     """Held-out conversations whose answer, if it is long, stands word for word in training."""
-    mine = conversations(rows, decisions) & rows["long_rest"]
-    held_out, trained = (rows["rest"][mine & (decisions.split == split)] for split in (EVAL, TRAIN))
-    return int(numpy.isin(held_out, trained).sum())
+    trained = {row.rest for row in rows if row.long_rest and row.split == TRAIN}
+    return sum(row.long_rest and row.split == EVAL and row.rest in trained for row in rows)
 
 
 def _share(values):

@@ -6,14 +6,12 @@ formula here but counted, on two short forward passes of the real model: one par
 not (with bfloat16, the copies of the weights that the products were computed with).
 """
 
-import os
-from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
 
 from utils.device import Device
+from utils.memory import memory_for_process
 from utils.model.lm_head import CHUNK
 from utils.model.packing import collate, model_inputs, padding_for
 
@@ -25,7 +23,6 @@ LIBRARIES = 510 << 20  # bytes of Python, torch, transformers and their threads 
 # (utils.device.limit_kernels).
 KERNELS, ALL_KERNELS = 4 << 20, 450 << 20
 FRAGMENTS = 0.2  # of the activations: blocks of one batch that fit none of the next, as measured on CPUs
-CGROUPS = Path("/sys/fs/cgroup")
 
 
 class Costs(NamedTuple):
@@ -141,49 +138,9 @@ def _score_bytes(costs: Costs, tokens: int) -> int:
 
 
 def free_memory(device: Device) -> int:
-    """Bytes that this process has or could still get, on the device that will compute.
-
-    Processes that train together on one machine share what its CPU memory has.
-    """
+    """Bytes that this process has or could still get, on the device that will compute."""
     if device.name == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved()
-    used = psutil.Process().memory_info()
-    free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + used.rss
-    if device.name == "mps":
-        free = min(free, torch.mps.recommended_max_memory())
-    return min([free, *_limits(used)])
-
-
-def _limits(used) -> list[int]:
-    """Limits set for this process, in bytes of resident memory: of its control groups (containers) and of `ulimit -v`."""
-    limits = []
-    for file in _limit_files():
-        try:
-            limits.append(int(file.read_text(encoding="ascii")))
-        except (OSError, ValueError):  # no such limit, or "max"
-            continue
-    if os.name == "posix":
-        import resource
-
-        address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if address_space != resource.RLIM_INFINITY:
-            limits.append(max(0, address_space - used.vms + used.rss))
-    return limits
-
-
-def _limit_files() -> list[Path]:
-    """The files that limit the memory of this process's control group, and of the groups above it: any of them holds."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return []
-    files = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        own = Path(path.lstrip("/"))
-        if not controllers:  # version 2
-            files += [CGROUPS / place / "memory.max" for place in (own, *own.parents)]
-        elif "memory" in controllers.split(","):  # version 1
-            files += [CGROUPS / "memory" / place / "memory.limit_in_bytes" for place in (own, *own.parents)]
-    return files
+    free = memory_for_process()
+    return min(free, torch.mps.recommended_max_memory()) if device.name == "mps" else free
