@@ -1,38 +1,50 @@
-"""Ask one model every question: losses, exam, preference pairs, answers in full. One result (a dict) for each item."""
+"""Ask one model every question: losses, exam, preference pairs, answers in full. One result (a dict) for each item.
 
-import random
-import re
+The results of a model are kept under all that decides them, in OUTPUT_DIR/comparison/, and measured once.
+"""
+
 import time
 from dataclasses import replace
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
+<<<<<<< HEAD
 from utils.data.exams import MULTIPLE
 from utils.data.terms import Terms
+=======
+from utils.data.exam_rows import MULTIPLE
+>>>>>>> e3bf134 (wip)
 from utils.device import Device
-from utils.evaluation.exams import choices_by_letter, choices_by_text, choices_of_several
-from utils.evaluation.questions import ExamQuestion, Tests, kind_of
-from utils.files import sample_by_id
-from utils.model.chat_format import THINKING_MODES, encode_answer, encode_prompt, encode_turns
-from utils.model.folder import load_model, load_tokenizer
-from utils.model.generate import generate_tokens, read_answer, stop_tokens
+from utils.evaluation.answers import generated_answers
+from utils.evaluation.exams import choices_by_letter, choices_by_text, choices_of_several, prompt_texts
+from utils.evaluation.metrics import Results
+from utils.evaluation.questions import ExamQuestion, Tests, as_question, kind_of
+from utils.files import sample_by_id, sha256_of, show_path
+from utils.kept import digest, read_kept, write_kept
+from utils.model.chat_format import encode_answer, encode_prompt, encode_turns
+from utils.model.folder import adapter_base, load_model, load_tokenizer, model_sha256
+from utils.model.generate import stop_tokens
+from utils.model.hub_models import local_folder
 from utils.model.logprobs import answer_logps, pack_for_scoring
 from utils.model.packed_forward import prepare_packed
 from utils.settings import Settings
 from utils.text import progress
 
-DIGITS = "0-9一二三四五六七八九十百千"
+# Raise this number with every change of the code that changes a score or what counts as right.
+SCORING_VERSION = 4
+
+# Settings that decide where results go and how they are shown, not what they are.
+NOT_IDENTITY = {"MODELS", "BASE_MODEL", "OUTPUT_DIR", "SHOW", "FRESH", "DEVICE", "PRECISION"}
 
 
-class Result(TypedDict):
-    test: str
-    id: str
-
-
-class LossResult(Result):
+class LossResult(TypedDict):
     """test: heldout or general; loss: nats, the sum over the answer."""
 
+    test: str
+    id: str
     loss: float
     tokens: int
 
@@ -52,27 +64,56 @@ class ExamResult(ExamQuestion):
     rotations: NotRequired[list[dict[str, float]]]
 
 
-class PreferenceResult(Result):
+class PreferenceResult(TypedDict):
     """`chosen`, `rejected`: log-probabilities of the two answers."""
 
+    test: str
+    id: str
     kind: str
     chosen: float
     rejected: float
 
 
-class AnswerResult(Result):
-    """about: heldout or general; right: None where it cannot be told; named: whether it names what the reference names, None
-    where that names nothing of the question; repetition: see the function of this name."""
+# ---- Measured once, and kept
 
-    about: str
-    question: str
-    reference: str
-    answer: str
-    tokens: int
-    ended: bool
-    right: bool | None
-    named: bool | None
-    repetition: float
+
+def measured_or_kept(folder: str, tests: Tests, settings: Settings, device: Device) -> Results:
+    """The results of a model folder: read if it was measured before in just this way, else measured and kept."""
+    identity = result_identity(folder, settings, device)
+    name = f"{Path(folder).resolve().name}-{digest(identity)[:12]}.json"
+    path = settings.OUTPUT_DIR / "comparison" / name
+    if not settings.FRESH and (kept := read_kept(path, identity)):
+        print(f"  measured before: {show_path(path)} (--fresh measures again)", flush=True)
+        return Results(**kept)
+    began = time.monotonic()
+    generation_seconds, items = measure(folder, tests, settings, device)
+    seconds = round(time.monotonic() - began, 1)
+    results = Results(show_path(folder), seconds, generation_seconds, items, identity["model"][0])
+    write_kept(path, identity, results._asdict())
+    return results
+
+
+def result_identity(folder: str, settings: Settings, device: Device) -> dict[str, Any]:
+    """All that decides the results: weights, files and settings by content, prompts, code, libraries, number format."""
+    identity: dict[str, Any] = {}
+    for name, value in vars(settings).items():
+        if name.isupper() and name not in NOT_IDENTITY:
+            by_content = name.endswith("_FILE") and value and value.is_file()
+            identity[name] = f"sha256 {sha256_of(value)}" if by_content else str(value)
+    parts = [folder, adapter_base(folder)] if (Path(folder) / "adapter_config.json").is_file() else [folder]
+    decoding = Path(local_folder(folder)) / "generation_config.json"  # its end tokens
+    libraries = ("torch", "transformers", "tokenizers", "peft")
+    return identity | {
+        "model": [model_sha256(part) for part in parts],
+        "generation_config": sha256_of(decoding) if decoding.is_file() else "",
+        "prompts": prompt_texts(),
+        "scoring_version": SCORING_VERSION,
+        "libraries": {package: version(package) for package in libraries},
+        "device": f"{device.name} {'bf16' if device.bf16 else 'fp32'}",
+    }
+
+
+# ---- One model
 
 
 def measure(folder: str, tests: Tests, settings: Settings, device: Device) -> tuple[float, list[Any]]:
@@ -124,74 +165,6 @@ def letter_choices(
     return found
 
 
-def generated_answers(model, tokenizer, tests: Tests, settings: Settings) -> tuple[float, list[AnswerResult]]:
-    """(seconds of generating, results) of some held-out questions and the general ones, answered greedily."""
-    if not settings.GENERATE:
-        return 0.0, []
-    questions = _questions(tests, settings)
-    thinking, stop = THINKING_MODES[settings.THINKING], stop_tokens(model, tokenizer)
-    prompts = [encode_prompt(tokenizer, asked.messages, thinking) for asked in questions]
-    watch = progress(f"{len(prompts):,} answers in full", always=True)
-    began = time.monotonic()
-    generated = generate_tokens(
-        model, prompts, stop, settings.MAX_NEW_TOKENS, batch_size=settings.BATCH_SIZE, watch=watch
-    )
-    seconds = round(time.monotonic() - began, 3)
-    results = []
-    for asked, prompt, ids in zip(questions, prompts, generated):
-        text, ended = read_answer(tokenizer, prompt, ids).content, ids[-1] in stop
-        results.append(_judge(asked, text, ids[:-1] if ended else ids, ended, tests.terms))
-    return seconds, results
-
-
-class _Question(NamedTuple):
-    """One that is answered in full. `accept`: texts one of which the answer has to hold; None: the facts of `reference`."""
-
-    about: str
-    id: str
-    messages: list[dict]
-    reference: str
-    accept: list[str] | None
-
-
-def _questions(tests, settings):
-    drawn = random.Random(settings.SEED).sample(tests.heldout, min(settings.GENERATE, len(tests.heldout)))
-    questions = []
-    for row in drawn:
-        *messages, answer = row["messages"]
-        questions.append(_Question("heldout", row["id"], messages, answer["content"], None))
-    for row in tests.general:
-        asked = _asks(row["question"])
-        questions.append(_Question("general", row["id"], asked, row["answer"], row["accept"]))
-    return questions
-
-
-def _judge(asked, answer, said, ended, terms) -> AnswerResult:
-    """The result of one answer: its text, the ids `said` (less the end token), and whether it ended by itself."""
-    question = asked.messages[-1]["content"]
-    named, right = None, None
-    if asked.accept:
-        right = states_one_of(answer, asked.accept)
-    elif asked.accept is None:
-        named = same_names(terms, asked.reference, answer, question)
-        right = same_facts(terms, asked.reference, answer, question)
-        if right and named is False:
-            right = False
-    return {
-        "test": "answer",
-        "about": asked.about,
-        "id": asked.id,
-        "question": question,
-        "reference": asked.reference,
-        "answer": answer,
-        "tokens": len(said) + ended,
-        "ended": ended,
-        "right": right,
-        "named": named,
-        "repetition": repetition(said),
-    }
-
-
 def answer_losses(model, tokenizer, test: str, rows: list[dict], device: Device) -> list[LossResult]:
     """The loss of every assistant turn of conversations. `test`: their name in the results, heldout or general."""
     turns = [(row["id"], turn) for row in rows for turn in encode_turns(tokenizer, row["messages"])]
@@ -209,7 +182,7 @@ def as_conversations(general: list[dict]) -> list[dict]:
     """Rows of question and answer as rows of messages."""
     conversations = []
     for row in general:
-        messages = [*_asks(row["question"]), {"role": "assistant", "content": row["answer"]}]
+        messages = [*as_question(row["question"]), {"role": "assistant", "content": row["answer"]}]
         conversations.append({"id": row["id"], "messages": messages})
     return conversations
 
@@ -217,7 +190,7 @@ def as_conversations(general: list[dict]) -> list[dict]:
 def exam_results(
     model, tokenizer, exam: list[ExamQuestion], by_letter: dict[str, dict], device: Device
 ) -> list[ExamResult]:
-    """Every question, by option text where it has one right answer, joined with its fields of `letter_choices`, if any."""
+    """Every question, by option text if it has one right answer, joined with its fields of `letter_choices`, if any."""
     asked, by_text = [item for item in exam if kind_of(item) != MULTIPLE], {}
     if asked:
         watch = progress(f"exam by option text, {len(asked):,} questions", always=True)
@@ -245,46 +218,3 @@ def preference_results(model, tokenizer, pairs: list[dict], device: Device) -> l
         about = {"test": "preference", "id": pair["id"], "kind": pair.get("kind", "")}
         results.append({**about, "chosen": good, "rejected": bad})
     return results
-
-
-def _asks(question):
-    return [{"role": "user", "content": question}]
-
-
-def same_facts(terms: Terms, reference: str, answer: str, question: str) -> bool | None:
-    """Whether `answer` states exactly the terms that `reference` does; None where that states none beyond the question's.
-
-    What is part of a name in the question counts: 麻黄 is an ingredient of 麻黄汤.
-    """
-    asked = _terms_in(terms, question)
-    wanted = _terms_in(terms, reference) - asked
-    return _terms_in(terms, answer) - asked == wanted if wanted else None
-
-
-def same_names(terms: Terms, reference: str, answer: str, question: str) -> bool | None:
-    """Whether `answer` holds the names of the question that `reference` repeats, such as the herb's; None if there are none.
-
-    A name with a wrong character is no term, so that `same_facts` would let it pass.
-    """
-    repeated = {term for term in _terms_in(terms, question) & _terms_in(terms, reference) if len(term) > 1}
-    return repeated <= _terms_in(terms, answer) if repeated else None
-
-
-def _terms_in(terms, text):
-    return {term for _, _, term in terms.find(text)}
-
-
-def states_one_of(answer: str, accept: list[str]) -> bool:
-    """Whether one of the texts in `accept` is in the answer; a number has to stand by itself: no 2 in 1024."""
-
-    def pattern(text):
-        exact = re.escape(text)
-        return f"(?<![{DIGITS}]){exact}(?![{DIGITS}])" if re.search(f"[{DIGITS}]", text) else exact
-
-    return any(re.search(pattern(text), answer, re.IGNORECASE) for text in accept)
-
-
-def repetition(ids: list[int], n: int = 4) -> float:
-    """The share of an answer's runs of `n` tokens that it has said before (seq-rep-4 of Welleck et al. 2019)."""
-    runs = list(zip(*(ids[start:] for start in range(n))))
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0

@@ -31,8 +31,13 @@ def kind_of(item: ExamQuestion) -> str:
     return item.get("kind", SINGLE)
 
 
+def as_question(text: str) -> list[dict]:
+    """The messages of a question by itself."""
+    return [{"role": "user", "content": text}]
+
+
 class Tests(NamedTuple):
-    """What every model is asked: rows of the project's files (no rows: this test is left out)."""
+    """The questions that every model is asked: rows of the project's files (no rows: this test is left out)."""
 
     heldout: list[dict]
     exam: list[ExamQuestion]
@@ -44,7 +49,11 @@ class Tests(NamedTuple):
 def read_exam(path: Path) -> tuple[list[ExamQuestion], Counter[str]]:
     """The questions of a file, and the reasons why other rows are left out, counted.
 
+<<<<<<< HEAD
     Reads this project's exam.jsonl and all that the conversion knows as an exam (utils/data/exams.py). UserError where no
+=======
+    Reads this project's exam.jsonl and all that the conversion knows as an exam (utils/data/exam_rows.py). UserError if no
+>>>>>>> e3bf134 (wip)
     row is a question.
     """
     source = find_input_files([path], "python data_prepare/convert_to_qwen3_format.py")[0][0]

@@ -1,104 +1,87 @@
-"""The comparison in words and tables: for the terminal, and as Markdown for someone who was not there."""
+"""The comparison in words, tables and pictures: for the terminal, as comparison.md, and as comparison.json for what reads it."""
 
 import datetime
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from utils.evaluation.compare import Results
-from utils.files import atomic_write, read_log, show_path, write_json
+from utils.evaluation.metrics import LABELS, METRICS, Results, compare_all, is_clear, metrics
+from utils.files import atomic_write, read_log, render, show_path, write_json
 from utils.model.folder import read_record
-from utils.plots import Run, plot_comparison, plot_runs
+from utils.plots import Panel, Run, plot_comparison, plot_runs
 from utils.text import printable, text_width
 from utils.training.report_page import write_report_page
 
 LONGEST = 300  # characters of a sample answer that are shown
+TEMPLATE = Path(__file__).with_name("comparison.md.jinja")
 
-
-class Metric(NamedTuple):
-    """`key` in comparison.json; its interval's key is this one, less _accuracy, plus _interval."""
-
-    key: str
-    label: str
-    form: str
-    meaning: str
-
-
-# fmt: off
-METRICS = [
-    Metric("heldout_loss", "held-out loss", "{:.3f}",
-           "mean cross-entropy of the reference answers to held-out questions, in nats a token, every token counted once; "
-           "lower is better"),
-    Metric("perplexity", "perplexity", "{:.2f}",
-           "e to the held-out loss: among how many equally likely tokens the model hesitates"),
-    Metric("exam_accuracy", "exam by option text", "{:.1%}",
-           "single-choice questions whose right option is the likeliest as an answer, per character; the options are not "
-           "shown, so their order plays no part; chance is {chance:.0%}"),
-    Metric("exam_letter_accuracy", "exam by option letter", "{:.1%}",
-           "the same questions asked as CMMLU asks them: options listed, the likeliest letter counts; each is asked once for "
-           "every rotation of its options and the scores are averaged, so that a favourite letter gains nothing; chance is "
-           "{chance:.0%}. A model that never saw such questions stays near chance"),
-    Metric("exam_true_false_accuracy", "true or false, by text", "{:.1%}",
-           "statements of which the likelier of both words (right, wrong) is the true one; both are named in the question; "
-           "chance is {chance:.0%}, and a model that always says the same word gets the share of statements it fits"),
-    Metric("exam_true_false_letter_accuracy", "true or false, by letter", "{:.1%}",
-           "the same statements with both words as options A and B, asked and averaged as the exam by option letter; chance "
-           "is {chance:.0%}"),
-    Metric("exam_multiple_accuracy", "exam, several answers", "{:.1%}",
-           "questions with several right options: the model writes the letters, and the set of them has to be exactly the "
-           "right one, as in CMB; asked once, in the order of the file; guessing among all sets of options is right in "
-           "{chance:.1%}"),
-    Metric("exam_multiple_named", "answers naming options", "{:.0%}",
-           "share of the answers to these that name any option by its letter; the others count as wrong"),
-    Metric("preference_accuracy", "preference pairs", "{:.1%}",
-           "held-out pairs of which the better answer is the likelier one; chance is 50%"),
-    Metric("facts_accuracy", "facts stated right", "{:.1%}",
-           "generated answers that state exactly the terms (herbs, actions, channels, ...) of the reference, about what the "
-           "question names, where the reference repeats that name"),
-    Metric("names_accuracy", "names right", "{:.1%}",
-           "of the answers that have to repeat a name of the question, such as a herb's, those that do; the others speak of "
-           "something else, or garble the name"),
-    Metric("general_accuracy", "general questions right", "{:.1%}",
-           "generated answers to everyday questions that have nothing to do with Chinese medicine: what falls here was "
-           "forgotten. A model that never learned such things has nothing to forget"),
-    Metric("general_loss", "general loss", "{:.3f}",
-           "cross-entropy of the short reference answers to them, in nats a token"),
-    Metric("ended_share", "answers that end", "{:.0%}",
-           "share of generated answers that ended by themselves within the limit"),
-    Metric("repetition", "repetition", "{:.1%}", "share of runs of four tokens that the same answer said before"),
-    Metric("mean_tokens", "mean answer, tokens", "{:.1f}", "mean length of the generated answers"),
-    Metric("tokens_per_second", "tokens/s", "{:.0f}",
-           "speed of generating, all answers of a batch together, on this machine"),
+# Items that were asked: the key of their count, how they are called, and the setting that names their file.
+COUNTS = [
+    ("heldout_loss_n", "held-out answers", "EVAL_FILE"),
+    ("exam_n", "single-choice questions", "EXAM_FILE"),
+    ("exam_true_false_n", "statements, true or false,", "EXAM_FILE"),
+    ("exam_multiple_n", "questions with several right answers", "EXAM_FILE"),
+    ("preference_n", "preference pairs", "PAIRS_FILE"),
+    ("general_loss_n", "general questions", "GENERAL_FILE"),
 ]
-# fmt: on
-
-LABELS = {metric.key.removesuffix("_accuracy"): metric.label for metric in METRICS}
 
 
-def write_report(models, pairs, measured, settings, device, left_out) -> None:
-    """comparison.png, comparison.md and comparison.json in OUTPUT_DIR. Arguments as for `markdown_lines`."""
-    place = settings.OUTPUT_DIR
-    plot_comparison(models, place / "comparison.png")
-    with atomic_write(place / "comparison.md") as file:
-        file.write("\n".join(markdown_lines(models, pairs, measured, settings, device, left_out)) + "\n")
-    write_json(
-        place / "comparison.json",
-        {
-            "models": models,
-            "differences": pairs,
-            "settings": settings.as_dict(),
-            "samples": [
-                {"question": question, "answers": answers}
-                for question, answers in _samples(measured, settings.SHOW)
-            ],
-            "device": str(device),
-            "exam_rows_left_out": left_out,
-        },
+def make_comparison(
+    measured: dict[str, Results], settings: Any, device: Any, left_out: Counter[str]
+) -> dict[str, Any]:
+    """The content of comparison.json. `left_out`: {reason: rows of the exam file}.
+
+    "table" has the figures as people read them, one row per metric: {"label", "n", "on_card", "cells": {model: text}}.
+    """
+    models = {name: metrics(results) for name, results in measured.items()}
+    first, table = next(iter(models.values())), []
+    for metric in METRICS:
+        if any(metric.key in figures for figures in models.values()):
+            cells = {name: metric.cell(figures) for name, figures in models.items()}
+            count = f"{first.get(f'{metric.name}_n', 0):,}"
+            table.append({"label": metric.label, "n": count, "on_card": metric.on_card, "cells": cells})
+    return {
+        "models": models,
+        "table": table,
+        "differences": compare_all(measured),
+        "settings": settings.as_dict(),
+        "samples": _samples(measured, settings.SHOW),
+        "device": str(device),
+        "exam_rows_left_out": left_out,
+    }
+
+
+def write_report(comparison: dict[str, Any], place: Path) -> None:
+    """comparison.png, comparison.md and comparison.json in `place`."""
+    models = comparison["models"]
+    plot_comparison(_panels(models), list(models), place / "comparison.png")
+    first, settings = next(iter(models.values())), comparison["settings"]
+    known = {metric.label: metric for metric in METRICS}
+    chances = {label: first.get(f"{metric.name}_chance", 0) for label, metric in known.items()}
+    labels = [row["label"] for row in comparison["table"]]
+    text = render(
+        TEMPLATE,
+        **comparison,
+        date=datetime.date.today(),
+        verdicts=_verdicts(comparison),
+        figures_table="\n".join(_figures_table(comparison)),
+        differences_table="\n".join(_differences_table(comparison["differences"])),
+        meanings=[(label, known[label].meaning.format(chance=chances[label])) for label in labels],
+        counts=[
+            (f"{first[key]:,}", items, show_path(settings[name]))
+            for key, items, name in COUNTS
+            if key in first
+        ],
+        answers=f"{first['answers_n']:,}" if "answers_n" in first else "",
+        by_letter={"exam_letter_n", "exam_true_false_letter_n", "exam_multiple_n"} & first.keys(),
     )
+    with atomic_write(place / "comparison.md") as file:
+        file.write(text)
+    write_json(place / "comparison.json", comparison)
 
 
 def draw_curves(folders: dict[str, str], place: Path) -> bool:
-    """Draw the curves of the training folders among {name: folder} to curves.png and curves.svg; False where there is none."""
+    """Draw the curves of the training folders among {name: folder} to curves.png and curves.svg; False if there is none."""
     runs = []
     for name, folder in folders.items():
         log = Path(folder) / "training_log.jsonl"
@@ -111,166 +94,55 @@ def draw_curves(folders: dict[str, str], place: Path) -> bool:
     return bool(runs)
 
 
-def write_pages(folders: dict[str, str], place: Path) -> list[Path]:
-    """report.html of each training folder among {name: folder}, with the comparison in `place`; returns their paths."""
+def write_pages(folders: dict[str, str], comparison: dict[str, Any], place: Path) -> list[Path]:
+    """report.html of each training folder among {name: folder}, with the comparison and its pictures in `place`; their paths."""
     pages = []
-    for folder in folders.values():
+    for name, folder in folders.items():
         record = read_record(folder) if Path(folder).is_dir() else None
         if record and record.get("status") == "finished":
-            pages.append(write_report_page(Path(folder), place))
+            pages.append(write_report_page(Path(folder), comparison, name, place))
     return pages
 
 
-def terminal_lines(models: dict, pairs: list, measured: dict[str, Results], show: int) -> list[str]:
-    """The metrics, the differences in words, and `show` sample answers. Arguments as for `markdown_lines`."""
-    lines = [*_metrics_table(models), ""]
-    if pairs:
-        lines += [f"{name}: {verdict}" for name, verdict in _verdicts(models, pairs)]
+def terminal_lines(comparison: dict[str, Any]) -> list[str]:
+    """The metrics, the differences in words, and the sample answers."""
+    lines = [*_figures_table(comparison), ""]
+    if verdicts := _verdicts(comparison):
+        lines += [f"{name}: {verdict}" for name, verdict in verdicts]
         lines += ["(each difference with its interval and p: comparison.md)", ""]
-    for question, answers in _samples(measured, show):
-        width = max(map(text_width, answers))
-        lines += [f"> {question}"]
-        lines += [f"  {name}{' ' * (width - text_width(name))}  {text}" for name, text in answers.items()]
+    for sample in comparison["samples"]:
+        width = max(map(text_width, sample["answers"]))
+        lines += [f"> {sample['question']}"]
+        for name, text in sample["answers"].items():
+            lines += [f"  {name}{' ' * (width - text_width(name))}  {text}"]
         lines += [""]
     return lines
 
 
-def markdown_lines(
-    models: dict[str, dict],
-    pairs: list[dict],
-    measured: dict[str, Results],
-    settings: Any,
-    device: Any,
-    left_out: Counter[str],
-) -> list[str]:
-    """The lines of comparison.md. `models`, `pairs`: as in comparison.json; `left_out`: {reason: rows of the exam file}."""
-    return [
-        f"# Comparison of {', '.join(models)}",
-        "",
-        f"Made on {datetime.date.today()} by `model_finetune/compare_models.py` on {device}.",
-        "",
-        *(f"- **{name}**: `{found['folder']}`" for name, found in models.items()),
-        "",
-        *_in_short(models, pairs),
-        *_metrics_section(models),
-        *_differences_section(pairs),
-        *_samples_section(_samples(measured, settings.SHOW)),
-        *_method_section(next(iter(models.values())), settings, left_out),
-    ]
+def _panels(models):
+    """The panels of comparison.png."""
+    panels = []
+    for metric in METRICS:
+        shown = [figures for figures in models.values() if metric.key in figures]
+        if metric.panel and shown:
+            values = [figures.get(metric.key, 0.0) for figures in models.values()]
+            intervals = [figures.get(f"{metric.name}_interval") for figures in models.values()]
+            count = max(figures.get(f"{metric.name}_n", 0) for figures in shown)
+            chance = shown[0].get(f"{metric.name}_chance", metric.chance)
+            panels.append(Panel(f"{metric.panel}, n = {count:,}", values, intervals, bool(metric.right), chance))
+    return panels
 
 
-def _in_short(models, pairs):
-    if not pairs:
-        return []
-    return [
-        "## In short",
-        "",
-        *(f"- **{name}**: {verdict}" for name, verdict in _verdicts(models, pairs)),
-        "",
-    ]
-
-
-def _metrics_section(models):
-    first = next(iter(models.values()))
-    return [
-        "## Figures",
-        "",
-        "In brackets: 95 % intervals (shares: Wilson; losses: ratio estimate).",
-        "",
-        *_metrics_table(models),
-        "",
-        "![the figures as bars](comparison.png)",
-        "",
-        *(f"- *{metric.label}*: {_meaning(metric, first)}." for metric in _present(models)),
-        "",
-    ]
-
-
-def _meaning(metric, found):
-    return metric.meaning.format(chance=found.get(f"{metric.key.removesuffix('_accuracy')}_chance", 0))
-
-
-def _differences_section(pairs):
-    if not pairs:
-        return []
-    names = _compared(pairs)
-    rows = [
-        [f"{pair['to']} - {pair['from']}", *(_difference(pair.get(name)) for name in names)] for pair in pairs
-    ]
-    return [
-        "## Differences",
-        "",
-        "Every two models on the same items: `b - a` is the figure of b minus that of a. Shares: above zero is better for b; "
-        "losses: below zero.",
-        "",
-        *_table([["", *(LABELS[name] for name in names)], *rows]),
-        "",
-        "In brackets: 95 % interval (shares: Agresti and Min 2005; losses: ratio estimate). p: McNemar's exact test, how "
-        "often equally good models would differ as much. A star marks p < 0.05, for losses an interval without 0: about "
-        "one in twenty comparisons of equally good models gets one. A dash: not measured, or losses a token of models with "
-        "different tokenizers, which cannot be compared.",
-        "",
-    ]
-
-
-def _samples_section(samples):
-    lines = ["## Sample answers", ""]
-    for question, answers in samples:
-        cells = [
-            text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;") for text in answers.values()
-        ]
-        lines += [f"**{question}**", "", f"| {' | '.join(answers)} |", "|---" * len(answers) + "|"]
-        lines += [f"| {' | '.join(cells)} |", ""]
-    return lines
-
-
-def _method_section(first, settings, left_out):
-    """`first`: the metrics of one model; how many items there were is the same for all."""
-    files = [
-        ("heldout_loss_n", "held-out answers", settings.EVAL_FILE),
-        ("exam_n", "single-choice questions", settings.EXAM_FILE),
-        ("exam_true_false_n", "statements, true or false,", settings.EXAM_FILE),
-        ("exam_multiple_n", "questions with several right answers", settings.EXAM_FILE),
-        ("preference_n", "preference pairs", settings.PAIRS_FILE),
-        ("general_loss_n", "general questions", settings.GENERAL_FILE),
-    ]
-    lines = ["## How it was measured", ""]
-    lines += [
-        f"- {first[key]:,} {what} from `{show_path(path)}`" for key, what, path in files if key in first
-    ]
-    lines += [
-        f"- {count:,} rows of the exam file were left out: {reason}" for reason, count in left_out.items()
-    ]
-    if "answers_n" in first:
-        lines += [
-            f"- {first['answers_n']:,} answers generated: always the likeliest token, thinking {settings.THINKING}, "
-            f"at most {settings.MAX_NEW_TOKENS} tokens each"
-        ]
-    if {"exam_letter_n", "exam_true_false_letter_n", "exam_multiple_n"} & first.keys():
-        lines += ["- the exam by letter in float32, whatever the number format of the rest"]
-    return lines + [
-        "- held-out answers and pairs are those that the conversion kept apart from the training rows",
-        "- the scores of every single item are in `comparison/`, one JSON object a line",
-    ]
-
-
-def _present(models):
-    return [metric for metric in METRICS if any(metric.key in found for found in models.values())]
-
-
-def _metrics_table(models):
-    rows = [
-        [metric.label, *(_cell(found, metric) for found in models.values())] for metric in _present(models)
-    ]
+def _figures_table(comparison):
+    models = list(comparison["models"])
+    rows = [[row["label"], *(row["cells"][name] for name in models)] for row in comparison["table"]]
     return _table([["", *models], *rows])
 
 
-def _cell(found, metric):
-    if metric.key not in found:
-        return "-"
-    interval = found.get(f"{metric.key.removesuffix('_accuracy')}_interval")
-    ends = [metric.form.format(end).rstrip("%") for end in interval or []]
-    return metric.form.format(found[metric.key]) + (f" ({' to '.join(ends)})" if ends else "")
+def _differences_table(pairs):
+    names = [name for name in LABELS if any(name in pair for pair in pairs)]
+    rows = [[f"{pair['to']} - {pair['from']}", *(_difference(pair.get(name)) for name in names)] for pair in pairs]
+    return _table([["", *(LABELS[name] for name in names)], *rows])
 
 
 def _difference(found):
@@ -280,33 +152,23 @@ def _difference(found):
     numbers = [f"{scale * value:+.{digits}f}" for value in (found["difference"], *(found["interval"] or []))]
     ends = " to ".join(numbers[1:]) or "no interval"
     p = f", p {'< 0.001' if found['p'] < 0.001 else format(found['p'], '.3f')}" if "p" in found else ""
-    return f"{numbers[0]}{sign} ({ends}){p}{' *' if _clear(found) else ''}"
+    return f"{numbers[0]}{sign} ({ends}){p}{' *' if is_clear(found) else ''}"
 
 
-def _clear(found):
-    """Whether chance alone is an unlikely reason for a difference."""
-    if "p" in found:
-        return found["p"] < 0.05
-    return bool(found["interval"]) and found["interval"][0] * found["interval"][1] > 0
-
-
-def _compared(pairs):
-    return [name for name in LABELS if any(name in pair for pair in pairs)]
-
-
-def _verdicts(models, pairs):
+def _verdicts(comparison):
     """[("sft against base", "better in ...; worse in ..."), ...]: every model against the first."""
-    base = next(iter(models))
-    return [(f"{pair['to']} against {base}", _verdict(pair)) for pair in pairs if pair["from"] == base]
-
-
-def _verdict(pair):
-    groups = {"better in": [], "worse in": [], "no clear difference in": []}
-    for name in _compared([pair]):
-        better = (pair[name]["difference"] > 0) != name.endswith("_loss")
-        word = "no clear difference in" if not _clear(pair[name]) else "better in" if better else "worse in"
-        groups[word].append(LABELS[name])
-    return "; ".join(f"{word} {', '.join(labels)}" for word, labels in groups.items() if labels) + "."
+    base, verdicts = next(iter(comparison["models"])), []
+    for pair in comparison["differences"]:
+        if pair["from"] != base:
+            continue
+        groups = {"better in": [], "worse in": [], "no clear difference in": []}
+        for name in [name for name in LABELS if name in pair]:
+            better = (pair[name]["difference"] > 0) != name.endswith("_loss")
+            word = "better in" if better else "worse in"
+            groups[word if is_clear(pair[name]) else "no clear difference in"].append(LABELS[name])
+        words = "; ".join(f"{word} {', '.join(labels)}" for word, labels in groups.items() if labels)
+        verdicts.append((f"{pair['to']} against {base}", f"{words}."))
+    return verdicts
 
 
 def _table(rows):
@@ -320,7 +182,7 @@ def _table(rows):
 
 
 def _samples(measured, count):
-    """[(question, {"reference" or model name: answer}), ...]: the first held-out and the first general ones, all on one line."""
+    """[{"question", "answers": {"reference" or model name: answer}}, ...]: the first held-out and the first general ones."""
     answers = {name: results.of("answer") for name, results in measured.items()}
     some = next(iter(answers.values()))
     samples = []
@@ -328,9 +190,8 @@ def _samples(measured, count):
         for number in [number for number, item in enumerate(some) if item["about"] == about][:count]:
             texts = {"reference": some[number]["reference"]}
             texts |= {name: items[number]["answer"] for name, items in answers.items()}
-            samples.append(
-                (_one_line(some[number]["question"]), {name: _one_line(text) for name, text in texts.items()})
-            )
+            texts = {name: _one_line(text) for name, text in texts.items()}
+            samples.append({"question": _one_line(some[number]["question"]), "answers": texts})
     return samples
 
 

@@ -1,0 +1,295 @@
+"""Metrics: one table of them, how they follow from the results of single items, how sure they are, how two models differ.
+
+To add a metric, add a line to METRICS: the tables, the picture, the model card and the page of a run follow.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, NotRequired, TypedDict
+
+from utils.data.exam_rows import MULTIPLE, SINGLE, TRUE_FALSE
+from utils.evaluation.questions import kind_of
+
+Z = 1.96  # a normal distribution holds 95 % within this many standard deviations
+
+Judge = Callable[[Any], bool | None]  # of a result: is the answer right? None: the metric is not of such results
+
+
+class Results(NamedTuple):
+    """`items`: one dict per item, as utils/evaluation/measure.py describes them; seconds: in all, and of generating answers;
+    `weights`: the sha256 of the model that was measured."""
+
+    folder: str
+    seconds: float
+    generation_seconds: float
+    items: list[Any]
+    weights: str = ""
+
+    def of(self, test: str) -> list[Any]:
+        return [item for item in self.items if item["test"] == test]
+
+
+class Metric(NamedTuple):
+    """One figure of a model.
+
+    `key`: where comparison.json holds it; `form`: how it is written; `panel`: the title of its bars in comparison.png, if it has
+    any; `on_card`: the model card of an export shows it; `right`: makes it the share of the results that are right; `chance`: the
+    share that guessing gets, where the items do not tell it.
+    """
+
+    key: str
+    label: str
+    form: str
+    meaning: str
+    panel: str = ""
+    on_card: bool = False
+    right: Judge | None = None
+    chance: float = 0
+
+    @property
+    def name(self) -> str:
+        """What comparison.json calls the rest: NAME_interval, NAME_n, NAME_chance, and NAME among the differences."""
+        return self.key.removesuffix("_accuracy")
+
+    def cell(self, figures: dict[str, Any]) -> str:
+        """The figure of one model with its interval: "50.0% (25.0 to 75.0)"."""
+        if self.key not in figures:
+            return "-"
+        ends = [self.form.format(end).rstrip("%") for end in figures.get(f"{self.name}_interval") or []]
+        return self.form.format(figures[self.key]) + (f" ({' to '.join(ends)})" if ends else "")
+
+
+class Difference(TypedDict):
+    """`p` (McNemar, exact) for shares only."""
+
+    difference: float
+    interval: list[float] | None
+    p: NotRequired[float]
+
+
+# ---- The table
+
+
+def _exam(kind: str, field: str) -> Judge:
+    """Judges exam questions of this kind by the field that holds the model's choice."""
+
+    def right(item):
+        if item["test"] == "exam" and kind_of(item) == kind and field in item:
+            return item[field] == item["answer"]
+
+    return right
+
+
+def _answers(about: str, field: str = "right") -> Judge:
+    """Judges answers in full by one of their own fields, which is None where nothing can be told."""
+    return lambda item: item[field] if item["test"] == "answer" and item["about"] == about else None
+
+
+def _prefers(item):
+    return item["chosen"] > item["rejected"] if item["test"] == "preference" else None
+
+
+# fmt: off
+METRICS = [
+    Metric("heldout_loss", "held-out loss", "{:.3f}",
+           "mean cross-entropy of the reference answers to held-out questions, in nats a token, every token counted once; "
+           "lower is better",
+           "held-out loss, nats a token (lower is better)", on_card=True),
+    Metric("perplexity", "perplexity", "{:.2f}",
+           "e to the held-out loss: among how many equally likely tokens the model hesitates"),
+    Metric("exam_accuracy", "exam by option text", "{:.1%}",
+           "single-choice questions whose right option is the likeliest as an answer, per character; the options are not "
+           "shown, so their order plays no part; chance is {chance:.0%}",
+           "exam by option text", on_card=True, right=_exam(SINGLE, "text_choice")),
+    Metric("exam_letter_accuracy", "exam by option letter", "{:.1%}",
+           "the same questions asked as CMMLU asks them: options listed, the likeliest letter counts; each is asked once for "
+           "every rotation of its options and the scores are averaged, so that a favourite letter gains nothing; chance is "
+           "{chance:.0%}. A model that never saw such questions stays near chance",
+           "exam by option letter", on_card=True, right=_exam(SINGLE, "letter_choice")),
+    Metric("exam_true_false_accuracy", "true or false, by text", "{:.1%}",
+           "statements of which the likelier of both words (right, wrong) is the true one; both are named in the question; "
+           "chance is {chance:.0%}, and a model that always says the same word gets the share of statements it fits",
+           "true or false, by text", on_card=True, right=_exam(TRUE_FALSE, "text_choice")),
+    Metric("exam_true_false_letter_accuracy", "true or false, by letter", "{:.1%}",
+           "the same statements with both words as options A and B, asked and averaged as the exam by option letter; chance "
+           "is {chance:.0%}",
+           "true or false, by letter", on_card=True, right=_exam(TRUE_FALSE, "letter_choice")),
+    Metric("exam_multiple_accuracy", "exam, several answers", "{:.1%}",
+           "questions with several right options: the model writes the letters, and the set of them has to be exactly the "
+           "right one, as in CMB; asked once, in the order of the file; guessing among all sets of options is right in "
+           "{chance:.1%}",
+           "exam, several answers", on_card=True, right=_exam(MULTIPLE, "letter_choice")),
+    Metric("exam_multiple_named", "answers naming options", "{:.0%}",
+           "share of the answers to these that name any option by its letter; the others count as wrong"),
+    Metric("preference_accuracy", "preference pairs", "{:.1%}",
+           "held-out pairs of which the better answer is the likelier one; chance is 50%",
+           "preference pairs", on_card=True, right=_prefers, chance=0.5),
+    Metric("facts_accuracy", "facts stated right", "{:.1%}",
+           "generated answers that state exactly the terms (herbs, actions, channels, ...) of the reference, about what the "
+           "question names, where the reference repeats that name",
+           "facts stated right", on_card=True, right=_answers("heldout")),
+    Metric("names_accuracy", "names right", "{:.1%}",
+           "of the answers that have to repeat a name of the question, such as a herb's, those that do; the others speak of "
+           "something else, or garble the name",
+           "names right", on_card=True, right=_answers("heldout", "named")),
+    Metric("general_accuracy", "general questions right", "{:.1%}",
+           "generated answers to everyday questions that have nothing to do with Chinese medicine: what falls here was "
+           "forgotten. A model that never learned such things has nothing to forget",
+           on_card=True, right=_answers("general")),
+    Metric("general_loss", "general loss", "{:.3f}",
+           "cross-entropy of the short reference answers to them, in nats a token",
+           "loss on general questions (lower is better)"),
+    Metric("ended_share", "answers that end", "{:.0%}",
+           "share of generated answers that ended by themselves within the limit"),
+    Metric("repetition", "repetition", "{:.1%}", "share of runs of four tokens that the same answer said before"),
+    Metric("mean_tokens", "mean answer, tokens", "{:.1f}", "mean length of the generated answers"),
+    Metric("tokens_per_second", "tokens/s", "{:.0f}",
+           "speed of generating, all answers of a batch together, on this machine"),
+]
+# fmt: on
+
+# What the rows of a comparison's differences are called.
+LABELS = {metric.name: metric.label for metric in METRICS if metric.right or metric.key.endswith("_loss")}
+
+
+def guessed_right(item: Any) -> float | None:
+    """The probability that an exam item is guessed: one option of n, or one of the 2^n - 1 sets that hold an option."""
+    if "options" not in item:
+        return None
+    count = len(item["options"])
+    return 1 / (2**count - 1) if kind_of(item) == MULTIPLE else 1 / count
+
+
+def metrics(results: Results) -> dict[str, Any]:
+    """The figures of one model, as in comparison.json; a test that was not made is missing. Losses are nats a token, intervals
+    95 %."""
+    found: dict[str, Any] = {"folder": results.folder, "weights": results.weights}
+    judged = shares(results)
+    for metric in METRICS:
+        if right := judged.get(metric.name):
+            found[metric.key] = sum(right) / len(right)
+            found[f"{metric.name}_interval"] = wilson(sum(right), len(right))
+            found[f"{metric.name}_n"] = len(right)
+            items = [item for item in results.items if metric.right(item) is not None]
+            if guessed_right(items[0]):
+                found[f"{metric.name}_chance"] = sum(map(guessed_right, items)) / len(items)
+    for name, (sums, tokens) in losses(results).items():
+        found[name], found[f"{name}_interval"] = mean_per_token(sums, tokens)
+        found[f"{name}_n"] = len(sums)
+    found["perplexity"] = math.exp(found["heldout_loss"])
+    if several := [item for item in results.of("exam") if kind_of(item) == MULTIPLE]:
+        found["exam_multiple_named"] = sum(bool(item["letter_choice"]) for item in several) / len(several)
+    if answers := results.of("answer"):
+        tokens_in_all = sum(item["tokens"] for item in answers)
+        found["ended_share"] = sum(item["ended"] for item in answers) / len(answers)
+        found["repetition"] = sum(item["repetition"] for item in answers) / len(answers)
+        found["mean_tokens"] = tokens_in_all / len(answers)
+        found["tokens_per_second"] = tokens_in_all / results.generation_seconds
+        found["answers_n"] = len(answers)
+    return found | {"seconds": results.seconds}
+
+
+def shares(results: Results) -> dict[str, list[bool]]:
+    """{metric: is each of its items right?}; a test that was not made is missing."""
+    found = {}
+    for metric in METRICS:
+        judged = [metric.right(item) for item in results.items] if metric.right else []
+        found[metric.name] = [right for right in judged if right is not None]
+    return {name: right for name, right in found.items() if right}
+
+
+def losses(results: Results) -> dict[str, tuple[list[float], list[int]]]:
+    """{metric: (the sum of losses, the tokens) of each item}; a test that was not made is missing."""
+    found = {}
+    for test in ("heldout", "general"):
+        if items := results.of(test):
+            found[f"{test}_loss"] = [item["loss"] for item in items], [item["tokens"] for item in items]
+    return found
+
+
+# ---- Differences
+
+
+def compare_all(measured: dict[str, Results]) -> list[dict[str, Any]]:
+    """The "differences" of comparison.json: every two of {name: results}, in their order."""
+    return [
+        {"from": one, "to": other, **differences(measured[one], measured[other])}
+        for one, other in itertools.combinations(measured, 2)
+    ]
+
+
+def differences(one: Results, other: Results) -> dict[str, Difference]:
+    """{metric: Difference}, `other` minus `one`, on the same items.
+
+    Losses a token of two models with different tokenizers cannot be compared: left out.
+    """
+    found: dict[str, Difference] = {}
+    ours, theirs = shares(one), shares(other)
+    for name in [name for name in ours if name in theirs]:
+        change, interval = share_difference(ours[name], theirs[name])
+        found[name] = {"difference": change, "interval": interval, "p": mcnemar(ours[name], theirs[name])}
+    before, after = losses(one), losses(other)
+    for name in [name for name in before if name in after]:
+        (sums, tokens), (other_sums, other_tokens) = before[name], after[name]
+        if tokens == other_tokens:
+            mean, spread = mean_per_token([b - a for a, b in zip(sums, other_sums)], tokens)
+            found[name] = {"difference": mean, "interval": spread}
+    return found
+
+
+def is_clear(found: Difference) -> bool:
+    """Chance alone is an unlikely reason for this difference."""
+    if "p" in found:
+        return found["p"] < 0.05
+    return bool(found["interval"]) and found["interval"][0] * found["interval"][1] > 0
+
+
+# ---- How sure a figure is
+
+
+def wilson(right: int, total: int) -> list[float]:
+    """[low, high]: the interval of a share `right` / `total` (Wilson 1927)."""
+    share, spread = right / total, Z * Z / total
+    centre = (share + spread / 2) / (1 + spread)
+    half = Z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
+    return [max(0.0, centre - half), min(1.0, centre + half)]  # rounding alone would leave -0.0
+
+
+def mean_per_token(sums: list[float], tokens: list[int]) -> tuple[float, list[float] | None]:
+    """(mean, [low, high]) of sum(sums) / sum(tokens), one of each per item (ratio estimate, Cochran 1977).
+
+    Items count as independent; the tokens of one answer are not. One item alone says nothing of the spread: its interval is
+    None.
+    """
+    mean, count = sum(sums) / sum(tokens), len(sums)
+    if count < 2:
+        return mean, None
+    squares = sum((part - mean * weight) ** 2 for part, weight in zip(sums, tokens))
+    half = Z * math.sqrt(squares * count / (count - 1)) / sum(tokens)
+    return mean, [mean - half, mean + half]
+
+
+def discordant(one: list[bool], other: list[bool]) -> tuple[int, int]:
+    """(items that only `one` has right, items that only `other` has right), for the same items."""
+    pairs = list(zip(one, other, strict=True))
+    return sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+
+
+def mcnemar(one: list[bool], other: list[bool]) -> float:
+    """p, two-sided and exact, that two models with such answers to the same items are equally good (McNemar 1947)."""
+    first, second = discordant(one, other)
+    total = first + second
+    return min(1.0, 2 * sum(math.comb(total, k) for k in range(min(first, second) + 1)) / 2**total)
+
+
+def share_difference(one: list[bool], other: list[bool]) -> tuple[float, list[float]]:
+    """(share of `other` - share of `one`, [low, high]) for the same items (Agresti and Min 2005).
+
+    The interval adds half an item to each of the four cells, so that it has a width where no item differs.
+    """
+    first, second = discordant(one, other)
+    total = len(one) + 2
+    centre = (second - first) / total
+    half = Z * math.sqrt((first + second + 1) / total - centre**2) / math.sqrt(total)
+    return (second - first) / len(one), [centre - half, centre + half]
