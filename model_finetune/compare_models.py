@@ -11,14 +11,15 @@ comparison.png to OUTPUT_DIR, every item's scores to OUTPUT_DIR/comparison/, the
 curves.png and curves.svg, and report.html in each training folder. A model measured before is not measured again.
 """
 
+import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` is found from any folder
 
 from utils.errors import RunError, UserError, run
-from utils.files import prepare_folder, read_json, read_jsonl, require_file, sample_by_id, show_path
-from utils.model.folder import check_model, find_models, quiet_offline
+from utils.files import prepare_folder, read_jsonl, require_file, sample_by_id, show_path
+from utils.model.folder import check_model, find_models, quiet_offline, usable_record
 from utils.settings import ROOT, read_settings
 
 # fmt: off
@@ -45,6 +46,8 @@ DEVICE = "auto"             # [auto | cuda | mps | cpu] auto: CUDA, else MPS, el
 PRECISION = "auto"          # [auto | bf16 | fp32] auto: bf16 where the hardware computes in it
 # ----
 
+SET_ASIDE = r"\.\d{8}-\d{6}$"  # ends the name of a folder that --fresh moved an earlier run to
+
 # What makes a file that is not there.
 MADE_BY = {
     "EVAL_FILE": "python data_prepare/convert_to_qwen3_format.py",
@@ -70,8 +73,14 @@ def main(argv=None):
     import torch
 
     from utils.device import pick_device
-    from utils.evaluation.compare import compare_all, measured_or_kept, metrics
-    from utils.evaluation.report import draw_curves, terminal_lines, write_pages, write_report
+    from utils.evaluation.measure import measured_or_kept
+    from utils.evaluation.report import (
+        draw_curves,
+        make_comparison,
+        terminal_lines,
+        write_pages,
+        write_report,
+    )
 
     device = pick_device(settings.DEVICE, settings.PRECISION)
     print(f"device: {device}")
@@ -88,14 +97,13 @@ def main(argv=None):
             raise RunError(f"not enough memory on {device.name} for {name}; {mend}") from None
 
     # 3. Metrics, and every two models against each other on the same items
-    models = {name: metrics(results) for name, results in measured.items()}
-    pairs = compare_all(measured)
+    comparison = make_comparison(measured, settings, device, left_out)
 
     # 4. Write and print
     curves = ", curves.png, curves.svg" if draw_curves(folders, settings.OUTPUT_DIR) else ""
-    write_report(models, pairs, measured, settings, device, left_out)
-    pages = write_pages(folders, settings.OUTPUT_DIR)
-    print("\n" + "\n".join(terminal_lines(models, pairs, measured, settings.SHOW)))
+    write_report(comparison, settings.OUTPUT_DIR)
+    pages = write_pages(folders, comparison, settings.OUTPUT_DIR)
+    print("\n" + "\n".join(terminal_lines(comparison)))
     place = show_path(settings.OUTPUT_DIR)
     print(f"written: {place}/comparison.md, comparison.json, comparison.png{curves}; every item: comparison/")
     for page in pages:
@@ -104,13 +112,13 @@ def main(argv=None):
 
 def models_to_compare(settings):
     """{short name: folder or Hub id}: the given ones, or the base and what is finished under trainer_output/, oldest first."""
-    runs = [
-        folder
-        for folder in reversed(find_models())
-        if (folder / "run.json").is_file()
-        and folder.parent == ROOT / "trainer_output"
-        and read_json(folder / "run.json")["status"] == "finished"
-    ]
+    runs = []
+    if not settings.MODELS:
+        for folder in reversed(find_models()):
+            inside = folder.parent == ROOT / "trainer_output" and not re.search(SET_ASIDE, folder.name)
+            record = usable_record(folder) if inside else None
+            if record and record["status"] == "finished":
+                runs.append(folder)
     named = {}
     for number, given in enumerate(settings.MODELS or [settings.BASE_MODEL, *map(str, runs)]):
         folder = Path(check_model(given)).resolve()

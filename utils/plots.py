@@ -30,21 +30,20 @@ class Run(NamedTuple):
 
 
 NEAR = 1.5  # a limit up to so many times the longest text is drawn; one that is further away is told in words
+LONGEST_NAME = 24  # characters of a model's name beside its bars
 
-PANELS = {  # of the comparison: the figure shown, and its title
-    "heldout_loss": "held-out loss, nats a token (lower is better)",
-    "exam_accuracy": "exam by option text",
-    "exam_letter_accuracy": "exam by option letter",
-    "exam_true_false_accuracy": "true or false, by text",
-    "exam_true_false_letter_accuracy": "true or false, by letter",
-    "exam_multiple_accuracy": "exam, several answers",
-    "preference_accuracy": "preference pairs",
-    "facts_accuracy": "facts stated right",
-    "names_accuracy": "names right",
-    "general_loss": "loss on general questions (lower is better)",
-}
 
-CHANCE = {"preference": 0.5}  # that of the exams follows from their options and is among the figures
+class Panel(NamedTuple):
+    """One measure of the comparison, with one value and its 95 % interval per model. A share is drawn from 0 to 100 %.
+
+    `chance`: the share that guessing gets; 0: none is drawn.
+    """
+
+    title: str
+    values: list[float]
+    intervals: list[list[float] | None]
+    is_share: bool
+    chance: float = 0
 
 
 def load_pyplot() -> ModuleType:
@@ -94,52 +93,47 @@ def _mark_limit(axes, longest, limit):
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
 
 
-def plot_comparison(models: dict[str, dict], path: Path) -> None:
-    """Draw the comparison (name -> figures, as in comparison.json) to a PNG: a panel a measure, a bar a model."""
+def plot_comparison(panels: list[Panel], models: list[str], path: Path) -> None:
+    """Draw the comparison to a PNG: one panel per measure, one bar per model, its name beside it, so that no two overlap."""
     pyplot = load_pyplot()
-    keys = [key for key in PANELS if any(key in figures for figures in models.values())]
-    rows = (len(keys) + 2) // 3
-    figure, axes = pyplot.subplots(rows, min(len(keys), 3), figsize=(15, 4.3 * rows), squeeze=False)
-    for axis in axes.flat[len(keys) :]:
+    rows, height = (len(panels) + 2) // 3, 1.2 + 0.45 * len(models)
+    figure, axes = pyplot.subplots(
+        rows, min(len(panels), 3), figsize=(15, height * rows + 0.4), squeeze=False
+    )
+    for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    for axis, key in zip(axes.flat, keys):
-        _draw_bars(axis, key, models)
+    for axis, panel in zip(axes.flat, panels):
+        _draw_bars(axis, panel, [label_text(name, f"model {n}") for n, name in enumerate(models, 1)])
     figure.suptitle("Black: 95 % interval")
     save_figure(pyplot, figure, path, dpi=110)
 
 
-def _draw_bars(axis, key, models):
-    """One measure: a bar a model with its interval; a share is drawn from 0 to 100 %, with the level of chance."""
-    share, measure = key.endswith("accuracy"), key.removesuffix("_accuracy")
-    names = [label_text(name, f"model {number}") for number, name in enumerate(models, 1)]
-    values = [figures.get(key, 0.0) for figures in models.values()]
-    pairs = list(zip(values, models.values()))
-    intervals = [figures.get(f"{measure}_interval") or [value, value] for value, figures in pairs]
+def _draw_bars(axis, panel, names):
+    places = range(len(names))
+    ends = [interval or [value, value] for value, interval in zip(panel.values, panel.intervals)]
     # at 0 % and 100 % the interval begins at the share itself, give or take a rounding error
-    below = [max(0.0, value - low) for value, (low, _) in zip(values, intervals)]
-    above = [max(0.0, high - value) for value, (_, high) in zip(values, intervals)]
-    axis.bar(names, values, color=[f"C{index}" for index in range(len(names))], alpha=0.8)
-    axis.errorbar(names, values, yerr=[below, above], fmt="none", ecolor="black", capsize=4)
-    for name, value, (_, high) in zip(names, values, intervals):
-        text = f"{value:.1%}" if share else f"{value:.3f}"
-        place = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
-        axis.annotate(text, (name, max(high, value)), (0, 3), **place)
-    if share:
-        axis.set_ylim(0, 1.25)
-        axis.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
-        _draw_chance(axis, CHANCE.get(measure, next(iter(models.values())).get(f"{measure}_chance")))
+    below = [max(0.0, value - low) for value, (low, _) in zip(panel.values, ends)]
+    above = [max(0.0, high - value) for value, (_, high) in zip(panel.values, ends)]
+    axis.barh(places, panel.values, color=[f"C{place}" for place in places], alpha=0.8)
+    axis.errorbar(panel.values, places, xerr=[below, above], fmt="none", ecolor="black", capsize=4)
+    for place, value, (_, high) in zip(places, panel.values, ends):
+        text = f"{value:.1%}" if panel.is_share else f"{value:.3f}"
+        beside = {"textcoords": "offset points", "va": "center", "fontsize": 9}
+        axis.annotate(text, (max(high, value), place), (5, 0), **beside)
+    axis.set_yticks(
+        places, [name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..." for name in names]
+    )
+    axis.invert_yaxis()  # the first model on top
+    if panel.is_share:
+        axis.set_xlim(0, 1.17)
+        axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
     else:
-        axis.margins(y=0.15)
-    count = max(figures.get(f"{measure}_n", 0) for figures in models.values())
-    axis.set_title(f"{PANELS[key]}, n = {count:,}", fontsize=10)
-
-
-def _draw_chance(axis, chance):
-    if chance:
-        axis.axhline(
-            chance, color="grey", linestyle=":", label=f"chance {chance:.{0 if chance > 0.1 else 1}%}"
-        )
-        axis.legend(loc="upper left", fontsize=8)
+        axis.margins(x=0.18)
+    if panel.chance:
+        text = f"chance {panel.chance:.{0 if panel.chance > 0.1 else 1}%}"
+        axis.axvline(panel.chance, color="grey", linestyle=":", label=text)
+        axis.legend(loc="lower right", fontsize=8)
+    axis.set_title(panel.title, fontsize=10)
 
 
 def save_figure(

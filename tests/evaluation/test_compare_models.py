@@ -54,22 +54,30 @@ def test_the_comparison_is_written_and_printed(folder, arguments, tmp_path, caps
     assert (tmp_path / "out/comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_default_is_the_base_and_every_finished_run(folder, tmp_path, monkeypatch):
+def test_the_default_is_the_base_and_every_finished_run(folder, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("utils.model.folder.ROOT", tmp_path)
     monkeypatch.setattr(compare_models, "ROOT", tmp_path)
     for name, status in (
         ("sft_finetuned", "finished"),
+        ("sft_finetuned.20261129-214800", "finished"),  # set aside by --fresh
         ("my_run", "finished"),
         ("dpo_finetuned", "running"),
         ("copied", None),
     ):
         shutil.copytree(folder, tmp_path / "trainer_output" / name)
         if status:
-            write_json(tmp_path / "trainer_output" / name / "run.json", {"status": status})
+            record = {"status": status, "identity": {}, "settings": {"MODEL": "x"}, "results": {}}
+            write_json(tmp_path / "trainer_output" / name / "run.json", record)
+    for number, damaged in enumerate(("{", "[]", '{"status": "finished"}', '{"status": 3, "settings": []}')):
+        (shutil.copytree(folder, tmp_path / f"trainer_output/damaged{number}") / "run.json").write_text(
+            damaged
+        )
     settings = compare_models.read_settings(vars(compare_models), ["--base-model", str(folder)])
     named = compare_models.models_to_compare(settings)
     assert set(named) == {"base", "sft", "my_run"} and list(named)[0] == "base"
+    said = capsys.readouterr().out
+    assert all(f"damaged{number}/run.json" in said for number in range(4)) and said.count("left out: ") == 4
 
 
 def test_only_what_was_asked_for_is_compared(folder, arguments, tmp_path):

@@ -7,10 +7,10 @@ import torch
 from evaluation_files import CPU, EXAM, alone, compare, load_packed, load_plain, make_arguments, prompt_of
 from tiny_model import make_tiny_model
 
-from utils.evaluation import exams
+from utils.evaluation import exams, report
 from utils.evaluation.exams import letters_in
 from utils.evaluation.measure import letter_choices
-from utils.files import read_json, read_jsonl, write_jsonl
+from utils.files import read_json, write_jsonl
 from utils.model.generate import stop_tokens
 
 OPTIONS = {"A": "麻黄", "B": "桂枝", "C": "石膏", "D": "细辛", "E": "黄连"}
@@ -124,12 +124,7 @@ def test_sets_are_the_same_in_both_number_formats(folder):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_kind_is_in_results_report_and_picture(folder, tmp_path, monkeypatch, capsys, precision):
     drawn = []
-    from utils import plots
-
-    draw = plots._draw_bars
-    monkeypatch.setattr(
-        plots, "_draw_bars", lambda axis, key, models: (drawn.append(key), draw(axis, key, models))
-    )
+    monkeypatch.setattr(report, "plot_comparison", lambda panels, models, path: drawn.extend(panels))
     arguments = [*make_arguments(tmp_path), "--general-file", "", "--generate", 0, "--precision", precision]
     write_jsonl(tmp_path / "exam.jsonl", [*EXAM, *SEVERAL, *JUDGED])
     other = make_tiny_model(tmp_path / "other", seed=1)
@@ -139,9 +134,14 @@ def test_every_kind_is_in_results_report_and_picture(folder, tmp_path, monkeypat
     assert [found[f"{name}_n"] for name in ("exam", "exam_true_false", "exam_multiple")] == [10, 2, 3]
     assert found["exam_chance"] == 0.25 and found["exam_multiple_chance"] == pytest.approx(1 / 31)
     assert {"exam_multiple", "exam_true_false", "exam_true_false_letter"} <= written["differences"][0].keys()
-    assert {"exam_accuracy", "exam_multiple_accuracy", "exam_true_false_accuracy"} <= set(drawn)
-    [kept] = (tmp_path / "out/comparison").glob("tiny-*.jsonl")
-    several = [item for item in read_jsonl(kept) if item.get("kind") == "multiple"]
+    titles = {panel.title for panel in drawn}
+    assert {
+        "exam by option text, n = 10",
+        "exam, several answers, n = 3",
+        "true or false, by text, n = 2",
+    } <= titles
+    [kept] = (tmp_path / "out/comparison").glob("tiny-*.json")
+    several = [item for item in read_json(kept)["value"]["items"] if item.get("kind") == "multiple"]
     assert [(item["id"], item["answer"]) for item in several] == [
         (item["id"], item["answer"]) for item in SEVERAL
     ]
@@ -151,9 +151,7 @@ def test_every_kind_is_in_results_report_and_picture(folder, tmp_path, monkeypat
 
 
 def test_an_exam_of_several_answers_alone_is_enough(folder, tmp_path, monkeypatch):
-    from utils.evaluation import report
-
-    monkeypatch.setattr(report, "plot_comparison", lambda models, path: None)
+    monkeypatch.setattr(report, "plot_comparison", lambda panels, models, path: None)
     arguments = [*make_arguments(tmp_path), "--pairs-file", "", "--general-file", "", "--generate", 0]
     write_jsonl(tmp_path / "exam.jsonl", SEVERAL)
     assert compare("--models", folder, *arguments) == 0

@@ -9,8 +9,9 @@ from evaluation_files import CPU, EXAM, alone, compare, letters_alone, load_plai
 from tiny_model import make_tiny_model
 
 from utils.data.terms import Terms
-from utils.evaluation.measure import letter_choices, repetition, same_facts, same_names, states_one_of
-from utils.files import read_jsonl
+from utils.evaluation.answers import repetition, same_facts, same_names, states_one_of
+from utils.evaluation.measure import letter_choices
+from utils.files import read_json, read_jsonl
 
 SAMPLE = ROOT / "data_prepare/sample"
 
@@ -23,8 +24,8 @@ def folder(tmp_path_factory):
 @pytest.mark.slow
 def test_every_item_is_stored_and_agrees_with_a_plain_loop(folder, tmp_path):
     assert compare("--models", folder, *make_arguments(tmp_path)) == 0
-    [path] = (tmp_path / "out/comparison").glob("tiny-*.jsonl")
-    items, (tokenizer, model) = list(read_jsonl(path)), load_plain(folder)
+    [path] = (tmp_path / "out/comparison").glob("tiny-*.json")
+    items, (tokenizer, model) = read_json(path)["value"]["items"], load_plain(folder)
     of = {
         test: [item for item in items if item["test"] == test]
         for test in ("heldout", "general", "exam", "preference", "answer")

@@ -17,8 +17,8 @@ import torch
 
 from utils.data import pairs
 from utils.errors import UserError
-from utils.evaluation import compare
 from utils.files import read_log, write_json, write_jsonl
+from utils.kept import read_kept, write_kept
 from utils.model.folder import RECORD_FIELDS, check_model, load_model, load_tokenizer, read_record
 from utils.training import reference, token_cache
 from utils.training.best import BestWeights
@@ -107,10 +107,8 @@ def targets(tmp_path_factory, tiny_folder):
     write_json(
         run / reference.NAME, {"identity": IDENTITY, "sha256": reference._checksum(LOGPS), "logps": LOGPS}
     )
-    results = compare.Results(
-        "one", 1.5, 0.5, [{"test": "exam", "id": str(n), "letters": [-1.5]} for n in range(3)]
-    )
-    compare._keep(run / "kept.jsonl", IDENTITY, results)
+    results = {"folder": "one", "items": [{"test": "exam", "id": "0", "letters": [-1.5]}]}
+    write_kept(run / "kept.json", IDENTITY, results)
     tokens = run / "rows.arrow"
     tokens.write_bytes(b"tokens")
     write_json(token_cache._record_of(tokens), token_cache._record(tokens, IDENTITY))
@@ -131,7 +129,7 @@ def targets(tmp_path_factory, tiny_folder):
         (run / "run.json", lambda: load(adapter), None),
         (run / "training_log.jsonl", lambda: read_log(run / "training_log.jsonl"), None),
         (run / reference.NAME, lambda: reference._read(run / reference.NAME, IDENTITY)[0], LOGPS),
-        (run / "kept.jsonl", lambda: compare._read_kept(run / "kept.jsonl", IDENTITY), results),
+        (run / "kept.json", lambda: read_kept(run / "kept.json", IDENTITY), results),
         (token_cache._record_of(tokens), lambda: token_cache._damage(tokens, IDENTITY) is None or None, True),
         (tokens, lambda: token_cache._damage(tokens, IDENTITY) is None or None, True),
         (run / "best/step-3.json", lambda: best.load(weights, 3) or None, True),

@@ -105,10 +105,9 @@ def test_a_full_gpu_is_told_in_one_line(capsys):
 
 
 def test_pictures_need_no_chinese_font(tmp_path):
-    from utils.plots import plot_comparison
+    from utils.plots import Panel, plot_comparison
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plot_comparison(
-            {"基座": {"heldout_loss": 2.0}, "微调": {"heldout_loss": 1.0}}, tmp_path / "comparison.png"
-        )
+        panel = Panel("loss", [2.0, 1.0], [None, None], False)
+        plot_comparison([panel], ["基座", "微调"], tmp_path / "comparison.png")

@@ -3,7 +3,7 @@
 import random
 import re
 import time
-from typing import Any, NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict
 
 from utils.data.terms import Terms
 from utils.evaluation.questions import Tests, as_question
@@ -45,9 +45,7 @@ class Question(NamedTuple):
     accept: list[str] | None = None
 
 
-def generated_answers(
-    model, tokenizer, tests: Tests, settings: Settings
-) -> tuple[float, list[AnswerResult]]:
+def generated_answers(model, tokenizer, tests: Tests, settings: Settings) -> tuple[float, list[AnswerResult]]:
     """(seconds of generating, results) of some held-out questions and the general ones, answered greedily."""
     if not settings.GENERATE:
         return 0.0, []
@@ -58,7 +56,9 @@ def generated_answers(
     for row in tests.general:
         asked = as_question(row["question"])
         questions.append(Question("general", row["id"], asked, row["answer"], row["accept"]))
-    prompts = [encode_prompt(tokenizer, asked.messages, THINKING_MODES[settings.THINKING]) for asked in questions]
+    prompts = [
+        encode_prompt(tokenizer, asked.messages, THINKING_MODES[settings.THINKING]) for asked in questions
+    ]
     stop = stop_tokens(model, tokenizer)
     watch = progress(f"{len(prompts):,} answers in full", always=True)
     began = time.monotonic()

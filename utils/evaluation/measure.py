@@ -11,12 +11,7 @@ from typing import Any, NotRequired, TypedDict
 
 import torch
 
-<<<<<<< HEAD
 from utils.data.exams import MULTIPLE
-from utils.data.terms import Terms
-=======
-from utils.data.exam_rows import MULTIPLE
->>>>>>> e3bf134 (wip)
 from utils.device import Device
 from utils.evaluation.answers import generated_answers
 from utils.evaluation.exams import choices_by_letter, choices_by_text, choices_of_several, prompt_texts

@@ -8,12 +8,14 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
-from utils.data.exam_rows import MULTIPLE, SINGLE, TRUE_FALSE
+from utils.data.exams import MULTIPLE, SINGLE, TRUE_FALSE
 from utils.evaluation.questions import kind_of
 
 Z = 1.96  # a normal distribution holds 95 % within this many standard deviations
 
-Judge = Callable[[Any], bool | None]  # of a result: is the answer right? None: the metric is not of such results
+Judge = Callable[
+    [Any], bool | None
+]  # of a result: is the answer right? None: the metric is not of such results
 
 
 class Results(NamedTuple):

@@ -49,11 +49,7 @@ class Tests(NamedTuple):
 def read_exam(path: Path) -> tuple[list[ExamQuestion], Counter[str]]:
     """The questions of a file, and the reasons why other rows are left out, counted.
 
-<<<<<<< HEAD
-    Reads this project's exam.jsonl and all that the conversion knows as an exam (utils/data/exams.py). UserError where no
-=======
-    Reads this project's exam.jsonl and all that the conversion knows as an exam (utils/data/exam_rows.py). UserError if no
->>>>>>> e3bf134 (wip)
+    Reads this project's exam.jsonl and all that the conversion knows as an exam (utils/data/exams.py). UserError if no
     row is a question.
     """
     source = find_input_files([path], "python data_prepare/convert_to_qwen3_format.py")[0][0]

@@ -7,10 +7,10 @@ from typing import Any
 
 from utils.evaluation.metrics import LABELS, METRICS, Results, compare_all, is_clear, metrics
 from utils.files import atomic_write, read_log, render, show_path, write_json
-from utils.model.folder import read_record
+from utils.model.folder import usable_record
 from utils.plots import Panel, Run, plot_comparison, plot_runs
 from utils.text import printable, text_width
-from utils.training.report_page import write_report_page
+from utils.training.page import write_page
 
 LONGEST = 300  # characters of a sample answer that are shown
 TEMPLATE = Path(__file__).with_name("comparison.md.jinja")
@@ -86,9 +86,10 @@ def draw_curves(folders: dict[str, str], place: Path) -> bool:
     for name, folder in folders.items():
         log = Path(folder) / "training_log.jsonl"
         if entries := read_log(log) if log.is_file() else []:
-            results = (read_record(folder) or {}).get("results", {})
-            steps, tokens = results.get("steps", 0), results.get("tokens", 0)
-            runs.append(Run(name, entries, tokens / steps if steps else 0))
+            results = (usable_record(folder) or {}).get("results", {})
+            steps, tokens = results.get("steps"), results.get("tokens")
+            known = isinstance(steps, int) and isinstance(tokens, int) and steps > 0
+            runs.append(Run(name, entries, tokens / steps if known else 0))
     if runs:
         plot_runs(runs, place / "curves.png")
     return bool(runs)
@@ -98,9 +99,12 @@ def write_pages(folders: dict[str, str], comparison: dict[str, Any], place: Path
     """report.html of each training folder among {name: folder}, with the comparison and its pictures in `place`; their paths."""
     pages = []
     for name, folder in folders.items():
-        record = read_record(folder) if Path(folder).is_dir() else None
-        if record and record.get("status") == "finished":
-            pages.append(write_report_page(Path(folder), comparison, name, place))
+        record = usable_record(folder) if Path(folder).is_dir() else None
+        if record and record["status"] == "finished":
+            try:
+                pages.append(write_page(Path(folder), comparison, name, place))
+            except (AttributeError, KeyError, TypeError, ValueError):
+                print(f"left out: report.html of {name}, because {show_path(folder)}/run.json is damaged")
     return pages
 
 
@@ -129,7 +133,9 @@ def _panels(models):
             intervals = [figures.get(f"{metric.name}_interval") for figures in models.values()]
             count = max(figures.get(f"{metric.name}_n", 0) for figures in shown)
             chance = shown[0].get(f"{metric.name}_chance", metric.chance)
-            panels.append(Panel(f"{metric.panel}, n = {count:,}", values, intervals, bool(metric.right), chance))
+            panels.append(
+                Panel(f"{metric.panel}, n = {count:,}", values, intervals, bool(metric.right), chance)
+            )
     return panels
 
 
@@ -141,7 +147,9 @@ def _figures_table(comparison):
 
 def _differences_table(pairs):
     names = [name for name in LABELS if any(name in pair for pair in pairs)]
-    rows = [[f"{pair['to']} - {pair['from']}", *(_difference(pair.get(name)) for name in names)] for pair in pairs]
+    rows = [
+        [f"{pair['to']} - {pair['from']}", *(_difference(pair.get(name)) for name in names)] for pair in pairs
+    ]
     return _table([["", *(LABELS[name] for name in names)], *rows])
 
 

@@ -436,6 +436,18 @@ def read_record(folder: str | Path, fields: dict[str, type] | None = None) -> di
     return record
 
 
+def usable_record(folder: str | Path) -> dict[str, Any] | None:
+    """The record of a training folder; None if it has none, or a damaged one, which is said: for what can do without."""
+    try:
+        record = read_record(folder, RECORD_FIELDS)
+        if record and not isinstance(record["settings"].get("MODEL"), str):
+            raise UserError(f"{show_path(Path(folder) / RECORD)} is damaged: it names no MODEL")
+        return record
+    except UserError as problem:
+        print(f"left out: {problem}")
+        return None
+
+
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write the record of a training folder."""
     write_json(folder / RECORD, record)

@@ -14,8 +14,8 @@ from utils.files import show_path
 from utils.text import duration, format_bytes
 from utils.training.best import best_of, verdict
 from utils.training.checkpoints import list_checkpoints
+from utils.training.page import write_page
 from utils.training.plan import StepPlan
-from utils.training.report_page import write_report_page
 from utils.training.run_folder import RunFolder
 from utils.training.trainer import PackedTrainer
 
@@ -135,7 +135,7 @@ def report(run: RunFolder, results: dict[str, Any], seconds: float) -> None:
     )
     place = show_path(run.folder)
     if run.main:
-        write_report_page(run.folder)
+        write_page(run.folder)
     print(
         f"model: {place}   loss curve: {place}/loss_curve.png   report: {place}/report.html\nchat with it: python model_download/load_local_model.py {place}"
     )

@@ -13,7 +13,7 @@ from utils.model.folder import (
     adapter_base,
     load_model,
     load_tokenizer,
-    read_record,
+    usable_record,
     write_config_for_other_tools,
 )
 from utils.model.generate import thinks_by_default
@@ -66,11 +66,11 @@ def training_history(folder: Path) -> tuple[list[dict], str]:
     """(run.json of the folder and of those it was trained from, the last training first; the base of the first of them)."""
     runs: list[dict] = []
     base = adapter_base(folder) if (folder / "adapter_config.json").is_file() else ""
-    record = read_record(run_folder(folder))
-    while record is not None:
+    above = run_folder(folder)
+    while (record := usable_record(above)) and record not in runs:
         runs.append(record)
         base = record["settings"]["MODEL"]  # inside the repository: relative to it
-        record = read_record(run_folder(ROOT / base))
+        above = run_folder(ROOT / base)
     return runs, base
 
 

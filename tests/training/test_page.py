@@ -9,8 +9,8 @@ import pytest
 
 from utils.errors import UserError
 from utils.evaluation.report import draw_curves, write_pages
-from utils.files import show_path, write_json, write_jsonl
-from utils.training.report_page import write_report_page
+from utils.files import write_json, write_jsonl
+from utils.training.page import write_page
 
 HOSTILE = "<script>alert(1)</script><img src=http://evil.example/x.png>&\x1b[31m"
 PNG = base64.b64decode(
@@ -70,20 +70,22 @@ def folder(tmp_path):
 
 @pytest.fixture
 def compared(folder, tmp_path):
-    """The folder of a comparison that the run is part of."""
+    """A comparison that the run is part of, and the folder with its pictures."""
     place = tmp_path / "compared"
     place.mkdir()
     answers = {"reference": "发汗解表", "base": HOSTILE, "sft": "宣肺平喘", "other": "不相干"}
-    models = {"base": {"folder": "base", "heldout_loss": 3.0}, "other": {"folder": "x", "heldout_loss": 2.0}}
-    models["sft"] = {"folder": show_path(folder), "heldout_loss": 0.5}
-    samples = [{"question": "麻黄汤的功效？", "answers": answers}]
-    write_json(place / "comparison.json", {"models": models, "samples": samples})
     (place / "comparison.png").write_bytes(PNG)
-    return place
+    cells = {"base": "3.000 (2.900 to 3.100)", "other": "2.000", "sft": "0.500"}
+    comparison = {
+        "models": {"base": {}, "other": {}, "sft": {}},
+        "table": [{"label": "held-out loss", "n": "9", "on_card": True, "cells": cells}],
+        "samples": [{"question": "麻黄汤的功效？", "answers": answers}],
+    }
+    return comparison, place
 
 
 def test_a_run_on_one_page(folder):
-    page = Page(write_report_page(folder).read_text(encoding="utf-8"))
+    page = Page(write_page(folder).read_text(encoding="utf-8"))
     cells = page.cells
     for name, value in (("rows_in", "1,234"), ("eval_loss", None), ("NOTE", None)):
         assert value is None or cells[cells.index(name) + 1] == value
@@ -97,7 +99,8 @@ def test_a_run_on_one_page(folder):
 
 
 def test_nothing_on_the_page_can_run_or_load(folder, compared):
-    text = write_report_page(folder, compared).read_text(encoding="utf-8")
+    comparison, place = compared
+    text = write_page(folder, comparison, "sft", place).read_text(encoding="utf-8")
     page = Page(text)
     assert not {"script", "link", "iframe", "object", "form", "a", "base"} & set(page.tags)
     assert all(value.startswith("data:image/png;base64,") for name, value in page.attributes if name == "src")
@@ -110,11 +113,12 @@ def test_nothing_on_the_page_can_run_or_load(folder, compared):
 
 
 def test_a_comparison_comes_with_answers_before_and_after(folder, compared):
-    assert write_pages({"sft": str(folder), "base": "Qwen/Qwen3-0.6B"}, compared) == [folder / "report.html"]
+    assert write_pages({"sft": str(folder), "base": "Qwen/Qwen3-0.6B"}, *compared) == [folder / "report.html"]
     cells = Page((folder / "report.html").read_text(encoding="utf-8")).cells
     row = cells.index("麻黄汤的功效？")
     assert cells[row + 1 : row + 4] == ["发汗解表", HOSTILE.replace("\x1b", "\ufffd"), "宣肺平喘"]
-    assert cells[cells.index("heldout_loss") + 1 : cells.index("heldout_loss") + 4] == ["3", "2", "0.5"]
+    row = cells.index("held-out loss")
+    assert cells[row + 1 : row + 4] == ["3.000 (2.900 to 3.100)", "2.000", "0.500"]
 
 
 def test_curves_are_drawn_of_folders_that_have_a_log(folder, tmp_path):
@@ -125,7 +129,7 @@ def test_curves_are_drawn_of_folders_that_have_a_log(folder, tmp_path):
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no run\.json"):
-        write_report_page(tmp_path)
+        write_page(tmp_path)
 
 
 @pytest.mark.slow
@@ -134,7 +138,8 @@ def test_a_browser_shows_it(folder, compared, tmp_path):
     browser = next(filter(None, map(shutil.which, names)), None)
     if browser is None:
         pytest.skip("no Chromium on this machine")
-    page = write_report_page(folder, compared)
+    comparison, place = compared
+    page = write_page(folder, comparison, "sft", place)
     command = [
         browser,
         "--headless",
