@@ -3,7 +3,7 @@
     python model_download/export_model.py trainer_output/sft_finetuned                    # bfloat16 folder: vLLM, mlx-lm, transformers
     python model_download/export_model.py trainer_output/sft_finetuned --format gguf      # Ollama, LM Studio, llama.cpp
     python model_download/export_model.py trainer_output/lora_finetuned --format adapter --base Qwen/Qwen3-0.6B
-    python model_download/export_model.py --format training-data --for llamafactory
+    python model_download/export_model.py --format training-data    # LLaMA-Factory, Axolotl, mlx-lm, TRL
 
 A LoRA folder is merged, except for --format adapter. Each export gets a model card (README.md) from run.json and the comparison,
 and is read back: its greedy answers and next-token probabilities are compared with those of the folder.
@@ -39,7 +39,7 @@ BASE = ""                                           # Hub id of the base, for ca
 EVAL_FILE = "data_prepare/qwen3/sft_eval.jsonl"     # whose questions compare the export with the folder; "": none
 PROMPTS = 50                                        # [0, 1, ...] of these questions, so many
 MAX_NEW_TOKENS = 64                                 # [1, 2, ...] longest answer to them, in tokens
-FOR = "llamafactory"                                # [llamafactory | axolotl | mlx | trl] training-data: the tool that it is for
+FORM = "messages"                                   # [messages | prompt-completion] training-data: the form of the rows (docs/other_tools.md)
 DATA_DIR = "data_prepare/qwen3"                     # training-data: where sft_*.jsonl and dpo_*.jsonl lie
 # ----
 # fmt: on
@@ -93,14 +93,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def export_training_data(settings: Settings) -> None:
-    """Write the rows of DATA_DIR for the trainer FOR, and tell its command."""
-    from utils.model.export.training_data import TOOLS, save_training_data
+    """Write the rows of DATA_DIR in the form FORM."""
+    from utils.data.other_tools import save_training_data
 
-    if settings.FOR not in TOOLS:
-        raise UserError(f"--for: wanted {', '.join(TOOLS)}, got {settings.FOR!r}")
-    place = export_folder(settings, f"training-data-{settings.FOR}")
-    for line in save_training_data(settings.DATA_DIR, place, settings.FOR):
-        print(line)
+    place = export_folder(settings, f"training-data-{settings.FORM}")
+    for path in save_training_data(settings.DATA_DIR, place, settings.FORM):
+        print(f"written: {show_path(path)}")
+    print("the lines of configuration for LLaMA-Factory, Axolotl, mlx-lm and TRL: docs/other_tools.md")
 
 
 def export_folder(settings: Settings, name: str) -> Path:

@@ -129,11 +129,11 @@ def _draw_bars(axis, panel, names):
         axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
     else:
         axis.margins(x=0.18)
+    chance = ""
     if panel.chance:
-        text = f"chance {panel.chance:.{0 if panel.chance > 0.1 else 1}%}"
-        axis.axvline(panel.chance, color="grey", linestyle=":", label=text)
-        axis.legend(loc="lower right", fontsize=8)
-    axis.set_title(panel.title, fontsize=10)
+        chance = f" (dotted: chance {panel.chance:.{0 if panel.chance > 0.1 else 1}%})"
+        axis.axvline(panel.chance, color="grey", linestyle=":")
+    axis.set_title(panel.title + chance, fontsize=10)
 
 
 def save_figure(

@@ -85,6 +85,7 @@ def test_only_what_was_asked_for_is_compared(folder, arguments, tmp_path):
     assert compare("--models", folder, *arguments, *no_files, "--generate", 0) == 0
     assert read_json(tmp_path / "out/comparison.json")["models"]["base"].keys() == {
         "folder",
+        "weights",
         "heldout_loss",
         "heldout_loss_interval",
         "heldout_loss_n",

@@ -35,41 +35,61 @@ def test_transformers_4_reads_a_rope_base_of_a_million(run_in, tmp_path):
     assert run_in("transformers4", "argmax_transformers.py", folder, tmp_path / "ids.json") != expected
 
 
-def training_data(exported_rows, tool, data, script):
-    script("model_download/export_model.py", "--format", "training-data", "--for", tool, "--data-dir", data,
-           "--output-dir", exported_rows)  # fmt: skip
-    return exported_rows
+# The blocks of docs/other_tools.md, in their order, and the files that they are written to.
+FILES = {
+    "LLaMA-Factory": ("dataset_info.json", "settings.yaml"),
+    "Axolotl": ("sft.yaml", "dpo.yaml"),
+    "mlx-lm": (),
+}
+
+
+@pytest.fixture
+def line_break(finished):
+    return AutoTokenizer.from_pretrained(finished("sft"))("\n")["input_ids"]
+
+
+@pytest.fixture
+def other_tool(finished, place, tmp_path, script):
+    """other_tool("Axolotl", "sft") -> (folder with the exported rows and the tool's configuration as docs/other_tools.md
+    has it, the turns that we train)."""
+
+    def other_tool(tool, name):
+        data = place / ("thinking" if name == "thinking" else "qwen3")
+        rows = tmp_path / "rows"
+        script("model_download/export_model.py", "--format", "training-data", "--data-dir", data,
+               "--output-dir", rows)  # fmt: skip
+        text = (ROOT / "docs/other_tools.md").read_text(encoding="utf-8").split(f"## {tool}\n")[1]
+        blocks = re.findall(r"```\w+\n(.*?)```", text.split("\n## ")[0], re.DOTALL)
+        if name == "thinking":
+            blocks = [block.replace("enable_thinking: false", "enable_thinking: true") for block in blocks]
+        for file, block in zip(FILES[tool], blocks):
+            (rows / file).write_text(block, encoding="utf-8")
+        tokenizer = AutoTokenizer.from_pretrained(finished(name))
+        turns = [encode_turns(tokenizer, row["messages"]) for row in read_jsonl(data / "sft_train.jsonl")]
+        return rows, [turn for turns_of_row in turns for turn in turns_of_row]
+
+    return other_tool
 
 
 @pytest.mark.parametrize("name", ["sft", "thinking"])
-def test_llama_factory_trains_our_tokens(run_in, finished, place, tmp_path, name, script):
-    data, tokenizer = (
-        place / ("qwen3" if name == "sft" else name),
-        AutoTokenizer.from_pretrained(finished(name)),
-    )
-    output = training_data(tmp_path / "rows", "llamafactory", data, script)
-    rows = run_in(
-        "llamafactory", "load_llamafactory.py", output, "sft_train", "sft", finished(name), tmp_path / "o"
-    )
-    ours = [
-        turn
-        for row in read_jsonl(data / "sft_train.jsonl")
-        for turn in encode_turns(tokenizer, row["messages"])
-    ]
-    line_break = tokenizer("\n")["input_ids"]
+def test_llama_factory_trains_our_tokens(run_in, finished, tmp_path, other_tool, line_break, name):
+    folder, ours = other_tool("LLaMA-Factory", name)
+    asked = (folder, "sft_train", "sft", finished(name), tmp_path / "o")
+    rows = run_in("llamafactory", "load_llamafactory.py", *asked)
     assert len(rows) == len(ours)
     for row, (prompt, answer) in zip(rows, ours):
         assert row["input_ids"] == prompt + answer + line_break
         assert row["labels"] == [-100] * len(prompt) + answer + line_break
 
 
-def test_llama_factory_keeps_every_pair(run_in, finished, place, tmp_path, script):
-    tokenizer = AutoTokenizer.from_pretrained(finished("sft"))
-    output = training_data(tmp_path / "rows", "llamafactory", place / "qwen3", script)
-    rows = run_in(
-        "llamafactory", "load_llamafactory.py", output, "dpo_train", "rm", finished("sft"), tmp_path / "o"
+def test_llama_factory_keeps_every_pair(run_in, finished, place, tmp_path, other_tool, line_break):
+    tokenizer, (folder, _) = (
+        AutoTokenizer.from_pretrained(finished("sft")),
+        other_tool("LLaMA-Factory", "sft"),
     )
-    pairs, line_break = list(read_jsonl(place / "qwen3/dpo_train.jsonl")), tokenizer("\n")["input_ids"]
+    asked = (folder, "dpo_train", "rm", finished("sft"), tmp_path / "o")
+    rows = run_in("llamafactory", "load_llamafactory.py", *asked)
+    pairs = list(read_jsonl(place / "qwen3/dpo_train.jsonl"))
     assert len(rows) == len(pairs)
     for row, pair in zip(rows, pairs):
         prompt = encode_prompt(tokenizer, pair["prompt"], thinking=False)
@@ -78,18 +98,11 @@ def test_llama_factory_keeps_every_pair(run_in, finished, place, tmp_path, scrip
 
 
 @pytest.mark.parametrize("name", ["sft", "thinking"])
-def test_axolotl_trains_our_tokens(run_in, finished, place, tmp_path, name, script):
+def test_axolotl_trains_our_tokens(run_in, finished, other_tool, line_break, name):
     """Of an answer with reasoning it counts the opening tag as prompt, because the template writes it in any case."""
-    data = place / ("qwen3" if name == "sft" else name)
+    folder, ours = other_tool("Axolotl", name)
+    rows = run_in("axolotl", "load_axolotl.py", folder, "sft", finished(name))
     tokenizer = AutoTokenizer.from_pretrained(finished(name))
-    output = training_data(tmp_path / "rows", "axolotl", data, script)
-    rows = run_in("axolotl", "load_axolotl.py", output, "sft", finished(name))
-    ours = [
-        turn
-        for row in read_jsonl(data / "sft_train.jsonl")
-        for turn in encode_turns(tokenizer, row["messages"])
-    ]
-    line_break = tokenizer("\n")["input_ids"]
     opening = len(tokenizer("<think>\n")["input_ids"]) if name == "thinking" else 0
     assert len(rows) == len(ours)
     for row, (prompt, answer) in zip(rows, ours):
@@ -97,10 +110,9 @@ def test_axolotl_trains_our_tokens(run_in, finished, place, tmp_path, name, scri
         assert row["labels"] == [-100] * (len(prompt) + opening) + answer[opening:] + [-100]
 
 
-def test_axolotl_keeps_every_pair(run_in, finished, place, tmp_path, script):
-    tokenizer = AutoTokenizer.from_pretrained(finished("sft"))
-    output = training_data(tmp_path / "rows", "axolotl", place / "qwen3", script)
-    rows = run_in("axolotl", "load_axolotl.py", output, "dpo", finished("sft"))
+def test_axolotl_keeps_every_pair(run_in, finished, place, other_tool):
+    tokenizer, (folder, _) = AutoTokenizer.from_pretrained(finished("sft")), other_tool("Axolotl", "sft")
+    rows = run_in("axolotl", "load_axolotl.py", folder, "dpo", finished("sft"))
     pairs = list(read_jsonl(place / "qwen3/dpo_train.jsonl"))
     assert len(rows) == len(pairs)
     for row, pair in zip(rows, pairs):
@@ -111,19 +123,11 @@ def test_axolotl_keeps_every_pair(run_in, finished, place, tmp_path, script):
 
 
 @pytest.mark.parametrize("name", ["sft", "thinking"])
-def test_mlx_lm_trains_our_tokens(run_in, finished, place, tmp_path, name, script):
-    data, tokenizer = (
-        place / ("qwen3" if name == "sft" else name),
-        AutoTokenizer.from_pretrained(finished(name)),
-    )
-    output = training_data(tmp_path / "rows", "mlx", data, script)
-    rows = run_in("mlx", "load_mlx.py", output, finished(name))
-    ours = [
-        turn
-        for row in read_jsonl(data / "sft_train.jsonl")
-        for turn in encode_turns(tokenizer, row["messages"])
-    ]
-    line_break = tokenizer("\n")["input_ids"]
+def test_mlx_lm_trains_our_tokens(run_in, finished, other_tool, line_break, name):
+    folder, ours = other_tool("mlx-lm", name)
+    for ours_name, its_name in (("sft_train", "train"), ("sft_eval", "valid")):
+        shutil.copy(folder / f"{ours_name}.jsonl", folder / f"{its_name}.jsonl")
+    rows = run_in("mlx", "load_mlx.py", folder, finished(name))
     assert rows == [[prompt + answer + line_break, len(prompt)] for prompt, answer in ours]
 
 

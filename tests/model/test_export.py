@@ -191,11 +191,6 @@ def test_a_template_that_asks_otherwise_is_found(export, monkeypatch, capsys):
         ("sft", ["--format", "adapter"], "is no LoRA adapter"),
         ("nowhere", [], "does not exist"),
         ("sft", ["--eval-file", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
-        (
-            "sft",
-            ["--format", "training-data", "--for", "abacus"],
-            "--for is 'abacus', wanted llamafactory | axolotl | mlx | trl",
-        ),
         ("sft", ["--name", "../../x"], "--name: wanted letters, digits"),
     ],
 )

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from model_download import export_model
 from utils.errors import run
-from utils.files import read_json, read_jsonl, write_jsonl
+from utils.files import read_jsonl, write_jsonl
 from utils.model.chat_format import encode_answer, encode_prompt, encode_turns
 
 
@@ -32,16 +32,16 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def export(tmp_path):
-    """export(tool, conversations) -> the folder with the rows for that tool"""
+    """export(form, conversations) -> the folder with the rows in that form"""
 
-    def export(tool, conversations, pairs=(PAIR,), code=0):
+    def export(form, conversations, pairs=(PAIR,), code=0):
         rows = [{"id": str(n), "messages": messages} for n, messages in enumerate(conversations)]
         write_jsonl(tmp_path / "sft_train.jsonl", rows)
         if pairs:
             write_jsonl(tmp_path / "dpo_train.jsonl", [{"id": "0", **pair, "kind": ""} for pair in pairs])
-        words = ["--for", tool, "--data-dir", tmp_path, "--output-dir", tmp_path / tool]
+        words = ["--form", form, "--data-dir", tmp_path, "--output-dir", tmp_path / form]
         assert run(lambda: export_model.main(["--format", "training-data", *map(str, words)])) == code
-        return tmp_path / tool
+        return tmp_path / form
 
     return export
 
@@ -50,46 +50,28 @@ def read(path):
     return list(read_jsonl(path))
 
 
-def test_llamafactory_gets_one_message_for_chosen_and_rejected(export):
-    output = export("llamafactory", [PLAIN, LONGER])
-    assert [row["messages"] for row in read(output / "sft_train.jsonl")] == [PLAIN, PLAIN, LONGER]
-    assert read(output / "dpo_train.jsonl") == [
-        {"messages": PLAIN[:2], "chosen": PAIR["chosen"][0], "rejected": PAIR["rejected"][0]}
-    ]
-    info = read_json(output / "dataset_info.json")
-    assert info["dpo_train"]["ranking"] and "ranking" not in info["sft_train"]
-    assert info["dpo_train"]["columns"] == {
-        "messages": "messages",
-        "chosen": "chosen",
-        "rejected": "rejected",
-    }
-    assert "enable_thinking: false" in (output / "settings.yaml").read_text(encoding="utf-8")
-
-
-def test_axolotl_is_told_which_turn_to_train(export):
-    output = export("axolotl", [LONGER])
+def test_messages_hold_one_answer_to_train_in_its_context(export):
+    output = export("messages", [PLAIN, LONGER])
     rows = [row["messages"] for row in read(output / "sft_train.jsonl")]
-    assert [len(messages) for messages in rows] == [3, 5]
-    assert [message.pop("train", None) for message in rows[1]] == [None, None, None, None, True]
-    assert rows[1] == LONGER
-    assert read(output / "dpo_train.jsonl") == [
-        {"messages": PLAIN[:2], "chosen": PAIR["chosen"][0], "rejected": PAIR["rejected"][0]}
+    assert [[message.pop("train", False) for message in row] for row in rows] == [
+        [False, False, True],
+        [False, False, True],
+        [False, False, False, False, True],
     ]
-    sft, dpo = [(output / f"{kind}.yaml").read_text(encoding="utf-8") for kind in ("sft", "dpo")]
-    assert "type: chat_template\n" in sft and "roles_to_train: [] " in sft and "rl:" not in sft
-    assert "rl: dpo\n" in dpo and "type: chat_template.default\n" in dpo
-    assert "test_datasets" not in sft  # there is no sft_eval.jsonl
+    assert rows == [PLAIN, PLAIN, LONGER]
+    [pair] = read(output / "dpo_train.jsonl")
+    assert pair == {"messages": PLAIN[:2], "chosen": PAIR["chosen"][0], "rejected": PAIR["rejected"][0]}
 
 
-def test_reasoning_becomes_text_where_a_tool_knows_no_field_for_it(export):
-    first, second = read(export("mlx", [THOUGHTFUL], pairs=()) / "train.jsonl")
+def test_reasoning_becomes_text_in_messages(export):
+    first, second = read(export("messages", [THOUGHTFUL], pairs=()) / "sft_train.jsonl")
     assert first["messages"][-1]["content"] == "<think>\n问的是药性。\n</think>\n\n平。"
     assert second["messages"][1] == message("assistant", "平。")  # history carries no reasoning
     assert second["messages"][-1]["content"] == "<think>\n问的是\n味。\n</think>\n\n甘。"
 
 
 def test_rows_of_both_modes_are_refused_where_they_cannot_be_trained_so(export, capsys):
-    export("llamafactory", [PLAIN, THOUGHTFUL], code=2)
+    export("messages", [PLAIN, THOUGHTFUL], code=2)
     assert "rows with reasoning and rows without" in capsys.readouterr().err
 
 
@@ -98,7 +80,10 @@ def test_trl_trains_the_same_tokens(export, folder, tmp_path):
     from datasets import load_dataset
     from trl import SFTConfig, SFTTrainer
 
-    output, tokenizer = export("trl", [LONGER, THOUGHTFUL]), AutoTokenizer.from_pretrained(folder)
+    output, tokenizer = (
+        export("prompt-completion", [LONGER, THOUGHTFUL]),
+        AutoTokenizer.from_pretrained(folder),
+    )
     rows = load_dataset(
         "json", data_files=str(output / "sft_train.jsonl"), split="train", cache_dir=tmp_path / "c"
     )
@@ -117,7 +102,7 @@ def test_trl_trains_the_same_pairs(export, folder, tmp_path):
     from datasets import load_dataset
     from trl import DPOConfig, DPOTrainer
 
-    output, tokenizer = export("trl", [PLAIN]), AutoTokenizer.from_pretrained(folder)
+    output, tokenizer = export("prompt-completion", [PLAIN]), AutoTokenizer.from_pretrained(folder)
     rows = load_dataset(
         "json", data_files=str(output / "dpo_train.jsonl"), split="train", cache_dir=tmp_path / "c"
     )
