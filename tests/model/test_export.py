@@ -124,15 +124,24 @@ def test_a_model_without_a_run_can_be_exported(export, place):
 
 
 def test_the_card_shows_scores_of_these_very_weights_only(export, place):
-    metrics = {"folder": "runs/sft", "exam_accuracy": 0.5, "exam_interval": [0.25, 0.75], "exam_n": 12}
-    write_json(place / "comparison.json", {"models": {"sft": metrics}})
-    first = {"test": "model", "folder": "runs/sft", "identity": {"model": [model_sha256(place / "sft")]}}
-    write_jsonl(place / "comparison/sft-0.jsonl", [first])
+    rows = [("exam by option text", "12", True, "50.0% (25.0 to 75.0)"), ("tokens/s", "0", False, "500")]
+    names = ("label", "n", "on_card", "cells")
+    table = [dict(zip(names, (*row[:3], {"base": "25.0%", "sft": row[3]}))) for row in rows]
+    models = {"base": {"weights": "0"}, "sft": {"weights": model_sha256(place / "sft")}}
+    write_json(place / "comparison.json", {"models": models, "table": table})
     card = (export("sft") / "README.md").read_text(encoding="utf-8")
-    assert "| exam by option text (n = 12) | 50.0% (25.0% to 75.0%) |" in card
-    first["identity"]["model"] = ["other weights"]
-    write_jsonl(place / "comparison/sft-0.jsonl", [first])
-    assert "50.0%" not in (export("sft") / "README.md").read_text(encoding="utf-8")
+    assert (
+        "|  | base | sft |\n|---|---|---|\n| exam by option text (n = 12) | 25.0% | 50.0% (25.0 to 75.0) |\n\nOn"
+        in card
+    )
+    assert "tokens/s" not in card
+    for damaged in (
+        {"models": models | {"sft": {"weights": "other"}}, "table": table},
+        {"models": {"sft": {}}},
+        [],
+    ):
+        write_json(place / "comparison.json", damaged)
+        assert "have not been compared" in (export("sft") / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_gguf_file_holds_weights_tokens_and_template(export, place, capsys):
