@@ -29,7 +29,7 @@ def main() -> None:
     # 1. The questions, and the terms that facts are told by
     from utils.data.terms import Terms
     from utils.device import Device
-    from utils.evaluation.measure import same_facts, same_names
+    from utils.evaluation.answers import same_facts, same_names
     from utils.files import read_jsonl, sample_by_id
     from utils.model.chat_format import encode_prompt
     from utils.model.folder import load_for_answers, load_tokenizer
