@@ -125,7 +125,7 @@ def worse_answers(kind, rows, terms, settings, split):
         settings.BATCH_SIZE,
         settings.SEED,
     )
-    return pairs.sampled(rows, terms, sampling, settings.OUTPUT_DIR / f"sampled_{split}.jsonl")
+    return pairs.sampled(rows, terms, sampling, settings.OUTPUT_DIR / f"sampled_{split}")
 
 
 def summary(rows, made, reasons):

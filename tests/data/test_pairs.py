@@ -10,7 +10,6 @@ from tiny_model import make_tiny_model
 
 from data_prepare import build_preference_pairs
 from utils.data import pairs
-from utils.data.swap import Question, swap_facts
 from utils.data.terms import Terms
 from utils.errors import run
 from utils.files import read_json, read_jsonl, write_json, write_jsonl
@@ -112,8 +111,8 @@ def test_the_same_command_makes_the_same_pairs(data, capsys):
 
 
 def swapped(*rows, seed=0):
-    results = swap_facts([Question(*row) for row in rows], TERMS, random.Random(seed))
-    return [text for text, _ in results]
+    worse = pairs.swapped_facts([as_row(0, *row) for row in rows], TERMS, random.Random(seed))
+    return [answer for answer, _ in worse]
 
 
 def test_only_whole_terms_are_swapped():
@@ -196,14 +195,15 @@ def test_answers_of_a_model_that_knows_nothing_are_worse(data, model, capsys):
 
 
 @pytest.mark.slow
-def test_sampling_goes_on_where_it_was_stopped(tmp_path, model, monkeypatch):
+def test_sampling_goes_on_where_it_was_stopped(tmp_path, model, monkeypatch, capsys):
     rows = [as_row(n, f"问题{n}？", "答") for n in range(12)]
-    sampling, kept = pairs.Sampling(str(model), 2, 1.0, 4, 8, 0), tmp_path / "sampled.jsonl"
+    sampling, kept = pairs.Sampling(str(model), 2, 1.0, 4, 8, 0), tmp_path / "sampled"
     monkeypatch.setattr(pairs, "CHUNK", 4)
     whole = pairs.sample_answers(rows, sampling, kept)
     assert [len(answers) for answers in whole] == [2] * 12
-    lines = kept.read_bytes().splitlines(keepends=True)
-    kept.write_bytes(b"".join(lines[:2]) + lines[2][:10])  # killed while it wrote the second part
+    (kept / "8.json").unlink()  # killed while it made the third part, and a letter of the second changed
+    second = (kept / "4.json").read_text(encoding="utf-8")
+    (kept / "4.json").write_text(second.replace('"value": [["', '"value": [["x'), encoding="utf-8")
 
     generator, begun = pairs._generator, []
 
@@ -215,16 +215,9 @@ def test_sampling_goes_on_where_it_was_stopped(tmp_path, model, monkeypatch):
     assert pairs.sample_answers(rows, sampling, kept) == whole and begun == [4, 8]
     assert pairs.sample_answers(rows, sampling, kept) == whole and begun == [4, 8]
     pairs.sample_answers(rows, sampling._replace(seed=1), kept)
-    assert begun == [4, 8, 0, 4, 8] and len(kept.read_text(encoding="utf-8").splitlines()) == 4
-
-    sampling = sampling._replace(seed=1)  # one changed letter in the second part, and a line that is none
-    lines = kept.read_text(encoding="utf-8").splitlines(keepends=True)
-    assert lines[2] != (changed := lines[2].replace('"kept": [4, [["', '"kept": [4, [["x'))
-    kept.write_text("".join([*lines[:2], changed, "no line\n", lines[3]]), encoding="utf-8")
-    pairs.sample_answers(rows, sampling, kept)
-    assert begun[5:] == [4]
-    pairs.sample_answers(rows, sampling._replace(temperature=0.5), kept)
-    assert begun[6:] == [0, 4, 8]
+    assert begun == [4, 8, 0, 4, 8] and "identity.json is of other seed" in capsys.readouterr().out
+    pairs.sample_answers(rows[:11], sampling._replace(seed=1), kept)
+    assert begun[5:] == [0, 4, 8] and len(list(kept.iterdir())) == 4
 
 
 def test_worst_of_the_sampled_answers_by_its_facts(monkeypatch, tmp_path):

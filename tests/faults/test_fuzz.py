@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from utils.data import pairs
 from utils.errors import UserError
 from utils.files import read_log, write_json, write_jsonl
 from utils.kept import read_kept, write_kept
@@ -115,8 +114,7 @@ def targets(tmp_path_factory, tiny_folder):
     best = BestWeights(SimpleNamespace(folder=run, record={"identity": IDENTITY}, main=True), None, "best")
     weights = torch.nn.Linear(2, 1)
     best._write(weights, {"step": 3, "eval_loss": 1.5})
-    parts = {0: [["温。", "寒。"]], 64: [["平。", "凉。"]]}
-    (run / "sampled.jsonl").write_bytes(b"".join(map(pairs._as_line, [IDENTITY, *parts.items()])))
+    write_kept(run / "answers.json", IDENTITY, LOGPS)
     saved = place / "saved" / "checkpoint-1"
     saved.mkdir(parents=True)
     for name in (*NEEDED, "model.safetensors"):
@@ -134,18 +132,9 @@ def targets(tmp_path_factory, tiny_folder):
         (tokens, lambda: token_cache._damage(tokens, IDENTITY) is None or None, True),
         (run / "best/step-3.json", lambda: best.load(weights, 3) or None, True),
         (run / "best/step-3.safetensors", lambda: best.load(weights, 3) or None, True),
-        (
-            run / "sampled.jsonl",
-            lambda: part_of(pairs._kept_parts(run / "sampled.jsonl", IDENTITY), parts),
-            parts,
-        ),
+        (run / "answers.json", lambda: read_kept(run / "answers.json", IDENTITY), LOGPS),
         (saved / "MANIFEST.json", lambda: whole_checkpoints(saved.parent) or None, [saved]),
     ]
-
-
-def part_of(found, whole):
-    """None where nothing was found, `whole` where what was found is of it: the other parts are made again."""
-    return whole if found and all(whole.get(key) == value for key, value in found.items()) else found or None
 
 
 MODEL_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")

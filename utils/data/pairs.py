@@ -2,31 +2,48 @@
 
 Each maker takes SFT rows and yields for each of them a Worse: a rejected answer, or the reason why there is none. An answer that
 says the same as the good one is no worse answer.
+
+Facts are swapped so that only the question tells: a substitute that is rare, that cuts a longer word in two, or that changes the
+length gives the wrong answer away, and that is what a model then learns. So terms are swapped whole, between borders, and the
+substitute is drawn from the terms that really stand between the same borders in other answers: it is as common as what it replaces.
 """
 
 import bisect
-import hashlib
-import json
 import math
 import random
 import re
-from collections import Counter
-from collections.abc import Iterator
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from utils.data.normalize import normalize
-from utils.data.swap import Question, swap_facts
 from utils.data.terms import Terms
+from utils.kept import read_kept, write_kept
 
 LENGTH_TOLERANCE = 0.2  # a rejected answer is at most this much longer or shorter: DPO shall not learn length
-SAME = 0.8  # of the characters' pairs: answers that agree by this much say the same, where no facts tell them apart
+SAME = (
+    0.8  # of the characters' pairs: answers that agree by this much say the same, if no facts tell them apart
+)
+DRAWS, NAME_DRAWS = 12, 30  # substitutes looked at; of names more, to find one that looks alike
+OTHERS = 8  # answers to other questions that are looked at
 CHUNK = 64  # rows whose answers are sampled, and kept, at a time
 FOLDS = 5  # of the pairs, to measure how well they are told apart
 MEASURED = 20_000  # pairs looked at for that
 
+# What may stand beside a whole term, other than a sign, a digit, a letter or the end of the text.
+LEFT, RIGHT = "是为归入属于由能和与及或味性", "经和与及或一"
+NAME_LEFT, NAME_RIGHT = LEFT + "用", RIGHT + "的是归入属有能由主可为在味性要穴"
 # Such as 肝胃不和证, whether it is a known term or not.
 _SYNDROME = re.compile(r"[\u4e00-\u9fff]{2,4}证(?![\u4e00-\u9fff])")
+
+
+class Question(NamedTuple):
+    """The last question of a row and its good answer."""
+
+    text: str
+    answer: str
 
 
 class Worse(NamedTuple):
@@ -50,6 +67,25 @@ class Sampling(NamedTuple):
     seed: int
 
 
+class Slot(NamedTuple):
+    """A whole term in an answer."""
+
+    start: int
+    stop: int
+    term: str
+    kind: str
+    is_name: bool  # of what the question asks about
+    beside: tuple  # the characters before and after it
+
+
+# Where a substitute may come from, the nearest first. It is always as long: a sum of small differences would tell, too.
+PLACES: tuple[Callable[[Slot], tuple], ...] = (
+    lambda slot: (slot.is_name, slot.kind, len(slot.term), slot.beside),
+    lambda slot: (slot.is_name, slot.kind, len(slot.term), slot.beside[1]),
+    lambda slot: (slot.is_name, slot.kind, len(slot.term)),
+)
+
+
 def split_row(row: dict) -> tuple[list[dict], dict]:
     """(prompt messages, answer message) of an SFT row: the last assistant turn and what comes before it."""
     last = max(index for index, message in enumerate(row["messages"]) if message["role"] == "assistant")
@@ -60,6 +96,9 @@ def question_of(row: dict) -> Question:
     """The last question of an SFT row and its answer."""
     prompt, answer = split_row(row)
     return Question(prompt[-1]["content"], answer["content"])
+
+
+# ---- When another answer is right, too
 
 
 def similar_length(good: str, bad: str) -> bool:
@@ -75,32 +114,143 @@ def agreement(one: str, other: str) -> float:
 
 def facts_of(answer: str, question: str, terms: Terms) -> set[str]:
     """The terms and syndromes that an answer states and the question does not."""
-    return terms.stated(answer, question) | {
-        name for name in _SYNDROME.findall(answer) if name not in question
-    }
+    syndromes = {name for name in _SYNDROME.findall(answer) if name not in question}
+    return terms.stated(answer, question) | syndromes
 
 
 def says_the_same(good: str, other: str, question: str, terms: Terms) -> bool:
     """Whether another answer is right, too: it is part of the good one or holds it, or states all its facts of the same thing.
 
-    Where the good one states no known fact, an answer that hardly differs is right.
+    If the good one states no known fact, an answer that hardly differs is right.
     """
     one, two = normalize(good), normalize(other)
     if one in two or two in one:
         return True
     facts = facts_of(good, question, terms)
-    if facts:
-        names = {term for _, _, term in terms.find(good) if len(term) > 1 and term in question}
-        return facts <= facts_of(other, question, terms) and names <= {
-            term for _, _, term in terms.find(other)
-        }
-    return agreement(good, other) >= SAME
+    if not facts:
+        return agreement(good, other) >= SAME
+    names = {term for _, _, term in terms.find(good) if len(term) > 1 and term in question}
+    stated = {term for _, _, term in terms.find(other)}
+    return facts <= facts_of(other, question, terms) and names <= stated
+
+
+# ---- Swapped facts
 
 
 def swapped_facts(rows: list[dict], terms: Terms, rng: random.Random) -> Iterator[Worse]:
-    """The good answer with terms swapped for wrong ones of the same kind."""
-    for wrong, reason in swap_facts([question_of(row) for row in rows], terms, rng):
-        yield Worse(wrong, reason)
+    """The good answer with terms swapped for wrong ones of the same kind.
+
+    If the answer names what the question asks about, that name is swapped, for one of those drawn that looks most like it:
+    mixing up 血海 and 照海 is what small models do. Else about half of the terms are swapped, at least one.
+    """
+    questions = [question_of(row) for row in rows]
+    slots_of = [_slots(question, terms) for question in questions]
+    chosen = [_chosen(slots, rng) for slots in slots_of]
+    # Substitutes come from the chosen slots: they are as common among the wrong terms as the right terms that they replace.
+    places: list[dict[tuple, list[str]]] = [defaultdict(list) for _ in PLACES]
+    for slot in (slot for slots in chosen for slot in slots):
+        for place, terms_there in zip(PLACES, places):
+            terms_there[place(slot)].append(slot.term)
+    common = _common_characters(terms)
+    for question, slots, mine, right in zip(questions, slots_of, chosen, _right_about(questions, terms)):
+        swapped: dict[Slot, str] = {}
+        for slot in mine:
+            # A wrong name is wrong even if the term is right of what is asked about; a wrong fact has to be none of those.
+            not_these = {*swapped.values(), *(() if slot.is_name else right)}
+            if other := _substitute(slot, question, not_these, places, terms, common, rng):
+                swapped[slot] = other
+        if not swapped:
+            why = (
+                "no other answer has a term to swap with"
+                if slots
+                else "no known term between borders in the answer"
+            )
+            yield Worse(None, why)
+            continue
+        text = question.answer
+        for slot in sorted(swapped, reverse=True):  # from the end, so that the places before it stay
+            text = text[: slot.start] + swapped[slot] + text[slot.stop :]
+        yield Worse(text)
+
+
+def _slots(question, terms):
+    """The slots of an answer: its names, if it has any, else its facts."""
+    names, facts = [], []
+    answer = question.answer
+    for start, stop, term in terms.find(answer):
+        beside = answer[start - 1 : start] if start else "", answer[stop : stop + 1]
+        is_name = len(term) > 1 and term in question.text
+        words = (NAME_LEFT, NAME_RIGHT) if is_name else (LEFT, RIGHT)
+        if all(map(_is_border, beside, words)) and (is_name or term not in question.text):
+            slot = Slot(start, stop, term, terms.kinds[term][0], is_name, beside)
+            (names if is_name else facts).append(slot)
+    return names or facts
+
+
+def _is_border(character, words):
+    return not "\u4e00" <= character <= "\u9fff" or character in words
+
+
+def _chosen(slots, rng):
+    if not slots:
+        return []
+    if slots[0].is_name:
+        return [rng.choice(slots)]
+    return [slot for slot in slots if rng.random() < 0.5] or [rng.choice(slots)]
+
+
+def _right_about(questions, terms):
+    """For each question, all terms in answers to questions about the same thing: they are right to say of it."""
+    asked = [{term for _, _, term in terms.find(question.text)} for question in questions]
+    stated = defaultdict(set)
+    for names, question in zip(asked, questions):
+        facts = {term for _, _, term in terms.find(question.answer)}
+        for name in names:
+            stated[name] |= facts
+    return [set().union(*(stated[name] for name in names)) for names in asked]
+
+
+def _substitute(slot, question, not_these, places, terms, common, rng):
+    """A term from another answer for the place of the slot's own, or None."""
+    for place, terms_there in zip(PLACES, places):
+        pool = terms_there[place(slot)]
+        drawn = [rng.choice(pool) for _ in range(NAME_DRAWS if slot.is_name else DRAWS)]
+        fits = [
+            term for term in drawn if term not in not_these and _is_wrong(slot, term, question, terms, common)
+        ]
+        if fits:
+            return max(fits, key=lambda term: _alike(slot, term)) if slot.is_name else fits[0]
+    return None
+
+
+def _common_characters(terms):
+    """{kind: the characters that at least half of its terms have}, such as 经."""
+    common = {}
+    for kind, kin in terms.by_kind.items():
+        counts = Counter(character for term in kin for character in set(term))
+        common[kind] = {character for character, count in counts.items() if 2 * count >= len(kin)}
+    return common
+
+
+def _is_wrong(slot, term, question, terms, common):
+    """Whether `term` in the place of the slot's own makes a wrong answer that looks like a right one.
+
+    It is in neither the question nor the answer, means nothing near the original, and shares no character with it but those
+    that most of their kind share.
+    """
+    if term in question.text or term in question.answer:
+        return False
+    if not slot.is_name and (set(slot.term) & set(term)) - common[slot.kind]:
+        return False
+    near, near_term = terms.near[slot.kind, slot.term], terms.near.get((slot.kind, term), ())
+    return term not in near and slot.term not in near_term
+
+
+def _alike(slot, term):
+    return len(set(slot.term) & set(term)) + (slot.term[0] == term[0])
+
+
+# ---- Another question's answer
 
 
 def mismatched(rows: list[dict], terms: Terms, rng: random.Random) -> Iterator[Worse]:
@@ -110,47 +260,37 @@ def mismatched(rows: list[dict], terms: Terms, rng: random.Random) -> Iterator[W
     for row in rows:
         question, good = question_of(row)
         leeway = max(1, LENGTH_TOLERANCE * len(good))
-        near = range(
-            bisect.bisect_left(lengths, len(good) - leeway), bisect.bisect_right(lengths, len(good) + leeway)
-        )
+        start = bisect.bisect_left(lengths, len(good) - leeway)
+        near = range(start, bisect.bisect_right(lengths, len(good) + leeway))
         facts = facts_of(good, question, terms)
-        others = (by_length[index] for index in rng.sample(near, min(len(near), 8)))
+        others = (by_length[index] for index in rng.sample(near, min(len(near), OTHERS)))
         fits = (other for other in others if not _could_answer(good, other, question, facts, terms))
         other = next(fits, None)
-        yield (
-            Worse(other)
-            if other
-            else Worse(None, "no other answer of similar length that says something else")
-        )
+        yield Worse(other, "" if other else "no other answer of similar length that says something else")
 
 
 def _could_answer(good, other, question, facts, terms):
     shared = facts & facts_of(other, question, terms)
-    return (
-        2 * len(shared) > len(facts)
-        or any(_SYNDROME.search(fact) for fact in shared)
-        or says_the_same(good, other, question, terms)
-    )
+    if 2 * len(shared) > len(facts) or any(_SYNDROME.search(fact) for fact in shared):
+        return True
+    return says_the_same(good, other, question, terms)
+
+
+# ---- What a model says
 
 
 def sampled(rows: list[dict], terms: Terms, sampling: Sampling, kept: Path) -> Iterator[Worse]:
-    """The worst of several answers sampled from a model: fewest of the good one's facts, then least agreement with it.
-
-    Sampled answers are kept in the file `kept` as they come: the same command goes on where it was stopped.
-    """
+    """The worst of several answers sampled from a model: fewest of the good one's facts, then least agreement with it."""
     for row, answers in zip(rows, sample_answers(rows, sampling, kept)):
         question, good = question_of(row)
-        texts = [text.strip() for text in answers]
-        fits = [text for text in texts if text and similar_length(good, text)]
+        fits = [text for text in map(str.strip, answers) if text and similar_length(good, text)]
         wrong = [text for text in fits if not says_the_same(good, text, question, terms)]
         facts = facts_of(good, question, terms)
         if wrong:
-            yield Worse(
-                min(
-                    wrong,
-                    key=lambda text: (len(facts & facts_of(text, question, terms)), agreement(text, good)),
-                )
-            )
+            by_fault = {
+                text: (len(facts & facts_of(text, question, terms)), agreement(text, good)) for text in wrong
+            }
+            yield Worse(min(wrong, key=by_fault.get))
         else:
             yield Worse(
                 None, "every sampled answer is right" if fits else "no sampled answer of similar length"
@@ -158,50 +298,30 @@ def sampled(rows: list[dict], terms: Terms, sampling: Sampling, kept: Path) -> I
 
 
 def sample_answers(rows: list[dict], sampling: Sampling, kept: Path) -> list[list[str]]:
-    """For each row, `samples` answers of the model. What `kept` holds of the same model, rows and settings is not done again."""
+    """For each row, `samples` answers of the model.
+
+    The folder `kept` takes them as they come, CHUNK rows a file: the same command goes on where it was stopped.
+    """
     from utils.model.folder import check_model, model_sha256, quiet_offline
     from utils.text import progress
 
     check_model(sampling.model)
     quiet_offline(sampling.model)
-    identity = sampling._asdict() | {
-        "model": model_sha256(sampling.model),
-        "ids": [row["id"] for row in rows],
+    ids = [row["id"] for row in rows]
+    identity = sampling._asdict() | {"model": model_sha256(sampling.model), "ids": ids}
+    if read_kept(kept / "identity.json", identity) is None:
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.mkdir(parents=True)
+        write_kept(kept / "identity.json", identity, True)
+    parts = {
+        start: read_kept(kept / f"{start}.json", {"first": start}) for start in range(0, len(rows), CHUNK)
     }
-    done = _kept_parts(kept, identity)
-    missing = [start for start in range(0, len(rows), CHUNK) if start not in done]
-    if missing:
-        generate = _generator(sampling)
-        kept.write_bytes(b"".join(map(_as_line, [identity, *done.items()])))
-        with open(kept, "ab") as file:
-            for start in progress("sampling answers", f"parts of {CHUNK} questions")(missing):
-                done[start] = generate([split_row(row)[0] for row in rows[start : start + CHUNK]], start)
-                file.write(_as_line([start, done[start]]))
-                file.flush()
-    return [answers for start in sorted(done) for answers in done[start]]
-
-
-def _kept_parts(kept, identity):
-    """{number of a part's first row: its answers} that an earlier run with this identity kept, each under its checksum."""
-    if not kept.is_file():
-        return {}
-    found = []
-    for line in kept.read_bytes().splitlines():
-        try:
-            value = json.loads(line)
-            if value["sha256"] == _digest(value["kept"]):
-                found.append(value["kept"])
-        except (ValueError, TypeError, KeyError, RecursionError):
-            pass  # damaged, or the piece of a line that a stopped run left: made again
-    return dict(found[1:]) if found and found[0] == identity else {}
-
-
-def _as_line(value):
-    return json.dumps({"sha256": _digest(value), "kept": value}, ensure_ascii=False).encode() + b"\n"
-
-
-def _digest(value):
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    missing = [start for start, answers in parts.items() if answers is None]
+    generate = _generator(sampling) if missing else None
+    for start in progress("sampling answers", f"parts of {CHUNK} questions")(missing):
+        parts[start] = generate([split_row(row)[0] for row in rows[start : start + CHUNK]], start)
+        write_kept(kept / f"{start}.json", {"first": start}, parts[start])
+    return [answers for part in parts.values() for answers in part]
 
 
 def _generator(sampling):
@@ -215,22 +335,18 @@ def _generator(sampling):
 
     def generate(conversations, start):
         repeated = [messages for messages in conversations for _ in range(sampling.samples)]
-        answers = generate_answers(
-            model,
-            tokenizer,
-            repeated,
-            sampling.max_new_tokens,
-            decoding,
-            batch_size=sampling.batch_size,
-            seed=sampling.seed + start,
-        )
+        how = {"batch_size": sampling.batch_size, "seed": sampling.seed + start}
+        answers = generate_answers(model, tokenizer, repeated, sampling.max_new_tokens, decoding, **how)
         return [answers[at : at + sampling.samples] for at in range(0, len(answers), sampling.samples)]
 
     return generate
 
 
+# ---- Pairs
+
+
 def make_pair(row: dict, worse: Worse, kind: str) -> dict | None:
-    """The preference row of an SFT row and its worse answer; None where there is no answer that differs."""
+    """The preference row of an SFT row and its worse answer; None if there is no answer that differs."""
     prompt, answer = split_row(row)
     if worse.answer is None or worse.answer == answer["content"]:
         return None
@@ -239,11 +355,11 @@ def make_pair(row: dict, worse: Worse, kind: str) -> dict | None:
 
 
 def told_apart(pairs: list[dict]) -> float:
-    """The share of pairs, out of preference rows, whose good answer is recognised without the question; 0.5 is chance.
+    """The share of preference rows whose good answer is recognised without the question; 0.5 is chance.
 
-    Judged by the log-odds of an answer's character pairs in the good and the bad answers of the other FOLDS - 1 parts. Where
-    the same words are good in one pair and bad in another, it falls below 0.5: the parts that are left lack just the pair's
-    own good answer.
+    Judged by the log-odds of an answer's character pairs in the good and the bad answers of the other FOLDS - 1 parts. If
+    the same words are good in one pair and bad in another, the share falls below 0.5: the other parts lack the pair's own
+    good answer.
     """
     texts = [
         [_character_pairs(pair[side][0]["content"]) for side in ("chosen", "rejected")] for pair in pairs
@@ -252,13 +368,13 @@ def told_apart(pairs: list[dict]) -> float:
     texts = texts[:MEASURED]
     right = 0.0
     for fold in range(FOLDS):
-        counts = Counter(), Counter()
-        for number, answers in enumerate(texts):
+        good, bad = Counter(), Counter()
+        for number, (chosen, rejected) in enumerate(texts):
             if number % FOLDS != fold:
-                for count, answer in zip(counts, answers):
-                    count.update(answer)
+                good.update(chosen)
+                bad.update(rejected)
         for chosen, rejected in texts[fold::FOLDS]:
-            margin = _log_odds(chosen, *counts) - _log_odds(rejected, *counts)
+            margin = _log_odds(chosen, good, bad) - _log_odds(rejected, good, bad)
             right += 0.5 if margin == 0 else margin > 0
     return right / len(texts)
 
