@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.errors import UserError, run
 from utils.files import atomic_write, require_file, sha256_of, show_path, write_json
-from utils.hub import COMMIT, Hub, Repo, read_record, unchanged
+from utils.hub import COMMIT, Repo, download, look_up, read_record
+from utils.kept import changed_file
 from utils.settings import ROOT, command, read_settings
 from utils.text import say
 
@@ -29,8 +30,6 @@ DATASET = "michaelwzhu/ShenNong_TCM_Dataset"            # a data set on the Hub;
 REVISION = "7356f4f786b87c6bcb3c38d8b6d4b5e75aadb718"   # commit, branch or tag; this is ShenNong's, for others: main
 FILES = ["ChatMed_TCM-v0.2.json"]                       # files of it; empty, or for another data set: all its data files
 OUTPUT_DIR = "data_prepare/raw"                         # the folder that the conversion reads
-TIMEOUT = 30.0                                          # [> 0] seconds without a byte after which a connection counts as stalled
-RETRIES = 6                                             # [0, 1, ...] failures in a row, without progress, before giving up
 # ----
 # fmt: on
 
@@ -136,7 +135,9 @@ def is_ours(path: Path, dataset: str, commit: str, name: str) -> bool:
 def is_finished(path: Path, dataset: str, commit: str, name: str) -> bool:
     """Whether `path` is this file at this commit, whole and unchanged since; known without the network."""
     source = source_of(path)
-    return is_ours(path, dataset, commit, name) and unchanged(path, read_record(source), source)
+    if not is_ours(path, dataset, commit, name):
+        return False
+    return not changed_file(path.parent, {path.name: read_record(source)}, since=source.stat().st_mtime)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -164,13 +165,12 @@ def main(argv: list[str] | None = None) -> None:
     settings.show()
 
     # 3. What the Hub lists at that commit
-    hub = Hub(settings.TIMEOUT, settings.RETRIES)
-    repo = hub.look_up("dataset", dataset, revision)
+    repo = look_up("dataset", dataset, revision)
     paths = disk_paths(folder, dataset, choose_files(repo, names))
     ours = {path for path in paths if is_ours(path, dataset, repo.commit, paths[path])}
 
     # 4. Fetch, verify, move into place, and record where each file came from
-    for path in hub.download(repo, {path: repo.files[name] for path, name in paths.items()}, ours):
+    for path in download(repo, {path: repo.files[name] for path, name in paths.items()}, ours):
         origin = {"repo": dataset, "revision": repo.commit, "asked_for": revision, "file": paths[path]}
         write_source(path, **origin, licence=repo.licence)
     say_next(folder)

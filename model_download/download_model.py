@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.errors import RunError, UserError, run
 from utils.files import sha256_of, show_path, write_json
-from utils.hub import COMMIT, Hub, Repo, read_record, unchanged
+from utils.hub import COMMIT, Repo, download, look_up, model_files, read_record
+from utils.kept import changed_file
 from utils.model.folder import check_model
-from utils.model.hub_models import choose_files
 from utils.settings import ROOT, read_settings
 from utils.text import say
 
@@ -29,8 +29,6 @@ from utils.text import say
 MODEL = "Qwen/Qwen3-0.6B"       # a model on the Hub; or tiny: the built-in one
 REVISION = "c1899de289a04d12100db370d81485cdf75e47ca"   # commit, branch or tag; this is Qwen3-0.6B's, for others: main
 OUTPUT_DIR = ""                 # folder for the files; empty: model_download/<name of the model>
-TIMEOUT = 30.0                  # [> 0] seconds without a byte after which a connection counts as stalled
-RETRIES = 6                     # [0, 1, ...] failures in a row, without progress, before giving up
 # ----
 # fmt: on
 
@@ -77,8 +75,8 @@ def recorded_files(folder: Path, model: str, commit: str) -> dict:
 
 def is_finished(folder: Path, model: str, commit: str) -> bool:
     """Whether `folder` holds `model` at `commit`, whole and unchanged since; known without the network."""
-    files, source = recorded_files(folder, model, commit), folder / "source.json"
-    return bool(files) and all(unchanged(folder / name, files[name], source) for name in files)
+    files = recorded_files(folder, model, commit)
+    return bool(files) and not changed_file(folder, files, since=(folder / "source.json").stat().st_mtime)
 
 
 def check_pinned(repo: Repo) -> None:
@@ -116,15 +114,14 @@ def main(argv: list[str] | None = None) -> None:
     settings.show()
 
     # 3. What the Hub lists at that commit
-    hub = Hub(settings.TIMEOUT, settings.RETRIES)
-    repo = hub.look_up("model", model, revision)
+    repo = look_up("model", model, revision)
     check_pinned(repo)
-    files = {folder / name: file for name, file in choose_files(repo).items()}
+    files = {folder / name: file for name, file in model_files(repo).items()}
     ours = {folder / name for name in recorded_files(folder, model, repo.commit)}
 
     # 4. Fetch, verify, move into place
     record = {}
-    for path in hub.download(repo, files, ours):
+    for path in download(repo, files, ours):
         record[path.name] = {"size": files[path].size, "sha256": files[path].sha256 or sha256_of(path)}
 
     # 5. Record where it came from

@@ -15,8 +15,8 @@ import re
 import socket
 import struct
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from time import sleep  # ours: a test may replace time.sleep
 from urllib.parse import unquote, urlsplit
 
 LARGE = 64_000
@@ -96,7 +96,7 @@ def _handler(hub):
             hub.log.append((path, self.headers))
             self.act = hub.next_fault(path)
             try:
-                time.sleep(self.act.get("stall", 0))
+                sleep(self.act.get("stall", 0))
                 if "status" in self.act:
                     return self.answer(
                         self.act["status"], self.act.get("body", b""), self.act.get("headers", {})
@@ -180,7 +180,7 @@ def _handler(hub):
                 206 if headers else 200, data[start : start + self.act["cut"]], {**headers, **promised}
             )
             # Let the client read what was sent.
-            time.sleep(self.act.get("hang", 0.1 if self.act.get("rst") else 0))
+            sleep(self.act.get("hang", 0.1 if self.act.get("rst") else 0))
             if self.act.get("rst"):
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.connection.close()

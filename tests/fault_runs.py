@@ -25,10 +25,10 @@ from processes import Script, fork
 # Every script, as it was run to make what is there. A case repeats one and adds words to it.
 COMMANDS = {
     "sample": "data_prepare/sample/make_sample.py --output-dir {w}/made",
-    "data": "data_prepare/download_tcm_data.py --dataset tcm/rows --output-dir {w}/got-data --retries 0",
+    "data": "data_prepare/download_tcm_data.py --dataset tcm/rows --output-dir {w}/got-data",
     "convert": "data_prepare/convert_to_qwen3_format.py --input-files {w}/raw --output-dir {w}/qwen3 --tokenizer-model none",
     "pairs": "data_prepare/build_preference_pairs.py --kind mismatch --input-dir {w}/qwen3 --output-dir {w}/qwen3",
-    "model": "model_download/download_model.py --model tcm/small --output-dir {w}/got-model --retries 0",
+    "model": "model_download/download_model.py --model tcm/small --output-dir {w}/got-model",
     "pretrain": "model_download/pretrain_tiny_model.py --statements-file {w}/statements.jsonl --output-dir {w}/pretrained "
     "--vocabulary 600 --width 64 --layers 1 --epochs 1 --copies 50 --invented 10",
     "sft": "model_finetune/finetune_sft.py --model {w}/base --train-file {w}/sft_train.jsonl --eval-file {w}/sft_eval.jsonl "

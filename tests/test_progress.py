@@ -1,54 +1,45 @@
-"""How far something is: plain lines off a terminal, tqdm's bar with the time left on one."""
+"""How far something is: plain lines off a terminal, tqdm's bar on one, nothing of what is soon over."""
 
 import os
 import re
 import sys
-from types import SimpleNamespace
+import time
 
 import pytest
+from conftest import ROOT
 
 from utils import text
-from utils.text import ByteProgress
+from utils.text import bar, progress
 
 
-def test_progress_shows_speed_and_time_left(capsys, monkeypatch):
-    seconds = iter([0, 20, 25, 100, 100])
-    monkeypatch.setattr("utils.text.time", SimpleNamespace(monotonic=lambda: next(seconds)))
-    mib = 1 << 20
-    with ByteProgress("model.safetensors", 500 * mib, 1500 * mib) as bytes_done:
-        bytes_done.show(700 * mib)
-        bytes_done.show(800 * mib)  # five seconds later: too soon for another line
-        bytes_done.show(1500 * mib)
-    assert capsys.readouterr().out.splitlines() == [
-        "  model.safetensors: going on at 500.0 MiB of 1.46 GiB",
-        "  model.safetensors   47%  700.0 MiB of 1.46 GiB  10.0 MiB/s  80 s left",
-        "  model.safetensors  100%  1.46 GiB of 1.46 GiB  10.0 MiB/s  in 1.7 min",
-        "  model.safetensors  100%  1.46 GiB of 1.46 GiB  10.0 MiB/s  in 1.7 min",
-    ]
+def test_off_a_terminal_there_is_a_plain_line_now_and_then(capsys, monkeypatch):
+    monkeypatch.setattr(text, "QUIET_SECONDS", 0.1)
+    monkeypatch.setattr(text, "PLAIN_SECONDS", 0.3)
+    watch = progress("tokenizing 行.jsonl", "rows")
+    assert [time.sleep(0.2) or step for step in watch(iter("abcd"), 4)] == [*"abcd"]
+    first, *_, last = lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"  tokenizing 行\.jsonl: [12] of 4 rows \(\d+%\), 00:00 so far, 00:00 left", first)
+    assert last.startswith("  tokenizing 行.jsonl: 4 of 4 rows (100%)") and 2 <= len(lines) <= 4
 
 
-def test_progress_tells_the_time_left_and_nothing_of_what_is_soon_over(capsys, monkeypatch):
-    def seconds_of(times):
-        monkeypatch.setattr(text, "time", SimpleNamespace(monotonic=iter(times).__next__))
-        assert list(text.progress("tokenizing rows.jsonl", "rows")([1, 2, 3])) == [1, 2, 3]
-        return capsys.readouterr().out
-
-    assert seconds_of([0, 0, 0.5, 1, 1.5]) == ""
-    assert seconds_of([0, 0, 100, 200, 300]) == (
-        "  tokenizing rows.jsonl: 1 of 3 rows, 3.3 min left\n  tokenizing rows.jsonl: 2 of 3 rows, 1.7 min left\n"
-        "  tokenizing rows.jsonl: 5.0 min\n"
-    )
-    assert seconds_of([0, 0, 5, 10, 15]) == "  tokenizing rows.jsonl: 15 s\n"  # a line every 15 s at most
+def test_what_is_soon_over_is_not_mentioned(capsys):
+    assert list(progress("evaluation")([1, 2, 3])) == [1, 2, 3] and capsys.readouterr().out == ""
+    assert list(progress("evaluation", always=True)([1, 2, 3])) == [1, 2, 3]
+    assert "evaluation: 3 of 3 batches (100%)" in capsys.readouterr().out
 
 
-TERMINAL = """
+def test_bytes_are_told_in_units(capsys):
+    options = {"total": 3 << 20, "initial": 1 << 20, "unit": "B", "unit_scale": True, "delay": 0}
+    with bar(desc="model\x1b.safetensors", **options) as meter:
+        meter.update(2 << 20)
+    assert "  model\ufffd.safetensors: 3.00M of 3.00MB (100%)" in capsys.readouterr().out
+
+
+TERMINAL = f"""
 import sys, time
+sys.path.insert(0, {str(ROOT)!r})
 from utils import text
 text.QUIET_SECONDS = 0.1
-with text.ByteProgress("model.safetensors", 0, 8 << 20) as bytes_done:
-    for number in range(1, 9):
-        time.sleep(0.1)
-        bytes_done.show(number << 20)
 for unit, seconds in (("quick", 0), ("slow", 0.1)):
     for _ in text.progress("evaluation", unit)(range(8)):
         time.sleep(seconds)
@@ -60,14 +51,14 @@ for unit, seconds in (("quick", 0), ("slow", 0.1)):
 def test_a_terminal_gets_a_bar_with_the_time_left():
     import pty
 
-    screen = []
+    shown = b""
 
-    def read(file):
-        screen.append(os.read(file, 65536))
-        return screen[-1]
+    def keep(descriptor):
+        nonlocal shown
+        found = os.read(descriptor, 4096)
+        shown += found
+        return found
 
-    assert pty.spawn([sys.executable, "-c", TERMINAL], read, lambda file: b"") == 0
-    text = b"".join(screen).decode()
-    assert re.search(r"model.safetensors: +\d+%\|.*\d\.\d\dM/8\.00M \[00:00<00:\d\d, +[\d.]+MiB/s\]", text)
-    assert re.search(r"evaluation: +\d+%\|.*/8 \[00:00<00:\d\d, .*slow/s\]", text)
-    assert "quick" not in text and re.search(r"\r  evaluation: 1 s\r?\n$", text)
+    assert pty.spawn([sys.executable, "-c", TERMINAL], keep) == 0
+    shown = shown.decode()
+    assert re.search(r"evaluation: +[1-9]\d%.*\d/8 \[.*<.* slow/s\]", shown) and "quick" not in shown

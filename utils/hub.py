@@ -1,32 +1,55 @@
 """The Hugging Face Hub: what a repository holds at one commit, and its files brought to disk whole or not at all.
 
-huggingface_hub's own download functions are not used. They do not compare a file with the sha256 of the listing, begin a file
-again after a kill, retry in silence or not at all, and their fast path (Xet) goes around mirrors. Here every file is verified,
-goes on where it stopped, and retries are announced. Files come over plain HTTP from HF_ENDPOINT, the Hub or a mirror
-(utils/hub_requests.py).
+Built on the parts of huggingface_hub 2.4.0. Its `hf_hub_download` is not used, for three reasons: it begins a file again after
+a kill (its temporary name is random, and removed), it compares sizes but no sha256, and large files come through Xet, which goes
+around mirrors. Its `http_backoff` and `http_get` are used. They repeat what failed a few times and say so on stderr, and http_get
+goes on at `resume_size`; it does not repeat a connection that was reset or an answer of 500 and above, which is done here. After
+a redirect to another host the token is not sent.
 """
 
+import contextlib
+import fnmatch
 import hashlib
 import os
 import re
 import shutil
+import sys
+import time
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
+from typing import Any, NamedTuple
+from urllib.parse import quote, urlsplit
 
 from utils.errors import RunError, UserError
-from utils.files import is_text, read_json, sha256_of, show_path
-from utils.hub_requests import OTHER_MIRROR, Endpoint, ListingBudget, TemporaryFailure, Wanted, web_page
-from utils.text import ByteProgress, format_bytes, printable, say, shorten
+from utils.files import atomic_write, read_json, sha256_of, show_path
+from utils.text import bar, format_bytes, say
 
-COMMIT, SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
+HOME = "https://huggingface.co"
+COMMIT = re.compile(r"[0-9a-f]{40}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+RETRIES = 6  # failures in a row, without progress, before giving up
 SPARE_BYTES = 64 << 20  # to leave free on the disk
-LISTING_PAGES = 1000  # of 1,000 files each
+MODEL_FILES = (
+    *(
+        "config.json",
+        "generation_config.json",
+        "tokenizer*.json",
+        "tokenizer.model",
+        "special_tokens_map.json",
+    ),
+    *(
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "chat_template.jinja",
+        "chat_template.json",
+    ),
+    *("*.safetensors", "*.safetensors.index.json", "LICENSE*", "NOTICE*"),
+)
 
 
-@dataclass(frozen=True)
-class HubFile:
+class HubFile(NamedTuple):
     """A file as the Hub lists it: `sha256` for the large ones (LFS), else "" and only `blob`, the git blob id, counts."""
 
     path: str
@@ -39,8 +62,7 @@ class HubFile:
         return self.sha256 or self.blob
 
 
-@dataclass(frozen=True)
-class Repo:
+class Repo(NamedTuple):
     """A repository at one commit. `kind` is model or dataset, `licence` the Hub's short name for it or None."""
 
     kind: str
@@ -51,188 +73,162 @@ class Repo:
 
     @property
     def page(self) -> str:
-        return web_page(self.kind, self.id)
+        """Its address for people: always the Hub's own, where terms are accepted and commits listed."""
+        return f"{HOME}/{'datasets/' if self.kind == 'dataset' else ''}{self.id}"
 
 
-class Hub:
-    """Repositories on the Hub or the mirror that HF_ENDPOINT names, and their files."""
+# ---- What a repository holds
 
-    def __init__(self, timeout: float, retries: int):
-        self.server = Endpoint(timeout, retries)
-        self.endpoint = self.server.address
 
-    # ---- what a repository holds
+def look_up(kind: str, repo_id: str, revision: str) -> Repo:
+    """The Repo that `revision` (commit, branch or tag) means now. UserError where it is not there or not allowed."""
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id):
+        raise UserError(f"{repo_id!r} is not the name of a {kind} on the Hub, wanted owner/name")
+    api = f"{_endpoint()}/api/{kind}s/{repo_id}"
+    with _errors_told(Repo(kind, repo_id, revision, None, {})):
+        [info] = _pages(f"{api}/revision/{quote(revision, safe='')}")
+        commit = info["sha"] if COMMIT.fullmatch(info["sha"]) else None
+        if commit is None or COMMIT.fullmatch(revision) and revision != commit:
+            raise RunError(f"{_endpoint()} gives commit {info['sha']} for {repo_id} at {revision}")
+        licence = next((tag[8:] for tag in info.get("tags") or [] if tag.startswith("license:")), None)
+        entries = [entry for page in _pages(f"{api}/tree/{commit}?recursive=true") for entry in page]
+        files = [_read_entry(entry) for entry in entries if entry["type"] == "file"]
+    return Repo(kind, repo_id, commit, licence, {file.path: file for file in files})
 
-    def look_up(self, kind: str, repo_id: str, revision: str) -> Repo:
-        """The Repo that `revision` (commit, branch or tag) means now. UserError where it is not there or not allowed."""
-        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id):
-            raise UserError(f"{repo_id!r} is not the name of a {kind} on the Hub, wanted owner/name")
-        api, wanted = f"{self.endpoint}/api/{kind}s/{repo_id}", Wanted(kind, repo_id, revision)
-        budget = ListingBudget(self.endpoint)
-        info, _ = self.server.get_json(f"{api}/revision/{quote(revision, safe='')}", wanted, budget)
-        commit, tags = (info.get("sha"), info.get("tags") or []) if isinstance(info, dict) else (None, [])
-        if not (_is_digest(commit, COMMIT) and isinstance(tags, list) and all(map(is_text, tags))):
-            raise RunError(f"{self.endpoint} does not describe {repo_id} as the Hub does")
-        if COMMIT.fullmatch(revision) and revision != commit:
-            raise RunError(f"{self.endpoint} gives commit {commit} for {repo_id} at {revision}")
-        licence = next((tag[8:] for tag in tags if tag.startswith("license:")), None)
-        files = self._list_files(f"{api}/tree/{commit}", wanted, budget)
-        return Repo(kind, repo_id, commit, licence, {file.path: file for file in files})
 
-    def _list_files(self, url, wanted, budget):
-        """The HubFiles that the pages at `url` list. Of a link to the next page only the query counts: mirrors pass on the
-        Hub's own links, and a page is asked of nobody but the endpoint."""
-        files, query, seen = [], "recursive=true", set()
-        while query is not None:
-            if query in seen or len(seen) == LISTING_PAGES:
-                raise RunError(f"{self.endpoint} lists {wanted.repo_id} in pages without end; {OTHER_MIRROR}")
-            seen.add(query)
-            page, query = self.server.get_json(f"{url}?{query}", wanted, budget)
-            if not isinstance(page, list) or not all(isinstance(entry, dict) for entry in page):
-                raise RunError(f"{self.endpoint} does not list files as the Hub does")
-            files += [_read_entry(entry, self.endpoint) for entry in page if entry.get("type") != "directory"]
-        return files
+def _pages(url):
+    """The JSON at `url` and on the pages that follow it. Mirrors pass on the Hub's own links: only their query counts, so that
+    neither pages nor the token go to another server than the endpoint."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
-    # ---- files
-
-    def download(
-        self, repo: Repo, wanted: Mapping[Path, HubFile], ours: Collection[Path] = ()
-    ) -> Iterator[Path]:
-        """Put `wanted` ({path on disk: HubFile}) in place and yield each path as soon as it is whole and the listed one.
-
-        A file that is there is kept where it is the right one, replaced where an earlier run brought it (`ours`) and it was
-        damaged since, and never overwritten otherwise (UserError). Raises RunError for too little disk, or a transfer that
-        fails for good; what has arrived stays in .part files and the next run goes on from there.
-        """
-        missing = self._missing(repo, wanted, ours)
-        to_fetch = sum(max(0, file.size - _size(_part(path, file))) for path, file in missing.items())
-        total = sum(file.size for file in wanted.values())
-        say(
-            f"{repo.id} at {repo.commit[:7]} from {self.endpoint}: {len(wanted)} file{'s' * (len(wanted) > 1)}, "
-            f"{format_bytes(total)}, {format_bytes(to_fetch)} to fetch",
-            flush=True,
+    first, _, query = url.partition("?")
+    while query is not None:
+        response = http_backoff(
+            "GET",
+            f"{first}?{query}" if query else first,
+            headers=build_hf_headers(),
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            max_retries=3,
         )
-        for folder in {path.parent for path in missing}:
-            _check_space(folder, to_fetch)
-        for path, file in wanted.items():
-            if path in missing:
-                self._fetch(repo, file, path)
-            yield path
+        hf_raise_for_status(response)
+        yield response.json()
+        link = response.links.get("next", {}).get("url")
+        query = urlsplit(link).query if link else None
 
-    def _missing(self, repo, wanted, ours):
-        """The part of `wanted` that is not there, or there but damaged."""
-        missing = {}
-        for path, file in wanted.items():
-            problem = damage(path, file) if path.exists() else ""
-            if problem and path not in ours:
-                raise UserError(
-                    f"{show_path(path)} is there, but is not {file.path} of {repo.id} at {repo.commit[:7]} "
-                    f"({problem}); delete it, or choose another folder with --output-dir"
-                )
-            if problem:
-                say(f"{show_path(path)} is damaged ({problem}); fetching it again")
-            if problem or not path.exists():
-                missing[path] = file
-        return missing
 
-    def _fetch(self, repo, file, path):
-        """Bring one file to its place, whole and verified; a damaged one is fetched a second time."""
-        part = _part(path, file)
-        _remove_other_parts(path, part)
-        for last in (False, True):
-            try:
-                self.server.with_retries(lambda: self._transfer(repo, file, part), lambda: _size(part))
-                problem = damage(part, file)
-                if not problem:
-                    os.replace(part, path)
-                    return
-                part.unlink()
-            except FileNotFoundError:  # another run of the same command finished the part that was ours too
-                problem = damage(path, file) if path.exists() else "it was deleted underway"
-                if not problem:
-                    return
-            if not last:
-                say(f"  {file.path} arrived damaged ({problem}); fetching it once more", flush=True)
-        raise RunError(
-            f"{file.path} of {repo.id} arrived damaged twice from {self.endpoint} ({problem}); {OTHER_MIRROR}"
-        )
+def _read_entry(entry):
+    file = HubFile(entry["path"], entry["size"], entry["oid"], (entry.get("lfs") or {}).get("oid", ""))
+    well = (
+        COMMIT.fullmatch(file.blob) and (not file.sha256 or SHA256.fullmatch(file.sha256)) and file.size >= 0
+    )
+    if not well or not file.path.isprintable() or {"", ".", ".."} & set(file.path.split("/")):
+        raise ValueError(entry)
+    return file
 
-    def _transfer(self, repo, file, part):
-        """One attempt to bring `part` from the size it has to its full size."""
-        part.touch()
-        done = _size(part)
-        if done >= file.size:
-            return
-        prefix = "datasets/" if repo.kind == "dataset" else ""
-        url = f"{self.endpoint}/{prefix}{repo.id}/resolve/{repo.commit}/{quote(file.path)}"
-        wanted = Wanted(repo.kind, repo.id, repo.commit, file.path)
-        with self.server.get(url, wanted, {"Range": f"bytes={done}-"} if done else None) as response:
-            status, sent_range = response.status_code, response.headers.get("Content-Range", "")
-            if status == 416 or status == 206 and not sent_range.startswith(f"bytes {done}-"):
-                part.unlink()
-                raise TemporaryFailure(
-                    f"{response.url.host} cannot resume {file.path} at {done:,}; starting it anew"
-                )
-            # a server that knows no ranges answers 200 and sends the file from its start
-            done = _write_blocks(response.iter_bytes(), part, 0 if status == 200 else done, file)
-        if done < file.size:
-            raise TemporaryFailure(
-                f"{response.url.host} ended {file.path} at {done:,} of {file.size:,} bytes"
+
+# ---- Files
+
+
+def download(repo: Repo, wanted: Mapping[Path, HubFile], ours: Collection[Path] = ()) -> Iterator[Path]:
+    """Put `wanted` ({path on disk: HubFile}) in place and yield each path as soon as it is whole and the listed one.
+
+    A file that is there is kept if it is the right one, replaced if an earlier run brought it (`ours`) and it was damaged
+    since, and never overwritten otherwise (UserError). Raises RunError for too little disk, or a transfer that fails for good;
+    what has arrived stays in .part files, and the next run goes on from there.
+    """
+    missing = {}
+    for path, file in wanted.items():
+        problem = damage(path, file) if path.exists() else ""
+        if problem and path not in ours:
+            raise UserError(
+                f"{show_path(path)} is there, but is not {file.path} of {repo.id} at {repo.commit[:7]} "
+                f"({problem}); delete it, or choose another folder with --output-dir"
             )
+        if problem or not path.exists():
+            missing[path] = max(0, file.size - _size(_part(path, file)))
+    to_fetch, total = sum(missing.values()), sum(file.size for file in wanted.values())
+    say(
+        f"{repo.id} at {repo.commit[:7]} from {_endpoint()}: {len(wanted)} file{'s' * (len(wanted) > 1)}, "
+        f"{format_bytes(total)}, {format_bytes(to_fetch)} to fetch",
+        flush=True,
+    )
+    for folder in {path.parent for path in missing}:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < to_fetch + SPARE_BYTES:
+            raise RunError(
+                f"{format_bytes(to_fetch)} to fetch, but only {format_bytes(free)} free in {show_path(folder)}; "
+                "free some space, or choose another disk with --output-dir"
+            )
+    for path, file in wanted.items():
+        if path in missing:
+            _fetch(repo, file, path)
+        yield path
 
 
-def _read_entry(entry, endpoint):
-    """The HubFile of one entry of a listing (dict); RunError where a field is not as the Hub has it."""
-    path, size, blob, lfs = (entry.get(name) for name in ("path", "size", "oid", "lfs"))
-    sha256 = lfs.get("oid") if isinstance(lfs, dict) else ""
-    if not (
-        entry.get("type") == "file"
-        and _is_file_path(path)
-        and type(size) is int
-        and size >= 0
-        and _is_digest(blob, COMMIT)
-        and (lfs is None or _is_digest(sha256, SHA256))
-    ):
-        raise RunError(f"{endpoint} does not list files as the Hub does: {shorten(repr(entry), 200)}")
-    return HubFile(path, size, blob, sha256)
+def _fetch(repo, file, path):
+    """Bring one file to its place, whole and verified; a damaged one is fetched a second time."""
+    part = _part(path, file)
+    for other in path.parent.glob("*.part"):  # what is left of another commit's file of this name
+        if other != part and re.fullmatch(re.escape(path.name) + r"\.[0-9a-f]{12}\.part", other.name):
+            other.unlink()
+    for last in (False, True):
+        with _errors_told(repo, file.path):
+            _transfer(repo, file, part)
+        problem = damage(part, file)
+        if not problem:
+            os.replace(part, path)
+            return
+        part.unlink()
+        if not last:
+            say(f"  {file.path} arrived damaged ({problem}); fetching it once more", flush=True)
+    raise RunError(
+        f"{file.path} of {repo.id} arrived damaged twice from {_endpoint()} ({problem}); try another mirror in HF_ENDPOINT"
+    )
 
 
-def _is_digest(value, pattern):
-    return isinstance(value, str) and bool(pattern.fullmatch(value))
+def _transfer(repo, file, part):
+    """Bring `part` from the size it has to its full size. Failures that may pass are repeated, and counted anew after progress."""
+    import httpx2
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
 
-
-def _is_file_path(path):
-    """Whether `path` can be a file's in a repository: relative, inside it, without control characters or half characters."""
-    return is_text(path) and printable(path) == path and not {"", ".", ".."} & set(path.split("/"))
-
-
-def _check_space(folder, to_fetch):
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < to_fetch + SPARE_BYTES:
-        raise RunError(
-            f"{format_bytes(to_fetch)} to fetch, but only {format_bytes(free)} free in {show_path(folder)}; "
-            "free some space, or choose another disk with --output-dir"
-        )
-
-
-def _write_blocks(blocks, part, done, file):
-    """Write `blocks` (bytes) into `part` from position `done` on, and return the position reached."""
-    with open(part, "r+b", buffering=0) as out, ByteProgress(file.path, done, file.size) as progress:
-        out.seek(done)
-        for block in blocks:
-            out.write(block)
-            done += len(block)
-            progress.show(done)
-            if done > file.size:
-                break  # not our file; the check of the size will say so
-        out.truncate()
-        os.fsync(out.fileno())
-    return done
+    url = hf_hub_url(repo.id, file.path, repo_type=repo.kind, revision=repo.commit, endpoint=_endpoint())
+    # identity: a compressed answer would have neither the listed size nor ranges of the file itself
+    headers, failures = build_hf_headers() | {"Accept-Encoding": "identity"}, 0
+    constants.DOWNLOAD_CHUNK_SIZE = (
+        256 << 10
+    )  # 10 MiB, on a slow line, are minutes without a sign, and lost by a kill
+    while True:
+        done = _size(part)
+        if done:
+            say(f"  {file.path}: going on at {format_bytes(done)} of {format_bytes(file.size)}", flush=True)
+        try:
+            with open(part, "ab") as out:
+                options = {"headers": headers, "expected_size": file.size, "displayed_filename": file.path}
+                http_get(url, out, resume_size=min(done, file.size), tqdm_class=bar, **options)
+                out.flush()
+                os.fsync(out.fileno())
+            return
+        except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+            if status == 416:  # the server cannot go on there
+                part.unlink()
+            # An OSError without a number is http_get's word for a wrong size.
+            broken = not status and (isinstance(error, httpx2.HTTPError) or not error.errno)
+            failures = 1 if _size(part) > done else failures + 1
+            if failures > RETRIES or not (status >= 500 or status == 416 or broken):
+                raise
+            wait = min(2 ** (failures - 1), 30)
+            say(f"  {file.path}: {_cause(error)}; again in {wait} s", flush=True)
+            time.sleep(wait)
 
 
 def damage(path: Path, file: HubFile) -> str:
-    """How the file on disk differs from the listed one; "" where it does not. Reads all of it."""
+    """How the file on disk differs from the listed one; "" if it does not. Reads all of it."""
     if path.stat().st_size != file.size:
         return f"{path.stat().st_size:,} bytes, wanted {file.size:,}"
     if file.sha256:
@@ -243,36 +239,154 @@ def damage(path: Path, file: HubFile) -> str:
     return "" if found == file.digest else f"{kind} {found[:12]}..., wanted {file.digest[:12]}..."
 
 
-def read_record(path: Path) -> dict:
-    """A source.json as a dict; {} where there is none."""
+def _part(path, file):
+    """Where a file grows. Its name holds what it will be, so that the halves of two commits never meet."""
+    return path.with_name(f"{path.name}.{file.digest[:12]}.part")
+
+
+def _size(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+# ---- What a failure means, in one line
+
+
+def _endpoint():
+    return (os.environ.get("HF_ENDPOINT") or HOME).rstrip("/")
+
+
+@contextlib.contextmanager
+def _errors_told(repo, path=""):
+    """Turn what the Hub client raises into a UserError or a RunError. The commit of `repo` may be the revision that was asked for."""
+    os.environ.setdefault(
+        "HF_HUB_DISABLE_TELEMETRY", "1"
+    )  # before huggingface_hub is imported: not even versions are told
+    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "30")  # seconds without a byte
+    import httpx2
+    from huggingface_hub import errors
+
+    endpoint = _endpoint()
+    if not re.match(r"https?://[^/]", endpoint):
+        raise UserError(f"HF_ENDPOINT is {endpoint!r}, wanted an address such as {HOME}")
+    if not os.environ.get("HF_TOKEN", "").isascii():
+        raise UserError("HF_TOKEN is not a token: it holds characters that no token has")
+    try:
+        yield
+    except errors.OfflineModeIsEnabled:
+        raise UserError("HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it") from None
+    except errors.GatedRepoError:
+        raise UserError(
+            f"{repo.id} is gated: accept its terms at {repo.page}, then set HF_TOKEN to a token of that account"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{repo.id} has no revision {repo.commit!r}; see {repo.page}/commits/main") from None
+    except errors.EntryNotFoundError:
+        raise UserError(
+            f"{repo.id} has no file {path} at {repo.commit[:7]} on {endpoint}; see {repo.page}/tree/main"
+        ) from None
+    except errors.RepositoryNotFoundError as error:
+        where = f"no {repo.kind} {repo.id} on {endpoint} ({_cause(error)})"
+        raise UserError(f"{where}; check the name, or set HF_TOKEN if it is private") from None
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 401:
+            raise UserError(
+                f"the token in HF_TOKEN was refused ({_cause(error)}); unset it, or make one at {HOME}/settings/tokens"
+            ) from None
+        if status == 403:
+            raise UserError(
+                f"reading {repo.id} is not allowed ({_cause(error)}); ask for access at {repo.page}"
+            ) from None
+        mend = (
+            "wait some minutes, or set HF_TOKEN"
+            if status == 429
+            else "try later, or another mirror in HF_ENDPOINT"
+        )
+        raise RunError(f"{_cause(error)}; {mend}; the same command goes on from here") from None
+    except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, httpx2.LocalProtocolError, ImportError) as error:
+        raise UserError(
+            f"no request to {endpoint} can be made ({error}); check HF_ENDPOINT, HF_TOKEN and the proxy"
+        ) from None
+    except httpx2.HTTPError as error:
+        advice = f"check the network, the proxy and HF_ENDPOINT ({endpoint})"
+        raise RunError(f"{_cause(error)}; {advice}; the same command goes on from here") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise RunError(
+            f"{endpoint} does not answer as the Hub does; check HF_ENDPOINT and the network's login page"
+        ) from None
+
+
+def _cause(error):
+    """What went wrong, without the lines of advice that huggingface_hub adds."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        reason = response.headers.get("X-Error-Message") or response.reason_phrase
+        return f"{response.url.host} answered {response.status_code} ({reason})"
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"the connection broke ({text})"
+
+
+# ---- Records of downloads, and models in the Hub's own cache
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A source.json as a dict; {} if there is none."""
     record = read_json(path) if path.exists() else {}
     if not isinstance(record, dict) or not isinstance(record.get("files", {}), dict):
         raise UserError(f"{show_path(path)} is not a record of a download; delete it and run this again")
     return record
 
 
-def unchanged(path: Path, recorded: dict, record_path: Path) -> bool:
-    """Whether a file is still as `recorded` ({"size", "sha256"}) in the record that was written after it.
-
-    Read only where its time is not older than the record's: a folder of gigabytes is recognised at once.
-    """
-    if not isinstance(recorded, dict) or not path.is_file() or path.stat().st_size != recorded.get("size"):
-        return False
-    older = path.stat().st_mtime_ns < record_path.stat().st_mtime_ns
-    return older or sha256_of(path) == recorded.get("sha256")
-
-
-def _part(path, file):
-    """Where a file grows. Its name holds what it will be, so that the halves of two commits never meet."""
-    return path.with_name(f"{path.name}.{file.digest[:12]}.part")
-
-
-def _remove_other_parts(path, part):
-    """Delete what is left of another commit's file of this name."""
-    for other in path.parent.glob("*.part"):
-        if other != part and re.fullmatch(re.escape(path.name) + r"\.[0-9a-f]{12}\.part", other.name):
-            other.unlink()
+def model_files(repo: Repo) -> dict[str, HubFile]:
+    """{name: HubFile} of what transformers needs. UserError where there are no safetensors weights or no config."""
+    files = {
+        name: file
+        for name, file in repo.files.items()
+        if not set(name) & set("/\\:") and any(fnmatch.fnmatchcase(name, kind) for kind in MODEL_FILES)
+    }
+    if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
+        raise UserError(
+            f"{repo.id} holds no config.json with *.safetensors weights, and other kinds are not fetched "
+            f"(it holds {', '.join(sorted(repo.files)[:8])}); see {repo.page}/tree/main"
+        )
+    return files
 
 
-def _size(path):
-    return path.stat().st_size if path.exists() else 0
+def cached_model(model: str) -> Path | None:
+    """The folder of a model in huggingface_hub's cache, at the commit that main meant when it was brought; None without one."""
+    place = _cache_of(model)
+    reference = place / "refs" / "main"
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else ""
+    folder = place / "snapshots" / commit
+    return folder if COMMIT.fullmatch(commit) and folder.is_dir() else None
+
+
+def local_folder(model: str) -> str:
+    """The folder of a model: itself, or where the cache holds what a Hub id names. UserError if it does not."""
+    if Path(model).is_dir():
+        return model
+    folder = cached_model(model)
+    if folder is None:
+        raise UserError(
+            f"{model} is not on this machine; get it with: python model_download/download_model.py --model {model}"
+        )
+    return str(folder)
+
+
+def fetch_model(model: str) -> Path:
+    """Bring a model into huggingface_hub's cache, every file verified, and return its folder; other programs find it there, too."""
+    with contextlib.redirect_stdout(sys.stderr):  # chat's stdout holds answers and nothing else
+        repo = look_up("model", model, "main")
+        folder = _cache_of(model) / "snapshots" / repo.commit
+        files = {folder / name: file for name, file in model_files(repo).items()}
+        for _ in download(repo, files, files):
+            pass
+    with atomic_write(_cache_of(model) / "refs" / "main") as file:
+        file.write(repo.commit)
+    return folder
+
+
+def _cache_of(model):
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}"

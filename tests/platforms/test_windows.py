@@ -9,10 +9,9 @@ import pytest
 from conftest import ROOT
 from small_runs import arguments, make_place, same_weights
 
-from model_download.download_model import choose_files
 from utils import errors
 from utils.errors import UserError, run
-from utils.hub import HubFile, Repo
+from utils.hub import HubFile, Repo, model_files
 from utils.model.folder import check_model
 from utils.training import callbacks, lock
 
@@ -161,7 +160,7 @@ def test_names_in_a_listing_stay_in_their_folder():
         "../evil.safetensors",
     ]
     listed = {name: HubFile(name, 1, "0" * 40, "") for name in names}
-    assert set(choose_files(Repo("model", "a/b", "0" * 40, None, listed))) == {
+    assert set(model_files(Repo("model", "a/b", "0" * 40, None, listed))) == {
         "config.json",
         "model.safetensors",
     }

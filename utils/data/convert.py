@@ -18,7 +18,7 @@ from utils.data.schemas import OUTPUT_FILES, ConvertedRow, RowOptions, convert_r
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.memory import memory_for_process
-from utils.text import ByteProgress, format_bytes
+from utils.text import bar, format_bytes
 
 LONG = 40  # characters without filler: as long as a case description, too long for a name in a template
 LONG_ANSWER = 20  # characters: two rows do not share such an answer by chance
@@ -79,7 +79,7 @@ def recognise(sources: list[InputFile], options: RowOptions, folder: Path) -> Re
     """Read and recognise every row."""
     size, forecast_at = sum(source.size for source in sources), FORECAST_ROWS
     found = Recognised(folder)
-    with ByteProgress("rows recognised", 0, size, always=False) as meter:
+    with bar(desc="rows recognised", total=size, unit="B", unit_scale=True) as meter:
         for file, source in enumerate(sources):
             for line, raw in read_rows(source):
                 _add_row(found, file, source, options, line, raw)
@@ -89,8 +89,8 @@ def recognise(sources: list[InputFile], options: RowOptions, folder: Path) -> Re
                     _refuse_too_many(len(found.rows), done / size)
                     forecast_at *= 2
                 if len(found.rows) % 1000 == 0:
-                    meter.show(done)
-        meter.show(size)
+                    meter.update(done - meter.n)
+        meter.update(size - meter.n)
     return found
 
 

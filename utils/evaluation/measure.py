@@ -18,11 +18,11 @@ from utils.evaluation.exams import choices_by_letter, choices_by_text, choices_o
 from utils.evaluation.metrics import Results
 from utils.evaluation.questions import ExamQuestion, Tests, as_question, kind_of
 from utils.files import sample_by_id, sha256_of, show_path
+from utils.hub import local_folder
 from utils.kept import digest, read_kept, write_kept
 from utils.model.chat_format import encode_answer, encode_prompt, encode_turns
 from utils.model.folder import adapter_base, load_model, load_tokenizer, model_sha256
 from utils.model.generate import stop_tokens
-from utils.model.hub_models import local_folder
 from utils.model.logprobs import answer_logps, pack_for_scoring
 from utils.model.packed_forward import prepare_packed
 from utils.settings import Settings

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from utils.errors import NO_MEMORY, UserError
 from utils.files import read_json, sha256_of, show_path, write_json
+from utils.hub import cached_model, fetch_model, local_folder
 from utils.model.chat_format import DECODING, generation_settings, with_default_mode, without_modes
 from utils.model.folder_checks import INDEX, cannot_load, check_files
-from utils.model.hub_models import fetch, local_folder
 from utils.model.template_check import problem_of
 from utils.settings import ROOT
 
@@ -159,7 +159,7 @@ def quiet_offline(*models):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for model in models:
         if not Path(model).is_dir():
-            fetch(model)
+            _bring(model)
             check_model(local_folder(model))
     os.environ["HF_HUB_OFFLINE"] = "1"
     # peft asks transformers for this under its old name; nothing that a user could change
@@ -169,6 +169,15 @@ def quiet_offline(*models):
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # "Loading weights" bars of a fraction of a second
+
+
+def _bring(model):
+    """Bring the model of a Hub id into the cache, unless it is there and can be used."""
+    folder = cached_model(model)
+    with contextlib.suppress(UserError):
+        if folder:
+            return check_files(folder)
+    check_files(fetch_model(model))
 
 
 def load_tokenizer(model):

@@ -1,0 +1,433 @@
+"""Downloads, against a stand-in for the Hub on the loopback: whole and verified, or one line that tells the cause."""
+
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+from fake_hub import TOKEN, FakeHub
+
+from data_prepare import download_tcm_data
+from model_download import download_model
+from utils import hub as client
+from utils.errors import RunError, UserError, run
+from utils.model.folder import load_model, load_tokenizer, model_sha256, quiet_offline
+
+MODEL = {
+    "config.json": b'{"model_type": "qwen3"}',
+    "tokenizer.json": b"{}",
+    "LICENSE": b"Apache",
+    "README.md": b"card",
+    "model.safetensors": random.Random(1).randbytes(3_000_000),
+    "pytorch_model.bin": b"pickle",
+    "modeling.py": b"code",
+    "mlx/model.safetensors": b"other",
+}
+ROWS = "".join(
+    json.dumps({"query": f"问{n}", "response": "答" * 20}, ensure_ascii=False) + "\n" for n in range(2000)
+).encode()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A FakeHub with one model and one data set, as HF_ENDPOINT; `hub.waits` holds the waits instead of waiting."""
+    import huggingface_hub
+
+    fake = FakeHub()
+    fake.commit = fake.add("model", "tcm/small", MODEL)
+    fake.add("dataset", "tcm/rows", {"train.json": ROWS, "README.md": b"card", "dataset_infos.json": b"{}"})
+    fake.waits = []
+    for name in list(os.environ):
+        if name.upper().endswith("_PROXY") or name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_ENDPOINT", fake.url)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # put back after the test, whatever sets it
+    for name, value in {
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DOWNLOAD_TIMEOUT": 0.5,
+        "HF_TOKEN_PATH": str(tmp_path / "no-token"),
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+    }.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setattr(time, "sleep", fake.waits.append)
+    yield fake
+    huggingface_hub.close_session()
+    fake.stop()
+
+
+@pytest.fixture
+def get(capsys, tmp_path):
+    """get(script, ...) -> (exit code, stdout, the last line of stderr); get.folder is the output folder. No token is ever
+    printed or kept."""
+
+    def call(script, *arguments):
+        code = run(lambda: script.main([*map(str, arguments), "--output-dir", str(call.folder)]))
+        out, err = capsys.readouterr()
+        assert (os.environ.get("HF_TOKEN") or TOKEN) not in out + err and err.count("error: ") == (code != 0)
+        assert not any(TOKEN.encode() in path.read_bytes() for path in call.folder.glob("*"))
+        return code, out, err.splitlines()[-1] if err else ""
+
+    call.folder = tmp_path / "got"
+    call.model = lambda *arguments: call(download_model, "--model", "tcm/small", *arguments)
+    call.data = lambda *arguments: call(download_tcm_data, "--dataset", "tcm/rows", *arguments)
+    return call
+
+
+def assert_whole(folder):
+    """The wanted files are there, right to the last bit, and no unfinished one."""
+    wanted = {"config.json", "tokenizer.json", "LICENSE", "model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == wanted | {"source.json"}
+    assert all((folder / name).read_bytes() == MODEL[name] for name in wanted)
+
+
+# ---- What is fetched, recorded and recognised
+
+
+def test_of_a_model_only_what_is_needed_is_fetched_and_recorded(hub, get):
+    code, out, _ = get.model()
+    assert code == 0 and "next: python model_download/load_local_model.py" in out
+    assert_whole(get.folder)
+    source = json.loads((get.folder / "source.json").read_text(encoding="utf-8"))
+    assert (source["repo"], source["revision"], source["asked_for"]) == ("tcm/small", hub.commit, "main")
+    assert source["licence"] == "apache-2.0"
+    for name in ("config.json", "model.safetensors"):
+        assert source["files"][name] == {
+            "size": len(MODEL[name]),
+            "sha256": hashlib.sha256(MODEL[name]).hexdigest(),
+        }
+    assert {path.rpartition("/")[2] for path, _ in hub.asked("/resolve/")} == set(source["files"])
+    hub.log.clear()
+    code, out, _ = get.model("--revision", hub.commit)
+    assert (code, out.count("\n"), hub.log) == (0, 1, []) and "is complete in" in out
+    damaged = bytearray(MODEL["model.safetensors"])
+    damaged[5] ^= 1
+    (get.folder / "model.safetensors").write_bytes(damaged)
+    assert get.model("--revision", hub.commit)[0] == 0  # found and mended
+    assert_whole(get.folder)
+
+
+def test_what_is_there_already_is_not_overwritten(hub, get):
+    get.folder.mkdir()
+    (get.folder / "LICENSE").write_text("mine", encoding="utf-8")
+    code, _, err = get.model()
+    assert code == 2 and "LICENSE is there, but is not LICENSE of tcm/small" in err
+    assert (get.folder / "LICENSE").read_text(encoding="utf-8") == "mine"
+    (get.folder / "LICENSE").unlink()
+    get.model()
+    commit = hub.add("model", "tcm/small", {**MODEL, "config.json": b"{}"})
+    code, _, err = get.model()
+    assert code == 2 and f"holds tcm/small at {hub.commit}, not tcm/small at {commit}; delete it" in err
+    assert_whole(get.folder)
+
+
+def test_data_set_keeps_its_bytes_and_records_rows(hub, get):
+    code, out, _ = get.data()
+    assert code == 0 and "2,000 rows, licence: apache-2.0" in out
+    assert (get.folder / "rows-train.json").read_bytes() == ROWS
+    source = json.loads((get.folder / "rows-train.source.json").read_text(encoding="utf-8"))
+    wanted = {"repo": "tcm/rows", "file": "train.json", "rows": 2000, "size": len(ROWS)}
+    assert source.items() >= {**wanted, "sha256": hashlib.sha256(ROWS).hexdigest()}.items()
+    hub.log.clear()
+    code, out, _ = get.data("--files", "train.json", "--revision", source["revision"])
+    assert (code, out.count("\n"), hub.log) == (0, 1, [])
+
+
+def test_data_files_of_two_folders_stay_apart_and_clashes_are_refused(hub, get):
+    hub.add("dataset", "tcm/many", {"zh/a.jsonl": b"{}\n", "en/a.jsonl": b"{}\n{}\n", "b.csv": b"q,a\n"})
+    assert get(download_tcm_data, "--dataset", "tcm/many")[0] == 0
+    names = {"many-zh-a.jsonl", "many-en-a.jsonl", "many-b.csv"}
+    assert {path.name for path in get.folder.glob("*[lv]")} == names
+    assert json.loads((get.folder / "many-b.source.json").read_text(encoding="utf-8"))["rows"] is None
+    hub.add("dataset", "tcm/clash", {"a.csv": b"", "A.tsv": b""})
+    code, _, err = get(download_tcm_data, "--dataset", "tcm/clash")
+    assert code == 2 and "A.tsv, a.csv would get the same name here; choose with --files" in err
+
+
+@pytest.mark.parametrize(
+    "content, rows",
+    [(b'{"a": 1}\n\n{"a": 2}', 2), (b'[{"a": 1},\n{"a": 2}]', None), (b'{\n"a": 1\n}', None), (b"", None)],
+)
+def test_rows_are_counted_in_json_lines_only(tmp_path, content, rows):
+    (tmp_path / "x.json").write_bytes(content)
+    assert download_tcm_data.count_rows(tmp_path / "x.json") == rows
+
+
+def test_sample_and_tiny_model_are_offline(get, tmp_path, monkeypatch):
+    monkeypatch.setattr(download_tcm_data, "SAMPLE_DIR", tmp_path)
+    code, _, err = get(download_tcm_data, "--dataset", "sample")
+    assert code == 2 and "tcm_sample.jsonl does not exist; make it with: git checkout" in err
+    for name in ("tcm_sample.jsonl", "tcm_exam.jsonl"):
+        (tmp_path / name).write_bytes(ROWS)
+    code, out, _ = get(download_tcm_data, "--dataset", "sample")
+    assert code == 0 and "next: python data_prepare/convert_to_qwen3_format.py" in out
+    assert (get.folder / "tcm_exam.jsonl").read_bytes() == ROWS
+    assert json.loads((get.folder / "tcm_sample.source.json").read_text(encoding="utf-8"))["rows"] == 2000
+    monkeypatch.setattr(download_model, "TINY_DIR", tmp_path / "tiny")
+    code, _, err = get(download_model, "--model", "tiny")
+    assert code == 2 and "the built-in model is missing; get it back with: git checkout" in err
+
+
+def test_the_token_and_the_pages_stay_with_the_endpoint(hub, get, monkeypatch):
+    """A `next` link to another server is asked of the endpoint, and a redirect of a file loses the token."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    other = FakeHub()
+    other.add("model", "tcm/small", MODEL)
+    hub.add("model", "tcm/small", MODEL, page_size=3)
+    page = f'<{other.url}/api/models/tcm/small/tree/{hub.commit}?recursive=true&cursor=3>; rel="next"'
+    entries = json.dumps(hub.repos["models", "tcm/small"]["entries"][:3]).encode()
+    hub.fault("/tree/", times=1, status=200, body=entries, headers={"Link": page})
+    location = f"{other.url}/tcm/small/resolve/main/config.json"
+    hub.fault("/resolve/.*config.json", status=302, headers={"Location": location})
+    assert get.model()[0] == 0
+    assert_whole(get.folder)
+    assert len(hub.asked("/tree/")) == 3 and all(
+        "Authorization" in headers for _, headers in hub.asked("/api/")
+    )
+    assert [path for path, _ in other.log] == ["/tcm/small/resolve/main/config.json"]
+    assert not any("Authorization" in headers for _, headers in [*other.log, *hub.asked("/storage/")])
+    other.stop()
+
+
+# ---- Faults that pass
+
+
+@pytest.mark.parametrize(
+    "where, fault, told",
+    [
+        ("/revision/", {"times": 2, "status": 503}, ""),
+        ("/tree/", {"times": 1, "status": 429}, ""),
+        (
+            "/resolve/.*/model.safetensors",
+            {"times": 1, "status": 503},
+            "127.0.0.1 answered 503 (Service Unavailable); again",
+        ),
+        ("/storage/", {"times": 1, "cut": 1_000_000}, ""),
+        ("/storage/", {"times": 1, "cut": 1_000_000, "rst": True}, "going on at "),
+        ("/storage/", {"times": 1, "cut": 1_000_000, "short": True}, "going on at 976.6 KiB of 2.9 MiB"),
+        ("/storage/", {"times": 1, "cut": 1_000_000, "hang": 1}, ""),
+        ("/storage/", {"times": 1, "corrupt": True}, "model.safetensors arrived damaged (sha256 "),
+        ("/config.json", {"times": 1, "corrupt": True}, "config.json arrived damaged (git blob id "),
+    ],
+)
+def test_faults_that_pass(hub, get, where, fault, told):
+    hub.fault(where, **fault)
+    code, out, _ = get.model()
+    assert code == 0 and told in out
+    assert_whole(get.folder)
+    ranges = [headers["Range"] for _, headers in hub.asked("/storage/") if "Range" in headers]
+    assert bool(ranges) == ("cut" in fault)  # what arrived is kept
+
+
+@pytest.mark.parametrize("then", [{"ignore_range": True}, {"times": 1, "status": 416}])
+def test_servers_that_cannot_go_on(hub, get, then):
+    hub.fault("/storage/", times=1, cut=1_000_000, rst=True)
+    hub.fault("/storage/", **then)
+    assert get.model()[0] == 0
+    assert_whole(get.folder)
+
+
+def test_killed_download_goes_on(hub, get, tmp_path):
+    hub.fault("/storage/", times=1, cut=2_000_000, hang=30)
+    command = [sys.executable, ROOT / "model_download/download_model.py", "--model", "tcm/small"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0"}
+    killed = subprocess.Popen(
+        [*command, "--output-dir", get.folder], stdout=subprocess.DEVNULL, env=environment
+    )
+    deadline = time.monotonic() + 20
+    while not (parts := [p for p in get.folder.glob("model*.part") if p.stat().st_size >= 1_800_000]):
+        assert time.monotonic() < deadline and killed.poll() is None
+    killed.kill()
+    killed.wait()
+    assert not (get.folder / "model.safetensors").exists() and not (get.folder / "source.json").exists()
+    size = parts[0].stat().st_size
+    code, out, _ = get.model()
+    assert code == 0 and "model.safetensors: going on at 1." in out and not parts[0].exists()
+    assert hub.asked("/storage/")[1][1]["Range"] == f"bytes={size}-"
+    assert_whole(get.folder)
+
+
+def test_part_of_another_commit_is_not_mixed_in(hub, get, monkeypatch):
+    monkeypatch.setattr(client, "RETRIES", 0)
+    hub.fault("/storage/", cut=1_000_000, rst=True)
+    assert get.model()[0] == 1
+    hub.faults.clear()
+    hub.add("model", "tcm/small", {**MODEL, "model.safetensors": MODEL["model.safetensors"][::-1]})
+    assert get.model()[0] == 0
+    assert (get.folder / "model.safetensors").read_bytes() == MODEL["model.safetensors"][::-1]
+    assert not list(get.folder.glob("*.part"))
+
+
+# ---- Faults that stay
+
+
+@pytest.mark.parametrize(
+    "where, fault, code, told",
+    [
+        ("/storage/", {"corrupt": True}, 1, "model.safetensors of tcm/small arrived damaged twice from http"),
+        ("/revision/", {"status": 503}, 1, "127.0.0.1 answered 503 (Service Unavailable); try later, or another mirror"),
+        ("/storage/", {"status": 503}, 1, "localhost answered 503 (Service Unavailable); try later, or another mirror"),
+        ("/storage/", {"status": 429}, 1, "localhost answered 429 (Too Many Requests); wait some minutes, or set HF_TOKEN"),
+        ("/revision/", {"stall": 1}, 1, "the connection broke (timed out); check the network"),
+        ("/revision/", {"status": 403}, 2, "reading tcm/small is not allowed (127.0.0.1 answered 403 (Forbidden))"),
+        ("/resolve/.*config", {"status": 404, "headers": {"X-Error-Code": "EntryNotFound"}}, 2, "tcm/small has no file config.json"),
+        ("/revision/", {"status": 200}, 1, "does not answer as the Hub does; check HF_ENDPOINT and the network's login page"),
+        ("/revision/", {"status": 200, "body": b'{"sha": "../x"}'}, 1, "gives commit ../x for tcm/small"),
+        ("/tree/", {"status": 200, "body": b'[{"type": "file"}]'}, 1, "does not answer as the Hub does"),
+        ("/tree/", {"status": 200, "body": b"[" * 100_000}, 1, "does not answer as the Hub does"),
+        (
+            "/tree/",
+            {"status": 200, "body": b'[{"type": "file", "path": "../x.safetensors", "size": 1, "oid": "%s"}]' % (b"0" * 40)},
+            1,
+            "does not answer as the Hub does",
+        ),
+        ("/resolve/", {"status": 302, "headers": {"Location": "/tcm/small/resolve/main/config.json"}}, 1, "redirect"),
+    ],
+)  # fmt: skip
+def test_faults_that_stay_are_told_in_one_line(hub, get, where, fault, code, told):
+    hub.fault(where, **fault)
+    ended, _, err = get.model()
+    assert ended == code and told in err
+    assert not (get.folder / "source.json").exists()
+
+
+@pytest.mark.parametrize(
+    "environment, arguments, told",
+    [
+        ({}, ["--model", "tcm/gated"], "tcm/gated is gated: accept its terms at https://huggingface.co/tcm/gated, then set HF_TOKEN"),
+        ({"HF_TOKEN": "hf_wrong"}, [], "the token in HF_TOKEN was refused (127.0.0.1 answered 401 (Invalid credentials"),
+        ({"HF_TOKEN": "令牌"}, [], "HF_TOKEN is not a token"),
+        ({}, ["--model", "tcm/nothing"], "no model tcm/nothing on http"),
+        ({"HF_TOKEN": TOKEN}, ["--model", "tcm/nothing"], "answered 404 (Repository not found)); check the name"),
+        ({}, ["--revision", "v9"], "tcm/small has no revision 'v9'; see https://huggingface.co/tcm/small/commits/main"),
+        ({}, ["--model", "small"], "'small' is not the name of a model on the Hub, wanted owner/name"),
+        ({}, ["--model", "tcm/pickles"], "no config.json with *.safetensors weights"),
+        ({"HF_ENDPOINT": "hf-mirror.com"}, [], "HF_ENDPOINT is 'hf-mirror.com', wanted an address"),
+        ({"ALL_PROXY": "socks5://127.0.0.1:1"}, [], "can be made"),
+    ],
+)  # fmt: skip
+def test_what_the_user_can_mend_is_told(hub, get, monkeypatch, environment, arguments, told):
+    hub.add("model", "tcm/gated", MODEL, gated=True)
+    hub.add("model", "tcm/pickles", {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = get(download_model, "--model", "tcm/small", *arguments)
+    assert code == 2 and told in err and not hub.waits
+
+
+def test_a_gated_model_is_fetched_with_the_right_token(hub, get, monkeypatch):
+    hub.add("model", "tcm/small", MODEL, gated=True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert get.model()[0] == 0
+    assert_whole(get.folder)
+
+
+def test_files_of_other_names_and_other_originals_are_refused(hub, get):
+    code, _, err = get.data("--files", "trian.json")
+    assert code == 2 and "tcm/rows has no data file trian.json" in err and "did you mean train.json?" in err
+    hub.add("model", download_model.PINNED_MODEL, MODEL, commit=download_model.PINNED_COMMIT)
+    code, _, err = get(download_model)
+    assert code == 1 and "lists another model.safetensors for Qwen/Qwen3-0.6B than this script knows" in err
+    assert not hub.asked("/resolve/")
+
+
+def test_no_connection_and_no_network_at_all(hub, get, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    code, _, err = get.model()
+    assert code == 1 and "refused" in err and f"HF_ENDPOINT ({address})" in err
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, _, err = get.model()
+    assert code == 2 and "HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it" in err
+
+
+def test_disks_that_are_or_become_full(hub, get, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+        code, _, err = get.model()
+    assert code == 1 and "2.9 MiB to fetch, but only 976.6 KiB free in" in err and not hub.asked("/resolve/")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, _, err = get.model()
+    assert code == 1 and "the disk is full; free some space and run the same command again" in err
+
+
+def test_proxy_is_used(hub, get, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", hub.url)
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+    hub.add("dataset", "tcm/rows", {"train.json": b"{}\n"})  # small: no storage elsewhere
+    assert get.data()[0] == 0
+    assert {headers["Host"] for _, headers in hub.asked("/api/")} == {"hub.invalid"}
+
+
+# ---- Models named by a Hub id
+
+
+@pytest.fixture
+def files(tiny_folder):
+    return {path.name: path.read_bytes() for path in tiny_folder.iterdir() if path.is_file()}
+
+
+def test_a_model_is_brought_once_and_used_as_a_folder(hub, files, tiny_folder, capsys):
+    import torch
+
+    commit = hub.add("model", "tcm/tiny", files | {"modeling.py": b"code", "pytorch_model.bin": b"pickle"})
+    quiet_offline("tcm/tiny")
+    out, err = capsys.readouterr()
+    assert out == "" and "tcm/tiny at" in err  # chat's stdout holds answers alone
+    asked = len(hub.log)
+    folder = client.local_folder("tcm/tiny")
+    assert folder.endswith(f"models--tcm--tiny/snapshots/{commit}")
+    assert not [name for name in ("modeling.py", "pytorch_model.bin") if hub.asked(f"/{name}")]
+    theirs, ours = load_model("tcm/tiny", torch.float32), load_model(str(tiny_folder), torch.float32)
+    for one, other in zip(theirs.parameters(), ours.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert load_tokenizer("tcm/tiny").chat_template == load_tokenizer(str(tiny_folder)).chat_template
+    assert model_sha256("tcm/tiny") == model_sha256(str(tiny_folder))
+    quiet_offline("tcm/tiny")
+    assert len(hub.log) == asked
+    (client.cached_model("tcm/tiny") / "model.safetensors").unlink()
+    quiet_offline("tcm/tiny")
+    assert (client.cached_model("tcm/tiny") / "model.safetensors").read_bytes() == files["model.safetensors"]
+
+
+def test_what_huggingface_hub_brought_is_used(hub, files, tmp_path):
+    commit = hub.add("model", "tcm/tiny", files)
+    snapshot = tmp_path / "cache/models--tcm--tiny/snapshots" / commit
+    (blobs := snapshot.parents[1] / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for name, content in files.items():  # as it lays them out: links to blobs
+        (blobs / name).write_bytes(content)
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text(commit, encoding="utf-8")
+    quiet_offline("tcm/tiny")
+    load_tokenizer("tcm/tiny")
+    assert not hub.log
+
+
+def test_a_model_that_cannot_be_had_is_told(hub, files):
+    with pytest.raises(UserError, match="tcm/none"):
+        quiet_offline("tcm/none")
+    hub.add("model", "tcm/tiny", {**files, "config.json": b'{"model_type": "llama"}'})
+    with pytest.raises(UserError, match="llama"):
+        quiet_offline("tcm/tiny")
+    hub.add("model", "tcm/other", files)
+    hub.fault("/storage/", corrupt=True)
+    with pytest.raises(RunError, match="arrived damaged twice"):
+        quiet_offline("tcm/other")
+    with pytest.raises(UserError, match="not on this machine; get it with: .* --model tcm/other"):
+        client.local_folder("tcm/other")
