@@ -35,6 +35,31 @@ def test_greedy_equals_generate(tiny_folder, dtype, penalty):
         assert len(set(ours)) > 3  # a model that says one token for ever would prove nothing
 
 
+def less_repeated(length, frequency, presence):
+    """A logits processor of transformers: OpenAI's formula for the tokens after the first `length`."""
+
+    def process(ids, scores):
+        said = ids[0, length:].tolist()
+        for token in set(said):
+            scores[0, token] -= said.count(token) * frequency + presence
+        return scores
+
+    return [process]
+
+
+@pytest.mark.parametrize("frequency, presence", [(0.4, 0.0), (0.0, 1.5), (-0.3, 0.5)])
+def test_penalties_of_openai(chat_model, frequency, presence):
+    prompts, stop = prompts_of(chat_model), chat_model.stream.stop
+    decoding = Decoding(frequency_penalty=frequency, presence_penalty=presence)
+    expected = []
+    for prompt in prompts:
+        processor = less_repeated(len(prompt), frequency, presence)
+        expected.append(reference(chat_model, prompt, 30, logits_processor=processor))
+        answer = list(TokenStream(chat_model.model, stop).answer(prompt, decoding, 30))
+        assert answer == expected[-1] != reference(chat_model, prompt, 30)
+    assert generate_tokens(chat_model.model, prompts, stop, 30, decoding) == expected
+
+
 def test_stops_where_generate_stops(chat_model):
     prompt = prompts_of(chat_model)[1]
     stop = {reference(chat_model, prompt, 40)[20]}
@@ -84,7 +109,7 @@ def test_sampling_follows_its_probabilities_and_its_seed():
 
     def draws(count):
         random = torch.Generator().manual_seed(3)
-        return [choose(logits, decoding, [], random) for _ in range(count)]
+        return [choose(logits, decoding, [], random, []) for _ in range(count)]
 
     for found, expected in zip(zip(*draws(4000)), logits.exp().tolist()):
         shares = [found.count(token) / len(found) for token in range(3)]
@@ -95,9 +120,9 @@ def test_sampling_follows_its_probabilities_and_its_seed():
 @pytest.mark.parametrize("sampled", [False, True])
 def test_nan_in_one_row_is_a_run_error(sampled):
     logits = torch.tensor([[1.0, 2.0], [1.0, float("nan")]])
-    assert choose(logits[:1], Decoding(do_sample=sampled, temperature=1e-9), [[]], None) == [1]
+    assert choose(logits[:1], Decoding(do_sample=sampled, temperature=1e-9), [[]], None, [0]) == [1]
     with pytest.raises(RunError, match="NaN"):
-        choose(logits, Decoding(do_sample=sampled), [[], []], None)
+        choose(logits, Decoding(do_sample=sampled), [[], []], None, [0, 0])
 
 
 def test_batched_equals_one_by_one(chat_model):

@@ -20,10 +20,16 @@ NOT_NUMBERS = "the model's scores are not numbers (NaN): its training diverged, 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the next token is chosen; names, defaults and order of application are those of transformers."""
+    """How the next token is chosen; names, defaults and order of application are those of transformers.
+
+    The presence and frequency penalties are OpenAI's (https://platform.openai.com/docs/api-reference/chat/create): subtracted
+    from the scores of the tokens that the answer has already, once and once for each time.
+    """
 
     do_sample: bool = False
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     temperature: float = 1.0
     top_k: int = 50  # 0: no limit
     top_p: float = 1.0
@@ -56,31 +62,46 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
 
 
 def choose(
-    logits: torch.Tensor, decoding: Decoding, seen: list[list[int]], generator: torch.Generator | None
+    logits: torch.Tensor,
+    decoding: Decoding,
+    seen: list[list[int]],
+    generator: torch.Generator | None,
+    answered: Sequence[int],
 ) -> list[int]:
-    """The next token id of each row. `logits`: (rows, vocabulary) on any device; `seen`: all ids so far of each row.
+    """The next token id of each row. `logits`: (rows, vocabulary) on any device; `seen`: all ids so far of each row;
+    `answered`: how many of those, the last ones, are the row's answer.
 
     Raises RunError where the logits are not numbers, as those of a diverged model are.
     """
     if not torch.isfinite(logits).all():
         raise RunError(NOT_NUMBERS)
-    if decoding.do_sample or decoding.repetition_penalty != 1:
-        logits = penalized(logits.float().cpu(), decoding.repetition_penalty, seen)
+    logits = penalized(logits, decoding, seen, answered)
     if not decoding.do_sample:
         return logits.argmax(-1).tolist()
+    logits = logits.float().cpu()
     ids, probabilities = candidates(logits, decoding)
     return ids.gather(1, torch.multinomial(probabilities, 1, generator=generator))[:, 0].tolist()
 
 
-def penalized(logits: torch.Tensor, penalty: float, seen: list[list[int]]) -> torch.Tensor:
-    """The logits (rows, vocabulary) with every token that a row has seen made less likely (CTRL, Keskar et al. 2019)."""
-    if penalty == 1:
+def penalized(
+    logits: torch.Tensor, decoding: Decoding, seen: list[list[int]], answered: Sequence[int]
+) -> torch.Tensor:
+    """The logits (rows, vocabulary) with tokens made less likely that were there already: by the repetition penalty all that a
+    row has seen (CTRL, Keskar et al. 2019), by the other two those of its answer. Without penalties the logits as they are."""
+    penalty, frequency, presence = (
+        decoding.repetition_penalty,
+        decoding.frequency_penalty,
+        decoding.presence_penalty,
+    )
+    if penalty == 1 and not frequency and not presence:
         return logits
-    logits = logits.clone()
-    for row, tokens in zip(logits, seen):
+    logits = logits.float().cpu().clone()
+    for row, tokens, count in zip(logits, seen, answered, strict=True):
         ids = torch.tensor(sorted(set(tokens)))
         scores = row[ids]
         row[ids] = torch.where(scores < 0, scores * penalty, scores / penalty)
+        times = torch.tensor(tokens[len(tokens) - count :], dtype=torch.long).bincount(minlength=len(row))
+        row -= frequency * times + presence * (times > 0)
     return logits
 
 
@@ -136,7 +157,8 @@ class TokenStream:
         del self.ids[shared:]
         new, seen = prompt_ids[shared:], list(prompt_ids)
         for _ in range(max_new_tokens):
-            [token] = choose(self._logits(new)[None], decoding, [seen], generator)
+            answered = len(seen) - len(prompt_ids)
+            [token] = choose(self._logits(new)[None], decoding, [seen], generator, [answered])
             yield token
             if token in self.stop:
                 return
@@ -213,7 +235,7 @@ def _generate_batch(model, prompts, stop, max_new_tokens, decoding, generator):
     going = list(range(len(prompts)))  # the answers that have not ended: the batch shrinks to them
     for left in reversed(range(max_new_tokens)):
         seen = [prompts[row] + answers[row] for row in going]
-        tokens = choose(logits, decoding, seen, generator)
+        tokens = choose(logits, decoding, seen, generator, [len(answers[row]) for row in going])
         for row, token in zip(going, tokens):
             answers[row].append(token)
         kept = [place for place, token in enumerate(tokens) if token not in stop]
