@@ -1,6 +1,6 @@
-"""Data files: which there are in the folders given, what split their names say, and how each is opened.
+"""Input files: which there are in the folders given, what split their names say, and what they are by their first bytes.
 
-A file may be packed (.gz, .zip). A source is one file of rows: a plain file, or one inside an archive.
+A file may be packed (.gz, .zip). An InputFile is one file of rows: a plain file, or one inside an archive.
 """
 
 import gzip
@@ -15,13 +15,48 @@ from utils.errors import UserError
 from utils.files import show_path
 
 TEXT_ENDINGS = (".jsonl", ".json", ".csv", ".tsv")
-DATA_ENDINGS = (*TEXT_ENDINGS, ".parquet", ".xlsx")
-ARCHIVES = (".gz", ".zip")
-EVALUATION = {"test", "valid", "validation", "val", "dev", "eval", "evaluation", "测试集", "验证集"}
-PLAIN_TEXT = "plain text: continued pre-training is not done here"
+DATA_ENDINGS = (*TEXT_ENDINGS, ".parquet", ".arrow", ".xlsx")
+NOT_READ = {
+    ".txt": "plain text: continued pre-training is not done here",
+    ".md": "a text for people",
+    ".xls": "an old Excel file: save it as .xlsx",
+}
 LONGEST_PIECE = 1 << 20  # bytes of a line that are looked at together
 ENCODING_LINES = 1000  # non-ASCII lines looked at to tell UTF-8 from GB18030
 BOM = b"\xef\xbb\xbf"
+
+# Files that `datasets` writes beside its .arrow files to describe them.
+DESCRIPTIONS = ("dataset_info.json", "state.json", "dataset_dict.json")
+
+# What a file is that begins with these bytes, whatever its name says, and what to do.
+FIRST_BYTES = (
+    (rb"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull` where it was cloned"),
+    (rb"\s*<(?i:!doctype html|html|head)", "a web page, not the file: download it again, after signing in if need be"),
+    (rb"\s*<\?xml", "XML: save it as .jsonl or .csv"),
+    (rb"\xd0\xcf\x11\xe0", "an old Excel file: save it as .xlsx"),
+    (rb"%PDF", "a PDF: save its rows as .jsonl or .csv"),
+    (rb"\xff\xfe|\xfe\xff", "UTF-16: save it as UTF-8"),
+)  # fmt: skip
+# Packed forms and tables by their first bytes; a file that has them needs one of these endings.
+ENDING_OF_BYTES = {
+    b"PK\x03\x04": (".zip", ".xlsx"),
+    b"PAR1": (".parquet",),
+    b"ARROW1": (".arrow",),
+    b"\x1f\x8b": (".gz",),
+}
+
+EVALUATION = set(
+    "test testset valid validation validset val dev devset eval evalset evaluation heldout".split()
+)
+_EVALUATION_CHINESE = re.compile(
+    "(?:测试|验证|评测|测评|评估|开发(?=集))(?:集|数据|数据集|样本|题|题目|部分)?$"
+)
+_TRAINING = re.compile("^train|^训练|训练集?$")
+# Words beside the one that tells the split: test_set, 测试_数据, test-B.
+_BESIDE = set("set data dataset split file part final".split())
+
+# What goes wrong in the middle of an archive.
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile)
 
 
 class InputFile(NamedTuple):
@@ -64,20 +99,16 @@ class InputFile(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """What lies in a folder that was given, and is not read."""
+    """A file or folder that lies in a folder given, and is not read."""
 
     name: str
     reason: str
 
 
-# What goes wrong in the middle of an archive.
-DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile)
-
-
 def find_input_files(
     inputs: list[Path], made_by: str, by_name: bool = True
 ) -> tuple[list[InputFile], list[Skipped]]:
-    """The sources among `inputs` (files, or folders of them), each once, and what is skipped.
+    """The data files among `inputs` (files, or folders of them), each once, and what is skipped.
 
     UserError names `made_by`, the command that makes data. `by_name`: files in a folder, and folders in it, that are named
     as test or validation sets are evaluation; a file that is given by its own name is what the user says it is.
@@ -88,28 +119,27 @@ def find_input_files(
             for path in sorted(given.iterdir()):
                 for name, file in _files_in(path, skipped):
                     split = "eval" if by_name and any(map(says_evaluation, Path(name).parts)) else ""
-                    found += _sources_of(file, name, split, skipped)
+                    found += _input_files(file, name, split, skipped)
         elif not given.exists():
             raise UserError(f"{show_path(given)} does not exist; make it with: {made_by}")
         elif why := _not_data(given):
-            raise UserError(
-                f"{show_path(given)}: {why}; wanted {', '.join(DATA_ENDINGS)}, or such a file as .gz or .zip"
-            )
+            endings = ", ".join(DATA_ENDINGS)
+            raise UserError(f"{show_path(given)}: {why}; wanted {endings}, or such a file as .gz or .zip")
         else:
-            found += _sources_of(given, given.name, "", skipped)
+            found += _input_files(given, given.name, "", skipped)
     if not found:
         places = ", ".join(map(show_path, inputs))
         there = f" (there: {'; '.join(f'{name}, {why}' for name, why in skipped[:3])})" if skipped else ""
         raise UserError(
             f"no data file ({', '.join(DATA_ENDINGS)}) in {places}{there}; make one with: {made_by}"
         )
-    for source in found:
-        if not _encodes(source.name):
+    for file in found:
+        if re.search("[\ud800-\udfff]", file.name):
             raise UserError(
-                f"{ascii(source.name)}: the file's name is not UTF-8; rename it and run the same command again"
+                f"{ascii(file.name)}: the file's name is not UTF-8; rename it and run the same command again"
             )
-    found = list({(source.path.resolve(), source.member): source for source in found}.values())
-    return [source._replace(encoding=detect_encoding(source)) for source in found], skipped
+    found = list({(file.path.resolve(), file.member): file for file in found}.values())
+    return [file._replace(encoding=detect_encoding(file)) for file in found], skipped
 
 
 def _files_in(path, skipped) -> Iterator[tuple[str, Path]]:
@@ -134,17 +164,20 @@ def _files_in(path, skipped) -> Iterator[tuple[str, Path]]:
 def _not_data(path):
     """Why a file is not read, or ""."""
     name = path.name.lower()
-    kind = Path(name.removesuffix(".gz")).suffix
-    if kind in (".txt", ".md"):
-        return PLAIN_TEXT if kind == ".txt" else "a text for people"
-    if kind in DATA_ENDINGS or name.endswith(".zip"):
-        return "" if kind not in (".parquet", ".xlsx") or not name.endswith(".gz") else "unpack it first"
+    ending = Path(name.removesuffix(".gz")).suffix
+    if ending in NOT_READ:
+        return NOT_READ[ending]
+    if name in DESCRIPTIONS and (next(path.parent.glob("*.arrow"), None) or name == "dataset_dict.json"):
+        return "describes a data set, holds no rows"
+    if ending in DATA_ENDINGS or name.endswith(".zip"):
+        return "" if ending in TEXT_ENDINGS or not name.endswith(".gz") else "unpack it first"
     return f"cannot read {path.suffix or 'a file without extension'}"
 
 
-def _sources_of(path, name, split, skipped):
+def _input_files(path, name, split, skipped):
     if path.suffix.lower() != ".zip":
         return [InputFile(path, name, split)]
+    refuse_other_bytes(InputFile(path, name))
     try:
         with zipfile.ZipFile(path) as archive:
             members = [member for member in archive.namelist() if not member.endswith("/")]
@@ -164,58 +197,57 @@ def _sources_of(path, name, split, skipped):
 
 
 def says_evaluation(name: str) -> bool:
-    """Whether the first or last word of a file's or folder's name is that of an evaluation split."""
-    words = re.findall(r"[a-z]+|[\u4e00-\u9fff]+", name.lower().partition(".")[0])
-    return bool(words) and bool({words[0], words[-1]} & EVALUATION)
-
-
-def _encodes(text):
-    try:
-        text.encode()
-    except UnicodeEncodeError:
+    """Whether the first or last word of a file's or folder's name is that of an evaluation split, and none says training."""
+    while Path(name).suffix.lower() in (*DATA_ENDINGS, ".gz", ".zip"):
+        name = Path(name).stem
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+|[\u4e00-\u9fff]+", name)
+    words = [word for word in map(str.lower, words) if word not in _BESIDE and (len(word) > 1 or word > "z")]
+    if not words or any(map(_TRAINING.search, words)):
         return False
-    return True
+    return any(word in EVALUATION or _EVALUATION_CHINESE.search(word) for word in (words[0], words[-1]))
 
 
-def detect_encoding(source: InputFile) -> str:
-    """ "utf-8", "utf-8-sig" (with a BOM), "gb18030", or "parquet" or "xlsx" for a file that is no text.
+def refuse_other_bytes(file: InputFile) -> None:
+    """UserError where the first bytes of a file say that it is something else than its name says."""
+    with file.open_bytes() as opened:
+        start = opened.read(64)
+    for pattern, what in FIRST_BYTES:
+        if re.match(pattern, start):
+            raise UserError(f"{show_path(file.path)} is {what}; then run the same command again")
+    for begins, endings in ENDING_OF_BYTES.items():
+        if start.startswith(begins) and (file.ending not in endings or file.member):
+            raise UserError(f"{show_path(file.path)} is a {endings[-1]} file under another name: rename it")
+
+
+def detect_encoding(file: InputFile) -> str:
+    """ "utf-8", "utf-8-sig" (with a BOM), "gb18030", or "parquet", "arrow" or "xlsx" for a file that is no text.
 
     A UTF-8 file with damaged lines stays UTF-8: GB18030 is chosen only where most non-ASCII lines are not UTF-8 and more of
     them are GB18030 (which accepts most byte pairs, so it cannot be asked first).
     """
-    if source.ending not in TEXT_ENDINGS:
-        return source.ending[1:]
     try:
-        with source.open_bytes() as lines:
-            first = lines.read(4)
-        if first.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise UserError(
-                f"{show_path(source.path)} is UTF-16; save it as UTF-8 and run the same command again"
-            )
-        if first.startswith(BOM):
-            return "utf-8-sig"
-        with source.open_bytes() as lines:
-            return _encoding_of(lines)
+        refuse_other_bytes(file)
+        if file.ending not in TEXT_ENDINGS:
+            return file.ending[1:]
+        with file.open_bytes() as lines:
+            return "utf-8-sig" if lines.read(3) == BOM else _encoding_of(lines)
     except DAMAGED as error:
-        raise UserError(f"{show_path(source.path)} cannot be unpacked ({error})") from None
+        raise UserError(f"{show_path(file.path)} cannot be unpacked ({error})") from None
 
 
 def _encoding_of(lines):
+    """ "utf-8" or "gb18030" for an open file whose first three bytes, which are no BOM, have been read."""
+    lines.seek(0)
     seen, failing = 0, {"utf-8": 0, "gb18030": 0}
     for line in iter(lambda: lines.readline(LONGEST_PIECE), b""):
         if line.isascii():
             continue
         seen += 1
         for encoding in failing:
-            failing[encoding] += not _decodes(line, encoding)
+            try:
+                line.decode(encoding)
+            except UnicodeDecodeError:
+                failing[encoding] += 1
         if seen == ENCODING_LINES:
             break
     return "gb18030" if 2 * failing["utf-8"] > seen and failing["gb18030"] < failing["utf-8"] else "utf-8"
-
-
-def _decodes(line, encoding):
-    try:
-        line.decode(encoding)
-    except UnicodeDecodeError:
-        return False
-    return True
