@@ -1,93 +1,206 @@
 """Exam items: single choice, multiple choice and true or false, in the forms in which exams are published."""
 
+import ast
+import functools
+import json
 import re
 import unicodedata
 
-from utils.data.messages import Reject, text_of
+from utils.data.messages import Fields, Reject, is_empty, text_of
 
 LETTERS = "ABCDEFGHIJ"
 SINGLE, MULTIPLE, TRUE_FALSE = "single", "multiple", "true_false"  # `kind` of an item; single is not written
 RIGHT, WRONG = {"对", "正确", "是", "√", "T", "TRUE"}, {"错", "错误", "否", "×", "F", "FALSE"}
-SUBJECTS = ("subject", "exam_subject", "subject_name", "exam_class")  # fields; the first that a row has
 
-_SIGN = r"\s*[.．、:：)）]\s*"
-OPTION_LINE = re.compile(rf"^\s*[(（]?([A-J]){_SIGN}", re.MULTILINE)
-OPTION_IN_LINE = re.compile(rf"(?:(?<=[\s。；;，,？?：:)）])|^)[(（]?([A-J]){_SIGN}", re.MULTILINE)
+# Names of fields, as `plain_names` gives them; the first that a row has.
+SUBJECTS = ("subject", "exam_subject", "subject_name", "exam_class")
+QUESTIONS = ("question", "query", "instruction", "prompt", "stem", "problem", "input", "title")
+COUNTED_FROM_0 = ("answer_idx", "answer_index", "cop", "label")  # a number here is counted from 0
+ANSWERS = (
+    *("answer_idx", "answer_index", "answer", "answers", "correct_answer", "correct_option", "right_answer"),
+    *("answerkey", "answer_key", "cop", "正确答案", "标准答案", "参考答案", "ans", "correct", "gold", "target"),
+    *("output", "response", "completion", "label"),
+)
+
+_SIGN = r"\s*[.．、:：)）\]】]\s*"
+_OPTION = r"[(（\[【]?([A-J])"
+# Where an option begins, the surest form first: a letter with its sign at the beginning of a line, after a blank, anywhere;
+# then a letter and a blank at the beginning of a line, and a letter before a Chinese character, of which three are wanted.
+_OPTION_BEGINS = (
+    re.compile(rf"^\s*{_OPTION}{_SIGN}", re.MULTILINE),
+    re.compile(rf"(?:(?<=[\s。；;，,？?：:)）])|^){_OPTION}{_SIGN}", re.MULTILINE),
+    re.compile(rf"(?<![A-Za-z0-9]){_OPTION}{_SIGN}"),
+    re.compile(r"^\s*([A-J])[ \t\u3000]+(?=\S)", re.MULTILINE),
+    re.compile(r"(?<![A-Za-z0-9])([A-J])\s*(?=[\u4e00-\u9fff])"),
+)
+_OPTION_FIELD = re.compile(r"(op|opt|option|choice|选项|选择|选)?[\s_.-]*([a-j]|10|[0-9])")
+_ANSWER_LETTERS = re.compile(r"(?:(?:正确)?答案|故?选)?[是为:：\s]*[(（\[【]?([A-J\s,，、;；]+?)[)）\]】]?[.。．、]?")
+
+
+@functools.lru_cache(maxsize=4096)
+def option_fields(fields: tuple) -> dict[str, object]:
+    """{letter: field} of a row that has a field for each option: A, opa, option_a, optionA, 选项A, option1; {} of another."""
+    groups = {}
+    for field in fields:
+        name = unicodedata.normalize("NFKC", str(field)).strip().lower()
+        found = _OPTION_FIELD.fullmatch(name)
+        if found and (found[1] or found[2].isalpha()):
+            groups.setdefault((found[1], found[2].isalpha()), {})[found[2]] = field
+    for (_, lettered), group in groups.items():
+        marks = list(LETTERS.lower()) if lettered else [str(number) for number in range("0" not in group, 11)]
+        if {marks[0], marks[1]} <= set(group):
+            return {letter: group[mark] for letter, mark in zip(LETTERS, marks) if mark in group}
+    return {}
 
 
 def options_in(text: str) -> tuple[str, dict[str, str]]:
     """(the text before the first option, {letter: option}) of a question that lists its options; (text, {}) of another."""
-    for pattern in (OPTION_LINE, OPTION_IN_LINE):
+    for strictness, pattern in enumerate(_OPTION_BEGINS):
         found = list(pattern.finditer(text))
         letters = "".join(match[1] for match in found)
         start = max(letters.find("AB"), 0)  # before that, a letter such as that of "维生素 A." is no option
         found, letters = found[start:], letters[start:]
-        if len(letters) > 1 and LETTERS.startswith(letters):
+        if len(letters) > 1 + (strictness > 2) and LETTERS.startswith(letters):
             ends = [match.start() for match in found[1:]] + [len(text)]
             options = {match[1]: text[match.end() : end].strip(" \t\n；;") for match, end in zip(found, ends)}
             return text[: found[0].start()].strip(), options
     return text, {}
 
 
-def exam_item(row: dict) -> dict:
+def letters_alone(answer: str) -> str:
+    """The option letters that an answer consists of ("B", "ABD", "答案：B。"), or "" of an answer that says anything else."""
+    answer = unicodedata.normalize("NFKC", answer).strip()
+    found = _ANSWER_LETTERS.fullmatch(answer.upper() if len(answer) == 1 else answer)
+    letters = re.sub("[^A-J]", "", found[1]) if found else ""
+    return letters if len(letters) == len(set(letters)) else ""
+
+
+def exam_item(row: Fields, first_option: int | None = None) -> dict:
     """{"question", "options": {letter: text}, "answer", "subject"} and, unless it is single choice, "kind".
 
     Read are the project's own form, CMMLU and C-Eval (columns A to D), MMLU (choices, the answer's number), CMB (option:
-    {A: ...}), CMExam (Options: [{key, value}, ...]), MedQA (the answer's text, and answer_idx) and options as a text.
+    {A: ...}), CMExam (Options: [{key, value}, ...], or lines "A text"), MedQA (the answer's text, and answer_idx), ARC
+    (choices: {text, label}), MedMCQA (opa to opd) and options as a text. `first_option`: the number of the first option
+    where answers are numbers (None: not known; then 0 for a number that belongs to a list, else 1).
     """
-    question = text_of(row, "question", "question")
-    options = _options(row)
+    question = _question(row)
+    options, lettered = _options(row)
     words = {_plain(option).upper() for option in options.values()}
     judged = len(options) == 2 and words & RIGHT and words & WRONG
-    true_false = bool(judged) or "判断" in str(row.get("question_type") or "")
+    asked_as = str(row.get("question_type") or "")
+    true_false = bool(judged) or "判断" in asked_as
     if true_false and not options:
         options = {"A": "正确", "B": "错误"}
     if len(options) < 2:
         raise Reject("missing or empty options", f"{len(options)} options")
-    answer = _answer(row, options)
+    name = next((name for name in ANSWERS if row.peek(name) is not None), "")
+    if not name:
+        raise Reject("exam question without an answer", "no field names the right option")
+    given = row.get(name)
+    if name in COUNTED_FROM_0:
+        row.get("answer")  # the same answer as a text
+    if first_option is None:
+        from_1 = name not in COUNTED_FROM_0 and (lettered or not isinstance(given, int | float))
+        first_option = int(from_1 and given not in (0, "0"))
+    answer = _answer(given, options, first_option)
     kind = TRUE_FALSE if true_false else SINGLE
-    if len(answer) > 1 or "多" in str(row.get("question_type") or ""):
+    if len(answer) > 1 or "多" in asked_as or row.peek("kind") == MULTIPLE:
         kind = MULTIPLE
+    if row.peek("kind") == kind:
+        row.get("kind")
     item = {"question": question, "options": options, "answer": answer, **subject_of(row)}
     return item if kind == SINGLE else item | {"kind": kind}
 
 
+def _question(row):
+    name = next((name for name in QUESTIONS if row.peek(name) is not None), "question")
+    more = text_of(row, "input", "question", optional=True) if name == "instruction" else ""
+    return "\n".join(filter(None, [text_of(row, name, "question"), more]))
+
+
 def _options(row):
-    options = row.get("options", row.get("option"))
+    """({letter: option}, whether the row itself gives them letters)."""
+    options = row.get("options")
     if options is None:
-        options = {letter: row.get(letter.lower(), row.get(letter)) for letter in LETTERS}
+        options = {letter: row.get(f"option {letter}") for letter in LETTERS}
+    if isinstance(options, str) and options.strip()[:1] in ("[", "{"):
+        options = _literal(options)
     if isinstance(options, str):
-        options = options_in(options)[1] or options_in(options.replace("|", "\n"))[1]
+        text = options.replace("\\n", "\n").replace("|", "\n")
+        lines = [line for line in text.split("\n") if line.strip()]
+        options = options_in(text)[1] or (lines if len(lines) > 1 else {})
+    if isinstance(options, dict) and isinstance(options.get("text"), list) and "label" in options:  # ARC
+        options = dict(zip(options["label"], options["text"]))
     if isinstance(options, list) and all(isinstance(option, dict) for option in options):
-        options = {option.get("key"): option.get("value") for option in options}
+        pairs = [(_first(option, _KEYS), _first(option, _TEXTS)) for option in options]
+        options = dict(pairs) if all(key is not None for key, _ in pairs) else [text for _, text in pairs]
+    lettered = isinstance(options, dict)
     if isinstance(options, list) and len(options) <= len(LETTERS):
-        options = dict(zip(LETTERS, map(_without_letter, options, LETTERS)))
-    if not isinstance(options, dict) or not all(isinstance(text, str | None) for text in options.values()):
+        options = dict(zip(LETTERS, _without_letters(options)))
+    texts = isinstance(options, dict) and all(
+        is_empty(text) or isinstance(text, str) for text in options.values()
+    )
+    if not texts:
         raise Reject("wrong type", "the options are not texts by letter")
-    given = {letter: text.strip() for letter, text in options.items() if text}
-    return {str(letter).strip().upper(): text for letter, text in given.items() if text}
+    given = {str(key).strip().upper(): text.strip() for key, text in options.items() if not is_empty(text)}
+    if given and all(key.isdecimal() for key in given):  # numbered, from 0 or 1
+        low = min(map(int, given))
+        given = {LETTERS[int(key) - low]: text for key, text in given.items() if int(key) - low < len(LETTERS)}
+    return given, lettered
 
 
-def _without_letter(option, letter):
-    """An option of a list without the letter that it may begin with ("A. 麻黄")."""
-    return re.sub(rf"^\s*{letter}{_SIGN}", "", option) if isinstance(option, str) else option
+_KEYS = ("key", "label", "letter", "option", "id", "name")
+_TEXTS = ("value", "text", "content", "option_text", "option", "description")
 
 
-def _answer(row, options):
-    """The right letters in order, as one text: of "c", 2, "C. 经闭", "经闭" or "A,B,D"."""
-    given = row.get("answer_idx") if row.get("answer_idx") is not None else row.get("answer")
-    if isinstance(given, list) and all(isinstance(part, str) for part in given):
-        given = "".join(given)
-    if isinstance(given, int):  # the answer's number, from 0, as MMLU has it; or true and false
-        if isinstance(given, bool):
-            given = str(given)
-        elif 0 <= given < len(options):
-            return list(options)[given]
-        else:
-            raise Reject("answer not among the options", f"number {given} of {len(options)}")
-    text = unicodedata.normalize("NFKC", text_of({"answer": given}, "answer", "answer"))
+def _first(fields, names):
+    return next((fields[name] for name in names if not is_empty(fields.get(name))), None)
+
+
+def _literal(text):
+    """The list or object that a cell of a table holds as text, as JSON or Python writes it; the text if it is neither."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, RecursionError):
+            continue
+    return text
+
+
+def _without_letters(options):
+    """The options of a list without the letters that they may begin with ("A. 麻黄"; "A 麻黄" only where all do)."""
+    if not all(isinstance(option, str) for option in options):
+        return options
+    blank = all(re.match(rf"\s*{letter}(?:{_SIGN}|\s)", option) for letter, option in zip(LETTERS, options))
+    ends = rf"(?:{_SIGN}|\s+)" if blank else _SIGN
+    return [re.sub(rf"^\s*[(（]?{letter}{ends}", "", option) for letter, option in zip(LETTERS, options)]
+
+
+def _answer(given, options, first):
+    """The right letters in order, as one text: of "c", 2, "C. 经闭", "经闭", "opc", ["C"] or "A,B,D".
+
+    `first`: the number of the first option where the answer is a number.
+    """
+    if isinstance(given, list) and len(given) > 1 and not all(len(str(part)) == 1 for part in given):
+        return "".join(sorted({letter for part in given for letter in _answer(part, options, first)}))
+    if isinstance(given, list):
+        given = given[0] if len(given) == 1 else "".join(map(str, given))
+    if isinstance(given, str) and given.strip().isdecimal() and given.strip() not in options.values():
+        given = int(given)
+    if isinstance(given, float) and given.is_integer():
+        given = int(given)
+    if isinstance(given, int) and not isinstance(given, bool):
+        if not 0 <= given - first < len(options):
+            raise Reject("answer not among the options", f"number {given} of {len(options)}, the first is {first}")
+        return list(options)[given - first]
+    text = text_of(Fields({"answer": str(given) if isinstance(given, bool) else given}), "answer", "answer")
+    text = unicodedata.normalize("NFKC", text)
+    field = _OPTION_FIELD.fullmatch(text.lower())
+    text = field[2].upper() if field and field[1] and field[2].isalpha() else text
     letters = re.sub(r"[\s,、;]", "", text).upper()
-    if set(letters) <= set(options):
+    if not set(letters) <= set(options):
+        letters = letters_alone(text)
+    if letters and set(letters) <= set(options):
         return "".join(sorted(set(letters)))
     letter = text[:1].upper()
     if letter in options and re.fullmatch(r"[.、:)]?\s*", text[1:].replace(_plain(options[letter]), "")):
@@ -107,9 +220,9 @@ def _means(answer, option):
     return answer == option or any({answer, option} <= words for words in (RIGHT, WRONG))
 
 
-def subject_of(row: dict) -> dict[str, str]:
+def subject_of(row: Fields) -> dict[str, str]:
     """{"subject": what the row says it is about, or ""}."""
-    named = (row[name] for name in SUBJECTS if isinstance(row.get(name), str) and row[name].strip())
+    named = (row.get(name) for name in SUBJECTS if isinstance(row.peek(name), str) and row.peek(name).strip())
     return {"subject": next(named, "")}
 
 

@@ -1,12 +1,51 @@
-"""Turns of a conversation, in whatever form a data set has them, as messages: {"role", "content"[, "reasoning_content"]}.
+"""Fields and turns of a row, in whatever form a data set has them, as messages: {"role", "content"[, "reasoning_content"]}.
 
 An assistant message that the data set marks with weight 0 (OpenAI's fine-tuning form) carries "weight": 0 on its way through
 here; no output row does.
 """
 
+import functools
+import re
 from collections.abc import Sequence
 
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+ROLES = {
+    "system": "system",
+    **dict.fromkeys(("user", "human", "patient", "用户", "患者", "问"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "chatbot", "model", "doctor", "助手", "医生", "答"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "function_call", "tool_call", "tool_response"), "tool"),
+}  # fmt: skip
+
+# {name of a field in some data set, lower case: the name it is read under}
+ALIASES = {
+    **dict.fromkeys(("问题", "提问", "题目", "题干"), "question"),
+    **dict.fromkeys(("答案", "回答", "回复"), "answer"),
+    **{"指令": "instruction", "输入": "input", "输出": "output"},
+    **dict.fromkeys(("系统", "系统提示", "系统提示词", "system_prompt", "system_message"), "system"),
+    **dict.fromkeys(("reasoning_content", "reasoning_text", "think", "thinking", "thought", "thoughts"), "reasoning"),
+    **dict.fromkeys(("cot", "complex_cot", "chain_of_thought", "reasoning_process"), "reasoning"),
+    **dict.fromkeys(("思考", "思考过程", "推理", "推理过程", "思维链"), "reasoning"),
+    **dict.fromkeys(("option", "choices", "option_list", "options_list", "选项", "备选答案", "选项列表"), "options"),
+    **dict.fromkeys(("question_type", "题型"), "question_type"),
+    **dict.fromkeys(("科目", "学科"), "subject"),
+    **dict.fromkeys(("解析", "parse", "analysis", "exp", "rationale"), "explanation"),
+    **dict.fromkeys(("chosen_response", "chosen_answer", "chosen_output", "response_chosen"), "chosen"),
+    **dict.fromkeys(("rejected_response", "rejected_answer", "rejected_output", "response_rejected"), "rejected"),
+    "rejected_messages": "rejected",
+    **dict.fromkeys(("functions", "tool_calls", "function_call"), "tools"),
+}  # fmt: skip
+TURN_ALIASES = ALIASES | {"from": "role", "speaker": "role", "value": "content", "text": "content"}
+
+# Fields of a turn or row that say whether it is learnt.
+LEARNT_MARKS = ("loss", "train", "loss_mask", "weight")
+
+EMPTY_TEXTS = {"", "nan", "<noinput>", "<nooutput>", "null", "[]", "{}"}
+
+# The two speakers' marks of dialogues that stand in one text; the last group only where a line begins.
+_MARKS = (
+    (r"<(?:user|human|用户)>\s*[:：]?", r"<(?:bot|assistant|gpt|助手)>\s*[:：]?"),
+    (r"^\s*(?:Human|User|用户|患者|病人|问)\s*[:：]", r"^\s*(?:Assistant|Bot|AI|助手|医生|大夫|答)\s*[:：]"),
+)
+_SPEAKERS = [re.compile(f"(?P<user>{user})|(?P<assistant>{bot})", re.MULTILINE) for user, bot in _MARKS]
 
 
 class Reject(Exception):
@@ -17,51 +56,163 @@ class Reject(Exception):
         self.reason, self.detail, self.row = reason, detail, row
 
 
-def text_of(row: dict, field: str, what: str, optional: bool = False) -> str:
+def is_empty(value: object) -> bool:
+    """Whether a field holds nothing: null, NaN, no element, or a text such as "nan" that says so."""
+    if isinstance(value, str):
+        return len(value) < 16 and value.strip().lower() in EMPTY_TEXTS
+    return value is None or value != value or isinstance(value, list | dict) and not value
+
+
+@functools.lru_cache(maxsize=4096)
+def plain_names(fields: tuple, of_turn: bool = False) -> dict[str, tuple]:
+    """{name that a field is read under: the fields of a row (or turn) that have it}, those that have it without an alias first."""
+    names = {}
+    aliases = TURN_ALIASES if of_turn else ALIASES
+    lower = [(str(field).strip().lower(), field) for field in fields]
+    for name, field in sorted(lower, key=lambda pair: pair[0] in aliases):
+        plain = aliases.get(name, name)
+        names[plain] = (*names.get(plain, ()), field)
+    return names
+
+
+class Fields:
+    """The fields of a row or turn under their plain names. It remembers which of them were used."""
+
+    def __init__(self, row: dict, names: dict[str, tuple] | None = None, of_turn: bool = False):
+        self.row, self.names = row, names or plain_names(tuple(row), of_turn)
+        self.used, self.unused_in_turns = set(), {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def field(self, name: str) -> object:
+        """The row's own name of the field: of several the first that is not empty."""
+        fields = self.names.get(name, (name,))
+        return next((field for field in fields if not is_empty(self.row.get(field))), fields[0])
+
+    def peek(self, name: str) -> object:
+        """The field's value, or None where it is empty or missing."""
+        if name not in self.names:
+            return None
+        value = self.row[self.field(name)]
+        return None if is_empty(value) else value
+
+    def get(self, name: str) -> object:
+        """The field's value, or None where it is empty or missing; the field counts as used."""
+        value = self.peek(name)
+        if value is not None:
+            self.used.add(self.field(name))
+        return value
+
+    def unused(self) -> dict[str, object]:
+        """{name: value} of all fields that hold something and were not used, those of turns as "messages[].name"."""
+        mine = {
+            str(field): value
+            for field, value in self.row.items()
+            if field not in self.used and not is_empty(value)
+        }
+        return mine | self.unused_in_turns
+
+
+def text_of(row: Fields, name: str, what: str, optional: bool = False) -> str:
     """The text of a field, ends trimmed and line ends as \\n; Reject where it is no text, or empty and not `optional`."""
-    value = row.get(field)
+    value = row.get(name)
     if value is None:
         value = ""
     elif isinstance(value, list):
-        value = _joined_parts(value, field)
+        value = _joined_parts(value, row.field(name))
     elif not isinstance(value, str):
-        raise Reject("wrong type", f"{field} is {type(value).__name__}, wanted text")
+        raise Reject("wrong type", f"{row.field(name)} is {type(value).__name__}, wanted text")
     value = value.strip()
     if "\r" in value:
         value = value.replace("\r\n", "\n")
     if not value and not optional:
-        raise Reject(f"missing or empty {what}", f"{field} is {'missing' if field not in row else 'empty'}")
+        raise Reject(f"missing or empty {what}", f"{row.field(name)} is {'empty' if name in row else 'missing'}")
     return value
 
 
 def _joined_parts(parts, field):
-    """The text of [{"type": "text", "text": ...}, ...]; images and sounds cannot be learnt from."""
+    """The text of [{"type": "text", "text": ...}, ...], or of a list of one text; images and sounds cannot be learnt from."""
+    if len(parts) == 1 and isinstance(parts[0], str):
+        return parts[0]
+    if all(isinstance(part, str) for part in parts):
+        raise Reject("wrong type", f"{field} is a list of {len(parts)} texts, wanted one")
     if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
         raise Reject("wrong type", f"{field} is a list, wanted text or parts of type text")
-    return "\n".join(text_of(part, "text", "text", optional=True) for part in parts)
+    return "\n".join(text_of(Fields(part), "text", "text", optional=True) for part in parts)
 
 
-def turns_of(value: object, field: str) -> list[dict]:
-    """Messages (role/content) or ShareGPT turns (from/value) as messages."""
-    if value is None or value == []:
+def turns_of(value: object, field: str, row: Fields | None = None) -> list[dict]:
+    """Messages (role/content), ShareGPT turns (from/value) or marked texts as messages; `row` learns what is not used."""
+    if is_empty(value):
         raise Reject("missing or empty question", f"{field} is empty")
+    if isinstance(value, list) and all(isinstance(turn, str) for turn in value):
+        turns = [turn for text in value for turn in marked_turns(text, both=False)]
+        if len(turns) < len(value):
+            raise Reject("wrong type", f"{field} is a list of texts that do not say who speaks")
+        return turns
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise Reject("wrong type", f"{field} is not a list of turns")
     turns = []
-    for number, turn in enumerate(value, 1):
-        said = turn.get("role", turn.get("from"))
-        role = ROLES.get(said) if isinstance(said, str) else None
+    for number, given in enumerate(value, 1):
+        turn = Fields(given, of_turn=True)
+        said = turn.get("role")
+        role = ROLES.get(said.strip().lower()) if isinstance(said, str) else None
+        if role == "tool" or turn.peek("tools") is not None:
+            raise Reject("tool calls are not trained", f"{field}, turn {number}")
         if role is None:
-            wanted = ", ".join(ROLES)
+            wanted = "system, user (human), assistant (gpt)"
             raise Reject("roles out of order", f"{field}, turn {number}: role {said!r}; wanted {wanted}")
-        name = "content" if "content" in turn else "value"
-        text = text_of(turn, name, "answer" if role == "assistant" else "question", role == "system")
+        text = text_of(turn, "content", "answer" if role == "assistant" else "question", role == "system")
         if role == "assistant":
-            message = assistant_message(text, text_of(turn, "reasoning_content", "reasoning", optional=True))
-            turns.append(message | ({"weight": 0} if turn.get("weight") == 0 else {}))
+            reasoning = text_of(turn, "reasoning", "reasoning", optional=True)
+            message = assistant_message(text, reasoning)
+            turns.append(message | not_learnt(turn, f"{field}, turn {number}"))
         elif text:
             turns.append({"role": role, "content": text})
+        if row is not None:
+            for name, unused in turn.unused().items():
+                row.unused_in_turns.setdefault(f"{field}[].{name}", unused)
     return turns
+
+
+def not_learnt(turn: Fields, place: str) -> dict[str, int]:
+    """{"weight": 0} of an answer that has this weight, else {}; Reject where it is not to be learnt in another way."""
+    for mark in LEARNT_MARKS:
+        value = turn.peek(mark)
+        if value in (0, 1, True, False) or isinstance(value, str) and value.lower() in ("true", "false"):
+            turn.get(mark)
+        if value is False or value == 0 or isinstance(value, str) and value.lower() == "false":
+            if mark == "weight":
+                return {"weight": 0}
+            raise Reject("marked as not to be learnt", f"{place}: {turn.field(mark)} is {value!r}")
+    return {}
+
+
+def marked_turns(text: str, both: bool = True) -> list[dict]:
+    """The turns of a dialogue that stands in one text, such as "<user>: ... <bot>: ..."; [] of any other text.
+
+    It begins with a speaker's mark. An answer's mark at the end, after which nothing follows, asks for the answer. `both`: a
+    text in which only one of the two speaks is no dialogue.
+    """
+    for speakers in _SPEAKERS:
+        marks = list(speakers.finditer(text))
+        if not marks or text[: marks[0].start()].strip() or both and not any(map(_is_answer, marks)):
+            continue
+        ends = [mark.start() for mark in marks[1:]] + [len(text)]
+        turns = [
+            {"role": mark.lastgroup, "content": text[mark.end() : end].strip()}
+            for mark, end in zip(marks, ends)
+        ]
+        if turns[-1] == {"role": "assistant", "content": ""}:
+            turns.pop()
+        if turns and all(turn["content"] for turn in turns):
+            return turns
+    return []
+
+
+def _is_answer(mark):
+    return mark.lastgroup == "assistant"
 
 
 def trimmed(messages: list[dict]) -> list[dict]:
@@ -86,27 +237,29 @@ def in_order(messages: list[dict], last: str) -> list[dict]:
     return messages
 
 
-def system_message(row: dict, turns: Sequence[dict] = ()) -> list[dict]:
+def system_message(row: Fields, turns: Sequence[dict] = ()) -> list[dict]:
     """[the row's system text as a message], or [] where it has none or the turns have their own."""
-    text = text_of(row, "system", "system text", optional=True) if "system" in row else ""
-    if not text or turns and turns[0]["role"] == "system":
+    if turns and turns[0]["role"] == "system":
         return []
-    return [{"role": "system", "content": text}]
+    text = text_of(row, "system", "system text", optional=True)
+    return [{"role": "system", "content": text}] if text else []
 
 
-def history_of(row: dict) -> list[dict]:
-    """LLaMA-Factory's `history`: [[question, answer], ...]."""
+def history_of(row: Fields) -> list[dict]:
+    """The turns before the question: LLaMA-Factory's `history`, [[question, answer], ...], or messages."""
     history = row.get("history")
-    if not history:
+    if history is None:
         return []
-    if not isinstance(history, list) or not all(
-        isinstance(pair, list) and len(pair) == 2 for pair in history
-    ):
+    if isinstance(history, list) and all(isinstance(turn, dict) for turn in history):
+        return turns_of(history, "history", row)
+    pairs = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
+    if not pairs:
         raise Reject("wrong type", "history is not a list of [question, answer]")
     turns = []
-    for question, answer in history:
-        turns.append({"role": "user", "content": text_of({"history": question}, "history", "question")})
-        turns.append(assistant_message(text_of({"history": answer}, "history", "answer")))
+    for pair in history:
+        asked, answered = Fields({"history": pair[0]}), Fields({"history": pair[1]})
+        turns.append({"role": "user", "content": text_of(asked, "history", "question")})
+        turns.append(assistant_message(text_of(answered, "history", "answer")))
     return turns
 
 
@@ -117,6 +270,8 @@ def assistant_message(text: str, reasoning: str = "") -> dict:
         thought = thought.strip().removeprefix("<think>").strip()
         if not closed or "think>" in rest or "<think>" in thought:
             raise Reject("think block out of place", "wanted one closed <think> block before the answer")
+        if thought and reasoning and thought != reasoning:
+            raise Reject("reasoning given twice", "a think block, and a field of its own")
         text, reasoning = rest.strip(), reasoning or thought
         if not text:
             raise Reject("missing or empty answer", "nothing after the think block")
