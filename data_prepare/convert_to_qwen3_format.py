@@ -13,9 +13,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.data.columns import parse_columns
 from utils.data.inputs import find_input_files
-from utils.data.schemas import OUTPUTS, RowOptions
+from utils.data.schemas import OUTPUTS, RowOptions, parse_columns
 from utils.errors import UserError, run
 from utils.files import show_path, write_json
 from utils.settings import command, read_settings

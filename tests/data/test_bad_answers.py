@@ -66,7 +66,7 @@ def test_a_bad_answer_before_the_end_is_set_aside(tmp_path, convert):
     found = convert(
         write_lines(tmp_path / "a.jsonl", {"messages": messages}, {"query": "问", "response": "答"})
     )
-    assert [row["reason"] for row in found["set_aside"]] == ["an earlier answer has weight 0"]
+    assert [row["reason"] for row in found["set_aside"]] == ["marked as not to be learnt"]
 
 
 def test_a_good_answer_that_leaks_takes_the_bad_one_with_it(tmp_path, convert):

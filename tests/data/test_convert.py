@@ -148,11 +148,11 @@ def test_report_counts_tokens_as_the_trainer_does(tmp_path, capsys):
         ),
         (
             lambda folder: (
-                (folder / "a.json").write_text('{\n"query": "q",\n"response": "r"\n}', encoding="utf-8")
+                (folder / "a.json").write_text("{query: q},\n{query: r},", encoding="utf-8")
                 and folder / "a.json"
             ),
             [
-                "no row could be used (4 not JSON); the first is a.json, line 1: not JSON (",
+                "no row could be used (2 not JSON); the first is a.json, line 1: not JSON (",
                 "; wanted one JSON object for each row: one a line, or all in one array",
             ],
         ),

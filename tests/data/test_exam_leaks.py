@@ -62,7 +62,7 @@ def test_items_that_share_a_stem_need_their_options_listed(tmp_path, convert):
         {"query": "下列药物中，善治太阳头痛的是哪一味，请说明理由？", "response": "独活。", "split": "train"},
         {
             "query": "善治太阳头痛的是？\nA 细辛 B 羌活 C 白芷 D 柴胡，下列药物中，善治太阳头痛的是",
-            "response": "B",
+            "response": "羌活",
             "split": "train",
         },
     )

@@ -2,12 +2,17 @@
 
 import csv
 import json
+import time
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from data_rows import BAD, RAW
 
 from utils.data.inputs import InputFile, detect_encoding
-from utils.data.readers import batches
+from utils.data.messages import Reject
+from utils.data.readers import parse_row, read_rows
+from utils.errors import UserError
 
 SCRIPT = "data_prepare/convert_to_qwen3_format.py"
 
@@ -64,9 +69,6 @@ def test_file_kinds_and_encodings(tmp_path, convert, name, encoding, label):
     elif name.endswith(".json"):
         path.write_bytes(json.dumps(rows, ensure_ascii=False, indent=1).encode(encoding))
     elif name.endswith(".parquet"):
-        import pyarrow
-        import pyarrow.parquet
-
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
         with open(path, "w", encoding=encoding, newline="") as file:
@@ -81,25 +83,21 @@ def test_file_kinds_and_encodings(tmp_path, convert, name, encoding, label):
     assert found["report"]["files"][0]["encoding"] == label
 
 
-def test_array_goes_on_after_a_damaged_element(tmp_path, convert, monkeypatch):
-    from utils.data import json_stream
-
-    monkeypatch.setattr(json_stream, "BLOCK", 50)  # every element crosses a border
-    rows = [
-        json.dumps({"query": f"问题{number}", "response": "答" * number}, ensure_ascii=False)
-        for number in range(1, 20)
-    ]
-    rows[5] = '{"query": "坏" "response": "x"}'
-    path = tmp_path / "a.json"
-    path.write_text("[\n" + ",\n".join(rows) + ',\n{"query": "断', encoding="utf-8")
-    found = convert(path)
-    assert sorted((row["line"], row["reason"]) for row in found["set_aside"]) == [
-        (7, "not JSON"),
-        (21, "not JSON"),
-    ]
-    assert sorted(int(row["source"].split(":")[1]) for row in found["sft_train"] + found["sft_eval"]) == [
-        line for line in range(2, 21) if line != 7
-    ]
+@pytest.mark.parametrize(
+    "text, place",
+    [
+        ('[\n{"query": "问", "response": "答"},\n{"query": "坏" "response": "x"}]', "line 3, column 15"),
+        ('[\n{"query": "问", "response": "答"},\n{"query": "断', "line 3, column 11"),
+        ('[{"query": "问", "response": "答"}', "line 1, column 33"),
+        ('[{"query": "问", "response": "答"} {"query": "问"}]', "line 1, column 34"),
+        ('{"n": 1, "data": [{"query": "问", "response": "答"}, x]}', "line 1, column 52"),
+        ('{"n": 1, "data": [{"query": "问", "response": "答"}]', "line 1, column 51"),
+    ],
+)
+def test_a_broken_array_is_told_with_the_place(tmp_path, convert, text, place):
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=f"a.json: broken JSON at {place}"):
+        convert(tmp_path / "a.json")
 
 
 def test_table_rows_that_are_none(tmp_path, convert):
@@ -118,4 +116,26 @@ def test_encoding_of_a_damaged_utf8_file(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join(["麻黄汤".encode()] * 5 + ["麻黄".encode("gb18030")] * 3 + [b"\xff"]))
     assert detect_encoding(InputFile(path, path.name)) == "utf-8"
-    assert sum(len(batch) for _, batch in batches([InputFile(path, path.name, encoding="utf-8")])) == 9
+    assert len(list(read_rows(InputFile(path, path.name, encoding="utf-8")))) == 9
+
+
+def test_many_duplicate_keys_take_no_longer_than_their_text():
+    text = "{" + ", ".join(f'"k{number % 40_000}": 1' for number in range(80_000)) + "}"
+    start = time.monotonic()
+    with pytest.raises(Reject, match="duplicate keys"):
+        parse_row(text, "utf-8")
+    assert time.monotonic() - start < 2  # 51 s when every name was counted through the whole list
+
+
+def parquet(path, columns, **options):
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, **options)
+    return list(read_rows(InputFile(path, path.name)))
+
+
+def test_parquet_cells_that_raise_set_aside_their_row(tmp_path):
+    dates = pyarrow.array([0, 9_000_000, 1], pyarrow.int32()).cast(pyarrow.date32())
+    rows = [raw for _, raw in parquet(tmp_path / "dates.parquet", {"q": ["a", "b", "c"], "day": dates})]
+    assert [type(row) for row in rows] == [dict, Reject, dict] and rows[1].reason == "not a table row"
+    twice = pyarrow.StructArray.from_arrays([pyarrow.array([1, 2]), pyarrow.array([3, 4])], ["x", "x"])
+    rows = [raw for _, raw in parquet(tmp_path / "struct.parquet", {"q": ["a", "b"], "s": twice})]
+    assert [type(row) for row in rows] == [Reject, Reject]

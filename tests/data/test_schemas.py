@@ -3,9 +3,8 @@
 import pytest
 from data_rows import BAD, EXAM, PREFERENCE, SFT, turns
 
-from utils.data.columns import parse_columns
 from utils.data.messages import Reject
-from utils.data.schemas import RowOptions, convert_row
+from utils.data.schemas import RowOptions, convert_row, parse_columns
 
 
 @pytest.mark.parametrize("row, messages", SFT)

@@ -146,14 +146,6 @@ def test_a_list_of_turns_is_a_conversation(tmp_path, convert):
         assert convert(tmp_path / name)["report"]["outputs"]["sft_train"] == 2
 
 
-def test_damage_in_wrapped_rows_is_told(tmp_path, convert):
-    text = dumped({"data": ROWS[:3]}, indent=1).decode().replace('"答1"', '"答1" 坏')
-    (tmp_path / "a.json").write_text(text[:-3], encoding="utf-8")
-    found = convert(tmp_path / "a.json")
-    assert [(row["reason"], row["line"]) for row in found["set_aside"]] == [("not JSON", 7)]
-    assert found["report"]["rows_kept"] == 2
-
-
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.zip"])
 def test_damaged_archives_are_one_line(tmp_path, convert, name):
     (tmp_path / name).write_bytes(FORMS[name][: len(FORMS[name]) // 2])

@@ -3,8 +3,6 @@
 import statistics
 from typing import NamedTuple
 
-ROLES = ("question", "input", "reasoning", "answer", "system", "chosen", "rejected")
-
 # Names of fields that hold questions and answers in published data sets, the surest first.
 ANSWERS = (
     *("答案", "回答", "回复", "答复", "处方", "方剂", "输出", "治疗", "诊断"),
@@ -23,23 +21,6 @@ class UnknownRow(NamedTuple):
 
     line: int
     row: dict
-
-
-def parse_columns(text: str) -> dict[str, str]:
-    """{role: field} of a setting such as "question=Content,answer=Summary"; ValueError says what is wrong with it."""
-    columns = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        role, equals, field = (side.strip() for side in part.partition("="))
-        if not equals or not field:
-            raise ValueError(f"{part!r} is not role=field; wanted e.g. question=Content,answer=Summary")
-        if role not in ROLES:
-            raise ValueError(f"unknown role {role!r}; the roles are {', '.join(ROLES)}")
-        columns[role] = field
-    if columns and "question" not in columns or columns and not {"answer", "chosen"} & set(columns):
-        raise ValueError("it has to name a question and an answer (or chosen and rejected)")
-    if ("chosen" in columns) != ("rejected" in columns):
-        raise ValueError("chosen and rejected go together")
-    return columns
 
 
 def suggest_columns(rows: list[dict]) -> tuple[str, str] | None:

@@ -18,7 +18,18 @@ QUESTIONS = ("question", "query", "instruction", "prompt", "stem", "problem", "i
 COUNTED_FROM_0 = ("answer_idx", "answer_index", "cop", "label")  # a number here is counted from 0
 ANSWERS = (
     *("answer_idx", "answer_index", "answer", "answers", "correct_answer", "correct_option", "right_answer"),
-    *("answerkey", "answer_key", "cop", "正确答案", "标准答案", "参考答案", "ans", "correct", "gold", "target"),
+    *(
+        "answerkey",
+        "answer_key",
+        "cop",
+        "正确答案",
+        "标准答案",
+        "参考答案",
+        "ans",
+        "correct",
+        "gold",
+        "target",
+    ),
     *("output", "response", "completion", "label"),
 )
 
@@ -34,7 +45,9 @@ _OPTION_BEGINS = (
     re.compile(r"(?<![A-Za-z0-9])([A-J])\s*(?=[\u4e00-\u9fff])"),
 )
 _OPTION_FIELD = re.compile(r"(op|opt|option|choice|选项|选择|选)?[\s_.-]*([a-j]|10|[0-9])")
-_ANSWER_LETTERS = re.compile(r"(?:(?:正确)?答案|故?选)?[是为:：\s]*[(（\[【]?([A-J\s,，、;；]+?)[)）\]】]?[.。．、]?")
+_ANSWER_LETTERS = re.compile(
+    r"(?:(?:正确)?答案|故?选)?[是为:：\s]*[(（\[【]?([A-J\s,，、;；]+?)[)）\]】]?[.。．、]?"
+)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -145,7 +158,9 @@ def _options(row):
     given = {str(key).strip().upper(): text.strip() for key, text in options.items() if not is_empty(text)}
     if given and all(key.isdecimal() for key in given):  # numbered, from 0 or 1
         low = min(map(int, given))
-        given = {LETTERS[int(key) - low]: text for key, text in given.items() if int(key) - low < len(LETTERS)}
+        given = {
+            LETTERS[int(key) - low]: text for key, text in given.items() if int(key) - low < len(LETTERS)
+        }
     return given, lettered
 
 
@@ -191,7 +206,9 @@ def _answer(given, options, first):
         given = int(given)
     if isinstance(given, int) and not isinstance(given, bool):
         if not 0 <= given - first < len(options):
-            raise Reject("answer not among the options", f"number {given} of {len(options)}, the first is {first}")
+            raise Reject(
+                "answer not among the options", f"number {given} of {len(options)}, the first is {first}"
+            )
         return list(options)[given - first]
     text = text_of(Fields({"answer": str(given) if isinstance(given, bool) else given}), "answer", "answer")
     text = unicodedata.normalize("NFKC", text)

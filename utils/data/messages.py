@@ -127,7 +127,9 @@ def text_of(row: Fields, name: str, what: str, optional: bool = False) -> str:
     if "\r" in value:
         value = value.replace("\r\n", "\n")
     if not value and not optional:
-        raise Reject(f"missing or empty {what}", f"{row.field(name)} is {'empty' if name in row else 'missing'}")
+        raise Reject(
+            f"missing or empty {what}", f"{row.field(name)} is {'empty' if name in row else 'missing'}"
+        )
     return value
 
 

@@ -1,9 +1,9 @@
 """Read any data file row by row, and say what cannot be read and where.
 
 A row leaves the reader as `(place, raw)`. `place` is the line where it starts (in Parquet, Arrow and columns of lists its
-number), or a text where a line does not tell: "1#3" for the third row of an array, of which several rows begin in line 1,
-and "Sheet2!4" for row 4 of a sheet in a book that has several. `raw` is the JSON text of one row (bytes or str), the dict of
-one table row, or a Reject that already knows why the row cannot be used; `parse_row` makes a dict of it.
+number); of several rows that start in line 1, the third has "1#3", and row 4 of one of several sheets has "Sheet2!4". `raw` is
+the JSON text of one row (bytes or str), the dict of one table row, or a Reject that already knows why the row cannot be used;
+`parse_row` makes a dict of it.
 """
 
 import collections
@@ -98,14 +98,6 @@ def _open_text(file, newline):
     return io.TextIOWrapper(file.open_bytes(), file.encoding, "surrogateescape", newline)
 
 
-def batches(files: list[InputFile]) -> Iterator[tuple[int, list]]:
-    """Yield `(number of the file, [(place, raw), ...])`, at most 2,000 rows at a time."""
-    for number, file in enumerate(files):
-        rows = read_rows(file)
-        while batch := list(itertools.islice(rows, 2000)):
-            yield number, batch
-
-
 def _json_rows(file):
     """JSON lines, an array, or an object of arrays, whatever the file's name says."""
     with file.open_bytes() as opened:
@@ -123,9 +115,8 @@ def _json_lines(file):
         for number, line in enumerate(lines, 1):
             line = line.removeprefix(BOM).rstrip()  # any line may carry one: files are joined with `cat`
             if line.startswith(b"["):
-                rows = _unnested(line, file.encoding)
-                many = len(rows) > 1
-                yield from ((f"{number}#{at}" if many else number, row) for at, row in enumerate(rows, 1))
+                for index, row in enumerate(_unnested(line, file.encoding), 1):
+                    yield (number if index == 1 else f"{number}#{index}"), row
             elif line:
                 yield number, line
 

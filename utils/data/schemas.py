@@ -30,7 +30,6 @@ from utils.data.messages import (
     assistant_message,
     history_of,
     in_order,
-    is_empty,
     marked_turns,
     not_learnt,
     plain_names,
@@ -62,7 +61,16 @@ QUESTION_ANSWER = (
     ("问", None, "答"),
     ("q", None, "a"),
 )
-ROLES = ("question", "input", "reasoning", "answer", "system", "options", "chosen", "rejected")  # of --columns
+ROLES = (
+    "question",
+    "input",
+    "reasoning",
+    "answer",
+    "system",
+    "options",
+    "chosen",
+    "rejected",
+)  # of --columns
 
 BESIDE_TEXT = {"id", "source", "url", "title", "meta", "metadata", "date", "timestamp", "lang", "language"}
 
@@ -103,7 +111,9 @@ OUTPUT_FILES = {
     # with the good answer to its prompt, whose split it follows, a bad one becomes a preference pair
     "bad": OutputFiles("dpo_train", "dpo_eval", dealt=False),
 }
-OUTPUTS = list(dict.fromkeys(name for files in OUTPUT_FILES.values() for name in (files.trained, files.held_out)))
+OUTPUTS = list(
+    dict.fromkeys(name for files in OUTPUT_FILES.values() for name in (files.trained, files.held_out))
+)
 
 
 class ConvertedRow(NamedTuple):
@@ -118,7 +128,9 @@ class ConvertedRow(NamedTuple):
     characters: int
     reasoning: bool
     trimmed: bool  # whether turns were left out at an end
-    unused: dict  # {name of a field that holds something and was not used: its value}; of turns "messages[].name"
+    unused: (
+        dict  # {name of a field that holds something and was not used: its value}; of turns "messages[].name"
+    )
 
 
 class RowOptions(NamedTuple):
@@ -255,7 +267,13 @@ def _spoken(turns):
 
 def _check_text(text):
     # Printable text without these holds nothing unfit: the quick answer for nearly every row.
-    if not text.replace("\n", "").isprintable() or "\ufffd" in text or "<" in text or "[" in text or "##" in text:
+    if (
+        not text.replace("\n", "").isprintable()
+        or "\ufffd" in text
+        or "<" in text
+        or "[" in text
+        or "##" in text
+    ):
         found = _UNFIT.search(text)
         if found:
             around = text[max(0, found.start() - 10) : found.start() + 20]
@@ -269,7 +287,9 @@ def _recognise(fields, columns):
     names.update({f"option {letter}": (field,) for letter, field in option_fields(fields).items()})
     given = {role: tuple(field.split("+")) for role, field in columns}
     given = {role: own for role, own in given.items() if set(own) <= set(fields)}
-    if not columns or not ({"question", "answer"} <= set(given) or {"question", "chosen", "rejected"} <= set(given)):
+    if not columns or not (
+        {"question", "answer"} <= set(given) or {"question", "chosen", "rejected"} <= set(given)
+    ):
         return *_by_names(names), names
     if len(given.get("options", ())) > 1:
         given.update({f"option {letter}": (own,) for letter, own in zip(LETTERS, given.pop("options"))})
@@ -394,7 +414,8 @@ def _trained_or_bad(row, schema, messages):
         by_model = mark == "label" or not {"answer", "处方", "答"} & set(row.names)
         if schema != "--columns" and by_model and _is_number(row.peek(mark)):
             raise Reject(
-                "a label or score beside the answer", f"{mark} {row.peek(mark)!r} may say that the answer is bad"
+                "a label or score beside the answer",
+                f"{mark} {row.peek(mark)!r} may say that the answer is bad",
             )
     return "sft", schema, {"messages": messages}
 
@@ -461,7 +482,11 @@ def _answer_turns(row, name):
 
 
 def _exam(row, schema, options):
-    listed = [name for name in ("options", *(f"option {letter}" for letter in LETTERS)) if row.peek(name) is not None]
+    listed = [
+        name
+        for name in ("options", *(f"option {letter}" for letter in LETTERS))
+        if row.peek(name) is not None
+    ]
     if not listed and "判断" not in str(row.peek("question_type") or ""):
         named = _question_answer_names(set(row.names))  # a question of an exam that is no choice
         if not named:
