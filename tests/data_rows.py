@@ -148,7 +148,7 @@ BAD = [
     ({"prompt": "问", "chosen": "", "rejected": "坏"}, "missing or empty answer"),
     ({"prompt": turns("问", "答"), "chosen": "好", "rejected": "坏"}, "roles out of order"),
     ({"question": "问", "options": {"A": "甲", "B": "乙"}, "answer": "C"}, "answer not among the options"),
-    ({"question": "问", "options": ["甲", "乙"], "answer": 2}, "answer not among the options"),
+    ({"question": "问", "options": ["甲", "乙"], "answer": 3}, "answer not among the options"),
     ({"question": "问", "options": {"A": "甲", "B": ""}, "answer": "A"}, "missing or empty options"),
     ({"question": "问", "options": [1, 2], "answer": "A"}, "wrong type"),
     ({"text": "麻黄发汗解表。"}, "plain text"),

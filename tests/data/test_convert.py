@@ -148,7 +148,7 @@ def test_report_counts_tokens_as_the_trainer_does(tmp_path, capsys):
         ),
         (
             lambda folder: (
-                (folder / "a.json").write_text("{query: q},\n{query: r},", encoding="utf-8")
+                (folder / "a.json").write_text("query: q\nresponse: r", encoding="utf-8")
                 and folder / "a.json"
             ),
             [

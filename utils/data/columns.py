@@ -19,7 +19,7 @@ LEAST_DISTINCT = 0.5  # of a field's texts: below that, it is a category rather 
 class UnknownRow(NamedTuple):
     """A row whose fields are not recognised, its texts shortened and other values left out."""
 
-    line: int
+    line: int | str
     row: dict
 
 

@@ -13,8 +13,8 @@ from utils.data.dedup import EVAL, Row
 from utils.data.inputs import InputFile
 from utils.data.messages import Reject
 from utils.data.normalize import normalize, text_key, without_filler
-from utils.data.readers import Raw, parse_row, read_rows
-from utils.data.schemas import OUTPUT_FILES, ConvertedRow, RowOptions, convert_row
+from utils.data.readers import Place, Raw
+from utils.data.schemas import OUTPUT_FILES, ConvertedRow, RowOptions, convert_rows
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.memory import memory_for_process
@@ -31,7 +31,7 @@ UNKNOWN_ROWS, UNKNOWN_CHARACTERS = 200, 300  # kept of a file to suggest columns
 class FirstReject(NamedTuple):
     """The first row of a file that cannot be used."""
 
-    line: int
+    line: Place
     reason: str
     detail: str
 
@@ -81,8 +81,10 @@ def recognise(sources: list[InputFile], options: RowOptions, folder: Path) -> Re
     found = Recognised(folder)
     with bar(desc="rows recognised", total=size, unit="B", unit_scale=True) as meter:
         for file, source in enumerate(sources):
-            for line, raw in read_rows(source):
-                _add_row(found, file, source, options, line, raw)
+            for place, raw, row, item in convert_rows(source, options):
+                strange = _add_row(found, file, source, place, raw, item)
+                if strange or options.columns and not isinstance(item, Reject) and item.schema != "--columns":
+                    _keep_unknown(found, file, place, row)
                 # About: the same rows take more or less as tables and arrays than as JSON lines.
                 done = min(found.given, size - 1)
                 if len(found.rows) >= forecast_at:
@@ -105,38 +107,34 @@ def _refuse_too_many(rows, share):
         )
 
 
-def _add_row(
-    found: Recognised, file: int, source: InputFile, options: RowOptions, line: int, raw: Raw
-) -> None:
-    """Recognise one row, and take it in."""
-    row = None
-    try:
-        row = parse_row(raw, source.encoding)
-        item = convert_row(row, options)
-    except Reject as problem:
-        text = _ledger_line(source.name, line, problem, problem.row if row is None else row)
-        found.rows.append(Row(file, line, found.write(text), len(text)))
-        found.reasons[problem.reason] += 1
+def _add_row(found: Recognised, file: int, source: InputFile, place: Place, raw: Raw, item) -> bool:
+    """Take in one row that was recognised, or why it was not; whether its fields are not known."""
+    if isinstance(item, Reject):
+        text = _ledger_line(source.name, place, item)
+        found.rows.append(Row(file, place, found.write(text), len(text)))
+        found.reasons[item.reason] += 1
         found.given += len(text)
-        found.rejects.setdefault(file, FirstReject(line, problem.reason, problem.detail))
-        strange = problem.reason == "fields not recognised"
-    else:
-        key = text_key("\x1f".join([item.kind, *item.questions, "\x1e", item.rest]))
-        text, original = _output_line(source.name, line, key, item), _as_json(raw, source.encoding)
-        mine = Row(file, line, found.write(text + original), len(text), len(original))
-        mine.kind, mine.told, mine.content = sys.intern(item.kind), item.split or source.split, key
-        mine.characters, mine.reasoning = item.characters, item.reasoning
-        rest = normalize(item.rest)
-        mine.rest, mine.long_rest = text_key(rest), len(rest) >= LONG_ANSWER
-        mine.questions = tuple(_question_keys(found, item.questions))
-        found.rows.append(mine)
-        found.given += len(original)
-        found.schemas[item.schema] += 1
-        found.trimmed += item.trimmed
-        strange = options.columns and item.schema != "--columns"
-    if strange and len(unknown := found.unknown.setdefault(file, [])) < UNKNOWN_ROWS:
+        found.rejects.setdefault(file, FirstReject(place, item.reason, item.detail))
+        return item.reason == "fields not recognised"
+    key = text_key("\x1f".join([item.kind, *item.questions, "\x1e", item.rest]))
+    text, original = _output_line(source.name, place, key, item), _as_json(raw, source.encoding)
+    mine = Row(file, place, found.write(text + original), len(text), len(original))
+    mine.kind, mine.told, mine.content = sys.intern(item.kind), item.split or source.split, key
+    mine.characters, mine.reasoning = item.characters, item.reasoning
+    rest = normalize(item.rest)
+    mine.rest, mine.long_rest = text_key(rest), len(rest) >= LONG_ANSWER
+    mine.questions = tuple(_question_keys(found, item.questions))
+    found.rows.append(mine)
+    found.given += len(original)
+    found.schemas[item.schema] += 1
+    found.trimmed += item.trimmed
+    return False
+
+
+def _keep_unknown(found, file, place, row):
+    if len(unknown := found.unknown.setdefault(file, [])) < UNKNOWN_ROWS:
         shown = (value[:UNKNOWN_CHARACTERS] if isinstance(value, str) else None for value in row.values())
-        unknown.append(UnknownRow(line, dict(zip(row, shown))))
+        unknown.append(UnknownRow(place, dict(zip(row, shown))))
 
 
 def _question_keys(found, questions):
@@ -161,16 +159,22 @@ def _as_json(raw, encoding):
     return raw.decode(encoding, "backslashreplace").encode() if encoding == "gb18030" else raw
 
 
-def _output_line(name: str, line: int, key: int, item: ConvertedRow) -> bytes:
+def _output_line(name: str, place: Place, key: int, item: ConvertedRow) -> bytes:
     if item.kind == "exam":
         item.body["subject"] = item.body["subject"] or Path(name.removesuffix(".gz")).stem
-    fields = {"id": f"{key:016x}", **item.body, "source": f"{name}:{line}"}
+    fields = {"id": f"{key:016x}", **item.body, "source": f"{name}:{place}"}
     return json.dumps(fields, ensure_ascii=False).encode() + b"\n"
 
 
-def _ledger_line(name, line, problem, row):
+def _ledger_line(name, place, problem):
     """One line of the ledger; what UTF-8 cannot hold (lone surrogates) is written as \\u escapes."""
-    entry = {"file": name, "line": line, "reason": problem.reason, "detail": problem.detail, "row": row}
+    entry = {
+        "file": name,
+        "line": place,
+        "reason": problem.reason,
+        "detail": problem.detail,
+        "row": problem.row,
+    }
     try:
         text = json.dumps(entry, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:

@@ -51,7 +51,7 @@ class Row:
     """One row of the input as it is compared with the others: numbers only, its text waits in a file."""
 
     file: int  # number of its source
-    line: int
+    line: int | str  # as Place in readers.py
     at: int  # where its output line begins in the file of texts; of a row that cannot be used, its ledger line
     size: int  # bytes of that line
     original: int = 0  # bytes of the row as it was given, which follows

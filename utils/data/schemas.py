@@ -12,32 +12,10 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from utils.data.exams import (
-    ANSWERS,
-    LETTERS,
-    QUESTIONS,
-    as_conversation,
-    exam_item,
-    letters_alone,
-    option_fields,
-    options_in,
-    subject_of,
-)
+from utils.data.conversations import read_conversation, read_preference, read_question_answer
+from utils.data.exams import ANSWERS, LETTERS, QUESTIONS, as_conversation, exam_item, option_fields
 from utils.data.inputs import InputFile
-from utils.data.messages import (
-    Fields,
-    Reject,
-    assistant_message,
-    history_of,
-    in_order,
-    marked_turns,
-    not_learnt,
-    plain_names,
-    system_message,
-    text_of,
-    trimmed,
-    turns_of,
-)
+from utils.data.messages import Fields, Reject, marked_turns, plain_names, text_of
 from utils.data.readers import Place, parse_row, read_rows
 
 # Question, further context, answer: the first line of which a row has all fields. Reasoning and system text may be beside them.
@@ -61,6 +39,8 @@ QUESTION_ANSWER = (
     ("问", None, "答"),
     ("q", None, "a"),
 )
+# The same for rows that have reasoning: an answer of a reasoning model is often called content.
+REASONED = (("input", None, "content"), ("question", None, "content"), ("prompt", None, "content"))
 ROLES = (
     "question",
     "input",
@@ -267,13 +247,8 @@ def _spoken(turns):
 
 def _check_text(text):
     # Printable text without these holds nothing unfit: the quick answer for nearly every row.
-    if (
-        not text.replace("\n", "").isprintable()
-        or "\ufffd" in text
-        or "<" in text
-        or "[" in text
-        or "##" in text
-    ):
+    printable = text.replace("\n", "").isprintable()
+    if not printable or "\ufffd" in text or "<" in text or "[" in text or "##" in text:
         found = _UNFIT.search(text)
         if found:
             around = text[max(0, found.start() - 10) : found.start() + 20]
@@ -285,44 +260,47 @@ def _recognise(fields, columns):
     """(schema name, its reader, {plain name: the row's fields}) for a row with these fields; reader None: not by its names."""
     names = dict(plain_names(fields))
     names.update({f"option {letter}": (field,) for letter, field in option_fields(fields).items()})
-    given = {role: tuple(field.split("+")) for role, field in columns}
+    given = {role: tuple(field.split("+")) if role == "options" else (field,) for role, field in columns}
     given = {role: own for role, own in given.items() if set(own) <= set(fields)}
-    if not columns or not (
-        {"question", "answer"} <= set(given) or {"question", "chosen", "rejected"} <= set(given)
-    ):
+    if not {"question", "answer"} <= set(given) and not {"question", "chosen", "rejected"} <= set(given):
         return *_by_names(names), names
     if len(given.get("options", ())) > 1:
         given.update({f"option {letter}": (own,) for letter, own in zip(LETTERS, given.pop("options"))})
         names.pop("options", None)
-    context = "input" if "input" in given else None
-    names = {name: own for name, own in names.items() if name not in ("prompt", "label", "score")} | given
+    # The user says which fields are the question and the answer: no other name counts.
+    names = {name: own for name, own in names.items() if name not in (*QUESTIONS, *ANSWERS)} | given
     if "option A" in given or "options" in given:
         return "--columns", _exam, names
     if "chosen" in given:
-        return "--columns", _preference, names
-    return "--columns", functools.partial(_question_answer, named=("question", context, "answer")), names
+        return "--columns", read_preference, names
+    named = "question", "input" if "input" in given else None, "answer"
+    return "--columns", functools.partial(read_question_answer, named=named), names
 
 
 def _by_names(names):
     """(schema name, its reader) for a row with these plain names; ("", None) where they say nothing."""
     have = set(names)
     if {"chosen", "rejected"} <= have:
-        return ("conversations" if "conversations" in have else "prompt") + "/chosen/rejected", _preference
-    listed = {"options", "option A"} & have or "question_type" in have and set(ANSWERS) & have
-    if listed and set(QUESTIONS) & have:
+        first = "conversations" if "conversations" in have else "prompt"
+        return f"{first}/chosen/rejected", read_preference
+    listed = {"options", "option A"} & have
+    if (listed or "question_type" in have) and set(QUESTIONS) & have and set(ANSWERS) & have:
+        return "exam", _exam
+    if listed and "question" in have:
         return "exam", _exam
     for name in ("messages", "conversations"):
         if name in have:
-            return name, functools.partial(_conversation, name=name)
+            return name, functools.partial(read_conversation, name=name)
     named = _question_answer_names(have)
     if not named:
         return "", None
     shown = [names[name][0] for name in (*named[:2], "reasoning", named[2]) if name in have]
-    return "/".join(map(str, shown)), functools.partial(_question_answer, named=named)
+    return "/".join(map(str, shown)), functools.partial(read_question_answer, named=named)
 
 
 def _question_answer_names(have):
-    return next((line for line in QUESTION_ANSWER if have.issuperset(filter(None, line))), None)
+    lines = QUESTION_ANSWER + (REASONED if "reasoning" in have else ())
+    return next((line for line in lines if have.issuperset(filter(None, line))), None)
 
 
 def _by_values(row):
@@ -331,13 +309,13 @@ def _by_values(row):
         value = row.peek(name)
         if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
             if all({"role", "from", "speaker"} & set(turn) for turn in value):
-                return functools.partial(_conversation, name=name)
+                return functools.partial(read_conversation, name=name)
         elif isinstance(value, list) and all(isinstance(turn, str) for turn in value):
             if all(marked_turns(turn, both=False) for turn in value):
-                return functools.partial(_conversation, name=name)
+                return functools.partial(read_conversation, name=name)
     texts = [name for name in row.names if name not in BESIDE_TEXT and isinstance(row.peek(name), str)]
     if len(texts) == 1 and marked_turns(row.peek(texts[0])):
-        return functools.partial(_conversation, name=texts[0])
+        return functools.partial(read_conversation, name=texts[0])
     return None
 
 
@@ -347,138 +325,6 @@ def _unknown(row, options):
     if names in ({"text"}, {"content"}, {"文本"}) and not options.columns:
         return Reject("plain text", "continued pre-training is not done here; wanted questions and answers")
     return Reject("fields not recognised", f"fields: {', '.join(map(str, row.row)) or 'none'}")
-
-
-def _question_answer(row, schema, options, named):
-    question, context, answer = named
-    value = row.peek(question)
-    if isinstance(value, list) and all(isinstance(turn, dict) and "type" not in turn for turn in value):
-        turns = turns_of(row.get(question), question, row)  # TRL's prompt/completion in message form
-        turns += turns_of(row.get(answer), answer, row)
-        return _trained_or_bad(row, schema, in_order(system_message(row, turns) + turns, "assistant"))
-    asked = text_of(row, question, "question", optional=bool(context))
-    if context:
-        more = text_of(row, context, "question", optional=True)
-        asked = "\n".join(filter(None, [asked if asked not in more else "", more]))
-        if not asked:
-            raise Reject("missing or empty question", f"{question} and {context} are empty")
-    answered = text_of(row, answer, "answer")
-    letters = letters_alone(answered)
-    if letters:
-        stem, listed = options_in(asked if "\n" in asked else asked.replace("\\n", "\n"))
-        if listed:  # Monor/hwtcm: the options stand in the question
-            item = Fields({"question": stem, "options": listed, "answer": letters})
-            return "exam", "exam in the question", exam_item(item) | subject_of(row)
-        if list(letters) == sorted(letters):
-            raise Reject("an option letter without its options", f"the answer is {answered}")
-    asking = marked_turns(asked) or [{"role": "user", "content": asked}]
-    messages = [*system_message(row), *history_of(row), *asking]
-    messages.append(assistant_message(answered, text_of(row, "reasoning", "reasoning", optional=True)))
-    return _trained_or_bad(row, schema, in_order(messages, "assistant") if len(asking) > 1 else messages)
-
-
-def _conversation(row, schema, options, name):
-    value = row.get(name)
-    turns = turns_of([value] if isinstance(value, str) else value, name, row)
-    mask = row.peek("loss_mask")
-    if isinstance(mask, list):
-        row.get("loss_mask")
-        if len(mask) != len(value) or not all(
-            learnt for learnt, turn in zip(mask[-len(turns) :], turns) if turn["role"] == "assistant"
-        ):
-            raise Reject("marked as not to be learnt", f"loss_mask is {mask}")
-    messages = system_message(row, turns) + turns
-    kept = in_order(trimmed(messages), "assistant")
-    reasoning = text_of(row, "reasoning", "reasoning", optional=True)
-    if reasoning and "reasoning_content" not in kept[-1]:
-        kept[-1]["reasoning_content"] = reasoning
-    kind, schema, body = _trained_or_bad(row, schema or name, kept)
-    return kind, schema, body | {"trimmed": len(kept) < len(messages)}
-
-
-def _trained_or_bad(row, schema, messages):
-    """The conversation to train on; a pair where the row has a rejected answer too; or a bad answer where the row (KTO) or
-    its last turn (weight 0) is marked as one."""
-    answers = [message for message in messages if message["role"] == "assistant"]
-    weights = [answer.pop("weight", 1) for answer in answers]
-    if 0 in weights[:-1] or not_learnt(row, "the row"):
-        raise Reject("marked as not to be learnt", "an answer that is not the last has weight 0")
-    if row.peek("rejected") is not None:
-        return _pair(row, schema, messages[:-1], messages[-1:], _answer_turns(row, "rejected"))
-    if any(name.startswith("rejected") and row.peek(name) is not None for name in row.names):
-        raise Reject("a rejected answer of an unknown form", "beside the answer")
-    judged = [row.get(mark) for mark in ("label", "kto_tag") if _truth(row.peek(mark)) is not None]
-    if weights[-1] == 0 or any(_truth(mark) is False for mark in judged):
-        return "bad", f"{schema}, marked as bad", {"prompt": messages[:-1], "rejected": messages[-1:]}
-    for mark in ("label", "score"):
-        by_model = mark == "label" or not {"answer", "处方", "答"} & set(row.names)
-        if schema != "--columns" and by_model and _is_number(row.peek(mark)):
-            raise Reject(
-                "a label or score beside the answer",
-                f"{mark} {row.peek(mark)!r} may say that the answer is bad",
-            )
-    return "sft", schema, {"messages": messages}
-
-
-def _truth(value):
-    """True or False as JSON has it, or as a table writes it; else None: 0 is a number of something else."""
-    if isinstance(value, str):
-        return {"true": True, "false": False}.get(value.strip().lower())
-    return value if isinstance(value, bool) else None
-
-
-def _is_number(value):
-    if isinstance(value, str):
-        return bool(re.fullmatch(r"\s*-?\d+(?:\.\d+)?\s*", value))
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _preference(row, schema, options):
-    """TRL: prompt/chosen/rejected as text or messages, the prompt explicit or shared; LLaMA-Factory: both its forms."""
-    chosen, rejected = _answer_turns(row, "chosen"), _answer_turns(row, "rejected")
-    prompt = _preference_prompt(row)
-    if len(chosen) > 1:  # whole conversations: what they share is the prompt
-        if chosen[:-1] != rejected[:-1]:
-            raise Reject("roles out of order", "chosen and rejected differ before their last turn")
-        whole = chosen[0]["role"] == "system" or len(chosen) > len(prompt)
-        prompt = chosen[:-1] if whole else prompt + chosen[:-1]
-        chosen, rejected = chosen[-1:], rejected[-1:]
-    if not prompt:
-        raise Reject("missing or empty question", "prompt")
-    return _pair(row, schema, system_message(row, prompt) + history_of(row) + prompt, chosen, rejected)
-
-
-def _pair(row, schema, prompt, chosen, rejected):
-    if len(rejected) > 1 and rejected[:-1] != prompt:
-        raise Reject("roles out of order", "chosen and rejected differ before their last turn")
-    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
-        raise Reject("roles out of order", "chosen and rejected have to end with an assistant turn")
-    if chosen[-1] == rejected[-1]:
-        raise Reject("chosen equals rejected", "")
-    if ("reasoning_content" in chosen[-1]) != ("reasoning_content" in rejected[-1]):
-        raise Reject("reasoning on one side of a pair", "")
-    kind = row.get("kind") if isinstance(row.peek("kind"), str) else "given"
-    sides = {"chosen": chosen[-1:], "rejected": rejected[-1:]}
-    return "dpo", schema, {"prompt": in_order(prompt, "user"), **sides, "kind": kind}
-
-
-def _preference_prompt(row):
-    """The turns before the two answers, as far as they have a field of their own."""
-    for name in ("conversations", "messages", "prompt"):
-        if name == "conversations" and name in row or isinstance(row.peek(name), list):
-            return turns_of(row.get(name), name, row)
-    names = ("prompt", "question", "instruction", "query", "input")
-    name = next((name for name in names if row.peek(name) is not None), "prompt")
-    more = text_of(row, "input", "question", optional=True) if name == "instruction" else ""
-    asked = "\n".join(filter(None, [text_of(row, name, "question", optional=True), more]))
-    return [{"role": "user", "content": asked}] if asked else []
-
-
-def _answer_turns(row, name):
-    value = row.peek(name)
-    if value is None or isinstance(value, str):
-        return [assistant_message(text_of(row, name, "answer"))]
-    return turns_of([row.get(name)] if isinstance(value, dict) else row.get(name), name, row)
 
 
 def _exam(row, schema, options):
@@ -491,5 +337,5 @@ def _exam(row, schema, options):
         named = _question_answer_names(set(row.names))  # a question of an exam that is no choice
         if not named:
             raise Reject("missing or empty options", "0 options")
-        return _question_answer(row, "/".join(filter(None, named)), options, named)
+        return read_question_answer(row, "/".join(filter(None, named)), options, named)
     return "exam", schema, exam_item(row, options.first_option)
