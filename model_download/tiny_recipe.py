@@ -16,8 +16,8 @@ from utils.data.terms import Terms
 from utils.device import Device
 from utils.model.chat_format import generation_settings
 from utils.model.lm_head import cross_entropy_sum
-from utils.model.packed_forward import prepare_packed
 from utils.model.packing import PackedRows, collate, model_inputs, padding_for
+from utils.model.qwen3_train import prepare_packed
 from utils.settings import Settings
 
 # ---- Tokenizer

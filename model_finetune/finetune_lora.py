@@ -68,7 +68,7 @@ def main(argv=None):
     from utils.device import pick_device
     from utils.model.folder import remember_mode, save_adapter_and_merged
     from utils.model.lora import add_lora
-    from utils.model.packed_forward import prepare_packed
+    from utils.model.qwen3_train import prepare_packed
     from utils.training.course import Course
     from utils.training.dataset import load_conversations, show_examples
     from utils.training.forecast import measure_run, plan_schedule

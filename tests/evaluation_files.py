@@ -8,7 +8,7 @@ from model_finetune import compare_models
 from utils.device import Device
 from utils.errors import run
 from utils.files import write_jsonl
-from utils.model.packed_forward import prepare_packed
+from utils.model.qwen3_train import prepare_packed
 
 CPU = Device("cpu", False, "test")
 EXAM = [

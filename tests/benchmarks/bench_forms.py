@@ -76,7 +76,7 @@ def next_token_logps(model, prompt: list[int], answer: list[int]):
     """Log-probabilities (tokens of the answer, vocabulary), float64, where the answer's tokens are chosen, in chat's own pass."""
     import torch
 
-    from utils.model.cached_forward import CachedModel
+    from utils.model.qwen3_answer import CachedModel
 
     cached = CachedModel(model)
     logits = [cached.feed(new) for new in (prompt, *([token] for token in answer[:-1]))]

@@ -144,7 +144,7 @@ def ours(method, precision, options, folder):
     from utils.model.folder import load_for_lora, load_model, load_tokenizer
     from utils.model.logprobs import answer_logps
     from utils.model.lora import add_lora
-    from utils.model.packed_forward import prepare_packed
+    from utils.model.qwen3_train import prepare_packed
     from utils.settings import read_settings
     from utils.training.dataset import load_conversations, load_pairs
     from utils.training.plan import StepPlan

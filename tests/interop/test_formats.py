@@ -17,7 +17,7 @@ from utils.evaluation.exams import INSTRUCTION, choices_by_text
 from utils.files import read_json, read_jsonl, write_json, write_jsonl
 from utils.model.chat_format import encode_answer, encode_prompt, encode_turns
 from utils.model.folder import save_model
-from utils.model.packed_forward import prepare_packed
+from utils.model.qwen3_train import prepare_packed
 
 
 def test_transformers_4_reads_a_rope_base_of_a_million(run_in, tmp_path):

@@ -156,8 +156,8 @@ def test_padding_changes_no_loss_and_no_gradient(tmp_path):
     from transformers import AutoModelForCausalLM
 
     from utils.model.lm_head import cross_entropy_sum
-    from utils.model.packed_forward import prepare_packed
     from utils.model.packing import model_inputs
+    from utils.model.qwen3_train import prepare_packed
 
     folder, found = make_tiny_model(tmp_path / "tiny"), items(True)
     results = []

@@ -221,3 +221,9 @@ def test_examples_do_not_control_the_terminal(tokenizer, tmp_path, capsys):
     show_examples(load_conversations(tmp_path / "rows.jsonl", tokenizer, 100)[0], tokenizer, 5)
     shown = capsys.readouterr().out
     assert "温。" in shown and "\x1b" not in shown
+
+
+def test_a_conversation_that_the_template_refuses_is_told(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no') }}")
+    with pytest.raises(UserError, match="does not render this conversation \\(no\\)"):
+        encode_prompt(tokenizer, SINGLE[:1])

@@ -7,7 +7,6 @@ from chat_helpers import QUESTIONS, prompts_of, reference
 from utils.chat.model import ChatModel
 from utils.device import Device
 from utils.errors import RunError
-from utils.model.cached_forward import CachedModel
 from utils.model.chat_format import DECODING, encode_prompt
 from utils.model.generate import (
     AnswerReader,
@@ -21,6 +20,7 @@ from utils.model.generate import (
     read_answer,
     stop_tokens,
 )
+from utils.model.qwen3_answer import CachedModel
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from utils.model import lm_head
 from utils.model.lm_head import HeadGradient, cross_entropy_sum
-from utils.model.packed_forward import prepare_packed
 from utils.model.packing import collate, model_inputs
+from utils.model.qwen3_train import prepare_packed
 
 pytestmark = pytest.mark.usefixtures("norms_in_float64")
 

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from torch import nn
 
-from utils.model.lora import _forward
+from utils.model.lora import LoraLinear
 
 
 def layers(dtype, seed):
@@ -35,7 +35,7 @@ def results(forward, dtype=torch.float32, bf16=False, seed=0):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_output_and_gradients_equal_pefts(dtype, tolerance):
-    for one, other in zip(results(_forward, dtype), results(Linear.forward, dtype)):
+    for one, other in zip(results(LoraLinear.forward, dtype), results(Linear.forward, dtype)):
         assert one.shape == other.shape and (one - other).norm() <= tolerance * other.norm()
 
 
@@ -44,7 +44,7 @@ def test_bf16_is_no_further_from_float64_than_pefts():
     errors = torch.zeros(2, 4)
     for seed in range(20):
         exact = results(Linear.forward, torch.float64, seed=seed)
-        for mine, forward in zip(errors, (_forward, Linear.forward)):
+        for mine, forward in zip(errors, (LoraLinear.forward, Linear.forward)):
             found = results(forward, bf16=True, seed=seed)
             mine += torch.tensor([(one - right).norm() / right.norm() for one, right in zip(found, exact)])
     assert (errors[0] <= 1.02 * errors[1]).all(), errors / 20

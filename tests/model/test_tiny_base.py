@@ -18,7 +18,7 @@ from utils.data.terms import Terms
 from utils.device import pick_device
 from utils.evaluation.exams import choices_by_text
 from utils.files import read_json, read_jsonl
-from utils.model.packed_forward import prepare_packed
+from utils.model.qwen3_train import prepare_packed
 
 TINY, SAMPLE = ROOT / "model_download/tiny_qwen3_tcm", ROOT / "data_prepare/sample"
 

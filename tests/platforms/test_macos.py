@@ -60,8 +60,8 @@ def test_losses_and_scores_keep_to_what_apple_gpus_can_do(tmp_path):
     from transformers import AutoModelForCausalLM
 
     from utils.model.lm_head import CHUNK, cross_entropy_sum, token_logps
-    from utils.model.packed_forward import prepare_packed
     from utils.model.packing import collate, model_inputs
+    from utils.model.qwen3_train import prepare_packed
 
     model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path / "tiny"))
     document = ([1] * 5, [7, 8, 9] * CHUNK)  # three chunks

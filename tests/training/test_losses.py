@@ -8,8 +8,8 @@ from tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
-from utils.model.packed_forward import prepare_packed
 from utils.model.packing import PackedRows, collate
+from utils.model.qwen3_train import prepare_packed
 from utils.training.trainer import PackedDPOTrainer
 
 BETA = 0.3

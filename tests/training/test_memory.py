@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from utils.device import Device
 from utils.model.folder import load_for_lora
-from utils.model.packed_forward import prepare_packed
+from utils.model.qwen3_train import prepare_packed
 from utils.training import memory
 
 CPU = Device("cpu", False, "test")

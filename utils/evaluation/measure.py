@@ -24,7 +24,7 @@ from utils.model.chat_format import encode_answer, encode_prompt, encode_turns
 from utils.model.folder import adapter_base, load_model, load_tokenizer, model_sha256
 from utils.model.generate import stop_tokens
 from utils.model.logprobs import answer_logps, pack_for_scoring
-from utils.model.packed_forward import prepare_packed
+from utils.model.qwen3_train import prepare_packed
 from utils.settings import Settings
 from utils.text import progress
 

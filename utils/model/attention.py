@@ -22,9 +22,11 @@ from torch.nn.attention.varlen import varlen_attn
 
 from utils.model.packing import GroupShape
 
-BLOCK = 256  # queries at a time in plain products: the keys after them are left out, and what is quadratic stays small
-# Multiplications of queries with keys in a call, up to which the fused kernel in float32 has ended before plain products in bfloat16,
-# which take 0.7 ms at least: a document of 90 tokens in Qwen3-0.6B (tests/benchmarks/bench_attention.py).
+BLOCK = (
+    256  # queries at a time in plain products: keys after them are left out, and quadratic tensors stay small
+)
+# Multiplications of queries with keys in one call. Up to this number the fused kernel in float32 is faster than plain products in
+# bfloat16, which take 0.7 ms at least. It is one document of 90 tokens in Qwen3-0.6B (tests/benchmarks/bench_attention.py).
 FEW = 2**24
 
 # Of query, key, value and scaling.
@@ -34,7 +36,7 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Te
 def plan_attention(
     layout: list[GroupShape], row_length: int, device: torch.device, dtype: torch.dtype
 ) -> Attention:
-    """The attention of one forward pass, for all its layers: what they all need is made here, once.
+    """The attention of one forward pass, for all its layers: masks and lengths are made here, once.
 
     `layout` and `row_length` are collate's, `dtype` is that of matrix products.
     """
@@ -64,7 +66,7 @@ def fused_attend(query, key, value, scaling, masks) -> torch.Tensor:
 
 
 def attend_in_bfloat16(query, key, value, scaling, masks) -> torch.Tensor:
-    """What is faster on a CPU with instructions for bfloat16: plain products in it, or for few products the fused kernel in float32."""
+    """The faster way on a CPU with instructions for bfloat16: plain products in it, or, for few, the fused kernel in float32."""
     if query.numel() * key.shape[2] > FEW:
         return plain_attend(query, key, value, scaling, masks)
     with torch.autocast("cpu", enabled=False):  # which would cast to bfloat16
@@ -77,8 +79,10 @@ def plain_attend(query, key, value, scaling, masks, dtype=torch.bfloat16) -> tor
 
 
 class _PlainAttention(torch.autograd.Function):
-    """softmax(q k^T) v, BLOCK queries at a time. The heads that share a key stand below one another in one product.
+    """softmax(q k^T) v, BLOCK queries at a time. The S heads that share a key stand below one another in one product.
 
+    Shapes: queries and results (count, kv heads, S, L, width), keys and values (count, kv heads, K, width); of a block of queries
+    that see the first k keys: weights and scores (count, kv heads, S x block, k).
     Only queries, keys and values are kept: the weights, which grow with the square of the length, are computed again in the
     backward pass.
     """
@@ -87,8 +91,9 @@ class _PlainAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, scaling, masks, dtype):
         count, heads, length, width = query.shape
         ctx.scaling, ctx.masks, ctx.dtypes = scaling, masks, (query.dtype, key.dtype, value.dtype)
-        # (count, kv heads, heads that share a key, length, width); scaled before it is rounded
-        query = (query * scaling).to(dtype, memory_format=torch.contiguous_format)
+        query = (query * scaling).to(
+            dtype, memory_format=torch.contiguous_format
+        )  # scaled before it is rounded
         query, key, value = query.unflatten(1, (key.shape[1], -1)), key.to(dtype), value.to(dtype)
         ctx.save_for_backward(query, key, value)
         result = query.new_empty(count, length, heads, width).transpose(1, 2)
@@ -98,21 +103,23 @@ class _PlainAttention(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx, d_result):
         query, key, value = ctx.saved_tensors
-        upstream = upstream.to(query.dtype).unflatten(1, query.shape[1:3])
+        d_result = d_result.to(query.dtype).unflatten(1, query.shape[1:3])
         exact = torch.promote_types(query.dtype, torch.float32)
-        query_gradient = torch.empty_like(query, dtype=exact)
-        key_gradient, value_gradient = (torch.zeros_like(states, dtype=exact) for states in (key, value))
+        d_query = torch.empty_like(query, dtype=exact)
+        d_key, d_value = (torch.zeros_like(states, dtype=exact) for states in (key, value))
         for block, seen in _blocks(query.shape[3], key.shape[2]):
             weights = _weights(query[..., block, :], key[:, :, :seen], ctx.masks)
-            arriving, asking = (states[..., block, :].flatten(2, 3) for states in (upstream, query))
-            value_gradient[:, :, :seen] += weights.transpose(2, 3) @ arriving
-            gradient = arriving @ value[:, :, :seen].transpose(2, 3)  # d loss / d weights, then / d scores
-            gradient = torch.ops.aten._softmax_backward_data(gradient, weights, -1, weights.dtype)
-            key_gradient[:, :, :seen] += gradient.transpose(2, 3) @ asking
-            query_gradient[..., block, :] = (gradient @ key[:, :, :seen]).view_as(query[..., block, :])
-        gradients = query_gradient.mul_(ctx.scaling).flatten(1, 2), key_gradient, value_gradient
+            block_query, block_d_result = (
+                states[..., block, :].flatten(2, 3) for states in (query, d_result)
+            )
+            d_value[:, :, :seen] += weights.transpose(2, 3) @ block_d_result
+            d_weights = block_d_result @ value[:, :, :seen].transpose(2, 3)
+            d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+            d_key[:, :, :seen] += d_scores.transpose(2, 3) @ block_query
+            d_query[..., block, :] = (d_scores @ key[:, :, :seen]).view_as(query[..., block, :])
+        gradients = d_query.mul_(ctx.scaling).flatten(1, 2), d_key, d_value
         return *(gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes)), None, None, None
 
 
@@ -219,7 +226,7 @@ def by_varlen(query, key, value, scaling, sequences: VarlenSequences) -> torch.T
 
 
 def row_masks(layout: list[GroupShape], row_length: int, device: torch.device) -> torch.Tensor:
-    """Who sees whom in rows of `row_length` tokens: bool (rows, 1, row_length, row_length), query before key."""
+    """The mask of rows of `row_length` tokens: bool (rows, 1, row_length, row_length), True where a query (first) sees a key."""
     groups = [number for number, shape in enumerate(layout) for _ in range(sum(shape))]
     branches = [branch for shape in layout for branch, length in enumerate(shape) for _ in range(length)]
     group, branch = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import textwrap
@@ -18,16 +19,17 @@ from typing import TYPE_CHECKING, Any
 from utils.errors import NO_MEMORY, UserError
 from utils.files import read_json, sha256_of, show_path, write_json
 from utils.hub import cached_model, fetch_model, local_folder
-from utils.model.chat_format import DECODING, generation_settings, with_default_mode, without_modes
-from utils.model.folder_checks import INDEX, cannot_load, check_files
-from utils.model.template_check import problem_of
+from utils.model.chat_format import DECODING, generation_settings, with_default_mode
+from utils.model.folder_checks import INDEX, cannot_load, check_files, needs_code, read_object
 from utils.settings import ROOT
 
 if TYPE_CHECKING:  # a wrong folder is refused before these are imported
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# What makes a folder that a setting names but that is not there yet.
+    from utils.device import Device
+
+# The commands that make the folders which settings name.
 MADE_BY = {
     "model_download/Qwen3-0.6B": "python model_download/download_model.py",
     "trainer_output/sft_finetuned": "python model_finetune/finetune_sft.py",
@@ -39,8 +41,8 @@ MADE_BY = {
 def check_model(model: str, above: tuple[Path, ...] = ()) -> str:
     """Return `model` (a folder as text, or a Hub id) if it can be a causal language model; UserError otherwise.
 
-    Reads a few small files only, so that a wrong folder is refused before torch is imported. `above`: the adapters (resolved
-    paths) that `model` is the base of.
+    Looks at names only, so that a wrong folder is refused before torch is imported. `above`: the adapters (resolved paths) that
+    `model` is the base of.
     """
     folder, weights = Path(model), "*.safetensors"
     if folder.is_symlink() and not folder.exists():
@@ -52,10 +54,22 @@ def check_model(model: str, above: tuple[Path, ...] = ()) -> str:
         hint = f"; did you mean {show_path(folder.parent)}?" if inside else ""
         raise UserError(f"{show_path(folder)} is a file, wanted a model folder{hint}")
     if (folder / "adapter_config.json").is_file():
-        _check_base(folder, above)
         weights = "adapter_model.safetensors"  # peft would go on with a pickled adapter_model.bin
+        base = adapter_base(folder)
+        if not Path(base).is_dir():
+            missing = f"is a LoRA adapter for {base}, which is not there"
+            raise UserError(f"{show_path(folder)} {missing}; use its merged/ folder")
+        if folder.resolve() in above:
+            raise cannot_load(folder, "adapter_config.json", "names a base that is an adapter of this one")
+        check_model(base, (*above, folder.resolve()))
     elif not (folder / "config.json").is_file():
-        raise _no_model(folder)
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
+        nested = [*folder.glob("*/config.json"), *folder.glob("*/adapter_config.json")]
+        hint = "a model has config.json and *.safetensors"
+        if nested:
+            newest = max(nested, key=lambda path: path.stat().st_mtime)
+            hint = f"did you mean {show_path(newest.parent)}?"
+        raise UserError(f"{show_path(folder)} is not a model folder (it holds {found}); {hint}")
     if not list(folder.glob(weights)):
         raise UserError(f"{show_path(folder)} holds no *.safetensors weights; other formats are not loaded")
     if not (folder / "tokenizer.json").is_file():
@@ -65,7 +79,7 @@ def check_model(model: str, above: tuple[Path, ...] = ()) -> str:
     return model
 
 
-def _hub_id(model):
+def _hub_id(model: str) -> str:
     """`model`, which is no folder here, if it can be a Hub id such as Qwen/Qwen3-0.6B: not C:/models, ~/models or ./models."""
     known = Path(ROOT, model).resolve().as_posix()
     for place, command in MADE_BY.items():
@@ -78,66 +92,40 @@ def _hub_id(model):
     )
 
 
-def _check_base(folder, above):
-    base = adapter_base(folder)
-    if not Path(base).is_dir():
-        raise UserError(
-            f"{show_path(folder)} is a LoRA adapter for {base}, which is not there; use its merged/ folder"
-        )
-    if folder.resolve() in above:
-        raise cannot_load(folder, "adapter_config.json", "names a base that is an adapter of this one")
-    check_model(base, (*above, folder.resolve()))
-
-
-def _no_model(folder):
-    """The UserError for a folder without a config: what it holds, and the newest model folder in it."""
-    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
-    nested = [*folder.glob("*/config.json"), *folder.glob("*/adapter_config.json")]
-    hint = "a model has config.json and *.safetensors"
-    if nested:
-        newest = max(nested, key=lambda path: path.stat().st_mtime)
-        hint = f"did you mean {show_path(newest.parent)}?"
-    return UserError(f"{show_path(folder)} is not a model folder (it holds {found}); {hint}")
-
-
 def find_models() -> list[Path]:
     """Folders that load: finished runs, the newest first, then downloaded models, Qwen3-0.6B before the tiny one."""
+
+    def loads(folder: Path) -> bool:
+        try:
+            check_model(str(folder))
+            check_files(folder)
+        except (UserError, OSError):
+            return False
+        return True
+
     output = ROOT / "trainer_output"
-    runs = [folder for folder in (*output.glob("*/"), *output.glob("demo/*/")) if _is_model(folder)]
-    bases = [folder for folder in (ROOT / "model_download").glob("*/") if _is_model(folder)]
+    runs = filter(loads, (*output.glob("*/"), *output.glob("demo/*/")))
+    bases = filter(loads, (ROOT / "model_download").glob("*/"))
     return sorted(runs, key=written_at, reverse=True) + sorted(bases)
 
 
 def written_at(folder: Path) -> float:
-    """When the weights in a model folder were written (seconds since 1970): for a run, when it ended."""
+    """The time at which the weights in a model folder were written (seconds since 1970): for a run, its end."""
     return max(path.stat().st_mtime for path in folder.glob("*.safetensors"))
-
-
-def _is_model(folder):
-    try:
-        check_model(str(folder))
-        check_files(folder)
-    except (UserError, OSError):
-        return False
-    return True
 
 
 def adapter_base(folder: str | Path) -> str:
     """The base model that a LoRA adapter folder names: a path (relative ones are to the repository) or a Hub id."""
     path = Path(folder) / "adapter_config.json"
-    config = read_json(path)
-    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    base = read_object(Path(folder), path.name).get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise UserError(f"{show_path(path)} names no base model (base_model_name_or_path)")
     if base.startswith(("//", "\\\\")):  # Windows would log in at a server of the adapter's choice
         raise UserError(f"{show_path(path)} names a base model on another machine")
     try:
-        inside = ROOT / base
-        return str(inside) if inside.is_dir() else base
-    except OSError:
-        raise UserError(
-            f"{show_path(path)} names a base model that no folder can be called: {base[:60]} ..."
-        ) from None
+        return str(ROOT / base) if (ROOT / base).is_dir() else base
+    except OSError:  # the name is too long for a folder
+        raise UserError(f"{show_path(path)} names no folder as its base model: {base[:60]} ...") from None
 
 
 def model_sha256(model: str | Path) -> str:
@@ -149,7 +137,7 @@ def model_sha256(model: str | Path) -> str:
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
-def quiet_offline(*models):
+def quiet_offline(*models: str) -> None:
     """Before transformers is imported: no usage pings, and models named by a Hub id are brought to this machine and checked.
 
     After that nothing asks the Hub. UserError or RunError, in one line, where such a model cannot be had.
@@ -163,9 +151,8 @@ def quiet_offline(*models):
             check_model(local_folder(model))
     os.environ["HF_HUB_OFFLINE"] = "1"
     # peft asks transformers for this under its old name; nothing that a user could change
-    warnings.filterwarnings(
-        "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
-    )
+    old_name = "`is_gradient_checkpointing` is deprecated"
+    warnings.filterwarnings("ignore", message=old_name, category=FutureWarning)
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # "Loading weights" bars of a fraction of a second
@@ -180,48 +167,35 @@ def _bring(model):
     check_files(fetch_model(model))
 
 
-def load_tokenizer(model):
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, adapter folder or Hub id."""
     from transformers import AutoTokenizer
 
-    folder = local_folder(model)
-    check_files(Path(folder))
+    folder = Path(local_folder(model))
+    check_files(folder)
     with _told_in_one_line(model, "tokenizer.json or tokenizer_config.json"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(tokenizer.chat_template, str) or "<|im_end|>" not in tokenizer.get_vocab():
-        raise UserError(
-            f"{model} is not a Qwen chat model: its tokenizer has no chat template with <|im_end|>"
-        )
-    _check_size(tokenizer, folder)
-    if problem := problem_of(without_modes(tokenizer.chat_template)):
-        raise UserError(f"{model} cannot be loaded: its chat template (chat_template.jinja) {problem}")
+        raise UserError(f"{model} is no Qwen chat model: its tokenizer has no chat template with <|im_end|>")
+    while (folder / "adapter_config.json").is_file():
+        try:
+            folder = Path(local_folder(adapter_base(folder)))
+        except UserError:  # an exported adapter's base may not be here; whoever loads the weights is told
+            return tokenizer
+        check_files(folder)
+    size, last = read_json(folder / "config.json")["vocab_size"], max(tokenizer.get_vocab().values())
+    if last >= size:
+        problem = f"is of another model: it has token {last:,}, and the model knows {size:,}"
+        raise cannot_load(model, "tokenizer.json", problem)
     return tokenizer
 
 
-def _check_size(tokenizer, folder):
-    """UserError where the tokenizer has tokens that the model knows no embedding for: that of another model was copied here."""
-    while (Path(folder) / "adapter_config.json").is_file():
-        base = adapter_base(folder)
-        # An exported adapter may name a base that is not here; whoever loads the weights is told.
-        try:
-            folder = local_folder(base)
-        except UserError:
-            return
-    size, last = read_json(Path(folder) / "config.json")["vocab_size"], max(tokenizer.get_vocab().values())
-    if last >= size:
-        raise UserError(
-            f"{tokenizer.name_or_path} cannot be loaded: tokenizer.json is of another model: it has token {last:,}, "
-            f"and the model knows {size:,}"
-        )
-
-
-def load_model(model, dtype):
+def load_model(model: str, dtype: torch.dtype | str) -> PreTrainedModel:
     """The causal language model of a folder or Hub id in `dtype`; a LoRA adapter comes merged into its base.
 
     The merge is done in float32 and rounded once, as for a merged/ folder, so that both give the same answers.
     """
     import torch
-    from transformers import GenerationConfig
 
     if not (Path(model) / "adapter_config.json").is_file():
         return _load_whole(model, dtype)
@@ -229,19 +203,43 @@ def load_model(model, dtype):
 
     check_model(model)  # no adapter is its own base
     check_files(Path(model))
-    _check_same_base(Path(model), adapter_base(model))
-    base = load_model(adapter_base(model), torch.float32)
+    path, base = Path(model), adapter_base(model)
+    # A checkpoint belongs to the run in the folder above it.
+    record = read_record(path, {"identity": dict}) or read_record(path.parent, {"identity": dict})
+    trained_on = record and record["identity"].get("MODEL")
+    if trained_on and trained_on != f"sha256 {model_sha256(base)}":
+        raise UserError(
+            f"{show_path(path)} was trained on other weights than {show_path(base)} holds now; "
+            "use its merged/ folder, or bring that base model back"
+        )
+    base = load_model(base, torch.float32)
     with _told_in_one_line(model, "adapter_config.json or adapter_model.safetensors"):
         merged = PeftModel.from_pretrained(base, model).merge_and_unload()
     for weight in merged.parameters():  # not .to(dtype), which would round the rotary frequencies as well
         weight.data = weight.data.to(dtype)
-    if (Path(model) / "generation_config.json").is_file():
-        with _told_in_one_line(model, "generation_config.json"):
-            merged.generation_config = GenerationConfig.from_pretrained(model)
+    merged.generation_config = _generation_config(model, Path(model)) or merged.generation_config
     return merged
 
 
-def load_for_lora(model, dtype):
+def _generation_config(model, folder):
+    """The decoding settings of a folder, None if it has none; UserError if one that is used here is no number to compute with."""
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").is_file():
+        return None
+    with _told_in_one_line(model, "generation_config.json"):
+        config = GenerationConfig.from_pretrained(folder)
+    for name in ("temperature", "top_k", "top_p", "repetition_penalty"):
+        value = getattr(config, name, None)
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise cannot_load(model, "generation_config.json", f"says {name} is {str(value)[:40]}")
+    ends = config.eos_token_id
+    if not all(isinstance(end, int | None) for end in (ends if isinstance(ends, list) else [ends])):
+        raise cannot_load(model, "generation_config.json", f"says eos_token_id is {str(ends)[:40]}")
+    return config
+
+
+def load_for_lora(model: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a folder or Hub id with frozen weights, for adapters.
 
     Linear layers and embeddings are held in `dtype`, in which their products are computed anyway: with bfloat16 half the memory,
@@ -253,16 +251,15 @@ def load_for_lora(model, dtype):
     adapter = (Path(model) / "adapter_config.json").is_file()
     loaded = load_model(model, torch.float32 if adapter else "auto")
     for module in loaded.modules():
+        held = dtype if isinstance(module, nn.Linear | nn.Embedding) else torch.float32
         for weight in module.parameters(recurse=False):
-            weight.data = weight.data.to(
-                dtype if isinstance(module, nn.Linear | nn.Embedding) else torch.float32
-            )
+            weight.data = weight.data.to(held)
     return loaded.requires_grad_(False)
 
 
-def load_for_answers(model, device):
-    """The model of a folder or Hub id on `device` (utils.device.Device), its weights in the device's form for answers."""
-    from utils.model.answer_weights import hold_weights
+def load_for_answers(model: str, device: Device) -> PreTrainedModel:
+    """The model of a folder or Hub id on `device`, its weights in the device's form for answers."""
+    from utils.model.qwen3_answer import hold_weights
 
     adapter = (Path(model) / "adapter_config.json").is_file()
     # Weights that are packed anyway are not widened to float32 before.
@@ -273,13 +270,11 @@ def load_for_answers(model, device):
 
 
 def _load_whole(model, dtype):
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = local_folder(model)
     check_files(Path(folder))
-    if (Path(folder) / "generation_config.json").is_file():
-        with _told_in_one_line(model, "generation_config.json"):
-            GenerationConfig.from_pretrained(folder)
+    _generation_config(model, Path(folder))
     with _told_in_one_line(model, "config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config._attn_implementation = "sdpa"  # a name in config.json would be fetched as a kernel
@@ -292,45 +287,25 @@ def _load_whole(model, dtype):
             output_loading_info=True,
             config=config,
         )
-    if loaded.config.model_type != "qwen3" or set(loaded.config.layer_types) != {"full_attention"}:
-        raise UserError(
-            f"{model} is a {loaded.config.model_type} model; wanted Qwen3, without sliding windows"
-        )
-    if report["missing_keys"]:  # transformers would go on with random numbers in their place
-        raise UserError(
-            f"{model} is not whole: its weights lack {', '.join(sorted(report['missing_keys'])[:3])} ..."
-        )
+    if set(loaded.config.layer_types) != {"full_attention"}:
+        raise UserError(f"{model} is a qwen3 model; wanted Qwen3, without sliding windows")
+    if missing := sorted(
+        report["missing_keys"]
+    ):  # transformers would go on with random numbers in their place
+        raise UserError(f"{model} is not whole: its weights lack {', '.join(missing[:3])} ...")
     return loaded
-
-
-def _check_same_base(adapter, base):
-    """UserError where `base` is not what the adapter was trained on, as its run.json tells: the answers would be noise."""
-    for folder in (adapter, adapter.parent):  # a checkpoint belongs to the run in the folder above it
-        if record := read_record(folder, {"identity": dict}):
-            trained_on = record["identity"].get("MODEL")
-            if trained_on and trained_on != f"sha256 {model_sha256(base)}":
-                raise UserError(
-                    f"{show_path(adapter)} was trained on other weights than {show_path(base)} holds now; "
-                    "use its merged/ folder, or bring that base model back"
-                )
-            return
 
 
 @contextlib.contextmanager
 def _told_in_one_line(model, name):
-    """What the libraries raise for damaged, foreign or unreachable files, as a UserError of one line that names the file.
-
-    For such files they raise whatever the values run into, TypeError as well as Exception itself.
-    """
+    """Turn what the libraries raise for damaged or foreign files (any Exception) into a UserError of one line that names the file."""
     try:
         yield
     except Exception as error:
         if isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY):
             raise
         if "trust_remote_code" in str(error):
-            raise UserError(
-                f"{model} needs Python code of its own to load, and code from a model is not run here"
-            ) from None
+            raise needs_code(model) from None
         why = textwrap.shorten(str(error) or type(error).__name__, 300)
         raise UserError(f"{model} cannot be loaded: {name} is damaged or foreign ({why})") from None
 
@@ -359,20 +334,14 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     model.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)  # an adapter's save_pretrained leaves it out
     tokenizer.save_pretrained(folder)
-    _sort_adapter_config(Path(folder))
-    write_config_for_other_tools(Path(folder))
-
-
-def _sort_adapter_config(folder):
-    """PEFT writes its sets in an order that differs from run to run."""
-    path = folder / "adapter_config.json"
-    if path.is_file():
+    path = Path(folder) / "adapter_config.json"
+    if path.is_file():  # PEFT writes its sets of names in an order that differs from run to run
         config = read_json(path)
-        write_json(path, {name: sorted(value) if _is_set(value) else value for name, value in config.items()})
-
-
-def _is_set(value):
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+        for value in config.values():
+            if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+                value.sort()
+        write_json(path, config)
+    write_config_for_other_tools(Path(folder))
 
 
 def write_config_for_other_tools(folder: Path) -> None:

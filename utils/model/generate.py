@@ -12,8 +12,8 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.errors import RunError
-from utils.model.cached_forward import CachedModel
 from utils.model.chat_format import DECODING, END_OF_TURN, encode_prompt
+from utils.model.qwen3_answer import CachedModel
 
 NOT_NUMBERS = "the model's scores are not numbers (NaN): its training diverged, or its weights are damaged"
 

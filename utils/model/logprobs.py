@@ -1,6 +1,6 @@
 """Scores of a model without generating: log-probabilities of answers, and of the next token.
 
-`model` is always one that utils.model.packed_forward.prepare_packed has prepared; it is moved to `device` (utils.device.Device).
+`model` is always one that utils.model.qwen3_train.prepare_packed has prepared; it is moved to `device` (utils.device.Device).
 `watch` wraps what is gone through step by step, to show progress (utils.text.progress).
 """
 

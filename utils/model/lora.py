@@ -1,10 +1,8 @@
 """LoRA adapters: put on, and saved both as they are and merged into a stand-alone model."""
 
-import functools
-
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear
+from peft.tuners import lora as peft_lora
 
 from utils.model.lm_head import matmul_dtype
 
@@ -26,14 +24,18 @@ def add_lora(model, settings) -> PeftModel:
     # inside the repository: relative to it, so that adapter and base can move together
     adapted.peft_config["default"].base_model_name_or_path = settings.as_dict()["MODEL"]
     for layer in adapted.modules():
-        if isinstance(layer, Linear) and layer.base_layer.bias is None:
-            layer.forward = functools.partial(_forward, layer)
+        if isinstance(layer, peft_lora.Linear) and layer.base_layer.bias is None:
+            layer.__class__ = LoraLinear
     return adapted
 
 
-def _forward(layer, states):
-    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    return _LoraLinear.apply(states, layer.base_layer.weight, down, up, layer.scaling["default"])
+class LoraLinear(peft_lora.Linear):
+    """peft's layer, whose forward pass is one product with the frozen weight and its adapter."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """states (..., in features) -> (..., out features)."""
+        down, up = self.lora_A["default"].weight, self.lora_B["default"].weight
+        return _LoraLinear.apply(states, self.base_layer.weight, down, up, self.scaling["default"])
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -9,6 +9,7 @@ The trainer shuffles rows, never their content.
 
 from __future__ import annotations
 
+import bisect
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, NotRequired, TypedDict
@@ -81,25 +82,25 @@ class Packing(Sequence):
 def pack(lengths: Sequence[int] | numpy.ndarray, max_length: int, seed: int = 0) -> Packing:
     """Pack items of these lengths (tokens, each at most max_length) into rows.
 
-    The items come in a random order that `seed` fixes, each goes to the fullest row that still holds it. Packing the longest
-    first would fill a little better, but it makes rows of items of one length, which is one kind: the model learns far less
-    from the same tokens. The cost is O(items): bit s of `spaces` tells whether any row has s tokens left.
+    The items come in a random order that `seed` fixes, and each goes to the fullest row that still holds it; of equally full ones,
+    to the one that was filled last. Packing the longest first would fill a little better, but it makes rows of items of one length,
+    which is one kind: the model learns far less from the same tokens.
     """
     order = numpy.array(random.Random(seed).sample(range(len(lengths)), len(lengths)), dtype=numpy.int32)
-    with_space: list[list[int]] = [[] for _ in range(max_length + 1)]
-    spaces, count, row_of = 0, 0, []  # row_of: in the random order
-    for length in numpy.asarray(lengths, dtype=numpy.int64)[order].tolist():
-        if fits := spaces >> length:
-            space = length + (fits & -fits).bit_length() - 1  # the lowest bit that is set
-            row = with_space[space].pop()
-            if not with_space[space]:
-                spaces ^= 1 << space
+    in_order = numpy.asarray(lengths, dtype=numpy.int64)[order].tolist()
+    shortest = min(in_order, default=0)
+    open_rows: list[tuple[int, int, int]] = []  # sorted: (tokens left, -step that filled it last, number)
+    count, row_of = 0, []  # row_of: the row of each item, in the random order
+    for step, length in enumerate(in_order):
+        place = bisect.bisect_left(open_rows, (length,))
+        if place < len(open_rows):
+            left, _, row = open_rows.pop(place)
         else:
-            row, space = count, max_length
+            left, row = max_length, count
             count += 1
         row_of.append(row)
-        with_space[space - length].append(row)
-        spaces |= 1 << (space - length)
+        if left - length >= shortest:
+            bisect.insort(open_rows, (left - length, -step, row))
     row_of = numpy.array(row_of, dtype=numpy.int32)
     counts = numpy.bincount(row_of, minlength=count)
     ends = numpy.cumsum(counts)
@@ -253,63 +254,69 @@ def padding_for(device: str, bf16: bool, max_length: int) -> Padding:
 
 
 def wants_rows_of_one_length(device: str, bf16: bool) -> bool:
-    """Whether attention on this device is by one mask over equal rows (utils.model.attention)."""
+    """True if attention on this device is by one mask over equal rows (utils.model.attention)."""
     return device == "mps" or (device == "cuda" and not bf16)
 
 
 def collate(rows: list[list[Item]], padding: Padding = Padding()) -> PackedBatch:  # noqa: B008 - it never changes
     """Join the rows of one forward pass into one sequence.
 
+    An item of the prompt 1 2 3 with the answers 4 5 6 and 7 8 becomes this, with padding to a multiple of 8:
+
+                        shared | branch 1 | branch 2 | padding      layout = [(2, 3, 2), (1,)]
+        input_ids        1  2  | 3  4  5  | 3  7     | 0
+        position_ids     0  1  | 2  3  4  | 2  3     | 0
+        targets                | 4  5  6  | 7  8     |              at label_positions 2 3 4 5 6
+        label_documents        | 0  0  0  | 1  1     |
+
     Groups stand in order of their shape, so that attention can take those of one shape together; with `padding.row_length` they
     stay inside their row. Padding is a group of its own, which sees only itself and has no label.
     """
-    row_length = padding.row_length
-    numbered, number = [], 0  # rows of (shape, number of the group's first document, shared ids, branches)
+    groups_of_rows, number = [], 0
     for row in rows:
-        groups = []
+        groups = []  # (shape, number of the first document, shared ids, branches)
         for item in row:
             for shared, branches in shared_prefix_groups(item):
                 groups.append((_shape(shared, branches), number, shared, branches))
                 number += len(branches)
-        numbered.append(groups)
-    if not row_length:
-        numbered = [[group for groups in numbered for group in groups]]
+        groups_of_rows.append(groups)
+    if not padding.row_length:
+        groups_of_rows = [[group for groups in groups_of_rows for group in groups]]
+
     ids: list[int] = []
     positions: list[int] = []
-    label_positions: list[int] = []
-    targets: list[int] = []
-    label_documents: list[int] = []
     layout: list[GroupShape] = []
-    for groups in numbered:
+    labels: list[
+        tuple[int, list[int], int]
+    ] = []  # (position of the first one, answer, number of the document)
+    for groups in groups_of_rows:
         for shape, first, shared, branches in sorted(groups, key=lambda group: group[:2]):
             layout.append(shape)
             ids += shared
             positions += range(len(shared))
             for document, (rest, answer) in enumerate(branches, first):
-                label_positions += range(len(ids) + len(rest) - 1, len(ids) + len(rest) + len(answer) - 1)
+                labels.append((len(ids) + len(rest) - 1, answer, document))
                 positions += range(len(shared), len(shared) + len(rest) + len(answer) - 1)
                 ids += rest + answer[:-1]
-                targets += answer
-                label_documents += [document] * len(answer)
-        if missing := -len(ids) % (row_length or padding.multiple):
+        if missing := -len(ids) % (padding.row_length or padding.multiple):
             layout.append((missing,))
             ids += [0] * missing
             positions += range(missing)
+
     items = [item for row in rows for item in row]
     batch = PackedBatch(
         input_ids=torch.tensor([ids]),
         position_ids=torch.tensor([positions]),
-        label_positions=torch.tensor(label_positions),
+        label_positions=torch.tensor([start + i for start, answer, _ in labels for i in range(len(answer))]),
         layout=layout,
-        row_length=row_length,
-        targets=torch.tensor(targets),
-        label_documents=torch.tensor(label_documents),
+        row_length=padding.row_length,
+        targets=torch.tensor([token for _, answer, _ in labels for token in answer]),
+        label_documents=torch.tensor([document for _, answer, document in labels for _ in answer]),
         ids=[item.get("id") for item in items],
     )
-    numbers = [name for name in items[0] if name not in ("id", "documents")]
-    return batch | {
-        name: torch.tensor([item[name] for item in items], dtype=torch.float32) for name in numbers
-    }
+    for name in [name for name in items[0] if name not in ("id", "documents")]:
+        batch[name] = torch.tensor([item[name] for item in items], dtype=torch.float32)
+    return batch
 
 
 def model_inputs(batch: PackedBatch) -> dict:

@@ -5,10 +5,8 @@ import torch
 from conftest import ROOT
 
 from utils.device import Device
-from utils.errors import UserError
-from utils.model.answer_weights import hold_weights
-from utils.model.cached_forward import CachedModel
 from utils.model.folder import load_for_answers, load_model
+from utils.model.qwen3_answer import CachedModel, hold_weights
 
 TINY = str(ROOT / "model_download/tiny_qwen3_tcm")  # trained, and published in bfloat16 as Qwen3 is
 NEEDS_FBGEMM = pytest.mark.skipif(
@@ -133,26 +131,3 @@ def test_several_conversations_equal_each_alone(dtype, accuracy):
         new = torch.tensor([[(7 * step + 13 * row) % 2000] for row in range(len(prompts))])
         for prompt, [token] in zip(prompts, new.tolist()):
             prompt.append(token)
-
-
-def test_other_models_are_refused(tmp_path):
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    for number, (kind, changes) in enumerate(
-        (("qwen2", {}), ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}))
-    ):
-        folder = tmp_path / str(number)
-        config = AutoConfig.for_model(
-            kind,
-            vocab_size=64,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            **changes,
-        )
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
-        with pytest.raises(UserError, match=f"is a {kind} model; wanted Qwen3, without sliding windows"):
-            load_model(str(folder), torch.float32)

@@ -1,0 +1,392 @@
+"""Model folders: each damaged or hostile one is told in one line, sound ones load, and saved ones are read by other tools too."""
+
+import json
+import shutil
+import time
+import types
+
+import pytest
+import torch
+from chat_helpers import prompts_of, reference
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from tiny_model import make_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from utils.errors import UserError
+from utils.files import read_json, write_json
+from utils.model.folder import (
+    check_model,
+    find_models,
+    load_model,
+    load_tokenizer,
+    model_sha256,
+    read_record,
+    remember_mode,
+    save_model,
+)
+from utils.model.folder_checks import INDEX
+from utils.model.generate import Decoding, TokenStream, decoding_for, stop_tokens
+from utils.model.lora import add_lora
+
+TINY = ROOT / "model_download/tiny_qwen3_tcm"
+TEXT = "麻黄味辛、微苦，性温。<|im_end|>\n<think>\n\n</think>\n\n  What's this? 🌿"
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path):
+    """A copy of a good model folder."""
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(tiny_folder, tmp_path_factory):
+    """A LoRA adapter on the tiny model, as PEFT saves it, with the tokenizer."""
+    from peft import LoraConfig, get_peft_model
+
+    place = tmp_path_factory.mktemp("adapter") / "lora"
+    base = load_model(str(tiny_folder), torch.float32)
+    get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).save_pretrained(place)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny_folder / name, place)
+    change(place / "adapter_config.json", base_model_name_or_path=str(tiny_folder))
+    return place
+
+
+@pytest.fixture
+def adapter(adapter_folder, tmp_path):
+    return shutil.copytree(adapter_folder, tmp_path / "lora")
+
+
+def change(path, **fields):
+    path.write_text(json.dumps(read_json(path) | fields), encoding="utf-8")
+
+
+def load(folder):
+    check_model(str(folder))
+    return load_tokenizer(str(folder)), load_model(str(folder), torch.float32)
+
+
+def refused(folder, words):
+    """The folder is refused in one line that holds `words`, within seconds."""
+    start = time.monotonic()
+    with pytest.raises(UserError) as error:
+        load(folder)
+    line = str(error.value)
+    assert "\n" not in line and len(line) < 700 and words in line, line
+    assert time.monotonic() - start < 10
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+NO_OBJECTS = ["", "{", "[]", "3", "\udcff", "[" * 100_000, '{"r": ' + "9" * 5000 + "}"]
+CONFIGS = [  # one for each kind of wrong config
+    ({"model_type": "own", "auto_map": {"AutoModel": "own.Own"}}, "code from a model is not run here"),
+    ({"model_type": "llama"}, "is a llama model; wanted Qwen3"),
+    ({"model_type": 3}, "is a 3 model; wanted Qwen3"),
+    (
+        {"num_hidden_layers": 10**8, "layer_types": None},
+        "says num_hidden_layers is 100000000, the weights have 2",
+    ),
+    ({"num_hidden_layers": 1}, "it is not whole"),
+    (
+        {"vocab_size": 1 << 40},
+        "asks for model.embed_tokens.weight of [1099511627776, 64], the weights have [",
+    ),
+    (
+        {"head_dim": 32},
+        "asks for model.layers.0.self_attn.q_proj.weight of [128, 64], the weights have [64, 64]",
+    ),
+    ({"intermediate_size": 64}, "mlp.gate_proj.weight"),
+    ({"num_key_value_heads": 4}, "k_proj.weight"),
+    ({"hidden_size": "64"}, "lacks a whole number among vocab_size"),
+    ({"rms_norm_eps": "small"}, "config.json"),
+    ({"hidden_act": "own"}, "config.json"),
+    ({"rope_parameters": {"rope_type": "own", "rope_theta": 1}}, "config.json"),
+    ({"layer_types": [3, 4]}, "config.json"),
+    ({"transformers_weights": "../outside.safetensors"}, "asks for transformers_weights"),
+    ({"quantization_config": {"quant_method": "own"}}, "asks for quantization_config"),
+    ({"attention_bias": True}, "asks for attention_bias"),
+    (
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": None},
+        "without sliding windows",
+    ),
+]
+DECODINGS = [
+    *((text, "generation_config.json") for text in NO_OBJECTS),
+    ('{"temperature": NaN}', "says temperature is nan"),
+    ('{"temperature": "warm"}', "generation_config.json"),
+    ('{"top_k": [1]}', "generation_config.json"),
+    ('{"eos_token_id": [[1]]}', "generation_config.json"),
+]
+ADAPTERS = [
+    ({"r": 10_000_000}, "asks for LORA of rank 10000000; the weights are LORA of rank 4"),
+    ({"r": "4"}, "of rank 4"),
+    ({"peft_type": "IA3"}, "asks for IA3"),
+    ({"target_modules": 3}, "adapter_config.json"),
+    ({"lora_alpha": "x"}, "adapter_config.json"),
+    ({"base_model_name_or_path": 3}, "names no base model"),
+    ({"base_model_name_or_path": "x" * 300}, "as its base model"),
+    ({"base_model_name_or_path": "a\0b"}, "which is not there"),
+    ({"base_model_name_or_path": "\\\\server\\share"}, "names a base model on another machine"),
+]
+
+
+@pytest.mark.parametrize("fields, words", CONFIGS, ids=str)
+def test_a_wrong_config_is_told(folder, fields, words):
+    change(folder / "config.json", **fields)
+    refused(folder, words)
+
+
+@pytest.mark.parametrize("text", NO_OBJECTS, ids=lambda text: text[:9])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_file_is_named(folder, name, text):
+    write(folder / name, text)
+    refused(folder, name)
+
+
+@pytest.mark.parametrize("text, words", DECODINGS, ids=lambda text: text[:20])
+def test_wrong_decoding_settings_are_told(folder, text, words):
+    write(folder / "generation_config.json", text)
+    refused(folder, words)
+
+
+@pytest.mark.parametrize("fields, words", ADAPTERS, ids=lambda given: str(given)[:40])
+def test_a_wrong_adapter_is_told_and_never_stops_the_search_for_models(
+    adapter, tiny_folder, monkeypatch, fields, words
+):
+    monkeypatch.setattr("utils.model.folder.ROOT", adapter.parent)
+    change(adapter / "adapter_config.json", **fields)
+    refused(adapter, words)
+    runs = adapter.parent / "trainer_output"
+    shutil.copytree(adapter, runs / "lora")
+    shutil.copytree(tiny_folder, runs / "good")
+    found = find_models()
+    assert runs / "good" in found and (runs / "lora" not in found or words == "adapter_config.json")
+
+
+def test_adapters_that_name_each_other_are_told(adapter, tmp_path):
+    other = shutil.copytree(adapter, tmp_path / "other")
+    for one, base in ((adapter, other), (other, adapter)):
+        change(one / "adapter_config.json", base_model_name_or_path=str(base))
+    refused(adapter, "names a base that is an adapter of this one")
+
+
+def test_an_adapter_on_an_adapter_is_that_of_its_merged_base(adapter, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    first = get_peft_model(
+        load_model(str(adapter), torch.float32),
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+    )
+    second = shutil.copytree(adapter, tmp_path / "second")
+    first.save_pretrained(second)
+    change(second / "adapter_config.json", base_model_name_or_path=str(adapter))
+    wanted = first.merge_and_unload().state_dict()
+    found = load(second)[1].state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
+
+
+def in_two_files(folder):
+    """The folder's weights in two files under an index, as large models come."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    places = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(names)}
+    for place in set(places.values()):
+        save_file(
+            {name: weights[name] for name in names if places[name] == place}, folder / place, {"format": "pt"}
+        )
+    write_json(folder / INDEX, {"metadata": {}, "weight_map": places})
+    return weights, places
+
+
+def test_weights_in_several_files_are_read_and_identified(folder):
+    weights, places = in_two_files(folder)
+    loaded = load(folder)[1].state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
+    before = model_sha256(folder)
+    write_json(folder / INDEX, {"metadata": {"total_size": 1}, "weight_map": places})
+    assert model_sha256(folder) != before
+
+
+@pytest.mark.parametrize(
+    "place", ["pytorch_model.bin", "../outside.safetensors", "gone.safetensors", None, "a\\b.safetensors"]
+)
+def test_an_index_names_only_safetensors_in_its_folder(folder, place):
+    _, places = in_two_files(folder)
+    shutil.copy(folder / "model-00001-of-00002.safetensors", folder.parent / "outside.safetensors")
+    shutil.copy(folder / "model-00001-of-00002.safetensors", folder / "pytorch_model.bin")
+    write_json(folder / INDEX, {"weight_map": places | {min(places): place}})
+    refused(folder, "wanted *.safetensors of the folder")
+
+
+def test_weights_that_are_not_whole_are_told(folder):
+    path, content = folder / "model.safetensors", (folder / "model.safetensors").read_bytes()
+    path.write_bytes(content[:9000])
+    refused(folder, "model.safetensors is not whole, or no safetensors file")
+    weights = load_file(shutil.copy(TINY / "model.safetensors", folder.parent / "other.safetensors"))
+    path.write_bytes(content)
+    weights = load_file(path)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path, {"format": "pt"})
+    refused(folder, "is not whole: its weights lack model.layers.1.mlp.up_proj.weight")
+
+
+@pytest.mark.parametrize("name", ["_attn_implementation", "attn_implementation"])
+def test_no_config_chooses_the_attention(folder, name):
+    change(folder / "config.json", **{name: "stranger/kernel"})
+    assert load(folder)[1].config._attn_implementation == "sdpa"
+
+
+def test_a_tokenizer_that_does_not_fit_is_told(folder):
+    """Tokens of another model's tokenizer would be looked up behind the end of the embedding."""
+    (folder / "chat_template.jinja").unlink()
+    refused(folder, "no chat template with <|im_end|>")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(TINY / name, folder)
+    refused(folder, "tokenizer.json is of another model: it has token 3,")
+    (folder / "tokenizer.json").unlink()
+    refused(folder, "has no tokenizer")
+
+
+def test_a_folder_of_something_else_is_told(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/qwen").symlink_to("gone")
+    with pytest.raises(UserError, match="models/qwen is a link to something that is not there"):
+        check_model("models/qwen")
+    refused(folder / "config.json", f"did you mean {folder}?")
+    refused(tmp_path, f"did you mean {folder}?")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    refused(folder, "holds no *.safetensors weights")
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '{"identity": 3}', "not JSON", "{}", "\udcff", '{"identity": {}, "status": "finished"}']
+)
+def test_a_damaged_record_of_a_run_is_told(adapter, text):
+    write(adapter / "run.json", text)
+    for read in (lambda: read_record(adapter, {"identity": dict, "status": str}), lambda: load(adapter)):
+        with pytest.raises(UserError, match="run.json"):
+            read()
+
+
+def test_adapter_answers_as_its_merged_model(tiny_folder, chat_model, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    adapter = tmp_path / "lora" / "checkpoint-3"
+    tuned = get_peft_model(load_model(str(tiny_folder), torch.float32), config)
+    tuned.save_pretrained(adapter)
+    chat_model.tokenizer.save_pretrained(adapter)
+    (adapter / "generation_config.json").write_text(
+        json.dumps({"do_sample": True, "temperature": 0.7, "eos_token_id": 5}), encoding="utf-8"
+    )
+    tuned.merge_and_unload().save_pretrained(tmp_path / "merged")
+    chat_model.tokenizer.save_pretrained(tmp_path / "merged")
+    for dtype in (torch.float32, torch.bfloat16):
+        one, other = load_model(str(adapter), dtype), load_model(str(tmp_path / "merged"), dtype)
+        for name, weight in other.state_dict().items():
+            assert torch.equal(weight, one.state_dict()[name]), name
+        prompt = prompts_of(chat_model)[0]
+        answers = [list(TokenStream(model, set()).answer(prompt, Decoding(), 20)) for model in (one, other)]
+        assert answers[0] == answers[1] != reference(chat_model, prompt, 20)
+    assert decoding_for(one, chat_model.tokenizer).temperature == 0.7 and 5 in stop_tokens(
+        one, chat_model.tokenizer
+    )
+
+    write_json(tmp_path / "lora" / "run.json", {"identity": {"MODEL": f"sha256 {model_sha256(tiny_folder)}"}})
+    load_model(str(adapter), torch.float32)
+    write_json(tmp_path / "lora" / "run.json", {"identity": {"MODEL": "sha256 of something else"}})
+    with pytest.raises(UserError, match="trained on other weights"):
+        load_model(str(adapter), torch.float32)
+
+    with pytest.raises(UserError, match="did you mean .*checkpoint-3"):
+        check_model(str(tmp_path / "lora"))
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(UserError, match="no \\*.safetensors"):
+        check_model(str(adapter))
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(tmp_path / "gone")}), encoding="utf-8"
+    )
+    with pytest.raises(UserError, match="adapter for .*gone, which is not there"):
+        check_model(str(adapter))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("save") / "base")
+
+
+@pytest.fixture(scope="module")
+def saved(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("save") / "saved"
+    save_model(AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base), folder)
+    return folder
+
+
+def test_the_rope_base_stands_where_transformers_4_looks(base, saved):
+    config = read_json(saved / "config.json")
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1_000_000
+    assert config["rope_scaling"] is None
+    ids = torch.tensor([list(range(60))])
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype="float32") for folder in (base, saved)
+    )
+    assert after.config.rope_parameters == before.config.rope_parameters
+    assert torch.equal(before(ids).logits, after(ids).logits)
+
+
+def test_the_tokenizer_has_a_class_that_transformers_4_knows(base, saved):
+    config = read_json(saved / "tokenizer_config.json")
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and "backend" not in config
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (base, saved))
+    assert before(TEXT).data.keys() == after(TEXT).data.keys() == {"input_ids", "attention_mask"}
+    assert before(TEXT)["input_ids"] == after(TEXT)["input_ids"]
+    assert after.eos_token == "<|im_end|>" and after.pad_token == "<|endoftext|>"
+
+
+def test_a_list_of_special_tokens_gets_the_name_that_both_take(base, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(base, extra_special_tokens=["<|im_start|>"])
+    assert tokenizer.extra_special_tokens == ["<|im_start|>"]
+    save_model(AutoModelForCausalLM.from_pretrained(base), tokenizer, tmp_path)
+    assert read_json(tmp_path / "tokenizer_config.json")["additional_special_tokens"] == ["<|im_start|>"]
+    assert AutoTokenizer.from_pretrained(tmp_path).extra_special_tokens == ["<|im_start|>"]
+
+
+def test_an_adapter_folder_holds_no_path_of_this_machine(base, tmp_path):
+    settings = types.SimpleNamespace(RANK=4, ALPHA=8, as_dict=lambda: {"MODEL": "model_download/base"})
+    model = add_lora(AutoModelForCausalLM.from_pretrained(base), settings)
+    save_model(model, AutoTokenizer.from_pretrained(base), tmp_path)
+    texts = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.[jm][sd]*")}
+    assert "adapter_config.json" in texts and "README.md" not in texts
+    assert not [name for name, text in texts.items() if str(base.parent) in text]
+    assert json.loads(texts["adapter_config.json"])["base_model_name_or_path"] == "model_download/base"
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_an_adapter_config_is_the_same_in_every_process(base, tmp_path, seed):
+    """PEFT keeps the names of layers in a set, whose order differs from process to process."""
+    settings = types.SimpleNamespace(RANK=4, ALPHA=8, as_dict=lambda: {"MODEL": "model_download/base"})
+    model = add_lora(AutoModelForCausalLM.from_pretrained(base), settings)
+    names = list(model.peft_config["default"].target_modules)
+    model.peft_config["default"].target_modules = names[seed:] + names[:seed]
+    save_model(model, AutoTokenizer.from_pretrained(base), tmp_path)
+    assert read_json(tmp_path / "adapter_config.json")["target_modules"] == sorted(names)
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_a_base_that_answers_greedily_stays_greedy(base, tmp_path, sampled):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    if not sampled:
+        model.generation_config = GenerationConfig(do_sample=False)
+    remember_mode(model, tokenizer, thinking=False)
+    save_model(model, tokenizer, tmp_path)
+    written = read_json(tmp_path / "generation_config.json")
+    assert (written["do_sample"], written.get("temperature")) == ((True, 0.7) if sampled else (False, None))
+    assert written["eos_token_id"] == [
+        tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")
+    ]

@@ -1,0 +1,280 @@
+"""Qwen3's forward pass for answers, with its KV cache: the results of transformers, with fewer and larger operations.
+
+It saves transformers' own Python in every layer and its copy of the whole cache for every token. bfloat16 is rounded where
+transformers rounds it; utils/model/qwen3_train.py, for training, rounds less often.
+
+Every token reads every weight once, and on a CPU reading is what takes the time. So an attention layer's query, key and value are
+one product here, and so are the gate and up of its MLP. The weights are held in one of three forms:
+
+    plain   as the model has them. Joined weights share the model's memory.
+    half    float16, for x86 CPUs without bfloat16 instructions. Products and sums stay float32. A bfloat16 weight, as Qwen3 is
+            published, keeps its value; only one below 8e-6 moves, by 3e-8 at most. A float32 weight of a finished training is
+            rounded to 11 bits, where bfloat16 would keep 8.
+    int8    8 bits, with a scale for each row of a matrix, multiplied as integers. States are split into two 8-bit numbers each: the
+            second holds what the first has rounded off, so that next to nothing of them is lost. It costs no time, since the
+            product takes as long for two rows as for one.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers import Qwen3ForCausalLM
+
+from utils.device import release_memory
+
+Product = Callable[[torch.Tensor], torch.Tensor]  # states (rows, in features) -> (rows, out features)
+
+
+class LayerWeights(NamedTuple):
+    """The weights of one decoder layer. `qk_norm`: (query and key heads, head_dim), the weights of both norms."""
+
+    input_norm: torch.Tensor
+    qkv: Product
+    qk_norm: torch.Tensor
+    output: Product
+    mlp_norm: torch.Tensor
+    gate_up: Product
+    down: Product
+
+
+class AnswerWeights(NamedTuple):
+    """The weights that answers are computed with; `head` makes the logits."""
+
+    layers: list[LayerWeights]
+    head: Product
+
+
+class CachedModel:
+    """`model` (Qwen3ForCausalLM) and the keys and values of the `length` tokens it has seen: of one conversation, or of several.
+
+    `padding`: (rows,) tokens that stand before the beginning of each conversation, so that all end together.
+    """
+
+    def __init__(self, model: Qwen3ForCausalLM, padding: torch.Tensor | None = None):
+        if not hasattr(model, "answer_weights"):
+            hold_weights(model, "plain")
+        self.model, self.weights, self.config = model, model.answer_weights, model.config
+        self.padding, self.length = padding, 0
+        # (2 x layers, rows, heads, capacity, head_dim): keys and values of each layer in turn
+        self.cache: torch.Tensor | None = None
+
+    def keep(self, count: int) -> None:
+        """Forget all but the first `count` tokens."""
+        self.length = min(self.length, count)
+
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        """Forget all conversations but these (indices)."""
+        self.cache, self.padding = self.cache[:, rows], self.padding[rows]
+
+    def feed(self, ids: list[int]) -> torch.Tensor:
+        """The logits, float32 (vocabulary,) on the CPU, after one or more new tokens (list of ids) of one conversation."""
+        return self.feed_rows(torch.tensor([ids], device=self.model.device))[0].float().cpu()
+
+    @torch.inference_mode()
+    def feed_rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """The logits (rows, vocabulary) after new tokens (rows, count) of every conversation.
+
+        `length` grows last, so that a pass which Ctrl-C stops leaves nothing behind.
+        """
+        (rows, count), end = ids.shape, self.length + ids.shape[1]
+        self._reserve(rows, end)
+        columns = torch.arange(end, device=ids.device)
+        model, mask = self.model.model, self._mask(columns, count)
+        states = model.embed_tokens(ids.flatten()).to(model.norm.weight.dtype)
+        positions = columns[None, self.length :]
+        if self.padding is not None:
+            positions = (positions - self.padding[:, None]).clamp(min=0)
+        turn = _turns(*model.rotary_emb(states, positions))
+        seen = self.cache[..., :end, :].unbind()
+        with _for_rows(rows * count):
+            for number, layer in enumerate(self.weights.layers):
+                keys, values = seen[2 * number], seen[2 * number + 1]
+                normed = self._norm(states, layer.input_norm)
+                states = states + self._attention(layer, normed, (rows, count), turn, keys, values, mask)
+                gate, up = layer.gate_up(self._norm(states, layer.mlp_norm)).chunk(2, dim=-1)
+                states = states + layer.down(F.silu(gate) * up)
+        last = states.view(rows, count, -1)[:, -1]
+        with _for_rows(rows):
+            logits = self.weights.head(self._norm(last, model.norm.weight))
+        self.length = end
+        return logits
+
+    def _attention(self, layer: LayerWeights, states, shape, turn, keys, values, mask):
+        """states (rows x count, hidden) of `shape` (rows, count). Writes their keys and values into the cache's views of this layer."""
+        queries, kv = self.config.num_attention_heads, self.config.num_key_value_heads
+        states = layer.qkv(states).view(*shape, queries + 2 * kv, -1)
+        turned = _rotate(self._norm(states[:, :, :-kv], layer.qk_norm), *turn).transpose(1, 2)
+        keys[:, :, self.length :] = turned[:, queries:]
+        values[:, :, self.length :] = states[:, :, -kv:].transpose(1, 2)
+        query = turned[:, :queries]
+        if (
+            shape[1] == 1
+        ):  # the heads that share a key become the queries of one head: a sixth of the time in bfloat16
+            query = query.unflatten(1, (kv, -1))[:, :, :, 0]
+            output = F.scaled_dot_product_attention(query, keys, values, mask).flatten(1, 2)
+        else:
+            output = F.scaled_dot_product_attention(
+                query, keys, values, mask, is_causal=mask is None, enable_gqa=True
+            ).transpose(1, 2)
+        return layer.output(output.reshape(shape[0] * shape[1], -1))
+
+    def _mask(self, columns, count):
+        """The tokens (..., end) that each new one (count, 1) sees. None if attention needs no mask: one new token sees all, and the
+        tokens of a first pass see one another causally."""
+        if self.padding is None and (count == 1 or not self.length):
+            return None
+        itself = columns[self.length :, None]
+        if self.padding is None:
+            return columns <= itself
+        real = columns >= self.padding[:, None, None, None]
+        # Padding sees itself, and nothing sees it. A row of the mask without any key would be NaN on some devices.
+        return (real & (columns <= itself)) | (columns == itself)
+
+    def _norm(self, states, weight):
+        """RMSNorm, rounded to the dtype of `states` before the weight is multiplied, as Qwen3RMSNorm does."""
+        return weight * F.rms_norm(states, weight.shape[-1:], None, self.config.rms_norm_eps)
+
+    def _reserve(self, rows, end):
+        """Make room for `end` tokens and half as many more, so that the cache is seldom copied.
+
+        One conversation gets room for 256 more at least. Many get less each: their cache is copied anyway whenever one ends.
+        """
+        if self.cache is not None and end <= self.cache.shape[3]:
+            return
+        config, weight = self.config, self.model.model.norm.weight
+        capacity = end + max(256 // rows, end // 2)
+        shape = (2 * config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_dim)
+        grown = weight.new_empty(shape)
+        if self.cache is not None:
+            grown[..., : self.length, :] = self.cache[..., : self.length, :]
+        self.cache = grown
+
+
+def _turns(cos, sin):
+    """Rotary cosines and sines (rows, count, head_dim) for _rotate: for every head, the sines of the first half negative."""
+    first, second = sin.chunk(2, dim=-1)
+    return cos[:, :, None], torch.cat((-first, second), dim=-1)[:, :, None]
+
+
+def _rotate(states, cos, sin):
+    """Rotary positions: states (rows, count, heads, head_dim), cos and sin of _turns."""
+    return states * cos + states.roll(states.shape[-1] // 2, -1) * sin
+
+
+@contextmanager
+def _for_rows(rows: int) -> Iterator[None]:
+    """Let torch itself multiply one row of bfloat16: it reads weights twice as fast as oneDNN, which is made for many rows."""
+    onednn = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = onednn and rows > 1
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = onednn
+
+
+@torch.no_grad()
+def hold_weights(model: Qwen3ForCausalLM, form: str) -> None:
+    """Hold the weights of `model` in a form: plain, half or int8. After half and int8, on x86 CPUs, the model is for answers only.
+
+    A matrix that a form cannot hold, such as one of a diverged training (NaN), stays plain. Half and int8 take seconds for 0.6 B
+    parameters: a matrix is packed on one core, so threads share the layers.
+    """
+    hold = FORMS[form]
+    if form != "plain":
+        for name, weight in model.named_parameters():
+            if name.endswith("norm.weight"):
+                weight.data = weight.data.float()
+    with warnings.catch_warnings():
+        # Quantized tensors are to leave a later torch. The one that is pinned here has no other product as fast for one row.
+        warnings.filterwarnings("ignore", message=".*quantized tensor creation functions")
+        with ThreadPoolExecutor(1 if form == "plain" else torch.get_num_threads()) as threads:
+            head = threads.submit(_hold, hold, model.lm_head)  # the largest comes first
+            layers = threads.map(lambda layer: _layer_weights(hold, layer), model.model.layers)
+            model.answer_weights = AnswerWeights(list(layers), head.result())
+
+
+@torch.no_grad()  # torch keeps this setting in each thread by itself
+def _layer_weights(hold, layer):
+    attention, mlp, config = layer.self_attn, layer.mlp, layer.self_attn.config
+    query_norm = attention.q_norm.weight.expand(config.num_attention_heads, -1)
+    key_norm = attention.k_norm.weight.expand(config.num_key_value_heads, -1)
+    return LayerWeights(
+        input_norm=layer.input_layernorm.weight,
+        qkv=_hold(hold, attention.q_proj, attention.k_proj, attention.v_proj),
+        qk_norm=torch.cat([query_norm, key_norm]),
+        output=_hold(hold, attention.o_proj),
+        mlp_norm=layer.post_attention_layernorm.weight,
+        gate_up=_hold(hold, mlp.gate_proj, mlp.up_proj),
+        down=_hold(hold, mlp.down_proj),
+    )
+
+
+@torch.no_grad()
+def _hold(hold, *layers):
+    """The product with the weights of linear layers, one below the other. The layers lose weights that are held in another form."""
+    weight = layers[0].weight
+    if len(layers) > 1:
+        weight = torch.cat([layer.weight for layer in layers])
+        for layer, part in zip(layers, weight.split([layer.out_features for layer in layers])):
+            layer.weight.data = part  # a part of the joined matrix from now on
+    product = hold(weight)
+    if product is None:
+        return _plain(weight.float())
+    if hold is not _plain:
+        for layer in layers:
+            del layer.weight
+        del weight
+        release_memory()
+    return product
+
+
+def _plain(weight):
+    return lambda states: F.linear(states, weight)
+
+
+def _half(weight):
+    """The product with float16 weights; None if a weight is too large for them (FBGEMM would make 65504 of it) or NaN."""
+    fits = max(abs(end) for end in torch.aminmax(weight)) <= torch.finfo(torch.float16).max  # False for NaN
+    if not fits:
+        return None
+    packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+    return lambda states: torch.ops.quantized.linear_dynamic_fp16(states, packed)
+
+
+def _int8(weight):
+    """The product with int8 weights; None if a weight is no finite number.
+
+    A row of the weight is scale x whole numbers of -127 to 127. A state is size x (upper + lower / (2 x largest)), where upper and
+    lower are whole numbers of -largest to largest: two rows of one product.
+    """
+    weight = weight.float()
+    scales = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    if not torch.isfinite(scales).all():
+        return None
+    whole = (weight / scales[:, None]).round().to(torch.int8)
+    zeros = torch.zeros(len(scales), dtype=torch.int64)
+    matrix = torch._make_per_channel_quantized_tensor(whole, scales.double(), zeros, 0)
+    packed = torch.ops.quantized.linear_prepack(matrix, None)
+    # Without VNNI instructions, pairs of products are added in 16 bits: 7-bit states keep them from overflowing.
+    largest = 127 if torch.cpu._is_vnni_supported() else 63
+    # Takes floats, rounds them to unsigned 8-bit numbers around the zero point, and gives floats.
+    scale, zero_point = 1.0, largest + 1
+    multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+
+    def product(states):
+        size = torch.linalg.vector_norm(states, torch.inf, -1, keepdim=True).clamp_(min=1e-30) / largest
+        exact = states / size
+        upper = exact.round()
+        lower = exact.sub_(upper).mul_(2 * largest)
+        upper, lower = multiply(torch.cat([upper, lower]), scale, zero_point, packed).chunk(2)
+        return upper.add_(lower, alpha=0.5 / largest).mul_(size)
+
+    return product
+
+
+FORMS = {"plain": _plain, "half": _half, "int8": _int8}

@@ -1,0 +1,185 @@
+"""Qwen3's forward pass for training, over packed rows: from token ids to the hidden states of the trained positions.
+
+`prepare_packed(model)` gives the modules of a loaded model the classes below, which compute the same function as transformers'
+and keep less for the backward pass, so that a longer row fits into memory: a norm keeps its normalised states and not its input,
+SwiGLU keeps its two inputs, and the last layer goes on after its attention with the trained positions only. Weights, their names
+and the saved files stay as they are. Plain PyTorch, for any device.
+
+Shapes: states (1, T, hidden) of one packed row of T tokens; heads (1, T, heads, head_dim).
+Formulas: RMSNorm, Zhang and Sennrich 2019 (arXiv:1910.07467); rotary positions, Su et al. 2021 (arXiv:2104.09864); SwiGLU,
+Shazeer 2020 (arXiv:2002.05202).
+"""
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from transformers.models.qwen3 import modeling_qwen3
+
+from utils.model.attention import Attention, plan_attention
+from utils.model.lm_head import matmul_dtype
+from utils.model.packing import ROUNDED, GroupShape
+
+Turn = tuple[Tensor, Tensor]  # cosines and sines (1, T, head_dim) of the rotary angles
+
+
+class RMSNorm(modeling_qwen3.Qwen3RMSNorm):
+    """states / root mean square x weight; with `turn`, heads are rotated to their positions afterwards."""
+
+    def forward(self, states: Tensor, turn: Turn = (None, None)) -> Tensor:
+        return _RMSNorm.apply(states, self.weight, self.variance_epsilon, *turn)
+
+
+class SelfAttention(modeling_qwen3.Qwen3Attention):
+    """Projections, norms and rotation of queries and keys, and the `attention` that this pass has planned."""
+
+    def forward(self, states: Tensor, turn: Turn, attention: Attention, wanted: Tensor | None) -> Tensor:
+        heads = (*states.shape[:-1], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(states).view(heads), turn)
+        key = self.k_norm(self.k_proj(states).view(heads), turn)
+        value = self.v_proj(states).view(heads)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        attended = attention(query, key, value, self.scaling).flatten(2)
+        return self.o_proj(attended if wanted is None else attended.index_select(1, wanted))
+
+
+class MLP(modeling_qwen3.Qwen3MLP):
+    """SwiGLU between two projections up and one down."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.down_proj(_SwiGLU.apply(self.gate_proj(states), self.up_proj(states)))
+
+
+class Layer(modeling_qwen3.Qwen3DecoderLayer):
+    """Attention, then MLP, each added to the residual stream. With `wanted` (N,), only these positions come out: (1, N, hidden)."""
+
+    def forward(
+        self, states: Tensor, turn: Turn, attention: Attention, wanted: Tensor | None = None
+    ) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(states), turn, attention, wanted)
+        states = attended + (states if wanted is None else states.index_select(1, wanted))
+        return states + self.mlp(self.post_attention_layernorm(states))
+
+
+class Model(modeling_qwen3.Qwen3Model):
+    """The layers and the last norm. The last layer computes only the `wanted` positions: nothing else asks for the others."""
+
+    def forward(self, states: Tensor, position_ids: Tensor, attention: Attention, wanted: Tensor) -> Tensor:
+        turn = self.rotary_emb(states, position_ids)
+        for layer in self.layers[:-1]:
+            states = layer(states, turn, attention)
+        return self.norm(self.layers[-1](states, turn, attention, wanted))
+
+
+class Qwen3ForCausalLM(transformers.Qwen3ForCausalLM):
+    """The whole model but its LM head, which is left to the loss. The name is the one that config.json keeps of the class."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        label_positions: Tensor,
+        layout: list[GroupShape],
+        row_length: int,
+        **unset,  # PEFT adds arguments that are None
+    ) -> Tensor:
+        """The final hidden states (N, hidden) of the N positions that have a label. Takes utils.model.packing.model_inputs."""
+        states = self._embed(input_ids)
+        attention = plan_attention(layout, row_length, input_ids.device, matmul_dtype(states))
+        labels = len(label_positions)
+        # The number of positions is rounded up, since every new shape costs time where kernels are made for it.
+        wanted = F.pad(label_positions, (0, -labels % ROUNDED))
+        return self.model(states, position_ids, attention, wanted)[0, :labels]
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        """The residual stream begins in the dtype of the norms: float32 in training, also over a base held in bfloat16."""
+        weight = self.model.embed_tokens.weight
+        if weight is self.lm_head.weight and weight.requires_grad and weight.device.type == "cpu":
+            return _TiedEmbedding.apply(weight, input_ids)
+        return self.model.embed_tokens(input_ids).to(self.model.norm.weight.dtype)
+
+
+CLASSES = {
+    modeling_qwen3.Qwen3RMSNorm: RMSNorm,
+    modeling_qwen3.Qwen3Attention: SelfAttention,
+    modeling_qwen3.Qwen3MLP: MLP,
+    modeling_qwen3.Qwen3DecoderLayer: Layer,
+    modeling_qwen3.Qwen3Model: Model,
+    transformers.Qwen3ForCausalLM: Qwen3ForCausalLM,
+}
+
+
+def prepare_packed(model: transformers.Qwen3ForCausalLM) -> Qwen3ForCausalLM:
+    """Let `model` compute as the classes of this module do, and return it. Call it before an adapter is put on."""
+    for module in model.modules():
+        module.__class__ = CLASSES.get(type(module), type(module))
+    return model
+
+
+class _RMSNorm(torch.autograd.Function):
+    """RMSNorm over the last dimension; with cos and sin (1, T, head_dim), heads (1, T, heads, head_dim) are rotated after it."""
+
+    @staticmethod
+    def forward(ctx, states, weight, epsilon, cos, sin):
+        exact = states.to(torch.promote_types(states.dtype, torch.float32))
+        factor = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + epsilon)
+        normed = (exact * factor).to(states.dtype)
+        ctx.save_for_backward(normed, factor, weight, cos, sin)
+        scaled = normed * weight
+        return scaled if cos is None else _rotate(scaled, cos, sin)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        normed, factor, weight, cos, sin = ctx.saved_tensors
+        if cos is not None:
+            upstream = _rotate(upstream, cos, -sin)  # back again
+        both = (upstream * normed).flatten(0, -2)
+        # Only the part of the gradient at right angles to `normed` counts: the norm cancels any change of length.
+        along = (both @ weight / weight.shape[0]).view(factor.shape)
+        gradient = (upstream * weight).addcmul_(normed, along, value=-1).mul_(factor)
+        return gradient, both.sum(0) if ctx.needs_input_grad[1] else None, None, None, None
+
+
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads turned by angles whose cosines and sines (1, T, head_dim) have two halves that are the same."""
+    cos, sin, half = cos[:, :, None], sin[:, :, None, : cos.shape[-1] // 2], cos.shape[-1] // 2
+    turned = heads * cos
+    turned[..., :half].addcmul_(heads[..., half:], sin, value=-1)
+    turned[..., half:].addcmul_(heads[..., :half], sin)
+    return turned
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) x up."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(upstream * up, gate), F.silu(gate).mul_(upstream)
+
+
+class _TiedEmbedding(torch.autograd.Function):
+    """Embedding of ids (1, T) whose gradient is that of the T rows of `weight` (vocabulary, hidden) that it touches.
+
+    The usual gradient is a second matrix of 0.6 GB, nearly all zeros, beside the LM head's gradient of the same weight. If the head's
+    has been added to `weight.grad` already (utils.model.lm_head), the rows are added there too; else they become a sparse gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, ids):
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.weight = weight.shape, weight
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (ids,) = ctx.saved_tensors
+        if ctx.weight.grad is not None and not torch.distributed.is_initialized():
+            ctx.weight.grad.index_add_(0, ids[0], upstream[0])
+            return None, None
+        return torch.sparse_coo_tensor(ids, upstream[0], ctx.shape, check_invariants=False), None
