@@ -134,7 +134,7 @@ def test_a_model_in_bf16_is_as_near_to_float64_as_plain_transformers(folder):
     assert errors.max() < 0.1 and errors[:, 0].mean() <= 1.05 * errors[:, 1].mean(), errors
 
 
-def test_layers_keep_a_quarter_less_for_the_backward_pass(folder):
+def test_layers_keep_a_fifth_less_for_the_backward_pass(folder):
     """One document of 600 tokens, all of them trained, against transformers' own layers; weights not counted."""
 
     def bytes_kept(model, **inputs):
@@ -148,7 +148,7 @@ def test_layers_keep_a_quarter_less_for_the_backward_pass(folder):
     inputs = model_inputs(collate([[{"documents": [([1], [2] * 600)]}]]))
     plain = load(folder).model
     ours = bytes_kept(prepare_packed(load(folder)), **inputs)
-    assert ours < 0.77 * bytes_kept(plain, input_ids=inputs["input_ids"], use_cache=False)
+    assert ours < 0.8 * bytes_kept(plain, input_ids=inputs["input_ids"], use_cache=False)
 
 
 def test_the_last_layer_computes_only_what_is_trained(folder):
