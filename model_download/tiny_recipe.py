@@ -16,8 +16,8 @@ from utils.data.terms import Terms
 from utils.device import Device
 from utils.model.chat_format import generation_settings
 from utils.model.lm_head import cross_entropy_sum
-from utils.model.packing import PackedRows, collate, model_inputs, padding_for
-from utils.model.qwen3_train import prepare_packed
+from utils.model.packing import PackedRows, collate, padding_for
+from utils.model.qwen3_train import forward, prepare_packed
 from utils.settings import Settings
 
 # ---- Tokenizer
@@ -160,10 +160,9 @@ def train(
         for number in rng.sample(range(len(rows)), len(rows)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, settings)
-            batch = collate([rows[number]], padding)
+            hidden, batch = forward(model, collate([rows[number]], padding), device)
             targets = batch["targets"]
-            with torch.autocast("cpu", torch.bfloat16, enabled=device.bf16):
-                hidden = model(**model_inputs(batch))
+            with device.autocast():
                 loss = cross_entropy_sum(hidden, model.lm_head.weight, targets) / len(targets)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -48,6 +48,10 @@ class Device:
         """The number format for inference: torch.bfloat16 or torch.float32."""
         return torch.bfloat16 if self.bf16 else torch.float32
 
+    def autocast(self) -> torch.autocast:
+        """The context in which matrix products run in the device's number format for training and scoring."""
+        return torch.autocast(self.name, torch.bfloat16, enabled=self.bf16)
+
     @property
     def answers(self) -> str:
         """The number format of answers, in words."""

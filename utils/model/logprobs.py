@@ -1,7 +1,7 @@
 """Scores of a model without generating: log-probabilities of answers, and of the next token.
 
 `model` is always one that utils.model.qwen3_train.prepare_packed has prepared; it is moved to `device` (utils.device.Device).
-`watch` wraps what is gone through step by step, to show progress (utils.text.progress).
+`watch` wraps the sequence of packed rows, to show progress (utils.text.progress).
 """
 
 from collections.abc import Callable, Iterator
@@ -10,7 +10,8 @@ import torch
 
 from utils.device import Device
 from utils.model.lm_head import token_logps
-from utils.model.packing import Item, PackedBatch, PackedRows, collate, item_length, model_inputs, padding_for
+from utils.model.packing import Item, PackedBatch, PackedRows, collate, item_length, padding_for
+from utils.model.qwen3_train import forward
 
 TOKENS_AT_ONCE = 1024  # packed tokens in one forward pass; more only costs memory, and on CPUs page faults
 
@@ -21,7 +22,7 @@ def pack_for_scoring(items: list[Item]) -> PackedRows:
 
 
 def answer_logps(model, rows: PackedRows, device: Device, watch: Callable = iter) -> list[list[float]]:
-    """Log-probability of each document's answer, in nats: one list an item of `rows`, in order."""
+    """Log-probability of each document's answer, in nats: one list per item of `rows`, in order."""
     results = {}
     for row, hidden, batch in _hidden_states(model, rows, device, watch):
         logps = _token_logps(model, hidden, batch["targets"], device)
@@ -56,16 +57,10 @@ def _hidden_states(
     model.eval().to(device.name)
     padding = padding_for(device.name, device.bf16, rows.max_length)
     for row in watch(rows.rows):
-        batch = collate([[rows.items[index] for index in row]], padding)
-        batch = {
-            name: part.to(device.name) if torch.is_tensor(part) else part for name, part in batch.items()
-        }
-        with torch.autocast(device.name, torch.bfloat16, enabled=device.bf16):
-            hidden = model(**model_inputs(batch))
-        yield row, hidden, batch
+        yield row, *forward(model, collate([[rows.items[index] for index in row]], padding), device)
 
 
 @torch.no_grad()
 def _token_logps(model, hidden, targets, device: Device) -> torch.Tensor:
-    with torch.autocast(device.name, torch.bfloat16, enabled=device.bf16):
+    with device.autocast():
         return token_logps(hidden, model.get_output_embeddings().weight, targets.to(device.name)).cpu()

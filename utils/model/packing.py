@@ -17,6 +17,7 @@ from typing import NamedTuple, NotRequired, TypedDict
 import numpy
 import torch
 
+from utils.device import Device
 from utils.errors import UserError
 from utils.files import id_key
 
@@ -317,6 +318,11 @@ def collate(rows: list[list[Item]], padding: Padding = Padding()) -> PackedBatch
     for name in [name for name in items[0] if name not in ("id", "documents")]:
         batch[name] = torch.tensor([item[name] for item in items], dtype=torch.float32)
     return batch
+
+
+def to_device(batch: PackedBatch, device: Device) -> PackedBatch:
+    """The batch with its tensors on the device."""
+    return {name: part.to(device.name) if torch.is_tensor(part) else part for name, part in batch.items()}
 
 
 def model_inputs(batch: PackedBatch) -> dict:

@@ -16,9 +16,10 @@ import transformers
 from torch import Tensor
 from transformers.models.qwen3 import modeling_qwen3
 
+from utils.device import Device
 from utils.model.attention import Attention, plan_attention
 from utils.model.lm_head import matmul_dtype
-from utils.model.packing import ROUNDED, GroupShape
+from utils.model.packing import ROUNDED, GroupShape, PackedBatch, model_inputs, to_device
 
 Turn = tuple[Tensor, Tensor]  # cosines and sines (1, T, head_dim) of the rotary angles
 
@@ -114,6 +115,13 @@ def prepare_packed(model: transformers.Qwen3ForCausalLM) -> Qwen3ForCausalLM:
     for module in model.modules():
         module.__class__ = CLASSES.get(type(module), type(module))
     return model
+
+
+def forward(model: torch.nn.Module, batch: PackedBatch, device: Device) -> tuple[Tensor, PackedBatch]:
+    """(the final hidden states (N, hidden) of a batch's labels, the batch on the device), from a model that is there."""
+    batch = to_device(batch, device)
+    with device.autocast():
+        return model(**model_inputs(batch)), batch
 
 
 class _RMSNorm(torch.autograd.Function):
