@@ -1,15 +1,19 @@
 """Exam questions that are asked in training: alone, with their options, framed, or inside a longer text.
 
-A training row leaks an exam item if what it asks contains the item's stem, normalised, and
+A training row leaks an exam item in three cases:
 
-- it lists at least LISTED of the item's options, in any order and form; or
-- it lists nothing else, the stem says enough to be asked alone (no other item of the exam has it), and it is LONG_STEM
-  characters or longer, or half of what is asked, or the row's answer names the right option.
+- It holds the stem of the item and at least LISTED of its options, anywhere and in any order.
+- It holds that many options and a stem that is nearly the same: a few changed characters, or cut before its end. Stems that
+  differ in a number, a negation or an opposite (虚 and 实) are not the same, nor are those to which the row gives another answer.
+- It asks the stem and lists no options at all, no other item of the exam has that stem, and the stem says enough to be asked
+  alone: it is LONG_STEM characters or longer, or all that is asked, or the row's answer names the right option.
 
-The second condition leaves rows alone that list other options under the same stem ("下列药物中，性温的是"): those are other
-questions. Of each stem one short piece, the rarest, is looked for in all rows at once; what has it is compared whole.
+The third case leaves rows alone that list other options under the same stem ("下列药物中，性温的是"): those are other questions. Of
+each stem a few short pieces, the rarest, are looked for in all rows at once; what has one is compared whole.
 """
 
+import functools
+import html
 import json
 import re
 from collections import Counter, defaultdict
@@ -19,18 +23,29 @@ from typing import NamedTuple
 import numpy
 
 from utils.data.convert import Recognised
-from utils.data.dedup import EXAM, Row
+from utils.data.dedup import EXAM, Row, differ_in_fact
 from utils.data.exams import options_in
 from utils.data.normalize import normalize, without_filler
 from utils.text import progress
 
-PIECES = (6, 3)  # characters looked for: of stems that are long enough the first, of others the second
+PIECES = 4  # looked for of each stem, apart from one another, so that a changed character leaves one whole
+LENGTHS = ((18, 6), (12, 4), (0, 3))  # (characters of a stem from which on, characters of a piece)
 LONG_STEM = 10  # characters, without filler: so long a text is not part of another question by chance
+LONG_RIGHT = 4  # characters: so long an option is not named by chance
 LISTED = 0.75  # of the options: one of four may have been changed
+EDIT = 8  # characters of a stem for each that may have been changed
+LEFT = 2 / 3  # of a stem that was cut before its end
 ROWS = 2000  # read at a time
 
-# What a stem ends with where the options follow.
+_TAG = re.compile(r"</?[A-Za-z][^<>]{0,200}>")
+# What a stem ends with if the options follow.
 _TRAILING = re.compile("(?:是指|是|为|有|包括|属于|哪项|哪一项|以下|下列)+$")
+# What may be asked around a stem without asking something else.
+_FRAME = re.compile(
+    "中医药?|考试|选择|单选|多选|单项|题目?|问题?|回答|答案?|解释|什么|哪[一个项些味]*|何谓|[是指为即何叫个项第一二三]"
+)
+_OPTIONS = re.compile("$|\n|[a-j]")
+_LETTER = re.compile("(?:本题|正确|答案|应|该|选|是|为)*([a-j])(?![a-z])")
 # Letters one after the other, or three things in a row.
 _LISTS = re.compile(
     r"(?<![A-Za-z])A(?![A-Za-z]).+?(?<![A-Za-z])B(?![A-Za-z]).+?(?<![A-Za-z])C(?![A-Za-z])"
@@ -51,62 +66,113 @@ class ExamItem(NamedTuple):
     alone: bool  # whether no other item has this stem
 
 
+class RowText:
+    """What a training row asks and answers, as it is compared."""
+
+    def __init__(self, line: bytes):
+        row = json.loads(line)
+        turns = row.get("messages") or row["prompt"]
+        answers = [turn for turn in turns if turn["role"] == "assistant"] + row.get("chosen", [])
+        self.asked = _text_of(turn for turn in turns if turn["role"] != "assistant")
+        self.answered = _text_of(answers + row.get("rejected", []))
+        self.question = normalize(self.asked)
+        self.whole = f"{self.question}\n{normalize(self.answered)}"
+
+    @functools.cached_property
+    def plain(self) -> str:
+        """All of it without filler words."""
+        return "\n".join(map(without_filler, self.whole.split("\n")))
+
+    @functools.cached_property
+    def listed(self) -> dict[str, str]:
+        """{letter: option} of the options that the question lists by letters, normalised."""
+        return {letter: normalize(option) for letter, option in options_in(self.asked)[1].items()}
+
+    @functools.cached_property
+    def written(self) -> dict[str, str]:
+        """The same of the answer: an item may be written out in it."""
+        return {letter: normalize(option) for letter, option in options_in(self.answered)[1].items()}
+
+    def answer_of(self, item: ExamItem) -> str:
+        """ "right" or "wrong": which options of the item the row's answer names; "" if none."""
+        answer = self.whole.partition("\n")[2]
+        letter = _LETTER.match(answer)
+        answer = self.listed.get(letter[1].upper(), answer) if letter else answer
+        if all(option in answer for option in item.right):
+            return "right"
+        return "wrong" if any(option in answer for option in item.options) else ""
+
+
 def find_exam_leaks(found: Recognised) -> Iterator[tuple[Row, Row]]:
-    """(row, exam row) for every row that asks an exam question."""
+    """(row, exam row) for every row that asks an exam question; of several the first."""
     items = [_exam_item(row, found.line(row)) for row in found.rows if row.kind == EXAM]
     rights = defaultdict(set)  # {stem: all right answers to it}
     for item in items:
         rights[item.stem].add("\n".join(item.right))
     items = [item._replace(alone=len(rights[item.stem]) == 1) for item in items]
-    for length in PIECES:
-        fitting = [item for item in items if _piece_length(item) == length]
-        if fitting:
-            yield from _leaks_of(_by_piece(fitting, length), length, found)
+    by_piece = _by_piece(items)
+    wanted = {length: _wanted_hashes(by_piece, length) for length in {len(piece) for piece in by_piece}}
+    asking = [row for row in found.rows if row.kind not in ("", EXAM)] if items else []
+    for start in progress("looking for exam questions", f"x {ROWS:,} rows")(range(0, len(asking), ROWS)):
+        rows = asking[start : start + ROWS]
+        texts = [RowText(found.line(row)) for row in rows]
+        joined = [text.whole for text in texts]
+        pairs = {
+            (number, index)
+            for length, hashes in wanted.items()
+            for number, piece in _where(joined, hashes, length)
+            for index in by_piece.get(piece, ())
+        }
+        leaking = set()
+        for number, index in sorted(pairs):
+            if number not in leaking and _leaks(texts[number], items[index]):
+                leaking.add(number)
+                yield rows[number], items[index].row
+
+
+def _text_of(turns):
+    """The text of turns, without the tags and entities of HTML."""
+    text = "\n".join(turn["content"] for turn in turns)
+    return html.unescape(_TAG.sub("", text)) if "<" in text or "&" in text else text
 
 
 def _exam_item(row, line):
     item = json.loads(line)
-    text = normalize(item["question"])
+    asked = _text_of([{"content": item["question"]}])
+    text = normalize(asked)
     stem = without_filler(text)
-    right = [normalize(item["options"][letter]) for letter in item["answer"]]
-    question = re.sub(r"[（(][\s_]*[)）]|[\s_。？?：:]+$", "", item["question"]).rstrip()
-    options = [normalize(option) for option in item["options"].values()]
-    return ExamItem(row, question, text, _TRAILING.sub("", stem) or stem, options, right, True)
+    options = {
+        letter: normalize(_text_of([{"content": option}])) for letter, option in item["options"].items()
+    }
+    right = [options[letter] for letter in item["answer"]]
+    question = re.sub(r"[（(][\s_]*[)）]|[\s_。？?：:]+$", "", asked).rstrip()
+    return ExamItem(row, question, text, _TRAILING.sub("", stem) or stem, [*options.values()], right, True)
 
 
-def _piece_length(item):
-    return next((length for length in PIECES if len(_core(item)) >= length), 0)
-
-
-def _core(item):
-    """The stem's text, filler inside and all, without its end; where that leaves too little, the whole text."""
-    core = _TRAILING.sub("", item.text)
-    return core if len(core) >= PIECES[-1] else item.text
-
-
-def _by_piece(items, length):
-    """{piece of `length` characters: the items that are to be looked for by it}: for each the one that fewest others have."""
-    pieces = [{text[at : at + length] for at in range(len(text) - length + 1)} for text in map(_core, items)]
+def _by_piece(items):
+    """{piece: numbers of the items that are looked for by it}. Of each stem up to PIECES pieces, the rarest first."""
+    cores = [_TRAILING.sub("", item.text) for item in items]
+    cores = [core if len(core) >= LENGTHS[-1][1] else item.text for core, item in zip(cores, items)]
+    lengths = [next(length for least, length in LENGTHS if len(core) >= least) for core in cores]
+    pieces = [
+        {core[at : at + length]: at for at in range(len(core) - length + 1)}
+        for core, length in zip(cores, lengths)
+    ]
     counts = Counter(piece for found in pieces for piece in found)
     by_piece = defaultdict(list)
-    for item, found in zip(items, pieces):
+    for index, (found, length) in enumerate(zip(pieces, lengths)):
+        taken: list[int] = []
         # Filler may be missing elsewhere: a piece without any is looked for first.
-        rarest = min(found, key=lambda piece: (without_filler(piece) != piece, counts[piece], piece))
-        by_piece[rarest].append(item)
+        for piece in sorted(found, key=lambda piece: (without_filler(piece) != piece, counts[piece], piece)):
+            if len(taken) < PIECES and all(abs(found[piece] - at) >= length for at in taken):
+                taken.append(found[piece])
+                by_piece[piece].append(index)
     return by_piece
 
 
-def _leaks_of(by_piece, length, found):
-    wanted = numpy.sort(_hashes("".join(by_piece), length)[::length])
-    asking = [row for row in found.rows if row.kind not in ("", EXAM)]
-    for start in progress("looking for exam questions", f"x {ROWS:,} rows")(range(0, len(asking), ROWS)):
-        rows = asking[start : start + ROWS]
-        texts = [found.line(row).decode("utf-8") for row in rows]
-        normalised = [normalize(text.replace("\\n", " ")) for text in texts]
-        for number, piece in _where(normalised, wanted, length):
-            for item in by_piece.get(piece, ()):
-                if _leaks(json.loads(texts[number]), item):
-                    yield rows[number], item.row
+def _wanted_hashes(by_piece, length):
+    pieces = [piece for piece in by_piece if len(piece) == length]
+    return numpy.sort(_hashes("".join(pieces), length)[::length])
 
 
 def _hashes(text, length):
@@ -119,30 +185,75 @@ def _hashes(text, length):
 
 
 def _where(texts, wanted, length):
-    """(number of the text, piece) for every piece of `texts` whose hash is in `wanted` (sorted), each once a text."""
+    """(number of the text, piece) for every piece of `texts` whose hash is in `wanted` (sorted), each once per text."""
     joined = "\0".join(texts)
     hashes = _hashes(joined, length)
     near = numpy.minimum(numpy.searchsorted(wanted, hashes), len(wanted) - 1)
     found = numpy.flatnonzero(wanted[near] == hashes)
     ends = numpy.cumsum([len(text) + 1 for text in texts])
     numbers = numpy.searchsorted(ends, found, side="right")
-    return sorted({(int(number), joined[at : at + length]) for number, at in zip(numbers, found)})
+    return {(int(number), joined[at : at + length]) for number, at in zip(numbers, found)}
 
 
 def _leaks(row, item):
-    """Whether a training row (a line of output) asks an exam item."""
-    turns = row.get("messages") or row["prompt"]
-    asked = "\n".join(turn["content"] for turn in turns if turn["role"] != "assistant")
-    whole = normalize(asked)
-    text = without_filler(whole)
-    if item.stem not in text:
+    """Whether a training row asks an exam item."""
+    others = row.whole.replace(item.text, "", 1)
+    if sum(option in others for option in item.options) >= LISTED * len(item.options):
+        return _holds(row.plain, item.stem) or _is_similar(row, item)
+    asked = row.plain.partition("\n")[0]
+    if not item.alone or not _holds(asked, item.stem) or row.listed:
         return False
-    listed = sum(option in whole.replace(item.text, "", 1) for option in item.options)
-    if listed >= LISTED * len(item.options):
+    if _LISTS.search(row.asked.replace(item.question, "")):
+        return False
+    if len(item.stem) >= LONG_STEM or not _FRAME.sub("", asked.replace(item.stem, "", 1)):
         return True
-    if not item.alone or options_in(asked)[1] or _LISTS.search(asked.replace(item.question, "")):
-        return False
-    answers = [turn for turn in turns if turn["role"] == "assistant"] + row.get("chosen", [])
-    answered = normalize("\n".join(turn["content"] for turn in answers))
-    named = all(option in answered for option in item.right)
-    return len(item.stem) >= LONG_STEM or 2 * len(item.stem) >= len(text) or named
+    long = 3 * len(item.stem) >= 2 * len(asked) or all(len(option) >= LONG_RIGHT for option in item.right)
+    return long and row.answer_of(item) == "right"
+
+
+def _holds(text, stem):
+    """Whether a text holds a stem, and does not go on with a negation: "...的方剂" is part of "...的方剂不是"."""
+    return stem in text and bool(re.search(re.escape(stem) + "(?![不非未没])", text))
+
+
+def _is_similar(row, item):
+    """Whether the row holds the item's stem with a few changed characters, or cut before its end."""
+    stem, text, answer = item.stem, row.plain, row.answer_of(item)
+    for length, start, stop, edits in _alignments(stem, text):
+        if differ_in_fact(stem[:length], text[start:stop]) or text[stop : stop + 1] in (
+            "不",
+            "非",
+            "未",
+            "没",
+        ):
+            continue
+        if length == len(stem):
+            # A character of a short stem is much (心 or 肝 in "心的生理功能"), if the options are not all the same.
+            same = answer == "right" and set(item.options) == set((row.listed or row.written).values())
+            if edits == 0 or edits <= max(length // EDIT, same) and answer != "wrong":
+                return True
+        # A stem that was cut ends where the options begin.
+        elif edits == 0 and (_OPTIONS.match(text, stop) or text.startswith(tuple(item.options), stop)):
+            return True
+    return False
+
+
+def _alignments(stem, text):
+    """(characters of the stem, start, stop, edits): where in the text the stem, or its beginning, stands most nearly.
+
+    Edit distance of a pattern to any part of a text (Sellers 1980), for the whole stem and all its cuts down to LEFT.
+    """
+    row = [(0, at) for at in range(len(text) + 1)]  # (edits, start) of the part that ends at each place
+    for length, character in enumerate(stem, 1):
+        before, row = row, [(length, 0)]
+        for at, other in enumerate(text):
+            row.append(
+                min(
+                    (before[at][0] + (other != character), before[at][1]),
+                    (before[at + 1][0] + 1, before[at + 1][1]),
+                    (row[at][0] + 1, row[at][1]),
+                )
+            )
+        if length >= LEFT * len(stem):
+            edits, start, stop = min((edits, start, stop) for stop, (edits, start) in enumerate(row))
+            yield length, start, stop, edits
