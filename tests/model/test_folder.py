@@ -157,7 +157,8 @@ def test_wrong_decoding_settings_are_told(folder, text, words):
 def test_a_wrong_adapter_is_told_and_never_stops_the_search_for_models(
     adapter, tiny_folder, monkeypatch, fields, words
 ):
-    monkeypatch.setattr("utils.model.folder.ROOT", adapter.parent)
+    for module in ("folder", "folder_checks"):
+        monkeypatch.setattr(f"utils.model.{module}.ROOT", adapter.parent)
     change(adapter / "adapter_config.json", **fields)
     refused(adapter, words)
     runs = adapter.parent / "trainer_output"

@@ -8,19 +8,24 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
-import textwrap
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.errors import NO_MEMORY, UserError
+from utils.errors import UserError
 from utils.files import read_json, sha256_of, show_path, write_json
 from utils.hub import cached_model, fetch_model, local_folder
 from utils.model.chat_format import DECODING, generation_settings, with_default_mode
-from utils.model.folder_checks import INDEX, cannot_load, check_files, needs_code, read_object
+from utils.model.folder_checks import (
+    INDEX,
+    adapter_base,
+    cannot_load,
+    check_files,
+    read_decoding,
+    told_in_one_line,
+)
 from utils.settings import ROOT
 
 if TYPE_CHECKING:  # a wrong folder is refused before these are imported
@@ -114,20 +119,6 @@ def written_at(folder: Path) -> float:
     return max(path.stat().st_mtime for path in folder.glob("*.safetensors"))
 
 
-def adapter_base(folder: str | Path) -> str:
-    """The base model that a LoRA adapter folder names: a path (relative ones are to the repository) or a Hub id."""
-    path = Path(folder) / "adapter_config.json"
-    base = read_object(Path(folder), path.name).get("base_model_name_or_path")
-    if not base or not isinstance(base, str):
-        raise UserError(f"{show_path(path)} names no base model (base_model_name_or_path)")
-    if base.startswith(("//", "\\\\")):  # Windows would log in at a server of the adapter's choice
-        raise UserError(f"{show_path(path)} names a base model on another machine")
-    try:
-        return str(ROOT / base) if (ROOT / base).is_dir() else base
-    except OSError:  # the name is too long for a folder
-        raise UserError(f"{show_path(path)} names no folder as its base model: {base[:60]} ...") from None
-
-
 def model_sha256(model: str | Path) -> str:
     """One sha256 over the weights, config and tokenizer of a model folder, or of the one that a Hub id has in the cache."""
     kinds = (".safetensors", ".jinja")
@@ -173,7 +164,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
     folder = Path(local_folder(model))
     check_files(folder)
-    with _told_in_one_line(model, "tokenizer.json or tokenizer_config.json"):
+    with told_in_one_line(model, "tokenizer.json or tokenizer_config.json"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(tokenizer.chat_template, str) or "<|im_end|>" not in tokenizer.get_vocab():
         raise UserError(f"{model} is no Qwen chat model: its tokenizer has no chat template with <|im_end|>")
@@ -213,30 +204,12 @@ def load_model(model: str, dtype: torch.dtype | str) -> PreTrainedModel:
             "use its merged/ folder, or bring that base model back"
         )
     base = load_model(base, torch.float32)
-    with _told_in_one_line(model, "adapter_config.json or adapter_model.safetensors"):
+    with told_in_one_line(model, "adapter_config.json or adapter_model.safetensors"):
         merged = PeftModel.from_pretrained(base, model).merge_and_unload()
     for weight in merged.parameters():  # not .to(dtype), which would round the rotary frequencies as well
         weight.data = weight.data.to(dtype)
-    merged.generation_config = _generation_config(model, Path(model)) or merged.generation_config
+    merged.generation_config = read_decoding(model, Path(model)) or merged.generation_config
     return merged
-
-
-def _generation_config(model, folder):
-    """The decoding settings of a folder, None if it has none; UserError if one that is used here is no number to compute with."""
-    from transformers import GenerationConfig
-
-    if not (folder / "generation_config.json").is_file():
-        return None
-    with _told_in_one_line(model, "generation_config.json"):
-        config = GenerationConfig.from_pretrained(folder)
-    for name in ("temperature", "top_k", "top_p", "repetition_penalty"):
-        value = getattr(config, name, None)
-        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
-            raise cannot_load(model, "generation_config.json", f"says {name} is {str(value)[:40]}")
-    ends = config.eos_token_id
-    if not all(isinstance(end, int | None) for end in (ends if isinstance(ends, list) else [ends])):
-        raise cannot_load(model, "generation_config.json", f"says eos_token_id is {str(ends)[:40]}")
-    return config
 
 
 def load_for_lora(model: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -274,11 +247,11 @@ def _load_whole(model, dtype):
 
     folder = local_folder(model)
     check_files(Path(folder))
-    _generation_config(model, Path(folder))
-    with _told_in_one_line(model, "config.json"):
+    read_decoding(model, Path(folder))
+    with told_in_one_line(model, "config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config._attn_implementation = "sdpa"  # a name in config.json would be fetched as a kernel
-    with _told_in_one_line(model, "config.json or *.safetensors"):
+    with told_in_one_line(model, "config.json or *.safetensors"):
         loaded, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -294,20 +267,6 @@ def _load_whole(model, dtype):
     ):  # transformers would go on with random numbers in their place
         raise UserError(f"{model} is not whole: its weights lack {', '.join(missing[:3])} ...")
     return loaded
-
-
-@contextlib.contextmanager
-def _told_in_one_line(model, name):
-    """Turn what the libraries raise for damaged or foreign files (any Exception) into a UserError of one line that names the file."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY):
-            raise
-        if "trust_remote_code" in str(error):
-            raise needs_code(model) from None
-        why = textwrap.shorten(str(error) or type(error).__name__, 300)
-        raise UserError(f"{model} cannot be loaded: {name} is damaged or foreign ({why})") from None
 
 
 TOKENS_OF_CONFIG = ("bos_token_id", "pad_token_id")  # in config.json as well as in generation_config.json

@@ -1,11 +1,21 @@
 """The small files of a model folder and the headers of its weights, checked before a library builds a model from them."""
 
+from __future__ import annotations
+
+import contextlib
+import math
 import re
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from utils.errors import UserError
+from utils.errors import NO_MEMORY, UserError
 from utils.files import read_json, show_path
+from utils.settings import ROOT
+
+if TYPE_CHECKING:  # a wrong folder is refused before it is imported
+    from transformers import GenerationConfig
 
 INDEX = "model.safetensors.index.json"
 SIZES = (
@@ -102,3 +112,49 @@ def cannot_load(folder: str | Path, name: str, problem: str) -> UserError:
 
 def needs_code(model: str) -> UserError:
     return UserError(f"{model} needs Python code of its own to load, and code from a model is not run here")
+
+
+def adapter_base(folder: str | Path) -> str:
+    """The base model that a LoRA adapter folder names: a path (relative ones are to the repository) or a Hub id."""
+    path = Path(folder) / "adapter_config.json"
+    base = read_object(Path(folder), path.name).get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
+        raise UserError(f"{show_path(path)} names no base model (base_model_name_or_path)")
+    if base.startswith(("//", "\\\\")):  # Windows would log in at a server of the adapter's choice
+        raise UserError(f"{show_path(path)} names a base model on another machine")
+    try:
+        return str(ROOT / base) if (ROOT / base).is_dir() else base
+    except OSError:  # the name is too long for a folder
+        raise UserError(f"{show_path(path)} names no folder as its base model: {base[:60]} ...") from None
+
+
+def read_decoding(model: str, folder: Path) -> GenerationConfig | None:
+    """The decoding settings of a folder, None if it has none; UserError if one that is used here is no number to compute with."""
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").is_file():
+        return None
+    with told_in_one_line(model, "generation_config.json"):
+        config = GenerationConfig.from_pretrained(folder)
+    for name in ("temperature", "top_k", "top_p", "repetition_penalty"):
+        value = getattr(config, name, None)
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise cannot_load(model, "generation_config.json", f"says {name} is {str(value)[:40]}")
+    ends = config.eos_token_id
+    if not all(isinstance(end, int | None) for end in (ends if isinstance(ends, list) else [ends])):
+        raise cannot_load(model, "generation_config.json", f"says eos_token_id is {str(ends)[:40]}")
+    return config
+
+
+@contextlib.contextmanager
+def told_in_one_line(model: str, name: str) -> Iterator[None]:
+    """Turn what the libraries raise for damaged or foreign files (any Exception) into a UserError of one line that names the file."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY):
+            raise
+        if "trust_remote_code" in str(error):
+            raise needs_code(model) from None
+        why = textwrap.shorten(str(error) or type(error).__name__, 300)
+        raise UserError(f"{model} cannot be loaded: {name} is damaged or foreign ({why})") from None
