@@ -26,7 +26,7 @@ END_OF_TURN = "<|im_end|>"
 TEXTS = ("content", "reasoning_content")  # of a message
 MARK = "\ufdd0"  # no character: Unicode keeps it for use inside a program
 
-# What settings say, and encode_prompt's `thinking`.
+# {value of the setting: encode_prompt's `thinking`}
 THINKING_MODES = {"auto": None, "on": True, "off": False}
 
 # Qwen's decoding advice for Qwen3, by thinking mode (model card of Qwen/Qwen3-0.6B).
@@ -42,7 +42,7 @@ _DEFAULT_MODE = {
     True: "{%- if enable_thinking is not defined %}{%- set enable_thinking = true %}{%- endif %}",
     False: "{%- set enable_thinking = force_thinking is defined and force_thinking %}",
 }
-# The last is that of earlier folders.
+# The third form stands in folders that earlier versions saved.
 _ANY_DEFAULT_MODE = [*_DEFAULT_MODE.values(), _DEFAULT_MODE[True].replace("true", "false")]
 
 
@@ -115,9 +115,9 @@ def encode_pieces(tokenizer: PreTrainedTokenizerBase, texts: list[list[str]]) ->
 
 
 def _mark_controls(tokenizer, messages):
-    """(messages, mark): behind the first character of every control token in a text, `mark` is put in; "" where there is none.
+    """(messages, mark): `mark` is put behind the first character of every control token in a text; it is "" if there is no such token.
 
-    Cut there, the text is encoded without that token. An answer's own think and tool tags stay: models write them as tokens.
+    A text that is cut there is encoded without that token. An answer's think and tool tags stay: models write them as tokens.
     """
     every, special = _control_patterns(tokenizer)
     texts = [message[name] for message in messages for name in TEXTS if message.get(name)]

@@ -49,7 +49,7 @@ def decoding_for(
 
 
 def thinks_by_default(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer's chat template leaves room for thinking when nobody says which mode to use."""
+    """True if the tokenizer's chat template leaves room for thinking when nobody says which mode to use."""
     question = [{"role": "user", "content": "?"}]
     return encode_prompt(tokenizer, question) != encode_prompt(tokenizer, question, thinking=False)
 
@@ -129,7 +129,7 @@ def candidates(logits: torch.Tensor, decoding: Decoding) -> tuple[torch.Tensor, 
 
 
 class TokenStream:
-    """One model answering prompts in turn. What a prompt shares with the tokens before it is not computed again."""
+    """One model answering prompts in turn. Tokens that a prompt shares with those before it are not computed again."""
 
     def __init__(self, model: PreTrainedModel, stop: set[int]):
         self.model, self.stop = model, stop
@@ -166,7 +166,7 @@ class TokenStream:
             seen.append(token)
 
     def _shared_with(self, prompt_ids):
-        """How many ids at the beginning of `prompt_ids` are in the cache."""
+        """The number of ids at the beginning of `prompt_ids` that are in the cache."""
         differing = (i for i, (old, new) in enumerate(zip(self.ids, prompt_ids)) if old != new)
         return next(differing, min(len(self.ids), len(prompt_ids)))
 

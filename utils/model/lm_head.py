@@ -30,8 +30,8 @@ def cross_entropy_sum(
     token_weights: (N,) float32, or None for ones; no gradient flows to them. The gradient is formed in the forward pass, chunk by
     chunk, and scaled in place in the backward pass, which can therefore run only once (a second time is an error).
 
-    With `kept` the weight's part of it is added to `weight.grad` itself at once, and none flows through autograd: a matrix of
-    its size less (0.6 GB) and two passes over it less. The sum must be the loss then: scaling it is an error in its backward pass.
+    With `kept` the gradient of the weight is added to `weight.grad` at once instead of flowing through autograd. That saves a second
+    matrix of its size (0.6 GB) and two passes over it. The sum must be the loss then: scaling it is an error in its backward pass.
     """
     if token_weights is None:
         token_weights = torch.ones(len(targets), device=hidden.device)
