@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     if export.precision not in kind.PRECISIONS:
         known = " or ".join(kind.PRECISIONS) or "none"
         raise UserError(f"--precision: wanted {known}, got {export.precision!r}")
-    kind.check(folder)
+    kind.check(folder, export.base)
     prepare_folder(place)
     print(f"exporting {show_path(folder)} to {show_path(place)}", flush=True)
     source = load_source(folder)
@@ -79,11 +79,14 @@ def main(argv: list[str] | None = None) -> None:
     # 3. Write the export, each file whole or not at all
     write_folder(place, lambda partial: kind.save(source, export, partial))
 
-    # 4. Read it back: what did it cost?
+    # 4. Read it as another tool would: what did it cost?
     cost = []
-    if questions:
-        tokenizer, model = kind.read(source, export)
-        cost = [str(compare_with_export(source, tokenizer, model, questions, settings.MAX_NEW_TOKENS))]
+    if questions and (found := kind.read(source, export)):
+        cost = [str(compare_with_export(source, *found, questions, settings.MAX_NEW_TOKENS))]
+    elif questions:
+        cost = [
+            f"not tried: {export.base} is not on this machine under that name, so nothing shows that the adapter fits it"
+        ]
 
     # 5. The model card, and what to do next
     with atomic_write(place / "README.md") as file:
@@ -103,10 +106,15 @@ def export_training_data(settings: Settings) -> None:
 
 
 def export_folder(settings: Settings, name: str) -> Path:
-    """OUTPUT_DIR, or the folder `name` among the exports; UserError where it holds a training run."""
+    """OUTPUT_DIR, or the folder `name` among the exports; UserError if it holds a training run or another kind of export."""
     place = settings.OUTPUT_DIR or ROOT / "trainer_output" / "exports" / name
     if (place / "run.json").is_file():
         raise UserError(f"{show_path(place)} holds a training run; choose another --output-dir")
+    other = "config.json" if settings.FORMAT == "adapter" else "adapter_config.json"
+    if (place / other).is_file():  # tools would load both together
+        raise UserError(
+            f"{show_path(place)} holds an export of another kind ({other}); choose another --output-dir"
+        )
     return place
 
 

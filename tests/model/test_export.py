@@ -6,7 +6,7 @@ import sys
 import pytest
 import small_runs
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model_download import export_model
@@ -177,19 +177,213 @@ def test_a_tokenizer_that_llama_cpp_cannot_follow_is_refused(export, place, tmp_
     assert "llama.cpp cannot split words as this tokenizer does" in capsys.readouterr().err
 
 
-def test_a_template_that_asks_otherwise_is_found(export, monkeypatch, capsys):
+def change(path, **fields):
+    write_json(
+        path, {name: value for name, value in {**read_json(path), **fields}.items() if value != "gone"}
+    )
+
+
+def drop_tensor(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def ask_otherwise(folder):
+    path = folder / "chat_template.jinja"
+    text = path.read_text(encoding="utf-8").replace("force_thinking", "enable_thinking")
+    path.write_text(text, encoding="utf-8")
+
+
+def other_weights(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {name: weight * 1.5 for name, weight in weights.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        # transformers 4.57 computes with a base of 10,000 and says nothing
+        (lambda folder: change(folder / "config.json", rope_theta="gone"), "rope_parameters is read as"),
+        (lambda folder: change(folder / "config.json", rms_norm_eps=1e-5), "rms_norm_eps is read as"),
+        (lambda folder: change(folder / "config.json", tie_word_embeddings=False), "lacks lm_head.weight"),
+        (drop_tensor, "lacks model.norm.weight"),
+        (other_weights, "the export is not what the folder is (read as other tools do"),
+        (ask_otherwise, "makes another prompt than the folder's"),
+    ],
+    ids=["rope base", "epsilon", "untied", "tensor", "weights", "template"],
+)
+def test_a_wrong_folder_is_found(export, monkeypatch, capsys, damage, message):
     from utils.model.export import folder
 
-    read = folder.read
-
-    def read_another(source, exported):
-        tokenizer, model = read(source, exported)
-        tokenizer.chat_template = tokenizer.chat_template.replace("force_thinking", "enable_thinking")
-        return tokenizer, model
-
-    monkeypatch.setattr(folder, "read", read_another)
+    save = folder.save
+    monkeypatch.setattr(folder, "save", lambda *given: (save(*given), damage(given[2])))
     export("sft", code=1)
-    assert "makes another prompt than the folder's" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, wrong, message",
+    [
+        ("add_rope_freq_base", lambda value: 10_000.0, "rope_parameters is read as"),
+        ("add_block_count", lambda value: value - 1, "holds tensors that nothing reads: blk."),
+        ("add_eos_token_id", lambda value: value + 1, "another end token"),
+        ("add_token_merges", lambda merges: merges[5:], "makes another prompt than the folder's"),
+        ("add_token_types", lambda kinds: [1] * len(kinds), "makes another prompt than the folder's"),
+        (
+            "add_chat_template",
+            lambda text: text.replace("user", "human"),
+            "makes another prompt than the folder's",
+        ),
+    ],
+)
+def test_a_wrong_gguf_file_is_found(export, monkeypatch, capsys, name, wrong, message):
+    gguf = pytest.importorskip("gguf", reason="optional: pip install gguf")
+    add = getattr(gguf.GGUFWriter, name)
+    monkeypatch.setattr(gguf.GGUFWriter, name, lambda writer, value: add(writer, wrong(value)))
+    export("sft", "--format", "gguf", code=1)
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def own_head(place, tmp_path):
+    """A folder with an LM head of its own, whose config says that it is the embedding."""
+    folder = shutil.copytree(
+        place / "sft", tmp_path / "own_head", ignore=shutil.ignore_patterns("best", "checkpoint*")
+    )
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].roll(1, 0)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert read_json(folder / "config.json")["tie_word_embeddings"] is True
+    return folder
+
+
+def test_the_flag_of_tied_embeddings_follows_the_weights(export, own_head, capsys):
+    output = export(own_head)
+    assert read_json(output / "config.json")["tie_word_embeddings"] is False
+    assert "lm_head.weight" in load_file(output / "model.safetensors")
+    assert "of 12 greedy answers the same" in capsys.readouterr().out
+
+
+def test_an_own_head_under_the_wrong_flag_is_found(export, own_head, monkeypatch, capsys):
+    from utils.model.export import folder
+
+    save = folder.save
+    monkeypatch.setattr(
+        folder,
+        "save",
+        lambda *given: (save(*given), change(given[2] / "config.json", tie_word_embeddings=True)),
+    )
+    export(own_head, code=1)
+    assert "tie_word_embeddings is read as True, wanted False" in capsys.readouterr().err
+
+
+def test_an_own_head_is_in_the_gguf_file(export, own_head):
+    gguf = pytest.importorskip("gguf", reason="optional: pip install gguf")
+    [file] = export(own_head, "--format", "gguf", "--precision", "f16").glob("*.gguf")
+    assert "output.weight" in {tensor.name for tensor in gguf.GGUFReader(file).tensors}
+
+
+@pytest.mark.parametrize("above", ["lora", "lora/merged"])
+def test_an_adapter_of_a_trained_model_is_not_said_to_fit_another_base(
+    export, place, tmp_path, capsys, above
+):
+    """The case of LLaMA-Factory 2588 and TRL 926: two trainings in a row."""
+    second, cost = tmp_path / "lora2", "12 of 12 greedy answers the same"
+    finetune_lora.main(small_runs.arguments("lora", place, second, "--model", place / above))
+    capsys.readouterr()
+    export(second, "--format", "adapter", "--base", "Qwen/Qwen3-0.6B", code=2)
+    said = capsys.readouterr().err
+    assert "a trained model" in said and "--format folder" in said and len(said.splitlines()) == 1
+    output = export(second, "--format", "adapter")
+    assert cost in capsys.readouterr().out
+    assert read_json(output / "adapter_config.json")["base_model_name_or_path"] == str(place / "lora/merged")
+    export(second, code=2)  # the folder holds an adapter now
+    assert "holds an export of another kind (adapter_config.json)" in capsys.readouterr().err
+    shutil.rmtree(output)
+    export(second, "--base", "Qwen/Qwen3-0.6B", "--precision", "fp32")  # the card may name where it all began
+    assert cost in capsys.readouterr().out
+
+
+def test_an_adapter_is_tried_on_the_base_that_it_names(export, place, capsys):
+    asked = ("lora", "--format", "adapter", "--base")
+    export(*asked, "someone/model")
+    assert "not tried: someone/model is not on this machine" in capsys.readouterr().out
+    write_json(place / "base/source.json", {"repo": "someone/model"})
+    try:
+        export(*asked, "someone/model")
+        assert "12 of 12 greedy answers the same" in capsys.readouterr().out
+        export(*asked, "Qwen/Qwen3-0.6B", code=2)
+        assert "was trained on someone/model" in capsys.readouterr().err
+    finally:
+        (place / "base/source.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "fields, arguments, message",
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, [], "has quantised weights (quantization_config"),
+        ({"use_sliding_window": True, "sliding_window": 64}, [], "has a sliding window (use_sliding_window"),
+        ({"attention_bias": True}, ["--format", "gguf"], "has biases in its attention"),
+        ({"hidden_act": "gelu"}, ["--format", "gguf"], "computes with gelu"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}},
+            ["--format", "gguf"],
+            "has RoPE scaling (yarn)",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            ["--format", "gguf"],
+            "has RoPE scaling (linear)",
+        ),
+    ],
+)
+def test_what_an_export_does_not_write_is_refused_by_name(
+    export, place, tmp_path, capsys, fields, arguments, message
+):
+    pytest.importorskip("gguf", reason="optional: pip install gguf")
+    other = shutil.copytree(place / "base", tmp_path / "other")
+    change(
+        other / "config.json", **({"rope_parameters": "gone"} if "rope_scaling" in fields else {}) | fields
+    )
+    export(other, *arguments, code=2)
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1
+
+
+def test_rope_scaling_is_in_both_forms_of_a_folder(export, place, tmp_path, capsys):
+    other = shutil.copytree(place / "base", tmp_path / "other")
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    change(other / "config.json", rope_parameters={**scaling, "rope_theta": 1e6}, rope_scaling="gone")
+    output = export(other)
+    assert read_json(output / "config.json")["rope_scaling"] == scaling
+    assert "of 12 greedy answers the same" in capsys.readouterr().out
+
+
+def test_the_system_text_of_training_is_handed_on(export, place):
+    pytest.importorskip("gguf", reason="optional: pip install gguf")
+    before = read_json(place / "sft/run.json")
+    change(place / "sft/run.json", system="你是中医。\n请简短回答。")
+    try:
+        output = export("sft", "--format", "gguf")
+    finally:
+        write_json(place / "sft/run.json", before)
+    assert 'SYSTEM """你是中医。\n请简短回答。"""\n' in (output / "Modelfile").read_text(encoding="utf-8")
+    assert "> 你是中医。\n> 请简短回答。\n" in (output / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "damaged", ["{", "[]", '{"status": "finished"}', '{"settings": {}, "results": {"steps": 1}}']
+)
+def test_a_damaged_record_is_left_out_by_name(export, place, tmp_path, capsys, damaged):
+    other = shutil.copytree(place / "base", tmp_path / "other")
+    (other / "run.json").write_text(damaged, encoding="utf-8")
+    assert "training is not recorded" in (export(other) / "README.md").read_text(encoding="utf-8")
+    assert f"left out: {other}/run.json" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What an export costs: greedy answers and next-token probabilities of the folder and of the export, read back from disk."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,14 @@ from utils.model.chat_format import encode_prompt
 from utils.model.export.source import Source
 from utils.model.generate import generate_tokens, stop_tokens
 from utils.text import progress
+
+# Fields of a Qwen3Config that decide what the model computes.
+DECIDE = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters", "attention_bias"),
+    *("max_position_embeddings", "tie_word_embeddings"),
+)
+LARGEST_KL = 0.1  # nats a token; q8_0 costs about 0.001, a RoPE base or LM head that is lost more than 0.5
 
 
 class Agreement(NamedTuple):
@@ -20,7 +29,20 @@ class Agreement(NamedTuple):
     kl: float
 
     def __str__(self):
-        return f"read back and computed in float32: {self.same} of {self.answers} greedy answers the same as the folder's, KL {self.kl:.1e} nats a token"
+        return f"read as other tools do, computed in float32: {self.same} of {self.answers} greedy answers the same as the folder's, KL {self.kl:.1e} nats a token"
+
+
+def check_config(ours: Any, theirs: Any) -> None:
+    """RunError if another tool would compute with other sizes, another RoPE, or another head than the folder does.
+
+    Short answers of a small model hardly tell a RoPE base of 10,000 from one of a million; a long conversation does.
+    """
+    for name in DECIDE:
+        one, other = getattr(ours, name), getattr(theirs, name)
+        if isinstance(one, dict):
+            one, other = ({key: value for key, value in each.items() if value} for each in (one, other))
+        if one != other and not (isinstance(one, float) and math.isclose(one, other, rel_tol=1e-6)):
+            raise RunError(f"the export is not what the folder is: {name} is read as {other}, wanted {one}")
 
 
 def compare_with_export(
@@ -28,6 +50,7 @@ def compare_with_export(
 ) -> Agreement:
     """`questions`: conversations that end with the user's turn. Both models compute in float32, so that what differs is what
     the exported weights and settings changed. RunError where the export would be asked with other prompts."""
+    check_config(source.model.config, exported.config)
     prompts = [encode_prompt(source.tokenizer, messages) for messages in questions]
     for asked in ({}, {"enable_thinking": True}):  # llama.cpp and mlx-lm always ask for thinking
         for messages, prompt in zip(questions, prompts):
@@ -50,7 +73,10 @@ def compare_with_export(
         ours, theirs = (_next_token_logps(model, prompt, answer) for model in (source.model, exported))
         total += (ours.exp() * (ours - theirs)).sum().item()
     same = sum(one == other for one, other in zip(answers, others))
-    return Agreement(len(answers), same, total / sum(map(len, answers)))
+    found = Agreement(len(answers), same, total / sum(map(len, answers)))
+    if found.kl > LARGEST_KL:
+        raise RunError(f"the export is not what the folder is ({found}); do not use it")
+    return found
 
 
 @torch.inference_mode()

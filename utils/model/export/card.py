@@ -24,6 +24,7 @@ def model_card(source: Source, export: Export, notes: list[str]) -> str:
         export=export,
         base=export.base or Path(source.base).name,
         thinking=source.thinking,
+        system=source.system,
         notes=notes,
         runs=[_described(run) for run in reversed(source.runs)],
         columns=columns,

@@ -4,15 +4,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from utils.errors import RunError
+from utils.files import read_json
 from utils.model.export.source import Export, Source, save_tokenizer
-from utils.model.folder import load_model, load_tokenizer
 
 PRECISIONS = ("bf16", "fp32")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
+# What transformers 4.57 reads in a Qwen3's config.json, and what it takes for a name that is not there. Other names, such as
+# version 5's rope_parameters, it ignores.
+CONFIG_OF_4 = {
+    **{"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32},
+    **{"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "hidden_act": "silu"},
+    **{"max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "attention_bias": False},
+    **{"tie_word_embeddings": False, "rope_theta": 10000.0, "rope_scaling": None},
+}
 
-def check(folder: Path) -> None:
+
+def check(folder: Path, base: str) -> None:
     """Any folder that loads can be exported so."""
 
 
@@ -31,8 +43,35 @@ def save(source: Source, export: Export, partial: Path) -> None:
 
 
 def read(source: Source, export: Export) -> tuple[Any, Any]:
-    """(tokenizer, model in float32) of the exported folder."""
-    return load_tokenizer(str(export.place)), load_model(str(export.place), torch.float32).eval()
+    """(tokenizer, model in float32) of the exported folder as transformers 4.57 understands its files.
+
+    The model is built from the names of config.json that 4.57 knows, and from the tensors of the files: if the config ties the
+    LM head to the embedding, a head of its own is ignored. RunError if a tensor is missing, or nothing would read it.
+    """
+    place = export.place
+    given = read_json(place / "config.json")
+    known = {name: given.get(name, default) for name, default in CONFIG_OF_4.items()}
+    rope = {
+        "rope_type": "default",
+        **(known.pop("rope_scaling") or {}),
+        "rope_theta": known.pop("rope_theta"),
+    }
+    model = Qwen3ForCausalLM(Qwen3Config(**known, rope_parameters=rope)).eval()
+    model.tie_weights()
+    weights: dict[str, torch.Tensor] = {}
+    for path in sorted(place.glob("*.safetensors")):
+        weights |= load_file(path)
+    for name, weight in model.named_parameters():  # names a tied weight once
+        if name not in weights:
+            raise RunError(
+                f"the export lacks {name}: transformers would go on with random numbers in its place"
+            )
+        weight.data = weights.pop(name).float()
+    if unread := [
+        name for name in weights if not (name == "lm_head.weight" and known["tie_word_embeddings"])
+    ]:
+        raise RunError(f"the export holds weights that no tool would read: {', '.join(unread[:3])}")
+    return AutoTokenizer.from_pretrained(place, trust_remote_code=False), model
 
 
 def commands(export: Export, place: str) -> list[str]:

@@ -4,7 +4,6 @@ Needs the package `gguf`, which is llama.cpp's own. Names and metadata follow it
 in the repository ggml-org/llama.cpp).
 """
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ import numpy as np
 import torch
 
 from utils.errors import RunError, UserError
+from utils.files import read_json, show_path
 from utils.model.chat_format import DECODING, END_OF_TURN
-from utils.model.export.source import Export, Source
+from utils.model.export.source import Export, Source, config_of, refuse
 from utils.model.generate import stop_tokens
 
 GGUF_PACKAGE = "gguf==0.19.0"
@@ -25,18 +25,37 @@ PRECISIONS = ("q8_0", "f16", "bf16")
 QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def check(folder: Path) -> None:
-    """UserError where the package is missing, or llama.cpp has no name for how the tokenizer of `folder` splits words."""
+# What llama.cpp's "qwen3" has no field for, or this writer none: by the name in config.json.
+NOT_WRITTEN = {"attention_bias": "biases in its attention"}
+FLAGS = ("lstrip", "rstrip", "single_word")  # of an added token: llama.cpp matches tokens as they are
+
+
+def check(folder: Path, base: str) -> None:
+    """UserError if the package is missing, or the format or this writer cannot carry what `folder` has."""
     try:
         import gguf  # noqa: F401
     except ImportError:
         raise UserError(f"--format gguf needs llama.cpp's package: pip install {GGUF_PACKAGE}") from None
-    splits = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["pre_tokenizer"]
+    config, mend = config_of(folder), "--format gguf does not write that; --format folder does"
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise UserError(f"{show_path(folder)} has RoPE scaling ({kind}), and {mend}")
+    refuse(folder, config, NOT_WRITTEN, mend)
+    if config.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{show_path(folder)} computes with {config['hidden_act']} (hidden_act), and {mend}")
+    tokenizer = read_json(folder / "tokenizer.json")
+    splits = tokenizer["pre_tokenizer"]
     patterns = [step["pattern"].get("Regex") for step in splits.get("pretokenizers", []) if "pattern" in step]
     if patterns != [QWEN2_SPLIT]:
         raise UserError(
             "llama.cpp cannot split words as this tokenizer does (its pre-tokenizer is not Qwen2's); --format folder can"
         )
+    for token in tokenizer.get("added_tokens", []):
+        if flags := [name for name in FLAGS if token.get(name)]:
+            raise UserError(
+                f"{show_path(folder)} has an added token {token['content']!r} with {', '.join(flags)}, and {mend}"
+            )
 
 
 def file_name(export: Export) -> str:
@@ -130,10 +149,7 @@ def _to_f16(values, name):
 
 
 def read(source: Source, export: Export) -> tuple[Any, Any]:
-    """(tokenizer, model in float32) of the file: weights, sizes, RoPE base and chat template as it has them.
-
-    The tokenizer is that of the folder, once its tokens and merges are found to be those of the file.
-    """
+    """(tokenizer, model in float32) of the file, both made of its own fields and tensors alone, as llama.cpp makes them."""
     import gguf
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -160,14 +176,42 @@ def read(source: Source, export: Export) -> tuple[Any, Any]:
     model = Qwen3ForCausalLM(config).eval()
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
     for name, weight in model.named_parameters():
-        tensor = tensors[names.get_name(name, try_suffixes=(".weight",))]
+        tensor = tensors.pop(names.get_name(name, try_suffixes=(".weight",)), None)
+        if tensor is None:
+            raise RunError(f"{file_name(export)} lacks {name}")
         weight.data = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32))
-    tokenizer = copy.copy(source.tokenizer)
-    tokenizer.chat_template = field("tokenizer.chat_template")
-    tokens, _, merges = _vocabulary(tokenizer, config.vocab_size)
-    if (tokens, merges) != (field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges")):
-        raise RunError(f"{file_name(export)} holds another vocabulary than the folder")
-    return tokenizer, model
+    if tensors:
+        raise RunError(
+            f"{file_name(export)} holds tensors that nothing reads: {', '.join(list(tensors)[:3])}"
+        )
+    return _tokenizer_of(field), model
+
+
+def _tokenizer_of(field):
+    """A tokenizer from the fields of a GGUF file alone: byte-level BPE after Qwen2's split into words."""
+    from gguf import TokenType
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    if (field("tokenizer.ggml.model"), field("tokenizer.ggml.pre")) != ("gpt2", "qwen2"):
+        raise RunError("the GGUF file names another kind of tokenizer than Qwen's")
+    tokens, kinds = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
+    end = tokens[field("tokenizer.ggml.eos_token_id")]
+    if end != END_OF_TURN or field("tokenizer.ggml.add_bos_token"):
+        raise RunError(
+            f"the GGUF file names another end token than {END_OF_TURN}, or adds one at the beginning"
+        )
+    merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
+    bpe = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges))
+    words = pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Sequence([words, bytes_]), decoders.ByteLevel()
+    for kind, special in ((TokenType.CONTROL, True), (TokenType.USER_DEFINED, False)):
+        added = [token for token, its_kind in zip(tokens, kinds) if its_kind == kind]
+        bpe.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=end, chat_template=field("tokenizer.chat_template")
+    )
 
 
 # Ollama renders prompts by a template in Go's language, not by the one in the GGUF file.
@@ -191,8 +235,11 @@ def modelfile(source: Source, export: Export) -> str:
     greedy = source.model.generation_config.do_sample is False
     decoding = {"temperature": 0} if greedy else DECODING[source.thinking]
     sampling = [name for name in ("temperature", "top_p", "top_k") if name in decoding]
+    if '"""' in source.system:
+        raise UserError('the system text of training holds """, which ends a text in a Modelfile')
     lines = [
         f"FROM ./{file_name(export)}",
+        *([f'SYSTEM """{source.system}"""'] if source.system else []),
         f'TEMPLATE """{GO_TEMPLATE}{"" if source.thinking else NO_THINKING}"""',
         *(f'PARAMETER stop "{source.tokenizer.decode([token])}"' for token in ids),
         *(f"PARAMETER {name} {decoding[name]}" for name in sampling),

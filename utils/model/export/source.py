@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from utils.files import read_json, write_json
+from utils.errors import UserError
+from utils.files import read_json, show_path, write_json
+from utils.hub import local_folder
 from utils.model.chat_format import with_default_mode
 from utils.model.folder import (
     adapter_base,
@@ -19,6 +21,9 @@ from utils.model.folder import (
 from utils.model.generate import thinks_by_default
 from utils.settings import ROOT
 
+# Fields of config.json that change what a model computes, and that no export writes.
+NOT_EXPORTED = {"quantization_config": "quantised weights", "use_sliding_window": "a sliding window"}
+
 # What a tokenizer consists of, besides the chat template.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
@@ -26,7 +31,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "mer
 @dataclass(frozen=True)
 class Source:
     """`model` is whole (an adapter is merged), float32, on the CPU; `runs` holds the folder's run.json and those of the folders
-    it was trained from, the last training first; `base` is the model before all of them ("" where nobody knows)."""
+    it was trained from, the last training first; `base` is the model before all of them ("" if nobody knows); `system` is the
+    system text that nearly all its training rows had ("" if none)."""
 
     folder: Path
     model: Any
@@ -34,6 +40,7 @@ class Source:
     thinking: bool
     runs: list[dict]
     base: str
+    system: str
 
 
 class Export(NamedTuple):
@@ -45,15 +52,33 @@ class Export(NamedTuple):
     place: Path
 
 
+def config_of(folder: Path) -> dict[str, Any]:
+    """The config.json of a model folder; of an adapter, that of its base."""
+    while (folder / "adapter_config.json").is_file():
+        folder = Path(local_folder(adapter_base(folder)))
+    return read_json(folder / "config.json")
+
+
+def refuse(folder: Path, config: dict[str, Any], unsupported: dict[str, str], what: str) -> None:
+    """UserError if `config` asks for one of {field: how it is called} that `what` does not write."""
+    for name, words in unsupported.items():
+        if config.get(name):
+            raise UserError(f"{show_path(folder)} has {words} ({name} in config.json), and {what}")
+
+
 def load_source(folder: Path) -> Source:
-    """The Source in a finished folder. UserError where it cannot be loaded."""
+    """The Source in a finished folder. UserError if it cannot be loaded, or no export would write it as it is."""
+    refuse(folder, config_of(folder), NOT_EXPORTED, "the export does not write that")
     runs, base = training_history(folder)
+    system = runs[0].get("system") if runs else ""
     tokenizer = load_tokenizer(str(folder))
     thinking = thinks_by_default(tokenizer)
     tokenizer.chat_template = with_default_mode(tokenizer.chat_template, thinking)
     model = load_model(str(folder), torch.float32).eval()
     model.config.use_cache = True  # training turned it off, and the exported model is for answers
-    return Source(folder, model, tokenizer, thinking, runs, base)
+    # the flag follows the weights: transformers 4 would drop a head of its own if this said that it is the embedding
+    model.config.tie_word_embeddings = model.lm_head.weight is model.get_input_embeddings().weight
+    return Source(folder, model, tokenizer, thinking, runs, base, system if isinstance(system, str) else "")
 
 
 def run_folder(folder: Path) -> Path:
