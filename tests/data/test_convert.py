@@ -84,10 +84,10 @@ def test_public_data_sets_as_they_are_published(tmp_path, convert):
         "reasoning_content": "想七情。",
     }
     assert {(row["question"], row["options"][row["answer"]], row["subject"]) for row in found["exam"]} == {
-        ("性寒的是", "石膏", "hwtcm"),
-        ("归肺经的是", "桔梗", "cmexam"),
+        ("性寒的是", "石膏", ""),
+        ("归肺经的是", "桔梗", ""),
         ("麻黄汤的君药是", "麻黄", "方剂学"),
-        ("五味子的主要药味是", "酸", "traditional_chinese_medicine"),
+        ("五味子的主要药味是", "酸", ""),
     }
     assert [row["chosen"][0]["content"] for row in found["dpo_train"] + found["dpo_eval"]] == ["望闻问切。"]
 

@@ -19,7 +19,10 @@ def rows_of(*names, count=12):
 
 
 @pytest.mark.parametrize(
-    "name", "test.jsonl valid_0.json validation.jsonl dev.csv CMExam-test.jsonl eval 测试集.json val".split()
+    "name",
+    "test.jsonl valid_0.json validation.jsonl dev.csv CMExam-test.jsonl eval 测试集.json val 测试.json 验证.json "
+    "测试数据.csv 题库测试集.json 某赛-test-B.json testset.jsonl data.test.jsonl data.test.jsonl.gz testA.json "
+    "test_set.parquet tcm_test_2.json 中医验证集 评测集.xlsx 验证_甲.json".split(),
 )
 def test_names_of_evaluation(name):
     assert says_evaluation(name)
@@ -27,10 +30,35 @@ def test_names_of_evaluation(name):
 
 @pytest.mark.parametrize(
     "name",
-    "train.jsonl latest.json testing.json medical_test_questions.jsonl tcm.jsonl evaluate.json".split(),
+    "train.jsonl latest.json testing.json medical_test_questions.jsonl tcm.jsonl evaluate.json 某集_train_dev.json "
+    "训练.json 训练_测试.json 考试.json 测试工程师.json contest.json data.json 中医开发.json".split(),
 )
 def test_other_names(name):
     assert not says_evaluation(name)
+
+
+@pytest.mark.parametrize(
+    "name, start, words",
+    [
+        ("a.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        ("a.xlsx", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        ("a.zip", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        ("a.jsonl", b"\n<!DOCTYPE html>\n<html>", "a web page, not the file"),
+        ("a.csv", b"<html><head>", "a web page, not the file"),
+        ("a.csv", b"\xd0\xcf\x11\xe0\xa1\xb1", "save it as .xlsx"),
+        ("a.csv", b"PK\x03\x04", "a .xlsx file under another name"),
+        ("a.json", b"PAR1", "a .parquet file under another name"),
+        ("a.jsonl", b"\x1f\x8b\x08", "a .gz file under another name"),
+        ("a.csv", b"\xff\xfea\x00", "UTF-16: save it as UTF-8"),
+        ("a.xls", b"x", "an old Excel file: save it as .xlsx"),
+        ("a.json", b"%PDF-1.7", "a PDF"),
+    ],
+)
+def test_files_that_are_something_else_are_told_by_their_first_bytes(tmp_path, name, start, words):
+    (tmp_path / name).write_bytes(start)
+    with pytest.raises(UserError, match=words):
+        find_input_files([tmp_path / name], "x")
 
 
 def test_files_and_folders_say_their_split(tmp_path, convert, capsys):
@@ -120,6 +148,20 @@ FORMS = {
     "two_keys.json": dumped({"part1": ROWS[:10], "part2": ROWS[10:]}, indent=2),
     "nested.json": dumped([ROWS[:10], ROWS[10:]], indent=1),
     "nested.jsonl": as_lines([ROWS[:10], ROWS[10:]]),
+    "no_brackets.json": b",\n".join(dumped(row) for row in ROWS) + b",\n",
+    "pretty.json": b"\n".join(dumped(row, indent=1) for row in ROWS),
+    "columns.json": dumped({name: [row[name] for row in ROWS] for name in ROWS[0]}, indent=1),
+    "columns_one_line.json": dumped({name: [row[name] for row in ROWS] for name in ROWS[0]}),
+    "pandas.json": dumped({name: {str(n): row[name] for n, row in enumerate(ROWS)} for name in ROWS[0]}),
+    "pandas_index.json": dumped({str(n): row for n, row in enumerate(ROWS)}),
+    "by_name.json": dumped({f"病例{n}": row for n, row in enumerate(ROWS)}, indent=1),
+    "lists_of_one.jsonl": as_lines([{name: [text] for name, text in row.items()} for row in ROWS]),
+    "marked.jsonl": as_lines([{"data": [f"问：{row['query']}", f"答：{row['response']}"]} for row in ROWS]),
+    "marked.json": dumped([[f"问：{row['query']}", f"答：{row['response']}"] for row in ROWS]),
+    "marked_text.jsonl": as_lines([{"text": f"<user>: {r['query']} <bot>: {r['response']}"} for r in ROWS]),
+    "tabs.csv": as_csv(ROWS).replace(b",", b"\t"),
+    "semicolons.csv": as_csv(ROWS).replace(b",", b";"),
+    "title.csv": "某年的问答,\n".encode() + as_csv(ROWS),
     "no_wrapper.jsonl": as_lines([{"turns_before": [{"x": 1}], **row} for row in ROWS]),
 }
 
@@ -172,6 +214,40 @@ def test_excel_tables(tmp_path, convert):
         convert(tmp_path / "b.xlsx")
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("openpyxl"), reason="openpyxl is not installed")
+@pytest.mark.parametrize("said", ["A1", "A1:B4"])
+def test_excel_tables_of_other_programs(tmp_path, convert, said):
+    """A title stands over the names of the columns, and the sheet states a wrong size, as WPS may write it."""
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    for cells in (["某年的问答"], [], ["问题", "答案"], *([row["query"], row["response"]] for row in ROWS)):
+        book.active.append(cells)
+    book.save(tmp_path / "right.xlsx")
+    with (
+        zipfile.ZipFile(tmp_path / "right.xlsx") as right,
+        zipfile.ZipFile(tmp_path / "a.xlsx", "w") as wrong,
+    ):
+        for name in right.namelist():
+            content = right.read(name)
+            wrong.writestr(
+                name, content.replace(b'<dimension ref="A1:B33"', f'<dimension ref="{said}"'.encode())
+            )
+    found = convert(tmp_path / "a.xlsx")
+    assert len(found["sft_train"] + found["sft_eval"]) == 30 and not found["set_aside"]
+
+
+def test_a_folder_that_save_to_disk_wrote(tmp_path, convert):
+    import datasets
+
+    parts = {"train": datasets.Dataset.from_list(ROWS[:20]), "test": datasets.Dataset.from_list(ROWS[20:])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")
+    found = convert(tmp_path / "both", eval_share=0)
+    assert len(found["sft_train"]) == 20 and len(found["sft_eval"]) == 10
+    parts["train"].save_to_disk(tmp_path / "one")
+    assert len(convert(tmp_path / "one", eval_share=0)["sft_train"]) == 20
+
+
 def test_openpyxl_is_named_where_it_is_missing(tmp_path, convert, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "openpyxl", None)
     (tmp_path / "a.xlsx").write_bytes(b"x")
@@ -183,17 +259,3 @@ def test_each_file_is_read_once(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", *ROWS)
     sources, _ = find_input_files([tmp_path, path], "x")
     assert [source.name for source in sources] == ["a.jsonl"]
-
-
-def test_files_that_were_not_used_are_named_with_a_line_to_copy(tmp_path, convert, capsys):
-    data = tmp_path / "data"
-    write_lines(data / "a.jsonl", *rows_of("甲"))
-    write_lines(data / "b.jsonl", *({"症候": f"恶寒{n}", "方": f"麻黄汤{n}"} for n in range(5)))
-    write_lines(data / "c.jsonl", {"text": "麻黄发汗。"})
-    (data / "d.jsonl").write_bytes(b"")
-    convert(data)
-    said = capsys.readouterr().out
-    assert "note: b.jsonl: none of its 5 rows could be used; line 1: fields not recognised" in said
-    assert f"--input-files {data / 'b.jsonl'} --columns " in said and "question=症候,answer=方" in said
-    assert "note: c.jsonl: none of its 1 rows could be used; line 1: plain text" in said
-    assert "note: d.jsonl: no row in it" in said

@@ -1,80 +1,174 @@
-"""What to tell a user whose rows cannot be used: where it begins, why, and the command that reads them."""
+"""What to tell a user whose rows cannot be used: where it begins, why, and the command that reads them where that is known."""
 
 import shlex
 from collections import Counter
 
-from utils.data.columns import look_reversed, suggest_columns
 from utils.data.convert import Recognised
 from utils.data.inputs import InputFile
+from utils.data.messages import is_empty, plain_names
+from utils.data.readers import looks_like_data
 from utils.files import show_path
 from utils.text import shorten
 
 COMMAND = "python data_prepare/convert_to_qwen3_format.py"
 SHOWN = 40  # characters of a text
 
+# Names of fields, or ends of them, that hold questions and answers in published data sets.
+ANSWERS = (
+    *("答案", "回答", "回复", "答复", "处方", "方剂", "用药", "输出", "治疗", "诊断"),
+    *("answer", "response", "output", "completion", "reply", "target", "summary", "assistant"),
+)
+QUESTIONS = (
+    *("问题", "提问", "题目", "题干", "症状", "主诉", "病情", "病例", "病历", "描述", "输入", "指令"),
+    *("question", "query", "instruction", "instruct", "prompt", "input", "ask", "symptom", "content"),
+    *("document", "article", "user", "human"),
+)
+NEVER = {"reasoning", "system", "explanation", "history", "options", "id", "source", "url", "title", "split"}
+LEAST_DISTINCT = 0.5  # share of a field's texts; a field with fewer different ones is a category, no question and no answer
+TABLE_FIELDS = 5  # fields of text; a row with more is a line of a table
 
-def refusal(sources: list[InputFile], found: Recognised, columns: str) -> str:
+
+def suggest_columns(rows: list[dict]) -> tuple[str, str] | None:
+    """(question field, answer field) of rows that have the same fields, where the names of just two say so; else None."""
+    texts = _text_fields(rows)
+    questions, answers = _named(texts, QUESTIONS), _named(texts, ANSWERS)
+    if len(questions) != 1 or len(answers) != 1 or questions == answers or len(texts) > TABLE_FIELDS:
+        return None
+    distinct = (len(set(texts[name])) >= LEAST_DISTINCT * len(texts[name]) for name in questions + answers)
+    return (questions[0], answers[0]) if all(distinct) else None
+
+
+def describe(rows: list[dict], table: bool = False) -> str:
+    """What rows that have the same fields are, where no columns can be suggested. `table`: they come from a table."""
+    names = list(map(str, rows[0]))
+    if table and any(map(looks_like_data, names)):
+        return "the first row reads like data, not like names of columns: put a row of names above it"
+    for name in names:
+        values = [row[name] for row in rows if not is_empty(row.get(name))]
+        if values and all(isinstance(value, list) for value in values):
+            parts = [part for value in values for part in value]
+            if all(isinstance(part, dict) for part in parts):
+                inside = ", ".join(map(str, parts[0]))
+                return f"{name} holds rows inside the rows ({inside}): write each as a row of its own"
+            return (
+                f"{name} is a list of {'texts that do not say who speaks' if len(names) == 1 else 'values'}"
+            )
+    texts = _text_fields(rows)
+    questions, answers = _named(texts, QUESTIONS), _named(texts, ANSWERS)
+    if len(texts) > TABLE_FIELDS:
+        return f"a table of {len(texts)} fields of text, no question and answer a row"
+    if len(answers) > 1:
+        return f"several fields may be the answer: {', '.join(answers)}"
+    if len(questions) > 1:
+        return f"several fields may be the question: {', '.join(questions)}"
+    if questions or answers:
+        return f"no field is known as {'an answer' if questions else 'a question'}"
+    return "wanted rows with a question and an answer, one JSON object a row"
+
+
+def look_reversed(question: str, answer: str) -> bool:
+    """Whether the two fields' names say the opposite of what they are to be used as."""
+    said = [bool(_named([name], known)) for name in (question, answer) for known in (QUESTIONS, ANSWERS)]
+    return said == [False, True, True, False]
+
+
+def _text_fields(rows):
+    """{field: its texts} of the fields that hold text in at least half of the rows and may be a question or an answer."""
+    texts = {}
+    never = {
+        field for plain, fields in plain_names(tuple(rows[0])).items() if plain in NEVER for field in fields
+    }
+    for name in rows[0]:
+        found = [row[name].strip() for row in rows if isinstance(row[name], str) and not is_empty(row[name])]
+        if name not in never and 2 * len(found) >= len(rows):
+            texts[str(name)] = found
+    return texts
+
+
+def _named(names, known):
+    """The names that are known ones, else those that end with one."""
+    lower = {name: name.strip().lower() for name in names}
+    return [name for name in names if lower[name] in known] or [
+        name for name in names if lower[name].endswith(known)
+    ]
+
+
+def refusal(files: list[InputFile], found: Recognised, columns: str) -> str:
     """Why there is nothing to convert, in one line; "" where there is. `columns`: the setting."""
     if found.schemas and (not columns or found.schemas["--columns"]):
         return ""
-    first = next(iter(sorted(found.rejects)), None)
     strange = next(iter(sorted(found.unknown)), None)
+    advice = "" if strange is None else f"; {_read_as(files[strange], found.unknown[strange])}"
     if found.schemas:
-        return f"no row has the fields of --columns {columns}{_read_as(sources, found, strange)}"
+        return f"no row has the fields of --columns {columns}{advice}"
     counted = ", ".join(f"{count:,} {reason}" for reason, count in found.reasons.most_common())
     text = f"no row could be used ({counted or 'the input is empty'})"
-    if first is not None:
-        text += f"; the first is {sources[first].name}, line {_why(found.rejects[first])}"
-    if strange is not None:
-        return text + _read_as(sources, found, strange)
-    if found.reasons["not JSON"]:  # pretty-printed
-        text += "; wanted one JSON object for each row: one a line, or all in one array"
-    return text
+    if found.rejects:
+        first = min(found.rejects)
+        text += f"; the first is {files[first].name}, line {_why(found.rejects[first])}"
+    if not advice and found.reasons["not JSON"]:
+        advice = "; wanted one JSON object for each row: one a line, or all in one array"
+    return text + advice
 
 
 def _why(reject):
     """The line, reason and detail of a row; of unknown fields not the detail, because advice names them."""
     known = reject.detail and reject.reason != "fields not recognised"
-    return f"{reject.line}: {reject.reason}" + (f" ({shorten(reject.detail, 100)})" if known else "")
+    return f"{reject.line}: {reject.reason}" + (f" ({shorten(reject.detail, 200)})" if known else "")
 
 
-def _read_as(sources, found, file):
-    """The fields of a file's unknown rows, and the columns to read them by with one row as it would be read."""
-    if file is None:
-        return ""
-    rows = found.unknown[file]
-    names = Counter(tuple(unknown.row) for unknown in rows).most_common(1)[0][0]
-    rows = [unknown for unknown in rows if tuple(unknown.row) == names]
-    text = f"; fields found: {', '.join(map(str, names)) or 'none'}"
-    columns = suggest_columns([unknown.row for unknown in rows])
+def _read_as(file, unknown):
+    """The fields of a file's unknown rows, and the columns to read them by with one row as it would be read, or what they are."""
+    names = Counter(tuple(row) for _, row in unknown).most_common(1)[0][0]
+    alike = [(place, row) for place, row in unknown if tuple(row) == names]
+    rows = [row for _, row in alike]
+    text = f"fields found: {', '.join(map(str, names)) or 'none'}; "
+    columns = suggest_columns(rows)
     if not columns:
-        return text + "; wanted rows with a question and an answer, one JSON object a row"
-    line, row = next(known for known in rows if all(known.row[name] for name in columns))
+        return text + describe(rows, file.ending in (".csv", ".tsv", ".xlsx"))
+    place, row = next(
+        (place, row) for place, row in alike if all(not is_empty(row[name]) for name in columns)
+    )
     question, answer = (shorten(row[name], SHOWN) for name in columns)
-    path = shlex.quote(show_path(sources[file].path))
     flag = shlex.quote(f"question={columns[0]},answer={columns[1]}")
     return (
-        f"{text}; name them, for example: {COMMAND} --input-files {path} --columns {flag}"
-        f" (line {line} is then read as question: {question} answer: {answer})"
+        f"{text}name them, for example: {COMMAND} --input-files {shlex.quote(show_path(file.path))} --columns {flag}"
+        f" (line {place} is then read as question: {question} answer: {answer})"
     )
 
 
-def notes(sources: list[InputFile], found: Recognised, columns: dict[str, str]) -> list[str]:
-    """A line for each file of which no row could be used, and for columns that look the wrong way round."""
-    rows, used, said = Counter(), Counter(), []
-    for row in found.rows:
-        rows[row.file] += 1
-        used[row.file] += bool(row.kind)
-    for file, source in enumerate(sources):
-        if rows[file] and not used[file]:
-            advice = _read_as(sources, found, file if file in found.unknown else None)
-            why = f"none of its {rows[file]:,} rows could be used; line {_why(found.rejects[file])}"
-            said.append(f"{source.name}: {why}{advice}")
-        elif not rows[file]:
-            said.append(f"{source.name}: no row in it")
+def notes(files: list[InputFile], found: Recognised, columns: dict[str, str]) -> list[str]:
+    """A line for each file of which no row, or not every row, could be recognised, alike files together; and for columns that
+    look the wrong way round."""
+    rows, used = Counter(row.file for row in found.rows), Counter(row.file for row in found.rows if row.kind)
+    said: dict[
+        tuple, list[str]
+    ] = {}  # {what is alike: [the line, the names of more files that it is true of]}
+    for number, file in enumerate(files):
+        unknown = found.unknown.get(number) if not columns or not used[number] else None
+        advice = f"; {_read_as(file, unknown)}" if unknown else ""
+        if not rows[number]:
+            line = "no row in it"
+        elif not used[number]:
+            line = (
+                f"none of its {rows[number]:,} rows could be used; line {_why(found.rejects[number])}{advice}"
+            )
+        elif unknown:
+            lost = rows[number] - used[number]
+            line = f"{lost:,} of its {rows[number]:,} rows could not be used; fields not recognised from line {unknown[0].line} on{advice}"
+        else:
+            continue
+        reason = found.rejects[number].reason if number in found.rejects else ""
+        alike = (not rows[number], not used[number], reason, tuple(unknown[0].row) if unknown else ())
+        said.setdefault(alike, [f"{file.name}: {line}"]).append(file.name)
+    lines = []
+    for line, _, *more in said.values():
+        lines.append(
+            line + (f" (and the same in {len(more):,} more: {shorten(', '.join(more), 100)})" if more else "")
+        )
     if columns and look_reversed(columns.get("question", ""), columns.get("answer", "")):
-        said.append(
+        lines.append(
             f"--columns reads {columns['question']} as the question and {columns['answer']} as the answer; "
             "their names say the opposite: look at the rows above"
         )
-    return said
+    return lines

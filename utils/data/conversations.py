@@ -47,7 +47,9 @@ def read_question_answer(row, schema, options, named):
     asking = marked_turns(asked) or [{"role": "user", "content": asked}]
     messages = [*system_message(row), *history_of(row), *asking]
     messages.append(assistant_message(answered, text_of(row, "reasoning", "reasoning", optional=True)))
-    return _trained_or_bad(row, schema, in_order(messages, "assistant") if len(asking) > 1 else messages)
+    columns = f"question={row.field(question)},answer={row.field(answer)}"
+    kept = in_order(messages, "assistant") if len(asking) > 1 else messages
+    return _trained_or_bad(row, schema, kept, columns)
 
 
 def read_conversation(row, schema, options, name):
@@ -69,13 +71,15 @@ def read_conversation(row, schema, options, name):
     return kind, schema, body | {"trimmed": len(kept) < len(messages)}
 
 
-def _trained_or_bad(row, schema, messages):
+def _trained_or_bad(row, schema, messages, columns=""):
     """The conversation to train on; a pair where the row has a rejected answer too; or a bad answer where the row (KTO) or
-    its last turn (weight 0) is marked as one."""
+    its last turn (weight 0) is marked as one. `columns`: the setting that would read the row whatever judges its answer."""
     answers = [message for message in messages if message["role"] == "assistant"]
     weights = [answer.pop("weight", 1) for answer in answers]
-    if 0 in weights[:-1] or not_learnt(row, "the row"):
+    if 0 in weights[:-1]:
         raise Reject("marked as not to be learnt", "an answer that is not the last has weight 0")
+    if not_learnt(row, "the row"):
+        raise Reject("marked as not to be learnt", "the row has weight 0")
     if row.peek("rejected") is not None:
         return _pair(row, schema, messages[:-1], messages[-1:], _answer_turns(row, "rejected"))
     if any(name.startswith("rejected") and row.peek(name) is not None for name in row.names):
@@ -83,13 +87,12 @@ def _trained_or_bad(row, schema, messages):
     judged = [row.get(mark) for mark in ("label", "kto_tag") if _truth(row.peek(mark)) is not None]
     if weights[-1] == 0 or any(_truth(mark) is False for mark in judged):
         return "bad", f"{schema}, marked as bad", {"prompt": messages[:-1], "rejected": messages[-1:]}
-    for mark in ("label", "score"):
-        by_model = mark == "label" or not {"answer", "处方", "答"} & set(row.names)
-        if schema != "--columns" and by_model and _is_number(row.peek(mark)):
-            raise Reject(
-                "a label or score beside the answer",
-                f"{mark} {row.peek(mark)!r} may say that the answer is bad",
-            )
+    by_hand = {"answer", "处方", "答"} & set(row.names)
+    mark = next((mark for mark in ("label", "score") if _is_number(row.peek(mark))), "")
+    if mark and schema != "--columns" and (mark == "label" or not by_hand):
+        unused = ", ".join(row.unused())
+        way = f"; if it is right in every row: --columns {columns}" if columns else ""
+        raise Reject("a label or score beside the answer", f"it may be a bad one; not used: {unused}{way}")
     return "sft", schema, {"messages": messages}
 
 

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from utils.data.columns import UnknownRow
 from utils.data.dedup import EVAL, Row
 from utils.data.inputs import InputFile
 from utils.data.messages import Reject
@@ -26,6 +25,13 @@ SHORTEST_LATER_TURN = 8  # characters: later turns such as "请继续" are no qu
 BYTES_A_ROW = 1000  # of memory
 FORECAST_ROWS = 50_000  # rows after which the memory is forecast for the first time
 UNKNOWN_ROWS, UNKNOWN_CHARACTERS = 200, 300  # kept of a file to suggest columns by: rows, and of each text
+
+
+class UnknownRow(NamedTuple):
+    """A row whose fields are not recognised, its texts shortened."""
+
+    line: Place
+    row: dict
 
 
 class FirstReject(NamedTuple):
@@ -133,7 +139,7 @@ def _add_row(found: Recognised, file: int, source: InputFile, place: Place, raw:
 
 def _keep_unknown(found, file, place, row):
     if len(unknown := found.unknown.setdefault(file, [])) < UNKNOWN_ROWS:
-        shown = (value[:UNKNOWN_CHARACTERS] if isinstance(value, str) else None for value in row.values())
+        shown = (value[:UNKNOWN_CHARACTERS] if isinstance(value, str) else value for value in row.values())
         unknown.append(UnknownRow(place, dict(zip(row, shown))))
 
 
@@ -160,8 +166,6 @@ def _as_json(raw, encoding):
 
 
 def _output_line(name: str, place: Place, key: int, item: ConvertedRow) -> bytes:
-    if item.kind == "exam":
-        item.body["subject"] = item.body["subject"] or Path(name.removesuffix(".gz")).stem
     fields = {"id": f"{key:016x}", **item.body, "source": f"{name}:{place}"}
     return json.dumps(fields, ensure_ascii=False).encode() + b"\n"
 

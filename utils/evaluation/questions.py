@@ -7,8 +7,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 from utils.data.exams import SINGLE
 from utils.data.inputs import find_input_files
 from utils.data.messages import Reject
-from utils.data.readers import parse_row, read_rows
-from utils.data.schemas import convert_row
+from utils.data.schemas import convert_rows
 from utils.data.terms import Terms
 from utils.errors import UserError
 from utils.files import show_path
@@ -49,24 +48,20 @@ class Tests(NamedTuple):
 def read_exam(path: Path) -> tuple[list[ExamQuestion], Counter[str]]:
     """The questions of a file, and the reasons why other rows are left out, counted.
 
-    Reads this project's exam.jsonl and all that the conversion knows as an exam (utils/data/exams.py). UserError if no
-    row is a question.
+    Reads this project's exam.jsonl and all that the conversion knows as an exam (utils/data/exams.py), in all files of an
+    archive and all sheets of a book. UserError if no row is a question.
     """
-    source = find_input_files([path], "python data_prepare/convert_to_qwen3_format.py")[0][0]
+    files, _ = find_input_files([path], "python data_prepare/convert_to_qwen3_format.py")
     exam: dict[str, Any] = {}
     left_out: Counter[str] = Counter()
-    for line, raw in read_rows(source):
-        try:
-            row = parse_row(raw, source.encoding)
-            item = convert_row(row)
-            if item.kind != "exam":
-                raise Reject("another kind of row")
-        except Reject as problem:
-            left_out[problem.reason] += 1
-            continue
-        given, place = str(row.get("id") or ""), f"{path.stem}:{line}"
-        name = place if not given or given in exam else given  # results are found by id: each once
-        exam[name] = {"id": name, **item.body}
+    for file in files:
+        for place, _, row, item in convert_rows(file):
+            if isinstance(item, Reject) or item.kind != "exam":
+                left_out[item.reason if isinstance(item, Reject) else "another kind of row"] += 1
+                continue
+            given, own = str(row.get("id") or ""), f"{file.name if file.member else path.stem}:{place}"
+            name = own if not given or given in exam else given  # results are found by id: each once
+            exam[name] = {"id": name, **item.body}
     if not exam:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in left_out.items()) or "it is empty"
         raise UserError(f"{show_path(path)}: no exam question in it ({reasons})")

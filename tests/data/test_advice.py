@@ -1,0 +1,139 @@
+"""Rows that cannot be used: which columns are suggested, what is said where none are, and in how many lines."""
+
+import pytest
+from data_rows import turns, write_lines
+
+from utils.data.advice import describe, look_reversed, suggest_columns
+from utils.data.schemas import convert_row
+from utils.errors import UserError
+
+CASES = [
+    {
+        "Content": f"患者恶寒发热{number}日，无汗，头身疼痛，舌苔薄白，脉浮紧。",
+        "Summary": "麻黄、桂枝、杏仁" + "、甘草" * number,
+    }
+    for number in range(1, 40)
+]
+
+
+def many(**fields):
+    """Thirty rows; a text that ends with "*" is another one in each row."""
+    return [
+        {
+            name: value.replace("*", str(n)) if isinstance(value, str) else value
+            for name, value in fields.items()
+        }
+        for n in range(30)
+    ]
+
+
+@pytest.mark.parametrize(
+    "rows, columns",
+    [
+        (CASES, ("Content", "Summary")),
+        ([dict(reversed(row.items())) for row in CASES], ("Content", "Summary")),
+        ([{"患者症状": row["Content"], "用药": row["Summary"]} for row in CASES], ("患者症状", "用药")),
+        ([{"病例": row["Content"], "中药处方": row["Summary"]} for row in CASES], ("病例", "中药处方")),
+        (many(instruct="问*", output="答*"), ("instruct", "output")),
+        (many(content="问*", reasoning_content="想*", reply="答*"), ("content", "reply")),
+        (many(科室="内科", 提问内容描述="问*", 医生回复="答*"), ("提问内容描述", "医生回复")),
+    ],
+)
+def test_columns_are_suggested_by_known_names(rows, columns):
+    assert suggest_columns(rows) == columns
+
+
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        # Two texts without known names, however much one of them asks, are no question and answer.
+        (many(q1="为什么*冷？", a1="因为*"), "wanted rows with a question and an answer"),
+        (many(症候="恶寒*", 方="麻黄汤*"), "wanted rows with a question and an answer"),
+        (many(描述="恶寒*", 科="内*"), "no field is known as an answer"),
+        (many(Number="*", Question="下列性温的是*"), "no field is known as an answer"),
+        (many(名="甲*", 处方="乙*"), "no field is known as a question"),
+        (many(query_text="甲*", 描述="乙*", output_gpt="丙*"), "no field is known as an answer"),
+        (many(描述="甲*", answer_of_a="x*", gpt_answer="乙*", qwen_answer="丙*"), "several fields may be the answer"),
+        (many(主诉="甲*", 病情="乙*", 处方="丙*"), "several fields may be the question: 主诉, 病情"),
+        (many(名称="甲*", 处方="乙*", 步骤="丙*", 功效="丁*", 用法="戊*", 出处="己*"), "a table of 6 fields of text"),
+        # A category is no answer, whatever its name.
+        (many(描述="甲*", 诊断="感冒"), ""),
+        (many(title="例*", qa=[{"q": "诊断？", "a": "湿热"}]), "qa holds rows inside the rows (q, a)"),
+        (many(描述="甲*", 回答=["乙", "丙"]), "回答 is a list of values"),
+        (many(lines=["甲", "乙"]), "lines is a list of texts that do not say who speaks"),
+    ],
+)  # fmt: skip
+def test_what_rows_are_where_no_columns_are_known(rows, words):
+    assert suggest_columns(rows) is None and words in describe(rows)
+
+
+def test_a_table_without_names_of_columns():
+    rows = [{"甘草的药性是什么？": f"药{n}的药性是什么？", "性平。": f"性{n}。"} for n in range(4)]
+    assert "the first row reads like data" in describe(rows, table=True)
+
+
+@pytest.mark.parametrize(
+    "row, question",
+    [
+        ({"问题": "问", "答案": "答"}, "问"),
+        ({"提问": "问", "回答": "答", "科室": "内科"}, "问"),
+        ({"症状": "问", "处方": "答"}, "问"),
+        ({"指令": "问", "输入": "补充", "输出": "答"}, "问\n补充"),
+        ({"department": "内科", "title": "标题", "ask": "问", "answer": "答"}, "标题\n问"),
+        ({"department": "内科", "title": "头痛", "ask": "头痛三天", "answer": "答"}, "头痛三天"),
+        ({"prompt": "问", "response": "答"}, "问"),
+        ({"ask": "问", "answer": "答"}, "问"),
+    ],
+)
+def test_names_that_need_no_columns(row, question):
+    item = convert_row(row)
+    assert (item.kind, item.body["messages"]) == ("sft", turns(question, "答"))
+
+
+def test_a_schema_is_told_by_the_names_that_the_row_has():
+    assert convert_row({"问题": "问", "答案": "答"}).schema == "问题/答案"
+    assert convert_row({"question": "问", "answer": "答"}).schema == "question/answer"
+    assert convert_row({"问题": "问", "答案": "答", "思考": "想"}).schema == "问题/思考/答案"
+
+
+def test_the_advice_shows_a_row_as_it_would_be_read(tmp_path, convert):
+    path = write_lines(tmp_path / "a.jsonl", *CASES)
+    with pytest.raises(UserError) as caught:
+        convert(path)
+    assert "--columns question=Content,answer=Summary" in str(caught.value)
+    assert (
+        "question: 患者恶寒发热1日，无汗，头身疼痛，舌苔薄白，脉浮紧。 answer: 麻黄、桂枝、杏仁、甘草"
+        in str(caught.value)
+    )
+
+
+def test_columns_the_wrong_way_round_are_warned_of(tmp_path, convert, capsys):
+    path = write_lines(tmp_path / "a.jsonl", *CASES)
+    convert(path, columns="question=Summary,answer=Content")
+    assert "their names say the opposite" in capsys.readouterr().out
+    convert(path, columns="question=Content,answer=Summary")
+    assert "their names say the opposite" not in capsys.readouterr().out
+    assert look_reversed("Summary", "Content") and not look_reversed("a", "b")
+
+
+def test_files_that_were_not_used_are_named_once(tmp_path, convert, capsys):
+    data = tmp_path / "data"
+    write_lines(data / "a.jsonl", *({"query": f"第{n}问？", "response": f"答{n}"} for n in range(12)))
+    write_lines(data / "b.jsonl", *({"病例": f"恶寒{n}", "方剂": f"麻黄汤{n}"} for n in range(5)))
+    write_lines(data / "c.jsonl", {"text": "麻黄发汗。"})
+    (data / "d.jsonl").write_bytes(b"")
+    for number in range(30):
+        write_lines(data / f"e{number:02}.jsonl", {"症候": f"恶寒{number}", "方": "麻黄汤"})
+    mixed = [{"query": f"某{n}？", "response": f"答{n}"} for n in range(3)]
+    write_lines(data / "f.jsonl", *mixed, {"instruct": "问", "output": "答"})
+    convert(data)
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert "b.jsonl: none of its 5 rows could be used; line 1: fields not recognised" in notes[0]
+    assert (
+        f"--input-files {data / 'b.jsonl'} --columns " in notes[0] and "question=病例,answer=方剂" in notes[0]
+    )
+    assert "c.jsonl: none of its 1 rows could be used; line 1: plain text" in notes[1]
+    assert "d.jsonl: no row in it" in notes[2]
+    assert "e00.jsonl: none of its 1 rows" in notes[3] and "the same in 29 more: e01.jsonl, e02" in notes[3]
+    assert "f.jsonl: 1 of its 4 rows could not be used; fields not recognised from line 4 on" in notes[4]
+    assert "question=instruct,answer=output" in notes[4] and len(notes) <= 6
