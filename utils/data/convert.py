@@ -8,10 +8,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from utils.data.dedup import EVAL, Row
+from utils.data.dedup import EVAL, LONG, Row
 from utils.data.inputs import InputFile
 from utils.data.messages import Reject
-from utils.data.normalize import normalize, text_key, without_filler
+from utils.data.normalize import is_courtesy, normalize, text_key, without_filler
 from utils.data.readers import Place, Raw
 from utils.data.schemas import OUTPUT_FILES, ConvertedRow, RowOptions, convert_rows
 from utils.errors import UserError
@@ -19,7 +19,6 @@ from utils.files import atomic_write
 from utils.memory import memory_for_process
 from utils.text import bar, format_bytes
 
-LONG = 40  # characters without filler: as long as a case description, too long for a name in a template
 LONG_ANSWER = 20  # characters: two rows do not share such an answer by chance
 SHORTEST_LATER_TURN = 8  # characters: later turns such as "请继续" are no question of their own
 BYTES_A_ROW = 1000  # of memory
@@ -144,7 +143,9 @@ def _keep_unknown(found, file, place, row):
 
 
 def _question_keys(found, questions):
-    """The keys of a row's questions as they are compared; the long ones are kept as texts."""
+    """The keys of a row's questions as they are compared, without greetings and thanks; the long ones are kept as texts."""
+    if len(questions) > 1:
+        questions = [question for question in questions if not is_courtesy(question)] or questions[:1]
     for turn, question in enumerate(questions):
         text = without_filler(normalize(question))
         if turn and len(text) < SHORTEST_LATER_TURN:

@@ -11,6 +11,7 @@ text (a passage). Long questions that may overlap are found by MinHash signature
 1997; Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, ch. 3), and then compared exactly.
 """
 
+import functools
 import random
 import re
 from collections import Counter, defaultdict
@@ -25,6 +26,7 @@ from utils.text import progress
 
 TRAIN, EVAL, EXAM = "train", "eval", "exam"  # the splits
 
+LONG = 40  # characters without filler: as long as a case description, too long for a name in a template
 SHINGLE = 3  # characters
 HASHES = 32  # in 8 bands of 4: of pairs that overlap by 0.85, 0.3 % share no band
 NEIGHBOURS = 4  # rows of one bucket compared with each row, so that a large bucket costs linear time
@@ -35,8 +37,14 @@ PASSAGE = 0.6  # of the shingles of the shorter question: two that share so many
 PASSAGE_TRIES = (
     4  # failed comparisons, after which a question is compared no more: a template costs linear time
 )
-# What more questions share than both of these, a number and a share of the long ones, is an instruction and no passage.
-LARGEST_PASSAGE = (100, 0.1)
+# Pieces in more than both a number and a share of the long questions are of an instruction and no passage.
+INSTRUCTION = ((4, 0.25), (100, 0.1))
+COUNTED = 2000  # long questions, whose pieces are counted for that
+# More dialogues than both open with the same question: they are told apart by what they ask next.
+OPENER = (5, 0.1)
+
+LEAST_HELD_OUT, SMALL_SHARE = 20, 0.2  # rows, or that share of a small set, are held out at least
+LARGEST_GROUP = 1 / 3  # of the rows, which a group may have that is held out because all are too large
 
 _NUMBERS = re.compile(r"\d+(?:[.,:/%-]\d+)*|[零〇一二三四五六七八九十百千万两半]+")
 _DECIDING = re.compile("[无不未非否没伴有男女左右上下升降增减高低轻重阴阳寒热虚实浮沉迟数滑涩弦细]")
@@ -58,7 +66,9 @@ class Row:
     kind: str = ""  # of OUTPUT_FILES; "" if the row cannot be used
     told: str = ""  # the split that the row says it belongs to, or ""
     content: int = 0  # text_key of the whole row, from which its id is written
-    questions: tuple[int, ...] = ()  # text_key of each question, normalised
+    questions: tuple[
+        int, ...
+    ] = ()  # text_key of each question, normalised; what the row is about comes first
     rest: int = 0  # text_key of all text after the first question, normalised
     long_rest: bool = False  # whether that is too long to be shared by chance
     characters: int = 0
@@ -105,6 +115,7 @@ def decide(
     every row that asks an exam question. The result depends on the rows and the seed, not on the order of the rows, except that
     of two equal rows the first is kept.
     """
+    _put_openers_last(rows)
     groups = group_questions(rows, sorted(long_questions), text_of, threshold)
     assign_splits(rows, groups.together, shares)
     _set_leaks_aside(rows, groups.family, EVAL, "evaluation leak")
@@ -125,6 +136,15 @@ def decide(
         lambda row: (row.kind, row.split, asked(row), row.rest),
         lambda row: (-row.characters, row.content),  # the longest first: it has the punctuation
     )
+
+
+def _put_openers_last(rows):
+    """Let a dialogue that many others open alike ("我想请您看看") count by its next question."""
+    opened = Counter(row.questions[0] for row in rows if len(row.questions) > 1)
+    least, share = OPENER
+    for row in rows:
+        if len(row.questions) > 1 and opened[row.questions[0]] > max(least, share * len(rows)):
+            row.questions = row.questions[1:] + row.questions[:1]
 
 
 def _set_leaks_aside(rows, family, held_out, reason):
@@ -192,6 +212,7 @@ def differ_in_fact(one: str, other: str) -> bool:
 
 def _join_passages(keys, marks, family, text_of):
     """{question: group} as Groups.together: the families, those joined that share a passage."""
+    keys, marks, text_of = _without_instructions(keys, marks, text_of)
     joined, failed = Joined(), Counter()
     pairs = list(zip(*candidate_pairs(marks, PASSAGE, band=2, neighbours=1)))
     for one, other in progress("looking for shared passages", "pairs")(pairs):
@@ -203,12 +224,29 @@ def _join_passages(keys, marks, family, text_of):
             joined.join(*groups)
         else:
             failed[one] += 1
-    together = {key: joined.group(family.get(key, key)) for key in keys}
-    members, (least, share) = Counter(together.values()), LARGEST_PASSAGE
-    for key, group in together.items():
-        if members[group] > max(least, share * len(keys)):
-            together[key] = family.get(key, key)
-    return together
+    together = joined.groups()
+    return together | {key: together.get(group, group) for key, group in family.items()}
+
+
+def _without_instructions(keys, marks, text_of):
+    """(keys, signatures, text_of) of the long questions without the pieces that many of them share, as far as they stay long."""
+    counted = keys[:: len(keys) // COUNTED + 1]
+    counts = Counter(piece for key in counted for piece in _shingles(text_of(key)))
+    scale = len(keys) / max(len(counted), 1)
+    limits = [max(least, share * len(keys)) for least, share in INSTRUCTION]
+    common = {piece for piece, count in counts.items() if scale * count > min(limits)}
+    if not common:
+        return keys, marks, text_of
+
+    @functools.lru_cache(maxsize=COUNTED)
+    def own_text(key):
+        text = text_of(key)
+        starts = [text[at : at + SHINGLE] in common for at in range(len(text))]
+        covered = [any(starts[max(at - SHINGLE + 1, 0) : at + 1]) for at in range(len(text))]
+        return "".join(character for character, cover in zip(text, covered) if not cover)
+
+    keys = [key for key in keys if len(own_text(key)) >= LONG]
+    return keys, _all_signatures(keys, own_text), own_text
 
 
 class Joined:
@@ -252,8 +290,10 @@ def assign_splits(rows: list[Row], together: dict[int, int], shares: Shares) -> 
         mine = [row for row in dealt if row.kind == kind]
         free = {row.content: row for row in mine if not row.told}.values()  # each distinct row once
         held_out = sum(row.told == EVAL for row in mine)
-        wanted = max(round(shares.eval_share * (len(free) + held_out)), 1 if shares.eval_share else 0)
-        wanted = min(shares.max_eval_rows, wanted) - held_out - sum(row.split == EVAL for row in free)
+        count = len(free) + held_out
+        wanted = max(round(shares.eval_share * count), min(LEAST_HELD_OUT, round(SMALL_SHARE * count)), 1)
+        wanted = min(shares.max_eval_rows, wanted) if shares.eval_share else 0
+        wanted -= held_out + sum(row.split == EVAL for row in free)
         chosen = _drawn(Counter(group_of(row) for row in free if not row.split), wanted, shares.seed)
         groups = {group_of(row) for row in free}
         for row in dealt:
@@ -262,12 +302,18 @@ def assign_splits(rows: list[Row], together: dict[int, int], shares: Shares) -> 
 
 
 def _drawn(sizes, wanted, seed):
-    """Groups drawn at random to hold `wanted` rows together. A group too large for evaluation is left to training."""
+    """Groups drawn at random to hold `wanted` rows together. A group too large for evaluation is left to training.
+
+    If all are too large, the smallest is drawn, unless it is most of the rows.
+    """
     chosen = set()
     for group in sorted(sizes, key=lambda group: mixed(group, seed)):
         if wanted > 0 and sizes[group] <= max(wanted, 3) and len(sizes) > 1:
             chosen.add(group)
             wanted -= sizes[group]
+    smallest = min(sizes, key=lambda group: (sizes[group], group), default=None)
+    if wanted > 0 and not chosen and sizes[smallest] <= LARGEST_GROUP * sizes.total():
+        chosen.add(smallest)
     return chosen
 
 

@@ -197,8 +197,7 @@ def _where(texts, wanted, length):
 
 def _leaks(row, item):
     """Whether a training row asks an exam item."""
-    others = row.whole.replace(item.text, "", 1)
-    if sum(option in others for option in item.options) >= LISTED * len(item.options):
+    if _lists(row.whole.replace(item.text, "", 1), item):
         return _holds(row.plain, item.stem) or _is_similar(row, item)
     asked = row.plain.partition("\n")[0]
     if not item.alone or not _holds(asked, item.stem) or row.listed:
@@ -209,6 +208,11 @@ def _leaks(row, item):
         return True
     long = 3 * len(item.stem) >= 2 * len(asked) or all(len(option) >= LONG_RIGHT for option in item.right)
     return long and row.answer_of(item) == "right"
+
+
+def _lists(text, item):
+    """Whether most options of the item stand in a text."""
+    return sum(option in text for option in item.options) >= LISTED * len(item.options)
 
 
 def _holds(text, stem):
@@ -231,7 +235,7 @@ def _is_similar(row, item):
             # A character of a short stem is much (心 or 肝 in "心的生理功能"), if the options are not all the same.
             same = answer == "right" and set(item.options) == set((row.listed or row.written).values())
             if edits == 0 or edits <= max(length // EDIT, same) and answer != "wrong":
-                return True
+                return _lists(text[:start] + text[stop:], item)
         # A stem that was cut ends where the options begin.
         elif edits == 0 and (_OPTIONS.match(text, stop) or text.startswith(tuple(item.options), stop)):
             return True
