@@ -129,7 +129,7 @@ def test_leaks_set_the_training_row_aside(tmp_path, convert):
         (7, "evaluation leak", "of told.jsonl:1"),
     ]
     assert [row["messages"][0]["content"] for row in found["sft_train"]] == ["桂枝有哪些功效？"]
-    assert len(found["sft_eval"]) == 2 and found["exam"][0]["subject"] == "exam"
+    assert len(found["sft_eval"]) == 2
 
 
 @pytest.mark.slow

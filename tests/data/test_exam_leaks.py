@@ -21,9 +21,9 @@ def test_six_ways_to_ask_are_found_and_innocent_rows_stay(tmp_path, convert):
         write_lines(tmp_path / "innocent.jsonl", *({**row, "split": "train"} for row in innocent)),
     ]
     found = convert(*files)
+    trained = [row["source"].split(":")[0] for row in found["sft_train"]]
+    assert trained.count("guilty.jsonl") <= 0.01 * len(guilty)
     leaks = [row for row in found["set_aside"] if row["reason"] == "exam leak"]
-    never_trained = [row["source"].split(":")[0] for row in found["exam"]] + [row["file"] for row in leaks]
-    assert never_trained.count("guilty.jsonl") >= 0.99 * len(guilty)
     of_the_exam = [row for row in leaks if row["detail"].startswith("of exam.jsonl")]
     assert sum(row["file"] == "innocent.jsonl" for row in of_the_exam) <= 0.001 * len(innocent)
 
