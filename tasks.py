@@ -138,10 +138,11 @@ def test_interop() -> None:
 
 
 def lint() -> None:
-    """Check style and formatting with ruff."""
+    """Check style, formatting and the direction of imports (pyproject.toml)."""
     install()
     run(PYTHON, "-m", "ruff", "check", ".")
     run(PYTHON, "-m", "ruff", "format", "--check", "--quiet", ".")
+    run(PYTHON, "-c", "import sys, importlinter.cli as linter; sys.exit(linter.lint_imports(no_cache=True))")
 
 
 def bench() -> None:

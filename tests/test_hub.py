@@ -276,7 +276,7 @@ def test_part_of_another_commit_is_not_mixed_in(hub, get, monkeypatch):
         ("/revision/", {"status": 503}, 1, "127.0.0.1 answered 503 (Service Unavailable); try later, or another mirror"),
         ("/storage/", {"status": 503}, 1, "localhost answered 503 (Service Unavailable); try later, or another mirror"),
         ("/storage/", {"status": 429}, 1, "localhost answered 429 (Too Many Requests); wait some minutes, or set HF_TOKEN"),
-        ("/revision/", {"stall": 1}, 1, "the connection broke (timed out); check the network"),
+        ("/revision/", {"stall": 1}, 1, "the connection broke: 127.0.0.1 (timed out); check the network"),
         ("/revision/", {"status": 403}, 2, "reading tcm/small is not allowed (127.0.0.1 answered 403 (Forbidden))"),
         ("/resolve/.*config", {"status": 404, "headers": {"X-Error-Code": "EntryNotFound"}}, 2, "tcm/small has no file config.json"),
         ("/revision/", {"status": 200}, 1, "does not answer as the Hub does; check HF_ENDPOINT and the network's login page"),

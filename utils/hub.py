@@ -2,7 +2,7 @@
 
 Built on the parts of huggingface_hub 2.4.0. Its `hf_hub_download` is not used, for three reasons: it begins a file again after
 a kill (its temporary name is random, and removed), it compares sizes but no sha256, and large files come through Xet, which goes
-around mirrors. Its `http_backoff` and `http_get` are used. They repeat what failed a few times and say so on stderr, and http_get
+around mirrors. Its `http_backoff` and `http_get` are used. They repeat what failed a few times and say so, and http_get
 goes on at `resume_size`; it does not repeat a connection that was reset or an answer of 500 and above, which is done here. After
 a redirect to another host the token is not sent.
 """
@@ -10,6 +10,7 @@ a redirect to another host the token is not sent.
 import contextlib
 import fnmatch
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -176,11 +177,14 @@ def _fetch(repo, file, path):
     for last in (False, True):
         with _errors_told(repo, file.path):
             _transfer(repo, file, part)
-        problem = damage(part, file)
+        arrived = (
+            part if part.exists() else path
+        )  # another run of the same command may have moved the part into place
+        problem = damage(arrived, file)
         if not problem:
-            os.replace(part, path)
+            os.replace(arrived, path)
             return
-        part.unlink()
+        arrived.unlink()
         if not last:
             say(f"  {file.path} arrived damaged ({problem}); fetching it once more", flush=True)
     raise RunError(
@@ -200,7 +204,7 @@ def _transfer(repo, file, part):
     # identity: a compressed answer would have neither the listed size nor ranges of the file itself
     headers, failures = build_hf_headers() | {"Accept-Encoding": "identity"}, 0
     constants.DOWNLOAD_CHUNK_SIZE = (
-        256 << 10
+        64 << 10
     )  # 10 MiB, on a slow line, are minutes without a sign, and lost by a kill
     while True:
         done = _size(part)
@@ -264,7 +268,9 @@ def _errors_told(repo, path=""):
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "30")  # seconds without a byte
     import httpx2
     from huggingface_hub import errors
+    from huggingface_hub.utils.logging import get_logger
 
+    get_logger().handlers = [_OneLine()]
     endpoint = _endpoint()
     if not re.match(r"https?://[^/]", endpoint):
         raise UserError(f"HF_ENDPOINT is {endpoint!r}, wanted an address such as {HOME}")
@@ -308,7 +314,7 @@ def _errors_told(repo, path=""):
             f"no request to {endpoint} can be made ({error}); check HF_ENDPOINT, HF_TOKEN and the proxy"
         ) from None
     except httpx2.HTTPError as error:
-        advice = f"check the network, the proxy and HF_ENDPOINT ({endpoint})"
+        advice = f"check the network and HF_ENDPOINT ({endpoint})"
         raise RunError(f"{_cause(error)}; {advice}; the same command goes on from here") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise RunError(
@@ -323,7 +329,17 @@ def _cause(error):
         reason = response.headers.get("X-Error-Message") or response.reason_phrase
         return f"{response.url.host} answered {response.status_code} ({reason})"
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f"the connection broke ({text})"
+    host = urlsplit(_endpoint()).hostname if isinstance(error, OSError) else error.request.url.host
+    connecting = type(error).__name__ in ("ConnectError", "ProxyError")
+    return f"{'cannot connect to' if connecting else 'the connection broke:'} {host} ({text})"
+
+
+class _OneLine(logging.Handler):
+    """Tells what huggingface_hub warns of, such as a request that it repeats, in one line and without a long address."""
+
+    def emit(self, record):
+        text = re.sub(r"(https?://[^/\s]+)\S*", r"\1", record.getMessage())
+        say(f"  {' '.join(text.split())}", flush=True)
 
 
 # ---- Records of downloads, and models in the Hub's own cache

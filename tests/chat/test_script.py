@@ -145,7 +145,7 @@ def test_a_trained_folder_answers_the_same_through_the_code_in_the_readme(
     ],
 )
 def test_questions_that_cannot_be_answered(script, tiny_folder, monkeypatch, capsys, lines, message):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
     with pytest.raises(UserError, match=message):
         script.main([str(tiny_folder), "--max-new-tokens", "2", "--precision", "fp32"])
 
