@@ -40,10 +40,12 @@ TOP_K = -1                # [-1, 0, ...] draw from this many, 0 for no limit
 REPETITION_PENALTY = -1.0 # [-1 or > 0] above 1: tokens that were there already become less likely
 SEED = -1                 # [-1, 0, ...] of the sampling; the same seed gives the same answers, -1 different ones every time
 MAX_NEW_TOKENS = 2048     # [1, 2, ...] longest answer in tokens, thinking included
-SERVE = False             # answer over HTTP as OpenAI's chat completions do, for chat pages and apps on this machine
+SERVE = False             # a chat page, and OpenAI's chat completions for apps on this machine
+BESIDE_MODEL = ""         # of --serve: a second model, whose answers the page shows beside those of the first
 HOST = "127.0.0.1"        # of --serve; any other than the loopback needs a key
 PORT = 8000               # [0, 1, ... 65535] of --serve, 0 for any free one
 API_KEY = ""              # what clients of --serve have to send; empty: none
+FILE_PAGES = False        # of --serve: pages opened from a file may ask (Origin: null, as also has a sandboxed frame of any site)
 DEVICE = "auto"           # [auto | cuda | mps | cpu] auto: CUDA, else MPS, else CPU
 PRECISION = "auto"        # [auto | bf16 | fp32 | int8] auto: bf16 where the hardware has it, fp16 weights on other x86 CPUs; int8: x86 CPUs
 # ----
@@ -58,41 +60,44 @@ def main(argv: list[str] | None = None) -> None:
     chatting = check_settings(settings)
 
     # 2. Which model: checked before torch is imported, which takes seconds
-    folder = settings.MODEL or choose_model(ask=chatting)
-    check_model(folder)
-    quiet_offline(folder)
+    folders = [settings.MODEL or choose_model(ask=chatting), settings.BESIDE_MODEL]
+    folders = [folder for folder in folders if folder]
+    for folder in folders:
+        check_model(folder)
+    quiet_offline(*folders)
 
     # 3. Load it
-    loading(show_path(folder))
+    loading(" and ".join(map(show_path, folders)))
     from utils.chat.model import ChatModel
     from utils.chat.session import TYPED, Chat, answer_once, greet, trained_system
     from utils.device import pick_device
 
     options = make_options(settings)
     if settings.SERVE:
-        from utils.chat.serve import check_address, serve
+        from utils.chat.serve import Serving, check_address, serve
 
         check_address(settings.HOST, settings.API_KEY)
     device = pick_device(settings.DEVICE, settings.PRECISION, answering=True)
-    chat_model = ChatModel(folder, device)
-    greet(chat_model, options, device)
+    models = [ChatModel(folder, device) for folder in folders]
+    greet(models, options, device)
     system = None if settings.SYSTEM == "auto" else settings.SYSTEM
 
     # 4. Chat
     if chatting:
         prepare_terminal(TYPED)
         note(localized("/help lists the commands, Ctrl-D leaves.", "/help 列出命令，Ctrl-D 离开。"))
-        Chat(chat_model, options, system, lambda other: ChatModel(other, device)).run()
+        Chat(models[0], options, system, lambda other: ChatModel(other, device)).run()
         return
 
     # 5. Or answer over HTTP, or the questions given
-    system = trained_system(chat_model) if system is None else system
+    systems = [trained_system(model) if system is None else system for model in models]
     if settings.SERVE:
-        serve(chat_model, options, system, settings.HOST, settings.PORT, settings.API_KEY)
+        serving = Serving(models, systems, options, settings.API_KEY, settings.FILE_PAGES)
+        serve(serving, settings.HOST, settings.PORT)
     questions = [("--prompt", settings.PROMPT)] if settings.PROMPT else read_questions(sys.stdin.buffer)
     for place, question in questions:
         options.seed(settings.SEED)  # each as if it were the only one
-        answer_once(chat_model, options, system, place, question, settings.JSON)
+        answer_once(models[0], options, systems[0], place, question, settings.JSON)
 
 
 def check_settings(settings: Settings) -> bool:
@@ -105,6 +110,8 @@ def check_settings(settings: Settings) -> bool:
         if settings.PROMPT or settings.JSON or settings.SEED >= 0:
             raise UserError("--serve takes no --prompt, --json or --seed: a request brings its own")
         return False
+    if settings.BESIDE_MODEL:
+        raise UserError("--beside-model is for --serve, whose page shows two models side by side")
     chatting = not settings.PROMPT and sys.stdin.isatty()
     if chatting and settings.JSON:
         raise UserError('--json is for questions from --prompt "..." or from a pipe, not for a chat')

@@ -47,7 +47,7 @@ class Echo:
         self.context, self.record, self.seen = context, record or {}, []
 
     encode, check_length = ChatModel.encode, ChatModel.check_length
-    decoding, describe = ChatModel.decoding, ChatModel.describe
+    decoding, describe, thinks = ChatModel.decoding, ChatModel.describe, ChatModel.thinks
 
     def answer(self, prompt, options, show):
         text = self.tokenizer.decode(prompt)

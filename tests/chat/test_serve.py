@@ -1,6 +1,8 @@
 """The chat as a server: OpenAI's chat completions over HTTP, who may ask, and what cannot be answered."""
 
+import base64
 import contextlib
+import hashlib
 import http.client
 import json
 import re
@@ -12,11 +14,11 @@ import threading
 import time
 
 import pytest
-from chat_helpers import QUESTIONS, reference
+from chat_helpers import QUESTIONS, Echo, reference
 from conftest import ROOT
 
-from utils.chat.model import Options
-from utils.chat.serve import make_server
+from utils.chat.model import Options, StopTexts
+from utils.chat.serve import Serving, make_server
 from utils.errors import RunError
 from utils.model.chat_format import encode_prompt
 from utils.model.generate import read_answer
@@ -25,9 +27,9 @@ ASKED = {"messages": [{"role": "user", "content": QUESTIONS[0]}], "temperature":
 
 
 @contextlib.contextmanager
-def serving(chat_model, system="", key="", host="127.0.0.1"):
-    options = Options(None, 64)
-    with make_server(chat_model, options, system, host, 0, key) as server:
+def serving(*models, system="", key="", file_pages=False):
+    served = Serving(list(models), [system] * len(models), Options(None, 64), key, file_pages)
+    with make_server(served, "127.0.0.1", 0) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         try:
@@ -138,7 +140,32 @@ def test_the_same_seed_gives_the_same_answer(port):
         ({**ASKED, "temperature": 1e-40}, "temperature: wanted"),
         ({**ASKED, "temperature": "warm"}, "temperature: wanted"),
         ({**ASKED, "max_tokens": [1]}, "max_tokens: wanted"),
-        ({**ASKED, "n": 2}, "not supported"),
+        ({**ASKED, "n": 2}, "n is not supported"),
+        ({**ASKED, "response_format": {"type": "json_object"}}, "response_format is not supported"),
+        ({**ASKED, "logprobs": True}, "logprobs is not supported"),
+        ({**ASKED, "logit_bias": {"100": -100}}, "logit_bias is not supported"),
+        ({**ASKED, "min_p": 0.1}, "min_p is not supported"),
+        ({**ASKED, "reasoning_effort": "high"}, "reasoning_effort is not supported"),
+        ({**ASKED, "tools": [{"type": "function"}]}, "tools is not supported"),
+        (
+            {**ASKED, "chat_template_kwargs": {"thinking_budget": 9}},
+            "chat_template_kwargs.thinking_budget is",
+        ),
+        ({**ASKED, "chat_template_kwargs": 3}, "chat_template_kwargs: wanted an object"),
+        ({**ASKED, "enable_thinking": "yes"}, "enable_thinking: wanted true or false"),
+        ({**ASKED, "stream": 1}, "stream: wanted true or false"),
+        ({**ASKED, "stop": [""]}, "stop: wanted a text, or a list of up to 16 texts"),
+        ({**ASKED, "stop": ["a"] * 17}, "stop: wanted"),
+        ({**ASKED, "stop": {"a": 1}}, "stop: wanted"),
+        ({**ASKED, "presence_penalty": 3}, "presence_penalty: wanted a number from -2 to 2"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "content parts of type 'image_url' are not supported here, only text",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}]},
+            "messages: tool_calls is not supported",
+        ),
         ({"messages": [{"role": "user", "content": "长" * 9000}]}, "the context window takes 4096"),
     ],
     ids=lambda value: repr(value)[:40],
@@ -149,8 +176,189 @@ def test_what_cannot_be_answered(port, body, told):
     assert ask(port, ASKED)[0] == 200
 
 
-def test_a_body_that_is_too_large_is_not_read(port):
-    assert ask(port, b"", Content_Length=str(1 << 40))[0] == 413
+def test_fields_that_ask_for_nothing(port, chat_model):
+    neutral = {
+        "n": 1,
+        "logprobs": False,
+        "min_p": 0,
+        "response_format": {"type": "text"},
+        "tools": [],
+        "stop": None,
+    }
+    harmless = {
+        "user": "我",
+        "metadata": {"a": "b"},
+        "logit_bias": {},
+        "presence_penalty": 0,
+        "parallel_tool_calls": True,
+    }
+    text = ask(port, {**ASKED, **neutral, **harmless})[2]
+    assert json.loads(text)["choices"][0]["message"]["content"] == expected(chat_model)[1].content
+
+
+def test_the_end_of_an_answer(port, chat_model):
+    """A stop text ends it, whole and streamed; max_completion_tokens is another name of the limit."""
+    whole = expected(chat_model)[1].content
+    middle = whole[3:5]
+    for stop in (middle, ["没有这个", middle, whole[5:9]]):
+        choice = json.loads(ask(port, {**ASKED, "stop": stop})[2])["choices"][0]
+        assert choice["message"]["content"] == whole[: whole.index(middle)]
+        assert choice["finish_reason"] == "stop"
+        pieces = ask(port, {**ASKED, "stop": stop, "stream": True})[2]
+        deltas = [
+            json.loads(found)["choices"][0] for found in re.findall("^data: ({.*)$", pieces, re.MULTILINE)
+        ]
+        assert (
+            "".join(choice["delta"].get("content", "") for choice in deltas) == choice["message"]["content"]
+        )
+        assert deltas[-1]["finish_reason"] == "stop"
+    short = {"messages": ASKED["messages"], "temperature": 0, "max_completion_tokens": 3}
+    assert json.loads(ask(port, short)[2])["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    "pieces, stops, passed",
+    [
+        (["ab", "c", "d"], ("bc",), ["a", "", ""]),
+        (["ab", "x", "d"], ("bc",), ["a", "bx", "d"]),
+        (["a", "a", "a", "b"], ("aab",), ["", "", "a", ""]),
+        (["abc"], ("c", "b"), ["a"]),
+        (["ab"], ("bc",), ["ab"]),  # nothing comes after it
+        (["ab", "c"], (), ["ab", "c"]),
+    ],
+)
+def test_what_may_begin_a_stop_is_held_back(pieces, stops, passed):
+    cut = StopTexts(stops)
+    shown = [cut.pass_on(piece, last=number == len(pieces)) for number, piece in enumerate(pieces, 1)]
+    assert shown == passed and cut.passed == "".join(passed)
+    assert cut.found == any(stop in "".join(pieces) for stop in stops)
+
+
+def test_thinking_and_penalties(port, chat_model):
+    def asked(**more):
+        return json.loads(ask(port, {**ASKED, **more})[2])
+
+    off = len(encode_prompt(chat_model.tokenizer, ASKED["messages"], False))
+    assert asked(enable_thinking=False)["usage"]["prompt_tokens"] == off
+    answers = [asked(**{name: 2, "max_tokens": 40}) for name in ("presence_penalty", "frequency_penalty")]
+    answers += [asked(repetition_penalty=1.5, max_tokens=40)]
+    assert asked(max_tokens=40)["choices"] not in [answer["choices"] for answer in answers]
+
+
+# ---- HTTP
+
+
+def send(port, *raw):
+    """The answer to bytes as they are."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        for piece in raw:
+            client.sendall(piece)
+        answer = client.makefile("rb")
+        status = int(answer.readline().split()[1])
+        length = next(
+            int(line.split(b":")[1]) for line in answer if line.lower().startswith(b"content-length")
+        )
+        while answer.readline().strip():
+            """The rest of the head."""
+        return status, answer.read(length).decode()
+
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+
+
+def test_a_body_in_chunks(port, chat_model):
+    body = json.dumps(ASKED).encode()
+    chunks = b"%x\r\n%b\r\n" % (9, body[:9]) + b"%X;name=value\r\n%b\r\n" % (len(body) - 9, body[9:])
+    status, text = send(
+        port, HEAD + b"Transfer-Encoding: chunked\r\n\r\n", chunks, b"0\r\nTrailer: x\r\n\r\n"
+    )
+    assert status == 200
+    assert json.loads(text)["choices"][0]["message"]["content"] == expected(chat_model)[1].content
+
+
+@pytest.mark.parametrize(
+    "head, status",
+    [
+        (b"Transfer-Encoding: chunked\r\n\r\nx\r\n", 400),
+        (b"Transfer-Encoding: chunked\r\n\r\n-5\r\n", 400),
+        (b"Transfer-Encoding: chunked\r\n\r\n2\r\nabcd\r\n", 400),
+        (b"Transfer-Encoding: chunked\r\n\r\nfffffff\r\n", 413),
+        (b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n", 400),
+        (b"Transfer-Encoding: gzip\r\n\r\n", 400),
+        (b"Content-Length: 1099511627776\r\n\r\n", 413),
+        (b"Content-Length: -1\r\n\r\n", 411),
+        (b"\r\n", 411),
+    ],
+)
+def test_a_body_that_is_broken_or_too_large(port, head, status, capsys):
+    assert send(port, HEAD + head)[0] == status
+    assert capsys.readouterr().err.count(f"refused ({status}) POST /v1/chat/completions") == 1
+    assert ask(port, ASKED)[0] == 200
+
+
+def test_what_is_no_request(port, capsys):
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        client.sendall(b"nonsense\r\n\r\n")
+        assert b"Bad request syntax" in client.recv(1000)
+    assert ask(port, None, "DELETE")[0] == 501
+    assert capsys.readouterr().err.count("refused (") == 2
+
+
+def test_a_browser_may_send_the_headers_it_asks_for(port):
+    asked = "authorization,content-type,x-stainless-os,x-stainless-helper-method"
+    headers = {"Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": asked}
+    status, sent, _ = ask(port, None, "OPTIONS", Origin="http://localhost:3000", **headers)
+    assert (status, sent["Access-Control-Allow-Headers"]) == (204, asked)
+    assert (
+        sent["Access-Control-Allow-Origin"] == "http://localhost:3000"
+        and "POST" in sent["Access-Control-Allow-Methods"]
+    )
+    status, sent, _ = ask(port, None, "OPTIONS", Origin="https://example.com", **headers)
+    assert status == 403 and not sent["Access-Control-Allow-Headers"]
+
+
+def test_a_page_from_a_file_may_ask_if_that_is_wanted(chat_model, capsys):
+    with serving(chat_model, file_pages=True) as port:
+        status, sent, _ = ask(port, ASKED, Origin="null")
+        assert status == 200 and sent["Access-Control-Allow-Origin"] == "null"
+        assert ask(port, ASKED, Origin="https://example.com")[0] == 403
+    assert "refused (403)" in capsys.readouterr().err
+
+
+def test_two_models(chat_model):
+    other = Echo(chat_model, record={"conversations": "single"})
+    with serving(chat_model, other) as port:
+        listed = json.loads(ask(port, None, "GET", "/v1/models")[2])["data"]
+        assert [model["id"] for model in listed] == [chat_model.name, "echo"]
+        assert [model["meta"]["single_questions"] for model in listed] == [False, True]
+        assert (
+            json.loads(ask(port, {**ASKED, "model": "echo"})[2])["choices"][0]["message"]["content"] == "答1"
+        )
+        assert json.loads(ask(port, ASKED)[2])["model"] == chat_model.name
+        status, _, text = ask(port, {**ASKED, "model": "gpt-4"})
+        assert status == 404 and f"wanted {chat_model.name} or echo" in text
+    with serving(chat_model) as port:  # the only model answers, whatever an app calls it
+        assert json.loads(ask(port, {**ASKED, "model": "gpt-4"})[2])["model"] == chat_model.name
+        assert json.loads(ask(port, None, "GET", f"/v1/models/{chat_model.name}")[2])["id"] == chat_model.name
+
+
+@pytest.mark.parametrize("path", ["/", "/?a=b"])
+def test_the_page_runs_nothing_but_its_own_script(port, path):
+    status, headers, text = ask(port, None, "GET", path)
+    rules = headers["Content-Security-Policy"]
+    assert status == 200 and "<textarea" in text and rules.startswith("default-src 'none'")
+    [script] = re.findall("<script>(.*?)</script>", text, re.DOTALL)
+    assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in rules
+    assert not re.findall(r"(?:src|href)=\"(?!data:)|innerHTML|https?://|eval\(", text)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/page.html", "/../serve.py", "//etc/passwd", "/v1/../etc/passwd", "/%2e%2e/serve.py", "/v1/models/x"],
+)
+def test_no_file_of_the_machine_is_reached(port, path):
+    status, _, text = ask(port, None, "GET", path)
+    assert status == 404 and list(json.loads(text)) == ["error"]
 
 
 def test_a_bug_is_an_error_of_the_server(port, chat_model, monkeypatch):
@@ -175,7 +383,7 @@ def test_only_pages_of_this_machine_may_ask(port, headers, status):
     assert got == status
     allowed = sent.get("Access-Control-Allow-Origin")
     assert allowed == (headers.get("Origin") if status == 200 else None)
-    assert ask(port, None, "OPTIONS", **headers)[0] == 204
+    assert ask(port, None, "OPTIONS", **headers)[0] == (204 if status == 200 else 403)
 
 
 def test_a_key_is_asked_for(chat_model):
@@ -222,9 +430,8 @@ def test_two_clients_at_once(port, chat_model):
 
 
 def test_an_address_that_is_taken(chat_model, port):
-    options = Options(None, 64)
     with pytest.raises(RunError, match="cannot be used .*; choose another --port"):
-        make_server(chat_model, options, "", "127.0.0.1", port, "")
+        make_server(Serving([chat_model], [""], Options()), "127.0.0.1", port)
 
 
 @pytest.mark.slow

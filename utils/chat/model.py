@@ -39,6 +39,8 @@ RULES = {
     "top_p": Rule(float, "a number above 0, up to 1", lambda v: 0 < v <= 1),
     "top_k": Rule(int, "a whole number, 0 for no limit", lambda v: v >= 0),
     "repetition_penalty": Rule(float, "a number from 0.1 to 10", lambda v: 0.1 <= v <= 10),
+    "presence_penalty": Rule(float, "a number from -2 to 2", lambda v: -2 <= v <= 2),
+    "frequency_penalty": Rule(float, "a number from -2 to 2", lambda v: -2 <= v <= 2),
     "max_new_tokens": Rule(int, "a whole number from 1", lambda v: v > 0),
     "seed": Rule(int, "a whole number from 0", lambda v: 0 <= v < 2**63),
 }
@@ -59,11 +61,12 @@ def read_value(name: str, value: str | float, where: str) -> float:
 @dataclass
 class Options:
     """Options of every answer. `thinking`: True, False or None (the folder's own mode); `decoding`: changes to the folder's
-    generation_config, by name."""
+    generation_config, by name; `stop`: texts that end an answer, and are not part of it."""
 
     thinking: bool | None = None
     max_new_tokens: int = 2048
     show_thinking: bool = True
+    stop: tuple[str, ...] = ()
     decoding: dict = field(default_factory=dict)
     generator: torch.Generator = field(default_factory=torch.Generator)
 
@@ -88,7 +91,7 @@ class Options:
 
 @dataclass
 class Reply:
-    """One answer. `first`: seconds to the first token; `ended`: by its end token; `stopped`: by Ctrl-C."""
+    """One answer. `first`: seconds to the first token; `ended`: by its end token or a stop text; `stopped`: by Ctrl-C."""
 
     content: str
     reasoning: str
@@ -136,34 +139,67 @@ class ChatModel:
     def decoding(self, options: Options) -> Decoding:
         return replace(decoding_for(self.model, self.tokenizer, options.thinking), **options.decoding)
 
+    def thinks(self, options: Options) -> bool:
+        """Tell whether it thinks before it answers."""
+        return thinks_by_default(self.tokenizer) if options.thinking is None else options.thinking
+
     def describe(self, options: Options) -> str:
         """How the model is going to answer, in one line."""
         decoding, how = self.decoding(options), "greedy"
         if decoding.do_sample:
             how = f"temperature {decoding.temperature}, top_p {decoding.top_p}, top_k {decoding.top_k}"
-        if decoding.repetition_penalty != 1:
-            how += f", repetition_penalty {decoding.repetition_penalty}"
-        mode = "on" if options.thinking else "off"
-        if options.thinking is None:
-            mode = "on" if thinks_by_default(self.tokenizer) else "off"
-            mode += " (the folder's own mode)"
+        for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
+            if getattr(decoding, name) != (name == "repetition_penalty"):
+                how += f", {name} {getattr(decoding, name)}"
+        mode = "on" if self.thinks(options) else "off"
+        mode += " (the folder's own mode)" if options.thinking is None else ""
         return f"thinking {mode}; {how}; at most {options.max_new_tokens} tokens an answer"
 
     def answer(self, prompt: list[int], options: Options, show: Callable[[str, bool], None]) -> Reply:
         """Answer the ids `prompt`, handing the text on as it comes to show(text, thinking); Ctrl-C ends it."""
         reader, tokens, first, token, stopped = AnswerReader(self.tokenizer, prompt), 0, 0.0, None, False
         limit = min(options.max_new_tokens, self.context - len(prompt))
+        cut = StopTexts(options.stop)
         start = time.perf_counter()
         try:
             for token in self.stream.answer(prompt, self.decoding(options), limit, options.generator):
                 tokens += 1
                 first = first or time.perf_counter() - start
-                show(reader.feed(token), reader.thinking)
-            show(reader.finish(), reader.thinking)
+                text = reader.feed(token)
+                show(text if reader.thinking else cut.pass_on(text), reader.thinking)
+                if cut.found:
+                    break
+            text = reader.finish()
+            show(text if reader.thinking else cut.pass_on(text, last=True), reader.thinking)
         except KeyboardInterrupt:
             stopped = True
-        seconds, ended = time.perf_counter() - start, token in self.stream.stop
-        return Reply(reader.content, reader.reasoning, tokens, seconds, first, ended, stopped)
+        seconds, ended = time.perf_counter() - start, cut.found or token in self.stream.stop
+        content = cut.passed if options.stop else reader.content
+        return Reply(content, reader.reasoning, tokens, seconds, first, ended, stopped)
+
+
+class StopTexts:
+    """Ends a text before the first of some texts in it. `passed` (str): what was passed on; `found`: whether one has come."""
+
+    def __init__(self, stops: tuple[str, ...]):
+        self.stops, self.passed, self.held, self.found = stops, "", "", False
+
+    def pass_on(self, text: str, last: bool = False) -> str:
+        """Take the next piece of the text; return what is certainly before a stop. `last`: nothing comes after it."""
+        self.held += "" if self.found else text
+        places = [self.held.find(stop) for stop in self.stops if stop in self.held]
+        if places:
+            self.found, self.held = True, self.held[: min(places)]
+        begun = 0 if self.found or last else self._begun()
+        passed, self.held = self.held[: len(self.held) - begun], self.held[len(self.held) - begun :]
+        self.passed += passed
+        return passed
+
+    def _begun(self):
+        """How many characters at the end of `held` may be the beginning of a stop."""
+        longest = max(map(len, self.stops), default=1) - 1
+        ends = range(min(longest, len(self.held)), 0, -1)
+        return next((n for n in ends if any(stop.startswith(self.held[-n:]) for stop in self.stops)), 0)
 
 
 def record_of(folder: str) -> dict:

@@ -115,6 +115,7 @@ def load_history(path: Path) -> History:
 # ---- Chat
 
 
+NO_ADVICE = ("For study and research only, not medical advice.", "仅供学习和研究，不能代替医生的诊断和建议。")
 HELP = f"""\
   /help                list these commands; also /?
   /clear               forget the conversation, keep the system text; also /reset
@@ -350,15 +351,12 @@ def _jsonl_path(command, text):
 # ---- Before and without a chat
 
 
-def greet(chat_model: ChatModel, options: Options, device: Device) -> None:
+def greet(chat_models: list[ChatModel], options: Options, device: Device) -> None:
     """Say what is going to answer, and how."""
-    note(f"{chat_model.name} on {device.name}, {device.answers} ({device.reason})")
-    note(chat_model.describe(options))
-    note(
-        localized(
-            "For study and research only, not medical advice.", "仅供学习和研究，不能代替医生的诊断和建议。"
-        )
-    )
+    for chat_model in chat_models:
+        note(f"{chat_model.name} on {device.name}, {device.answers} ({device.reason})")
+        note(chat_model.describe(options))
+    note(localized(*NO_ADVICE))
 
 
 def trained_system(chat_model: ChatModel) -> str:
