@@ -1,0 +1,109 @@
+"""A headless Chromium, driven over the W3C WebDriver protocol (https://www.w3.org/TR/webdriver2) by Debian's chromedriver.
+
+with Browser("zh-CN") as browser:
+    browser.open("http://127.0.0.1:8000/")
+    browser.type("#question", "甘草\\n")
+    browser.wait("document.querySelector('.answer').textContent")
+"""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+DRIVER = shutil.which("chromedriver")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+MISSING = (
+    "" if DRIVER and CHROMIUM else "needs chromium and chromedriver: apt-get install chromium chromium-driver"
+)
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the protocol's own name for a reference to an element
+KEYS = {"Escape": "\ue00c", "Enter": "\ue007", "Tab": "\ue004"}
+
+
+class Browser:
+    def __init__(self, language: str, downloads: Path, width: int = 1200, height: int = 820):
+        self.driver = subprocess.Popen(
+            [DRIVER, "--port=0"], stdout=subprocess.PIPE, text=True, encoding="utf-8"
+        )
+        for line in self.driver.stdout:
+            if found := re.search(r"successfully on port (\d+)", line):
+                break
+        self.address = f"http://127.0.0.1:{found[1]}/session"
+        arguments = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--force-color-profile=srgb",
+        ]
+        arguments += [f"--window-size={width},{height}", f"--lang={language}", f"--accept-lang={language}"]
+        preferences = {"intl.accept_languages": language, "download.default_directory": str(downloads)}
+        options = {"binary": CHROMIUM, "args": arguments, "prefs": preferences}
+        wanted = {"alwaysMatch": {"goog:chromeOptions": options, "unhandledPromptBehavior": "ignore"}}
+        self.address += "/" + self._call("POST", "", {"capabilities": wanted})["sessionId"]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._call("DELETE", "")
+        self.driver.terminate()
+        self.driver.wait(20)
+        self.driver.stdout.close()
+
+    def _call(self, method, path, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            self.address + path, data, {"Content-Type": "application/json"}, method=method
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["value"]
+
+    def open(self, address: str) -> None:
+        self._call("POST", "/url", {"url": address})
+
+    def run(self, script: str, *arguments):
+        """What a script returns in the page."""
+        return self._call("POST", "/execute/sync", {"script": script, "args": arguments})
+
+    def wait(self, expression: str, seconds: float = 30):
+        """The value of an expression in the page, as soon as it is true."""
+        deadline = time.monotonic() + seconds
+        while not (value := self.run(f"return {expression}")):
+            assert time.monotonic() < deadline, f"{expression} is {value!r}:\n{self.text('body')}"
+            time.sleep(0.03)
+        return value
+
+    def text(self, selector: str) -> str:
+        return self.run("return document.querySelector(arguments[0])?.innerText", selector)
+
+    def type(self, selector: str, text: str) -> None:
+        self._call("POST", f"/element/{self._find(selector)}/value", {"text": text})
+
+    def press(self, key: str) -> None:
+        """A key, for whatever has the focus."""
+        actions = [{"type": kind, "value": KEYS[key]} for kind in ("keyDown", "keyUp")]
+        self._call("POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": actions}]})
+
+    def click(self, selector: str) -> None:
+        self._call("POST", f"/element/{self._find(selector)}/click", {})
+
+    def _find(self, selector):
+        return self._call("POST", "/element", {"using": "css selector", "value": selector})[ELEMENT]
+
+    def resize(self, width: int, height: int) -> None:
+        self._call(
+            "POST",
+            "/goog/cdp/execute",
+            {
+                "cmd": "Emulation.setDeviceMetricsOverride",
+                "params": {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600},
+            },
+        )
+
+    def picture(self, path: Path) -> None:
+        path.write_bytes(base64.b64decode(self._call("GET", "/screenshot")))
