@@ -4,6 +4,7 @@ import shlex
 from collections import Counter
 
 from utils.data.convert import Recognised
+from utils.data.exams import option_fields
 from utils.data.inputs import InputFile
 from utils.data.messages import is_empty, plain_names
 from utils.data.readers import looks_like_data
@@ -43,8 +44,14 @@ def describe(rows: list[dict], table: bool = False) -> str:
     names = list(map(str, rows[0]))
     if table and any(map(looks_like_data, names)):
         return "the first row reads like data, not like names of columns: put a row of names above it"
+    options = option_fields(tuple(rows[0]))
+    if options:
+        fields = "+".join(map(str, options.values()))
+        return f"an exam with the options {fields}: name its other fields, --columns question=...,answer=...,options={fields}"
     for name in names:
         values = [row[name] for row in rows if not is_empty(row.get(name))]
+        if values and all(isinstance(value, dict) for value in values):
+            return f"{name} holds fields of its own ({', '.join(map(str, values[0]))}): write them as fields of the row"
         if values and all(isinstance(value, list) for value in values):
             parts = [part for value in values for part in value]
             if all(isinstance(part, dict) for part in parts):
@@ -57,8 +64,9 @@ def describe(rows: list[dict], table: bool = False) -> str:
     questions, answers = _named(texts, QUESTIONS), _named(texts, ANSWERS)
     if len(texts) > TABLE_FIELDS:
         return f"a table of {len(texts)} fields of text, no question and answer a row"
-    if len(answers) > 1:
-        return f"several fields may be the answer: {', '.join(answers)}"
+    candidates = [name for name in texts if any(word in name.lower() for word in ANSWERS)]
+    if len(candidates) > 1:
+        return f"several fields may be the answer: {', '.join(candidates)}"
     if len(questions) > 1:
         return f"several fields may be the question: {', '.join(questions)}"
     if questions or answers:

@@ -36,20 +36,26 @@ def read_question_answer(row, schema, options, named):
         if not asked:
             raise Reject("missing or empty question", f"{question} and {context} are empty")
     answered = text_of(row, answer, "answer")
-    letters = letters_alone(answered)
-    if letters:
-        stem, listed = options_in(asked if "\n" in asked else asked.replace("\\n", "\n"))
-        if listed:  # Monor/hwtcm: the options stand in the question
-            item = Fields({"question": stem, "options": listed, "answer": letters})
-            return "exam", "exam in the question", exam_item(item) | subject_of(row)
-        if list(letters) == sorted(letters):
-            raise Reject("an option letter without its options", f"the answer is {answered}")
+    item = _exam_in(row, asked, answered)
+    if item:
+        return "exam", "exam in the question", item
     asking = marked_turns(asked) or [{"role": "user", "content": asked}]
     messages = [*system_message(row), *history_of(row), *asking]
     messages.append(assistant_message(answered, text_of(row, "reasoning", "reasoning", optional=True)))
     columns = f"question={row.field(question)},answer={row.field(answer)}"
     kept = in_order(messages, "assistant") if len(asking) > 1 else messages
     return _trained_or_bad(row, schema, kept, columns)
+
+
+def _exam_in(row, asked, answered):
+    """The exam item of a question that lists its options, where the answer is nothing but letters (Monor/hwtcm); else None."""
+    letters = letters_alone(answered)
+    stem, listed = options_in(asked if "\n" in asked else asked.replace("\\n", "\n")) if letters else ("", {})
+    if listed:
+        return exam_item(Fields({"question": stem, "options": listed, "answer": letters})) | subject_of(row)
+    if letters and list(letters) == sorted(letters):
+        raise Reject("an option letter without its options", f"the answer is {answered}")
+    return None
 
 
 def read_conversation(row, schema, options, name):
@@ -64,6 +70,9 @@ def read_conversation(row, schema, options, name):
             raise Reject("marked as not to be learnt", f"loss_mask is {mask}")
     messages = system_message(row, turns) + turns
     kept = in_order(trimmed(messages), "assistant")
+    item = _exam_in(row, kept[-2]["content"], kept[-1]["content"])
+    if item and len([turn for turn in kept if turn["role"] == "user"]) == 1:
+        return "exam", "exam in the question", item
     reasoning = text_of(row, "reasoning", "reasoning", optional=True)
     if reasoning and "reasoning_content" not in kept[-1]:
         kept[-1]["reasoning_content"] = reasoning

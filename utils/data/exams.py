@@ -17,20 +17,9 @@ SUBJECTS = ("subject", "exam_subject", "subject_name", "exam_class")
 QUESTIONS = ("question", "query", "instruction", "prompt", "stem", "problem", "input", "title")
 COUNTED_FROM_0 = ("answer_idx", "answer_index", "cop", "label")  # a number here is counted from 0
 ANSWERS = (
-    *("answer_idx", "answer_index", "answer", "answers", "correct_answer", "correct_option", "right_answer"),
-    *(
-        "answerkey",
-        "answer_key",
-        "cop",
-        "正确答案",
-        "标准答案",
-        "参考答案",
-        "ans",
-        "correct",
-        "gold",
-        "target",
-    ),
-    *("output", "response", "completion", "label"),
+    *("answer_idx", "answer_index", "answer", "correct_answer", "correct_option", "right_answer"),
+    *("answerkey", "answer_key", "cop", "正确答案", "标准答案", "参考答案", "正确选项", "ans", "correct"),
+    *("right_option", "answer_text", "key", "gold", "target", "output", "response", "completion", "label"),
 )
 
 _SIGN = r"\s*[.．、:：)）\]】]\s*"
@@ -98,6 +87,8 @@ def exam_item(row: Fields, first_option: int | None = None) -> dict:
     """
     question = _question(row)
     options, lettered = _options(row)
+    if options and all(letters_alone(text) == letter for letter, text in options.items()):
+        question, options = options_in(question)  # only letters are listed, the options stand in the question
     words = {_plain(option).upper() for option in options.values()}
     judged = len(options) == 2 and words & RIGHT and words & WRONG
     asked_as = str(row.get("question_type") or "")
@@ -108,7 +99,10 @@ def exam_item(row: Fields, first_option: int | None = None) -> dict:
         raise Reject("missing or empty options", f"{len(options)} options")
     name = next((name for name in ANSWERS if row.peek(name) is not None), "")
     if not name:
-        raise Reject("exam question without an answer", "no field names the right option")
+        fields = ", ".join(map(str, row.row))
+        raise Reject(
+            "exam question without an answer", f"no field is known to name the right option: {fields}"
+        )
     given = row.get(name)
     if name in COUNTED_FROM_0:
         row.get("answer")  # the same answer as a text
@@ -145,6 +139,8 @@ def _options(row):
     if isinstance(options, dict) and isinstance(options.get("text"), list) and "label" in options:  # ARC
         options = dict(zip(options["label"], options["text"]))
     if isinstance(options, list) and all(isinstance(option, dict) for option in options):
+        if all(len(option) == 1 for option in options):  # [{"A": ...}, {"B": ...}]
+            options = [{"key": key, "value": text} for option in options for key, text in option.items()]
         pairs = [(_first(option, _KEYS), _first(option, _TEXTS)) for option in options]
         options = dict(pairs) if all(key is not None for key, _ in pairs) else [text for _, text in pairs]
     lettered = isinstance(options, dict)
@@ -183,12 +179,14 @@ def _literal(text):
 
 
 def _without_letters(options):
-    """The options of a list without the letters that they may begin with ("A. 麻黄"; "A 麻黄" only where all do)."""
+    """The options of a list without the letters or numbers that they may begin with ("A. 麻黄"; "A 麻黄" only where all do)."""
     if not all(isinstance(option, str) for option in options):
         return options
-    blank = all(re.match(rf"\s*{letter}(?:{_SIGN}|\s)", option) for letter, option in zip(LETTERS, options))
-    ends = rf"(?:{_SIGN}|\s+)" if blank else _SIGN
-    return [re.sub(rf"^\s*[(（]?{letter}{ends}", "", option) for letter, option in zip(LETTERS, options)]
+    for marks, sign in ((LETTERS, rf"(?:{_SIGN}|\s+)"), ("123456789", _SIGN)):
+        begins = [re.match(rf"\s*[(（]?{mark}{sign}", option) for mark, option in zip(marks, options)]
+        if all(begins):
+            return [option[begin.end() :] for begin, option in zip(begins, options)]
+    return [re.sub(rf"^\s*[(（]?{letter}{_SIGN}", "", text) for letter, text in zip(LETTERS, options)]
 
 
 def _answer(given, options, first):
@@ -213,7 +211,8 @@ def _answer(given, options, first):
     text = text_of(Fields({"answer": str(given) if isinstance(given, bool) else given}), "answer", "answer")
     text = unicodedata.normalize("NFKC", text)
     field = _OPTION_FIELD.fullmatch(text.lower())
-    text = field[2].upper() if field and field[1] and field[2].isalpha() else text
+    if field and field[1]:  # the name of the right option's field: opc, option3
+        text = field[2].upper() if field[2].isalpha() else LETTERS[int(field[2]) - 1]
     letters = re.sub(r"[\s,、;]", "", text).upper()
     if not set(letters) <= set(options):
         letters = letters_alone(text)

@@ -18,14 +18,16 @@ ROLES = {
 # {name of a field in some data set, lower case: the name it is read under}
 ALIASES = {
     **dict.fromkeys(("问题", "提问", "题目", "题干"), "question"),
-    **dict.fromkeys(("答案", "回答", "回复"), "answer"),
+    **dict.fromkeys(("答案", "回答", "回复", "answers"), "answer"),
     **{"指令": "instruction", "输入": "input", "输出": "output"},
-    **dict.fromkeys(("系统", "系统提示", "系统提示词", "system_prompt", "system_message"), "system"),
+    **dict.fromkeys(("系统", "系统提示", "系统提示词", "系统指令"), "system"),
+    **dict.fromkeys(("system_prompt", "system_message", "system_msg", "system_instruction", "sys_prompt"), "system"),
+    **dict.fromkeys(("reward", "rating"), "score"),
     **dict.fromkeys(("reasoning_content", "reasoning_text", "think", "thinking", "thought", "thoughts"), "reasoning"),
     **dict.fromkeys(("cot", "complex_cot", "chain_of_thought", "reasoning_process"), "reasoning"),
     **dict.fromkeys(("思考", "思考过程", "推理", "推理过程", "思维链"), "reasoning"),
     **dict.fromkeys(("option", "choices", "option_list", "options_list", "选项", "备选答案", "选项列表"), "options"),
-    **dict.fromkeys(("question_type", "题型"), "question_type"),
+    **dict.fromkeys(("type", "题型", "题目类型"), "question_type"),
     **dict.fromkeys(("科目", "学科"), "subject"),
     **dict.fromkeys(("解析", "parse", "analysis", "exp", "rationale"), "explanation"),
     **dict.fromkeys(("chosen_response", "chosen_answer", "chosen_output", "response_chosen"), "chosen"),
@@ -36,7 +38,8 @@ ALIASES = {
 TURN_ALIASES = ALIASES | {"from": "role", "speaker": "role", "value": "content", "text": "content"}
 
 # Fields of a turn or row that say whether it is learnt.
-LEARNT_MARKS = ("loss", "train", "loss_mask", "weight")
+LEARNT_MARKS = ("loss", "train", "trainable", "loss_mask", "weight", "loss_weight")
+MASKS = ("mask", "masked", "ignore")  # the same, of which it is not known what is meant
 
 EMPTY_TEXTS = {"", "nan", "<noinput>", "<nooutput>", "null", "[]", "{}"}
 
@@ -158,37 +161,52 @@ def turns_of(value: object, field: str, row: Fields | None = None) -> list[dict]
     turns = []
     for number, given in enumerate(value, 1):
         turn = Fields(given, of_turn=True)
-        said = turn.get("role")
-        role = ROLES.get(said.strip().lower()) if isinstance(said, str) else None
-        if role == "tool" or turn.peek("tools") is not None:
-            raise Reject("tool calls are not trained", f"{field}, turn {number}")
-        if role is None:
-            wanted = "system, user (human), assistant (gpt)"
-            raise Reject("roles out of order", f"{field}, turn {number}: role {said!r}; wanted {wanted}")
-        text = text_of(turn, "content", "answer" if role == "assistant" else "question", role == "system")
-        if role == "assistant":
-            reasoning = text_of(turn, "reasoning", "reasoning", optional=True)
-            message = assistant_message(text, reasoning)
-            turns.append(message | not_learnt(turn, f"{field}, turn {number}"))
-        elif text:
-            turns.append({"role": role, "content": text})
+        if {"human", "assistant"} <= set(given):  # Firefly: an exchange each
+            turns.append({"role": "user", "content": text_of(turn, "human", "question")})
+            turns.append(assistant_message(text_of(turn, "assistant", "answer")))
+        else:
+            turns += _turn(turn, f"{field}, turn {number}")
         if row is not None:
             for name, unused in turn.unused().items():
                 row.unused_in_turns.setdefault(f"{field}[].{name}", unused)
     return turns
 
 
+def _turn(turn, place):
+    """[the message of one turn], or [] of an empty system text."""
+    said = turn.get("role")
+    role = ROLES.get(said.strip().lower()) if isinstance(said, str) else None
+    if role == "tool" or turn.peek("tools") is not None:
+        raise Reject("tool calls are not trained", place)
+    if role is None:
+        wanted = "system, user (human), assistant (gpt)"
+        raise Reject("roles out of order", f"{place}: role {said!r}; wanted {wanted}")
+    text = text_of(turn, "content", "answer" if role == "assistant" else "question", role == "system")
+    if role == "assistant":
+        reasoning = text_of(turn, "reasoning", "reasoning", optional=True)
+        return [assistant_message(text, reasoning) | not_learnt(turn, place)]
+    for mark in LEARNT_MARKS:
+        if _says_no(turn.peek(mark)):
+            turn.get(mark)
+    return [{"role": role, "content": text}] if text else []
+
+
 def not_learnt(turn: Fields, place: str) -> dict[str, int]:
     """{"weight": 0} of an answer that has this weight, else {}; Reject where it is not to be learnt in another way."""
-    for mark in LEARNT_MARKS:
+    for mark in (*LEARNT_MARKS, *MASKS):
         value = turn.peek(mark)
-        if value in (0, 1, True, False) or isinstance(value, str) and value.lower() in ("true", "false"):
+        if mark == "weight" and _says_no(value):
             turn.get(mark)
-        if value is False or value == 0 or isinstance(value, str) and value.lower() == "false":
-            if mark == "weight":
-                return {"weight": 0}
+            return {"weight": 0}
+        if _says_no(value) or mark in MASKS and value is not None:
             raise Reject("marked as not to be learnt", f"{place}: {turn.field(mark)} is {value!r}")
+        if value in (1, True) or isinstance(value, str) and value.lower() == "true":
+            turn.get(mark)
     return {}
+
+
+def _says_no(value):
+    return value is False or value == 0 or isinstance(value, str) and value.strip().lower() == "false"
 
 
 def marked_turns(text: str, both: bool = True) -> list[dict]:

@@ -59,7 +59,7 @@ SPLITS = {"": "", "train": "train", **dict.fromkeys(("eval", "validation", "vali
 # Text that no tokenizer or file can carry, and the control tokens of models, which would forge a turn of the conversation.
 _UNFIT = re.compile(
     "(?P<control>[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f])|(?P<surrogate>[\ud800-\udfff])|(?P<lost>\ufffd)"
-    r"|(?P<token><[|｜][\w▁ ]{2,30}[|｜]>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<[be]os>|\[gMASK\])"
+    r"|(?P<token><[|｜][\w▁ ]{2,30}[|｜]>|</s>|^\s*<s>|</?tool_(?:call|response)s?>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<[be]os>|\[gMASK\])"
     r"|(?P<dialogue><(?:user|bot|human|assistant)>\s*[:：]|^\s*#{2,}\s*(?:Response|Instruction|回答|指令)\s*[:：])",
     re.MULTILINE,
 )
@@ -308,7 +308,7 @@ def _by_values(row):
     for name in row.names:
         value = row.peek(name)
         if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
-            if all({"role", "from", "speaker"} & set(turn) for turn in value):
+            if all({"role", "from", "speaker", "human"} & set(turn) for turn in value):
                 return functools.partial(read_conversation, name=name)
         elif isinstance(value, list) and all(isinstance(turn, str) for turn in value):
             if all(marked_turns(turn, both=False) for turn in value):
@@ -321,6 +321,9 @@ def _by_values(row):
 
 def _unknown(row, options):
     """The Reject of a row that no reader knows."""
+    for name in row.names:
+        if isinstance(row.peek(name), str):
+            _check_text(row.peek(name))
     names = {str(name).strip().lower() for name in row.row} - BESIDE_TEXT
     if names in ({"text"}, {"content"}, {"文本"}) and not options.columns:
         return Reject("plain text", "continued pre-training is not done here; wanted questions and answers")
