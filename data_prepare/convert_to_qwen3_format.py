@@ -27,7 +27,7 @@ COLUMNS = ""                          # fields of an unknown schema, e.g. questi
 SYSTEM = ""                           # system text for rows that have none; chat has none by default
 SPLIT_BY_NAME = True                  # in a folder, test.jsonl, valid*.json, dev, eval and folders named so are evaluation
 EXPLAINED = False                     # exam items with an explanation become conversations with reasoning to train on
-EVAL_SHARE = 0.05                     # [0 to 0.9] share of the rows held out, for rows that do not say their split themselves
+EVAL_SHARE = 0.05                     # [0 to 0.9] share of the rows held out, if they do not say their split; of a small set 20 rows or 20 %
 MAX_EVAL_ROWS = 1000                  # [0, 1, ...] and at most so many, because every evaluation in training takes its time
 NEAR_DUPLICATE = 0.85                 # [0.5 to 1] long questions are alike from this overlap of 3-character shingles (Jaccard) up
 MAX_CHARACTERS = 50000                # [1, 2, ...] longer rows are set aside: 32,768 tokens, Qwen3's window, hold about 43,000 of Chinese
@@ -79,7 +79,7 @@ def main(argv=None):
     write_json(settings.OUTPUT_DIR / "report.json", summary)
     lengths = [row.characters for row in report.conversations(found.rows)]
     draw_lengths(settings.OUTPUT_DIR / "lengths.png", lengths, tokens, settings.MAX_LENGTH)
-    report.show(summary)
+    report.show(summary, found)
     print(f"\nwritten to {show_path(settings.OUTPUT_DIR)}; what was set aside, and why: set_aside.jsonl")
     for note in (
         *advice.notes(sources, found, dict(options.columns)),
@@ -94,8 +94,8 @@ def next_command(folder, outputs):
     """What to do with the files made: train on conversations, else on pairs, else compare models on the exam."""
     for kind, script in TRAIN.items():
         if outputs[f"{kind}_train"]:
-            rows = {"TRAIN_FILE": folder / f"{kind}_train.jsonl", "EVAL_FILE": folder / f"{kind}_eval.jsonl"}
-            return command(script, **rows)
+            held_out = folder / f"{kind}_eval.jsonl" if outputs[f"{kind}_eval"] else ""
+            return command(script, TRAIN_FILE=folder / f"{kind}_train.jsonl", EVAL_FILE=held_out)
     made = {"EVAL_FILE": "sft_eval", "EXAM_FILE": "exam", "PAIRS_FILE": "dpo_eval"}
     return command(
         COMPARE, **{name: folder / f"{output}.jsonl" for name, output in made.items() if outputs[output]}
@@ -132,7 +132,7 @@ def old_files(folder, outputs):
                 + (f" with: {PAIRS}" if name.startswith("dpo") else "")
             )
     if outputs["sft_train"] and not outputs["sft_eval"]:
-        yield "no row is held out for evaluation (EVAL_SHARE is 0, or there are too few different questions)"
+        yield "no row is held out: training goes on without an evaluation (EVAL_SHARE is 0, or all rows ask one thing)"
 
 
 if __name__ == "__main__":

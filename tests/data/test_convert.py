@@ -120,7 +120,7 @@ def test_report_counts_tokens_as_the_trainer_does(tmp_path, capsys):
         "1    fields not recognised",
         f"keeps {kept:.1%} of them",
         f"length in tokens (counted in 101 conversations): median {tokens[50]}",
-        "with reasoning: 1.0%",
+        "thinking off: 1 of 101 conversations end with reasoning",
         f"  user      {report['examples'][0]['messages'][0]['content']}",
     ):
         assert line in shown, line

@@ -11,9 +11,10 @@ from data_rows import read, write_lines
 # What a person writes there for rows {"prompt", "answer", "score"} that are to be trained on and held out by themselves.
 LINE = '    "scored": OutputFiles("scored_train", "scored_eval", dealt=True),\n'
 READER = """
-def _scored(row, schema):
-    prompt = [{"role": "user", "content": row["prompt"]}]
-    return "scored", schema, {"prompt": prompt, "chosen": [assistant_message(row["answer"])], "score": row["score"]}
+def _scored(row, schema, options):
+    prompt = [{"role": "user", "content": row.get("prompt")}]
+    chosen = [{"role": "assistant", "content": row.get("answer")}]
+    return "scored", schema, {"prompt": prompt, "chosen": chosen, "score": row.get("score")}
 """
 RECOGNISED = '    if {"prompt", "answer", "score"} <= have:\n        return "scored", _scored\n'
 
@@ -26,7 +27,7 @@ def test_a_kind_that_schemas_names_gets_its_files(tmp_path):
         )
     place = tmp_path / "utils/data/schemas.py"
     text = place.read_text(encoding="utf-8")
-    for before, more in [("OUTPUT_FILES = {\n", LINE), ("    have = set(fields)\n", RECOGNISED)]:
+    for before, more in [("OUTPUT_FILES = {\n", LINE), ("    have = set(names)\n", RECOGNISED)]:
         assert text.count(before) == 1
         text = text.replace(before, before + more)
     place.write_text(text + READER, encoding="utf-8")
@@ -37,5 +38,5 @@ def test_a_kind_that_schemas_names_gets_its_files(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     trained, held_out = (read(tmp_path / f"out/scored_{split}.jsonl") for split in ("train", "eval"))
-    assert len(held_out) == 4 and len(trained) == 36 and len(read(tmp_path / "out/sft_train.jsonl")) == 1
+    assert len(held_out) == 8 and len(trained) == 32 and len(read(tmp_path / "out/sft_train.jsonl")) == 1
     assert {row["score"] for row in trained + held_out} == set(range(40))

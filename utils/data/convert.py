@@ -23,6 +23,7 @@ LONG_ANSWER = 20  # characters: two rows do not share such an answer by chance
 SHORTEST_LATER_TURN = 8  # characters: later turns such as "请继续" are no question of their own
 BYTES_A_ROW = 1000  # of memory
 FORECAST_ROWS = 50_000  # rows after which the memory is forecast for the first time
+SYSTEMS = 1000  # system texts counted: one that nearly all rows share is among the first
 UNKNOWN_ROWS, UNKNOWN_CHARACTERS = 200, 300  # kept of a file to suggest columns by: rows, and of each text
 
 
@@ -53,6 +54,9 @@ class Recognised:
         self.schemas: Counter[str] = Counter()  # names of schemas
         self.reasons: Counter[str] = Counter()  # why rows cannot be used
         self.trimmed = 0  # conversations of which turns at an end were left out
+        self.fields: Counter[tuple] = Counter()  # {(schema, a row's fields, those not used): rows}
+        self.unused: dict[tuple[str, str], object] = {}  # {(schema, field not used): the first value of it}
+        self.systems: Counter[str] = Counter()  # {system text: conversations}, SYSTEMS of them at most
         self.rejects: dict[int, FirstReject] = {}  # {file: its first row that cannot be used}
         self.unknown: dict[int, list[UnknownRow]] = {}  # {file: its first rows with fields not recognised}
 
@@ -87,9 +91,16 @@ def recognise(sources: list[InputFile], options: RowOptions, folder: Path) -> Re
     with bar(desc="rows recognised", total=size, unit="B", unit_scale=True) as meter:
         for file, source in enumerate(sources):
             for place, raw, row, item in convert_rows(source, options):
-                strange = _add_row(found, file, source, place, raw, item)
-                if strange or options.columns and not isinstance(item, Reject) and item.schema != "--columns":
-                    _keep_unknown(found, file, place, row)
+                if isinstance(item, Reject):
+                    _add_reject(found, file, source, place, item)
+                    strange = item.reason == "fields not recognised"
+                else:
+                    _add_row(found, file, source, place, raw, row, item)
+                    strange = options.columns and item.schema != "--columns"
+                if strange and len(unknown := found.unknown.setdefault(file, [])) < UNKNOWN_ROWS:
+                    texts = {name: value for name, value in row.items() if isinstance(value, str)}
+                    shown = {name: text[:UNKNOWN_CHARACTERS] for name, text in texts.items()}
+                    unknown.append(UnknownRow(place, row | shown))
                 # About: the same rows take more or less as tables and arrays than as JSON lines.
                 done = min(found.given, size - 1)
                 if len(found.rows) >= forecast_at:
@@ -112,34 +123,37 @@ def _refuse_too_many(rows, share):
         )
 
 
-def _add_row(found: Recognised, file: int, source: InputFile, place: Place, raw: Raw, item) -> bool:
-    """Take in one row that was recognised, or why it was not; whether its fields are not known."""
-    if isinstance(item, Reject):
-        text = _ledger_line(source.name, place, item)
-        found.rows.append(Row(file, place, found.write(text), len(text)))
-        found.reasons[item.reason] += 1
-        found.given += len(text)
-        found.rejects.setdefault(file, FirstReject(place, item.reason, item.detail))
-        return item.reason == "fields not recognised"
+def _add_reject(found: Recognised, file: int, source: InputFile, place: Place, problem: Reject) -> None:
+    text = _ledger_line(source.name, place, problem)
+    found.rows.append(Row(file, place, found.write(text), len(text)))
+    found.reasons[problem.reason] += 1
+    found.given += len(text)
+    found.rejects.setdefault(file, FirstReject(place, problem.reason, problem.detail))
+
+
+def _add_row(
+    found: Recognised, file: int, source: InputFile, place: Place, raw: Raw, row: dict, item: ConvertedRow
+) -> None:
     key = text_key("\x1f".join([item.kind, *item.questions, "\x1e", item.rest]))
     text, original = _output_line(source.name, place, key, item), _as_json(raw, source.encoding)
+    rest = normalize(item.rest)
     mine = Row(file, place, found.write(text + original), len(text), len(original))
     mine.kind, mine.told, mine.content = sys.intern(item.kind), item.split or source.split, key
-    mine.characters, mine.reasoning = item.characters, item.reasoning
-    rest = normalize(item.rest)
-    mine.rest, mine.long_rest = text_key(rest), len(rest) >= LONG_ANSWER
+    mine.rest, mine.long_rest, mine.characters = text_key(rest), len(rest) >= LONG_ANSWER, item.characters
     mine.questions = tuple(_question_keys(found, item.questions))
     found.rows.append(mine)
     found.given += len(original)
     found.schemas[item.schema] += 1
     found.trimmed += item.trimmed
-    return False
-
-
-def _keep_unknown(found, file, place, row):
-    if len(unknown := found.unknown.setdefault(file, [])) < UNKNOWN_ROWS:
-        shown = (value[:UNKNOWN_CHARACTERS] if isinstance(value, str) else value for value in row.values())
-        unknown.append(UnknownRow(place, dict(zip(row, shown))))
+    found.fields[item.schema, tuple(row), tuple(item.unused)] += 1
+    for name, value in item.unused.items():
+        found.unused.setdefault((item.schema, name), value)
+    if item.kind == "sft":
+        first, last = item.body["messages"][0], item.body["messages"][-1]
+        mine.reasoning = "reasoning_content" in last  # the last turn decides what the row teaches
+        system = first["content"] if first["role"] == "system" else ""
+        if system in found.systems or len(found.systems) < SYSTEMS:
+            found.systems[system] += 1
 
 
 def _question_keys(found, questions):

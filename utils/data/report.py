@@ -20,6 +20,8 @@ from utils.text import say, shorten
 
 POINTS = {"median": 50, "90 %": 90, "99 %": 99, "longest": 100}
 EXAMPLES = 5  # rows shown
+NEARLY_ALL = 0.95  # of the conversations: a system text that so many share is the model's own
+FEW_EVAL_ROWS = 30  # below that, figures on the held-out rows mean little
 
 
 def count_tokens(model: str, examples: list[dict]) -> list[int]:
@@ -85,6 +87,9 @@ def build_report(
         "max_length": settings.MAX_LENGTH,
         "kept_by_max_length": _share([count <= settings.MAX_LENGTH for count in tokens]),
         "reasoning_share": _share([row.reasoning for row in trained]),
+        "thinking": _thinking(trained),
+        "system": _shared_system(found),
+        "fields": _fields(found),
         "fingerprints": {name: sha256_of(settings.OUTPUT_DIR / f"{name}.jsonl") for name in outputs},
         "examples": random.Random(settings.SEED).sample(examples, min(EXAMPLES, len(examples))),
         "settings": settings.as_dict(),
@@ -95,6 +100,31 @@ def _answers_in_training(rows):
     """Held-out conversations whose answer, if it is long, stands word for word in training."""
     trained = {row.rest for row in rows if row.long_rest and row.split == TRAIN}
     return sum(row.long_rest and row.split == EVAL and row.rest in trained for row in rows)
+
+
+def _thinking(rows):
+    """The mode in which a model is trained on these conversations, and how many of them end with reasoning."""
+    count = sum(row.reasoning for row in rows)
+    mode = "tie" if 2 * count == len(rows) else "on" if 2 * count > len(rows) else "off"
+    return {"mode": mode, "with_reasoning": count, "conversations": len(rows)} if rows else {}
+
+
+def _shared_system(found):
+    """The system text that nearly all conversations share, or ""."""
+    text, count = max(found.systems.items(), key=lambda item: item[1], default=("", 0))
+    return text if count >= NEARLY_ALL * found.systems.total() else ""
+
+
+def _fields(found):
+    """{schema: {"used": [field, ...], "unused": {field: rows in which it holds something}}}."""
+    fields: dict = {}
+    for (schema, names, unused), rows in found.fields.items():
+        mine = fields.setdefault(schema, {"used": {}, "unused": Counter()})
+        mine["used"].update(dict.fromkeys(name for name in map(str, names) if name not in unused))
+        mine["unused"].update(dict.fromkeys(unused, rows))
+    return {
+        schema: {"used": [*mine["used"]], "unused": dict(mine["unused"])} for schema, mine in fields.items()
+    }
 
 
 def _share(values):
@@ -108,7 +138,13 @@ def _spread(values):
     return {name: int(numpy.percentile(values, point)) for name, point in POINTS.items()}
 
 
-def show(report: dict) -> None:
+def _unused(found, schema, counts):
+    for name, rows in counts.items():
+        value = found.unused[schema, name]
+        yield f"{name} ({rows:,} rows, such as {shorten(json.dumps(value, ensure_ascii=False, default=str), 40)})"
+
+
+def show(report: dict, found: Recognised) -> None:
     """Print the report as a compact table."""
     say(f"\n{'rows':>12}  input")
     for file in report["files"]:
@@ -135,8 +171,18 @@ def show(report: dict) -> None:
             f"\n{report['eval_answers_in_training']:>12,}  held-out answer{stand} word for word in training: the loss on them says little"
         )
     _show_lengths(report)
-    if report["reasoning_share"] is not None:
-        say(f"with reasoning: {report['reasoning_share']:.1%}")
+    if thinking := report["thinking"]:
+        counted = f"{thinking['with_reasoning']:,} of {thinking['conversations']:,} conversations end with reasoning"
+        tie = "; keep the rows of one mode" if thinking["mode"] == "tie" else ""
+        say(f"thinking {thinking['mode']}: {counted}{tie}")
+    if report["system"]:
+        say(f"system text of nearly all conversations: {shorten(report['system'])}")
+    for schema, fields in report["fields"].items():
+        if fields["unused"]:
+            say(f"not used, of {schema}: {'; '.join(_unused(found, schema, fields['unused']))}")
+    held_out = report["outputs"].get("sft_eval", report["outputs"].get("dpo_eval", 0))
+    if 0 < held_out < FEW_EVAL_ROWS:
+        say(f"only {held_out} rows are held out: figures on them mean little")
     for example in report["examples"]:
         say("\n" + example["source"])
         for message in example["messages"]:
