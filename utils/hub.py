@@ -27,7 +27,6 @@ from utils.text import bar, format_bytes, say
 
 HOME = "https://huggingface.co"
 COMMIT = re.compile(r"[0-9a-f]{40}")
-SHA256 = re.compile(r"[0-9a-f]{64}")
 RETRIES = 6  # failures in a row, without progress, before giving up
 SPARE_BYTES = 64 << 20  # to leave free on the disk
 MODEL_FILES = (
@@ -48,6 +47,16 @@ MODEL_FILES = (
     ),
     *("*.safetensors", "*.safetensors.index.json", "LICENSE*", "NOTICE*"),
 )
+# What the client's errors mean; the first that fits.
+REFUSALS = {
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it",
+    "GatedRepoError": "{id} is gated: accept its terms at {page}, then set HF_TOKEN to a token of that account",
+    "RevisionNotFoundError": "{id} has no revision {commit!r}; see {page}/commits/main",
+    "EntryNotFoundError": "{id} at {commit} lacks a file that was listed ({cause}); see {page}/tree/main",
+    "RepositoryNotFoundError": "no {kind} {id} on {endpoint} ({cause}); check the name, or set HF_TOKEN if it is private",
+    401: "the token in HF_TOKEN was refused ({cause}); unset it, or make one at " + HOME + "/settings/tokens",
+    403: "reading {id} is not allowed ({cause}); ask for access at {page}",
+}
 
 
 class HubFile(NamedTuple):
@@ -82,15 +91,15 @@ class Repo(NamedTuple):
 
 
 def look_up(kind: str, repo_id: str, revision: str) -> Repo:
-    """The Repo that `revision` (commit, branch or tag) means now. UserError where it is not there or not allowed."""
+    """The Repo that `revision` (commit, branch or tag) means now. UserError if it is not there or not allowed."""
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id):
         raise UserError(f"{repo_id!r} is not the name of a {kind} on the Hub, wanted owner/name")
     api = f"{_endpoint()}/api/{kind}s/{repo_id}"
     with _errors_told(Repo(kind, repo_id, revision, None, {})):
         [info] = _pages(f"{api}/revision/{quote(revision, safe='')}")
-        commit = info["sha"] if COMMIT.fullmatch(info["sha"]) else None
-        if commit is None or COMMIT.fullmatch(revision) and revision != commit:
-            raise RunError(f"{_endpoint()} gives commit {info['sha']} for {repo_id} at {revision}")
+        commit = info["sha"]
+        if not COMMIT.fullmatch(commit) or COMMIT.fullmatch(revision) and revision != commit:
+            raise RunError(f"{_endpoint()} gives commit {commit} for {repo_id} at {revision}")
         licence = next((tag[8:] for tag in info.get("tags") or [] if tag.startswith("license:")), None)
         entries = [entry for page in _pages(f"{api}/tree/{commit}?recursive=true") for entry in page]
         files = [_read_entry(entry) for entry in entries if entry["type"] == "file"]
@@ -103,26 +112,18 @@ def _pages(url):
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
-    first, _, query = url.partition("?")
-    while query is not None:
-        response = http_backoff(
-            "GET",
-            f"{first}?{query}" if query else first,
-            headers=build_hf_headers(),
-            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-            max_retries=3,
-        )
+    place, timeout = url.partition("?")[0], constants.HF_HUB_DOWNLOAD_TIMEOUT
+    while url:
+        response = http_backoff("GET", url, headers=build_hf_headers(), timeout=timeout, max_retries=3)
         hf_raise_for_status(response)
         yield response.json()
         link = response.links.get("next", {}).get("url")
-        query = urlsplit(link).query if link else None
+        url = link and f"{place}?{urlsplit(link).query}"
 
 
 def _read_entry(entry):
     file = HubFile(entry["path"], entry["size"], entry["oid"], (entry.get("lfs") or {}).get("oid", ""))
-    well = (
-        COMMIT.fullmatch(file.blob) and (not file.sha256 or SHA256.fullmatch(file.sha256)) and file.size >= 0
-    )
+    well = COMMIT.fullmatch(file.blob) and re.fullmatch("([0-9a-f]{64})?", file.sha256) and file.size >= 0
     if not well or not file.path.isprintable() or {"", ".", ".."} & set(file.path.split("/")):
         raise ValueError(entry)
     return file
@@ -135,33 +136,29 @@ def download(repo: Repo, wanted: Mapping[Path, HubFile], ours: Collection[Path] 
     """Put `wanted` ({path on disk: HubFile}) in place and yield each path as soon as it is whole and the listed one.
 
     A file that is there is kept if it is the right one, replaced if an earlier run brought it (`ours`) and it was damaged
-    since, and never overwritten otherwise (UserError). Raises RunError for too little disk, or a transfer that fails for good;
-    what has arrived stays in .part files, and the next run goes on from there.
+    since, and never overwritten otherwise (UserError). RunError for too little disk, or a transfer that fails for good; what
+    has arrived stays in .part files, and the next run goes on from there.
     """
     missing = {}
     for path, file in wanted.items():
         problem = damage(path, file) if path.exists() else ""
         if problem and path not in ours:
-            raise UserError(
-                f"{show_path(path)} is there, but is not {file.path} of {repo.id} at {repo.commit[:7]} "
-                f"({problem}); delete it, or choose another folder with --output-dir"
-            )
+            what = f"{show_path(path)} is there, but is not {file.path} of {repo.id} at {repo.commit[:7]} ({problem})"
+            raise UserError(f"{what}; delete it, or choose another folder with --output-dir")
         if problem or not path.exists():
             missing[path] = max(0, file.size - _size(_part(path, file)))
-    to_fetch, total = sum(missing.values()), sum(file.size for file in wanted.values())
-    say(
-        f"{repo.id} at {repo.commit[:7]} from {_endpoint()}: {len(wanted)} file{'s' * (len(wanted) > 1)}, "
-        f"{format_bytes(total)}, {format_bytes(to_fetch)} to fetch",
-        flush=True,
+    fetch, total = (
+        format_bytes(sum(missing.values())),
+        format_bytes(sum(file.size for file in wanted.values())),
     )
+    files = f"{len(wanted)} file{'s' * (len(wanted) > 1)}, {total}, {fetch} to fetch"
+    say(f"{repo.id} at {repo.commit[:7]} from {_endpoint()}: {files}", flush=True)
     for folder in {path.parent for path in missing}:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
-        if free < to_fetch + SPARE_BYTES:
-            raise RunError(
-                f"{format_bytes(to_fetch)} to fetch, but only {format_bytes(free)} free in {show_path(folder)}; "
-                "free some space, or choose another disk with --output-dir"
-            )
+        if free < sum(missing.values()) + SPARE_BYTES:
+            short = f"{fetch} to fetch, but only {format_bytes(free)} free in {show_path(folder)}"
+            raise RunError(f"{short}; free some space, or choose another disk with --output-dir")
     for path, file in wanted.items():
         if path in missing:
             _fetch(repo, file, path)
@@ -174,19 +171,17 @@ def _fetch(repo, file, path):
     for other in path.parent.glob("*.part"):  # what is left of another commit's file of this name
         if other != part and re.fullmatch(re.escape(path.name) + r"\.[0-9a-f]{12}\.part", other.name):
             other.unlink()
-    for last in (False, True):
-        with _errors_told(repo, file.path):
+    for told in (f"  {file.path} arrived damaged ({{}}); fetching it once more", ""):
+        with _errors_told(repo):
             _transfer(repo, file, part)
         arrived = (
             part if part.exists() else path
         )  # another run of the same command may have moved the part into place
         problem = damage(arrived, file)
         if not problem:
-            os.replace(arrived, path)
-            return
+            return os.replace(arrived, path)
         arrived.unlink()
-        if not last:
-            say(f"  {file.path} arrived damaged ({problem}); fetching it once more", flush=True)
+        say(told.format(problem), flush=True)
     raise RunError(
         f"{file.path} of {repo.id} arrived damaged twice from {_endpoint()} ({problem}); try another mirror in HF_ENDPOINT"
     )
@@ -195,30 +190,35 @@ def _fetch(repo, file, path):
 def _transfer(repo, file, part):
     """Bring `part` from the size it has to its full size. Failures that may pass are repeated, and counted anew after progress."""
     import httpx2
-    from huggingface_hub import constants, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import constants, errors, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
     url = hf_hub_url(repo.id, file.path, repo_type=repo.kind, revision=repo.commit, endpoint=_endpoint())
     # identity: a compressed answer would have neither the listed size nor ranges of the file itself
-    headers, failures = build_hf_headers() | {"Accept-Encoding": "identity"}, 0
+    options = {"headers": build_hf_headers() | {"Accept-Encoding": "identity"}, "expected_size": file.size}
     constants.DOWNLOAD_CHUNK_SIZE = (
         64 << 10
-    )  # 10 MiB, on a slow line, are minutes without a sign, and lost by a kill
+    )  # 10 MiB are minutes without a sign on a slow line, and lost by a kill
+    failures = 0
     while True:
         done = _size(part)
         if done:
             say(f"  {file.path}: going on at {format_bytes(done)} of {format_bytes(file.size)}", flush=True)
         try:
             with open(part, "ab") as out:
-                options = {"headers": headers, "expected_size": file.size, "displayed_filename": file.path}
-                http_get(url, out, resume_size=min(done, file.size), tqdm_class=bar, **options)
+                http_get(
+                    url,
+                    out,
+                    resume_size=min(done, file.size),
+                    displayed_filename=file.path,
+                    tqdm_class=bar,
+                    **options,
+                )
                 out.flush()
-                os.fsync(out.fileno())
-            return
-        except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
-            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+                return os.fsync(out.fileno())
+        except (errors.HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+            status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
             if status == 416:  # the server cannot go on there
                 part.unlink()
             # An OSError without a number is http_get's word for a wrong size.
@@ -226,18 +226,16 @@ def _transfer(repo, file, part):
             failures = 1 if _size(part) > done else failures + 1
             if failures > RETRIES or not (status >= 500 or status == 416 or broken):
                 raise
-            wait = min(2 ** (failures - 1), 30)
-            say(f"  {file.path}: {_cause(error)}; again in {wait} s", flush=True)
-            time.sleep(wait)
+            say(f"  {file.path}: {_cause(error)}; again in {min(2**failures, 30)} s", flush=True)
+            time.sleep(min(2**failures, 30))
 
 
 def damage(path: Path, file: HubFile) -> str:
     """How the file on disk differs from the listed one; "" if it does not. Reads all of it."""
-    if path.stat().st_size != file.size:
-        return f"{path.stat().st_size:,} bytes, wanted {file.size:,}"
-    if file.sha256:
-        kind, found = "sha256", sha256_of(path)
-    else:
+    if _size(path) != file.size:
+        return f"{_size(path):,} bytes, wanted {file.size:,}"
+    kind, found = "sha256", sha256_of(path)
+    if not file.sha256:
         kind, content = "git blob id", path.read_bytes()
         found = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
     return "" if found == file.digest else f"{kind} {found[:12]}..., wanted {file.digest[:12]}..."
@@ -260,62 +258,42 @@ def _endpoint():
 
 
 @contextlib.contextmanager
-def _errors_told(repo, path=""):
-    """Turn what the Hub client raises into a UserError or a RunError. The commit of `repo` may be the revision that was asked for."""
+def _errors_told(repo):
+    """Turn what the Hub client raises into a UserError or a RunError."""
     os.environ.setdefault(
         "HF_HUB_DISABLE_TELEMETRY", "1"
     )  # before huggingface_hub is imported: not even versions are told
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "30")  # seconds without a byte
     import httpx2
-    from huggingface_hub import errors
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
     from huggingface_hub.utils.logging import get_logger
 
     get_logger().handlers = [_OneLine()]
-    endpoint = _endpoint()
+    endpoint, more = _endpoint(), "; the same command goes on from here"
     if not re.match(r"https?://[^/]", endpoint):
         raise UserError(f"HF_ENDPOINT is {endpoint!r}, wanted an address such as {HOME}")
     if not os.environ.get("HF_TOKEN", "").isascii():
         raise UserError("HF_TOKEN is not a token: it holds characters that no token has")
     try:
         yield
-    except errors.OfflineModeIsEnabled:
-        raise UserError("HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it") from None
-    except errors.GatedRepoError:
-        raise UserError(
-            f"{repo.id} is gated: accept its terms at {repo.page}, then set HF_TOKEN to a token of that account"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise UserError(f"{repo.id} has no revision {repo.commit!r}; see {repo.page}/commits/main") from None
-    except errors.EntryNotFoundError:
-        raise UserError(
-            f"{repo.id} has no file {path} at {repo.commit[:7]} on {endpoint}; see {repo.page}/tree/main"
-        ) from None
-    except errors.RepositoryNotFoundError as error:
-        where = f"no {repo.kind} {repo.id} on {endpoint} ({_cause(error)})"
-        raise UserError(f"{where}; check the name, or set HF_TOKEN if it is private") from None
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        if status == 401:
-            raise UserError(
-                f"the token in HF_TOKEN was refused ({_cause(error)}); unset it, or make one at {HOME}/settings/tokens"
-            ) from None
-        if status == 403:
-            raise UserError(
-                f"reading {repo.id} is not allowed ({_cause(error)}); ask for access at {repo.page}"
-            ) from None
+    except (HfHubHTTPError, OfflineModeIsEnabled) as error:
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        names = [*(kind.__name__ for kind in type(error).__mro__), status]
+        for refusal in (REFUSALS[name] for name in REFUSALS if name in names):
+            about = {**repo._asdict(), "page": repo.page, "endpoint": endpoint, "cause": _cause(error)}
+            raise UserError(refusal.format(**about)) from None
         mend = (
             "wait some minutes, or set HF_TOKEN"
             if status == 429
             else "try later, or another mirror in HF_ENDPOINT"
         )
-        raise RunError(f"{_cause(error)}; {mend}; the same command goes on from here") from None
+        raise RunError(f"{_cause(error)}; {mend}{more}") from None
     except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, httpx2.LocalProtocolError, ImportError) as error:
         raise UserError(
             f"no request to {endpoint} can be made ({error}); check HF_ENDPOINT, HF_TOKEN and the proxy"
         ) from None
     except httpx2.HTTPError as error:
-        advice = f"check the network and HF_ENDPOINT ({endpoint})"
-        raise RunError(f"{_cause(error)}; {advice}; the same command goes on from here") from None
+        raise RunError(f"{_cause(error)}; check the network and HF_ENDPOINT ({endpoint}){more}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise RunError(
             f"{endpoint} does not answer as the Hub does; check HF_ENDPOINT and the network's login page"
@@ -324,13 +302,12 @@ def _errors_told(repo, path=""):
 
 def _cause(error):
     """What went wrong, without the lines of advice that huggingface_hub adds."""
-    response = getattr(error, "response", None)
-    if response is not None:
+    if response := getattr(error, "response", None):
         reason = response.headers.get("X-Error-Message") or response.reason_phrase
         return f"{response.url.host} answered {response.status_code} ({reason})"
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
     host = urlsplit(_endpoint()).hostname if isinstance(error, OSError) else error.request.url.host
     connecting = type(error).__name__ in ("ConnectError", "ProxyError")
+    text = (str(error) or type(error).__name__).splitlines()[0]
     return f"{'cannot connect to' if connecting else 'the connection broke:'} {host} ({text})"
 
 
@@ -354,38 +331,33 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def model_files(repo: Repo) -> dict[str, HubFile]:
-    """{name: HubFile} of what transformers needs. UserError where there are no safetensors weights or no config."""
+    """{name: HubFile} of what transformers needs. UserError if there are no safetensors weights or no config."""
+    plain = [name for name in repo.files if not set(name) & set("/\\:")]
     files = {
-        name: file
-        for name, file in repo.files.items()
-        if not set(name) & set("/\\:") and any(fnmatch.fnmatchcase(name, kind) for kind in MODEL_FILES)
+        name: repo.files[name]
+        for name in plain
+        if any(fnmatch.fnmatchcase(name, kind) for kind in MODEL_FILES)
     }
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
-        raise UserError(
-            f"{repo.id} holds no config.json with *.safetensors weights, and other kinds are not fetched "
-            f"(it holds {', '.join(sorted(repo.files)[:8])}); see {repo.page}/tree/main"
-        )
+        lacks = f"{repo.id} holds no config.json with *.safetensors weights, and other kinds are not fetched"
+        raise UserError(f"{lacks} (it holds {', '.join(sorted(repo.files)[:8])}); see {repo.page}/tree/main")
     return files
 
 
 def cached_model(model: str) -> Path | None:
     """The folder of a model in huggingface_hub's cache, at the commit that main meant when it was brought; None without one."""
-    place = _cache_of(model)
-    reference = place / "refs" / "main"
+    reference = _cache_of(model) / "refs" / "main"
     commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else ""
-    folder = place / "snapshots" / commit
+    folder = _cache_of(model) / "snapshots" / commit
     return folder if COMMIT.fullmatch(commit) and folder.is_dir() else None
 
 
 def local_folder(model: str) -> str:
     """The folder of a model: itself, or where the cache holds what a Hub id names. UserError if it does not."""
-    if Path(model).is_dir():
-        return model
-    folder = cached_model(model)
+    folder = model if Path(model).is_dir() else cached_model(model)
     if folder is None:
-        raise UserError(
-            f"{model} is not on this machine; get it with: python model_download/download_model.py --model {model}"
-        )
+        get = f"python model_download/download_model.py --model {model}"
+        raise UserError(f"{model} is not on this machine; get it with: {get}")
     return str(folder)
 
 
