@@ -26,6 +26,7 @@ class RunError(Exception):
     exit_code = 1
 
 
+SPINS = "20000"  # about 0.1 ms
 FULL = "the disk is full{where}; free some space and run the same command again"
 # FAT32 ends at 4 GB
 TOO_LARGE = "this disk, or a limit set here, takes no file so large{where}; choose another folder"
@@ -45,14 +46,12 @@ NO_MEMORY = (
 )
 NO_SPACE = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed", "unexpected pos")
 
-# What is meant where a library (safetensors, torch) has words for it but no OSError.
+# Libraries (safetensors, torch) report these without an OSError, in these words.
 SIGNS = {
     **dict.fromkeys(NO_SPACE, FULL.format(where="")),
     "File too large": TOO_LARGE.format(where=""),
     **dict.fromkeys(NO_MEMORY, MORE_MEMORY),
 }
-
-
 OWN_THRESHOLDS = gc.get_threshold()  # Python's
 
 
@@ -71,10 +70,18 @@ def run(main: Callable[[], int | None]) -> int:
     prepare_streams()
     # The imports make a million objects that stay: looking for garbage among them took a fifth of their time.
     gc.set_threshold(100_000)  # until imports_are_done
+    # GCC's OpenMP reads this when torch is imported. By default its threads wait for one another at full speed: beside other
+    # programs that took most of the time.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     first, code = int(os.environ.get("RANK", 0)) == 0, None
     try:
-        with contextlib.nullcontext() if first else _silent_stdout():
-            code = _exit_code_of(main)
+        silent = open(os.devnull, "w", encoding="utf-8")
+        with contextlib.nullcontext() if first else contextlib.redirect_stdout(silent):
+            try:
+                code = main() or 0
+            except SystemExit as end:  # --help was shown
+                code = end.code
         sys.stdout.flush()
         return code
     except (Exception, KeyboardInterrupt) as error:
@@ -85,7 +92,10 @@ def run(main: Callable[[], int | None]) -> int:
             raise
         return failure[1] if isinstance(error, UserError) and not first else complain(*failure)
     finally:
-        _flush_or_drop_stdout()
+        try:
+            sys.stdout.flush()
+        except OSError:  # its reader has left: the interpreter would flush once more, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
@@ -98,25 +108,22 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         return READER_LEFT, 1
     if isinstance(error, MemoryError):
         return MORE_MEMORY, 1
-    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != "utils":
-        return missing_package(error.name.partition(".")[0]), 2
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("utils"):
+        return missing_package(str(error.name).partition(".")[0]), 2
     if isinstance(error, OSError):
         return explain_os_error(error), 1
     return next(((meaning, 1) for sign, meaning in SIGNS.items() if sign in str(error)), None)
 
 
 def missing_package(name: str) -> str:
-    """One line for a package that this Python does not have: mostly it is not the project's own Python."""
-    root = Path(__file__).resolve().parents[1]
-    python = root / (".venv/Scripts/python.exe" if os.name == "nt" else ".venv/bin/python")
-    task = "py -3.11 tasks.py install" if os.name == "nt" else "python3.11 tasks.py install"
-    mend = (
-        f"run the script with {python.relative_to(root)}"
-        if python.exists()
-        else f"make the environment: {task}"
-    )
-    if Path(sys.prefix).resolve() == python.parents[1].resolve():
-        mend = f"complete it: {python.relative_to(root)} -m pip install -r requirements.txt"
+    """One line for a package that this Python does not have. Mostly it is not the Python of the project's environment."""
+    root, windows = Path(__file__).resolve().parents[1], os.name == "nt"
+    python = ".venv\\Scripts\\python.exe" if windows else ".venv/bin/python"
+    mend = f"make the environment: {'py -3.11' if windows else 'python3.11'} tasks.py install"
+    if Path(sys.prefix).resolve() == root / ".venv":
+        mend = f"complete it: {python} -m pip install -r requirements.txt"
+    elif (root / ".venv").is_dir():
+        mend = f"run the script with {python}"
     return f"the package {name} is not installed for {sys.executable}; {mend}"
 
 
@@ -131,25 +138,6 @@ def prepare_streams() -> None:
         stream.reconfigure(encoding="utf-8", errors="replace")
     if os.name == "nt" and sys.stdout.isatty():
         os.system("")  # lets older Windows consoles understand escape codes
-
-
-def _silent_stdout():
-    return contextlib.redirect_stdout(open(os.devnull, "w", encoding="utf-8"))
-
-
-def _exit_code_of(main):
-    try:
-        return main() or 0
-    except SystemExit as end:  # --help was shown, or a flag refused
-        return end.code
-
-
-def _flush_or_drop_stdout():
-    """Send stdout to nowhere where its reader has left: the interpreter would flush once more, and complain."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def complain(message: object, exit_code: int) -> int:

@@ -1,5 +1,7 @@
-"""Pictures: the curves of training, the lengths of a data set, the comparison of models. Labels are English, and what comes from
-elsewhere is put into ASCII: no font has to hold Chinese."""
+"""Pictures: the curves of training, the lengths of a data set, the comparison of models.
+
+Labels are English, and what comes from elsewhere is put into ASCII: no font has to hold Chinese.
+"""
 
 import csv
 import logging
@@ -13,9 +15,9 @@ import numpy
 from utils.files import atomic_write
 
 SMOOTHING = 0.05  # the smoothed curve averages over about this share of the run
-MOST_VALUES = (
-    12  # evaluations whose values are written beside their points; of more, the first, the best and the last
-)
+MOST_VALUES = 12  # evaluations with their values beside them; of more, only the first, the best and the last have theirs
+NEAR = 1.5  # MAX_LENGTH is drawn up to so many times the longest text, and else told in words
+LONGEST_NAME = 24  # characters of a model's name beside its bars
 TEXT = {"font.size": 13, "axes.titlesize": 14, "legend.fontsize": 12}  # readable on a slide
 
 Entry = dict[str, Any]  # a line of training_log.jsonl
@@ -27,10 +29,6 @@ class Run(NamedTuple):
     name: str
     entries: list[Entry]
     tokens_per_step: float
-
-
-NEAR = 1.5  # a limit up to so many times the longest text is drawn; one that is further away is told in words
-LONGEST_NAME = 24  # characters of a model's name beside its bars
 
 
 class Panel(NamedTuple):
@@ -48,7 +46,9 @@ class Panel(NamedTuple):
 
 def load_pyplot() -> ModuleType:
     """matplotlib.pyplot, which draws to files and needs no screen."""
-    logging.getLogger("matplotlib").addFilter(_not_about_its_cache)
+    # If the home folder cannot be written to, matplotlib's cache goes to a temporary one: nothing for the user to do.
+    notes = ("mkdir -p failed", "Matplotlib created a temporary cache")
+    logging.getLogger("matplotlib").addFilter(lambda record: not str(record.msg).startswith(notes))
     import matplotlib
 
     matplotlib.use("Agg")
@@ -57,22 +57,26 @@ def load_pyplot() -> ModuleType:
     return pyplot
 
 
-def _not_about_its_cache(record):
-    """Where the home folder cannot be written to, the cache goes to a temporary one: nothing for the user to do."""
-    return not str(record.msg).startswith(("mkdir -p failed", "Matplotlib created a temporary cache"))
-
-
 def label_text(text: str, instead: str = "") -> str:
     """A name for a picture: what the font may not hold as question marks, or `instead`, and no dollar sign begins a formula."""
     shown = text if text.isascii() else instead or text.encode("ascii", "replace").decode()
     return shown.replace("$", r"\$")
 
 
-def draw_lengths(path: Path, characters: list[int], tokens: list[int], max_length: int) -> None:
-    """A histogram of the conversations' lengths: in tokens where they were counted, else in characters.
+def save_figure(
+    pyplot: ModuleType, figure: Any, path: Path, dpi: int = 120, more: Sequence[Path] = ()
+) -> None:
+    """Write a figure to `path` and to the paths in `more`, each whole and in the format of its name, and let go of it."""
+    if figure.get_layout_engine() is None:
+        figure.tight_layout()
+    for target in (path, *more):
+        with atomic_write(target, "wb") as file:
+            figure.savefig(file, format=target.suffix[1:], dpi=dpi)
+    pyplot.close(figure)
 
-    MAX_LENGTH is a line where it is near the longest; else the legend says where it lies.
-    """
+
+def draw_lengths(path: Path, characters: list[int], tokens: list[int], max_length: int) -> None:
+    """A histogram of the conversations' lengths, in tokens if they were counted, else in characters, with MAX_LENGTH."""
     pyplot = load_pyplot()
     lengths, unit = (tokens, "tokens") if len(tokens) else (characters, "characters")
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
@@ -81,16 +85,16 @@ def draw_lengths(path: Path, characters: list[int], tokens: list[int], max_lengt
     axes.set_ylabel(f"conversations, of {len(lengths):,}")
     axes.grid(alpha=0.3)
     if len(tokens):
-        _mark_limit(axes, max(tokens), max_length)
+        longest = max(tokens)
+        if max_length <= NEAR * longest:
+            axes.axvline(max_length, color="tab:red", label=f"MAX_LENGTH {max_length:,}")
+        else:
+            axes.plot([], [], " ", label=f"longest {longest:,}, far below MAX_LENGTH {max_length:,}")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     save_figure(pyplot, figure, path)
 
 
-def _mark_limit(axes, longest, limit):
-    if limit <= NEAR * longest:
-        axes.axvline(limit, color="tab:red", label=f"MAX_LENGTH {limit:,}")
-    else:
-        axes.plot([], [], " ", label=f"longest {longest:,}, far below MAX_LENGTH {limit:,}")
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
+# ---- The comparison of models
 
 
 def plot_comparison(panels: list[Panel], models: list[str], path: Path) -> None:
@@ -136,19 +140,7 @@ def _draw_bars(axis, panel, names):
     axis.set_title(panel.title + chance, fontsize=10)
 
 
-def save_figure(
-    pyplot: ModuleType, figure: Any, path: Path, dpi: int = 120, more: Sequence[Path] = ()
-) -> None:
-    """Write a figure to `path` and to the paths in `more`, each whole and in the format of its name, and let go of it."""
-    if figure.get_layout_engine() is None:
-        figure.tight_layout()
-    for target in (path, *more):
-        with atomic_write(target, "wb") as file:
-            figure.savefig(file, format=target.suffix[1:], dpi=dpi)
-    pyplot.close(figure)
-
-
-# ---- The curves of one run
+# ---- Curves of training
 
 
 def plot_training(log: list[Entry], path: Path, title: str, best_step: int | None = None) -> None:
@@ -159,77 +151,54 @@ def plot_training(log: list[Entry], path: Path, title: str, best_step: int | Non
     log-probabilities of the chosen and the rejected answers.
     """
     pyplot = load_pyplot()
-    preference = any("reward_margin" in entry for entry in log)
+    mosaic, drawn = [["loss"], ["rate"]], [("loss", "loss", "C0")]
+    titles = {"loss": "loss"}
+    if any("reward_margin" in entry for entry in log):
+        mosaic = [["loss", "accuracy"], ["margin", "logps"], ["rate", "rate"]]
+        drawn += [("accuracy", "reward_accuracy", "C0"), ("margin", "reward_margin", "C0")]
+        drawn += [("logps", "chosen_logps", "C0"), ("logps", "rejected_logps", "C3")]
+        titles |= {"accuracy": "share of pairs with a margin above 0", "margin": "reward margin"}
+        titles["logps"] = "log-probability of the answers: chosen blue, rejected red"
+    size, heights = ((16, 9), [5, 5, 1.4]) if len(mosaic) == 3 else ((11, 6.2), [5, 1])
+    steps = [entry["step"] for entry in log]
+    room = max(0.04 * (max(steps) - min(steps)), 0.5)  # for the values beside the outermost points
     with pyplot.rc_context(TEXT):
-        if preference:
-            figure = pyplot.figure(figsize=(16, 9), layout="constrained")
-            panels = figure.subplot_mosaic(
-                [["loss", "accuracy"], ["margin", "logps"], ["rate", "rate"]], height_ratios=[5, 5, 1.4]
-            )
-            _draw_preference(panels, log, best_step)
-        else:
-            figure = pyplot.figure(figsize=(11, 6.2), layout="constrained")
-            panels = figure.subplot_mosaic([["loss"], ["rate"]], height_ratios=[5, 1])
-        _draw_quantity(panels["loss"], log, "loss", best_step)
-        panels["loss"].set_title("loss", loc="left")
+        figure = pyplot.figure(figsize=size, layout="constrained")
+        panels = figure.subplot_mosaic(mosaic, height_ratios=heights)
+        for panel, quantity, colour in drawn:
+            _draw_quantity(panels[panel], log, quantity, best_step, colour)
+            panels[panel].set_title(titles[panel], loc="left")
+        if "accuracy" in panels:
+            panels["accuracy"].set_ylim(-0.05, 1.1)
         _draw_rate(panels["rate"], log)
         for panel in panels.values():
             panel.grid(alpha=0.3)
-            panel.set_xlim(*_range_of_steps(log))
+            panel.set_xlim(min(steps) - room, max(steps) + room)
         figure.legend(*panels["loss"].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         figure.suptitle(label_text(title))
         save_figure(pyplot, figure, path)
     write_curve_csv(log, path.with_suffix(".csv"))
 
 
-def _range_of_steps(log):
-    """The same for all panels, with room for the values beside the outermost points."""
-    steps = [entry["step"] for entry in log]
-    room = max(0.04 * (max(steps) - min(steps)), 0.5)
-    return min(steps) - room, max(steps) + room
-
-
-def _draw_preference(panels, log, best_step):
-    for name, quantity, title in (
-        ("accuracy", "reward_accuracy", "share of pairs with a margin above 0"),
-        ("margin", "reward_margin", "reward margin"),
-    ):
-        _draw_quantity(panels[name], log, quantity, best_step)
-        panels[name].set_title(title, loc="left")
-    panels["accuracy"].set_ylim(-0.05, 1.1)
-    for side, colour in (("chosen", "C0"), ("rejected", "C3")):
-        _draw_quantity(panels["logps"], log, f"{side}_logps", best_step, colour)
-    panels["logps"].set_title("log-probability of the answers: chosen blue, rejected red", loc="left")
-
-
-def _draw_quantity(axis, log, name, best_step, colour="C0"):
+def _draw_quantity(axis, log, name, best_step, colour):
     """Training values, raw and smoothed, and the evaluations of one quantity as points with their values."""
     steps, values = points(log, name)
     axis.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8, label="training, each step")
-    axis.plot(
-        steps, smooth(values), color=colour, linewidth=2.2, label="training, smoothed", **_dots(len(steps))
-    )
+    smooth_line = {"color": colour, "linewidth": 2.2, "label": "training, smoothed"}
+    axis.plot(steps, smooth(values), **smooth_line, **_dots(len(steps)))
     steps, values = points(log, f"eval_{name}")
-    points_colour = "black" if colour == "C0" and name != "chosen_logps" else colour
+    points_colour = colour if "logps" in name else "black"
     axis.plot(steps, values, "o", color=points_colour, markersize=6, label="held-out rows", zorder=4)
     best = [index for index, step in enumerate(steps) if step == best_step]
     if best:
         ring = {"markersize": 15, "markerfacecolor": "none", "markeredgewidth": 2, "color": "C2", "zorder": 5}
         axis.plot(steps[best], values[best], "o", label=f"best: step {best_step:,}", **ring)
     axis.margins(y=0.18)
-    for index in _worth_a_value(len(steps), best):
+    last = len(steps) - 1
+    for index in range(len(steps)) if last < MOST_VALUES else sorted({0, *best, last}):
         text = f"{values[index]:.3g}" if abs(values[index]) >= 100 else f"{values[index]:.3f}"
         place = {"textcoords": "offset points", "ha": "center", "fontsize": 11, "color": points_colour}
         axis.annotate(text, (steps[index], values[index]), (0, 11), zorder=6, **place)
-
-
-def _dots(count):
-    """A line through one point is nothing to see: then, and for a handful, the points are drawn as well."""
-    return {"marker": ".", "markersize": 8} if count < 4 else {}
-
-
-def _worth_a_value(count, best):
-    return range(count) if count <= MOST_VALUES else sorted({0, *best, count - 1})
 
 
 def _draw_rate(axis, log):
@@ -239,6 +208,11 @@ def _draw_rate(axis, log):
     axis.set_ylim(bottom=0)
     axis.set_ylabel("rate")
     axis.set_xlabel("optimizer step; below the curves: the learning rate")
+
+
+def _dots(count):
+    """A line through one point is nothing to see: then, and for a handful, the points are drawn as well."""
+    return {"marker": ".", "markersize": 8} if count < 4 else {}
 
 
 def points(log: list[Entry], name: str) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -257,38 +231,35 @@ def smooth(values: numpy.ndarray) -> numpy.ndarray:
 
 
 def write_curve_csv(log: list[Entry], path: Path) -> None:
-    """The log as a table for a spreadsheet: a line a step, the held-out figures beside those of training."""
+    """The log as a table for a spreadsheet: one line per step, the held-out figures beside those of training."""
     steps: dict[int, Entry] = {}
     for entry in log:
         steps[entry["step"]] = steps.get(entry["step"], {}) | entry
-    names = list(dict.fromkeys(name for entry in log for name in entry))
     with atomic_write(path) as file:
-        table = csv.DictWriter(file, names, lineterminator="\n")
+        table = csv.DictWriter(
+            file, list(dict.fromkeys(name for entry in log for name in entry)), lineterminator="\n"
+        )
         table.writeheader()
         table.writerows(steps.values())
-
-
-# ---- The curves of several runs
 
 
 def plot_runs(runs: list[Run], path: Path) -> None:
     """Draw the losses of several runs over one another, to `path` (a .png) and as SVG beside it.
 
-    Against tokens trained on where every run tells how many, else against optimizer steps. DPO's loss is another quantity than
-    that of SFT and LoRA: where both are there, each has a panel.
+    Against tokens trained on if every run tells how many, else against optimizer steps. DPO's loss is another quantity than
+    that of SFT and LoRA: if both are there, each has a panel.
     """
     pyplot = load_pyplot()
-    kinds = {"loss (SFT, LoRA)": [], "DPO loss": []}
+    panels: dict[str, list] = {"loss (SFT, LoRA)": [], "DPO loss": []}
     for number, run in enumerate(runs):
         preference = any("reward_margin" in entry for entry in run.entries)
-        kinds["DPO loss" if preference else "loss (SFT, LoRA)"].append((number, run))
-    kinds = {title: members for title, members in kinds.items() if members}
+        panels["DPO loss" if preference else "loss (SFT, LoRA)"].append((number, run))
+    panels = {title: members for title, members in panels.items() if members}
     by_tokens = all(run.tokens_per_step for run in runs)
     with pyplot.rc_context(TEXT):
-        figure, [axes] = pyplot.subplots(
-            1, len(kinds), figsize=(9 * len(kinds), 6), squeeze=False, layout="constrained"
-        )
-        for axis, (title, members) in zip(axes, kinds.items()):
+        form = {"figsize": (9 * len(panels), 6), "squeeze": False, "layout": "constrained"}
+        figure, [axes] = pyplot.subplots(1, len(panels), **form)
+        for axis, (title, members) in zip(axes, panels.items()):
             for number, run in members:
                 _draw_run(axis, run, number, run.tokens_per_step if by_tokens else 1)
             axis.set_title(title, loc="left")

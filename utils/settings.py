@@ -35,32 +35,24 @@ import sys
 import textwrap
 import tokenize
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from utils.errors import UserError, complain, explain
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST = 2**32 - 1  # if a rule names no last number; numpy takes no larger seed
-WHOLE = re.compile(r"(?P<least>-?\d+), (?:-?\d+, )*\.\.\.(?: (?P<most>\d+))?")
-NUMBER = re.compile(
-    r"(?P<unset>-1 or )?(?P<above>> )?(?P<least>[\d.]+)(?: or more|(?: to|, at most) (?P<most>[\d.]+))?"
+# A number's rule: where it begins, whether that is excluded or -1 is allowed too, whole or not, and where it ends.
+RULE = re.compile(
+    r"(-1 or )?(> )?(-?[\d.]+)((?:, -?\d+)*, \.\.\.)?(?: or more)?(?:(?: to|, at most|) ([\d.]+))?"
 )
 WANTED = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
     str: "a text in quotes",
-    list: '["a list", "of texts"]',
+    list: "a list of texts",
 }
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-
-
-class Constant(NamedTuple):
-    """A constant of a settings block: its line in the script, its rule without the brackets (or ""), the rest of its comment."""
-
-    line: int
-    rule: str
-    comment: str
 
 
 class Settings:
@@ -73,9 +65,7 @@ class Settings:
         """Only asked for what is not there: a constant that was misspelt, or left out, at the top of the script."""
         if not name.isupper():
             raise AttributeError(name)
-        raise UserError(
-            f"the settings at the top of the script have no {name}{_nearest(name, self.as_dict())}"
-        )
+        raise UserError(f"the settings at the top of the script have no {name}{_nearest(name, vars(self))}")
 
     def as_dict(self) -> dict[str, Any]:
         """{name: value}, with paths inside the repository written relative to it (for printing and run.json)."""
@@ -83,14 +73,15 @@ class Settings:
 
     def show(self) -> None:
         """Print MODEL and the settings that the command line gave; with --verbose all, those marked with a star."""
-        begin, rest, star = "settings: ", ["the rest as in the script (--verbose shows all)"], ""
-        shown = {name: value for name, value in self.as_dict().items() if name in {"MODEL", *self.overridden}}
+        shown, rest = {"MODEL", *self.overridden}, "the rest as in the script (--verbose shows all)"
         if self.verbose:
-            begin, rest, star, shown = "settings (* from the command line): ", [], "*", self.as_dict()
+            shown, rest = vars(self), "(* from the command line)"
         words = [
-            f"{name}={value!r}{star if name in self.overridden else ''}" for name, value in shown.items()
+            f"{name}={value!r}{'*' * (self.verbose and name in self.overridden)}"
+            for name, value in self.as_dict().items()
+            if name in shown
         ]
-        line = begin + "  ".join(words + rest)
+        line = "settings: " + "  ".join([*words, rest])
         print(
             textwrap.fill(line, 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
         )
@@ -104,19 +95,19 @@ def read_settings(namespace: dict[str, Any], argv: list[str] | None = None, posi
     """
     script = Path(namespace["__file__"]).resolve()
     constants = read_constants(script.read_text(encoding="utf-8"))
-    kinds = {name: _kind(name, constant.rule, namespace[name]) for name, constant in constants.items()}
-    parser = _make_parser(script, namespace, constants, kinds, positional)
+    kinds = {name: _kind(name, rule, namespace[name]) for name, (_, rule, _) in constants.items()}
     words = sys.argv[1:] if argv is None else argv
-    given = vars(parser.parse_args(_switched_on(words, kinds) if positional else words))
+    if positional:  # the word after a true-or-false flag may be the model folder
+        switches = [flag_of(name) for name, kind in kinds.items() if kind is bool]
+        pairs = itertools.zip_longest(words, words[1:], fillvalue="")
+        words = [
+            f"{one}=true" if one in switches and two.lower() not in BOOLEANS else one for one, two in pairs
+        ]
+    given = vars(_make_parser(script, namespace, constants, kinds, positional).parse_args(words))
     verbose = given.pop("verbose", False)
     if "positional" in given:
         given[positional] = given.pop("positional")
-    try:
-        here, values = Path.cwd(), {}
-    except FileNotFoundError:
-        raise UserError(
-            "the folder that this was started in has been deleted; go to one that is there, with cd"
-        ) from None
+    values, here = {}, _current_folder()
     for name, (line, rule, _) in constants.items():
         label = flag_of(name) if name in given else f"{_plain(script)}, line {line}: {name}"
         value = _checked(label, given.get(name, namespace[name]), kinds[name], rule)
@@ -140,8 +131,11 @@ def command(script: str, **values: str | Path) -> str:
     return shlex.join(words)
 
 
-def read_constants(source: str) -> dict[str, Constant]:
-    """{NAME: Constant} of the settings block in a script's source text, in order. A comment goes on in indented lines below it."""
+def read_constants(source: str) -> dict[str, tuple[int, str, str]]:
+    """{NAME: (line, rule without its brackets or "", rest of the comment)} of the settings block in a script's source text.
+
+    A comment goes on in indented lines below it.
+    """
     found, name, inside = {}, "", False
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         (line, column), text = token.start, token.string
@@ -153,19 +147,15 @@ def read_constants(source: str) -> dict[str, Constant]:
             name, found[text] = text, (line, [])
         elif name and column and token.type == tokenize.COMMENT:
             found[name][1].append(text[1:].strip())
-    rule_and_rest = re.compile(r"(?:\[([^]]+)\])?\s*(.*)")
-    return {
-        name: Constant(line, *rule_and_rest.fullmatch(" ".join(comments)).groups(""))
-        for name, (line, comments) in found.items()
+    parts = {
+        name: re.match(r"(?:\[([^]]+)\])?\s*(.*)", " ".join(comment)) for name, (_, comment) in found.items()
     }
+    return {name: (found[name][0], *part.groups("")) for name, part in parts.items()}
 
 
 def flag_of(name: str) -> str:
     """MAX_LENGTH -> --max-length."""
     return "--" + name.lower().replace("_", "-")
-
-
-# ---- The command line
 
 
 class _Parser(argparse.ArgumentParser):
@@ -183,43 +173,29 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _make_parser(script, namespace, constants, kinds, positional):
-    parser = _Parser(
-        prog=f"python {_plain(script)}",
-        usage="%(prog)s [flags]",
-        description=namespace["__doc__"],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "argument_default": argparse.SUPPRESS}
+    prog, about = f"python {_plain(script)}", namespace["__doc__"]
+    parser = _Parser(prog=prog, usage="%(prog)s [flags]", description=about, allow_abbrev=False, **form)
     for name, (_, rule, comment) in constants.items():
         told = f"{f'[{rule}] ' if rule else ''}{comment} ({namespace[name]!r})".replace("%", "%%")
         form = {bool: {"nargs": "?", "const": True}, list: {"nargs": "+"}}.get(kinds[name], {})
-        metavar = {bool: "true|false", int: "N", float: "X"}.get(kinds[name], "TEXT")
-        read = functools.partial(_read, kinds[name])
-        parser.add_argument(flag_of(name), dest=name, help=told, metavar=metavar, type=read, **form)
-    parser.add_argument(
-        "--verbose", action="store_true", help="print every setting at the start, not only what was given"
-    )
+        form["metavar"] = {bool: "true|false", int: "N", float: "X"}.get(kinds[name], "TEXT")
+        form["type"] = functools.partial(_from_text, kinds[name])
+        parser.add_argument(flag_of(name), dest=name, help=told, **form)
+    parser.add_argument("--verbose", action="store_true", help="print every setting at the start")
     if positional:
         parser.add_argument("positional", nargs="?", help=argparse.SUPPRESS)
     return parser
 
 
-def _read(kind, text):
-    """The text of a flag in its type. It stays a text if it is no number or truth value: _checked refuses it then."""
+def _from_text(kind, text):
+    """A flag's text in its type. It stays a text if it is no number or truth value: _checked refuses it then."""
     try:
-        return BOOLEANS.get(text.lower(), text) if kind is bool else text if kind is list else kind(text)
+        return (
+            BOOLEANS.get(text.lower(), text) if kind is bool else kind(text) if kind in (int, float) else text
+        )
     except ValueError:
         return text
-
-
-def _switched_on(argv, kinds):
-    """argv with =true added to true-or-false flags without a value: the word after them may be the model folder."""
-    switches = {flag_of(name) for name, kind in kinds.items() if kind is bool}
-    return [
-        f"{word}=true" if word in switches and after.lower() not in BOOLEANS else word
-        for word, after in itertools.zip_longest(argv, argv[1:], fillvalue="")
-    ]
 
 
 def _nearest(word, known):
@@ -227,13 +203,18 @@ def _nearest(word, known):
     return f"; did you mean {near[0]}?" if near else ""
 
 
-# ---- Types, rules and paths
+def _current_folder():
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        gone = "the folder that this was started in has been deleted; go to one that is there, with cd"
+        raise UserError(gone) from None
 
 
 def _kind(name, rule, value):
     """The type of a constant: by its rule, else by its name, else by its value in the script."""
-    if limits := WHOLE.fullmatch(rule) or NUMBER.fullmatch(rule):
-        return int if limits.re is WHOLE else float
+    if limits := RULE.fullmatch(rule):
+        return int if limits[4] else float
     if "|" in rule or name.endswith(("_DIR", "_FILE", "MODEL")):
         return str
     if name.endswith(("FILES", "MODELS")):
@@ -243,36 +224,35 @@ def _kind(name, rule, value):
 
 def _checked(label, value, kind, rule):
     """The value of a constant or a flag, in its type; UserError if it is not what its type and its rule want."""
-    fits, hint = type(value) is kind or kind is float and type(value) is int, ""
-    wanted = rule or WANTED[kind]
-    if kind in (int, float) and rule:
-        wanted = f"{WANTED[kind]}: {rule}"
-        value, (fits, hint) = (kind(value), _within(kind(value), rule)) if fits else (value, (False, ""))
+    fits, wanted = type(value) is kind or kind is float and type(value) is int, rule or WANTED[kind]
+    if fits and kind is list:
+        fits = all(isinstance(item, str) for item in value)
     elif rule and kind is str:
         fits = value in ["" if choice == "empty" else choice for choice in rule.split(" | ")]
     elif value in ("True", "False"):
         fits, wanted = False, f"{value} without the quotes"
-    elif kind is list and fits:
-        fits = all(isinstance(item, str) for item in value)
+    elif limits := RULE.fullmatch(rule):
+        wanted = f"{WANTED[kind]}: {rule}"
+        unset, above, least, _, most = limits.groups()
+        least, most = float(least), float(most or LARGEST)
+        if fits:
+            value = kind(value)
+            fits = least <= value <= most and not (above and value == least) or value == -1 and bool(unset)
+        if (
+            not fits
+            and isinstance(value, float)
+            and least < (meant := _with_negative_exponent(value)) <= most
+        ):
+            wanted += f"; {meant:g} meant?"
     if not fits:
-        raise UserError(f"{label} is {value!r}, wanted {wanted}{hint}")
+        raise UserError(f"{label} is {value!r}, wanted {wanted}")
     return value
 
 
-def _within(value, rule):
-    """(whether a number is within the limits of its rule, what was probably meant)."""
-    limits = (WHOLE.fullmatch(rule) or NUMBER.fullmatch(rule)).groupdict()
-    least, most = float(limits["least"]), float(limits["most"] or LARGEST)
-    if (
-        value == -1
-        and limits.get("unset")
-        or least <= value <= most
-        and not (limits.get("above") and value == least)
-    ):
-        return True, ""
+def _with_negative_exponent(value):
+    """2e5 -> 2e-5; 0 for a number below 10."""
     mantissa, _, exponent = f"{value:e}".partition("e+")
-    meant = float(f"{mantissa}e-{exponent}") if exponent and isinstance(value, float) else least  # 2e5: 2e-5
-    return False, f"; {meant:g} meant?" if least < meant <= most else ""
+    return float(f"{mantissa}e-{exponent}") if int(exponent or 0) else 0.0
 
 
 def _resolve(name, value, base):
@@ -284,36 +264,27 @@ def _resolve(name, value, base):
     def folder_or_id(text):
         return str(path(text)) if text and path(text).exists() else text
 
-    if name.endswith("_FILES"):
-        return [path(item) for item in value]
-    if name.endswith(("_DIR", "_FILE")) and value:
-        whole = path(value)
-        for part in (whole, *whole.parents) if name.endswith("_DIR") else ():
+    if name.endswith(("_DIR", "_FILE")):
+        whole = path(value) if value else None
+        for part in (whole, *whole.parents) if name.endswith("_DIR") and value else ():
             if part.is_file() or part.is_symlink() and not part.exists():
                 kind = "a file" if part.is_file() else "a link to something that is not there"
                 raise UserError(f"{flag_of(name)}: {part} is {kind}, wanted a folder")
         return whole
-    if name.endswith(("_DIR", "_FILE")):
-        return None
-    if name.endswith("MODELS"):
-        return [folder_or_id(item) for item in value]
-    return folder_or_id(value) if name.endswith("MODEL") else value
+    if name.endswith("MODEL"):
+        return folder_or_id(value)
+    one = path if name.endswith("_FILES") else folder_or_id if name.endswith("MODELS") else None
+    return [one(item) for item in value] if one else value
 
 
 def _plain(value):
     """A value for printing and run.json: a path inside the repository is written relative to it."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    if (
-        isinstance(value, str | Path)
-        and str(value).startswith(str(ROOT))
-        and Path(value).is_relative_to(ROOT)
-    ):
+    inside = isinstance(value, str | Path) and str(value).startswith(str(ROOT))
+    if inside and Path(value).is_relative_to(ROOT):
         return Path(value).relative_to(ROOT).as_posix()
     return str(value) if isinstance(value, Path) else value
-
-
-# ---- Errors before main()
 
 
 def _tell(kind, error, trace):
@@ -321,11 +292,10 @@ def _tell(kind, error, trace):
     while trace.tb_next:
         trace = trace.tb_next
     file, failure = trace.tb_frame.f_code.co_filename, explain(error)
-    if isinstance(error, NameError) and trace.tb_frame.f_globals["__name__"] == "__main__":
-        line = linecache.getline(file, trace.tb_lineno).partition("#")[0].strip()
+    line = linecache.getline(file, trace.tb_lineno).partition("#")[0].strip()
+    if isinstance(error, NameError) and re.fullmatch(r"[A-Z_]+ *= *\S+", line):
         right = {"true": "True", "false": "False"}.get(error.name.lower(), f'"{error.name}"')
-        if re.fullmatch(r"[A-Z_]+ *= *\S+", line):
-            failure = f"{_plain(Path(file).resolve())}, line {trace.tb_lineno}: {line} wants {right}", 2
+        failure = f"{_plain(Path(file).resolve())}, line {trace.tb_lineno}: {line} wants {right}", 2
     if failure is None:
         return sys.__excepthook__(kind, error, trace)
     sys.exit(complain(*failure))
