@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         serve(serving, settings.HOST, settings.PORT)
     questions = [("--prompt", settings.PROMPT)] if settings.PROMPT else read_questions(sys.stdin.buffer)
     for place, question in questions:
-        options.seed(settings.SEED)  # each as if it were the only one
+        options.apply("seed", settings.SEED)  # each as if it were the only one
         answer_once(models[0], options, systems[0], place, question, settings.JSON)
 
 
@@ -128,7 +128,7 @@ def make_options(settings: Settings):
         if value != -1:
             flag = f"--{name.lower().replace('_', '-')}"
             options.apply(name.lower(), read_value(name.lower(), value, flag))
-    options.seed(settings.SEED)
+    options.apply("seed", settings.SEED)
     return options
 
 

@@ -6,10 +6,11 @@ import shutil
 import time
 
 import pytest
-from chat_helpers import Echo, damaged, plain, talk
+from chat_helpers import CPU, Echo, damaged, plain, talk
+from conftest import ROOT
 
-from utils.chat.model import ChatModel, Options, record_of
-from utils.chat.session import COMMANDS, HELP_IN_CHINESE, TYPED, Chat, Turn
+from utils.chat.model import ChatModel, Options
+from utils.chat.session import COMMANDS, TYPED, Chat, Turn
 from utils.chat.terminal import completions, goes_on, loading, read_message
 
 
@@ -239,7 +240,11 @@ def test_tab_completes_commands():
 
 
 def test_help_and_notice_in_the_language_of_the_user(chat, capsys, monkeypatch):
-    assert re.findall("^  /([a-z]+)", HELP_IN_CHINESE, re.MULTILINE) == COMMANDS
+    for file in ("help.en.txt", "help.zh.txt"):
+        listed = re.findall(
+            "^  /([a-z]+)", (ROOT / "utils/chat" / file).read_text(encoding="utf-8"), re.MULTILINE
+        )
+        assert listed == COMMANDS
     for language, said in (("zh_CN.UTF-8", "撤回上一个问题"), ("en_US.UTF-8", "take back the last question")):
         monkeypatch.delenv("LC_ALL")
         monkeypatch.setenv("LANG", language)
@@ -287,16 +292,22 @@ def test_another_model_brings_its_own_system_text_unless_one_was_given(chat, cha
     assert not chat.history.afresh and chat.history.system == "你是中医师。"
 
 
-def test_the_record_of_a_merged_or_damaged_run(tmp_path, capsys):
-    for inside in ("", "merged", "checkpoint-20", "elsewhere"):
-        (tmp_path / inside).mkdir(exist_ok=True)
-    assert record_of(str(tmp_path)) == record_of("Qwen/Qwen3-0.6B") == {}
-    (tmp_path / "run.json").write_text(json.dumps(SINGLE), encoding="utf-8")
-    for inside in ("", "merged", "checkpoint-20"):
-        assert record_of(str(tmp_path / inside)) == SINGLE
-    assert record_of(str(tmp_path / "elsewhere")) == {}
-    (tmp_path / "run.json").write_text("{", encoding="utf-8")
-    assert record_of(str(tmp_path)) == {} and "going on without it" in capsys.readouterr().err
+def test_the_record_of_a_merged_or_damaged_run(tiny_folder, tmp_path, capsys):
+    record = {"status": "finished", "identity": {}, "settings": {"MODEL": "x"}, "results": {}, **SINGLE}
+    for inside, content, expected in (
+        ("merged", json.dumps(record), record),
+        ("checkpoint-20", json.dumps(record), record),
+        ("elsewhere", json.dumps(record), {}),
+        ("merged", "{", {}),
+        ("merged", None, {}),
+    ):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}" / inside
+        shutil.copytree(tiny_folder, folder)
+        if content is not None:
+            (folder.parent / "run.json").write_text(content, encoding="utf-8")
+        assert ChatModel(str(folder), CPU).record == expected
+    told = capsys.readouterr()
+    assert told.out == "" and "run.json" in told.err
 
 
 # ---- What takes a while

@@ -1,6 +1,7 @@
 """The model of a chat: a loaded folder, the options of an answer, and the answer."""
 
-import re
+import contextlib
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -9,12 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from utils.chat.terminal import note
 from utils.device import Device
 from utils.errors import RunError, UserError
 from utils.files import show_path
 from utils.model.chat_format import encode_prompt
-from utils.model.folder import check_model, load_for_answers, load_tokenizer, read_record
+from utils.model.folder import check_model, load_for_answers, load_tokenizer, run_folder, usable_record
 from utils.model.generate import (
     AnswerReader,
     Decoding,
@@ -49,19 +49,17 @@ RULES = {
 def read_value(name: str, value: str | float, where: str) -> float:
     """`value` as setting `name` takes it. UserError, with `where` it was given, for any other."""
     rule = RULES[name]
-    try:
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
         number = rule.type(value)
-    except (ValueError, TypeError, OverflowError):
-        number = None
-    if number is None or not rule.allowed(number):
-        raise UserError(f"{where}: wanted {rule.wanted}, got {value!r}")
-    return number
+        if rule.allowed(number):
+            return number
+    raise UserError(f"{where}: wanted {rule.wanted}, got {value!r}")
 
 
 @dataclass
 class Options:
-    """Options of every answer. `thinking`: True, False or None (the folder's own mode); `decoding`: changes to the folder's
-    generation_config, by name; `stop`: texts that end an answer, and are not part of it."""
+    """Options of every answer. `thinking`: True, False or None (the folder's own mode); `stop`: texts that end an answer;
+    `decoding`: changes to the folder's generation_config, by name."""
 
     thinking: bool | None = None
     max_new_tokens: int = 2048
@@ -71,22 +69,15 @@ class Options:
     generator: torch.Generator = field(default_factory=torch.Generator)
 
     def apply(self, name: str, value: float) -> None:
-        """Change one setting to a value that read_value has passed."""
+        """Change one setting to a value that read_value has passed, or the seed to -1: any."""
         if name == "max_new_tokens":
             self.max_new_tokens = value
         elif name == "seed":
-            self.generator.manual_seed(value)
+            self.generator.seed() if value < 0 else self.generator.manual_seed(value)
         elif name == "temperature":  # 0 would divide by zero; its limit is greedy decoding
             self.decoding |= {"do_sample": True, "temperature": value} if value else {"do_sample": False}
         else:
             self.decoding[name] = value
-
-    def seed(self, seed: int) -> None:
-        """Begin the random numbers anew: with `seed`, or with any where it is negative."""
-        if seed < 0:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(seed)
 
 
 @dataclass
@@ -104,14 +95,13 @@ class Reply:
     def speed(self) -> str:
         """Tokens and speed, in words."""
         after_first = self.seconds - self.first
-        rate = ""
-        if self.tokens > 1 and after_first > 0:
-            rate = f"{(self.tokens - 1) / after_first:.1f} tokens/s, "
+        measured = self.tokens > 1 and after_first > 0
+        rate = f"{(self.tokens - 1) / after_first:.1f} tokens/s, " if measured else ""
         return f"{self.tokens} tokens, {rate}first after {self.first:.2f} s"
 
 
 class ChatModel:
-    """A loaded model folder, ready to answer. `record`: the run.json of its training, {} for a model that has none."""
+    """A loaded model folder, ready to answer. `record`: the run.json of its training, {} if it has none."""
 
     def __init__(self, folder: str, device: Device):
         check_model(folder)
@@ -123,14 +113,15 @@ class ChatModel:
             raise RunError(f"not enough memory on {device.name} for {self.name}; add --device cpu") from None
         self.stream = TokenStream(self.model, stop_tokens(self.model, self.tokenizer))
         self.context = self.model.config.max_position_embeddings
-        self.record = record_of(folder)
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers only
+            self.record = usable_record(run_folder(Path(folder))) or {}
 
     def encode(self, messages: list[dict], options: Options) -> list[int]:
         """The ids that ask for an answer to `messages`."""
         return encode_prompt(self.tokenizer, messages, options.thinking)
 
     def check_length(self, prompt: list[int]) -> None:
-        """UserError where the ids `prompt` leave no room for an answer."""
+        """UserError if the ids `prompt` leave no room for an answer."""
         if len(prompt) >= self.context:
             raise UserError(
                 f"the question has {len(prompt)} tokens with its frame; the context window takes {self.context}"
@@ -148,8 +139,8 @@ class ChatModel:
         decoding, how = self.decoding(options), "greedy"
         if decoding.do_sample:
             how = f"temperature {decoding.temperature}, top_p {decoding.top_p}, top_k {decoding.top_k}"
-        for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
-            if getattr(decoding, name) != (name == "repetition_penalty"):
+        for name, neutral in ("repetition_penalty", 1), ("presence_penalty", 0), ("frequency_penalty", 0):
+            if getattr(decoding, name) != neutral:
                 how += f", {name} {getattr(decoding, name)}"
         mode = "on" if self.thinks(options) else "off"
         mode += " (the folder's own mode)" if options.thinking is None else ""
@@ -158,63 +149,41 @@ class ChatModel:
     def answer(self, prompt: list[int], options: Options, show: Callable[[str, bool], None]) -> Reply:
         """Answer the ids `prompt`, handing the text on as it comes to show(text, thinking); Ctrl-C ends it."""
         reader, tokens, first, token, stopped = AnswerReader(self.tokenizer, prompt), 0, 0.0, None, False
+        shown, found = "", False  # of the content; whether a stop text has come
+
+        def hand_on(text, last=False):
+            nonlocal shown, found
+            if options.stop and not reader.thinking:
+                before = shown
+                shown, found = before_stop(reader.content, options.stop, last)
+                text = shown[len(before) :]
+            show(text, reader.thinking)
+
         limit = min(options.max_new_tokens, self.context - len(prompt))
-        cut = StopTexts(options.stop)
         start = time.perf_counter()
         try:
             for token in self.stream.answer(prompt, self.decoding(options), limit, options.generator):
                 tokens += 1
                 first = first or time.perf_counter() - start
-                text = reader.feed(token)
-                show(text if reader.thinking else cut.pass_on(text), reader.thinking)
-                if cut.found:
+                hand_on(reader.feed(token))
+                if found:
                     break
-            text = reader.finish()
-            show(text if reader.thinking else cut.pass_on(text, last=True), reader.thinking)
+            hand_on(reader.finish(), last=True)
         except KeyboardInterrupt:
             stopped = True
-        seconds, ended = time.perf_counter() - start, cut.found or token in self.stream.stop
-        content = cut.passed if options.stop else reader.content
+        seconds, ended = time.perf_counter() - start, found or token in self.stream.stop
+        content = shown if options.stop else reader.content
         return Reply(content, reader.reasoning, tokens, seconds, first, ended, stopped)
 
 
-class StopTexts:
-    """Ends a text before the first of some texts in it. `passed` (str): what was passed on; `found`: whether one has come."""
+def before_stop(text: str, stops: tuple[str, ...], last: bool) -> tuple[str, bool]:
+    """(the text before the first stop, True), or (the text up to what may be the beginning of one, False).
 
-    def __init__(self, stops: tuple[str, ...]):
-        self.stops, self.passed, self.held, self.found = stops, "", "", False
-
-    def pass_on(self, text: str, last: bool = False) -> str:
-        """Take the next piece of the text; return what is certainly before a stop. `last`: nothing comes after it."""
-        self.held += "" if self.found else text
-        places = [self.held.find(stop) for stop in self.stops if stop in self.held]
-        if places:
-            self.found, self.held = True, self.held[: min(places)]
-        begun = 0 if self.found or last else self._begun()
-        passed, self.held = self.held[: len(self.held) - begun], self.held[len(self.held) - begun :]
-        self.passed += passed
-        return passed
-
-    def _begun(self):
-        """How many characters at the end of `held` may be the beginning of a stop."""
-        longest = max(map(len, self.stops), default=1) - 1
-        ends = range(min(longest, len(self.held)), 0, -1)
-        return next((n for n in ends if any(stop.startswith(self.held[-n:]) for stop in self.stops)), 0)
-
-
-def record_of(folder: str) -> dict:
-    """The run.json of the training that a model folder came from, {} where there is none. A damaged one is told and not used.
-
-    It lies in the folder itself, or above: `merged/` and `checkpoint-20/` stand in the folder of their run.
+    `last`: nothing comes after the text.
     """
-    for place in (Path(folder), Path(folder).parent):
-        try:
-            record = read_record(place)
-        except UserError as error:
-            note(f"{error}; going on without it")
-            return {}
-        if record is not None:
-            return record
-        if not re.fullmatch(r"merged|checkpoint-\d+", Path(folder).name):
-            break
-    return {}
+    places = [text.find(stop) for stop in stops if stop in text]
+    if places:
+        return text[: min(places)], True
+    ends = () if last else range(max(len(text) - max(map(len, stops)), 0), len(text))
+    begun = (place for place in ends if any(stop.startswith(text[place:]) for stop in stops))
+    return text[: next(begun, len(text))], False

@@ -10,7 +10,6 @@ import functools
 import itertools
 import json
 import os
-import re
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +24,12 @@ from utils.model.chat_format import THINKING_MODES
 from utils.model.folder import find_models
 from utils.settings import ROOT
 from utils.text import localized, shorten
+
+NO_ADVICE = ("For study and research only, not medical advice.", "仅供学习和研究，不能代替医生的诊断和建议。")
+SINGLE = (
+    "(trained on single questions: each starts afresh; /history on shows it the ones before)",
+    "（模型只用单个问题训练过：每个问题都重新开始；/history on 让它看到前文）",
+)
 
 # ---- History
 
@@ -97,56 +102,24 @@ class History:
         return len(whole)
 
 
-def load_history(path: Path) -> History:
+def load_history(path: Path, afresh: bool = False) -> History:
     """The conversation in the last row of a JSONL file, as History.save writes it. UserError if it is none."""
     [row] = deque(read_jsonl(path, ["messages"]), maxlen=1)
     messages = row["messages"]
-    history = History(messages.pop(0)["content"] if messages[0]["role"] == "system" else "")
+    history = History(messages.pop(0)["content"] if messages[0]["role"] == "system" else "", afresh)
     roles = [message["role"] for message in messages]
     if roles != ["user", "assistant"] * (len(roles) // 2):
         raise UserError(f"{show_path(path)}, last line: wanted questions and answers in turn")
     for question, answer in zip(messages[::2], messages[1::2]):
-        reasoning = answer.get("reasoning_content")
-        reasoning = reasoning if isinstance(reasoning, str) else ""
+        reasoning = str(answer.get("reasoning_content") or "")
         history.turns.append(Turn(question["content"], answer["content"], reasoning, True))
     return history
 
 
 # ---- Chat
 
-
-NO_ADVICE = ("For study and research only, not medical advice.", "仅供学习和研究，不能代替医生的诊断和建议。")
-HELP = f"""\
-  /help                list these commands; also /?
-  /clear               forget the conversation, keep the system text; also /reset
-  /undo                take back the last question and its answer
-  /retry               answer the last question again
-  /system TEXT         set the system text; without TEXT remove it
-  /history on|off      off: every question starts a conversation of its own
-  /think on|off|auto   think before answering; auto: as the model folder was trained
-  /set NAME VALUE      {", ".join(RULES)}; temperature 0 is greedy
-  /save FILE.jsonl     append the conversation to FILE as a row to train on
-  /load FILE.jsonl     go on with the last conversation in FILE
-  /model FOLDER        go on with another model, by folder or number; without FOLDER list them
-  /exit                leave, as Ctrl-D does; also /bye, exit, quit
-  Several lines: {QUOTES} before and after them, or \\ at the end of a line. Tab completes a command.
-  Ctrl-C stops an answer; what there is of it stays."""
-HELP_IN_CHINESE = f"""\
-  /help                列出这些命令；也可用 /?
-  /clear               忘掉对话，保留系统提示；也可用 /reset
-  /undo                撤回上一个问题和回答
-  /retry               重新回答上一个问题
-  /system TEXT         设定系统提示；不写 TEXT 则去掉
-  /history on|off      off：每个问题都另起一段对话，不看前文
-  /think on|off|auto   先思考再回答；auto：按模型训练时的方式
-  /set NAME VALUE      {", ".join(RULES)}；temperature 0 总取最可能的词
-  /save FILE.jsonl     把对话追加到 FILE，可作训练数据
-  /load FILE.jsonl     接着 FILE 里最后一段对话
-  /model FOLDER        换一个模型（文件夹或编号）；不写则列出
-  /exit                离开，同 Ctrl-D；也可用 /bye、exit、quit
-  多行：前后各写 {QUOTES}，或在行尾写 \\。Tab 补全命令。
-  Ctrl-C 停止回答，已有的部分保留。"""
-COMMANDS = re.findall("^  /([a-z]+)", HELP, re.MULTILINE)
+# help.en.txt says what they do
+COMMANDS = "help clear undo retry system history think set save load model exit".split()
 OTHER_NAMES = {"?": "help", "reset": "clear", "bye": "exit", "quit": "exit"}
 TYPED = [f"/{name}" for name in (*COMMANDS, *OTHER_NAMES)]  # as Tab completes them
 
@@ -171,12 +144,7 @@ class Chat:
         if not self.history_is_given:
             self.history.afresh = self.chat_model.record.get("conversations") == "single"
             if self.history.afresh:
-                note(
-                    localized(
-                        "(trained on single questions: each starts afresh; /history on shows it the ones before)",
-                        "（模型只用单个问题训练过：每个问题都另起一段对话；/history on 让它看到前文）",
-                    )
-                )
+                note(localized(*SINGLE))
 
     def run(self) -> None:
         """Read and answer until Ctrl-D or /exit. Ctrl-C at any point only ends what is being done."""
@@ -243,7 +211,8 @@ class Chat:
     # ---- commands: each takes the text after its name
 
     def _help(self, text):
-        note(localized(HELP, HELP_IN_CHINESE))
+        path = Path(__file__).with_name(localized("help.en.txt", "help.zh.txt"))
+        note(path.read_text(encoding="utf-8").rstrip().format(settings=", ".join(RULES)))
 
     def _clear(self, text):
         self.history, self.unanswered = History(self.history.system, self.history.afresh), ""
@@ -304,9 +273,7 @@ class Chat:
 
     def _load(self, text):
         path = _jsonl_path("/load", text)
-        afresh = self.history.afresh
-        self.history, self.unanswered = load_history(path), ""
-        self.history.afresh = afresh
+        self.history, self.unanswered = load_history(path, self.history.afresh), ""
         turns = self.history.turns
         last = f"; the last question: {shorten(turns[-1].question)}" if turns else ""
         note(f"({_turns(len(turns))} from {show_path(path)}{last})")
@@ -320,7 +287,7 @@ class Chat:
             return
         if text.isdecimal() and 1 <= int(text) <= len(found):
             text = str(found[int(text) - 1])
-        folder = next((path for path in (_user_path(text), ROOT / text) if path.exists()), text)
+        folder = next((path for path in (Path(os.path.expanduser(text)), ROOT / text) if path.exists()), text)
         loading(show_path(folder))
         chat_model = self.load(str(folder))
         # This renders its template: a broken one is told now, not at every question.
@@ -334,15 +301,8 @@ def _turns(count):
     return f"{count} turn{'s' * (count != 1)}"
 
 
-def _user_path(text):
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:  # ~somebody who is not there
-        raise UserError(f"{text}: {error}") from None
-
-
 def _jsonl_path(command, text):
-    path = _user_path(text)
+    path = Path(os.path.expanduser(text))
     if path.suffix != ".jsonl":
         raise UserError(f"{command} needs the name of a .jsonl file, as in {command} my_chats.jsonl")
     return path
@@ -361,11 +321,11 @@ def greet(chat_models: list[ChatModel], options: Options, device: Device) -> Non
 
 def trained_system(chat_model: ChatModel) -> str:
     """The system text that nearly all rows of the model's training shared, which is said; "" if they shared none."""
-    system = chat_model.record.get("system")
-    if not isinstance(system, str) or not system:
-        return ""
-    told = localized("the system text of its training is used", "使用训练时的系统提示")
-    note(f"({told}: {shorten(system)})")
+    system = chat_model.record.get("system") or ""
+    if system:
+        note(
+            f"({localized('the system text of its training is used', '使用训练时的系统提示')}: {shorten(system)})"
+        )
     return system
 
 

@@ -373,6 +373,12 @@ def read_record(folder: str | Path, fields: dict[str, type] | None = None) -> di
     return record
 
 
+def run_folder(folder: Path) -> Path:
+    """The training folder that a model folder belongs to: itself, or the one above merged/ or a checkpoint."""
+    inside = folder.name == "merged" or folder.name.startswith("checkpoint-")
+    return folder.parent if inside and not (folder / RECORD).is_file() else folder
+
+
 def usable_record(folder: str | Path) -> dict[str, Any] | None:
     """The record of a training folder; None if it has none, or a damaged one, which is said: for what can do without."""
     try:

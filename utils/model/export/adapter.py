@@ -8,8 +8,8 @@ import torch
 
 from utils.errors import UserError
 from utils.files import read_json, show_path, write_json
-from utils.model.export.source import Export, Source, run_folder, save_tokenizer
-from utils.model.folder import adapter_base
+from utils.model.export.source import Export, Source, save_tokenizer
+from utils.model.folder import adapter_base, run_folder
 
 PRECISIONS = ("",)  # as it was trained
 

@@ -15,6 +15,7 @@ from utils.model.folder import (
     adapter_base,
     load_model,
     load_tokenizer,
+    run_folder,
     usable_record,
     write_config_for_other_tools,
 )
@@ -79,12 +80,6 @@ def load_source(folder: Path) -> Source:
     # the flag follows the weights: transformers 4 would drop a head of its own if this said that it is the embedding
     model.config.tie_word_embeddings = model.lm_head.weight is model.get_input_embeddings().weight
     return Source(folder, model, tokenizer, thinking, runs, base, system if isinstance(system, str) else "")
-
-
-def run_folder(folder: Path) -> Path:
-    """The training folder that a model folder belongs to: itself, or the one above merged/ or a checkpoint."""
-    inside = folder.name == "merged" or folder.name.startswith("checkpoint-")
-    return folder.parent if inside and not (folder / "run.json").is_file() else folder
 
 
 def training_history(folder: Path) -> tuple[list[dict], str]:
