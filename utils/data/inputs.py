@@ -4,6 +4,7 @@ A file may be packed (.gz, .zip). An InputFile is one file of rows: a plain file
 """
 
 import gzip
+import itertools
 import re
 import zipfile
 import zlib
@@ -21,29 +22,24 @@ NOT_READ = {
     ".md": "a text for people",
     ".xls": "an old Excel file: save it as .xlsx",
 }
-LONGEST_PIECE = 1 << 20  # bytes of a line that are looked at together
 ENCODING_LINES = 1000  # non-ASCII lines looked at to tell UTF-8 from GB18030
 BOM = b"\xef\xbb\xbf"
 
 # Files that `datasets` writes beside its .arrow files to describe them.
 DESCRIPTIONS = ("dataset_info.json", "state.json", "dataset_dict.json")
 
-# What a file is that begins with these bytes, whatever its name says, and what to do.
+# First bytes of a file that is something else than its name says: what it is and what to do, and the endings that it may have.
 FIRST_BYTES = (
-    (rb"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull` where it was cloned"),
-    (rb"\s*<(?i:!doctype html|html|head)", "a web page, not the file: download it again, after signing in if need be"),
-    (rb"\s*<\?xml", "XML: save it as .jsonl or .csv"),
-    (rb"\xd0\xcf\x11\xe0", "an old Excel file: save it as .xlsx"),
-    (rb"%PDF", "a PDF: save its rows as .jsonl or .csv"),
-    (rb"\xff\xfe|\xfe\xff", "UTF-16: save it as UTF-8"),
+    (rb"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull` where it was cloned", ()),
+    (rb"\s*<(?i:!doctype html|html|head)", "a web page, not the file: sign in where it lies and download it again", ()),
+    (rb"\s*<\?xml|%PDF", "XML or a PDF: save its rows as .jsonl or .csv", ()),
+    (rb"\xd0\xcf\x11\xe0", "an old Excel file: save it as .xlsx", ()),
+    (rb"\xff\xfe|\xfe\xff", "UTF-16: save it as UTF-8", ()),
+    (rb"PK\x03\x04", "a .zip or .xlsx file under another name: rename it", (".zip", ".xlsx")),
+    (rb"PAR1", "a .parquet file under another name: rename it", (".parquet",)),
+    (rb"ARROW1", "an .arrow file under another name: rename it", (".arrow",)),
+    (rb"\x1f\x8b", "a .gz file under another name: rename it", ()),
 )  # fmt: skip
-# Packed forms and tables by their first bytes; a file that has them needs one of these endings.
-ENDING_OF_BYTES = {
-    b"PK\x03\x04": (".zip", ".xlsx"),
-    b"PAR1": (".parquet",),
-    b"ARROW1": (".arrow",),
-    b"\x1f\x8b": (".gz",),
-}
 
 EVALUATION = set(
     "test testset valid validation validset val dev devset eval evalset evaluation heldout".split()
@@ -56,7 +52,8 @@ _TRAINING = re.compile("^train|^训练|训练集?$")
 _BESIDE = set("set data dataset split file part final".split())
 
 # What goes wrong in the middle of an archive.
-DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile)
+# A locked one raises RuntimeError, one of an unknown packing NotImplementedError.
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, RuntimeError, NotImplementedError)
 
 
 class InputFile(NamedTuple):
@@ -77,123 +74,93 @@ class InputFile(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes of the file unpacked, about: what a .gz of more than 4 GB says of itself is too little."""
-        packed = self.path.stat().st_size
         if self.member:
             return zipfile.ZipFile(self.path).getinfo(self.member).file_size
+        packed = self.path.stat().st_size
         if self.path.suffix.lower() != ".gz":
             return packed
-        with open(self.path, "rb") as file:
-            file.seek(max(packed - 4, 0))
-            return max(int.from_bytes(file.read(4), "little"), packed)
+        return max(packed, int.from_bytes(self.path.read_bytes()[-4:], "little"))
 
     def open_bytes(self) -> IO[bytes]:
-        """The file, unpacked. UserError where the archive is damaged or locked."""
-        try:
-            if self.member:
-                return zipfile.ZipFile(self.path).open(self.member)
-            if self.path.suffix.lower() == ".gz":
-                return gzip.open(self.path)
-        except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-            raise UserError(f"{show_path(self.path)} cannot be unpacked ({error})") from None
-        return open(self.path, "rb")
-
-
-class Skipped(NamedTuple):
-    """A file or folder that lies in a folder given, and is not read."""
-
-    name: str
-    reason: str
+        """The file, unpacked; raises one of DAMAGED."""
+        if self.member:
+            return zipfile.ZipFile(self.path).open(self.member)
+        return gzip.open(self.path) if self.path.suffix.lower() == ".gz" else open(self.path, "rb")
 
 
 def find_input_files(
     inputs: list[Path], made_by: str, by_name: bool = True
-) -> tuple[list[InputFile], list[Skipped]]:
-    """The data files among `inputs` (files, or folders of them), each once, and what is skipped.
+) -> tuple[list[InputFile], list[tuple[str, str]]]:
+    """The data files among `inputs` (files, or folders of them), each once, and (name, reason) of what is skipped in folders.
 
     UserError names `made_by`, the command that makes data. `by_name`: files in a folder, and folders in it, that are named
     as test or validation sets are evaluation; a file that is given by its own name is what the user says it is.
     """
-    found, skipped = [], []
+    found, skipped = {}, []
     for given in inputs:
-        if given.is_dir():
-            for path in sorted(given.iterdir()):
-                for name, file in _files_in(path, skipped):
-                    split = "eval" if by_name and any(map(says_evaluation, Path(name).parts)) else ""
-                    found += _input_files(file, name, split, skipped)
-        elif not given.exists():
+        if not given.exists():
             raise UserError(f"{show_path(given)} does not exist; make it with: {made_by}")
-        elif why := _not_data(given):
+        if not given.is_dir() and (why := _not_data(given)):
             endings = ", ".join(DATA_ENDINGS)
             raise UserError(f"{show_path(given)}: {why}; wanted {endings}, or such a file as .gz or .zip")
-        else:
-            found += _input_files(given, given.name, "", skipped)
+        for name, path in _listed(given) if given.is_dir() else [(given.name, given)]:
+            why = _not_data(path)
+            held_out = by_name and given.is_dir() and any(map(says_evaluation, Path(name).parts))
+            if why:
+                skipped.append((name, why))
+            elif path.suffix.lower() == ".zip":
+                for member in _members(path):
+                    whole, inside = f"{name}/{member}", Path(member)
+                    if why := _not_data(inside) or (
+                        "" if inside.suffix in TEXT_ENDINGS else "unpack it first"
+                    ):
+                        skipped.append((whole, why))
+                    else:
+                        split = "eval" if held_out or any(map(says_evaluation, inside.parts)) else ""
+                        found[path.resolve(), member] = InputFile(path, whole, split, member)
+            else:
+                found[path.resolve(), ""] = InputFile(path, name, "eval" if held_out else "")
     if not found:
         places = ", ".join(map(show_path, inputs))
         there = f" (there: {'; '.join(f'{name}, {why}' for name, why in skipped[:3])})" if skipped else ""
-        raise UserError(
-            f"no data file ({', '.join(DATA_ENDINGS)}) in {places}{there}; make one with: {made_by}"
-        )
-    for file in found:
-        if re.search("[\ud800-\udfff]", file.name):
-            raise UserError(
-                f"{ascii(file.name)}: the file's name is not UTF-8; rename it and run the same command again"
-            )
-    found = list({(file.path.resolve(), file.member): file for file in found}.values())
-    return [file._replace(encoding=detect_encoding(file)) for file in found], skipped
+        endings = ", ".join(DATA_ENDINGS)
+        raise UserError(f"no data file ({endings}) in {places}{there}; make one with: {made_by}")
+    return [file._replace(encoding=detect_encoding(file)) for file in found.values()], skipped
 
 
-def _files_in(path, skipped) -> Iterator[tuple[str, Path]]:
-    """(name, file) of a data file in a folder given; of a folder there that is named as a split, its data files."""
-    if path.name.startswith(".") or path.name.endswith(".source.json"):
-        return
-    if path.is_dir():
-        if says_evaluation(path.name) or path.name.lower() == "train":
-            for file in sorted(path.iterdir()):
-                if not file.is_dir() and not file.name.startswith("."):
-                    yield from ((f"{path.name}/{name}", same) for name, same in _files_in(file, skipped))
+def _listed(folder, prefix="") -> Iterator[tuple[str, Path]]:
+    """(name, path) of what lies in a folder given; of a folder there that is named as a split, what lies in it."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name.endswith(".source.json"):
+            continue
+        if path.is_dir() and not prefix and (says_evaluation(path.name) or path.name.lower() == "train"):
+            yield from _listed(path, f"{path.name}/")
         else:
-            skipped.append(
-                Skipped(f"{path.name}/", "a folder in the folder: name it after --input-files too")
-            )
-    elif why := _not_data(path):
-        skipped.append(Skipped(path.name, why))
-    else:
-        yield path.name, path
+            yield f"{prefix}{path.name}{'/' if path.is_dir() else ''}", path
 
 
 def _not_data(path):
     """Why a file is not read, or ""."""
     name = path.name.lower()
     ending = Path(name.removesuffix(".gz")).suffix
-    if ending in NOT_READ:
-        return NOT_READ[ending]
+    if path.is_dir():
+        return "a folder in the folder: name it after --input-files too"
     if name in DESCRIPTIONS and (next(path.parent.glob("*.arrow"), None) or name == "dataset_dict.json"):
         return "describes a data set, holds no rows"
-    if ending in DATA_ENDINGS or name.endswith(".zip"):
-        return "" if ending in TEXT_ENDINGS or not name.endswith(".gz") else "unpack it first"
-    return f"cannot read {path.suffix or 'a file without extension'}"
+    if ending not in DATA_ENDINGS and not name.endswith(".zip"):
+        return NOT_READ.get(ending, f"cannot read {path.suffix or 'a file without extension'}")
+    return "unpack it first" if name.endswith(".gz") and ending not in TEXT_ENDINGS else ""
 
 
-def _input_files(path, name, split, skipped):
-    if path.suffix.lower() != ".zip":
-        return [InputFile(path, name, split)]
-    refuse_other_bytes(InputFile(path, name))
+def _members(path):
+    """The names of the files in a .zip."""
+    refuse_other_bytes(InputFile(path, path.name))
     try:
         with zipfile.ZipFile(path) as archive:
-            members = [member for member in archive.namelist() if not member.endswith("/")]
+            names = [name for name in archive.namelist() if not name.endswith("/")]
     except zipfile.BadZipFile as error:
         raise UserError(f"{show_path(path)} is not a whole .zip file ({error})") from None
-    found = []
-    for member in members:
-        parts = Path(member).parts
-        if parts[0] == "__MACOSX" or parts[-1].startswith("."):
-            continue
-        if Path(member).suffix.lower() not in TEXT_ENDINGS:
-            skipped.append(Skipped(f"{name}/{member}", _not_data(Path(member)) or "unpack it first"))
-            continue
-        says = split or ("eval" if any(map(says_evaluation, parts)) else "")
-        found.append(InputFile(path, f"{name}/{member}", says, member))
-    return found
+    return [name for name in names if not re.match(r"__MACOSX/|(.*/)?\.", name)]
 
 
 def says_evaluation(name: str) -> bool:
@@ -211,12 +178,9 @@ def refuse_other_bytes(file: InputFile) -> None:
     """UserError where the first bytes of a file say that it is something else than its name says."""
     with file.open_bytes() as opened:
         start = opened.read(64)
-    for pattern, what in FIRST_BYTES:
-        if re.match(pattern, start):
+    for pattern, what, endings in FIRST_BYTES:
+        if re.match(pattern, start) and (file.member or file.ending not in endings):
             raise UserError(f"{show_path(file.path)} is {what}; then run the same command again")
-    for begins, endings in ENDING_OF_BYTES.items():
-        if start.startswith(begins) and (file.ending not in endings or file.member):
-            raise UserError(f"{show_path(file.path)} is a {endings[-1]} file under another name: rename it")
 
 
 def detect_encoding(file: InputFile) -> str:
@@ -230,24 +194,22 @@ def detect_encoding(file: InputFile) -> str:
         if file.ending not in TEXT_ENDINGS:
             return file.ending[1:]
         with file.open_bytes() as lines:
-            return "utf-8-sig" if lines.read(3) == BOM else _encoding_of(lines)
+            seen = list(itertools.islice((line for line in lines if not line.isascii()), ENCODING_LINES))
     except DAMAGED as error:
         raise UserError(f"{show_path(file.path)} cannot be unpacked ({error})") from None
+    if seen and seen[0].startswith(BOM):
+        return "utf-8-sig"
+    failing = {
+        encoding: sum(not _decodes(line, encoding) for line in seen) for encoding in ("utf-8", "gb18030")
+    }
+    return (
+        "gb18030" if 2 * failing["utf-8"] > len(seen) and failing["gb18030"] < failing["utf-8"] else "utf-8"
+    )
 
 
-def _encoding_of(lines):
-    """ "utf-8" or "gb18030" for an open file whose first three bytes, which are no BOM, have been read."""
-    lines.seek(0)
-    seen, failing = 0, {"utf-8": 0, "gb18030": 0}
-    for line in iter(lambda: lines.readline(LONGEST_PIECE), b""):
-        if line.isascii():
-            continue
-        seen += 1
-        for encoding in failing:
-            try:
-                line.decode(encoding)
-            except UnicodeDecodeError:
-                failing[encoding] += 1
-        if seen == ENCODING_LINES:
-            break
-    return "gb18030" if 2 * failing["utf-8"] > seen and failing["gb18030"] < failing["utf-8"] else "utf-8"
+def _decodes(line, encoding):
+    try:
+        line.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -36,9 +36,6 @@ ROW_LISTS = (
 _SPACE = re.compile(r"\s*")
 _BETWEEN = re.compile(r"[\s,]*")
 _SURROGATES = re.compile("[\udc80-\udcff]")
-_WRAPPED = re.compile(
-    r'\{\s*(?:"[^"]*"\s*:\s*(?:"[^"]*"|[\w.+-]+)\s*,\s*)*"([^"]*)"\s*:\s*\[\s*(?:[{\[\]]|$)'
-)
 _LENIENT = json.JSONDecoder(strict=False, parse_int=str)  # finds where an element ends; parse_row judges it
 
 
@@ -143,98 +140,81 @@ def _whole_json(file):
 def _values(text, file):
     """(start, raw row) of every row in the JSON values that stand in a text one after the other."""
     at = _SPACE.match(text).end()
-    wrapper = _WRAPPED.match(text, at)
-    if wrapper and wrapper[1].lower() not in ROW_LISTS:
-        at = yield from _wrapped_rows(text, at, file)
     while at < len(text):
         if text[at] == "[":
-            at = yield from _array_rows(text, at, file)
+            at = _SPACE.match(text, at + 1).end()
+            while text[at : at + 1] != "]":
+                start, (_, at) = at, _LENIENT.raw_decode(text, at)
+                yield from ((start, raw) for raw in _unnested(text[start:at], file.encoding))
+                end, at = _SPACE.match(text, at).end(), _BETWEEN.match(text, at).end()
+                if text[end : end + 1] not in (",", "]"):
+                    raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+            at += 1
         else:
             start, (_, at) = at, _LENIENT.raw_decode(text, at)
-            yield from ((start, raw) for raw in _rows_in_columns(text[start:at], file.encoding))
+            yield from ((start, raw) for raw in _rows_of_object(text[start:at], file))
         at = _BETWEEN.match(text, at).end()
-
-
-def _array_rows(text, at, file, split=""):
-    """Yield (start, raw row) for the elements of the array that begins at `at`; returns where it ends."""
-    at = _SPACE.match(text, at + 1).end()
-    while text[at : at + 1] != "]":
-        start, (_, at) = at, _LENIENT.raw_decode(text, at)
-        for raw in _unnested(text[start:at], file.encoding):
-            try:
-                yield start, {"split": split} | parse_row(raw, file.encoding) if split else raw
-            except Reject as problem:
-                yield start, problem
-        end = _SPACE.match(text, at).end()
-        at = _BETWEEN.match(text, at).end()
-        if text[end : end + 1] not in (",", "]"):
-            raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
-    return at + 1
-
-
-def _wrapped_rows(text, at, file):
-    """Yield the rows of {"data": [...]}, which under "test" say their split with that; returns where the object ends."""
-    at = _SPACE.match(text, at + 1).end()
-    while text[at : at + 1] != "}":
-        key, at = _LENIENT.raw_decode(text, at)
-        colon = re.compile(r"\s*:\s*").match(text, at)
-        if not colon:
-            raise json.JSONDecodeError("Expecting ':' delimiter", text, at)
-        if text[colon.end() : colon.end() + 1] == "[":
-            split = "eval" if says_evaluation(str(key)) and not file.split else ""
-            at = yield from _array_rows(text, colon.end(), file, split)
-        else:
-            at = _LENIENT.raw_decode(text, colon.end())[1]
-        at = _BETWEEN.match(text, at).end()
-    return _BETWEEN.match(text, at + 1).end()
 
 
 def _unnested(text, encoding):
-    """The rows in a list that stands where a row should: of objects each, of turns or texts one conversation."""
+    """The rows in the text of a list that stands where a row should; else the text."""
+    if text[:1] not in ("[", b"["):
+        return [text]
     try:
         rows = _DECODER.decode(text.decode(encoding) if isinstance(text, bytes) else text)
     except (ValueError, RecursionError, Reject):
         return [text]
-    if not isinstance(rows, list) or not rows:
-        return [text]
-    if all(isinstance(row, str) for row in rows):
+    return _rows_of_list(rows) or [text]
+
+
+def _rows_of_list(rows):
+    """The rows in a list: objects are a row each, turns or texts one conversation; [] where it holds anything else."""
+    if rows and all(isinstance(row, str) for row in rows):
         return [{"messages": rows}]
     if not all(isinstance(row, dict) for row in rows):
-        return [text]
-    return [{"messages": rows}] if all("role" in row or "from" in row for row in rows) else rows
+        return []
+    return [{"messages": rows}] if rows and all("role" in row or "from" in row for row in rows) else rows
 
 
-def _rows_in_columns(text, encoding):
-    """The rows of {"question": [...], "answer": [...]}, of columns by row number, and of rows by name; else the object."""
+def _rows_of_object(text, file):
+    """The rows of {"data": [...]} (those under "test" say their split with that), of columns ({"question": [...], ...}, as
+    pandas writes them also by row number), and of rows by name; else the text."""
     try:
-        value = parse_row(text, encoding)
-    except Reject as problem:
-        return [problem]
+        value = parse_row(text, file.encoding)
+    except Reject:
+        return [text]
     columns = list(value.values())
+    wrapped = {key: rows for key, rows in value.items() if isinstance(rows, list) and rows}
+    wrapped = {
+        key: rows for key, rows in wrapped.items() if all(isinstance(row, dict | list) for row in rows)
+    }
+    if wrapped and not set(map(str.lower, wrapped)) & set(ROW_LISTS):
+        found = []
+        for key, rows in wrapped.items():
+            split = {"split": "eval"} if says_evaluation(key) and not file.split else {}
+            for many in rows if isinstance(rows[0], list) else [rows]:
+                found += [split | row for row in _rows_of_list(many)]
+        return found
     if len(columns) > 1 and all(isinstance(column, list) for column in columns):
-        alike = len({len(column) for column in columns}) == 1
-        if alike and not any(isinstance(cell, dict | list) for column in columns for cell in column):
+        if len(set(map(len, columns))) == 1:
             return [dict(zip(value, cells)) for cells in zip(*columns)]
     if len(columns) > 1 and all(isinstance(column, dict) for column in columns):
-        if len({tuple(column) for column in columns}) == 1:
-            numbers = list(columns[0])
-            if not all(name.isdecimal() for name in numbers):
+        if len(set(map(tuple, columns))) == 1:
+            if not all(map(str.isdecimal, columns[0])):
                 return columns
-            return [{name: column[number] for name, column in value.items()} for number in numbers]
-    return [value]
+            return [{name: column[number] for name, column in value.items()} for number in columns[0]]
+    return [text]
 
 
-def _csv_rows(file, delimiter=","):
+def _csv_rows(file):
     with _open_text(file, "") as opened:
         header = next((line for line in iter(opened.readline, "") if line.strip()), "")
-        if delimiter not in header:  # a .csv that is separated by tabs or semicolons
-            delimiter = next((sign for sign in "\t;," if sign in header), delimiter)
+        signs = (
+            "\t,;" if file.ending == ".tsv" else ",\t;"
+        )  # some files are separated in another way than they say
+        delimiter = next((sign for sign in signs if sign in header), signs[0])
         opened.seek(0)
         yield from _under_names(_csv_records(opened, delimiter, header.count(delimiter)), file)
-
-
-def _tsv_rows(file):
-    return _csv_rows(file, "\t")
 
 
 def _csv_records(opened, delimiter, delimiters):
@@ -278,14 +258,9 @@ def _csv_records(opened, delimiter, delimiters):
 
 def _xlsx_rows(file):
     """The rows of all sheets, each under the first row of its sheet."""
-    try:
-        import openpyxl
-        from openpyxl.utils.exceptions import InvalidFileException
-    except ImportError:
-        raise UserError(
-            f"{show_path(file.path)}: .xlsx is read with openpyxl, which is not installed; "
-            "install it with: pip install openpyxl (or save the table as .csv, UTF-8)"
-        ) from None
+    import openpyxl
+    from openpyxl.utils.exceptions import InvalidFileException
+
     try:
         book = openpyxl.load_workbook(file.path, read_only=True, data_only=True)
     except (zipfile.BadZipFile, InvalidFileException, KeyError, ValueError, OSError) as error:
@@ -362,12 +337,8 @@ def _arrow_rows(file):
         with pyarrow.OSFile(str(file.path)) as opened:
             if file.ending == ".parquet":
                 batches = pyarrow.parquet.ParquetFile(opened).iter_batches(batch_size=PARQUET_ROWS)
-            else:  # `datasets` writes streams, others files
-                start = opened.read(6)
-                opened.seek(0)
-                whole = start == b"ARROW1"
-                reader = pyarrow.ipc.open_file(opened) if whole else pyarrow.ipc.open_stream(opened)
-                batches = map(reader.get_batch, range(reader.num_record_batches)) if whole else reader
+            else:  # a stream, as `datasets` writes it
+                batches = pyarrow.ipc.open_stream(opened)
             number = 0
             for batch in batches:
                 for index in range(batch.num_rows):
@@ -391,6 +362,6 @@ def _arrow_row(one):
 
 
 _READERS = {
-    **{".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".tsv": _tsv_rows},
+    **{".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".tsv": _csv_rows},
     **{".parquet": _arrow_rows, ".arrow": _arrow_rows, ".xlsx": _xlsx_rows},
 }

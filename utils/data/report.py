@@ -10,7 +10,7 @@ import numpy
 
 from utils.data.convert import Recognised
 from utils.data.dedup import EVAL, TRAIN, Row, mixed
-from utils.data.inputs import InputFile, Skipped
+from utils.data.inputs import InputFile
 from utils.data.schemas import OUTPUTS
 from utils.files import sha256_of
 from utils.model.chat_format import encode_turns
@@ -48,7 +48,7 @@ def sample_examples(found: Recognised, count: int, seed: int) -> list[dict]:
 
 def build_report(
     sources: list[InputFile],
-    skipped: list[Skipped],
+    skipped: list[tuple[str, str]],
     found: Recognised,
     written: Counter,
     examples: list[dict],
