@@ -15,6 +15,7 @@ from utils.data.messages import (
     in_order,
     marked_turns,
     not_learnt,
+    question_of,
     system_message,
     text_of,
     trimmed,
@@ -52,7 +53,8 @@ def _exam_in(row, asked, answered):
     letters = letters_alone(answered)
     stem, listed = options_in(asked if "\n" in asked else asked.replace("\\n", "\n")) if letters else ("", {})
     if listed:
-        return exam_item(Fields({"question": stem, "options": listed, "answer": letters})) | subject_of(row)
+        item = exam_item(Fields({"question": stem, "options": listed, "answer": letters}))
+        return item | {"subject": subject_of(row)}
     if letters and list(letters) == sorted(letters):
         raise Reject("an option letter without its options", f"the answer is {answered}")
     return None
@@ -150,12 +152,9 @@ def _pair(row, schema, prompt, chosen, rejected):
 def _preference_prompt(row):
     """The turns before the two answers, as far as they have a field of their own."""
     for name in ("conversations", "messages", "prompt"):
-        if name == "conversations" and name in row or isinstance(row.peek(name), list):
+        if name == "conversations" and name in row.names or isinstance(row.peek(name), list):
             return turns_of(row.get(name), name, row)
-    names = ("prompt", "question", "instruction", "query", "input")
-    name = next((name for name in names if row.peek(name) is not None), "prompt")
-    more = text_of(row, "input", "question", optional=True) if name == "instruction" else ""
-    asked = "\n".join(filter(None, [text_of(row, name, "question", optional=True), more]))
+    asked = question_of(row, ("prompt", "question", "instruction", "query", "input"), optional=True)
     return [{"role": "user", "content": asked}] if asked else []
 
 

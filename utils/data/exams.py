@@ -1,12 +1,12 @@
 """Exam items: single choice, multiple choice and true or false, in the forms in which exams are published."""
 
 import ast
+import contextlib
 import functools
-import json
 import re
 import unicodedata
 
-from utils.data.messages import Fields, Reject, is_empty, text_of
+from utils.data.messages import Fields, Reject, is_empty, question_of, text_of
 
 LETTERS = "ABCDEFGHIJ"
 SINGLE, MULTIPLE, TRUE_FALSE = "single", "multiple", "true_false"  # `kind` of an item; single is not written
@@ -21,6 +21,10 @@ ANSWERS = (
     *("answerkey", "answer_key", "cop", "正确答案", "标准答案", "参考答案", "正确选项", "ans", "correct"),
     *("right_option", "answer_text", "key", "gold", "target", "output", "response", "completion", "label"),
 )
+
+# Fields of an option that is an object of its own.
+_KEYS = ("key", "label", "letter", "option", "id", "name")
+_TEXTS = ("value", "text", "content", "option_text", "option", "description")
 
 _SIGN = r"\s*[.．、:：)）\]】]\s*"
 _OPTION = r"[(（\[【]?([A-J])"
@@ -85,24 +89,20 @@ def exam_item(row: Fields, first_option: int | None = None) -> dict:
     (choices: {text, label}), MedMCQA (opa to opd) and options as a text. `first_option`: the number of the first option
     where answers are numbers (None: not known; then 0 for a number that belongs to a list, else 1).
     """
-    question = _question(row)
+    question = question_of(row, QUESTIONS)
     options, lettered = _options(row)
     if options and all(letters_alone(text) == letter for letter, text in options.items()):
         question, options = options_in(question)  # only letters are listed, the options stand in the question
-    words = {_plain(option).upper() for option in options.values()}
-    judged = len(options) == 2 and words & RIGHT and words & WRONG
+    words = {_plain(option) for option in options.values()}
     asked_as = str(row.get("question_type") or "")
-    true_false = bool(judged) or "判断" in asked_as
+    true_false = "判断" in asked_as or len(options) == 2 and words & RIGHT and words & WRONG
     if true_false and not options:
         options = {"A": "正确", "B": "错误"}
     if len(options) < 2:
         raise Reject("missing or empty options", f"{len(options)} options")
     name = next((name for name in ANSWERS if row.peek(name) is not None), "")
     if not name:
-        fields = ", ".join(map(str, row.row))
-        raise Reject(
-            "exam question without an answer", f"no field is known to name the right option: {fields}"
-        )
+        raise Reject("exam question without an answer", f"fields: {', '.join(map(str, row.row))}")
     given = row.get(name)
     if name in COUNTED_FROM_0:
         row.get("answer")  # the same answer as a text
@@ -110,28 +110,20 @@ def exam_item(row: Fields, first_option: int | None = None) -> dict:
         from_1 = name not in COUNTED_FROM_0 and (lettered or not isinstance(given, int | float))
         first_option = int(from_1 and given not in (0, "0"))
     answer = _answer(given, options, first_option)
-    kind = TRUE_FALSE if true_false else SINGLE
-    if len(answer) > 1 or "多" in asked_as or row.peek("kind") == MULTIPLE:
-        kind = MULTIPLE
+    several = len(answer) > 1 or "多" in asked_as or row.peek("kind") == MULTIPLE
+    kind = MULTIPLE if several else TRUE_FALSE if true_false else SINGLE
     if row.peek("kind") == kind:
         row.get("kind")
-    item = {"question": question, "options": options, "answer": answer, **subject_of(row)}
+    item = {"question": question, "options": options, "answer": answer, "subject": subject_of(row)}
     return item if kind == SINGLE else item | {"kind": kind}
-
-
-def _question(row):
-    name = next((name for name in QUESTIONS if row.peek(name) is not None), "question")
-    more = text_of(row, "input", "question", optional=True) if name == "instruction" else ""
-    return "\n".join(filter(None, [text_of(row, name, "question"), more]))
 
 
 def _options(row):
     """({letter: option}, whether the row itself gives them letters)."""
-    options = row.get("options")
-    if options is None:
-        options = {letter: row.get(f"option {letter}") for letter in LETTERS}
-    if isinstance(options, str) and options.strip()[:1] in ("[", "{"):
-        options = _literal(options)
+    options = row.get("options") or {letter: row.get(f"option {letter}") for letter in LETTERS}
+    if isinstance(options, str) and options.strip()[:1] in ("[", "{"):  # a list in a cell of a table
+        with contextlib.suppress(ValueError, SyntaxError):
+            options = ast.literal_eval(options)
     if isinstance(options, str):
         text = options.replace("\\n", "\n").replace("|", "\n")
         lines = [line for line in text.split("\n") if line.strip()]
@@ -139,43 +131,29 @@ def _options(row):
     if isinstance(options, dict) and isinstance(options.get("text"), list) and "label" in options:  # ARC
         options = dict(zip(options["label"], options["text"]))
     if isinstance(options, list) and all(isinstance(option, dict) for option in options):
-        if all(len(option) == 1 for option in options):  # [{"A": ...}, {"B": ...}]
-            options = [{"key": key, "value": text} for option in options for key, text in option.items()]
-        pairs = [(_first(option, _KEYS), _first(option, _TEXTS)) for option in options]
+        pairs = [
+            next(iter(option.items()))
+            if len(option) == 1
+            else (_first(option, _KEYS), _first(option, _TEXTS))
+            for option in options
+        ]
         options = dict(pairs) if all(key is not None for key, _ in pairs) else [text for _, text in pairs]
     lettered = isinstance(options, dict)
     if isinstance(options, list) and len(options) <= len(LETTERS):
         options = dict(zip(LETTERS, _without_letters(options)))
-    texts = isinstance(options, dict) and all(
-        is_empty(text) or isinstance(text, str) for text in options.values()
-    )
-    if not texts:
+    if not isinstance(options, dict):
         raise Reject("wrong type", "the options are not texts by letter")
-    given = {str(key).strip().upper(): text.strip() for key, text in options.items() if not is_empty(text)}
+    given = {str(key).strip().upper(): text for key, text in options.items() if not is_empty(text)}
+    if not all(isinstance(text, str) for text in given.values()):
+        raise Reject("wrong type", "the options are not texts by letter")
     if given and all(key.isdecimal() for key in given):  # numbered, from 0 or 1
         low = min(map(int, given))
-        given = {
-            LETTERS[int(key) - low]: text for key, text in given.items() if int(key) - low < len(LETTERS)
-        }
-    return given, lettered
-
-
-_KEYS = ("key", "label", "letter", "option", "id", "name")
-_TEXTS = ("value", "text", "content", "option_text", "option", "description")
+        given = {LETTERS[(int(key) - low) % len(LETTERS)]: text for key, text in given.items()}
+    return {letter: text.strip() for letter, text in given.items()}, lettered
 
 
 def _first(fields, names):
     return next((fields[name] for name in names if not is_empty(fields.get(name))), None)
-
-
-def _literal(text):
-    """The list or object that a cell of a table holds as text, as JSON or Python writes it; the text if it is neither."""
-    for read in (json.loads, ast.literal_eval):
-        try:
-            return read(text)
-        except (ValueError, SyntaxError, RecursionError):
-            continue
-    return text
 
 
 def _without_letters(options):
@@ -196,57 +174,47 @@ def _answer(given, options, first):
     """
     if isinstance(given, list) and len(given) > 1 and not all(len(str(part)) == 1 for part in given):
         return "".join(sorted({letter for part in given for letter in _answer(part, options, first)}))
-    if isinstance(given, list):
-        given = given[0] if len(given) == 1 else "".join(map(str, given))
+    given = "".join(map(str, given)) if isinstance(given, list) else given
     if isinstance(given, str) and given.strip().isdecimal() and given.strip() not in options.values():
         given = int(given)
-    if isinstance(given, float) and given.is_integer():
-        given = int(given)
-    if isinstance(given, int) and not isinstance(given, bool):
-        if not 0 <= given - first < len(options):
-            raise Reject(
-                "answer not among the options", f"number {given} of {len(options)}, the first is {first}"
-            )
-        return list(options)[given - first]
+    if isinstance(given, int | float) and not isinstance(given, bool):
+        if given - first not in range(len(options)):
+            raise Reject("answer not among the options", f"{given} of {len(options)}, the first is {first}")
+        return list(options)[int(given) - first]
     text = text_of(Fields({"answer": str(given) if isinstance(given, bool) else given}), "answer", "answer")
     text = unicodedata.normalize("NFKC", text)
     field = _OPTION_FIELD.fullmatch(text.lower())
     if field and field[1]:  # the name of the right option's field: opc, option3
         text = field[2].upper() if field[2].isalpha() else LETTERS[int(field[2]) - 1]
-    letters = re.sub(r"[\s,、;]", "", text).upper()
-    if not set(letters) <= set(options):
-        letters = letters_alone(text)
-    if letters and set(letters) <= set(options):
-        return "".join(sorted(set(letters)))
+    for letters in (re.sub(r"[\s,、;]", "", text).upper(), letters_alone(text)):
+        if letters and set(letters) <= set(options):
+            return "".join(sorted(set(letters)))
     letter = text[:1].upper()
-    if letter in options and re.fullmatch(r"[.、:)]?\s*", text[1:].replace(_plain(options[letter]), "")):
+    right = unicodedata.normalize("NFKC", options.get(letter, "")).strip()
+    if right and re.fullmatch(r"[.、:)]?\s*", text[1:].replace(right, "")):
         return letter
-    same = [letter for letter, option in options.items() if _means(text, option)]
+    alike = next((words for words in (RIGHT, WRONG) if _plain(text) in words), {_plain(text)})
+    same = [letter for letter, option in options.items() if _plain(option) in alike]
     if len(same) == 1:
         return same[0]
     raise Reject("answer not among the options", f"{text[:40]} of {', '.join(options)}")
 
 
 def _plain(text):
-    return unicodedata.normalize("NFKC", text).strip()
+    return unicodedata.normalize("NFKC", text).strip().upper()
 
 
-def _means(answer, option):
-    answer, option = _plain(answer).upper(), _plain(option).upper()
-    return answer == option or any({answer, option} <= words for words in (RIGHT, WRONG))
-
-
-def subject_of(row: Fields) -> dict[str, str]:
-    """{"subject": what the row says it is about, or ""}."""
-    named = (row.get(name) for name in SUBJECTS if isinstance(row.peek(name), str) and row.peek(name).strip())
-    return {"subject": next(named, "")}
+def subject_of(row: Fields) -> str:
+    """What the row says it is about, or ""."""
+    name = next((name for name in SUBJECTS if isinstance(row.peek(name), str)), SUBJECTS[0])
+    return row.get(name) if isinstance(row.peek(name), str) else ""
 
 
 def as_conversation(item: dict, explanation: str) -> list[dict]:
     """An exam item with its explanation as messages: the options listed, the explanation as reasoning."""
-    listed = "\n".join(f"{letter}. {text}" for letter, text in item["options"].items())
-    right = "\n".join(f"{letter}. {item['options'][letter]}" for letter in item["answer"])
+    listed = [f"{letter}. {text}" for letter, text in item["options"].items()]
+    right = [line for line in listed if line[0] in item["answer"]]
     return [
-        {"role": "user", "content": f"{item['question']}\n{listed}"},
-        {"role": "assistant", "content": right, "reasoning_content": explanation},
+        {"role": "user", "content": "\n".join([item["question"], *listed])},
+        {"role": "assistant", "content": "\n".join(right), "reasoning_content": explanation},
     ]

@@ -104,6 +104,8 @@ def find_input_files(
             endings = ", ".join(DATA_ENDINGS)
             raise UserError(f"{show_path(given)}: {why}; wanted {endings}, or such a file as .gz or .zip")
         for name, path in _listed(given) if given.is_dir() else [(given.name, given)]:
+            if re.search("[\ud800-\udfff]", name):
+                raise UserError(f"{ascii(name)}: the file's name is not UTF-8; rename it and run this again")
             why = _not_data(path)
             held_out = by_name and given.is_dir() and any(map(says_evaluation, Path(name).parts))
             if why:

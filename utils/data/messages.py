@@ -85,9 +85,6 @@ class Fields:
         self.row, self.names = row, names or plain_names(tuple(row), of_turn)
         self.used, self.unused_in_turns = set(), {}
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.names
-
     def field(self, name: str) -> object:
         """The row's own name of the field: of several the first that is not empty."""
         fields = self.names.get(name, (name,))
@@ -109,42 +106,39 @@ class Fields:
 
     def unused(self) -> dict[str, object]:
         """{name: value} of all fields that hold something and were not used, those of turns as "messages[].name"."""
-        mine = {
-            str(field): value
-            for field, value in self.row.items()
-            if field not in self.used and not is_empty(value)
-        }
-        return mine | self.unused_in_turns
+        held = {str(field): value for field, value in self.row.items() if field not in self.used}
+        return {field: value for field, value in held.items() if not is_empty(value)} | self.unused_in_turns
 
 
 def text_of(row: Fields, name: str, what: str, optional: bool = False) -> str:
-    """The text of a field, ends trimmed and line ends as \\n; Reject where it is no text, or empty and not `optional`."""
-    value = row.get(name)
-    if value is None:
-        value = ""
-    elif isinstance(value, list):
-        value = _joined_parts(value, row.field(name))
-    elif not isinstance(value, str):
-        raise Reject("wrong type", f"{row.field(name)} is {type(value).__name__}, wanted text")
-    value = value.strip()
-    if "\r" in value:
-        value = value.replace("\r\n", "\n")
+    """The text of a field, ends trimmed and line ends as \\n; Reject where it is no text, or empty and not `optional`.
+
+    A list of one text is this text, and [{"type": "text", "text": ...}, ...] the texts of its parts.
+    """
+    value, field = row.get(name), row.field(name)
+    if isinstance(value, list):
+        texts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
+            for part in value
+        ]
+        if not all(isinstance(text, str) for text in texts) or len(texts) > 1 and texts == value:
+            raise Reject(
+                "wrong type", f"{field} is a list of {len(texts)}, wanted one text, or parts of type text"
+            )
+        value = "\n".join(map(str.strip, texts))
+    if not isinstance(value, str | None):
+        raise Reject("wrong type", f"{field} is {type(value).__name__}, wanted text")
+    value = (value or "").strip().replace("\r\n", "\n")
     if not value and not optional:
-        raise Reject(
-            f"missing or empty {what}", f"{row.field(name)} is {'empty' if name in row else 'missing'}"
-        )
+        raise Reject(f"missing or empty {what}", f"{field} is {'empty' if name in row.names else 'missing'}")
     return value
 
 
-def _joined_parts(parts, field):
-    """The text of [{"type": "text", "text": ...}, ...], or of a list of one text; images and sounds cannot be learnt from."""
-    if len(parts) == 1 and isinstance(parts[0], str):
-        return parts[0]
-    if all(isinstance(part, str) for part in parts):
-        raise Reject("wrong type", f"{field} is a list of {len(parts)} texts, wanted one")
-    if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
-        raise Reject("wrong type", f"{field} is a list, wanted text or parts of type text")
-    return "\n".join(text_of(Fields(part), "text", "text", optional=True) for part in parts)
+def question_of(row: Fields, names: Sequence[str], optional: bool = False) -> str:
+    """The text of the first of these fields that holds something; an instruction with its input."""
+    name = next((name for name in names if row.peek(name) is not None), names[0])
+    more = text_of(row, "input", "question", optional=True) if name == "instruction" else ""
+    return "\n".join(filter(None, [text_of(row, name, "question", optional), more]))
 
 
 def turns_of(value: object, field: str, row: Fields | None = None) -> list[dict]:
@@ -217,22 +211,20 @@ def marked_turns(text: str, both: bool = True) -> list[dict]:
     """
     for speakers in _SPEAKERS:
         marks = list(speakers.finditer(text))
-        if not marks or text[: marks[0].start()].strip() or both and not any(map(_is_answer, marks)):
+        if (
+            not marks
+            or text[: marks[0].start()].strip()
+            or both
+            and not any(mark["assistant"] for mark in marks)
+        ):
             continue
         ends = [mark.start() for mark in marks[1:]] + [len(text)]
-        turns = [
-            {"role": mark.lastgroup, "content": text[mark.end() : end].strip()}
-            for mark, end in zip(marks, ends)
-        ]
-        if turns[-1] == {"role": "assistant", "content": ""}:
-            turns.pop()
-        if turns and all(turn["content"] for turn in turns):
-            return turns
+        texts = [(mark.lastgroup, text[mark.end() : end].strip()) for mark, end in zip(marks, ends)]
+        if texts[-1] == ("assistant", ""):
+            texts.pop()
+        if texts and all(said for _, said in texts):
+            return [{"role": role, "content": said} for role, said in texts]
     return []
-
-
-def _is_answer(mark):
-    return mark.lastgroup == "assistant"
 
 
 def trimmed(messages: list[dict]) -> list[dict]:
@@ -267,20 +259,10 @@ def system_message(row: Fields, turns: Sequence[dict] = ()) -> list[dict]:
 
 def history_of(row: Fields) -> list[dict]:
     """The turns before the question: LLaMA-Factory's `history`, [[question, answer], ...], or messages."""
-    history = row.get("history")
-    if history is None:
-        return []
-    if isinstance(history, list) and all(isinstance(turn, dict) for turn in history):
-        return turns_of(history, "history", row)
-    pairs = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
-    if not pairs:
-        raise Reject("wrong type", "history is not a list of [question, answer]")
-    turns = []
-    for pair in history:
-        asked, answered = Fields({"history": pair[0]}), Fields({"history": pair[1]})
-        turns.append({"role": "user", "content": text_of(asked, "history", "question")})
-        turns.append(assistant_message(text_of(answered, "history", "answer")))
-    return turns
+    history = row.get("history") or []
+    if isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        history = [{"human": pair[0], "assistant": pair[1]} for pair in history]
+    return turns_of(history, "history", row) if history else []
 
 
 def assistant_message(text: str, reasoning: str = "") -> dict:

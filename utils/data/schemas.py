@@ -174,7 +174,7 @@ def _first_option(raws, encoding):
             try:
                 row = parse_row(raw, encoding)
                 fields = Fields(row, _recognise(tuple(row), ())[2])
-                if "options" in fields or "option A" in fields:
+                if "options" in fields.names or "option A" in fields.names:
                     exam_item(fields, first)
                     fits.append(first)
             except Reject:
