@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import heapq
 import json
 import os
 import re
@@ -15,6 +14,11 @@ from typing import IO, Any
 from utils.errors import UserError
 from utils.settings import ROOT
 from utils.text import printable
+
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+# What the fields of our files hold.
+TEXTS = ("id", "text", "question", "kind", "term")
+MESSAGES = ("messages", "prompt", "chosen", "rejected")
 
 
 def show_path(path: str | Path) -> str:
@@ -34,73 +38,63 @@ def require_file(path: str | Path, command: str) -> Path:
 
 
 def read_jsonl(path: str | Path, wanted: Sequence[str] = ()) -> Iterator[dict]:
-    """Yield one dict a line of a file that a script here wrote; every dict has the fields in `wanted`.
+    """Yield the dicts of a JSON lines file that a script here wrote; every dict has the fields in `wanted`.
 
-    Raises UserError naming the line where the file is not UTF-8, not JSON, not objects, or a field is missing or not what it
-    is in our files, and where the file holds no line at all: such a line means damage, not something to set aside.
+    UserError, with the line, if the file is not UTF-8, not JSON, not objects, or empty, or if a field is missing or holds what
+    it never holds in our files: that means damage, not something to set aside.
     """
     number = 0
     with open(path, encoding="utf-8-sig", newline="\n") as lines:
         try:
             for number, line in enumerate(lines, 1):
                 row = json.loads(line)
-                _check_fields(row, wanted, f"{show_path(path)}, line {number}")
+                if problem := _problem_of(row, wanted):
+                    raise UserError(f"{show_path(path)}, line {number}: {problem}")
                 yield row
         except UnicodeDecodeError as error:
             raise UserError(f"{show_path(path)}, line {number + 1}: not UTF-8 ({error.reason})") from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{show_path(path)}, line {number}: not JSON ({error.msg})") from None
-        except RecursionError:
-            raise UserError(f"{show_path(path)}, line {number}: not JSON (nested too deep)") from None
-        except ValueError as error:  # a number of more than 4,300 digits
-            raise UserError(f"{show_path(path)}, line {number}: not JSON ({error})") from None
+        except (ValueError, RecursionError) as error:  # also a number of more than 4,300 digits
+            why = getattr(error, "msg", "nested too deep" if isinstance(error, RecursionError) else error)
+            raise UserError(f"{show_path(path)}, line {number}: not JSON ({why})") from None
     if not number:
         raise UserError(f"{show_path(path)} is empty")
 
 
-def _check_fields(row, wanted, where):
+def _problem_of(row, wanted):
+    """Why a row is not one of ours, or ""."""
     present = row if isinstance(row, dict) else {}
     missing = [name for name in wanted if name not in present]
     if missing or not isinstance(row, dict):
-        raise UserError(f"{where}: no field {', '.join(missing) or 'at all'}")
+        return f"no field {', '.join(missing) or 'at all'}"
     for name in wanted:
-        if name in FIELDS and not FIELDS[name][0](row[name]):
-            raise UserError(f"{where}: {name} is not {FIELDS[name][1]}")
-
-
-def is_text(value: object) -> bool:
-    """Whether it is a text that can be written as UTF-8: an escape such as \\ud800 by itself is half a character."""
-    return isinstance(value, str) and not HALF_CHARACTER.search(value)
-
-
-def _is_message(value):
-    return (
-        isinstance(value, dict)
-        and is_text(value.get("role"))
-        and is_text(value.get("content"))
-        and is_text(value.get("reasoning_content") or "")
-    )
+        value = row[name]
+        if name in TEXTS and not is_text(value):
+            return f"{name} is not a text"
+        if name in MESSAGES and not _are_messages(value):
+            return f'{name} is not a list of {{"role", "content"}}'
+        roles = [message["role"] for message in value] if name == "messages" else []
+        if roles and ("user" not in roles or "assistant" not in roles[roles.index("user") :]):
+            return f'{name} is not a list of {{"role", "content"}} with a user and after it an assistant'
+    return ""
 
 
 def _are_messages(value):
-    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(message, dict)
+            and is_text(message.get("role"))
+            and is_text(message.get("content"))
+            and is_text(message.get("reasoning_content") or "")
+            for message in value
+        )
+    )
 
 
-def _is_conversation(value):
-    if not _are_messages(value):
-        return False
-    roles = [message["role"] for message in value]
-    return "user" in roles and "assistant" in roles[roles.index("user") :]
-
-
-HALF_CHARACTER = re.compile("[\ud800-\udfff]")
-# What the fields of our files hold, as a test and in words.
-MESSAGES = (_are_messages, 'a list of {"role", "content"}')
-FIELDS = {
-    **dict.fromkeys(("id", "text", "question", "kind", "term"), (is_text, "a text")),
-    **dict.fromkeys(("prompt", "chosen", "rejected"), MESSAGES),
-    "messages": (_is_conversation, 'a list of {"role", "content"} with a user and after it an assistant'),
-}
+def is_text(value: object) -> bool:
+    """Tell whether it is a text that can be written as UTF-8: an escape such as \\ud800 by itself is half a character."""
+    return isinstance(value, str) and not HALF_CHARACTER.search(value)
 
 
 @contextlib.contextmanager
@@ -128,14 +122,11 @@ def clear_parts(folder: Path, name: str = "") -> None:
     """Remove what atomic_write left in `folder` when its process was killed: of the file `name`, or of all files."""
     for path in list(folder.iterdir()):
         found = re.fullmatch(r"\.(.+)\.(\d{1,9})\.part", path.name)
-        if found and found[1] == (name or found[1]) and not _runs(int(found[2])) and path.is_file():
-            path.unlink(missing_ok=True)
+        if found and found[1] == (name or found[1]) and path.is_file():
+            import psutil  # here: most starts find nothing to ask about
 
-
-def _runs(process):
-    import psutil  # here: most starts find nothing to ask about
-
-    return psutil.pid_exists(process)
+            if not psutil.pid_exists(int(found[2])):
+                path.unlink(missing_ok=True)
 
 
 def write_folder(folder: Path, save: Callable[[Path], None]) -> None:
@@ -177,22 +168,21 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read one JSON value; UserError where the file is not JSON."""
+    """Read one JSON value; UserError if the file is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except RecursionError:
-        raise UserError(f"{show_path(path)}: not JSON (nested too deep)") from None
-    except ValueError as error:  # not UTF-8, not JSON, or a number of more than 4,300 digits
-        raise UserError(f"{show_path(path)}: not JSON ({error})") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # not UTF-8, not JSON, or a number of more than 4,300 digits
+        why = "nested too deep" if isinstance(error, RecursionError) else error
+        raise UserError(f"{show_path(path)}: not JSON ({why})") from None
 
 
 def sha256_of(path: str | Path) -> str:
     """The sha256 of a file, as 64 hex digits."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
@@ -231,11 +221,7 @@ def id_key(identifier: str) -> int:
 
 
 def sample_by_id(rows: Iterable[dict], count: int) -> list[dict]:
-    """`count` of the rows (0: all), in their order: those with the lowest id_key, the same ones whatever their order.
-
-    No more than `count` rows are held at a time.
-    """
-    if not count:
-        return list(rows)
-    drawn = heapq.nsmallest(count, enumerate(rows), key=lambda numbered: id_key(numbered[1]["id"]))
-    return [row for _, row in sorted(drawn, key=lambda numbered: numbered[0])]
+    """`count` of the rows (0: all), in their order: those with the lowest id_key, the same ones whatever their order."""
+    rows = list(rows)
+    by_key = sorted(range(len(rows)), key=lambda index: id_key(rows[index]["id"]))
+    return [rows[index] for index in sorted(by_key[: count or None])]
