@@ -7,6 +7,7 @@ activated. `python3.11 tasks.py help` lists them.
 """
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-OLDEST_PYTHON = (3, 11)  # numpy and others in requirements.txt need it
+OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 14)  # what the packages in requirements.txt have builds for
+TORCH_INDEX = "https://download.pytorch.org/whl/cu130"  # builds of torch for NVIDIA GPUs, also for Windows
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 INSTALLED = VENV / ".installed"  # a copy of the requirements.txt that the environment was made from
@@ -176,15 +178,28 @@ def install() -> None:
     wanted = (ROOT / "requirements.txt").read_bytes()
     if PYTHON.exists() and INSTALLED.exists() and INSTALLED.read_bytes() == wanted:
         return
-    if sys.version_info < OLDEST_PYTHON:  # pip's own message would name torch instead
+    if (
+        not OLDEST_PYTHON <= sys.version_info[:2] <= NEWEST_PYTHON
+    ):  # pip's own message would name torch instead
         better = "py -3.11 tasks.py" if os.name == "nt" else "python3.11 tasks.py, or make PYTHON=python3.11"
-        refuse("Python {}.{}, wanted {}.{} or newer: ".format(*sys.version_info[:2], *OLDEST_PYTHON) + better)
+        versions = (*sys.version_info[:2], *OLDEST_PYTHON, *NEWEST_PYTHON)
+        refuse("Python {}.{}, wanted {}.{} to {}.{}: ".format(*versions) + better)
+    if (sys.platform, platform.machine()) == ("darwin", "x86_64"):
+        refuse(
+            "torch has no builds for Macs with an Intel processor any more; take a Mac with Apple's, Linux or Windows"
+        )
     print("installing the packages of requirements.txt into .venv: some minutes, once")
     if not has_pip():
         run(sys.executable, "-m", "venv", "--clear", VENV)
     run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", "requirements.txt")
     run(PYTHON, "-m", "pip", "check")
     INSTALLED.write_bytes(wanted)
+    if os.name == "nt" and shutil.which("nvidia-smi"):
+        torch = next(
+            line.split()[0] for line in wanted.decode("utf-8").splitlines() if line.startswith("torch==")
+        )
+        pip = f"{PYTHON.relative_to(ROOT)} -m pip install --force-reinstall {torch} --index-url {TORCH_INDEX}"
+        print("PyPI's torch for Windows does not use NVIDIA GPUs; for yours: " + pip)
 
 
 def has_pip() -> bool:

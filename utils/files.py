@@ -223,5 +223,7 @@ def id_key(identifier: str) -> int:
 def sample_by_id(rows: Iterable[dict], count: int) -> list[dict]:
     """`count` of the rows (0: all), in their order: those with the lowest id_key, the same ones whatever their order."""
     rows = list(rows)
+    if not count:
+        return rows
     by_key = sorted(range(len(rows)), key=lambda index: id_key(rows[index]["id"]))
-    return [rows[index] for index in sorted(by_key[: count or None])]
+    return [rows[index] for index in sorted(by_key[:count])]
