@@ -6,7 +6,8 @@
 Reads data_prepare/qwen3/sft_train.jsonl and sft_eval.jsonl, writes dpo_train.jsonl and dpo_eval.jsonl beside them: the split stays.
 Kinds: model (what a fine-tuned model itself says wrongly: the worst of several sampled answers), facts (terms of the answer
 swapped for wrong ones that stand in the same place elsewhere), mismatch (another question's answer). dpo_report.json keeps the
-counts, and how often the pairs can be told apart without the question: what a model could learn instead of facts.
+counts, and how often the pairs can be told apart without the question: what a model could learn instead of facts. If the
+evaluation rows yield no pair, a share of the training rows' pairs is held out.
 """
 
 import random
@@ -48,8 +49,8 @@ SEED = 0                    # [0, 1, ...] changes the draws
 # ----
 # fmt: on
 
-TOLD_APART = 0.65  # share of the pairs told apart without the question from which a model would learn that
-LEAST_PAIRS = 30  # below that, the share says nothing
+TOLD_APART = 0.65  # share of the pairs told apart without the question from which on a model would learn that
+CONVERT = "python data_prepare/convert_to_qwen3_format.py"
 
 
 def main(argv=None):
@@ -59,36 +60,44 @@ def main(argv=None):
     if kind == "auto":
         kind = "model" if is_finished(settings.MODEL) else "facts"
         print(f"kind {kind}: {settings.MODEL} is {'' if kind == 'model' else 'not '}a finished run")
-    prepare_folder(settings.OUTPUT_DIR)
-    terms = Terms(require_file(settings.TERMS_FILE, "python data_prepare/sample/make_sample.py"))
-    report = {"kind": kind, "settings": settings.as_dict()}
-    for split, count in (("train", settings.MAX_TRAIN), ("eval", settings.MAX_EVAL)):
-        # 1. Read the SFT rows of this split
-        source = require_file(
-            settings.INPUT_DIR / f"sft_{split}.jsonl", "python data_prepare/convert_to_qwen3_format.py"
-        )
-        rows = sample_by_id(read_jsonl(source, wanted=["id", "messages"]), count)
-
-        # 2. Make a worse answer for each
-        made, reasons = pair_up(kind, rows, terms, settings, split)
-        if not made and settings.KIND == "auto" and kind == "model":
-            print(
-                f"{split}: the model gives no answer that is clearly wrong ({dict(reasons)}); kind facts instead"
-            )
-            made, reasons = pair_up("facts", rows, terms, settings, split)
-        if not made:
-            raise UserError(
-                f"no pair could be made from {show_path(source)} ({dict(reasons)}); try --kind mismatch"
-            )
-
-        # 3. Write the pairs, and say what could not be paired
-        target = settings.OUTPUT_DIR / f"dpo_{split}.jsonl"
-        write_jsonl(target, made)
-        report[split] = summary(rows, made, reasons)
-        show(split, report[split], target)
-    write_json(settings.OUTPUT_DIR / "dpo_report.json", report)
     place = settings.OUTPUT_DIR
+    prepare_folder(place)
+    terms = Terms(require_file(settings.TERMS_FILE, "python data_prepare/sample/make_sample.py"))
+
+    # 1. Read the SFT rows of both splits; a small set may have no evaluation rows
+    rows = {}
+    for split, count in (("train", settings.MAX_TRAIN), ("eval", settings.MAX_EVAL)):
+        source = settings.INPUT_DIR / f"sft_{split}.jsonl"
+        if split == "train" or source.exists():
+            rows[split] = sample_by_id(read_jsonl(require_file(source, CONVERT), ["id", "messages"]), count)
+
+    # 2. Make a worse answer for each
+    made, reasons = {}, {}
+    for split, mine in rows.items():
+        made[split], reasons[split] = pair_up(kind, mine, terms, settings, split)
+        if not made[split] and settings.KIND == "auto" and kind == "model":
+            why = dict(reasons[split])
+            print(f"{split}: the model gives no answer that is clearly wrong ({why}); kind facts instead")
+            made[split], reasons[split] = pair_up("facts", mine, terms, settings, split)
+    if not made["train"]:
+        source = show_path(settings.INPUT_DIR / "sft_train.jsonl")
+        more = "" if kind == "mismatch" else "; try --kind mismatch"
+        raise UserError(f"no pair could be made from {source} ({dict(reasons['train'])}){more}")
+    if not made.get("eval"):
+        made["train"], made["eval"] = pairs.hold_out(made["train"])
+        print(f"eval: no pair of its own; {len(made['eval']):,} of the training rows' pairs are held out")
+
+    # 3. Write the pairs, and say what could not be paired
+    report = {"kind": kind, "settings": settings.as_dict()}
+    for split in filter(made.get, ("train", "eval")):
+        write_jsonl(place / f"dpo_{split}.jsonl", made[split])
+        report[split] = summary(rows.get(split, []), made[split], reasons.get(split, Counter()))
+        show(split, report[split], place / f"dpo_{split}.jsonl")
+    write_json(place / "dpo_report.json", report)
     files = {"TRAIN_FILE": place / "dpo_train.jsonl", "EVAL_FILE": place / "dpo_eval.jsonl"}
+    if not made["eval"]:
+        files["EVAL_FILE"].unlink(missing_ok=True)
+        files["EVAL_FILE"] = ""
     print(f"next: {command('model_finetune/finetune_dpo.py', MODEL=settings.MODEL, **files)}")
 
 
@@ -100,14 +109,15 @@ def is_finished(model):
 
 def pair_up(kind, rows, terms, settings, split):
     """(pairs, {reason: number of rows}) of `rows`."""
-    made, reasons = [], Counter()
-    for row, worse in zip(rows, worse_answers(kind, rows, terms, settings, split)):
+    able = [row for row in rows if not pairs.ends_in_courtesy(row)]
+    made, reasons = [], Counter({"its last turn is a courtesy": len(rows) - len(able)})
+    for row, worse in zip(able, worse_answers(kind, able, terms, settings, split)):
         pair = pairs.make_pair(row, worse, kind)
         if pair:
             made.append(pair)
         else:
             reasons[worse.reason or "the worse answer is the same"] += 1
-    return made, reasons
+    return made, +reasons
 
 
 def worse_answers(kind, rows, terms, settings, split):
@@ -117,42 +127,35 @@ def worse_answers(kind, rows, terms, settings, split):
         return pairs.swapped_facts(rows, terms, rng)
     if kind == "mismatch":
         return pairs.mismatched(rows, terms, rng)
-    sampling = pairs.Sampling(
-        settings.MODEL,
-        settings.SAMPLES,
-        settings.TEMPERATURE,
-        settings.MAX_NEW_TOKENS,
-        settings.BATCH_SIZE,
-        settings.SEED,
-    )
+    names = ("MODEL", "SAMPLES", "TEMPERATURE", "MAX_NEW_TOKENS", "BATCH_SIZE", "SEED")
+    sampling = pairs.Sampling(*(getattr(settings, name) for name in names))
     return pairs.sampled(rows, terms, sampling, settings.OUTPUT_DIR / f"sampled_{split}")
 
 
 def summary(rows, made, reasons):
     """What dpo_report.json keeps of a split."""
+    lengths = {side: [len(pair[side][0]["content"]) for pair in made] for side in ("chosen", "rejected")}
     return {
         "rows": len(rows),
         "pairs": len(made),
         "not_paired": dict(reasons.most_common()),
-        "mean_characters": {
-            side: round(sum(len(pair[side][0]["content"]) for pair in made) / len(made), 1)
-            for side in ("chosen", "rejected")
-        },
+        "mean_characters": {side: round(sum(counts) / len(made), 1) for side, counts in lengths.items()},
         "told_apart": round(pairs.told_apart(made), 4),
     }
 
 
 def show(split, found, target):
-    not_paired = sum(found["not_paired"].values())
+    not_paired, count, share = sum(found["not_paired"].values()), found["pairs"], found["told_apart"]
     print(
-        f"{split}: {found['rows']:,} rows = {found['pairs']:,} pairs + {not_paired:,} not paired -> {show_path(target)}"
+        f"{split}: {found['rows']:,} rows = {count:,} pairs + {not_paired:,} not paired -> {show_path(target)}"
     )
     for reason, times in found["not_paired"].items():
         print(f"  {times:>6,}  {reason}")
     lengths = found["mean_characters"]
     print(f"  mean length: chosen {lengths['chosen']}, rejected {lengths['rejected']} characters")
-    print(f"  told apart without the question: {found['told_apart']:.0%} of the pairs (chance is 50%)")
-    if found["told_apart"] > TOLD_APART and found["pairs"] >= LEAST_PAIRS:
+    print(f"  told apart without the question: {share:.0%} of the pairs (chance is 50%)")
+    # Of few pairs, a share within two standard errors of chance says nothing.
+    if share > TOLD_APART and share > 0.5 + count**-0.5:
         print(
             f"  warning: above {TOLD_APART:.0%} a model learns to recognise bad text instead of wrong facts"
         )

@@ -1,6 +1,5 @@
 """Preference pairs: wrong answers that only the question gives away, every row accounted for, the split kept."""
 
-import json
 import random
 from collections import Counter
 
@@ -261,9 +260,69 @@ def test_wrong_input_is_one_line(data, capsys, arguments, message):
     assert message in errors and len(errors.splitlines()) == 1
 
 
+def write_rows(data, train, evaluation=()):
+    for split, rows in (("train", train), ("eval", evaluation)):
+        (data / f"sft_{split}.jsonl").unlink(missing_ok=True)
+        if rows:
+            write_jsonl(
+                data / f"sft_{split}.jsonl", (as_row(f"{split}{n}", *row) for n, row in enumerate(rows))
+            )
+
+
 def test_no_pair_at_all_is_said(data, capsys):
-    (data / "sft_train.jsonl").write_text(
-        json.dumps(as_row(1, *WEATHER), ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    write_rows(data, [WEATHER])
     assert build(data, "--kind", "facts") == 2
     assert "no pair could be made" in capsys.readouterr().err and not (data / "dpo_train.jsonl").exists()
+
+
+HERBS = ["麻黄、桂枝", "黄芪、白术", "川芎、红花", "黄连、黄芩"]
+CASES = [(f"患者头晕，咳嗽，水肿，第{n}日，用何药？", f"常用{HERBS[n % 4]}。") for n in range(40)]
+
+
+@pytest.mark.parametrize("evaluation", [[], [WEATHER]], ids=["no evaluation rows", "none that can be paired"])
+def test_pairs_of_the_training_rows_are_held_out_if_the_others_yield_none(data, capsys, evaluation):
+    write_rows(data, CASES, evaluation)
+    assert build(data, "--kind", "facts") == 0
+    trained, held_out = (list(read_jsonl(data / f"dpo_{split}.jsonl")) for split in ("train", "eval"))
+    assert len(held_out) == 8 and len(trained) == 32
+    asked = [{pair["prompt"][0]["content"] for pair in side} for side in (trained, held_out)]
+    assert not asked[0] & asked[1] and "no pair of its own; 8 of the training" in capsys.readouterr().out
+    write_rows(data, CASES[:3], evaluation)
+    assert build(data, "--kind", "facts") == 0
+    assert "--eval-file ''" in capsys.readouterr().out and not (data / "dpo_eval.jsonl").exists()
+
+
+def test_of_cases_with_the_same_signs_each_has_its_own_right_answer():
+    rows = [as_row(n, *case) for n, case in enumerate(CASES)]
+    assert all(worse.answer for worse in pairs.swapped_facts(rows, TERMS, random.Random(0)))
+    rare = [("头晕而咳嗽者用何药？", "麻黄。"), ("咳嗽头晕可用何药？", "桂枝。"), ("水肿用何药？", "麻黄。")]
+    right = pairs._right_about([pairs.Question(*row) for row in rare], TERMS)
+    assert [{"麻黄", "桂枝"} & known for known in right] == [{"麻黄", "桂枝"}] * 2 + [{"麻黄"}]
+
+
+@pytest.mark.parametrize("kind", ["facts", "mismatch"])
+@pytest.mark.parametrize(
+    "last",
+    [
+        ("谢谢医生！", "不客气，祝您早日康复。"),
+        ("在吗？", "您好，请问哪里不舒服？"),
+        ("明白了", "好的，有问题随时联系我。"),
+    ],
+)
+def test_courtesy_is_not_paired(data, capsys, kind, last):
+    write_rows(data, [*CASES, *[last] * 3])
+    assert build(data, "--kind", kind) == 0
+    assert "3  its last turn is a courtesy" in capsys.readouterr().out
+    for pair in read_jsonl(data / "dpo_train.jsonl"):
+        assert last[1] not in (pair["chosen"][0]["content"], pair["rejected"][0]["content"])
+
+
+@pytest.mark.parametrize(
+    "share, count, warned",
+    [(0.83, 24, True), (0.83, 6, False), (0.66, 30, False), (0.66, 50, True), (0.6, 900, False)],
+)
+def test_few_pairs_are_warned_of_if_chance_does_not_explain_it(capsys, share, count, warned):
+    lengths = {"chosen": 5.0, "rejected": 5.0}
+    found = {"rows": count, "pairs": count, "not_paired": {}, "mean_characters": lengths, "told_apart": share}
+    build_preference_pairs.show("train", found, ROOT)
+    assert ("warning" in capsys.readouterr().out) == warned

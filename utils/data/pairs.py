@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.data.normalize import normalize
+from utils.data.normalize import is_courtesy, normalize
 from utils.data.terms import Terms
+from utils.files import id_key
 from utils.kept import read_kept, write_kept
 
 LENGTH_TOLERANCE = 0.2  # a rejected answer is at most this much longer or shorter: DPO shall not learn length
@@ -27,6 +28,7 @@ SAME = (
     0.8  # of the characters' pairs: answers that agree by this much say the same, if no facts tell them apart
 )
 DRAWS, NAME_DRAWS = 12, 30  # substitutes looked at; of names more, to find one that looks alike
+COMMON = (5, 0.1)  # questions, and share of them: signs in more than both do not tell one case from another
 OTHERS = 8  # answers to other questions that are looked at
 CHUNK = 64  # rows whose answers are sampled, and kept, at a time
 FOLDS = 5  # of the pairs, to measure how well they are told apart
@@ -96,6 +98,11 @@ def question_of(row: dict) -> Question:
     """The last question of an SFT row and its answer."""
     prompt, answer = split_row(row)
     return Question(prompt[-1]["content"], answer["content"])
+
+
+def ends_in_courtesy(row: dict) -> bool:
+    """Whether the last question or its answer is nothing but thanks, a greeting or good wishes."""
+    return any(map(is_courtesy, question_of(row)))
 
 
 # ---- When another answer is right, too
@@ -200,14 +207,26 @@ def _chosen(slots, rng):
 
 
 def _right_about(questions, terms):
-    """For each question, all terms in answers to questions about the same thing: they are right to say of it."""
+    """For each question, all terms in answers to questions about the same thing: they are right to say of it.
+
+    A question that names a thing (a herb, a formula) is about that. One that names signs only is a case: what is right for it
+    stands in the answers to questions with all of its signs, or, if those are common to many cases, to the same question.
+    """
     asked = [{term for _, _, term in terms.find(question.text)} for question in questions]
-    stated = defaultdict(set)
+    stated = [{term for _, _, term in terms.find(question.answer)} for question in questions]
+    rows_of = defaultdict(set)  # {name or text of a question: numbers of the questions}
+    for number, (names, question) in enumerate(zip(asked, questions)):
+        for name in (*names, normalize(question.text)):
+            rows_of[name].add(number)
+    least, share = COMMON
     for names, question in zip(asked, questions):
-        facts = {term for _, _, term in terms.find(question.answer)}
-        for name in names:
-            stated[name] |= facts
-    return [set().union(*(stated[name] for name in names)) for names in asked]
+        if any("." not in kind for name in names for kind in terms.kinds[name]):
+            same = set().union(*(rows_of[name] for name in names))
+        else:
+            same = set.intersection(*(rows_of[name] for name in names)) if names else set()
+            if len(same) > max(least, share * len(questions)):
+                same = rows_of[normalize(question.text)]
+        yield set().union(*(stated[number] for number in same))
 
 
 def _substitute(slot, question, not_these, places, terms, common, rng):
@@ -352,6 +371,17 @@ def make_pair(row: dict, worse: Worse, kind: str) -> dict | None:
         return None
     rejected = {**answer, "content": worse.answer}
     return {"id": row["id"], "prompt": prompt, "chosen": [answer], "rejected": [rejected], "kind": kind}
+
+
+def hold_out(pairs: list[dict]) -> tuple[list[dict], list[dict]]:
+    """(training pairs, evaluation pairs): a twentieth of the questions, of few pairs a fifth, 20 at most, never all of them."""
+    questions = sorted({pair["prompt"][-1]["content"] for pair in pairs}, key=id_key)
+    count = max(len(questions) // 20, min(20, len(questions) // 5))
+    drawn = set(questions[:count])
+    sides = [
+        [pair for pair in pairs if (pair["prompt"][-1]["content"] in drawn) == held] for held in (False, True)
+    ]
+    return sides[0], sides[1]
 
 
 def told_apart(pairs: list[dict]) -> float:
