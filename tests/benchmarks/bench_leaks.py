@@ -57,7 +57,7 @@ def main():
         found, wrong = Counter(), []
         for line in open(folder / "out/set_aside.jsonl", encoding="utf-8"):
             aside = json.loads(line)
-            if aside["reason"] == "exam leak":
+            if aside["reason"] in ("exam leak", "exact duplicate"):
                 if aside["file"] == "guilty.jsonl":
                     found[aside["row"]["way"]] += 1
                 elif aside["detail"].startswith(

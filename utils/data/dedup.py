@@ -231,7 +231,7 @@ def _join_passages(keys, marks, family, text_of):
 def _without_instructions(keys, marks, text_of):
     """(keys, signatures, text_of) of the long questions without the pieces that many of them share, as far as they stay long."""
     counted = keys[:: len(keys) // COUNTED + 1]
-    counts = Counter(piece for key in counted for piece in _shingles(text_of(key)))
+    counts = Counter(piece for key in counted for piece in shingles(text_of(key)))
     scale = len(keys) / max(len(counted), 1)
     limits = [max(least, share * len(keys)) for least, share in INSTRUCTION]
     common = {piece for piece, count in counts.items() if scale * count > min(limits)}
@@ -382,15 +382,16 @@ def candidate_pairs(
 
 def overlap(one: str, other: str) -> float:
     """The Jaccard similarity of the shingles of two texts, 0 to 1."""
-    own, others = _shingles(one), _shingles(other)
+    own, others = shingles(one), shingles(other)
     return len(own & others) / len(own | others)
 
 
 def containment(one: str, other: str) -> float:
     """The share of the shingles of that text that has fewer which the other has too, 0 to 1."""
-    own, others = _shingles(one), _shingles(other)
+    own, others = shingles(one), shingles(other)
     return len(own & others) / min(len(own), len(others))
 
 
-def _shingles(text):
+def shingles(text: str) -> set[str]:
+    """All pieces of SHINGLE characters of a text."""
     return {text[at : at + SHINGLE] for at in range(len(text) - SHINGLE + 1)}

@@ -9,7 +9,7 @@ A training row leaks an exam item in three cases:
   alone: it is LONG_STEM characters or longer, or all that is asked, or the row's answer names the right option.
 
 The third case leaves rows alone that list other options under the same stem ("下列药物中，性温的是"): those are other questions. Of
-each stem a few short pieces, the rarest, are looked for in all rows at once; what has one is compared whole.
+each stem a few short pieces, the rarest, are looked for in all rows; what has one is compared whole.
 """
 
 import functools
@@ -20,22 +20,18 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy
-
 from utils.data.convert import Recognised
-from utils.data.dedup import EXAM, Row, differ_in_fact
+from utils.data.dedup import EXAM, SHINGLE, Row, differ_in_fact, shingles
 from utils.data.exams import options_in
 from utils.data.normalize import normalize, without_filler
 from utils.text import progress
 
 PIECES = 4  # looked for of each stem, apart from one another, so that a changed character leaves one whole
-LENGTHS = ((18, 6), (12, 4), (0, 3))  # (characters of a stem from which on, characters of a piece)
 LONG_STEM = 10  # characters, without filler: so long a text is not part of another question by chance
 LONG_RIGHT = 4  # characters: so long an option is not named by chance
 LISTED = 0.75  # of the options: one of four may have been changed
 EDIT = 8  # characters of a stem for each that may have been changed
 LEFT = 2 / 3  # of a stem that was cut before its end
-ROWS = 2000  # read at a time
 
 _TAG = re.compile(r"</?[A-Za-z][^<>]{0,200}>")
 # What a stem ends with if the options follow.
@@ -111,23 +107,13 @@ def find_exam_leaks(found: Recognised) -> Iterator[tuple[Row, Row]]:
         rights[item.stem].add("\n".join(item.right))
     items = [item._replace(alone=len(rights[item.stem]) == 1) for item in items]
     by_piece = _by_piece(items)
-    wanted = {length: _wanted_hashes(by_piece, length) for length in {len(piece) for piece in by_piece}}
     asking = [row for row in found.rows if row.kind not in ("", EXAM)] if items else []
-    for start in progress("looking for exam questions", f"x {ROWS:,} rows")(range(0, len(asking), ROWS)):
-        rows = asking[start : start + ROWS]
-        texts = [RowText(found.line(row)) for row in rows]
-        joined = [text.whole for text in texts]
-        pairs = {
-            (number, index)
-            for length, hashes in wanted.items()
-            for number, piece in _where(joined, hashes, length)
-            for index in by_piece.get(piece, ())
-        }
-        leaking = set()
-        for number, index in sorted(pairs):
-            if number not in leaking and _leaks(texts[number], items[index]):
-                leaking.add(number)
-                yield rows[number], items[index].row
+    for row in progress("looking for exam questions", "rows")(asking):
+        text = RowText(found.line(row))
+        numbers = {number for piece in by_piece.keys() & shingles(text.whole) for number in by_piece[piece]}
+        leaked = next((items[number] for number in sorted(numbers) if _leaks(text, items[number])), None)
+        if leaked:
+            yield row, leaked.row
 
 
 def _text_of(turns):
@@ -152,47 +138,20 @@ def _exam_item(row, line):
 def _by_piece(items):
     """{piece: numbers of the items that are looked for by it}. Of each stem up to PIECES pieces, the rarest first."""
     cores = [_TRAILING.sub("", item.text) for item in items]
-    cores = [core if len(core) >= LENGTHS[-1][1] else item.text for core, item in zip(cores, items)]
-    lengths = [next(length for least, length in LENGTHS if len(core) >= least) for core in cores]
-    pieces = [
-        {core[at : at + length]: at for at in range(len(core) - length + 1)}
-        for core, length in zip(cores, lengths)
-    ]
-    counts = Counter(piece for found in pieces for piece in found)
+    cores = [core if len(core) >= SHINGLE else item.text for core, item in zip(cores, items)]
+    counts = Counter(piece for core in cores for piece in shingles(core))
     by_piece = defaultdict(list)
-    for index, (found, length) in enumerate(zip(pieces, lengths)):
+    for number, core in enumerate(cores):
         taken: list[int] = []
         # Filler may be missing elsewhere: a piece without any is looked for first.
-        for piece in sorted(found, key=lambda piece: (without_filler(piece) != piece, counts[piece], piece)):
-            if len(taken) < PIECES and all(abs(found[piece] - at) >= length for at in taken):
-                taken.append(found[piece])
-                by_piece[piece].append(index)
+        for piece in sorted(
+            shingles(core), key=lambda piece: (without_filler(piece) != piece, counts[piece], piece)
+        ):
+            at = core.find(piece)
+            if len(taken) < PIECES and all(abs(other - at) >= SHINGLE for other in taken):
+                taken.append(at)
+                by_piece[piece].append(number)
     return by_piece
-
-
-def _wanted_hashes(by_piece, length):
-    pieces = [piece for piece in by_piece if len(piece) == length]
-    return numpy.sort(_hashes("".join(pieces), length)[::length])
-
-
-def _hashes(text, length):
-    """A 32-bit hash of every piece of `length` characters of a text, uint32 array."""
-    codes = numpy.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=numpy.uint32)
-    found = numpy.zeros(max(len(codes) - length + 1, 0), dtype=numpy.uint32)
-    for at in range(length):
-        found = found * numpy.uint32(0x9E3779B1) + codes[at : len(codes) - length + 1 + at]
-    return found
-
-
-def _where(texts, wanted, length):
-    """(number of the text, piece) for every piece of `texts` whose hash is in `wanted` (sorted), each once per text."""
-    joined = "\0".join(texts)
-    hashes = _hashes(joined, length)
-    near = numpy.minimum(numpy.searchsorted(wanted, hashes), len(wanted) - 1)
-    found = numpy.flatnonzero(wanted[near] == hashes)
-    ends = numpy.cumsum([len(text) + 1 for text in texts])
-    numbers = numpy.searchsorted(ends, found, side="right")
-    return {(int(number), joined[at : at + length]) for number, at in zip(numbers, found)}
 
 
 def _leaks(row, item):
