@@ -8,6 +8,7 @@ answers' log-probabilities before training). Stopped or killed, the same command
 Method: Rafailov et al. 2023, arXiv:2305.18290.
 """
 
+import functools
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` 
 
 from utils.errors import run
 from utils.files import read_jsonl, require_file
-from utils.model.folder import check_model, load_for_lora, load_model, load_tokenizer, quiet_offline
+from utils.model.folder import check_model, quiet_offline
 from utils.settings import read_settings
 
 # fmt: off
@@ -44,6 +45,7 @@ KEEP = "best"               # [best | last] the finished model: best of all eval
 CHECKPOINT_MINUTES = 30.0   # [0 or more] write a checkpoint at least so often, beside every epoch's end; 0: at epochs' ends only
 KEEP_CHECKPOINTS = 2        # [1, 2, ...] newest checkpoints to keep, about 7 GB each for 0.6 B parameters
 SEED = 0                    # [0, 1, ...] order of the rows, and the adapters' initial weights
+TRACKER = "none"            # [none | tensorboard | wandb | swanlab | trackio | mlflow] a tool that gets the log as well
 DEVICE = "auto"             # [auto | cuda | mps | cpu] auto: CUDA, else MPS, else CPU
 PRECISION = "auto"          # [auto | bf16 | fp32] auto: bf16 where the hardware computes in it; weights are float32 in any case
 ESTIMATE = False            # print what the run needs in memory, disk and steps, and stop
@@ -57,12 +59,8 @@ def main(argv=None):
     began = time.monotonic()
     settings = read_settings(globals(), argv)
     for path in (settings.TRAIN_FILE, settings.EVAL_FILE):
-        next(
-            read_jsonl(
-                require_file(path, "python data_prepare/build_preference_pairs.py"),
-                ["id", "prompt", "chosen", "rejected"],
-            )
-        )
+        require_file(path, "python data_prepare/build_preference_pairs.py")
+        next(read_jsonl(path, ["id", "prompt", "chosen", "rejected"]))
     check_model(settings.MODEL)
     settings.show()
     quiet_offline(settings.MODEL)
@@ -71,78 +69,61 @@ def main(argv=None):
     from transformers import set_seed
 
     from utils.device import pick_device
-    from utils.model.folder import remember_mode, save_adapter_and_merged, save_model
+    from utils.model.folder import (
+        load_for_lora,
+        load_model,
+        load_tokenizer,
+        remember_mode,
+        save_adapter_and_merged,
+        save_model,
+    )
     from utils.model.lora import add_lora
     from utils.model.qwen3_train import prepare_packed
-    from utils.training.course import Course
-    from utils.training.dataset import load_pairs, show_examples
-    from utils.training.forecast import draw_in_time, measure_run, plan_schedule
-    from utils.training.plan import check_disk, check_settings, plan_step
+    from utils.training.loop import train
+    from utils.training.losses import dpo_batch_loss
+    from utils.training.plan import plan_run
     from utils.training.reference import add_reference
-    from utils.training.run_folder import RunFolder
-    from utils.training.setup import report, train, training_arguments
-    from utils.training.trainer import PackedDPOTrainer
-
-    check_settings(settings)
-    device = pick_device(settings.DEVICE, settings.PRECISION)
-    print(f"device: {device}")
+    from utils.training.rows import load_pairs, show_examples
+    from utils.training.run import Run
 
     # 1. Load the model (float32 master weights) and its tokenizer
+    device = pick_device(settings.DEVICE, settings.PRECISION)
+    print(f"device: {device}")
     tokenizer = load_tokenizer(settings.MODEL)
     if settings.SHOW_EXAMPLE:
-        show_examples(
-            load_pairs(settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH)[0],
-            tokenizer,
-            settings.SHOW_EXAMPLE,
-        )
-        return
-    folder = RunFolder(settings, device)
-    if folder.finished:
-        return folder.say_finished()
+        rows = load_pairs(settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH).rows
+        return show_examples(rows, tokenizer, settings.SHOW_EXAMPLE)
+    run = Run(settings, device, "DPO", began)
+    if run.finished:
+        return run.say_finished()
     set_seed(settings.SEED)
     if settings.LORA:
         model = add_lora(prepare_packed(load_for_lora(settings.MODEL, device.dtype)), settings)
     else:
         model = prepare_packed(load_model(settings.MODEL, torch.float32))
 
-    # 2. Prepare the dataset: pairs packed into rows, each answer with its log-probability under the reference, once
-    train_rows, thinking = load_pairs(settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH)
+    # 2. Prepare the rows: pairs, packed
+    train_rows, thinking, conversations = load_pairs(settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH)
     remember_mode(model, tokenizer, thinking)
 
-    # 3. Plan the steps by the memory there is, the evaluations by the length of the run; configure the training arguments
-    plan = plan_step(model, train_rows, settings, device, folder)
-    train_rows = draw_in_time(model, train_rows, settings, device, folder)
-    size = measure_run(model, train_rows, plan, settings, device, folder)
-    eval_rows, _ = load_pairs(settings.EVAL_FILE, tokenizer, settings.MAX_LENGTH, size.eval_rows)
-    check_disk(model, settings, folder.folder)
-    schedule = plan_schedule(
-        size, eval_rows, settings, folder, reference_tokens=train_rows.tokens + eval_rows.tokens
-    )
+    def load_eval(count):
+        return load_pairs(settings.EVAL_FILE, tokenizer, settings.MAX_LENGTH, count).rows
+
+    # 3. Plan: memory, disk, steps and hours, refused with the numbers if it does not fit
+    plan = plan_run(run, model, train_rows, load_eval, conversations)
     if settings.ESTIMATE:
         return
-    args = training_arguments(settings, device, folder, plan, size.steps)
 
-    # 4. Build the trainer; the reference's log-probabilities come first, from the model as it starts
-    add_reference(model, {"train": train_rows, "eval": eval_rows}, device, folder)
-    course = Course(settings, folder, schedule, size, "DPO", began)
-    trainer = PackedDPOTrainer(
-        model,
-        args,
-        train_rows,
-        eval_rows,
-        tokenizer,
-        course,
-        beta=settings.BETA,
-        sft_weight=settings.SFT_WEIGHT,
-    )
+    # 4. The reference that the policy is held to: the log-probabilities of the answers, once, from the model as it starts
+    add_reference(run, model, {"train": plan.train_rows, "eval": plan.eval_rows})
+    loss = functools.partial(dpo_batch_loss, beta=settings.BETA, sft_weight=settings.SFT_WEIGHT)
 
     # 5. Train, going on where an earlier run stopped
-    results = train(trainer, folder)
+    results = train(run, model, loss, plan, lambda folder: save_model(model, tokenizer, folder))
 
     # 6. Save the model; the loss curve lies beside it
     save = save_adapter_and_merged if settings.LORA else save_model
-    folder.finish(lambda place: save(trainer.model, tokenizer, place), results)
-    report(folder, results, time.monotonic() - began)
+    run.finish(lambda folder: save(model, tokenizer, folder), results)
 
 
 if __name__ == "__main__":

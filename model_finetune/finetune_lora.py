@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` 
 
 from utils.errors import run
 from utils.files import read_jsonl, require_file
-from utils.model.folder import check_model, load_for_lora, load_tokenizer, quiet_offline
+from utils.model.folder import check_model, quiet_offline
 from utils.settings import read_settings
 
 # fmt: off
@@ -30,6 +30,7 @@ ALPHA = 32                  # [1, 2, ...] scale of the adapters: their product c
 EPOCHS = 3.0                # [> 0] passes over the training rows; a small model keeps gaining for two or three
 HOURS = 0.0                 # [0 or more] end after so many hours, saving included, if EPOCHS take longer; 0: no limit
 LEARNING_RATE = 2e-4        # [> 0, at most 0.1] peak rate; about ten times that of full fine-tuning
+JOIN_SINGLE = 0.0           # [0 to 1] share of single questions that are put behind one to three others
 WARMUP = 0.03               # [0 to 0.99] share of the steps with a rising rate; a cosine over the run brings it down to zero
 WEIGHT_DECAY = 0.0          # [0 or more] pull of the weights towards zero; a short fine-tuning needs none
 MAX_LENGTH = 1024           # [1, 2, ...] tokens per packed row; a longer example is set aside, never cut
@@ -41,6 +42,7 @@ KEEP = "best"               # [best | last] the finished model: best of all eval
 CHECKPOINT_MINUTES = 30.0   # [0 or more] write a checkpoint at least so often, beside every epoch's end; 0: at epochs' ends only
 KEEP_CHECKPOINTS = 2        # [1, 2, ...] newest checkpoints to keep, about 0.1 GB each for 0.6 B parameters
 SEED = 0                    # [0, 1, ...] order of the rows
+TRACKER = "none"            # [none | tensorboard | wandb | swanlab | trackio | mlflow] a tool that gets the log as well
 DEVICE = "auto"             # [auto | cuda | mps | cpu] auto: CUDA, else MPS, else CPU
 PRECISION = "auto"          # [auto | bf16 | fp32] auto: bf16 where the hardware computes in it; weights are float32 in any case
 ESTIMATE = False            # print what the run needs in memory, disk and steps, and stop
@@ -54,11 +56,8 @@ def main(argv=None):
     began = time.monotonic()
     settings = read_settings(globals(), argv)
     for path in (settings.TRAIN_FILE, settings.EVAL_FILE):
-        next(
-            read_jsonl(
-                require_file(path, "python data_prepare/convert_to_qwen3_format.py"), ["id", "messages"]
-            )
-        )
+        require_file(path, "python data_prepare/convert_to_qwen3_format.py")
+        next(read_jsonl(path, ["id", "messages"]))
     check_model(settings.MODEL)
     settings.show()
     quiet_offline(settings.MODEL)
@@ -66,60 +65,55 @@ def main(argv=None):
     from transformers import set_seed
 
     from utils.device import pick_device
-    from utils.model.folder import remember_mode, save_adapter_and_merged
+    from utils.model.folder import (
+        load_for_lora,
+        load_tokenizer,
+        remember_mode,
+        save_adapter_and_merged,
+        save_model,
+    )
     from utils.model.lora import add_lora
     from utils.model.qwen3_train import prepare_packed
-    from utils.training.course import Course
-    from utils.training.dataset import load_conversations, show_examples
-    from utils.training.forecast import measure_run, plan_schedule
-    from utils.training.plan import check_disk, check_settings, plan_step
-    from utils.training.run_folder import RunFolder
-    from utils.training.setup import report, train, training_arguments
-    from utils.training.trainer import PackedTrainer
+    from utils.training.loop import train
+    from utils.training.losses import sft_loss
+    from utils.training.plan import plan_run
+    from utils.training.rows import load_conversations, show_examples
+    from utils.training.run import Run
 
-    check_settings(settings)
+    # 1. Load the model, frozen, and its tokenizer with adapters
     device = pick_device(settings.DEVICE, settings.PRECISION)
     print(f"device: {device}")
-
-    # 1. Load the model and its tokenizer, and put the adapters on
     tokenizer = load_tokenizer(settings.MODEL)
     if settings.SHOW_EXAMPLE:
-        show_examples(
-            load_conversations(settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH)[0],
-            tokenizer,
-            settings.SHOW_EXAMPLE,
-        )
-        return
-    folder = RunFolder(settings, device)
-    if folder.finished:
-        return folder.say_finished()
+        rows = load_conversations(
+            settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH, join=settings.JOIN_SINGLE
+        ).rows
+        return show_examples(rows, tokenizer, settings.SHOW_EXAMPLE)
+    run = Run(settings, device, "LoRA", began)
+    if run.finished:
+        return run.say_finished()
     set_seed(settings.SEED)
     model = add_lora(prepare_packed(load_for_lora(settings.MODEL, device.dtype)), settings)
 
-    # 2. Prepare the dataset: token ids as chat will show them, packed into rows
-    train_rows, thinking = load_conversations(settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH)
+    # 2. Prepare the rows: token ids as chat will show them, packed
+    train_rows, thinking, conversations = load_conversations(
+        settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH, join=settings.JOIN_SINGLE
+    )
     remember_mode(model, tokenizer, thinking)
 
-    # 3. Plan the steps by the memory there is, the evaluations by the length of the run; configure the training arguments
-    plan = plan_step(model, train_rows, settings, device, folder)
-    size = measure_run(model, train_rows, plan, settings, device, folder)
-    eval_rows, _ = load_conversations(settings.EVAL_FILE, tokenizer, settings.MAX_LENGTH, size.eval_rows)
-    check_disk(model, settings, folder.folder)
-    schedule = plan_schedule(size, eval_rows, settings, folder)
+    def load_eval(count):
+        return load_conversations(settings.EVAL_FILE, tokenizer, settings.MAX_LENGTH, count).rows
+
+    # 3. Plan: memory, disk, steps and hours, refused with the numbers if it does not fit
+    plan = plan_run(run, model, train_rows, load_eval, conversations)
     if settings.ESTIMATE:
         return
-    args = training_arguments(settings, device, folder, plan, size.steps)
 
-    # 4. Build the trainer
-    course = Course(settings, folder, schedule, size, "LoRA", began)
-    trainer = PackedTrainer(model, args, train_rows, eval_rows, tokenizer, course)
+    # 4. Train, going on where an earlier run stopped
+    results = train(run, model, sft_loss, plan, lambda folder: save_model(model, tokenizer, folder))
 
-    # 5. Train, going on where an earlier run stopped
-    results = train(trainer, folder)
-
-    # 6. Save the adapter and the merged model; the loss curve lies beside them
-    folder.finish(lambda place: save_adapter_and_merged(model, tokenizer, place), results)
-    report(folder, results, time.monotonic() - began)
+    # 5. Save the adapter and the merged model; the loss curve lies beside them
+    run.finish(lambda folder: save_adapter_and_merged(model, tokenizer, folder), results)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,9 @@ import datasets
 import matplotlib.pyplot
 import peft
 import transformers.models.qwen3.modeling_qwen3
-import transformers.trainer
 
-import utils.training.dataset
-import utils.training.forecast
+import utils.training.loop
 import utils.training.reference
-import utils.training.setup
+import utils.training.rows
 
 gc.freeze()  # a million objects of the imports: the collections of a small run take half of its time with them

@@ -3,7 +3,6 @@
 import gc
 import os
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +10,6 @@ import torch
 from utils import device
 from utils.device import pick_device
 from utils.errors import OWN_THRESHOLDS, UserError, run
-from utils.training import setup
-from utils.training.plan import StepPlan
 
 
 @pytest.fixture
@@ -91,28 +88,6 @@ def test_what_is_asked_for_is_obeyed_or_refused(machine):
         pick_device("cuda")
     with pytest.raises(UserError, match="wanted auto, bf16 or fp32, got 'fp16'"):
         pick_device("cpu", "fp16")
-
-
-@pytest.mark.parametrize(
-    "signs, use_cpu, bf16, pinned",
-    [
-        ({"cuda": (9, 0)}, False, True, True),
-        ({"cuda": (7, 5)}, False, False, True),
-        ({"mps": True}, False, False, False),
-        ({"avx512_bf16": True}, True, True, False),
-        ({}, True, False, False),
-    ],
-)
-def test_training_arguments_follow_the_device(machine, monkeypatch, tmp_path, signs, use_cpu, bf16, pinned):
-    machine(**signs)
-    monkeypatch.setattr(setup, "TrainingArguments", lambda **given: SimpleNamespace(n_gpu=1, **given))
-    settings = SimpleNamespace(LEARNING_RATE=1e-5, WEIGHT_DECAY=0.0, SEED=7, KEEP_CHECKPOINTS=2)
-    run = SimpleNamespace(folder=tmp_path, checkpoint=None)
-    args = setup.training_arguments(settings, pick_device(), run, StepPlan(2, 3, True), 10)
-    assert (args.use_cpu, args.bf16, args.dataloader_pin_memory) == (use_cpu, bf16, pinned)
-    assert args.seed == args.data_seed == 7
-    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (2, 3)
-    assert args.activation_checkpointing
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 PLAIN_SECONDS = 15  # between two lines of progress, off a terminal
@@ -73,7 +73,7 @@ def listed(names: list, most: int = 5) -> str:
 # ---- Progress: tqdm's bar on a terminal, a plain line now and then elsewhere
 
 
-def progress(label: str, unit: str = "batches", always: bool = False) -> Callable[..., Iterable]:
+def progress(label: str, unit: str = "batches", always: bool = False) -> Callable[..., Iterator]:
     """A function that wraps what is gone through: progress(label)(list) or progress(label)(iterator, count).
 
     It shows how far that is and the time left. Work of less than QUIET_SECONDS is not mentioned, unless `always`.
@@ -81,7 +81,8 @@ def progress(label: str, unit: str = "batches", always: bool = False) -> Callabl
 
     def watch(steps, count=None):
         total = len(steps) if count is None else count
-        return bar(steps, label, unit=f" {unit}", total=total, delay=0 if always else QUIET_SECONDS)
+        shown = bar(steps, label, unit=f" {unit}", total=total, delay=0 if always else QUIET_SECONDS)
+        return iter(shown)  # once: tqdm itself would begin anew, and lose items, with every islice over it
 
     return watch
 

@@ -48,14 +48,13 @@ def start(model: str, folder: Path, max_length: int) -> dict:
     from utils.model.folder import load_tokenizer, quiet_offline
 
     quiet_offline(model)
-    from utils.training.dataset import load_conversations
-    from utils.training.plan import ways  # noqa: F401 - with all that it imports, as in a training
-    from utils.training.setup import peak_memory
-    from utils.training.trainer import torch
+    from utils.device import Device
+    from utils.training.loop import peak_memory  # with all that the loop imports, as in a training
+    from utils.training.rows import load_conversations
 
-    tokenizer, device = load_tokenizer(model), torch.device("cpu")
+    tokenizer, device = load_tokenizer(model), Device("cpu", False, "")
     before, began, processor = peak_memory(device), time.perf_counter(), time.process_time()
-    rows, _ = load_conversations(folder / "train.jsonl", tokenizer, max_length)
+    rows = load_conversations(folder / "train.jsonl", tokenizer, max_length).rows
     load_conversations(folder / "eval.jsonl", tokenizer, max_length, 200)
     rows.fullest(4)
     return {

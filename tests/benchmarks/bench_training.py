@@ -15,6 +15,7 @@ the ratios within a round.
 """
 
 import argparse
+import functools
 import json
 import platform
 import resource
@@ -110,34 +111,41 @@ def sample_files(folder):
 
 
 class Clock:
-    """Seconds and real tokens of each optimizer step of a Trainer."""
+    """Seconds and real tokens of each optimizer step."""
 
-    def __init__(self, trainer, count):
-        from transformers import TrainerCallback
+    def __init__(self):
+        self.seconds, self.tokens = [], []
 
-        self.seconds, self.tokens, clock = [], [], self
 
-        class Callback(TrainerCallback):
-            def on_step_begin(self, *_, **__):
-                clock.began = time.perf_counter()
+def watch(trainer, count) -> Clock:
+    """The Clock of a transformers Trainer."""
+    from transformers import TrainerCallback
 
-            def on_step_end(self, *_, **__):
-                clock.seconds.append(time.perf_counter() - clock.began)
+    clock = Clock()
 
-        step = trainer.training_step
+    class Callback(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            clock.began = time.perf_counter()
 
-        def counted(model, inputs, *rest, **named):
-            self.tokens.append(count(inputs))
-            return step(model, inputs, *rest, **named)
+        def on_step_end(self, *_, **__):
+            clock.seconds.append(time.perf_counter() - clock.began)
 
-        trainer.training_step = counted
-        trainer.add_callback(Callback())
+    step = trainer.training_step
+
+    def counted(model, inputs, *rest, **named):
+        clock.tokens.append(count(inputs))
+        return step(model, inputs, *rest, **named)
+
+    trainer.training_step = counted
+    trainer.add_callback(Callback())
+    return clock
 
 
 def ours(method, precision, options, folder):
     """(Clock after training, seconds of the reference pass for one token)."""
     import numpy
     import torch
+    from accelerate import Accelerator
     from transformers import set_seed
 
     from utils.device import pick_device
@@ -146,10 +154,10 @@ def ours(method, precision, options, folder):
     from utils.model.lora import add_lora
     from utils.model.qwen3_train import prepare_packed
     from utils.settings import read_settings
-    from utils.training.dataset import load_conversations, load_pairs
-    from utils.training.plan import StepPlan
-    from utils.training.setup import training_arguments
-    from utils.training.trainer import PackedDPOTrainer, PackedTrainer
+    from utils.training.loop import Learner, step_batches
+    from utils.training.losses import dpo_batch_loss, sft_loss
+    from utils.training.memory import StepPlan
+    from utils.training.rows import load_conversations, load_pairs
 
     settings = read_settings(
         runpy.run_path(str(ROOT / f"model_finetune/finetune_{method}.py")),
@@ -171,9 +179,6 @@ def ours(method, precision, options, folder):
         ],
     )
     device = pick_device("auto", precision)
-    run = argparse.Namespace(folder=Path(folder), checkpoint=None)
-    args = training_arguments(settings, device, run, StepPlan(1, 1, False), options.steps)
-    args.save_strategy = "no"
     set_seed(0)
     tokenizer = load_tokenizer(options.model)
     if method == "lora":
@@ -181,13 +186,13 @@ def ours(method, precision, options, folder):
     else:
         model = prepare_packed(load_model(options.model, torch.float32))
     load = load_pairs if method == "dpo" else load_conversations
-    rows, _ = load(
+    rows = load(
         Path(options.pairs_file if method == "dpo" else options.train_file),
         tokenizer,
         options.max_length,
         options.rows,
-    )
-    reference = 0.0
+    ).rows
+    reference, loss = 0.0, sft_loss
     if method == "dpo":
         few = rows.select(numpy.arange(min(8, len(rows.items))))
         answer_logps(model, rows.select(numpy.arange(1)), device)  # the first pass warms up
@@ -197,14 +202,23 @@ def ours(method, precision, options, folder):
         rows.numbers.update(
             {f"reference_{side}": numpy.full(len(rows.items), -100.0) for side in ("chosen", "rejected")}
         )
-        trainer = PackedDPOTrainer(model, args, rows, None, tokenizer, beta=0.1, sft_weight=0.2)
-    else:
-        trainer = PackedTrainer(model, args, rows, None, tokenizer)
-    # a tree (shared tokens, tokens of each branch ...) stands for documents of shared + branch + the last token, each
-    clock = Clock(
-        trainer, lambda inputs: sum(tree[0] + branch + 1 for tree in inputs["layout"] for branch in tree[1:])
+        loss = functools.partial(dpo_batch_loss, beta=0.1, sft_weight=0.2)
+    accelerator, way = Accelerator(cpu=device.name == "cpu"), StepPlan(1, 1, False)
+    run = argparse.Namespace(
+        settings=settings, device=device, accelerator=accelerator, processes=1, way=lambda step: way
     )
-    trainer.train()
+    plan = argparse.Namespace(train_rows=rows, steps_per_epoch=len(rows))
+    learner, clock = Learner(run, model, loss), Clock()
+    for step in range(options.steps):
+        batches, began = step_batches(run, plan, step), time.perf_counter()
+        result = learner.backward(batches, way)
+        learner.step(settings.LEARNING_RATE)
+        result.losses[-1].item()  # waits for the device
+        clock.seconds.append(time.perf_counter() - began)
+        # a tree (shared tokens, tokens of each branch ...) stands for documents of shared + branch + the last token, each
+        clock.tokens.append(
+            sum(tree[0] + branch + 1 for batch in batches for tree in batch["layout"] for branch in tree[1:])
+        )
     return clock, reference
 
 
@@ -259,7 +273,7 @@ def theirs(method, precision, options, folder, batch=1, packing=False, base="flo
         mask = inputs.get("attention_mask")
         return inputs["input_ids"].numel() if mask is None else int(mask.sum())
 
-    clock = Clock(trainer, count)
+    clock = watch(trainer, count)
     trainer.train()
     return clock, 0.0
 

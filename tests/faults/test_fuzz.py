@@ -10,18 +10,14 @@ import random
 import shutil
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from utils.errors import UserError
 from utils.files import read_log, write_json, write_jsonl
-from utils.kept import read_kept, write_kept
+from utils.kept import is_kept, read_kept, seal, write_kept
 from utils.model.folder import RECORD_FIELDS, check_model, load_model, load_tokenizer, read_record
-from utils.training import reference, token_cache
-from utils.training.best import BestWeights
-from utils.training.checkpoints import NEEDED, whole_checkpoints, write_manifest
 
 VALUES = (
     None,
@@ -103,37 +99,28 @@ def targets(tmp_path_factory, tiny_folder):
     write_jsonl(
         run / "training_log.jsonl", [{"step": n, "loss": 1.5, "learning_rate": 1e-5} for n in range(5)]
     )
-    write_json(
-        run / reference.NAME, {"identity": IDENTITY, "sha256": reference._checksum(LOGPS), "logps": LOGPS}
-    )
     results = {"folder": "one", "items": [{"test": "exam", "id": "0", "letters": [-1.5]}]}
     write_kept(run / "kept.json", IDENTITY, results)
     tokens = run / "rows.arrow"
     tokens.write_bytes(b"tokens")
-    write_json(token_cache._record_of(tokens), token_cache._record(tokens, IDENTITY))
-    best = BestWeights(SimpleNamespace(folder=run, record={"identity": IDENTITY}, main=True), None, "best")
-    weights = torch.nn.Linear(2, 1)
-    best._write(weights, {"step": 3, "eval_loss": 1.5})
+    seal(tokens, IDENTITY)
     write_kept(run / "answers.json", IDENTITY, LOGPS)
     saved = place / "saved" / "checkpoint-1"
     saved.mkdir(parents=True)
-    for name in (*NEEDED, "model.safetensors"):
+    for name in ("model.safetensors", "optimizer.safetensors", "clock.json"):
         (saved / name).write_text(name, encoding="utf-8")
-    write_manifest(saved)
+    seal(saved, IDENTITY)
     return [
         *((model / name, lambda: load(model), None) for name in MODEL_FILES),
         (adapter / "adapter_config.json", lambda: load(adapter), None),
         (run / "run.json", lambda: read_record(run, RECORD_FIELDS), None),
         (run / "run.json", lambda: load(adapter), None),
         (run / "training_log.jsonl", lambda: read_log(run / "training_log.jsonl"), None),
-        (run / reference.NAME, lambda: reference._read(run / reference.NAME, IDENTITY)[0], LOGPS),
         (run / "kept.json", lambda: read_kept(run / "kept.json", IDENTITY), results),
-        (token_cache._record_of(tokens), lambda: token_cache._damage(tokens, IDENTITY) is None or None, True),
-        (tokens, lambda: token_cache._damage(tokens, IDENTITY) is None or None, True),
-        (run / "best/step-3.json", lambda: best.load(weights, 3) or None, True),
-        (run / "best/step-3.safetensors", lambda: best.load(weights, 3) or None, True),
+        (run / "rows.arrow.json", lambda: is_kept(tokens, IDENTITY) or None, True),
+        (tokens, lambda: is_kept(tokens, IDENTITY) or None, True),
         (run / "answers.json", lambda: read_kept(run / "answers.json", IDENTITY), LOGPS),
-        (saved / "MANIFEST.json", lambda: whole_checkpoints(saved.parent) or None, [saved]),
+        (saved / "MANIFEST.json", lambda: is_kept(saved, IDENTITY) or None, True),
     ]
 
 

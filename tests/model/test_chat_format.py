@@ -14,7 +14,7 @@ from utils.model.chat_format import (
     generation_settings,
     with_default_mode,
 )
-from utils.training.dataset import load_conversations, load_pairs, show_examples
+from utils.training.rows import load_conversations, load_pairs, show_examples
 
 SINGLE = [{"role": "user", "content": "麻黄的药性是什么？"}, {"role": "assistant", "content": "温。"}]
 SYSTEM = [{"role": "system", "content": "你是中医。"}, *SINGLE]
@@ -186,7 +186,7 @@ def test_long_rows_are_set_aside_and_counted_never_cut(tokenizer, tmp_path, caps
         tmp_path / "rows.jsonl",
         [{"id": str(n), "messages": messages} for n, messages in enumerate([SINGLE, long, SYSTEM])],
     )
-    rows, thinking = load_conversations(tmp_path / "rows.jsonl", tokenizer, 120)
+    rows, thinking, _ = load_conversations(tmp_path / "rows.jsonl", tokenizer, 120)
     assert len(rows.items) == 2 and not thinking
     assert all(answer[-1] == tokenizer.eos_token_id for item in rows.items for _, answer in item["documents"])
     assert "1 of 3 are longer than MAX_LENGTH = 120" in capsys.readouterr().out

@@ -136,7 +136,7 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
 @pytest.fixture
 def unstopped(monkeypatch):
     """Handlers of Ctrl-C as they were: the trainer's belong to its script."""
-    monkeypatch.setattr("utils.training.callbacks.signal.signal", lambda number, handler: None)
+    monkeypatch.setattr("utils.training.run.signal.signal", lambda number, handler: None)
 
 
 @pytest.mark.slow

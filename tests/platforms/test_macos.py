@@ -10,8 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils import device
 from utils.errors import run
-from utils.training import setup
-from utils.training.plan import StepPlan
+from utils.training import memory
 
 
 def test_memory_is_left_alone_where_there_is_no_glibc(monkeypatch):
@@ -29,12 +28,12 @@ def test_peak_memory_is_in_bytes_everywhere(monkeypatch):
     resource = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=3 * 2**20))
     process = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=5))
     monkeypatch.setitem(sys.modules, "resource", resource)
-    monkeypatch.setattr(setup, "psutil", SimpleNamespace(Process=lambda: process))
+    monkeypatch.setattr(memory, "psutil", SimpleNamespace(Process=lambda: process))
     for platform, peak in (("linux", 3 * 2**30), ("darwin", 3 * 2**20), ("win32", 5)):
         if platform == "win32":
             monkeypatch.setitem(sys.modules, "resource", None)
-        monkeypatch.setattr(setup.sys, "platform", platform)
-        assert setup.peak_memory(torch.device("cpu")) == peak
+        monkeypatch.setattr(memory.sys, "platform", platform)
+        assert memory.peak_memory(device.Device("cpu", False, "test")) == peak
 
 
 class AppleGPU(TorchDispatchMode):
@@ -72,25 +71,6 @@ def test_losses_and_scores_keep_to_what_apple_gpus_can_do(tmp_path):
         (cross_entropy_sum(hidden, model.lm_head.weight, targets) / len(targets)).backward()
         token_logps(hidden, model.lm_head.weight, targets)
     assert gpu.widest == CHUNK
-
-
-def test_training_on_an_apple_gpu_clears_its_caches_and_starts_no_workers(tmp_path, monkeypatch):
-    """Rows differ in length, and every new length leaves buffers and a compiled graph behind; workers crash on macOS."""
-    real = setup.TrainingArguments
-    settings = SimpleNamespace(LEARNING_RATE=1e-5, WEIGHT_DECAY=0.0, SEED=7, KEEP_CHECKPOINTS=2)
-    monkeypatch.setattr(setup, "TrainingArguments", lambda **given: SimpleNamespace(n_gpu=1, **given))
-    given = {
-        name: setup.training_arguments(
-            settings,
-            device.Device(name, False, "test"),
-            SimpleNamespace(folder=tmp_path, checkpoint=None),
-            StepPlan(1, 4, False),
-            10,
-        )
-        for name in ("mps", "cpu", "cuda")
-    }
-    assert [args.torch_empty_cache_steps for args in given.values()] == [10, None, None]
-    assert real(**{k: v for k, v in vars(given["cpu"]).items() if k != "n_gpu"}).dataloader_num_workers == 0
 
 
 def test_a_full_gpu_is_told_in_one_line(capsys):

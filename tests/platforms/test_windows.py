@@ -1,9 +1,7 @@
 """Windows: whole scripts on a Python that lacks what Windows lacks (tests/like_windows.py), and what differs there, faked."""
 
 import json
-import os
 import sys
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -13,7 +11,7 @@ from utils import errors
 from utils.errors import UserError, run
 from utils.hub import HubFile, Repo, model_files
 from utils.model.folder import check_model
-from utils.training import callbacks, lock
+from utils.training import log as log_module
 
 
 @pytest.mark.slow
@@ -79,26 +77,6 @@ def test_training_and_resuming_like_on_windows(like_windows, tmp_path):
     )
 
 
-def test_a_folder_is_held_without_fcntl(tmp_path, monkeypatch):
-    """By a byte that is the same for all and no part of the text: on Windows a locked byte cannot even be read."""
-    held = set()
-
-    def locking(number, mode, count):
-        place = os.fstat(number).st_ino, os.lseek(number, 0, os.SEEK_CUR)
-        if place in held:
-            raise PermissionError(13, "Permission denied")
-        held.add(place)
-
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
-    (tmp_path / lock.NAME).write_text("4711", encoding="utf-8")  # of a process that was killed
-    first = lock.lock_folder(tmp_path)
-    with pytest.raises(UserError, match=rf"in use by another run \(process {os.getpid()}\)"):
-        lock.lock_folder(tmp_path)
-    first.close()
-    assert all(position > (tmp_path / lock.NAME).stat().st_size for _, position in held)
-
-
 def test_no_line_editing_where_there_is_no_readline(monkeypatch):
     from utils.chat.terminal import prepare_terminal
 
@@ -121,10 +99,8 @@ def test_a_picture_that_a_viewer_holds_does_not_end_the_run(tmp_path, monkeypatc
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(callbacks, "plot_training", refuse)
-    record = {"settings": {"MODEL": "base", "TRAIN_FILE": "sft.jsonl"}, "started": "2026-11-25"}
-    run_folder = SimpleNamespace(folder=tmp_path, main=True, record=record)
-    log = callbacks.RunLog(run_folder, SimpleNamespace(start=0), None, 1, "SFT")
+    monkeypatch.setattr(log_module, "plot_training", refuse)
+    log = log_module.RunLog(tmp_path, True, "SFT")
     log.entries.append({"step": 1, "loss": 1.0})
     log.draw()
     assert (

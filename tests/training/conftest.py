@@ -3,7 +3,7 @@
 import pytest
 from small_runs import METHODS, make_place, no_picture, train
 
-from utils.training import callbacks
+from utils.training import log
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -11,7 +11,7 @@ PRECISIONS = ("fp32", "bf16")
 @pytest.fixture(scope="session", autouse=True)
 def quick_pictures():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(callbacks, "plot_training", no_picture)
+        patch.setattr(log, "plot_training", no_picture)
         yield
 
 

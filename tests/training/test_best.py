@@ -1,13 +1,11 @@
 """The finished model is the best of the run; what is kept until then survives a kill, or is not believed."""
 
-import shutil
-
 import pytest
 from small_runs import make_place, same_weights, train
 
 from utils.files import read_json, read_jsonl, write_jsonl
-from utils.training.best import best_of, verdict
-from utils.training.trainer import PackedTrainer
+from utils.training.log import best_of, verdict
+from utils.training.loop import Learner
 
 WORSENS = ["--epochs", 3, "--warmup", 0, "--learning-rate", 1e-2, "--evaluations", 6]
 
@@ -55,15 +53,16 @@ def killed(wrong, monkeypatch):
     """killed(name, step) -> the folder of a run that ended abruptly in the step after `step`."""
 
     def run(name, step):
-        whole = PackedTrainer.training_step
+        whole, steps = Learner.backward, []
 
         def die(self, *given):
-            if self.state.global_step == step:
+            if len(steps) == step:
                 raise SystemExit(9)
+            steps.append(given)
             return whole(self, *given)
 
         with monkeypatch.context() as patch:
-            patch.setattr(PackedTrainer, "training_step", die)
+            patch.setattr(Learner, "backward", die)
             assert train("sft", wrong, wrong / name, *WORSENS) == 9
         return wrong / name
 
@@ -123,40 +122,12 @@ def test_the_best_of_pairs_is_by_accuracy_then_loss():
     ],
 )  # fmt: skip
 def test_what_is_said_at_the_end(start, after, losses, words):
-    said = verdict(start, after, losses, best_of(after)["step"])
+    said = verdict(start, after, losses, best_of(after)["step"], 100)
     assert any(words in line for line in said) and len(said) <= 2
     if "clearly" not in words and "lower" not in words:
         assert not any("clearly" in line for line in said)
 
 
-@pytest.mark.slow
-def test_a_prolonged_run_goes_on_from_the_last_state(runs, place, tmp_path, capsys):
-    output = tmp_path / "out"
-    shutil.copytree(runs("sft"), output)
-    assert train("sft", place, output, "--epochs", 3) == 0
-    said = capsys.readouterr().out
-    assert "prolonging the run that was finished after step 12; its model is kept in" in said
-    (kept,) = tmp_path.glob("out.*")
-    assert same_weights(kept, runs("sft")) and read_json(kept / "run.json")["status"] == "finished"
-    record, log = read_json(output / "run.json"), list(read_jsonl(output / "training_log.jsonl"))
-    assert record["continues"]["results"]["steps"] == 12 and record["continues"]["folder"] == str(kept)
-    assert (
-        record["results"]["steps"] == 18
-        and record["results"]["eval_loss"] < record["continues"]["results"]["eval_loss"]
-    )
-    steps = [entry for entry in log if "loss" in entry]
-    assert [entry["step"] for entry in steps] == list(range(1, 19))
-    assert steps[12]["learning_rate"] == 0.003 / 2  # a warm-up of one step again, then down to zero once more
-    assert steps[13]["learning_rate"] > steps[-1]["learning_rate"] > 0
-    assert train("sft", place, output, "--epochs", 3) == 0
-    assert "is finished already" in capsys.readouterr().out
-    assert train("sft", place, output, "--epochs", 1) == 2
-    assert "EPOCHS: 3.0 -> 1.0" in capsys.readouterr().err
-
-
-def test_without_its_last_checkpoint_a_run_is_not_prolonged(runs, place, tmp_path, capsys):
-    shutil.copytree(runs("sft"), tmp_path / "out")
-    shutil.rmtree(tmp_path / "out/checkpoint-12")
-    assert train("sft", place, tmp_path / "out", "--epochs", 3) == 2
-    assert "cannot be prolonged: the checkpoint of its last step, 12, is not there" in capsys.readouterr().err
-    assert same_weights(tmp_path / "out", runs("sft"))
+def test_few_pairs_say_nothing_about_the_run():
+    start, after = entry(0, 0.7, 0), [entry(5, 0.6, 0.9), entry(9, 0.7, 0.4)]
+    assert len(verdict(start, after, [3, 1], 5, 99)) == 1 and len(verdict(start, after, [3, 1], 5, 100)) == 2

@@ -7,7 +7,7 @@ from small_runs import train, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.files import read_json, read_jsonl
-from utils.training.callbacks import chosen_fell
+from utils.training.log import chosen_fell
 
 pytestmark = pytest.mark.slow  # six whole runs
 

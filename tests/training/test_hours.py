@@ -8,8 +8,9 @@ import pytest
 import torch
 from small_runs import same_weights, train
 
-from utils.files import read_json, read_jsonl, write_json
-from utils.training.trainer import PackedTrainer
+from utils.files import read_json, read_jsonl, write_json, write_jsonl
+from utils.training.loop import Learner
+from utils.training.run import Run
 
 pytestmark = pytest.mark.slow
 HOUR = 3600.0
@@ -34,38 +35,28 @@ class Clock:
     def __init__(self, monkeypatch):
         self.now, self.step, self.row, self.checkpoint = 1000.0, lambda seconds: 60.0, 2.0, 15.0
         self.ids: list[list[str]] = []  # of the rows of each step
-        self.dies = None  # in the step after this one
-        monkeypatch.setattr(time, "monotonic", lambda: self.now)
-        for name, wrapped in (
-            ("training_step", self._training_step),
-            ("batch_loss", self._batch_loss),
-            ("_save_checkpoint", self._save),
-        ):
-            monkeypatch.setattr(PackedTrainer, name, wrapped(getattr(PackedTrainer, name)))
+        self.dies = None  # in the step after so many of this process
+        backward, batch_loss, save = Learner.backward, Learner.batch_loss, Run.save_checkpoint
 
-    def _training_step(self, whole):
-        def timed(trainer, model, inputs, *more):
-            if trainer.state.global_step == self.dies:
+        def timed_step(learner, batches, way):
+            if len(self.ids) == self.dies:
                 raise SystemExit(9)
             self.now += self.step(self.now - 1000.0)
-            self.ids.append(inputs["ids"])
-            return whole(trainer, model, inputs, *more)
+            self.ids.append([name for batch in batches for name in batch["ids"]])
+            return backward(learner, batches, way)
 
-        return timed
-
-    def _batch_loss(self, whole):
-        def timed(trainer, *given):
+        def timed_row(learner, *given):
             self.now += 0.0 if torch.is_grad_enabled() else self.row
-            return whole(trainer, *given)
+            return batch_loss(learner, *given)
 
-        return timed
-
-    def _save(self, whole):
-        def timed(trainer, *given):
+        def timed_save(run, *given):
             self.now += self.checkpoint
-            return whole(trainer, *given)
+            return save(run, *given)
 
-        return timed
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(Learner, "backward", timed_step)
+        monkeypatch.setattr(Learner, "batch_loss", timed_row)
+        monkeypatch.setattr(Run, "save_checkpoint", timed_save)
 
 
 @pytest.fixture
@@ -119,15 +110,6 @@ def test_epochs_that_take_less_end_the_run(place, tmp_path, clock):
     assert read_json(tmp_path / "out/run.json")["results"]["steps"] == 12 and clock.now - 1000.0 < 900
 
 
-def test_the_plan_is_told_and_kept(place, tmp_path, clock, capsys):
-    assert train("sft", place, tmp_path / "out", *GIVEN) == 0
-    said = capsys.readouterr().out
-    assert "60.0 min are " in said and "of the rows" in said and "done at" in said
-    record = read_json(tmp_path / "out/run.json")
-    assert record["schedule"]["plan"][1][2] == "the first steps were timed"
-    assert record["schedule"]["plan"][-1][1] == record["results"]["steps"]
-
-
 @pytest.mark.parametrize("dies", [20, 33])
 def test_a_killed_run_counts_only_the_time_it_ran_and_ends_in_the_same_bits(
     place, tmp_path, clock, monkeypatch, dies
@@ -135,45 +117,37 @@ def test_a_killed_run_counts_only_the_time_it_ran_and_ends_in_the_same_bits(
     slow = lambda seconds: 90.0 if third(seconds) else 60.0  # noqa: E731
     clock.step = slow
     assert train("sft", place, tmp_path / "whole", *GIVEN) == 0
+    clock.ids.clear()
     clock.now, clock.dies = 1000.0, dies
     assert train("sft", place, tmp_path / "out", *GIVEN) == 9
-    before = read_json(tmp_path / "out/run.json")["pace"]
-    lost = clock.now - 1000.0 - max(kept["elapsed"] for kept in before.values())
+    clock.ids.clear()
+    kept = [read_json(path / "clock.json")["elapsed"] for path in (tmp_path / "out").glob("checkpoint-*")]
+    lost = clock.now - 1000.0 - max(kept)
     clock.now, clock.dies = clock.now + 86400.0, None  # a day later
     clock.step = lambda seconds: slow(seconds - 86400.0 - lost)
     assert train("sft", place, tmp_path / "out", *GIVEN) == 0
-    whole, again = (read_json(tmp_path / name / "run.json") for name in ("whole", "out"))
-    assert again["schedule"] == whole["schedule"]
     assert same_weights(tmp_path / "out", tmp_path / "whole")
     logs = [(tmp_path / name / "training_log.jsonl").read_bytes() for name in ("whole", "out")]
     assert logs[0] == logs[1]
 
 
-def test_a_recorded_plan_is_followed(place, tmp_path, clock, precision):
-    """Killed after a change that the checkpoint knows nothing of: the change comes at its step again, whatever the time."""
-    clock.step = lambda seconds: 120.0 if third(seconds) else 60.0
+def test_steps_that_are_done_again_take_the_rates_that_they_had(place, tmp_path, clock, precision):
+    """Killed long after a checkpoint, and gone on with on a faster machine: the logged steps are the same, the end is in time."""
     given = [*GIVEN, "--keep", "last"]
     assert train("sft", place, tmp_path / "whole", *given, precision=precision) == 0
     output = tmp_path / "out"
     shutil.copytree(tmp_path / "whole", output)
-    record = read_json(output / "run.json")
-    changes = record["schedule"]["plan"]
-    assert len(changes) > 3
-    first, *later = sorted(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*"))
-    for step in later:
-        shutil.rmtree(output / f"checkpoint-{step}")
+    record, lines = read_json(output / "run.json"), list(read_jsonl(output / "training_log.jsonl"))
+    for path in output.glob("checkpoint-*"):
+        if read_json(path / "clock.json")["progress"] > 0.3:
+            shutil.rmtree(path)
     write_json(output / "run.json", record | {"status": "running"})
-    clock.now = 5e6
-    clock.step = lambda seconds: 40.0  # the machine is another one now, until the plan's last change
-    last = changes[-1][0]
+    killed = [entry for entry in lines if entry["step"] <= 30]
+    write_jsonl(output / "training_log.jsonl", killed)
+    clock.now, clock.step = 5e6, lambda seconds: 40.0
     assert train("sft", place, output, *given, precision=precision) == 0
-    again = read_json(output / "run.json")["schedule"]["plan"]
-    assert again[: len(changes)] == changes and all(change[0] >= last for change in again[len(changes) :])
-    whole, lines = (
-        [entry for entry in read_jsonl(folder / "training_log.jsonl") if entry["step"] <= last]
-        for folder in (tmp_path / "whole", output)
-    )
-    assert lines == whole
+    again = list(read_jsonl(output / "training_log.jsonl"))
+    assert again[: len(killed)] == killed and again[-1]["step"] > lines[-1]["step"]
 
 
 def test_what_fits_in_one_hour_is_part_of_what_fits_in_two(place, tmp_path, clock):
@@ -184,14 +158,3 @@ def test_what_fits_in_one_hour_is_part_of_what_fits_in_two(place, tmp_path, cloc
         seen.append(clock.ids)
     one, two = seen
     assert 4 < len(one) < len(two) and two[: len(one)] == one
-
-
-def test_more_hours_prolong_a_run(place, tmp_path, clock, capsys):
-    output = tmp_path / "out"
-    assert train("sft", place, output, *GIVEN, "--hours", 0.5) == 0
-    steps = read_json(output / "run.json")["results"]["steps"]
-    assert train("sft", place, output, *GIVEN) == 0
-    assert f"prolonging the run that was finished after step {steps}" in capsys.readouterr().out
-    record = read_json(output / "run.json")
-    assert record["results"]["steps"] > 1.7 * steps and 0.95 * HOUR < clock.now - 1000.0 <= 1.01 * HOUR
-    assert rates(output)[steps] < rates(output)[steps + 3] > rates(output)[-1]

@@ -5,12 +5,12 @@ import torch
 from datasets import Dataset
 from packed_items import some_items
 from tiny_model import make_tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from utils.model.packing import PackedRows, collate
+from utils.model.packing import collate, model_inputs
 from utils.model.qwen3_train import prepare_packed
-from utils.training.trainer import PackedDPOTrainer
+from utils.training.losses import dpo_batch_loss
 
 BETA = 0.3
 
@@ -72,11 +72,9 @@ def test_loss_and_gradients_equal_trl(folder, tmp_path, sft_weight, count):
     expected.backward()
 
     model = prepare_packed(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
-    args = TrainingArguments(output_dir=str(tmp_path / "ours"), use_cpu=True, report_to="none")
-    trainer = PackedDPOTrainer(
-        model, args, PackedRows(pairs, 1000), None, tokenizer, beta=BETA, sft_weight=sft_weight
-    )
-    loss = trainer.compute_loss(model, collate([pairs]), num_items_in_batch=torch.tensor(len(pairs)))
+    batch, scale = collate([pairs]), torch.tensor(1 / len(pairs))
+    hidden, head = model(**model_inputs(batch)), model.lm_head.weight
+    loss = dpo_batch_loss(hidden, head, batch, scale, beta=BETA, sft_weight=sft_weight).loss
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for (name, one), other in zip(model.named_parameters(), theirs.parameters()):

@@ -2,16 +2,18 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
-from small_runs import arguments, train
+from small_runs import arguments, same_weights, train
 
-from model_finetune import finetune_sft
-from utils.training.trainer import PackedTrainer
+from utils.files import read_json, write_json
+from utils.training.loop import Learner
+from utils.training.memory import StepPlan
 
 
 @pytest.mark.parametrize(
@@ -46,15 +48,16 @@ def test_broken_data_names_the_line(place, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_rows(place, tmp_path, capsys, monkeypatch):
-    whole = PackedTrainer.batch_loss
+    whole, steps = Learner.backward, []
 
-    def spoilt(self, hidden, batch, scale):
-        result = whole(self, hidden, batch, scale)
-        if self.state.global_step == 2 and torch.is_grad_enabled():
-            return result._replace(loss=result.loss + float("nan"))
+    def spoilt(self, batches, way):
+        result = whole(self, batches, way)
+        steps.append(result)
+        if len(steps) == 3:
+            return result._replace(losses=[loss + float("nan") for loss in result.losses])
         return result
 
-    monkeypatch.setattr(PackedTrainer, "batch_loss", spoilt)
+    monkeypatch.setattr(Learner, "backward", spoilt)
     assert train("sft", place, tmp_path / "out") == 1
     said = re.search(
         r"the loss became nan at step 3, in rows ((\d+, ){4}\d+)( and \d+ more)?; lower",
@@ -69,35 +72,61 @@ def test_a_learning_rate_far_too_high_stops_the_run(place, tmp_path, capsys):
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        finetune_sft.sys.modules["torch"].nn.utils,
-        "clip_grad_norm_",
-        lambda *a, **k: torch.tensor(float("inf")),
-    )
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a, **k: torch.tensor(float("inf")))
     assert train("sft", place, tmp_path / "out", "--max-steps", 1) == 1
     assert "the gradient became inf at step 1" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
+NO_MEMORY = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+
+
+@pytest.fixture
+def hungry(monkeypatch):
+    """hungry(step, rows) -> memory is too short for so many rows at once, in the step after `step` and later."""
+
+    def run(step, rows):
+        whole, steps = Learner.backward, []
+
+        def backward(self, batches, way):
+            if len(steps) >= step and way.rows_at_once >= rows:
+                raise RuntimeError(NO_MEMORY)
+            steps.append(way)
+            return whole(self, batches, way)
+
+        monkeypatch.setattr(Learner, "backward", backward)
+        return steps
+
+    return run
+
+
 @pytest.mark.slow
-def test_no_memory_underway_names_the_last_checkpoint(place, tmp_path, capsys, monkeypatch):
-    whole = PackedTrainer.batch_loss
-
-    def hungry(self, hidden, batch, scale):
-        if self.state.global_step == 8 and torch.is_grad_enabled():
-            raise RuntimeError(
-                "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
-            )
-        return whole(self, hidden, batch, scale)
-
-    monkeypatch.setattr(PackedTrainer, "batch_loss", hungry)
+def test_no_memory_underway_names_the_last_checkpoint(place, tmp_path, capsys, hungry):
+    hungry(8, 1)
     assert train("sft", place, tmp_path / "out") == 1
     errors = capsys.readouterr().err
-    assert (
-        "not enough memory after step" in errors
-        and "checkpoint-6 is kept" in errors
-        and len(errors.strip().splitlines()) == 1
-    )
+    assert "not enough memory after step 8" in errors and "checkpoint-6 is kept" in errors
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_where_memory_runs_out_the_next_plan_is_taken_and_kept(place, tmp_path, capsys, hungry, monkeypatch):
+    """The run goes on from its last step; killed and started again, it ends in the same bits."""
+    output, two = tmp_path / "out", StepPlan(2, 1, False)
+    monkeypatch.setattr("utils.training.plan.choose", lambda *_: two)
+    used = hungry(8, 2)
+    assert train("sft", place, output) == 0
+    assert used == [two] * 8 + [StepPlan(1, 2, False)] * 4
+    assert "out of memory in step 9; from here on 1 row at once, 2 passes a step" in capsys.readouterr().out
+    record = read_json(output / "run.json")
+    assert record["plan"] == [[0, *two], [8, 1, 2, False]]
+    shutil.copytree(output, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again/checkpoint-12")
+    write_json(tmp_path / "again/run.json", record | {"status": "running"})
+    used.clear()
+    assert train("sft", place, tmp_path / "again") == 0
+    assert used == [two] * 2 + [StepPlan(1, 2, False)] * 4
+    assert same_weights(output, tmp_path / "again")
 
 
 @pytest.mark.slow

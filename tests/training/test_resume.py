@@ -16,7 +16,7 @@ from small_runs import METHODS, arguments, no_picture, same_weights
 
 from utils.errors import run
 from utils.files import read_json, read_jsonl
-from utils.training import callbacks
+from utils.training import log as log_module
 
 if not hasattr(os, "fork"):
     pytest.skip("stops trainings in forked processes", allow_module_level=True)
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow  # every test starts processes, and kills some
 def script(method, given, output, environment):
     """In a process of its own: the finetune script, its messages in the files said and errors beside `output`."""
     os.environ.update(environment)
-    callbacks.plot_training = no_picture
+    log_module.plot_training = no_picture
     place = f"{output}{environment.get('RANK', '')}"
     with (
         open(f"{place}.said", "w", encoding="utf-8") as sys.stdout,
@@ -211,4 +211,4 @@ def test_two_processes_end_together_when_time_is_over(place):
     more = ["--epochs", 1000, "--hours", 0.001, "--evaluations", 2]
     assert "finished in" in said(start_two("sft", place, output, *more), output)
     record = read_json(output / "run.json")
-    assert record["results"]["steps"] < 200 and len(record["schedule"]["plan"]) > 1
+    assert 0 < record["results"]["steps"] < 200

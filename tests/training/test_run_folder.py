@@ -1,15 +1,15 @@
 """The life of a training folder: finished, changed, moved aside, held by another run, with a damaged checkpoint."""
 
-import errno
 import json
 import shutil
 
+import filelock
 import pytest
 from small_runs import same_weights, train
 
 from utils.files import read_json, write_json
 from utils.model.folder import write_record
-from utils.training import run_folder
+from utils.training import run as run_module
 
 
 def test_a_finished_run_says_so_and_is_left_alone(runs, place, capsys):
@@ -21,7 +21,8 @@ def test_a_finished_run_says_so_and_is_left_alone(runs, place, capsys):
 
 def test_changed_settings_are_refused_by_name(runs, place, capsys):
     assert train("sft", place, runs("sft"), "--learning-rate", "1e-4") == 2
-    assert "LEARNING_RATE: 0.003 -> 0.0001" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "LEARNING_RATE: 0.003 -> 0.0001" in said and "start from it with --model" in said
 
 
 def test_fresh_keeps_the_earlier_run(runs, place, capsys):
@@ -35,16 +36,32 @@ def test_fresh_keeps_the_earlier_run(runs, place, capsys):
 
 
 def test_a_second_run_in_the_folder_is_refused(place, capsys):
-    import fcntl
-
     output = place / "held"
     output.mkdir()
-    with open(output / ".lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.write("4711")
-        lock.flush()
+    (output / ".lock.pid").write_text("4711", encoding="utf-8")
+    with filelock.FileLock(output / ".lock"):
         assert train("sft", place, output) == 2
     assert "in use by another run (process 4711)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["base", "sft_train.jsonl"])
+def test_fresh_moves_nothing_that_the_run_reads(place, tmp_path, capsys, name):
+    output = tmp_path / "out"
+    output.mkdir()
+    (shutil.copytree if name == "base" else shutil.copy)(place / name, output / name)
+    flag = "--model" if name == "base" else "--train-file"
+    assert train("sft", place, output, flag, output / name, "--fresh") == 2
+    assert f"--fresh would move {'MODEL' if name == 'base' else 'TRAIN_FILE'}" in capsys.readouterr().err
+    assert (output / name).exists()
+
+
+def test_a_checkpoint_of_an_earlier_version_is_told(stopped, place, capsys):
+    output = stopped("sft")
+    (checkpoint,) = output.glob("checkpoint-*")
+    (checkpoint / "trainer_state.json").write_text("{}", encoding="utf-8")
+    assert train("sft", place, output) == 2
+    said = capsys.readouterr().err
+    assert "was written by an earlier version of these scripts" in said and said.count("\n") == 1
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(runs, place, capsys):
@@ -57,7 +74,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(runs, place, capsys):
     damaged.write_bytes(damaged.read_bytes()[:-100])
     assert train("sft", place, output) == 0
     said = capsys.readouterr().out
-    assert f"{newest.name} is damaged (model.safetensors)" in said
+    assert f"{newest.name} is damaged (model.safetensors); going back" in said
     assert same_weights(output, runs("sft"))
 
 
@@ -126,10 +143,10 @@ def test_the_reference_is_that_of_this_model_and_these_pairs(runs, place, tmp_pa
     if change in ("model", "pairs"):
         kept["identity"][{"model": "MODEL", "pairs": "TRAIN_FILE"}[change]] = "sha256 of another"
     elif change == "digit":
-        kept["logps"]["train"][3][0] += 0.25
+        kept["value"]["train"][3][0] += 0.25
     write_json(output / "reference_logps.json", "nothing" if change == "text" else kept)
     assert train("dpo", place, output) == 0
-    assert "computing the reference log-probabilities again (" in capsys.readouterr().out
+    assert "; making it again\ncomputing the reference log-probabilities" in capsys.readouterr().out
     assert same_weights(output, runs("dpo"))
     assert (output / "reference_logps.json").read_bytes() == other.read_bytes()
 
@@ -144,32 +161,19 @@ def test_fresh_on_a_link_to_another_place_keeps_the_run_there(runs, place, tmp_p
     assert same_weights(kept, runs("sft")) and not list(tmp_path.glob("out.*"))
 
 
-def test_fresh_on_a_mount_point_keeps_the_run_inside(tmp_path, monkeypatch):
-    folder = tmp_path / "out"
-    (folder / "checkpoint-3").mkdir(parents=True)
-    monkeypatch.setattr(run_folder, "_device", lambda path: str(path))  # every folder a disk of its own
-    run = run_folder.RunFolder.__new__(run_folder.RunFolder)
-    run.folder = folder
-    run._move_aside()
-    (kept,) = folder.glob("earlier.*")
-    assert [path.name for path in kept.iterdir()] == ["checkpoint-3"]
-
-
-def test_a_lock_that_is_a_link_is_refused_and_its_target_left_alone(place, tmp_path, capsys):
-    (tmp_path / "precious").write_text("text", encoding="utf-8")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/.lock").symlink_to(tmp_path / "precious")
-    assert train("sft", place, tmp_path / "out") == 2
-    assert ".lock is a link to another file; remove it" in capsys.readouterr().err
-    assert (tmp_path / "precious").read_text(encoding="utf-8") == "text"
+def test_fresh_on_a_mount_point_keeps_the_run_inside(runs, place, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    shutil.copytree(runs("sft"), output)
+    monkeypatch.setattr(run_module, "_device", lambda path: str(path))  # every folder a disk of its own
+    assert train("sft", place, output, "--fresh", "--max-steps", 1) == 0
+    (kept,) = output.glob("earlier.*")
+    assert same_weights(kept, runs("sft"))
 
 
 def test_a_disk_without_locks_is_not_called_in_use(place, tmp_path, capsys, monkeypatch):
-    import fcntl
+    def refuse(*_, **__):
+        raise NotImplementedError("no locks available")
 
-    def refuse(file, how):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
     assert train("sft", place, tmp_path / "out") == 2
-    assert "lies on a disk that knows no file locks (No locks available)" in capsys.readouterr().err
+    assert "cannot be locked (no locks available); choose another --output-dir" in capsys.readouterr().err

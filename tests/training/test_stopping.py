@@ -8,21 +8,26 @@ import torch
 from small_runs import same_weights, train
 
 from utils.files import read_json, read_jsonl
-from utils.training.trainer import PackedTrainer
+from utils.training.loop import Learner
 
 
 @pytest.fixture
 def ctrl_c(monkeypatch):
     """ctrl_c(step): as if the user had pressed Ctrl-C in the evaluation after `step`."""
-    whole = PackedTrainer.batch_loss
+    evaluate, batch_loss, evaluating = Learner.evaluate_and_log, Learner.batch_loss, []
 
     def at(step):
-        def pressed(self, hidden, batch, scale):
-            if self.state.global_step == step and not torch.is_grad_enabled():
-                os.kill(os.getpid(), signal.SIGINT)
-            return whole(self, hidden, batch, scale)
+        def begun(self, plan, now, done):
+            evaluating[:] = [now]
+            return evaluate(self, plan, now, done)
 
-        monkeypatch.setattr(PackedTrainer, "batch_loss", pressed)
+        def pressed(self, batch, scale):
+            if evaluating == [step] and not torch.is_grad_enabled():
+                os.kill(os.getpid(), signal.SIGINT)
+            return batch_loss(self, batch, scale)
+
+        monkeypatch.setattr(Learner, "evaluate_and_log", begun)
+        monkeypatch.setattr(Learner, "batch_loss", pressed)
 
     return at
 

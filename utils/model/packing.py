@@ -321,8 +321,12 @@ def collate(rows: list[list[Item]], padding: Padding = Padding()) -> PackedBatch
 
 
 def to_device(batch: PackedBatch, device: Device) -> PackedBatch:
-    """The batch with its tensors on the device."""
-    return {name: part.to(device.name) if torch.is_tensor(part) else part for name, part in batch.items()}
+    """The batch with its tensors on the device. A CUDA device need not be waited for."""
+    free = device.name == "cuda"
+    return {
+        name: part.to(device.name, non_blocking=free) if torch.is_tensor(part) else part
+        for name, part in batch.items()
+    }
 
 
 def model_inputs(batch: PackedBatch) -> dict:

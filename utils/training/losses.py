@@ -1,25 +1,71 @@
-"""The losses, as functions of tensors: what SFT, LoRA and DPO minimise.
+"""The losses that SFT, LoRA and DPO minimise. The training loop takes one of them as an argument.
 
-The trainer divides sums by the units of a whole optimizer step (trained tokens, or pairs), so that the result does not depend on
-how the step's rows are split up among batches or processes.
+A loss is a sum over the units of a batch (trained tokens, or pairs) times `scale`, 1 / units of a whole optimizer step. So the
+result does not depend on how the step's rows are split up among batches or processes.
 """
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.model.lm_head import HeadGradient, cross_entropy_sum
+from utils.model.lm_head import HeadGradient, backward_through_head, cross_entropy_sum
+from utils.model.packing import PackedBatch
+
+PREFERENCE = ("reward_margin", "reward_accuracy", "chosen_logps", "rejected_logps")  # DPO's metrics
+
+
+class BatchLoss(NamedTuple):
+    loss: Tensor  # summed over the units, times the scale
+    metrics: dict[str, Tensor]  # sums over the units
+
+
+def count_units(batch: PackedBatch) -> int:
+    """The units that the loss of a batch is a mean over in the end: pairs for DPO, else trained tokens."""
+    return len(batch.get("reference_chosen", batch["targets"]))
 
 
 def sft_loss(
-    hidden: Tensor, head: Tensor, targets: Tensor, scale: Tensor, kept: HeadGradient | None = None
-) -> Tensor:
-    """Cross-entropy of the trained tokens in nats: its sum times `scale`, 1 / (trained tokens of the step) for their mean.
+    hidden: Tensor, head: Tensor, batch: PackedBatch, scale: Tensor, kept: HeadGradient | None = None
+) -> BatchLoss:
+    """Cross-entropy of the trained tokens in nats: its sum times `scale`.
 
-    hidden (N, H), head (V, H), targets (N,). `kept`: as for utils.model.lm_head.cross_entropy_sum.
+    hidden (N, H): states of the trained positions; head (V, H). `kept`: as for utils.model.lm_head.cross_entropy_sum.
     """
-    return cross_entropy_sum(hidden, head, targets, scale.expand(len(targets)), kept)
+    targets = batch["targets"]
+    return BatchLoss(cross_entropy_sum(hidden, head, targets, scale.expand(len(targets)), kept), {})
+
+
+def dpo_batch_loss(
+    hidden: Tensor,
+    head: Tensor,
+    batch: PackedBatch,
+    scale: Tensor,
+    kept: HeadGradient | None = None,
+    *,
+    beta: float,
+    sft_weight: float,
+) -> BatchLoss:
+    """The DPO loss of packed pairs, whose items carry "reference_chosen" and "reference_rejected". Arguments as for sft_loss."""
+    pairs, documents, metrics = len(batch["reference_chosen"]), batch["label_documents"], {}
+
+    def loss_of_logps(logps: Tensor) -> Tensor:
+        answers, lengths = (
+            torch.zeros(2 * pairs, device=logps.device, dtype=logps.dtype)
+            .index_add(0, documents, values)
+            .view(pairs, 2)
+            for values in (logps, torch.ones_like(logps))
+        )
+        chosen, rejected = answers.unbind(1)
+        reference = batch["reference_chosen"], batch["reference_rejected"]
+        losses, margins = dpo_loss(chosen, rejected, *reference, beta, sft_weight, lengths[:, 0])
+        sums = margins.sum(), (margins > 0).sum(), chosen.sum(), rejected.sum()
+        metrics.update(zip(PREFERENCE, sums))
+        return losses.sum() * scale
+
+    loss = backward_through_head(hidden, head, batch["targets"], loss_of_logps, kept)
+    return BatchLoss(loss, metrics)
 
 
 class DPOLoss(NamedTuple):

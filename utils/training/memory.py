@@ -1,28 +1,55 @@
 """The memory of a training step, counted before it runs, and the memory there is.
 
 The peak is reached between the forward and the backward pass of an optimizer step's last batch: weights, gradients of the batches
-before, the optimizer's two moments, what autograd keeps of this batch, and the LM head's scores. What autograd keeps is not a
-formula here but counted, on two short forward passes of the real model: one part grows with the tokens, another does
-not (with bfloat16, the copies of the weights that the products were computed with).
+before, the optimizer's two moments, what autograd keeps of this batch, and the LM head's scores. What autograd keeps is no
+formula here but counted, on two forward passes of the real model with tensors that have shapes and no memory (torch's
+FakeTensorMode): one part grows with the tokens, another does not (with bfloat16, the copies of the weights that the products were
+computed with).
 """
 
+import sys
 from typing import NamedTuple
 
+import psutil
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from utils.device import Device
 from utils.memory import memory_for_process
 from utils.model.lm_head import CHUNK
-from utils.model.packing import collate, model_inputs, padding_for
+from utils.model.packing import ROUNDED, collate, model_inputs, padding_for
 
-# Tokens of the two passes: enough to tell the two parts apart, cheap enough to compute anywhere.
-PROBES = (64, 128)
+PROBES = (
+    2,
+    6,
+)  # documents of the two passes, as long as those of the data: attention takes the form that it has for them
 FLOAT, HALF = 4, 2  # bytes
 LIBRARIES = 510 << 20  # bytes of Python, torch, transformers and their threads in a training process
 # Bytes of the kernels that oneDNN makes in bfloat16 for documents of one length, and of all that it keeps
 # (utils.device.limit_kernels).
 KERNELS, ALL_KERNELS = 4 << 20, 450 << 20
 FRAGMENTS = 0.2  # of the activations: blocks of one batch that fit none of the next, as measured on CPUs
+# Of a GPU's memory, what its allocator may lose to blocks that fit nothing, and what the libraries take.
+ALLOCATOR_SHARE, ALLOCATOR_BYTES = 0.08, int(0.4 * 2**30)
+
+
+class StepPlan(NamedTuple):
+    """How a process computes an optimizer step: `passes` batches of `rows_at_once` packed rows."""
+
+    rows_at_once: int
+    passes: int
+    recompute: bool  # activations are computed again in the backward pass
+
+    def __str__(self) -> str:
+        rows = f"{self.rows_at_once} row{'s' if self.rows_at_once > 1 else ''} at once"
+        again = ", activations recomputed (a third slower)" if self.recompute else ""
+        return f"{rows}, {self.passes} pass{'es' if self.passes > 1 else ''} a step{again}"
+
+
+def ways(rows: int) -> list[StepPlan]:
+    """All ways to compute a step of `rows` rows, the one with the fewest passes first."""
+    divisors = [count for count in range(rows, 0, -1) if rows % count == 0]
+    return [StepPlan(count, rows // count, False) for count in divisors] + [StepPlan(1, rows, True)]
 
 
 class Costs(NamedTuple):
@@ -40,16 +67,23 @@ class Costs(NamedTuple):
     bf16: bool
 
 
-def measure_costs(model, bf16: bool) -> Costs:
-    """Count the Costs of `model` as it will be trained: prepared for packed rows, adapters on."""
-    short, long = (_bytes_kept(model, tokens, bf16) for tokens in PROBES)
-    per_token = (long - short) / (PROBES[1] - PROBES[0])
+def measure_costs(model, bf16: bool, length: int) -> Costs:
+    """Count the Costs of `model` as it will be trained: prepared for packed rows, adapters on, on its device.
+
+    length: tokens of a usual document. Each document of a pass has another length, so that none is computed together with another.
+    """
+    probes = [[length + number for number in range(count)] for count in PROBES]
+    for lengths in probes:
+        lengths[-1] += -sum(lengths) % ROUNDED  # to which the forward pass rounds
+    short, long = (_bytes_kept(model, lengths, bf16) for lengths in probes)
+    tokens = [sum(lengths) for lengths in probes]
+    per_token = (long - short) / (tokens[1] - tokens[0])
     parameters = list(model.parameters())
     head = model.get_output_embeddings().weight
     return Costs(
         weights=sum(weight.numel() * weight.element_size() for weight in parameters),
         trainable=sum(weight.numel() for weight in parameters if weight.requires_grad),
-        kept=max(0, round(short - per_token * PROBES[0])),
+        kept=max(0, round(short - per_token * tokens[0])),
         kept_per_token=per_token,
         layers=model.config.num_hidden_layers,
         heads=model.config.num_attention_heads,
@@ -60,26 +94,31 @@ def measure_costs(model, bf16: bool) -> Costs:
     )
 
 
-def _bytes_kept(model, tokens: int, bf16: bool) -> int:
-    """Bytes that autograd keeps between forward and backward pass of one document with all its tokens trained, weights not counted."""
-    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+def _bytes_kept(model, lengths: list[int], bf16: bool) -> int:
+    """Bytes that autograd keeps between forward and backward pass of documents that are trained on whole, weights not counted."""
+    mode, device = FakeTensorMode(allow_non_fake_inputs=True), model.device
+    weights = [fake for weight in model.parameters() for fake in (weight, mode.from_tensor(weight))]
+    weights = {weight.untyped_storage()._cdata: weight for weight in weights}
     seen = {}
 
     def count(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            seen[storage.data_ptr()] = storage  # alive from now on, so that no address comes twice
+        if storage._cdata not in weights:
+            seen[storage._cdata] = storage  # alive from now on, so that no address comes twice
         # The graph gets nothing: a tensor that a node saves of its own output would keep the whole graph alive for ever.
 
-    padding = padding_for(model.device.type, bf16, tokens)
-    inputs = model_inputs(collate([[{"documents": [([0], [0] * tokens)]}]], padding))
-    inputs = {
-        name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()
-    }
+    row = [{"documents": [([0], [0] * length)]} for length in lengths]
+    padding = padding_for(device.type, bf16, sum(lengths))
+    inputs = model_inputs(collate([row], padding))
     with (
+        mode,
         torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing),
-        torch.autocast(model.device.type, torch.bfloat16, enabled=bf16),
+        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
     ):
+        inputs = {
+            name: mode.from_tensor(value).to(device) if torch.is_tensor(value) else value
+            for name, value in inputs.items()
+        }
         hidden = model.train()(**inputs)
     kept = sum(storage.nbytes() for storage in seen.values())
     del hidden
@@ -144,3 +183,15 @@ def free_memory(device: Device) -> int:
         return free + torch.cuda.memory_reserved()
     free = memory_for_process()
     return min(free, torch.mps.recommended_max_memory()) if device.name == "mps" else free
+
+
+def peak_memory(device: Device) -> int:
+    """Peak bytes: of the GPU that computes, else of this process."""
+    if device.name == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # not there on Windows
+
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024  # bytes on macOS, KiB elsewhere

@@ -1,97 +1,48 @@
-"""How a run goes from its first step to its last: learning rate, evaluations, length, and what of it was changed underway.
+"""How a run goes from its first step to its last: learning rate, evaluations, and the time that HOURS gives.
 
-Everything is a function of the run's progress, which grows from 0 to 1 with the steps. The plan in run.json says how fast: each of its
-entries sets the total number of steps anew, from a certain step on. Progress has no jump there, so that a run which has to end
-earlier goes down the rest of the same curve in fewer steps. A run that goes on reads the plan again, and computes the same.
+Everything follows from the run's progress, which grows from 0 to 1: the larger of the share of the steps that are done and the
+share of the time that is over.
 """
 
+import datetime
 import math
+import time
 from typing import Any, NamedTuple
 
-from utils.training.run_folder import RunFolder
-
+STEPS = 50  # the time of a step is averaged over about so many
+SETTLED = 3  # steps that are timed before the time left is told
+ENDING = 2.0  # seconds: the last picture, run.json, the interpreter's end
+AIM = 0.99  # share of HOURS that is planned with
 SHARE_OF_EVALUATIONS = 0.05  # of the run's time, at most
 FORWARD = (
-    0.5  # cost of a token in an evaluation against one in training: a third for SFT, up to a half for LoRA
+    0.5  # time of a token in an evaluation against one in training: a third for SFT, up to a half for LoRA
 )
 MOST_EVAL_ROWS = 500  # conversations: more say little more about a small model
 FEWEST_EVAL_ROWS = 50  # below that, evaluations become fewer instead
 
 
-class Change(NamedTuple):
-    step: int  # from here on
-    total: int  # the run ends after so many steps
-    reason: str
+class Schedule(NamedTuple):
+    """The course of one run, as it stands in run.json."""
 
+    steps: int  # at most: HOURS may end the run earlier
+    warmup: int  # steps with a rising learning rate
+    evaluations: int  # beside the one before training
 
-class Schedule:
-    """The course of one run. `start`: the step it began at, 0 unless it prolongs a finished run."""
-
-    def __init__(self, start: int, warmup: int, evaluations: int, plan: list[Change]):
-        self.start, self.warmup, self.evaluations, self.plan = start, warmup, evaluations, plan
-
-    @property
-    def total(self) -> int:
-        """The number of steps at which the run ends, by the latest plan."""
-        return self.plan[-1].total
-
-    def progress(self, step: int) -> float:
-        """The share of the run that is done after `step` steps: 0 at its start, 1 at its end."""
-        done = 0.0
-        for change, after in zip(self.plan, [*self.plan[1:], None]):
-            if change.step > step:
-                break
-            upto = step if after is None else min(step, after.step)
-            if upto >= change.total:
-                return 1.0
-            done += (1.0 - done) * (upto - change.step) / (change.total - change.step)
-        return done
-
-    def rate(self, step: int) -> float:
+    def rate(self, step: int, progress: float) -> float:
         """The learning rate of the step that follows `step` finished ones, as a share of the peak: above 0 for each.
 
         It rises evenly over the warm-up, and a cosine over the whole run brings it down to zero.
         """
-        rising = min(1.0, (step - self.start + 1) / (self.warmup + 1))
-        return rising * (1 + math.cos(math.pi * self.progress(step))) / 2
+        rising = min(1.0, (step + 1) / (self.warmup + 1))
+        return rising * (1 + math.cos(math.pi * progress)) / 2
 
-    def evaluates(self, step: int) -> bool:
-        """Whether an evaluation follows `step` steps: at the start, then evenly, and at the end."""
-        return step == self.start or self.evaluations_done(step) > self.evaluations_done(step - 1)
-
-    def evaluations_done(self, step: int) -> int:
-        """How many of the evaluations are due by `step`, that of the start not counted."""
-        return math.floor(self.progress(step) * self.evaluations + 1e-9)
-
-    def change(self, step: int, total: int, reason: str) -> None:
-        """From `step` on, the run ends after `total` steps."""
-        self.plan.append(Change(step, total, reason))
-
-    def as_dict(self) -> dict[str, Any]:
-        """As it stands in run.json."""
-        return {
-            "start": self.start,
-            "warmup": self.warmup,
-            "evaluations": self.evaluations,
-            "plan": [list(change) for change in self.plan],
-        }
-
-
-def make_schedule(settings, run: RunFolder, steps: int, evaluations: int, reason: str) -> Schedule:
-    """The schedule of a run that ends after `steps` steps; a run that goes on keeps what its run.json says."""
-    if kept := run.record.get("schedule"):
-        plan = [Change(*change) for change in kept["plan"]]
-        return Schedule(kept["start"], kept["warmup"], kept["evaluations"], plan)
-    start = run.first_step
-    schedule = Schedule(
-        start, math.ceil(settings.WARMUP * (steps - start)), evaluations, [Change(start, steps, reason)]
-    )
-    run.record["schedule"] = schedule.as_dict()
-    return schedule
+    def evaluations_due(self, progress: float) -> int:
+        """The number of evaluations that are due by then, the one before training not counted."""
+        return math.floor(progress * self.evaluations + 1e-9)
 
 
 def evaluation_rows(wanted: int, tokens: float, tokens_per_row: float, evaluations: int) -> int:
-    """How many rows an evaluation takes: `wanted`, or with 0 so many that all evaluations take 5 % of the run's time at most.
+    """The rows of an evaluation: `wanted`, or with 0 so many that all evaluations take 5 % of the run's time at most.
 
     `tokens`: of the whole training. Between 50 and 500 rows; a run so short that 50 are too many is evaluated less often
     (`evaluation_count`), and only one that cannot afford even two evaluations of 50 takes fewer.
@@ -104,11 +55,85 @@ def evaluation_rows(wanted: int, tokens: float, tokens_per_row: float, evaluatio
 
 
 def evaluation_count(wanted_rows: int, tokens: float, eval_tokens: int, evaluations: int) -> int:
-    """How many evaluations follow the one before training: `evaluations`, or fewer where they would take over 5 % of the time.
+    """The number of evaluations after the one before training: `evaluations`, or fewer if they took over 5 % of the time.
 
-    Where the user said how many rows an evaluation takes (`wanted_rows`), there are as many evaluations as asked for.
+    If the user said how many rows an evaluation takes (`wanted_rows`), there are as many evaluations as asked for.
     """
     if wanted_rows:
         return evaluations
     affordable = math.floor(SHARE_OF_EVALUATIONS * tokens / (FORWARD * eval_tokens))
     return max(1, min(evaluations, affordable - 1))
+
+
+class Clock:
+    """The time that a run has taken, in this process and in those before it, and the seconds that its parts take.
+
+    began: when the process began, in monotonic seconds; limit: seconds given to the run, or infinity; checkpoint, saving: seconds
+    that a checkpoint and the finished model are expected to take; checkpoint_minutes: between two checkpoints, 0: no limit.
+    """
+
+    def __init__(
+        self, began: float, limit: float, checkpoint: float, saving: float, checkpoint_minutes: float
+    ):
+        self.began, self.before, self.limit = began, 0.0, AIM * limit
+        self.seconds = {"step": 0.0, "evaluation": 0.0, "checkpoint": checkpoint}
+        self.saving, self.between_checkpoints = saving, 60 * checkpoint_minutes or math.inf
+        self.steps, self.last_step = 0, 0.0  # steps of this process, and seconds of the latest
+        self.mark = self.last_save = time.monotonic()
+
+    def go_on(self, kept: dict[str, Any]) -> None:
+        """Begin where the clock stood when a checkpoint was written. `kept`: what `as_dict` said then."""
+        self.before, self.seconds = kept["elapsed"], dict(kept["seconds"])
+
+    def as_dict(self) -> dict[str, Any]:
+        """The clock as a checkpoint keeps it."""
+        return {"elapsed": self.elapsed(), "seconds": self.seconds}
+
+    def elapsed(self) -> float:
+        """Seconds that the run has run."""
+        return self.before + time.monotonic() - self.began
+
+    def start(self) -> None:
+        """What comes next is timed from now on."""
+        self.mark = time.monotonic()
+
+    def ended(self, part: str) -> None:
+        """A step, an evaluation or a checkpoint has ended. It took the time since the one before."""
+        now = time.monotonic()
+        seconds, self.mark = now - self.mark, now
+        if part == "checkpoint":
+            self.last_save = now
+        if part == "step":
+            # The first step of a process also makes kernels and buffers: the second one replaces it.
+            self.steps, self.last_step = self.steps + 1, seconds
+            weight = max(1 / max(self.steps - 1, 1), 1 / STEPS)
+            seconds = self.seconds["step"] + weight * (seconds - self.seconds["step"])
+        self.seconds[part] = seconds
+
+    @property
+    def checkpoint_due(self) -> bool:
+        return time.monotonic() - self.last_save > self.between_checkpoints
+
+    def progress(self) -> float:
+        """The share of the time that is over; 1 if no further step fits in. 0 without a limit."""
+        if self.limit == math.inf:
+            return 0.0
+        training = self.limit - self.seconds["evaluation"] - self.seconds["checkpoint"] - self.saving - ENDING
+        if self.elapsed() + max(self.seconds["step"], self.last_step) > training:
+            return 1.0
+        return self.elapsed() / training
+
+    def seconds_left(self, schedule: Schedule, step: int, progress: float) -> float:
+        """Seconds until the process ends: the steps after `step`, evaluations, a checkpoint, and the finished model."""
+        evaluations = schedule.evaluations - schedule.evaluations_due(progress)
+        each, checkpoint = self.seconds["step"], self.seconds["checkpoint"]
+        each += each * checkpoint / self.between_checkpoints
+        left = (schedule.steps - step) * each + evaluations * self.seconds["evaluation"]
+        return min(left + checkpoint + self.saving + ENDING, max(0.0, self.limit - self.elapsed()))
+
+
+def done_at(seconds: float) -> str:
+    """The time of day in so many seconds; with the date if that is not today."""
+    now = datetime.datetime.now()
+    then = now + datetime.timedelta(seconds=seconds)
+    return f"{then:%H:%M}" if then.date() == now.date() else f"{then:%H:%M on %Y-%m-%d}"

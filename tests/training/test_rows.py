@@ -17,8 +17,8 @@ from utils.errors import RunError, UserError
 from utils.files import read_jsonl, sample_by_id, write_jsonl
 from utils.model.chat_format import encode_answer, encode_prompt, with_default_mode
 from utils.model.packing import PackedRows, item_length
-from utils.training import dataset, token_cache
-from utils.training.dataset import load_conversations, load_pairs
+from utils.training import rows as rows_module
+from utils.training.rows import load_conversations, load_pairs
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,10 @@ def path(tmp_path):
 @pytest.fixture
 def made(monkeypatch):
     """made() -> how many times tokens were made since it was last asked."""
-    calls, encode = [], dataset.encode_conversations
-    monkeypatch.setattr(dataset, "encode_conversations", lambda *given: calls.append(given) or encode(*given))
+    calls, encode = [], rows_module.encode_conversations
+    monkeypatch.setattr(
+        rows_module, "encode_conversations", lambda *given: calls.append(given) or encode(*given)
+    )
 
     def count():
         found = len(calls)
@@ -55,7 +57,7 @@ def kept(path):
 def test_tokens_are_those_of_chat(tokenizer, path, made):
     """The first time and later, for several batches of rows, and whatever is typed in them."""
     for times in (1, 0):
-        rows, thinking = load_conversations(path, tokenizer, 4096)
+        rows, thinking, _ = load_conversations(path, tokenizer, 4096)
         assert made() == times
         assert items_of(rows) == direct(path, tokenizer)
         assert thinking == (
@@ -73,7 +75,7 @@ def test_tokens_of_pairs_are_those_of_chat(tokenizer, path):
         answers = [encode_answer(tokenizer, pair[side][0]) for side in ("chosen", "rejected")]
         expected.append({"id": pair["id"], "documents": [(prompt, answer) for answer in answers]})
     for _ in range(2):
-        rows, _ = load_pairs(path, tokenizer, 4096)
+        rows = load_pairs(path, tokenizer, 4096).rows
         assert items_of(rows) == expected
         assert rows.sizes.lengths.tolist() == [item_length(item) for item in expected]
 
@@ -82,7 +84,7 @@ def test_rows_are_packed_as_from_a_list(tokenizer, path, made):
     """The same items in the same rows in the same order, at any MAX_LENGTH, which makes nothing again."""
     everything = direct(path, tokenizer)
     for max_length in (4096, 300, 150):
-        cached, _ = load_conversations(path, tokenizer, max_length)
+        cached = load_conversations(path, tokenizer, max_length).rows
         listed = PackedRows([item for item in everything if item_length(item) <= max_length], max_length)
         assert list(cached.rows) == list(listed.rows) and 1 < len(cached)
         assert [[item["documents"] for item in row] for row in cached] == [
@@ -96,7 +98,7 @@ def test_rows_are_packed_as_from_a_list(tokenizer, path, made):
 @pytest.mark.parametrize("count", [0, 1, 7, 59, 60, 100])
 def test_the_drawn_rows_are_those_of_sample_by_id(tokenizer, path, count):
     drawn = {row["id"] for row in sample_by_id(read_jsonl(path), count)}
-    rows, _ = load_conversations(path, tokenizer, 4096, count)
+    rows = load_conversations(path, tokenizer, 4096, count).rows
     assert items_of(rows) == [item for item in direct(path, tokenizer) if item["id"] in drawn]
 
 
@@ -113,11 +115,11 @@ def change_template(path, tokenizer, monkeypatch):
 
 
 def change_format(path, tokenizer, monkeypatch):
-    monkeypatch.setattr(token_cache, "FORMAT", token_cache.FORMAT + 1)
+    monkeypatch.setattr(rows_module, "FORMAT", rows_module.FORMAT + 1)
 
 
 def change_version(path, tokenizer, monkeypatch):
-    monkeypatch.setattr(token_cache.tokenizers, "__version__", "0.0.1")
+    monkeypatch.setattr(rows_module.tokenizers, "__version__", "0.0.1")
 
 
 @pytest.mark.parametrize(
@@ -138,11 +140,12 @@ def test_whatever_decides_the_tokens_makes_them_again(
     before = kept(path)
     change(path, tokenizer, monkeypatch)
     assert made() == 1 and not capsys.readouterr().out
-    rows, _ = load_conversations(path, tokenizer, 4096)
+    rows = load_conversations(path, tokenizer, 4096).rows
     assert made() == 1 and items_of(rows) == direct(path, tokenizer)
-    assert f"were kept for other {told}; making the tokens again" in capsys.readouterr().out
-    gone = not set(before) & set(kept(path))
-    assert gone == (told != "tokenizer") and len(kept(path)) == (2 if gone else 4)
+    assert (f"is of other {told}; making it again" in capsys.readouterr().out) == (told != "tokenizer")
+    assert len(kept(path)) == (
+        4 if told == "tokenizer" else len(before)
+    )  # another tokenizer's run may come again
 
 
 def test_the_default_mode_of_a_finished_folder_changes_no_tokens(path, tmp_path, made):
@@ -150,7 +153,7 @@ def test_the_default_mode_of_a_finished_folder_changes_no_tokens(path, tmp_path,
     tokenizer = make_tiny_tokenizer(tmp_path / "tokenizer")
     load_conversations(path, tokenizer, 4096)
     tokenizer.chat_template = with_default_mode(tokenizer.chat_template, thinking=False)
-    rows, _ = load_conversations(path, tokenizer, 4096)
+    rows = load_conversations(path, tokenizer, 4096).rows
     assert made() == 1 and items_of(rows) == direct(path, tokenizer)
 
 
@@ -163,8 +166,8 @@ def test_a_flipped_byte_is_found_and_said(tokenizer, path, made, capsys, file, p
     content[int(place * (len(content) - 1))] ^= 0x10
     damaged.write_bytes(content)
     assert made() == 1
-    rows, _ = load_conversations(path, tokenizer, 4096)
-    assert "is damaged; making the tokens again" in capsys.readouterr().out
+    rows = load_conversations(path, tokenizer, 4096).rows
+    assert "; making it again" in capsys.readouterr().out
     assert made() == 1 and items_of(rows) == direct(path, tokenizer) and len(kept(path)) == 2
     load_conversations(path, tokenizer, 4096)
     assert made() == 0
@@ -177,15 +180,15 @@ import os, sys
 sys.path[:0] = [{str(ROOT)!r}]
 from pathlib import Path
 from transformers import AutoTokenizer
-from utils.training import dataset, token_cache
-encode, calls = dataset.encode_conversations, []
+from utils.training import rows as rows_module
+encode, calls = rows_module.encode_conversations, []
 def encode_some(*given):
     calls.append(given)
     if {ends} and len(calls) == 3:
         os._exit(9)
     return encode(*given)
-dataset.encode_conversations, token_cache.ROWS_AT_ONCE = encode_some, 10
-rows, _ = dataset.load_conversations(Path({str(path)!r}), AutoTokenizer.from_pretrained({str(folder)!r}), 4096)
+rows_module.encode_conversations, rows_module.ROWS_AT_ONCE = encode_some, 10
+rows = rows_module.load_conversations(Path({str(path)!r}), AutoTokenizer.from_pretrained({str(folder)!r}), 4096).rows
 print(len(rows.items))
 """
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
@@ -197,7 +200,7 @@ def test_a_kill_leaves_nothing_that_is_taken_for_whole(tokenizer, path, tmp_path
     process = start_process(path, tmp_path / "tokenizer", True)
     assert process.wait() == 9
     assert not kept(path) and len(list((path.parent / ".tokens").iterdir())) == 1
-    rows, _ = load_conversations(path, tokenizer, 4096)
+    rows = load_conversations(path, tokenizer, 4096).rows
     assert made() and items_of(rows) == direct(path, tokenizer)
     assert [file.name for file in sorted((path.parent / ".tokens").iterdir())] == kept(path)
 
@@ -207,7 +210,7 @@ def test_tokens_without_their_record_are_not_whole(tokenizer, path, made):
     load_conversations(path, tokenizer, 4096)
     [record] = (path.parent / ".tokens").glob("*.json")
     record.unlink()
-    rows, _ = load_conversations(path, tokenizer, 4096)
+    rows = load_conversations(path, tokenizer, 4096).rows
     assert made() == 2 and items_of(rows) == direct(path, tokenizer)
 
 
@@ -219,29 +222,29 @@ def test_two_runs_at_once_do_not_harm_one_another(tokenizer, path, tmp_path, mad
     for process in processes:
         assert int(process.communicate()[0].split()[-1]) == len(expected)
         assert process.returncode == 0
-    rows, _ = load_conversations(path, tokenizer, 4096)
+    rows = load_conversations(path, tokenizer, 4096).rows
     assert made() == 0 and items_of(rows) == expected and len(kept(path)) == 2
 
 
 def test_a_folder_that_takes_nothing(tokenizer, path, made, capsys):
     (path.parent / ".tokens").write_text("", encoding="utf-8")
     for _ in range(2):
-        rows, _ = load_conversations(path, tokenizer, 4096)
+        rows = load_conversations(path, tokenizer, 4096).rows
         assert "; every start makes them anew" in capsys.readouterr().out
         assert made() == 1 and items_of(rows) == direct(path, tokenizer)
 
 
 def test_a_full_disk(tokenizer, path, made, monkeypatch, capsys):
     """What fails is the write; the tokens are made once more elsewhere, and nothing of the attempt stays."""
-    write, full = token_cache.ArrowWriter.write_table, [True]
+    write, full = rows_module.ArrowWriter.write_table, [True]
 
     def write_once_full(*given):
         if full.pop() if full else False:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(*given)
 
-    monkeypatch.setattr(token_cache.ArrowWriter, "write_table", write_once_full)
-    rows, _ = load_conversations(path, tokenizer, 4096)
+    monkeypatch.setattr(rows_module.ArrowWriter, "write_table", write_once_full)
+    rows = load_conversations(path, tokenizer, 4096).rows
     assert "(No space left on device); every start" in capsys.readouterr().out
     assert items_of(rows) == direct(path, tokenizer) and not list((path.parent / ".tokens").iterdir())
 
@@ -255,30 +258,16 @@ def test_bad_rows_are_told_as_ever_and_nothing_is_kept(tokenizer, path):
 
 
 def test_data_that_change_while_they_are_read_are_not_kept_as_what_they_were(tokenizer, path, monkeypatch):
-    encode = dataset.encode_conversations
+    encode = rows_module.encode_conversations
 
     def encode_and_change(*given):
         write_jsonl(path, some_rows(60, seed=3))
         return encode(*given)
 
-    monkeypatch.setattr(dataset, "encode_conversations", encode_and_change)
+    monkeypatch.setattr(rows_module, "encode_conversations", encode_and_change)
     with pytest.raises(RunError, match="was changed while it was read"):
         load_conversations(path, tokenizer, 4096)
     assert not list((path.parent / ".tokens").iterdir())
-
-
-@pytest.mark.parametrize("text", ["[]", "{}", '{"identity": 1}', "\0"])
-def test_a_record_of_anything_else_is_damage(tokenizer, path, made, text):
-    """Also that of earlier data, which is looked at for what has changed."""
-    for change in (False, True):
-        load_conversations(path, tokenizer, 4096)
-        made()
-        for record in (path.parent / ".tokens").glob("*.json"):
-            record.write_text(text, encoding="utf-8")
-        if change:
-            write_jsonl(path, some_rows(59))
-        load_conversations(path, tokenizer, 4096)
-        assert made() == 1 and len(kept(path)) == 2
 
 
 @pytest.mark.slow
@@ -292,3 +281,63 @@ def test_every_way_to_start_takes_what_is_kept(tmp_path, made, capsys):
     for more in ((), ("--fresh",)):
         assert train("sft", place, place / "out", "--max-steps", 2, *more) == 0
         assert made() == 0
+
+
+def single_rows(count):
+    return [
+        {
+            "id": f"{number}",
+            "messages": [
+                {"role": "user", "content": f"问{number}"},
+                {"role": "assistant", "content": f"答{number}"},
+            ],
+        }
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("join", [0.0, 0.3, 1.0])
+def test_single_questions_are_put_behind_others(tokenizer, path, capsys, join):
+    """Every answer is trained once, in its own place; a share of the questions has one to three other rows before it, whole."""
+    rows = single_rows(200)
+    write_jsonl(path, rows)
+    alone = items_of(load_conversations(path, tokenizer, 4096).rows)
+    loaded = load_conversations(path, tokenizer, 4096, join=join)
+    joined = items_of(loaded.rows)
+    assert loaded.conversations == ("several" if join else "single")
+    assert [(item["id"], item["documents"][0][1]) for item in joined] == [
+        (item["id"], item["documents"][0][1]) for item in alone
+    ]
+    later = [number for number in range(200) if joined[number] != alone[number]]
+    assert len(later) == round(join * 200)
+    counts = set()
+    for number in later:
+        [(prompt, _)] = joined[number]["documents"]
+        text = tokenizer.decode(prompt)
+        before = text.split("<|im_start|>user\n")[1:-1]
+        counts.add(len(before))
+        for turn in before:
+            question, _, answer = turn.partition("<|im_end|>\n<|im_start|>assistant\n")
+            other = rows[int(question.removeprefix("问"))]
+            assert answer.startswith(other["messages"][1]["content"]) and other["id"] != str(number)
+    assert counts == ({1, 2, 3} if join else set())
+    if join:
+        more = sum(len(item["documents"][0][0]) for item in joined) - sum(
+            len(item["documents"][0][0]) for item in alone
+        )
+        assert f"which costs {more:,} tokens" in capsys.readouterr().out
+    again = items_of(load_conversations(path, tokenizer, 4096, join=join).rows)
+    assert again == joined
+
+
+def test_rows_that_are_tied_to_a_place_stay_there_and_none_gets_too_long(tokenizer, path):
+    tied = [
+        {**row, "messages": [{"role": "system", "content": "你是医生。"}, *row["messages"]]}
+        for row in single_rows(40)
+    ]
+    write_jsonl(path, tied)
+    assert items_of(load_conversations(path, tokenizer, 4096, join=1.0).rows) == direct(path, tokenizer)
+    write_jsonl(path, single_rows(40))
+    longest = max(item_length(item) for item in direct(path, tokenizer))
+    loaded = load_conversations(path, tokenizer, longest, join=1.0)
+    assert items_of(loaded.rows) == direct(path, tokenizer) and loaded.conversations == "single"

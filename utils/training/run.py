@@ -1,0 +1,482 @@
+"""One training folder and the run that owns it: begin, go on where it stopped, keep the best weights, finish.
+
+`run.json` says what a folder holds. Its "identity" is everything that decides the weights: the settings that matter, the
+fingerprints of data and base model, device and number format. The same command finds the same identity and goes on; a
+different one is refused with the differences named. A checkpoint is a model folder with the optimizer's moments beside the weights;
+it is written under a hidden name, sealed (utils/kept.py) and moved into place.
+"""
+
+import datetime
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
+from safetensors.torch import load_file, save_file
+
+from utils.device import Device
+from utils.errors import RunError, UserError
+from utils.files import read_json, sha256_of, show_path, write_folder, write_json
+from utils.kept import damage, seal
+from utils.model.folder import RECORD_FIELDS, adapter_base, model_sha256, read_record, write_record
+from utils.text import duration, format_bytes
+from utils.training.log import RunLog, best_of
+from utils.training.memory import StepPlan
+from utils.training.page import write_page
+from utils.training.schedule import Clock
+
+# Settings that decide where and how a run is shown, not what it computes.
+NOT_IDENTITY = set(
+    "OUTPUT_DIR FRESH ESTIMATE SHOW_EXAMPLE DEVICE PRECISION KEEP_CHECKPOINTS CHECKPOINT_MINUTES TRACKER".split()
+)
+PACKAGES = ("torch", "transformers", "peft", "accelerate")
+TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio", "mlflow")
+LOCK, HOLDER = ".lock", ".lock.pid"  # the lock file, and the number of the process that holds it
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, for each weight
+
+# The last barrier's record, kept until the interpreter ends. Gloo's thread lets go of it a moment after the barrier; were
+# that the last reference, the thread would wait for the interpreter's lock, while the main thread, holding it, waits for
+# the thread to end: 2 of 30 runs ended well and then hung for ever (torch 2.13; pytorch issue 190489).
+LAST_MEETING = []
+
+
+class Run:
+    """One training folder, held by this process until it ends.
+
+    `checkpoint` is the checkpoint to go on from (None: from the start), `step` the number of its steps, `finished` tells that there is
+    nothing left to do. `title`: the method; `began`: when the process began, in monotonic seconds. UserError if another process
+    holds the folder, or if it holds something else than this run.
+    """
+
+    def __init__(self, settings, device: Device, title: str, began: float):
+        self.settings, self.device, self.began, self.folder = settings, device, began, settings.OUTPUT_DIR
+        self.accelerator = _accelerator(settings, device)
+        self.main, self.processes = self.accelerator.is_main_process, self.accelerator.num_processes
+        self.checkpoint, self.step, self.finished = None, 0, False
+        self.asked_to_stop: float | None = None  # when, in monotonic seconds
+        self.record: dict[str, Any] = {}
+        self.log = RunLog(self.folder, self.main, _picture_title(settings, title))
+        if settings.ESTIMATE:  # looks, and touches nothing
+            return
+        identity = _identity(settings, device) | {"processes": self.processes}
+        with self.accelerator.main_process_first():
+            if self.main:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock = _hold(self.folder)
+                if settings.FRESH:
+                    self._move_aside()
+            self._open(identity)
+
+    def _open(self, identity):
+        record = read_record(self.folder, RECORD_FIELDS)
+        self.finished = bool(record) and record["status"] == "finished"
+        if self.finished:
+            _refuse_changes(record["identity"], identity, self.folder, finished=True)
+            self.record = record
+            return
+        checkpoints = list_checkpoints(self.folder)
+        if not record and (checkpoints or any(self.folder.glob("*.safetensors"))):
+            raise UserError(
+                f"{show_path(self.folder)} holds a model that this script did not train; "
+                "choose another --output-dir, or --fresh to move it aside"
+            )
+        if record and checkpoints:  # without any there is nothing to go on from or to lose
+            _refuse_changes(record["identity"], identity, self.folder)
+            self.checkpoint = self._last_whole(checkpoints, identity)
+        self.step = step_of(self.checkpoint) if self.checkpoint else 0
+        self.record = record if self.checkpoint else _new_record(self.settings, self.device, identity)
+
+    def _last_whole(self, checkpoints, identity):
+        """The newest checkpoint that is as it was written. Damaged ones are named and passed over."""
+        for path in reversed(checkpoints):
+            if (path / "trainer_state.json").is_file():
+                raise UserError(
+                    f"{show_path(path)} was written by an earlier version of these scripts, which has to finish it; or --fresh"
+                )
+            if not (why := damage(path, identity)):
+                return path
+            print(f"{show_path(path)} is {why}; going back to the one before")
+        return None
+
+    def say_finished(self) -> None:
+        """Tell that this very run is done."""
+        place = show_path(self.folder)
+        print(
+            f"{place} is finished already (held-out loss {self.record['results']['eval_loss']:.4f}); nothing to do. Chat with it: "
+            f"python model_download/load_local_model.py {place}; train it further: --model {place} and another --output-dir; "
+            "train again: --fresh"
+        )
+
+    # ---- run.json
+
+    def keep(self, name: str, value: Any) -> Any:
+        """`value`, which run.json keeps under this name; what it has kept already, if the run goes on."""
+        return self.record.setdefault(name, value)
+
+    def write(self) -> None:
+        """Write run.json."""
+        if self.main:
+            write_record(self.folder, self.record)
+
+    def way(self, step: int) -> StepPlan:
+        """How the step that follows `step` finished ones is computed: the plan has a new entry from where memory ran out."""
+        first, *changes = self.record["plan"]
+        return StepPlan(*next((change for since, *change in reversed(changes) if since <= step), first[1:]))
+
+    # ---- Several processes
+
+    def from_main(self, value: Any) -> Any:
+        """The value that the main process has, in all processes."""
+        return broadcast_object_list([value])[0] if self.processes > 1 else value
+
+    def smallest(self, number: float) -> float:
+        """The smallest of the numbers that the processes have."""
+        return self._joined([-number])[0] * -1
+
+    def agree(self, *wishes: float) -> list[float]:
+        """The largest that any process has of each of these numbers: what one wishes, all do."""
+        return self._joined(list(wishes))
+
+    def _joined(self, numbers):
+        if self.processes == 1:
+            return numbers
+        joined = torch.tensor(numbers, dtype=torch.float64, device=self.accelerator.device)
+        torch.distributed.all_reduce(joined, torch.distributed.ReduceOp.MAX)
+        return joined.tolist()
+
+    # ---- Training
+
+    def begin(self, plan, model, optimizer) -> None:
+        """Training starts now, from the checkpoint if there is one: from here on the folder is this run's.
+
+        `done`: the progress so far; `evaluation_owed`: whether an evaluation comes before the next step.
+        """
+        limit = 3600 * self.settings.HOURS or float("inf")
+        times = plan.checkpoint_seconds, plan.saving_seconds, self.settings.CHECKPOINT_MINUTES
+        self.clock = Clock(self.began, limit, *times)
+        self.done, self.evaluation_owed = 0.0, True  # the one before training
+        if self.checkpoint:
+            print(f"going on from {show_path(self.checkpoint)}")
+            self._load_checkpoint(model, optimizer)
+            kept = read_json(self.checkpoint / "clock.json")
+            self.clock.go_on(kept)
+            self.done, self.evaluation_owed = kept["progress"], kept["evaluation_owed"]
+        again = self.log.begin(self.step, self.clock, plan.schedule, plan.tokens_per_step, plan.train_rate)
+        # HOURS: steps that are done again take the rates that they had.
+        self.replayed = {entry["step"]: entry["progress"] for entry in again if "progress" in entry}
+        best = best_of(self.log.evaluations())["step"] if self.log.evaluations() else None
+        self._remove_best_but(best)
+        self.best_at_checkpoint = best
+        self.write()
+        if self.settings.TRACKER != "none":
+            config = {name: str(value) for name, value in self.settings.as_dict().items()}
+            self.accelerator.init_trackers(self.folder.name, config)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._request)
+
+    def _request(self, number, frame):
+        """Ctrl-C, or SIGTERM: the first one stops after this step, the second at once."""
+        # A launcher hands the same Ctrl-C on once more, at once.
+        if self.asked_to_stop and time.monotonic() - self.asked_to_stop > 1:
+            raise KeyboardInterrupt("stopped at once; the same command goes on from the last checkpoint")
+        if not self.asked_to_stop:
+            self.asked_to_stop = time.monotonic()
+            text = "\nstopping after this step, with a checkpoint; Ctrl-C again stops at once"
+            print(text, file=sys.stderr, flush=True)
+
+    def add(self, entry: dict[str, Any], progress: float) -> dict[str, Any]:
+        """Log an entry of a step or of an evaluation, also in the TRACKER."""
+        if self.settings.TRACKER != "none":
+            numbers = {name: value for name, value in entry.items() if name != "step"}
+            self.accelerator.log(numbers, step=entry["step"])
+        return self.log.add(entry, progress)
+
+    def progress(self, step: int, before: float, steps: int) -> float:
+        """The progress after `step` steps of at most `steps`, which was `before`; 1 ends the run. All processes have to call it."""
+        if self.settings.HOURS == 0:
+            return step / steps
+        if step in self.replayed:
+            return self.replayed[step]
+        now = self.clock.progress() if self.main else 0.0  # the main process has the clock
+        return float(f"{min(1.0, max(before, step / steps, *self.agree(now))):.8g}")
+
+    # ---- Weights
+
+    def save_checkpoint(
+        self, step: int, progress: float, owed: bool, model, optimizer, save: Callable[[Path], None]
+    ) -> None:
+        """Write checkpoint-`step`: what `save` writes, with the optimizer. Whole before it has its name. Old ones are removed.
+
+        owed: whether an evaluation is due that was left off.
+        """
+        self.accelerator.wait_for_everyone()
+        if self.main:
+            name, place = f"checkpoint-{step}", self.folder / ".partial-checkpoint"
+            print(f"writing {name}", flush=True)  # 7 GB take a while
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            try:
+                save(place)
+                save_file(_moments(model, optimizer), place / "optimizer.safetensors")
+                state = {"progress": progress, "evaluation_owed": owed, **self.clock.as_dict()}
+                write_json(place / "clock.json", state)
+                seal(place, self.record["identity"])
+                shutil.rmtree(self.folder / name, ignore_errors=True)  # there only if it was found damaged
+                os.replace(place, self.folder / name)
+            finally:  # a full disk, above all: the half that was written must not keep it full
+                shutil.rmtree(place, ignore_errors=True)
+            for old in list_checkpoints(self.folder)[: -self.settings.KEEP_CHECKPOINTS]:
+                shutil.rmtree(old)
+        if evaluations := self.log.evaluations():
+            self.best_at_checkpoint = best_of(evaluations)["step"]
+            self._remove_best_but(self.best_at_checkpoint)
+        self.accelerator.wait_for_everyone()
+        self.clock.ended("checkpoint")
+
+    def _load_checkpoint(self, model, optimizer):
+        """Put the weights and the optimizer's moments of `checkpoint` into place."""
+        (file,) = (path for path in self.checkpoint.glob("*model.safetensors"))
+        load_weights(model, file)
+        moments = load_file(self.checkpoint / "optimizer.safetensors")
+        for name, weight in trained_weights(model).items():
+            optimizer.state[weight] = {
+                "step": torch.tensor(float(self.step), device=weight.device),
+                **{kind: moments[f"{kind}.{name}"].to(weight.device) for kind in MOMENTS},
+            }
+
+    def keep_if_best(self, step: int, model) -> None:
+        """Write the weights if the latest evaluation is the best so far.
+
+        best/step-N.safetensors: the best of all, and the best at the last checkpoint, for a run that goes on from there.
+        """
+        if self.settings.KEEP == "best" and best_of(self.log.evaluations())["step"] == step and self.main:
+            self._remove_best_but(self.best_at_checkpoint)
+            path = self._best(step)
+            path.parent.mkdir(exist_ok=True)
+            tensors = trained_weights(model).items()
+            save_file({name: weight.detach().cpu().contiguous() for name, weight in tensors}, path)
+            seal(path, self.record["identity"])
+
+    def load_best(self, model) -> dict[str, Any]:
+        """Put the best weights into the model, and return their evaluation; the last one, said, if they are not as they were written."""
+        evaluations = self.log.evaluations()
+        best = best_of(evaluations) if self.settings.KEEP == "best" else evaluations[-1]
+        if best is evaluations[-1] or not self.main:  # only the main process writes the model
+            return best
+        path = self._best(best["step"])
+        if not path.is_file() or damage(path, self.record["identity"]):
+            print(f"{show_path(path)} is missing or damaged; the weights of the last step are kept instead")
+            return evaluations[-1]
+        load_weights(model, path)
+        return best
+
+    def _best(self, step):
+        return self.folder / "best" / f"step-{step}.safetensors"
+
+    def _remove_best_but(self, step):
+        for path in (self.folder / "best").glob("*") if self.main else ():
+            if path.name.partition(".")[0] != f"step-{step}":
+                path.unlink()
+
+    def finish(self, save: Callable[[Path], None], results: dict[str, Any]) -> None:
+        """Write the finished model: `save(folder)` fills a hidden folder, whose entries then move to the run's root.
+
+        run.json says "finished" last, so a kill before that leaves a run that goes on from its last checkpoint.
+        """
+        if self.main:
+            print(f"saving the finished model to {show_path(self.folder)}", flush=True)
+            write_folder(self.folder, save)
+            self.record.update(status="finished", finished=_now(), results=results)
+            write_record(self.folder, self.record)
+            shutil.rmtree(self.folder / "best", ignore_errors=True)  # the finished model has them now
+            write_page(self.folder)
+        place, memory = show_path(self.folder), format_bytes(results["peak_memory_bytes"])
+        print(
+            f"finished in {duration(time.monotonic() - self.began)}: held-out loss {results['eval_loss_before']:.4f} -> "
+            f"{results['eval_loss']:.4f}, {results['tokens_per_second']:,.0f} tokens/s, peak memory {memory}\n"
+            f"model: {place}   loss curve: {place}/loss_curve.png   report: {place}/report.html\n"
+            f"chat with it: python model_download/load_local_model.py {place}"
+        )
+        if self.processes > 1:
+            device = [self.accelerator.local_process_index]
+            LAST_MEETING.append(torch.distributed.barrier(async_op=True, device_ids=device))
+            LAST_MEETING[-1].wait()
+            self.accelerator.state.destroy_process_group()
+
+    # ---- --fresh
+
+    def _move_aside(self):
+        """Move an earlier run beside its folder; inside it if it is a disk of its own (a mount point)."""
+        folder = self.folder.resolve()  # it may be a link to another disk
+        for name, path in _reads(self.settings):
+            if path.resolve().is_relative_to(folder):
+                raise UserError(
+                    f"--fresh would move {name}, {show_path(path)}, which this run reads; choose another --output-dir"
+                )
+        stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        aside = folder.with_name(f"{folder.name}.{stamp}")
+        if _device(folder) != _device(folder.parent):
+            aside = folder / f"earlier.{stamp}"
+        ours = (LOCK, HOLDER)
+        moving = [
+            path
+            for path in folder.iterdir()
+            if path.name not in ours and not path.name.startswith("earlier.")
+        ]
+        if moving:
+            aside.mkdir()
+            for path in moving:
+                os.replace(path, aside / path.name)
+            print(f"--fresh: the earlier run is kept in {show_path(aside)}")
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    return sorted((path for path in folder.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of steps behind a checkpoint; -1 if its name tells none."""
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+def trained_weights(model) -> dict[str, torch.nn.Parameter]:
+    """{name: weight} of what training changes."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+@torch.no_grad()
+def load_weights(model, file: Path) -> None:
+    """Put the weights of a .safetensors file into those of `model` that are trained. RunError if one of them is not there."""
+    tensors = load_file(file)
+    for name, weight in trained_weights(model).items():
+        found = tensors.get(name, tensors.get(name.replace(".default.", ".")))  # as peft writes it
+        if found is None or found.shape != weight.shape:
+            raise RunError(f"{show_path(file)} does not fit the model: {name}")
+        weight.copy_(found)
+
+
+def _moments(model, optimizer):
+    return {
+        f"{kind}.{name}": optimizer.state[weight][kind].cpu().contiguous()
+        for name, weight in trained_weights(model).items()
+        for kind in MOMENTS
+    }
+
+
+def _accelerator(settings, device):
+    """accelerate's view of this run: its processes, their device, and the TRACKER."""
+    tracker = None if settings.TRACKER == "none" else settings.TRACKER
+    if tracker and not importlib.util.find_spec(tracker):
+        raise UserError(f"--tracker {tracker} needs its package: pip install {tracker}")
+    accelerator = Accelerator(
+        cpu=device.name == "cpu",
+        log_with=tracker,
+        project_dir=str(settings.OUTPUT_DIR),
+        kwargs_handlers=[
+            # a day, because the others wait while the first process computes DPO's reference log-probabilities
+            InitProcessGroupKwargs(timeout=datetime.timedelta(days=1)),
+            # gradients are kept once, not also in the buckets they travel in
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
+    )
+    if device.name == "cuda" and accelerator.num_processes == 1 and torch.cuda.device_count() > 1:
+        count = torch.cuda.device_count()
+        command = f"accelerate launch --multi_gpu --num_processes {count} {' '.join(sys.argv)}"
+        print(f"one of {count} GPUs is used; all of them: {command}")
+    return accelerator
+
+
+def _hold(folder):
+    """Hold the folder's lock until the process ends or the lock is let go of. UserError if that cannot be."""
+    lock, holder = filelock.FileLock(folder / LOCK), folder / HOLDER
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        owner = holder.read_text(encoding="utf-8").strip() if holder.is_file() else "unknown"
+        raise UserError(
+            f"{show_path(folder)} is in use by another run (process {owner}); wait for it, or choose another --output-dir"
+        ) from None
+    except (NotImplementedError, OSError) as error:
+        raise UserError(
+            f"{show_path(folder)} cannot be locked ({getattr(error, 'strerror', None) or error}); choose another --output-dir"
+        ) from None
+    holder.write_text(f"{os.getpid()}\n", encoding="utf-8")
+    return lock
+
+
+def _device(path):
+    return path.stat().st_dev
+
+
+def _reads(settings):
+    """(setting, path) of what a run reads."""
+    for name, value in vars(settings).items():
+        if name.endswith(("MODEL", "_FILE")) and value and Path(value).exists():
+            yield name, Path(value)
+    if (Path(settings.MODEL) / "adapter_config.json").is_file():
+        yield "MODEL's base", Path(adapter_base(settings.MODEL))
+
+
+def _identity(settings, device):
+    identity = {}
+    for name, value in settings.as_dict().items():
+        if name in NOT_IDENTITY:
+            continue
+        if name.endswith("_FILE"):
+            value = f"sha256 {sha256_of(getattr(settings, name))}"
+        elif name.endswith("MODEL"):
+            value = f"sha256 {model_sha256(getattr(settings, name))}"
+        identity[name] = value
+    return {**identity, "device": f"{device.name} {'bf16' if device.bf16 else 'fp32'}"}
+
+
+def _new_record(settings, device, identity):
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "status": "running",
+        "identity": identity,
+        "settings": settings.as_dict(),
+        "device": str(device),
+        "versions": {"python": platform.python_version(), **versions},
+        "started": _now(),
+    }
+
+
+def _refuse_changes(before, now, folder, finished=False):
+    changed = [
+        f"{name}: {before.get(name)} -> {now.get(name)}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+    place = show_path(folder)
+    mend = f"to train it further, start from it with --model {place} and another --output-dir; or start over with --fresh"
+    if not finished:
+        mend = "restore them to go on, choose another --output-dir, or start over with --fresh"
+    if changed:
+        state = "a finished run" if finished else "a run"
+        raise UserError(f"{place} holds {state} with other settings or data ({'; '.join(changed)}); {mend}")
+
+
+def _picture_title(settings, title):
+    """The method, with the model, the data and the day."""
+    model, data = Path(settings.as_dict()["MODEL"]).name, Path(settings.TRAIN_FILE).name
+    return f"{title} of {model} on {data}, {_now()[:10]}"
+
+
+def _now():
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
