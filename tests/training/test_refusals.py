@@ -66,11 +66,6 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_rows(place, tmp
     assert said and all(int(row) < 60 for row in said[1].split(", "))
 
 
-def test_a_learning_rate_far_too_high_stops_the_run(place, tmp_path, capsys):
-    assert train("sft", place, tmp_path / "out", "--learning-rate", "1e20", "--max-steps", 6) == 1
-    assert re.search("the (loss|gradient) became (nan|inf) at step", capsys.readouterr().err)
-
-
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a, **k: torch.tensor(float("inf")))
     assert train("sft", place, tmp_path / "out", "--max-steps", 1) == 1

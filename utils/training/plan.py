@@ -112,7 +112,8 @@ def plan_run(
     eval_rows = load_eval(run.keep("eval_rows", count))
     check_disk(run, model)
     evaluations = evaluation_count(settings.EVAL_ROWS, tokens, eval_rows.tokens, settings.EVALUATIONS)
-    schedule = Schedule(steps, math.ceil(settings.WARMUP * planned), evaluations)
+    share = settings.WARMUP if settings.HOURS else 0.0
+    schedule = Schedule(steps, math.ceil(settings.WARMUP * planned), evaluations, share)
     schedule = Schedule(**run.from_main(run.keep("schedule", schedule._asdict())))
     run.keep("conversations", conversations)
     disk = disk_seconds_per_byte(run.folder, trainable * FLOAT) * FLOAT

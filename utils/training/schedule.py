@@ -27,6 +27,7 @@ class Schedule(NamedTuple):
     steps: int  # at most: HOURS may end the run earlier
     warmup: int  # steps with a rising learning rate
     evaluations: int  # beside the one before training
+    warmup_share: float = 0.0  # with HOURS: progress at which the warm-up ends at the latest
 
     def rate(self, step: int, progress: float) -> float:
         """The learning rate of the step that follows `step` finished ones, as a share of the peak: above 0 for each.
@@ -34,6 +35,8 @@ class Schedule(NamedTuple):
         It rises evenly over the warm-up, and a cosine over the whole run brings it down to zero.
         """
         rising = min(1.0, (step + 1) / (self.warmup + 1))
+        if self.warmup_share:  # the number of steps was only judged
+            rising = max(rising, min(1.0, progress / self.warmup_share))
         return rising * (1 + math.cos(math.pi * progress)) / 2
 
     def evaluations_due(self, progress: float) -> int:
