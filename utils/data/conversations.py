@@ -99,7 +99,10 @@ def _trained_or_bad(row, schema, messages, columns=""):
     if weights[-1] == 0 or any(_truth(mark) is False for mark in judged):
         return "bad", f"{schema}, marked as bad", {"prompt": messages[:-1], "rejected": messages[-1:]}
     by_hand = {"answer", "处方", "答"} & set(row.names)
-    mark = next((mark for mark in ("label", "score") if _is_number(row.peek(mark))), "")
+    numbers = {
+        mark: re.fullmatch(r"\s*-?\d+(?:\.\d+)?\s*", str(row.peek(mark))) for mark in ("label", "score")
+    }
+    mark = next((mark for mark, number in numbers.items() if number), "")
     if mark and schema != "--columns" and (mark == "label" or not by_hand):
         unused = ", ".join(row.unused())
         way = f"; if it is right in every row: --columns {columns}" if columns else ""
@@ -112,12 +115,6 @@ def _truth(value):
     if isinstance(value, str):
         return {"true": True, "false": False}.get(value.strip().lower())
     return value if isinstance(value, bool) else None
-
-
-def _is_number(value):
-    if isinstance(value, str):
-        return bool(re.fullmatch(r"\s*-?\d+(?:\.\d+)?\s*", value))
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def read_preference(row, schema, options):

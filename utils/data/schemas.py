@@ -18,58 +18,38 @@ from utils.data.inputs import InputFile
 from utils.data.messages import Fields, Reject, marked_turns, plain_names, text_of
 from utils.data.readers import Place, parse_row, read_rows
 
-# Question, further context, answer: the first line of which a row has all fields. Reasoning and system text may be beside them.
+# Question / further context / answer: the first of which a row has all fields. Reasoning and system text may be beside them.
 QUESTION_ANSWER = (
-    ("instruction", "input", "output"),
-    ("instruction", None, "output"),
-    ("input", None, "output"),
-    ("query", None, "response"),
-    ("question", "context", "answer"),
-    ("question", None, "answer"),
-    ("question", None, "response"),
-    ("prompt", None, "completion"),
-    ("prompt", None, "response"),
-    ("instruction", "input", "response"),
-    ("instruction", "context", "response"),
-    ("instruction", None, "response"),
-    ("title", "ask", "answer"),
-    ("ask", None, "answer"),
-    ("query", None, "answer"),
-    ("症状", None, "处方"),
-    ("问", None, "答"),
-    ("q", None, "a"),
+    *("instruction/input/output", "instruction//output", "input//output", "query//response"),
+    *("question/context/answer", "question//answer", "question//response", "prompt//completion"),
+    *("prompt//response", "instruction/input/response", "instruction/context/response"),
+    *(
+        "instruction//response",
+        "title/ask/answer",
+        "ask//answer",
+        "query//answer",
+        "症状//处方",
+        "问//答",
+        "q//a",
+    ),
 )
 # The same for rows that have reasoning: an answer of a reasoning model is often called content.
-REASONED = (("input", None, "content"), ("question", None, "content"), ("prompt", None, "content"))
-ROLES = (
-    "question",
-    "input",
-    "reasoning",
-    "answer",
-    "system",
-    "options",
-    "chosen",
-    "rejected",
-)  # of --columns
+REASONED = ("input//content", "question//content", "prompt//content")
+ROLES = ("question", "input", "reasoning", "answer", "system", "options", "chosen", "rejected")  # fmt: skip
 
 BESIDE_TEXT = {"id", "source", "url", "title", "meta", "metadata", "date", "timestamp", "lang", "language"}
 
 SPLITS = {"": "", "train": "train", **dict.fromkeys(("eval", "validation", "valid", "dev", "test"), "eval")}
 
-# Text that no tokenizer or file can carry, and the control tokens of models, which would forge a turn of the conversation.
+# Text that no tokenizer or file can carry, and control tokens of models, which would forge a turn; a group's name is the reason.
 _UNFIT = re.compile(
-    "(?P<control>[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f])|(?P<surrogate>[\ud800-\udfff])|(?P<lost>\ufffd)"
-    r"|(?P<token><[|｜][\w▁ ]{2,30}[|｜]>|</s>|^\s*<s>|</?tool_(?:call|response)s?>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<[be]os>|\[gMASK\])"
-    r"|(?P<dialogue><(?:user|bot|human|assistant)>\s*[:：]|^\s*#{2,}\s*(?:Response|Instruction|回答|指令)\s*[:：])",
+    "(?P<control_characters>[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f])|(?P<lone_surrogate>[\ud800-\udfff])"
+    r"|(?P<undecodable_bytes>\ufffd)|(?P<control_tokens><[|｜][\w▁ ]{2,30}[|｜]>|</s>|^\s*<s>|\[/?INST\]|<</?SYS>>"
+    r"|</?tool_(?:call|response)s?>|<(?:start|end)_of_turn>|<[be]os>|\[gMASK\])"
+    r"|(?P<marks_of_a_dialogue_inside_a_text><(?:user|bot|human|assistant)>\s*[:：]"
+    r"|^\s*#{2,}\s*(?:Response|Instruction|回答|指令)\s*[:：])",
     re.MULTILINE,
 )
-_UNFIT_REASON = {
-    "control": "control characters",
-    "surrogate": "lone surrogate",
-    "lost": "undecodable bytes",
-    "token": "control tokens",
-    "dialogue": "marks of a dialogue inside a text",
-}
 EVIDENCE_ROWS = 200  # of a file, by which is told whether the answers of an exam are counted from 0 or 1
 
 
@@ -109,7 +89,7 @@ class ConvertedRow(NamedTuple):
     reasoning: bool
     trimmed: bool  # whether turns were left out at an end
     unused: (
-        dict  # {name of a field that holds something and was not used: its value}; of turns "messages[].name"
+        dict  # {field that holds something and was not used: its value}; those of turns as "messages[].name"
     )
 
 
@@ -191,7 +171,10 @@ def convert_row(row: dict, options: RowOptions = PLAIN) -> ConvertedRow:
     read = read or _by_values(fields)
     if read is None:
         raise _unknown(fields, options)
-    split = _told_split(fields)
+    told = fields.get("split") or ""
+    split = SPLITS.get(told.strip().lower()) if isinstance(told, str) else None
+    if split is None:
+        raise Reject("unknown split", f"{told!r}; wanted one of {', '.join(filter(None, SPLITS))}")
     if fields.peek("tools") is not None:
         raise Reject("tool calls are not trained", f"field {fields.field('tools')}")
     kind, schema, body = read(fields, schema, options)
@@ -206,7 +189,11 @@ def convert_row(row: dict, options: RowOptions = PLAIN) -> ConvertedRow:
         if options.system and prompt[0]["role"] != "system":
             prompt.insert(0, {"role": "system", "content": options.system})
         turns = prompt + body.get("chosen", []) + body.get("rejected", [])
-        questions, others, reasoning = _spoken(turns)
+        questions = [turn["content"] for turn in turns if turn["role"] == "user"]
+        first = next(number for number, turn in enumerate(turns) if turn["role"] == "user")
+        later = [turn for number, turn in enumerate(turns) if number != first]
+        others = [text for turn in later for text in (turn.get("reasoning_content"), turn["content"]) if text]
+        reasoning = any("reasoning_content" in turn for turn in turns)
     rest = "\n".join(others)
     for text in (questions[0], rest, body.get("subject", ""), body.get("kind", "")):
         _check_text(text)
@@ -219,32 +206,6 @@ def convert_row(row: dict, options: RowOptions = PLAIN) -> ConvertedRow:
     )
 
 
-def _told_split(row):
-    """The split that a row names for itself, or ""."""
-    told = row.get("split")
-    if told is None:
-        return ""
-    split = SPLITS.get(told.strip().lower()) if isinstance(told, str) else None
-    if split is None:
-        raise Reject("unknown split", f"{told!r}; wanted one of {', '.join(filter(None, SPLITS))}")
-    return split
-
-
-def _spoken(turns):
-    """(the user's turns, all other text and the user's later turns, whether there is reasoning) of messages."""
-    questions, rest, reasoning = [], [], False
-    for turn in turns:
-        if turn["role"] == "user":
-            questions.append(turn["content"])
-            if len(questions) == 1:
-                continue
-        elif "reasoning_content" in turn:
-            rest.append(turn["reasoning_content"])
-            reasoning = True
-        rest.append(turn["content"])
-    return questions, rest, reasoning
-
-
 def _check_text(text):
     # Printable text without these holds nothing unfit: the quick answer for nearly every row.
     printable = text.replace("\n", "").isprintable()
@@ -252,7 +213,7 @@ def _check_text(text):
         found = _UNFIT.search(text)
         if found:
             around = text[max(0, found.start() - 10) : found.start() + 20]
-            raise Reject(_UNFIT_REASON[found.lastgroup], f"{found.group()!r} in {around!r}")
+            raise Reject(found.lastgroup.replace("_", " "), f"{found.group()!r} in {around!r}")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -273,7 +234,7 @@ def _recognise(fields, columns):
         return "--columns", _exam, names
     if "chosen" in given:
         return "--columns", read_preference, names
-    named = "question", "input" if "input" in given else None, "answer"
+    named = "question", "input" if "input" in given else "", "answer"
     return "--columns", functools.partial(read_question_answer, named=named), names
 
 
@@ -299,7 +260,8 @@ def _by_names(names):
 
 
 def _question_answer_names(have):
-    lines = QUESTION_ANSWER + (REASONED if "reasoning" in have else ())
+    """[question, context or "", answer] of the first line of QUESTION_ANSWER that these names fit, or None."""
+    lines = (line.split("/") for line in QUESTION_ANSWER + (REASONED if "reasoning" in have else ()))
     return next((line for line in lines if have.issuperset(filter(None, line))), None)
 
 
@@ -331,14 +293,10 @@ def _unknown(row, options):
 
 
 def _exam(row, schema, options):
-    listed = [
-        name
-        for name in ("options", *(f"option {letter}" for letter in LETTERS))
-        if row.peek(name) is not None
-    ]
-    if not listed and "判断" not in str(row.peek("question_type") or ""):
-        named = _question_answer_names(set(row.names))  # a question of an exam that is no choice
-        if not named:
-            raise Reject("missing or empty options", "0 options")
-        return read_question_answer(row, "/".join(filter(None, named)), options, named)
-    return "exam", schema, exam_item(row, options.first_option)
+    listed = any(row.peek(name) is not None for name in ("options", "option A", "option B"))
+    if listed or "判断" in str(row.peek("question_type") or ""):
+        return "exam", schema, exam_item(row, options.first_option)
+    named = _question_answer_names(set(row.names))  # a question of an exam that is no choice
+    if not named:
+        raise Reject("missing or empty options", "0 options")
+    return read_question_answer(row, "/".join(filter(None, named)), options, named)
