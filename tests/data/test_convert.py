@@ -169,7 +169,7 @@ def test_report_counts_tokens_as_the_trainer_does(tmp_path, capsys):
         ),
         (
             lambda folder: (folder / "a.parquet").write_text("x", encoding="utf-8") and folder / "a.parquet",
-            ["not a whole Parquet file"],
+            ["not a whole .parquet file"],
         ),
         (
             lambda folder: (folder / "a.jsonl").write_text("{}", encoding="utf-16") and folder / "a.jsonl",

@@ -147,6 +147,7 @@ FORMS = {
     "two_keys.json": dumped({"part1": ROWS[:10], "part2": ROWS[10:]}, indent=2),
     "nested.json": dumped([ROWS[:10], ROWS[10:]], indent=1),
     "nested.jsonl": as_lines([ROWS[:10], ROWS[10:]]),
+    "mixed.json": dumped({"rows": [*ROWS[:10]], "more": [ROWS[10:]], "note": "x"}),
     "no_brackets.json": b",\n".join(dumped(row) for row in ROWS) + b",\n",
     "pretty.json": b"\n".join(dumped(row, indent=1) for row in ROWS),
     "columns.json": dumped({name: [row[name] for row in ROWS] for name in ROWS[0]}, indent=1),

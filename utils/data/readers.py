@@ -184,16 +184,17 @@ def _rows_of_object(text, file):
     except Reject:
         return [text]
     columns = list(value.values())
-    wrapped = {key: rows for key, rows in value.items() if isinstance(rows, list) and rows}
-    wrapped = {
-        key: rows for key, rows in wrapped.items() if all(isinstance(row, dict | list) for row in rows)
-    }
+    parts = {key: rows for key, rows in value.items() if isinstance(rows, list) and rows}
+    wrapped = {key: rows for key, rows in parts.items() if all(isinstance(row, dict | list) for row in rows)}
     if wrapped and not set(map(str.lower, wrapped)) & set(ROW_LISTS):
         found = []
         for key, rows in wrapped.items():
             split = {"split": "eval"} if says_evaluation(key) and not file.split else {}
-            for many in rows if isinstance(rows[0], list) else [rows]:
-                found += [split | row for row in _rows_of_list(many)]
+            for many in rows if all(isinstance(row, list) for row in rows) else [rows]:
+                mine = _rows_of_list(many)
+                found += [split | row for row in mine]
+                if not mine:
+                    return [text]
         return found
     if len(columns) > 1 and all(isinstance(column, list) for column in columns):
         if len(set(map(len, columns))) == 1:
@@ -209,9 +210,7 @@ def _rows_of_object(text, file):
 def _csv_rows(file):
     with _open_text(file, "") as opened:
         header = next((line for line in iter(opened.readline, "") if line.strip()), "")
-        signs = (
-            "\t,;" if file.ending == ".tsv" else ",\t;"
-        )  # some files are separated in another way than they say
+        signs = "\t,;" if file.ending == ".tsv" else ",\t;"  # the first that the header has
         delimiter = next((sign for sign in signs if sign in header), signs[0])
         opened.seek(0)
         yield from _under_names(_csv_records(opened, delimiter, header.count(delimiter)), file)
@@ -236,18 +235,11 @@ def _csv_records(opened, delimiter, delimiters):
         if cells is None:
             return
         # A cell of several lines is none, if each of them has the cells of a whole row.
-        if (
-            damage
-            or len(taken) > 1
-            and delimiters
-            and all(text.count(delimiter) == delimiters for text in taken)
-        ):
+        rows = delimiters and len(taken) > 1 and all(text.count(delimiter) == delimiters for text in taken)
+        if damage or rows:
             for number, text in enumerate(taken, line):
                 if text.count('"') % 2 or damage and len(taken) == 1:
-                    yield (
-                        number,
-                        Reject("a quote out of place", damage or "it would swallow other lines", text),
-                    )
+                    yield number, Reject("a quote out of place", damage or "it would swallow lines", text)
                 elif text.strip():
                     yield number, next(csv.reader([text], delimiter=delimiter))
         elif cells:
@@ -261,50 +253,41 @@ def _xlsx_rows(file):
     import openpyxl
     from openpyxl.utils.exceptions import InvalidFileException
 
+    def records(sheet):
+        sheet.reset_dimensions()  # WPS writes a size of its sheets that may be wrong
+        for number, cells in enumerate(sheet.iter_rows(values_only=True), 1):
+            cells = ["" if cell is None else str(cell) for cell in cells]
+            filled = max((at for at, cell in enumerate(cells, 1) if cell), default=0)
+            if filled:
+                yield f"{sheet.title}!{number}" if len(book.worksheets) > 1 else number, cells[:filled]
+
     try:
         book = openpyxl.load_workbook(file.path, read_only=True, data_only=True)
     except (zipfile.BadZipFile, InvalidFileException, KeyError, ValueError, OSError) as error:
         raise UserError(f"{show_path(file.path)} is not a whole .xlsx file ({error})") from None
     for sheet in book.worksheets:
-        sheet.reset_dimensions()  # WPS writes a size of its sheets that may be wrong
-        many = len(book.worksheets) > 1
-        yield from _under_names(_xlsx_records(sheet, f"{sheet.title}!" if many else ""), file)
-
-
-def _xlsx_records(sheet, name):
-    for number, cells in enumerate(sheet.iter_rows(values_only=True), 1):
-        cells = ["" if cell is None else str(cell) for cell in cells]
-        while cells and not cells[-1]:
-            cells.pop()
-        if cells:
-            yield f"{name}{number}" if name else number, cells
+        yield from _under_names(records(sheet), file)
 
 
 def _under_names(records, file):
     """(place, row) of the records of a table (place, cells or Reject) under the first one, or the second below a title."""
     head = list(itertools.islice(records, 2))
-    if len(head) == 2 and _is_title(head[0][1], head[1][1]):
-        head.pop(0)
+    cells = [cells for _, cells in head if not isinstance(cells, Reject)]
+    if len(cells) == 2 and cells[0][0].strip() and not any(map(str.strip, cells[0][1:])):
+        if sum(map(bool, cells[1])) > 1 and not any(map(looks_like_data, cells[1])):
+            head.pop(0)  # one filled cell above several is a title
     if not head:
         return
     names = head[0][1]
     if isinstance(names, Reject):
         raise UserError(
-            f"{show_path(file.path)}, line {head[0][0]}: the names of the columns: {names.reason}"
+            f"{show_path(file.path)}, line {head[0][0]}, the names of the columns: {names.reason}"
         )
     # Columns without a name get one, except the first of them, which pandas writes for its row numbers.
     unnamed = [at for at, name in enumerate(names) if not name.strip()][1:]
     names = [f"column {at + 1}" if at in unnamed else name for at, name in enumerate(names)]
     for place, cells in itertools.chain(head[1:], records):
         yield place, cells if isinstance(cells, Reject) else _table_row(names, cells, file)
-
-
-def _is_title(first, second):
-    """Whether the first of two records is a title over the names of the columns: one filled cell above several."""
-    if isinstance(first, Reject) or isinstance(second, Reject) or not first[0].strip():
-        return False
-    several = sum(bool(cell.strip()) for cell in second) > 1
-    return several and not any(map(str.strip, first[1:])) and not any(map(looks_like_data, second))
 
 
 def looks_like_data(name: object) -> bool:
@@ -339,16 +322,11 @@ def _arrow_rows(file):
                 batches = pyarrow.parquet.ParquetFile(opened).iter_batches(batch_size=PARQUET_ROWS)
             else:  # a stream, as `datasets` writes it
                 batches = pyarrow.ipc.open_stream(opened)
-            number = 0
-            for batch in batches:
-                for index in range(batch.num_rows):
-                    number += 1
-                    yield number, _arrow_row(batch.slice(index, 1))
+            rows = (batch.slice(index, 1) for batch in batches for index in range(batch.num_rows))
+            yield from enumerate(map(_arrow_row, rows), 1)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        kind = "Parquet" if file.ending == ".parquet" else "Arrow"
-        raise UserError(
-            f"{show_path(file.path)} is not a whole {kind} file ({str(error).splitlines()[0]})"
-        ) from None
+        why = str(error).splitlines()[0]
+        raise UserError(f"{show_path(file.path)} is not a whole {file.ending} file ({why})") from None
 
 
 def _arrow_row(one):
