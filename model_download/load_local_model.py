@@ -34,10 +34,10 @@ SYSTEM = "auto"           # system text in front of every conversation; auto: th
 THINKING = "auto"         # [auto | on | off] auto: as the folder was trained (its chat template's default)
 SHOW_THINKING = True      # print the thinking, dimmed, on stderr where stdout is for answers only
 GREEDY = False            # always the likeliest token: repeatable; with thinking on it tends to go round in circles
-TEMPERATURE = -1.0        # [-1 or 0 or more] of the sampling, 0 for greedy; this and the next three: -1 as the model folder says
+TEMPERATURE = -1.0        # [-1 or 0 to 10] of the sampling, 0 for greedy; this and the next three: -1 as the model folder says
 TOP_P = -1.0              # [-1 or > 0, at most 1] draw from the likeliest tokens that make up this share
 TOP_K = -1                # [-1, 0, ...] draw from this many, 0 for no limit
-REPETITION_PENALTY = -1.0 # [-1 or > 0] above 1: tokens that were there already become less likely
+REPETITION_PENALTY = -1.0 # [-1 or 0.1 to 10] above 1: tokens that were there already become less likely
 SEED = -1                 # [-1, 0, ...] of the sampling; the same seed gives the same answers, -1 different ones every time
 MAX_NEW_TOKENS = 2048     # [1, 2, ...] longest answer in tokens, thinking included
 SERVE = False             # a chat page, and OpenAI's chat completions for apps on this machine
@@ -50,8 +50,6 @@ DEVICE = "auto"           # [auto | cuda | mps | cpu] auto: CUDA, else MPS, else
 PRECISION = "auto"        # [auto | bf16 | fp32 | int8] auto: bf16 where the hardware has it, fp16 weights on other x86 CPUs; int8: x86 CPUs
 # ----
 # fmt: on
-
-SAMPLING = ("TEMPERATURE", "TOP_P", "TOP_K", "REPETITION_PENALTY")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -120,14 +118,14 @@ def check_settings(settings: Settings) -> bool:
 
 def make_options(settings: Settings):
     """The settings that hold for every answer, as utils/chat/model.py:Options."""
-    from utils.chat.model import Options, read_value
+    from utils.chat.model import Options
 
     options = Options(THINKING_MODES[settings.THINKING], settings.MAX_NEW_TOKENS, settings.SHOW_THINKING)
-    for name in SAMPLING:
-        value = 0 if name == "TEMPERATURE" and settings.GREEDY else getattr(settings, name)
-        if value != -1:
-            flag = f"--{name.lower().replace('_', '-')}"
-            options.apply(name.lower(), read_value(name.lower(), value, flag))
+    for name in ("TEMPERATURE", "TOP_P", "TOP_K", "REPETITION_PENALTY"):
+        if getattr(settings, name) != -1:
+            options.apply(name.lower(), getattr(settings, name))
+    if settings.GREEDY:
+        options.apply("temperature", 0)
     options.apply("seed", settings.SEED)
     return options
 

@@ -156,6 +156,12 @@ def read_constants(source: str) -> dict[str, tuple[int, str, str]]:
     return {name: (found[name][0], *part.groups("")) for name, part in parts.items()}
 
 
+def read_number(label: str, value: object, rule: str) -> Any:
+    """A number, or the text of one, by a rule such as "0 to 1" or "0, 1, ..."; UserError, which names `label`, for any other."""
+    kind = _kind("", rule, 0)
+    return _checked(label, _from_text(kind, value) if isinstance(value, str) else value, kind, rule)
+
+
 def flag_of(name: str) -> str:
     """MAX_LENGTH -> --max-length."""
     return "--" + name.lower().replace("_", "-")
@@ -244,7 +250,7 @@ def _checked(label, value, kind, rule):
         if (
             not fits
             and isinstance(value, float)
-            and least < (meant := _with_negative_exponent(value)) <= most
+            and max(least, 0) < (meant := _with_negative_exponent(value)) <= most
         ):
             wanted += f"; {meant:g} meant?"
     if not fits:

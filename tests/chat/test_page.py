@@ -152,9 +152,9 @@ def test_errors_are_shown(page, chat_model, capsys):
     browser = page(Speaker(chat_model))
     assert ask(browser, "wrong") == [""]
     assert "this cannot be answered" in browser.text("[role=alert]")
-    browser.run("temperature.value = 1e-9")
+    browser.run("temperature.value = 11")
     ask(browser, "甘草 @甘")
-    assert "temperature: wanted 0 (greedy)" in browser.text(".turn:last-child [role=alert]")
+    assert "temperature is 11.0, wanted" in browser.text(".turn:last-child [role=alert]")
     browser.run(
         "temperature.value = ''; window.fetch = () => Promise.reject(new TypeError('Failed to fetch'))"
     )

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import torch
 
-from utils.chat.model import RULES, ChatModel, Options, Reply, read_value
+from utils.chat.model import RULES, ChatModel, Options, Reply
 from utils.errors import UserError
 from utils.files import is_text
+from utils.settings import read_number
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 # Settings that a request may change: the name in the request, and ours.
@@ -80,7 +81,7 @@ def read_request(body: bytes, options: Options) -> Request:
     own.apply("seed", -1)  # another one every time, unless the request brings its own
     for name, ours in SETTINGS.items():
         if request.get(name) is not None:
-            own.apply(ours, read_value(ours, request[name], name))
+            own.apply(ours, read_number(name, request[name], RULES[ours]))
     stops = [request["stop"]] if isinstance(request.get("stop"), str) else request.get("stop") or []
     if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(is_text(s) and s for s in stops):
         raise UserError(f"stop: wanted a text, or a list of up to {MOST_STOPS} texts")

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 
@@ -24,36 +23,18 @@ from utils.model.generate import (
     thinks_by_default,
 )
 
-
-class Rule(NamedTuple):
-    """The type of a setting, and the values that it takes: in words, and as a test."""
-
-    type: type
-    wanted: str
-    allowed: Callable[[Any], bool]
-
-
+# What /set and a request may change, by the rules of utils/settings.py.
 RULES = {
-    # below 0.01 the scores overflow; 0 means greedy
-    "temperature": Rule(float, "0 (greedy) or a number from 0.01 to 10", lambda v: v == 0 or 0.01 <= v <= 10),
-    "top_p": Rule(float, "a number above 0, up to 1", lambda v: 0 < v <= 1),
-    "top_k": Rule(int, "a whole number, 0 for no limit", lambda v: v >= 0),
-    "repetition_penalty": Rule(float, "a number from 0.1 to 10", lambda v: 0.1 <= v <= 10),
-    "presence_penalty": Rule(float, "a number from -2 to 2", lambda v: -2 <= v <= 2),
-    "frequency_penalty": Rule(float, "a number from -2 to 2", lambda v: -2 <= v <= 2),
-    "max_new_tokens": Rule(int, "a whole number from 1", lambda v: v > 0),
-    "seed": Rule(int, "a whole number from 0", lambda v: 0 <= v < 2**63),
+    "temperature": "0 to 10",  # 0: greedy
+    "top_p": "> 0, at most 1",
+    "top_k": "0, 1, ...",  # 0: no limit
+    "repetition_penalty": "0.1 to 10",
+    "presence_penalty": "-2 to 2",
+    "frequency_penalty": "-2 to 2",
+    "max_new_tokens": "1, 2, ...",
+    "seed": "0, 1, ...",
 }
-
-
-def read_value(name: str, value: str | float, where: str) -> float:
-    """`value` as setting `name` takes it. UserError, with `where` it was given, for any other."""
-    rule = RULES[name]
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        number = rule.type(value)
-        if rule.allowed(number):
-            return number
-    raise UserError(f"{where}: wanted {rule.wanted}, got {value!r}")
+COLDEST = 0.01  # least temperature: below it scores overflow, and the likeliest token is drawn anyway
 
 
 @dataclass
@@ -69,13 +50,14 @@ class Options:
     generator: torch.Generator = field(default_factory=torch.Generator)
 
     def apply(self, name: str, value: float) -> None:
-        """Change one setting to a value that read_value has passed, or the seed to -1: any."""
+        """Change one setting to a value that its rule allows, or the seed to -1: any."""
         if name == "max_new_tokens":
             self.max_new_tokens = value
         elif name == "seed":
             self.generator.seed() if value < 0 else self.generator.manual_seed(value)
-        elif name == "temperature":  # 0 would divide by zero; its limit is greedy decoding
-            self.decoding |= {"do_sample": True, "temperature": value} if value else {"do_sample": False}
+        elif name == "temperature":
+            greedy = value < COLDEST
+            self.decoding |= {"do_sample": False} if greedy else {"do_sample": True, "temperature": value}
         else:
             self.decoding[name] = value
 

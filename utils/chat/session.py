@@ -15,14 +15,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.chat.model import RULES, ChatModel, Options, read_value
+from utils.chat.model import RULES, ChatModel, Options
 from utils.chat.terminal import QUOTES, AnswerPrinter, loading, note, read_message, show_models
 from utils.device import Device
 from utils.errors import UserError, complain, explain
 from utils.files import read_jsonl, show_path
 from utils.model.chat_format import THINKING_MODES
 from utils.model.folder import find_models
-from utils.settings import ROOT
+from utils.settings import ROOT, read_number
 from utils.text import localized, shorten
 
 NO_ADVICE = ("For study and research only, not medical advice.", "仅供学习和研究，不能代替医生的诊断和建议。")
@@ -259,7 +259,7 @@ class Chat:
         for name, value in itertools.zip_longest(words[::2], words[1::2], fillvalue=""):
             if name not in RULES:
                 raise UserError(f"/set has no {name}; it has {', '.join(RULES)}, as in /set temperature 0.6")
-            values[name] = read_value(name, value, f"/set {name}")
+            values[name] = read_number(f"/set {name}", value, RULES[name])
         for name, value in values.items():  # of a line with a mistake nothing is taken
             self.options.apply(name, value)
         note(f"({self.chat_model.describe(self.options)})")
