@@ -12,6 +12,7 @@ from utils.data import pairs
 from utils.data.terms import Terms
 from utils.errors import run
 from utils.files import read_json, read_jsonl, write_json, write_jsonl
+from utils.model import generate as pairs_generate
 
 TERMS = Terms(ROOT / "data_prepare/sample/terms.jsonl")
 WEATHER = ("今天天气如何？", "今天天气很好。")
@@ -204,18 +205,19 @@ def test_sampling_goes_on_where_it_was_stopped(tmp_path, model, monkeypatch, cap
     second = (kept / "4.json").read_text(encoding="utf-8")
     (kept / "4.json").write_text(second.replace('"value": [["', '"value": [["x'), encoding="utf-8")
 
-    generator, begun = pairs._generator, []
+    generate, begun = pairs_generate.generate_answers, []
 
-    def counting(sampling):
-        generate = generator(sampling)
-        return lambda conversations, start: begun.append(start) or generate(conversations, start)
+    def counting(*args, seed, **how):
+        begun.append(seed - sampling.seed)
+        return generate(*args, seed=seed, **how)
 
-    monkeypatch.setattr(pairs, "_generator", counting)
+    monkeypatch.setattr(pairs_generate, "generate_answers", counting)
     assert pairs.sample_answers(rows, sampling, kept) == whole and begun == [4, 8]
     assert pairs.sample_answers(rows, sampling, kept) == whole and begun == [4, 8]
-    pairs.sample_answers(rows, sampling._replace(seed=1), kept)
+    sampling = sampling._replace(seed=1)
+    pairs.sample_answers(rows, sampling, kept)
     assert begun == [4, 8, 0, 4, 8] and "identity.json is of other seed" in capsys.readouterr().out
-    pairs.sample_answers(rows[:11], sampling._replace(seed=1), kept)
+    pairs.sample_answers(rows[:11], sampling, kept)
     assert begun[5:] == [0, 4, 8] and len(list(kept.iterdir())) == 4
 
 

@@ -19,7 +19,7 @@ _FILLER = re.compile(
 )
 # Greetings, thanks and good wishes; words that go with them; and words that make a question of their own beside them.
 _COURTESY = re.compile(
-    "你好|您好|大家好|hello|hi(?![a-z])|哈喽|早上好|上午好|中午好|下午好|晚上好|早安|晚安|在吗|在不在|在线吗|有人吗|打扰|麻烦|辛苦"
+    "你好|您好|大家好|hello|hi(?![a-z])|哈喽|早上好|上午好|中午好|下午好|晚上好|早安|晚安|在吗|在不在|在线吗|有人吗|打扰|麻烦|辛苦(?=[了您你医])"
     "|感谢|谢谢|谢了|多谢|不用谢|不谢|不客气|不用客气|没关系|没事|不用担心|明白|知道了|了解|清楚了|收到|好的|再见|拜拜|请教|咨询"
     "|早日康复|恢复健康|身体健康|健康|平安|顺利|愉快|thankyou|thanks|bye"
 )
@@ -28,14 +28,14 @@ _BESIDE_COURTESY = re.compile(
     "|找我|问我|欢迎|可以|一定|注意|解答|回答|回复|帮助|建议|耐心|指导|支持|信任|配合|按时|其他|别的|任何|早日|恢复|身体|生活|您|你|我们?"
     "|一下|想问|请问|问|个|些|会|请|祝|再|那|就|也|都|很|的|了|吧|啊|哦|嗯|呀|哈|呢|好|去|来|给|这|为|对|向|是|应该|知道|想|再次|一些|还|其"
 )
-_ASKS = re.compile("什么|怎|如何|哪|多少|为何|是否|能不能|可不可以|几|吗$|呢$")
+ASKS = re.compile("什么|怎|如何|哪|多少|为何|是否|能不能|可不可以|几|吗$|呢$")
 
 
 def is_courtesy(text: str) -> bool:
     """Whether a turn of a dialogue is nothing but a greeting, thanks or good wishes."""
     text = normalize(text)
     left = _COURTESY.sub("", text)
-    if len(left) == len(text) or _ASKS.search(left):
+    if len(left) == len(text) or ASKS.search(left):
         return False
     return len(_BESIDE_COURTESY.sub("", left)) <= COURTESY_LEFT * len(text)
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.data.normalize import is_courtesy, normalize
+from utils.data.normalize import ASKS, is_courtesy, normalize
 from utils.data.terms import Terms
 from utils.files import id_key
 from utils.kept import read_kept, write_kept
@@ -101,8 +101,9 @@ def question_of(row: dict) -> Question:
 
 
 def ends_in_courtesy(row: dict) -> bool:
-    """Whether the last question or its answer is nothing but thanks, a greeting or good wishes."""
-    return any(map(is_courtesy, question_of(row)))
+    """Whether the last turns are nothing but thanks, a greeting or good wishes."""
+    question, answer = question_of(row)
+    return is_courtesy(question) or is_courtesy(answer) and not ASKS.search(question)
 
 
 # ---- When another answer is right, too
@@ -152,7 +153,10 @@ def swapped_facts(rows: list[dict], terms: Terms, rng: random.Random) -> Iterato
     """
     questions = [question_of(row) for row in rows]
     slots_of = [_slots(question, terms) for question in questions]
-    chosen = [_chosen(slots, rng) for slots in slots_of]
+    chosen = [
+        [slot for slot in slots if not slot.is_name and rng.random() < 0.5] or slots and [rng.choice(slots)]
+        for slots in slots_of
+    ]
     # Substitutes come from the chosen slots: they are as common among the wrong terms as the right terms that they replace.
     places: list[dict[tuple, list[str]]] = [defaultdict(list) for _ in PLACES]
     for slot in (slot for slots in chosen for slot in slots):
@@ -181,29 +185,17 @@ def swapped_facts(rows: list[dict], terms: Terms, rng: random.Random) -> Iterato
 
 
 def _slots(question, terms):
-    """The slots of an answer: its names, if it has any, else its facts."""
+    """The slots of an answer: its names, if it has any, else its facts. On both sides of a slot is a border."""
     names, facts = [], []
-    answer = question.answer
-    for start, stop, term in terms.find(answer):
-        beside = answer[start - 1 : start] if start else "", answer[stop : stop + 1]
+    for start, stop, term in terms.find(question.answer):
+        beside = question.answer[start - 1 : start] if start else "", question.answer[stop : stop + 1]
         is_name = len(term) > 1 and term in question.text
         words = (NAME_LEFT, NAME_RIGHT) if is_name else (LEFT, RIGHT)
-        if all(map(_is_border, beside, words)) and (is_name or term not in question.text):
+        between = all(not "\u4e00" <= sign <= "\u9fff" or sign in word for sign, word in zip(beside, words))
+        if between and (is_name or term not in question.text):
             slot = Slot(start, stop, term, terms.kinds[term][0], is_name, beside)
             (names if is_name else facts).append(slot)
     return names or facts
-
-
-def _is_border(character, words):
-    return not "\u4e00" <= character <= "\u9fff" or character in words
-
-
-def _chosen(slots, rng):
-    if not slots:
-        return []
-    if slots[0].is_name:
-        return [rng.choice(slots)]
-    return [slot for slot in slots if rng.random() < 0.5] or [rng.choice(slots)]
 
 
 def _right_about(questions, terms):
@@ -237,8 +229,10 @@ def _substitute(slot, question, not_these, places, terms, common, rng):
         fits = [
             term for term in drawn if term not in not_these and _is_wrong(slot, term, question, terms, common)
         ]
+        if fits and slot.is_name:  # the one that looks most like the right name
+            return max(fits, key=lambda term: len(set(slot.term) & set(term)) + (slot.term[0] == term[0]))
         if fits:
-            return max(fits, key=lambda term: _alike(slot, term)) if slot.is_name else fits[0]
+            return fits[0]
     return None
 
 
@@ -263,10 +257,6 @@ def _is_wrong(slot, term, question, terms, common):
         return False
     near, near_term = terms.near[slot.kind, slot.term], terms.near.get((slot.kind, term), ())
     return term not in near and slot.term not in near_term
-
-
-def _alike(slot, term):
-    return len(set(slot.term) & set(term)) + (slot.term[0] == term[0])
 
 
 # ---- Another question's answer
@@ -306,10 +296,8 @@ def sampled(rows: list[dict], terms: Terms, sampling: Sampling, kept: Path) -> I
         wrong = [text for text in fits if not says_the_same(good, text, question, terms)]
         facts = facts_of(good, question, terms)
         if wrong:
-            by_fault = {
-                text: (len(facts & facts_of(text, question, terms)), agreement(text, good)) for text in wrong
-            }
-            yield Worse(min(wrong, key=by_fault.get))
+            faults = [(len(facts & facts_of(text, question, terms)), agreement(text, good)) for text in wrong]
+            yield Worse(wrong[faults.index(min(faults))])
         else:
             yield Worse(
                 None, "every sampled answer is right" if fits else "no sampled answer of similar length"
@@ -321,7 +309,9 @@ def sample_answers(rows: list[dict], sampling: Sampling, kept: Path) -> list[lis
 
     The folder `kept` takes them as they come, CHUNK rows a file: the same command goes on where it was stopped.
     """
-    from utils.model.folder import check_model, model_sha256, quiet_offline
+    from utils.device import pick_device
+    from utils.model.folder import check_model, load_for_answers, load_tokenizer, model_sha256, quiet_offline
+    from utils.model.generate import Decoding, generate_answers
     from utils.text import progress
 
     check_model(sampling.model)
@@ -336,29 +326,18 @@ def sample_answers(rows: list[dict], sampling: Sampling, kept: Path) -> list[lis
         start: read_kept(kept / f"{start}.json", {"first": start}) for start in range(0, len(rows), CHUNK)
     }
     missing = [start for start, answers in parts.items() if answers is None]
-    generate = _generator(sampling) if missing else None
+    if missing:
+        tokenizer, model = load_tokenizer(sampling.model), load_for_answers(sampling.model, pick_device())
+    decoding = Decoding(do_sample=True, temperature=sampling.temperature)
     for start in progress("sampling answers", f"parts of {CHUNK} questions")(missing):
-        parts[start] = generate([split_row(row)[0] for row in rows[start : start + CHUNK]], start)
+        prompts = [split_row(row)[0] for row in rows[start : start + CHUNK] for _ in range(sampling.samples)]
+        how = {"batch_size": sampling.batch_size, "seed": sampling.seed + start}
+        answers = generate_answers(model, tokenizer, prompts, sampling.max_new_tokens, decoding, **how)
+        parts[start] = [
+            answers[at : at + sampling.samples] for at in range(0, len(answers), sampling.samples)
+        ]
         write_kept(kept / f"{start}.json", {"first": start}, parts[start])
     return [answers for part in parts.values() for answers in part]
-
-
-def _generator(sampling):
-    """A function (conversations, number of the first row) -> for each of them `samples` answers."""
-    from utils.device import pick_device
-    from utils.model.folder import load_for_answers, load_tokenizer
-    from utils.model.generate import Decoding, generate_answers
-
-    tokenizer, model = load_tokenizer(sampling.model), load_for_answers(sampling.model, pick_device())
-    decoding = Decoding(do_sample=True, temperature=sampling.temperature)
-
-    def generate(conversations, start):
-        repeated = [messages for messages in conversations for _ in range(sampling.samples)]
-        how = {"batch_size": sampling.batch_size, "seed": sampling.seed + start}
-        answers = generate_answers(model, tokenizer, repeated, sampling.max_new_tokens, decoding, **how)
-        return [answers[at : at + sampling.samples] for at in range(0, len(answers), sampling.samples)]
-
-    return generate
 
 
 # ---- Pairs
