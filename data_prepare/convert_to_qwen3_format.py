@@ -81,10 +81,7 @@ def main(argv=None):
     draw_lengths(settings.OUTPUT_DIR / "lengths.png", lengths, tokens, settings.MAX_LENGTH)
     report.show(summary, found)
     print(f"\nwritten to {show_path(settings.OUTPUT_DIR)}; what was set aside, and why: set_aside.jsonl")
-    for note in (
-        *advice.notes(sources, found, dict(options.columns)),
-        *old_files(settings.OUTPUT_DIR, outputs),
-    ):
+    for note in (*advice.notes(sources, found, settings.COLUMNS), *old_files(settings.OUTPUT_DIR, outputs)):
         print(f"note: {note}")
     print(f"next: {next_command(settings.OUTPUT_DIR, outputs)}")
     return 0

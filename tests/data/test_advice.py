@@ -3,7 +3,7 @@
 import pytest
 from data_rows import turns, write_lines
 
-from utils.data.advice import describe, look_reversed, suggest_columns
+from utils.data.advice import describe, suggest_columns
 from utils.data.schemas import convert_row
 from utils.errors import UserError
 
@@ -105,15 +105,6 @@ def test_the_advice_shows_a_row_as_it_would_be_read(tmp_path, convert):
         "question: 患者恶寒发热1日，无汗，头身疼痛，舌苔薄白，脉浮紧。 answer: 麻黄、桂枝、杏仁、甘草"
         in str(caught.value)
     )
-
-
-def test_columns_the_wrong_way_round_are_warned_of(tmp_path, convert, capsys):
-    path = write_lines(tmp_path / "a.jsonl", *CASES)
-    convert(path, columns="question=Summary,answer=Content")
-    assert "their names say the opposite" in capsys.readouterr().out
-    convert(path, columns="question=Content,answer=Summary")
-    assert "their names say the opposite" not in capsys.readouterr().out
-    assert look_reversed("Summary", "Content") and not look_reversed("a", "b")
 
 
 def test_files_that_were_not_used_are_named_once(tmp_path, convert, capsys):

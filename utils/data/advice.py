@@ -74,12 +74,6 @@ def describe(rows: list[dict], table: bool = False) -> str:
     return "wanted rows with a question and an answer, one JSON object a row"
 
 
-def look_reversed(question: str, answer: str) -> bool:
-    """Whether the two fields' names say the opposite of what they are to be used as."""
-    said = [bool(_named([name], known)) for name in (question, answer) for known in (QUESTIONS, ANSWERS)]
-    return said == [False, True, True, False]
-
-
 def _text_fields(rows):
     """{field: its texts} of the fields that hold text in at least half of the rows and may be a question or an answer."""
     texts = {}
@@ -95,10 +89,8 @@ def _text_fields(rows):
 
 def _named(names, known):
     """The names that are known ones, else those that end with one."""
-    lower = {name: name.strip().lower() for name in names}
-    return [name for name in names if lower[name] in known] or [
-        name for name in names if lower[name].endswith(known)
-    ]
+    exact = [name for name in names if name.strip().lower() in known]
+    return exact or [name for name in names if name.strip().lower().endswith(known)]
 
 
 def refusal(files: list[InputFile], found: Recognised, columns: str) -> str:
@@ -134,9 +126,7 @@ def _read_as(file, unknown):
     columns = suggest_columns(rows)
     if not columns:
         return text + describe(rows, file.ending in (".csv", ".tsv", ".xlsx"))
-    place, row = next(
-        (place, row) for place, row in alike if all(not is_empty(row[name]) for name in columns)
-    )
+    place, row = next(one for one in alike if not any(is_empty(one[1][name]) for name in columns))
     question, answer = (shorten(row[name], SHOWN) for name in columns)
     flag = shlex.quote(f"question={columns[0]},answer={columns[1]}")
     return (
@@ -145,38 +135,32 @@ def _read_as(file, unknown):
     )
 
 
-def notes(files: list[InputFile], found: Recognised, columns: dict[str, str]) -> list[str]:
-    """A line for each file of which no row, or not every row, could be recognised, alike files together; and for columns that
-    look the wrong way round."""
+def notes(files: list[InputFile], found: Recognised, columns: str) -> list[str]:
+    """A line for each file of which no row, or not every row, could be recognised; files that are alike share one."""
     rows, used = Counter(row.file for row in found.rows), Counter(row.file for row in found.rows if row.kind)
-    said: dict[
-        tuple, list[str]
-    ] = {}  # {what is alike: [the line, the names of more files that it is true of]}
+    said: dict[tuple, list[str]] = {}  # {what is alike: [the line, file, file, ...]}
     for number, file in enumerate(files):
         unknown = found.unknown.get(number) if not columns or not used[number] else None
+        first, lost = found.rejects.get(number), rows[number] - used[number]
         advice = f"; {_read_as(file, unknown)}" if unknown else ""
         if not rows[number]:
             line = "no row in it"
         elif not used[number]:
-            line = (
-                f"none of its {rows[number]:,} rows could be used; line {_why(found.rejects[number])}{advice}"
-            )
+            line = f"none of its {lost:,} rows could be used; line {_why(first)}{advice}"
         elif unknown:
-            lost = rows[number] - used[number]
-            line = f"{lost:,} of its {rows[number]:,} rows could not be used; fields not recognised from line {unknown[0].line} on{advice}"
+            lines = f"from line {unknown[0].line} on{advice}"
+            line = f"{lost:,} of its {rows[number]:,} rows could not be used; fields not recognised {lines}"
         else:
             continue
-        reason = found.rejects[number].reason if number in found.rejects else ""
-        alike = (not rows[number], not used[number], reason, tuple(unknown[0].row) if unknown else ())
+        alike = (
+            not rows[number],
+            not used[number],
+            first and first.reason,
+            tuple(unknown[0].row) if unknown else (),
+        )
         said.setdefault(alike, [f"{file.name}: {line}"]).append(file.name)
     lines = []
     for line, _, *more in said.values():
-        lines.append(
-            line + (f" (and the same in {len(more):,} more: {shorten(', '.join(more), 100)})" if more else "")
-        )
-    if columns and look_reversed(columns.get("question", ""), columns.get("answer", "")):
-        lines.append(
-            f"--columns reads {columns['question']} as the question and {columns['answer']} as the answer; "
-            "their names say the opposite: look at the rows above"
-        )
+        others = f" (and the same in {len(more):,} more: {shorten(', '.join(more), 100)})" if more else ""
+        lines.append(line + others)
     return lines

@@ -37,6 +37,8 @@ QUESTION_ANSWER = (
 REASONED = ("input//content", "question//content", "prompt//content")
 ROLES = ("question", "input", "reasoning", "answer", "system", "options", "chosen", "rejected")  # fmt: skip
 
+WANTED_ROLES = ({"question", "answer"}, {"question", "chosen", "rejected"})  # one of the two
+
 BESIDE_TEXT = {"id", "source", "url", "title", "meta", "metadata", "date", "timestamp", "lang", "language"}
 
 SPLITS = {"": "", "train": "train", **dict.fromkeys(("eval", "validation", "valid", "dev", "test"), "eval")}
@@ -111,17 +113,15 @@ PLAIN = RowOptions()
 def parse_columns(text: str) -> dict[str, str]:
     """{role: field} of a setting such as "question=Content,answer=Summary"; ValueError says what is wrong with it."""
     columns = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        role, equals, field = (side.strip() for side in part.partition("="))
-        if not equals or not field:
+    for part in filter(None, map(str.strip, text.split(","))):
+        role, _, field = map(str.strip, part.partition("="))
+        if not field:
             raise ValueError(f"{part!r} is not role=field; wanted e.g. question=Content,answer=Summary")
         if role not in ROLES:
             raise ValueError(f"unknown role {role!r}; the roles are {', '.join(ROLES)}")
         columns[role] = field
-    if columns and "question" not in columns or columns and not {"answer", "chosen"} & set(columns):
-        raise ValueError("it has to name a question and an answer (or chosen and rejected)")
-    if ("chosen" in columns) != ("rejected" in columns):
-        raise ValueError("chosen and rejected go together")
+    if columns and not any(wanted <= set(columns) for wanted in WANTED_ROLES):
+        raise ValueError("it has to name a question and an answer (or a question, chosen and rejected)")
     return columns
 
 
@@ -223,7 +223,7 @@ def _recognise(fields, columns):
     names.update({f"option {letter}": (field,) for letter, field in option_fields(fields).items()})
     given = {role: tuple(field.split("+")) if role == "options" else (field,) for role, field in columns}
     given = {role: own for role, own in given.items() if set(own) <= set(fields)}
-    if not {"question", "answer"} <= set(given) and not {"question", "chosen", "rejected"} <= set(given):
+    if not any(wanted <= set(given) for wanted in WANTED_ROLES):
         return *_by_names(names), names
     if len(given.get("options", ())) > 1:
         given.update({f"option {letter}": (own,) for letter, own in zip(LETTERS, given.pop("options"))})
@@ -244,10 +244,8 @@ def _by_names(names):
     if {"chosen", "rejected"} <= have:
         first = "conversations" if "conversations" in have else "prompt"
         return f"{first}/chosen/rejected", read_preference
-    listed = {"options", "option A"} & have
-    if (listed or "question_type" in have) and set(QUESTIONS) & have and set(ANSWERS) & have:
-        return "exam", _exam
-    if listed and "question" in have:
+    listed, asked = {"options", "option A"} & have, set(QUESTIONS) & have and set(ANSWERS) & have
+    if listed and (asked or "question" in have) or asked and "question_type" in have:
         return "exam", _exam
     for name in ("messages", "conversations"):
         if name in have:
