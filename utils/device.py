@@ -4,7 +4,6 @@ import ctypes
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -77,12 +76,9 @@ def pick_device(name: str = "auto", precision: str = "auto", answering: bool = F
     if precision not in known:
         raise UserError(f"--precision: wanted {', '.join(known[:-1])} or {known[-1]}, got {precision!r}")
     unused = "" if name in ("mps", "cpu") else _unused_gpu()
-    present = {
-        "cuda": torch.cuda.is_available() and not unused,
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    here = [kind for kind, there in present.items() if there]
+    here = ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
+    if torch.cuda.is_available() and not unused:
+        here.insert(0, "cuda")
     if name not in ("auto", *here):
         raise UserError(unused or f"--device: no {name} device here; there is: {', '.join(here)}")
     if unused:
@@ -92,18 +88,17 @@ def pick_device(name: str = "auto", precision: str = "auto", answering: bool = F
         hold_memory()
         limit_kernels()
     can, reason = {"cuda": _cuda, "mps": _mps, "cpu": _cpu}[name]()
-    if name == "mps" and precision == "bf16" and () < _macos() < (14,):
-        raise UserError(
-            f"--precision bf16 on an Apple GPU needs macOS 14, and this is {platform.mac_ver()[0]}; take fp32"
-        )
+    macos = tuple(int(part) for part in platform.mac_ver()[0].split(".") if part.isdigit())
+    if name == "mps" and precision == "bf16" and () < macos < (14,):
+        needs = f"needs macOS 14, and this is {platform.mac_ver()[0]}"
+        raise UserError(f"--precision bf16 on an Apple GPU {needs}; take fp32")
     if name == "cuda" and precision == "bf16" and not can.bf16:
         print(f"{reason}: this GPU emulates bf16 and is slower with it than with fp32", flush=True)
     fbgemm = name == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
     if precision == "int8" and not fbgemm:
         raise UserError("--precision int8 is for x86 CPUs with AVX2; here, take auto")
     if precision == "auto":
-        native = can.bf16 and name != "mps"
-        return Device(name, native, reason, "half" if fbgemm and not native else "plain", can)
+        return Device(name, can.bf16, reason, "half" if fbgemm and not can.bf16 else "plain", can)
     weights = "int8" if precision == "int8" else "plain"
     return Device(name, precision == "bf16", f"{precision} as asked for; {reason}", weights, can)
 
@@ -113,14 +108,9 @@ def pick_device(name: str = "auto", precision: str = "auto", answering: bool = F
 
 def _cuda():
     major, minor = torch.cuda.get_device_capability()
-    flash = major >= 8 and torch.backends.cuda.is_flash_attention_available()  # Windows builds have none
-    architectures = tuple(torch.cuda.get_arch_list())
-    can = Capabilities(flash, bf16=major >= 8, fp16=major >= 7, architectures=architectures)
+    flash = major >= 8 and torch.backends.cuda.is_flash_attention_available()  # builds for Windows have none
+    can = Capabilities(flash, major >= 8, major >= 7, architectures=tuple(torch.cuda.get_arch_list()))
     return can, f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
-
-
-def _macos() -> tuple[int, ...]:
-    return tuple(int(part) for part in platform.mac_ver()[0].split(".") if part.isdigit())
 
 
 def _mps():
@@ -139,40 +129,33 @@ def _cpu():
 
 def _unused_gpu() -> str:
     """Why an NVIDIA GPU that is there cannot be used, with what helps; "" if it can, or if there is none."""
+    build = f"is not used: torch {torch.__version__}"
+    if torch.version.hip or "CUDA_VISIBLE_DEVICES" in os.environ and not torch.cuda.is_available():
+        return ""
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         code = torch.cuda.get_arch_list()
-        versions = [
-            (kind, int(digits[:-1]), int(digits[-1]))
-            for kind, digits in re.findall(r"(sm|compute)_(\d+)", str(code))
-        ]
         # Code of one generation runs on its later cards (sm_80 on 8.6), and compute_ code on all later ones.
-        if any((m, n) <= (major, minor) and (m == major or kind == "compute") for kind, m, n in versions):
-            return ""
-        return (
-            f"{torch.cuda.get_device_name()} (sm_{major}{minor}) is not used: torch {torch.__version__} has code for "
-            f"{', '.join(code)} only; a build for it, if there is one, is at {INDEX}/cu126"
-        )
-    smi = shutil.which("nvidia-smi")
-    if not smi or torch.version.hip or "CUDA_VISIBLE_DEVICES" in os.environ:
-        return ""
+        for kind, generation, number in re.findall(r"(sm|compute)_(\d+)(\d)", str(code)):
+            same = int(generation) == major or kind == "compute"
+            if same and (int(generation), int(number)) <= (major, minor):
+                return ""
+        name = f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
+        return f"{name} {build} has code for {', '.join(code)}; other builds are at {INDEX}, such as cu126"
     try:
-        listed = subprocess.run(
-            [smi, "-L"], capture_output=True, encoding="utf-8", errors="replace", timeout=10
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired):
+        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=10).stdout
+    except (OSError, subprocess.TimeoutExpired):  # no such program
         return ""
-    gpu = re.search(r"GPU \d+: ([^(\n]*)", listed)
+    gpu = re.search(r"GPU \d+: ([^(\n]*)", found.decode("utf-8", "replace"))
     if not gpu:
         return ""
-    begin, version = (
-        f"{gpu[1].strip()} is not used: torch {torch.__version__} is built",
-        str(torch.__version__).partition("+")[0],
-    )
+    build = f"{gpu[1].strip()} {build} is built"
     if torch.version.cuda:
-        return f"{begin} for CUDA {torch.version.cuda}, and the driver is too old for it; update it (CUDA 13 needs R580 or newer)"
-    pip = f"{sys.executable} -m pip install --force-reinstall torch=={version} --index-url {INDEX}/cu130"
-    return f"{begin} without CUDA; mend it with: {pip}"
+        return f"{build} for CUDA {torch.version.cuda}, and the driver is too old; update it (CUDA 13 needs R580 or newer)"
+    pip = (
+        f"{sys.executable} -m pip install --force-reinstall torch=={str(torch.__version__).partition('+')[0]}"
+    )
+    return f"{build} without CUDA; mend it with: {pip} --index-url {INDEX}/cu130"
 
 
 # ---- Memory of a CPU
