@@ -36,10 +36,11 @@ EVAL_ROWS = 300             # [0, 1, ...] conversations of EVAL_FILE, and as man
 EXAM_ROWS = 0               # [0, 1, ...] exam questions that are scored; 0: all
 LETTER_ROWS = 0             # [-1, 0, ...] of those with one right answer, how many also by option letter: five times as long; 0: all, -1: none
 GENERATE = 200              # [0, 1, ...] held-out questions answered in full, beside the general ones; 0: no answers at all
+FOLLOW_UPS = 100            # [0, 1, ...] of these, how many again as second and as fourth question of a conversation; 0: none
 THINKING = "off"            # [auto | on | off] of answers in full; auto: each folder's own mode; scores are taken with it off
 MAX_NEW_TOKENS = 128        # [1, 2, ...] longest generated answer, in tokens
 BATCH_SIZE = 64             # [1, 2, ...] answers generated at a time
-SHOW = 3                    # [0, 1, ...] sample answers shown side by side
+SHOW = 4                    # [0, 1, ...] sample answers to held-out questions, each of another kind if possible; 0: none at all
 SEED = 0                    # [0, 1, ...] which held-out questions are answered
 FRESH = False               # measure again what was measured before
 DEVICE = "auto"             # [auto | cuda | mps | cpu] auto: CUDA, else MPS, else CPU
@@ -73,7 +74,7 @@ def main(argv=None):
     import torch
 
     from utils.device import pick_device
-    from utils.evaluation.measure import measured_or_kept
+    from utils.evaluation.measure import measured_or_kept, seen_in_training
     from utils.evaluation.report import (
         draw_curves,
         make_comparison,
@@ -84,6 +85,9 @@ def main(argv=None):
 
     device = pick_device(settings.DEVICE, settings.PRECISION)
     print(f"device: {device}")
+    warnings = seen_in_training(folders, tests)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     measured = {}
     for number, (name, folder) in enumerate(folders.items(), 1):
         print(f"{number}/{len(folders)} {name} ({show_path(folder)})", flush=True)
@@ -97,7 +101,7 @@ def main(argv=None):
             raise RunError(f"not enough memory on {device.name} for {name}; {mend}") from None
 
     # 3. Metrics, and every two models against each other on the same items
-    comparison = make_comparison(measured, settings, device, left_out)
+    comparison = make_comparison(measured, settings, device, left_out, warnings)
 
     # 4. Write and print
     curves = ", curves.png, curves.svg" if draw_curves(folders, settings.OUTPUT_DIR) else ""

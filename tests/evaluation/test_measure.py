@@ -9,7 +9,7 @@ from evaluation_files import CPU, EXAM, alone, compare, letters_alone, load_plai
 from tiny_model import make_tiny_model
 
 from utils.data.terms import Terms
-from utils.evaluation.answers import repetition, same_facts, same_names, states_one_of
+from utils.evaluation.answers import states_one_of
 from utils.evaluation.measure import letter_choices
 from utils.files import read_json, read_jsonl
 
@@ -69,49 +69,6 @@ def test_general_questions_are_not_about_chinese_medicine_and_do_not_give_the_an
             row["question"], row["accept"]
         ), row
         assert not [term for term in terms if term in row["question"] + row["answer"]], row
-
-
-def test_a_number_in_an_answer_stands_by_itself():
-    assert (
-        states_one_of("最小的质数是2。", ["2"])
-        and states_one_of("是二", ["2", "二"])
-        and states_one_of("THANK you!", ["Thank you"])
-    )
-    assert (
-        not states_one_of("1024", ["2"])
-        and not states_one_of("十二个", ["2", "二"])
-        and not states_one_of("", ["2"])
-    )
-
-
-def test_repetition_is_the_share_of_runs_said_before():
-    assert repetition([1, 2, 3, 4, 5]) == repetition([1, 2, 3]) == repetition([]) == 0
-    assert repetition([1] * 8) == 1 - 1 / 5
-
-
-@pytest.mark.parametrize(
-    "question, reference, answer, named, facts",
-    [
-        ("麻黄的药性是什么？", "麻黄的药性是温。", "麻黄性温。", True, True),
-        (
-            "麻黄的药性是什么？",
-            "麻黄的药性是温。",
-            "麻桂的药性是温。",
-            False,
-            True,
-        ),  # no term: facts alone let it pass
-        ("麻黄的药性是什么？", "麻黄的药性是温。", "黄芩的药性是温。", False, False),
-        ("麻黄的药性是什么？", "麻黄的药性是温。", "温。", False, True),
-        ("麻黄的药性是什么？\n请只写出答案。", "温。", "温。", None, True),
-        ("麻黄汤由哪些药组成？", "麻黄汤由麻黄、桂枝组成。", "麻黄由麻黄、桂枝组成。", False, True),
-        ("麻黄汤由哪些药组成？", "麻黄汤由麻黄、桂枝组成。", "麻黄汤由桂枝组成。", True, False),
-        ("麻黄的药性偏寒还是偏温？", "麻黄性温。", "麻黄性寒。", True, False),
-    ],
-)
-def test_an_answer_has_to_name_what_the_reference_names(question, reference, answer, named, facts):
-    terms = Terms(SAMPLE / "terms.jsonl")
-    assert same_names(terms, reference, answer, question) is named
-    assert same_facts(terms, reference, answer, question) is facts
 
 
 def test_letters_can_be_left_out(folder):

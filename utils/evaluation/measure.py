@@ -17,19 +17,20 @@ from utils.evaluation.answers import generated_answers
 from utils.evaluation.exams import choices_by_letter, choices_by_text, choices_of_several, prompt_texts
 from utils.evaluation.metrics import Results
 from utils.evaluation.questions import ExamQuestion, Tests, as_question, kind_of
-from utils.files import sample_by_id, sha256_of, show_path
+from utils.files import read_jsonl, sample_by_id, sha256_of, show_path
 from utils.hub import local_folder
 from utils.kept import digest, read_kept, write_kept
 from utils.model.chat_format import encode_answer, encode_prompt, encode_turns
+from utils.model.export.source import training_history
 from utils.model.folder import adapter_base, load_model, load_tokenizer, model_sha256
 from utils.model.generate import stop_tokens
 from utils.model.logprobs import answer_logps, pack_for_scoring
 from utils.model.qwen3_train import prepare_packed
-from utils.settings import Settings
+from utils.settings import ROOT, Settings
 from utils.text import progress
 
 # Raise this number with every change of the code that changes a score or what counts as right.
-SCORING_VERSION = 4
+SCORING_VERSION = 5
 
 # Settings that decide where results go and how they are shown, not what they are.
 NOT_IDENTITY = {"MODELS", "BASE_MODEL", "OUTPUT_DIR", "SHOW", "FRESH", "DEVICE", "PRECISION"}
@@ -106,6 +107,39 @@ def result_identity(folder: str, settings: Settings, device: Device) -> dict[str
         "libraries": {package: version(package) for package in libraries},
         "device": f"{device.name} {'bf16' if device.bf16 else 'fp32'}",
     }
+
+
+def seen_in_training(folders: dict[str, str], tests: Tests) -> list[str]:
+    """Warnings: the models among {name: folder} that were trained on some of the held-out questions, and how many these are.
+
+    Known of runs whose training files are still what they were: that of the folder, and of the folders it was trained from.
+    """
+    asked = {_question_key(row) for row in [*tests.heldout, *tests.pairs]}
+    seen: dict[str, set[str]] = {}  # {training file: the questions of `asked` that it holds}
+    warnings = []
+    for name, folder in folders.items():
+        mine = set()
+        for run in training_history(Path(local_folder(folder)))[0]:
+            path, digest_then = (
+                ROOT / str(run["settings"].get("TRAIN_FILE")),
+                run["identity"].get("TRAIN_FILE"),
+            )
+            if path.is_file() and f"sha256 {sha256_of(path)}" == digest_then:
+                if digest_then not in seen:
+                    seen[digest_then] = asked & {_question_key(row) for row in read_jsonl(path, ["id"])}
+                mine |= seen[digest_then]
+        if mine:
+            warnings.append(
+                f"{len(mine):,} of {len(asked):,} held-out questions are among the training rows of {name}: "
+                "its answers to them tell what it learned by heart"
+            )
+    return warnings
+
+
+def _question_key(row):
+    """The text of a conversation or a preference pair up to its last answer."""
+    messages = row["messages"][:-1] if "messages" in row else row["prompt"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 # ---- One model

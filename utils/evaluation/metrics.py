@@ -37,7 +37,8 @@ class Metric(NamedTuple):
 
     `key`: where comparison.json holds it; `form`: how it is written; `panel`: the title of its bars in comparison.png, if it has
     any; `on_card`: the model card of an export shows it; `right`: makes it the share of the results that are right; `chance`: the
-    share that guessing gets, where the items do not tell it.
+    share that guessing gets, where the items do not tell it; `lower`: lower is better; `of_all`: each model is judged on the same
+    items, so that two can be compared item by item.
     """
 
     key: str
@@ -48,6 +49,8 @@ class Metric(NamedTuple):
     on_card: bool = False
     right: Judge | None = None
     chance: float = 0
+    lower: bool = False
+    of_all: bool = True
 
     @property
     def name(self) -> str:
@@ -83,9 +86,16 @@ def _exam(kind: str, field: str) -> Judge:
     return right
 
 
-def _answers(about: str, field: str = "right") -> Judge:
-    """Judges answers in full by one of their own fields, which is None where nothing can be told."""
-    return lambda item: item[field] if item["test"] == "answer" and item["about"] == about else None
+def _answers(test: str, about: str, field: str = "right") -> Judge:
+    """Judges answers in full by one of their own fields, which is None if nothing can be told."""
+    return lambda item: item[field] if item["test"] == test and item["about"] == about else None
+
+
+def _still_right(about: str) -> Judge:
+    """Judges follow-up questions that the model answers right by themselves."""
+    return lambda item: (
+        item["right"] if item["test"] == "follow_up" and item["about"] == about and item["alone"] else None
+    )
 
 
 def _prefers(item):
@@ -97,7 +107,7 @@ METRICS = [
     Metric("heldout_loss", "held-out loss", "{:.3f}",
            "mean cross-entropy of the reference answers to held-out questions, in nats a token, every token counted once; "
            "lower is better",
-           "held-out loss, nats a token (lower is better)", on_card=True),
+           "held-out loss, nats a token (lower is better)", on_card=True, lower=True),
     Metric("perplexity", "perplexity", "{:.2f}",
            "e to the held-out loss: among how many equally likely tokens the model hesitates"),
     Metric("exam_accuracy", "exam by option text", "{:.1%}",
@@ -130,18 +140,40 @@ METRICS = [
     Metric("facts_accuracy", "facts stated right", "{:.1%}",
            "generated answers that state exactly the terms (herbs, actions, channels, ...) of the reference, about what the "
            "question names, where the reference repeats that name",
-           "facts stated right", on_card=True, right=_answers("heldout")),
+           "facts stated right", on_card=True, right=_answers("answer", "heldout")),
     Metric("names_accuracy", "names right", "{:.1%}",
            "of the answers that have to repeat a name of the question, such as a herb's, those that do; the others speak of "
            "something else, or garble the name",
-           "names right", on_card=True, right=_answers("heldout", "named")),
+           "names right", on_card=True, right=_answers("answer", "heldout", "named")),
+    Metric("second_accuracy", "second question", "{:.1%}",
+           "some of the same questions asked in a conversation after one other: share of answers that state the facts right",
+           "second question", on_card=True, right=_answers("follow_up", "second")),
+    Metric("second_kept_accuracy", "second question, of those right alone", "{:.1%}",
+           "of these questions those that the model answers right by themselves: share that stays right as second question",
+           right=_still_right("second"), of_all=False),
+    Metric("fourth_accuracy", "fourth question", "{:.1%}",
+           "the same questions after three others in one conversation",
+           "fourth question", on_card=True, right=_answers("follow_up", "fourth")),
+    Metric("fourth_kept_accuracy", "fourth question, of those right alone", "{:.1%}",
+           "of these questions those that the model answers right by themselves: share that stays right as fourth question",
+           right=_still_right("fourth"), of_all=False),
+    Metric("caution_said", "caution said", "{:.1%}",
+           "questions to which the better answer of a held-out preference pair brings a caution: share of generated answers that "
+           "bring one",
+           right=_answers("caution", "wanted", "caution")),
+    Metric("caution_accuracy", "caution right", "{:.1%}",
+           "of the same questions: share of generated answers whose caution is the right one, word for word",
+           "caution right", on_card=True, right=_answers("caution", "wanted")),
+    Metric("caution_unasked", "caution where not asked", "{:.1%}",
+           "questions to which the worse answer brings a caution: share of generated answers that bring one; lower is better",
+           "caution where not asked (lower is better)", right=_answers("caution", "unasked", "caution"), lower=True),
     Metric("general_accuracy", "general questions right", "{:.1%}",
            "generated answers to everyday questions that have nothing to do with Chinese medicine: what falls here was "
            "forgotten. A model that never learned such things has nothing to forget",
-           on_card=True, right=_answers("general")),
+           on_card=True, right=_answers("answer", "general")),
     Metric("general_loss", "general loss", "{:.3f}",
            "cross-entropy of the short reference answers to them, in nats a token",
-           "loss on general questions (lower is better)"),
+           "loss on general questions (lower is better)", lower=True),
     Metric("ended_share", "answers that end", "{:.0%}",
            "share of generated answers that ended by themselves within the limit"),
     Metric("repetition", "repetition", "{:.1%}", "share of runs of four tokens that the same answer said before"),
@@ -151,8 +183,12 @@ METRICS = [
 ]
 # fmt: on
 
-# What the rows of a comparison's differences are called.
-LABELS = {metric.name: metric.label for metric in METRICS if metric.right or metric.key.endswith("_loss")}
+# The metrics by which two models are compared, by name.
+COMPARED = {
+    metric.name: metric
+    for metric in METRICS
+    if metric.right and metric.of_all or metric.key.endswith("_loss")
+}
 
 
 def guessed_right(item: Any) -> float | None:
@@ -228,7 +264,7 @@ def differences(one: Results, other: Results) -> dict[str, Difference]:
     """
     found: dict[str, Difference] = {}
     ours, theirs = shares(one), shares(other)
-    for name in [name for name in ours if name in theirs]:
+    for name in [name for name in ours if name in theirs and name in COMPARED]:
         change, interval = share_difference(ours[name], theirs[name])
         found[name] = {"difference": change, "interval": interval, "p": mcnemar(ours[name], theirs[name])}
     before, after = losses(one), losses(other)

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from utils.evaluation.metrics import LABELS, METRICS, Results, compare_all, is_clear, metrics
+from utils.evaluation.metrics import COMPARED, METRICS, Results, compare_all, is_clear, metrics
 from utils.files import atomic_write, read_log, render, show_path, write_json
 from utils.model.folder import usable_record
 from utils.plots import Panel, Run, plot_comparison, plot_runs
@@ -13,6 +13,7 @@ from utils.text import printable, text_width
 from utils.training.page import write_page
 
 LONGEST = 300  # characters of a sample answer that are shown
+OTHERS = ("second", "wanted", "unasked", "general")  # `about` of the answers of which one sample is shown
 TEMPLATE = Path(__file__).with_name("comparison.md.jinja")
 
 # Items that were asked: the key of their count, how they are called, and the setting that names their file.
@@ -27,9 +28,9 @@ COUNTS = [
 
 
 def make_comparison(
-    measured: dict[str, Results], settings: Any, device: Any, left_out: Counter[str]
+    measured: dict[str, Results], settings: Any, device: Any, left_out: Counter[str], warnings: list[str]
 ) -> dict[str, Any]:
-    """The content of comparison.json. `left_out`: {reason: rows of the exam file}.
+    """The content of comparison.json. `left_out`: {reason: rows of the exam file}; `warnings`: sentences about the test files.
 
     "table" has the figures as people read them, one row per metric: {"label", "n", "on_card", "cells": {model: text}}.
     """
@@ -48,6 +49,7 @@ def make_comparison(
         "samples": _samples(measured, settings.SHOW),
         "device": str(device),
         "exam_rows_left_out": left_out,
+        "warnings": warnings,
     }
 
 
@@ -73,6 +75,7 @@ def write_report(comparison: dict[str, Any], place: Path) -> None:
             if key in first
         ],
         answers=f"{first['answers_n']:,}" if "answers_n" in first else "",
+        asked_again=f"{first['second_n']:,}" if "second_n" in first else "",
         by_letter={"exam_letter_n", "exam_true_false_letter_n", "exam_multiple_n"} & first.keys(),
     )
     with atomic_write(place / "comparison.md") as file:
@@ -146,11 +149,11 @@ def _figures_table(comparison):
 
 
 def _differences_table(pairs):
-    names = [name for name in LABELS if any(name in pair for pair in pairs)]
+    names = [name for name in COMPARED if any(name in pair for pair in pairs)]
     rows = [
         [f"{pair['to']} - {pair['from']}", *(_difference(pair.get(name)) for name in names)] for pair in pairs
     ]
-    return _table([["", *(LABELS[name] for name in names)], *rows])
+    return _table([["", *(COMPARED[name].label for name in names)], *rows])
 
 
 def _difference(found):
@@ -170,10 +173,10 @@ def _verdicts(comparison):
         if pair["from"] != base:
             continue
         groups = {"better in": [], "worse in": [], "no clear difference in": []}
-        for name in [name for name in LABELS if name in pair]:
-            better = (pair[name]["difference"] > 0) != name.endswith("_loss")
-            word = "better in" if better else "worse in"
-            groups[word if is_clear(pair[name]) else "no clear difference in"].append(LABELS[name])
+        for name, metric in COMPARED.items():
+            if name in pair:
+                word = "better in" if (pair[name]["difference"] > 0) != metric.lower else "worse in"
+                groups[word if is_clear(pair[name]) else "no clear difference in"].append(metric.label)
         words = "; ".join(f"{word} {', '.join(labels)}" for word, labels in groups.items() if labels)
         verdicts.append((f"{pair['to']} against {base}", f"{words}."))
     return verdicts
@@ -190,16 +193,31 @@ def _table(rows):
 
 
 def _samples(measured, count):
-    """[{"question", "answers": {"reference" or model name: answer}}, ...]: the first held-out and the first general ones."""
-    answers = {name: results.of("answer") for name, results in measured.items()}
-    some = next(iter(answers.values()))
+    """[{"question", "answers": {"reference" or model name: answer}}, ...]: the first of each kind, right or wrong.
+
+    `count` held-out questions that ask for as many kinds of fact as there are, and one of each of OTHERS that was asked.
+    """
+    answers = {name: [item for item in found.items if "about" in item] for name, found in measured.items()}
+    some, heldout, before = next(iter(answers.values())), [], Counter()
+    for number, item in enumerate(some):
+        if item["about"] == "heldout":
+            heldout.append(
+                (before[item["kind"]], number)
+            )  # the first of every kind come before the second ones
+            before[item["kind"]] += 1
+    chosen = [number for _, number in sorted(heldout)[:count]]
+    for about in OTHERS if count else ():
+        chosen += [number for number, item in enumerate(some) if item["about"] == about][:1]
     samples = []
-    for about in ("heldout", "general"):
-        for number in [number for number, item in enumerate(some) if item["about"] == about][:count]:
-            texts = {"reference": some[number]["reference"]}
-            texts |= {name: items[number]["answer"] for name, items in answers.items()}
-            texts = {name: _one_line(text) for name, text in texts.items()}
-            samples.append({"question": _one_line(some[number]["question"]), "answers": texts})
+    for number in chosen:
+        asked = some[number]
+        texts = {"reference": asked["reference"]}
+        texts |= {name: items[number]["answer"] for name, items in answers.items()}
+        earlier = asked["before"] if asked["test"] == "follow_up" else []
+        question = _one_line(" / ".join([*earlier, asked["question"]]))
+        samples.append(
+            {"question": question, "answers": {name: _one_line(text) for name, text in texts.items()}}
+        )
     return samples
 
 
