@@ -111,6 +111,8 @@ READ = [
     ({"conversation": [{"human": "问", "assistant": "答"}], "id": "7"}, ASKED, ["id"]),
     ({"instruction": "<user>: 一 <bot>: 二 <user>: 问", "output": "答"}, turns("一", "二", "问", "答"), []),
     ({"instruction": "Human: 问\n\nAssistant:", "output": "答"}, ASKED, []),
+    ({"text": "### Human: 问### Assistant: 答"}, ASKED, []),
+    ({"instruction": "医生：您好\n患者：问", "output": "答"}, ASKED, []),
     ({"instruction": "患者：一\n医生：二\n患者：问", "output": "答"}, turns("一", "二", "问", "答"), []),
     ({"instruction": "患者：男，四十岁。", "output": "答"}, turns("患者：男，四十岁。", "答"), []),
     ({"text": "Human: 问\nAssistant: 答", "source": "某处"}, ASKED, ["source"]),
@@ -139,11 +141,8 @@ def test_every_field_is_used_or_named(row, messages, unused):
     made = json.dumps(item.body, ensure_ascii=False)
     for name, text in texts_in(row):
         if name not in unused and not is_empty(text):
-            words = re.split(
-                r"\s*(?:<?(?:user|bot|human|assistant|患者|医生|问|答)>?[:：]|^患者$|^医生$)\s*",
-                text,
-                flags=re.I,
-            )
+            marks = r"\s*(?:医生：您好|[<#]*\s*(?:user|bot|human|assistant|患者|医生|问|答)>?[:：]|^患者$|^医生$)\s*"
+            words = re.split(marks, text, flags=re.IGNORECASE)
             assert all(word in made for word in words), (name, text)
 
 
@@ -200,6 +199,9 @@ ASIDE = [
     ({"question": STEM, **LETTERED, "answer": ""}, "exam question without an answer"),
     ({"question": STEM, "answer": "B"}, "an option letter without its options"),
     ({"instruction": STEM, "output": "答案：ABD"}, "an option letter without its options"),
+    ({"instruction": STEM, "output": "故选B项。"}, "an option letter without its options"),
+    ({"instruction": STEM, "output": "The correct answer is (B)."}, "an option letter without its options"),
+    ({"instruction": STEM, "output": "b"}, "an option letter without its options"),
     ({"messages": turns("一", "二", STEM, "B")}, "an option letter without its options"),
     ({"question": "问", "answer": "NaN"}, "missing or empty answer"),
     ({"instruction": "问", "output": ["好", "坏"]}, "wrong type"),
@@ -207,6 +209,8 @@ ASIDE = [
     ({"prompt": "[INST] 问 [/INST]", "completion": "答"}, "control tokens"),
     ({"instruction": "问", "output": "答</s>"}, "control tokens"),
     ({"instruction": "问", "output": "答<|eot_id|>"}, "control tokens"),
+    ({"instruction": "问", "output": "答[UNUSED_TOKEN_145]"}, "control tokens"),
+    ({"instruction": "问<eoh>", "output": "答"}, "control tokens"),
     ({"instruction": "问", "output": "答<｜end▁of▁sentence｜>"}, "control tokens"),
     ({"instruction": "问", "output": "<tool_call>{}</tool_call>"}, "control tokens"),
     ({"text": "<|user|>\n问\n<|assistant|>\n答"}, "control tokens"),
@@ -262,6 +266,15 @@ def test_cells_of_several_lines_are_no_swallowed_lines(tmp_path, convert):
         "一，\n二,三\n四",
         '说"好"。',
     }
+
+
+def test_quotes_between_tabs_are_signs_of_the_text(tmp_path, convert):
+    (tmp_path / "a.tsv").write_text(
+        'question\tanswer\n"四诊"是什么\t望闻问切\n"问"\t"答"\n', encoding="utf-8"
+    )
+    found = convert(tmp_path / "a.tsv")
+    asked = {row["messages"][0]["content"] for row in found["sft_train"] + found["sft_eval"]}
+    assert asked == {'"四诊"是什么', "问"} and not found["set_aside"]
 
 
 def test_places_in_arrays_and_sheets(tmp_path, convert):

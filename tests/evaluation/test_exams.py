@@ -1,7 +1,10 @@
 """Exams: choices agree with a plain transformers loop, letters are not favoured, files are read as they are."""
 
 import re
+import sys
+import zipfile
 
+import openpyxl
 import pytest
 from conftest import ROOT
 from evaluation_files import CPU, EXAM, alone, letters_alone, load_packed, load_plain, prompt_of
@@ -146,6 +149,39 @@ def test_an_id_that_is_there_twice_is_not_taken_for_one_question(tmp_path):
     rows = [{"id": "1", "question": q, "options": o, "answer": a} for q, o, a in QUESTIONS]
     write_jsonl(tmp_path / "two.jsonl", rows)
     assert [item["id"] for item in read_exam(tmp_path / "two.jsonl")[0]] == ["1", "two:2"]
+
+
+def test_every_item_of_an_archive_a_book_and_an_array_is_read(tmp_path):
+    header, rows = ["题目", "A", "B", "C", "答案"], [[f"第{n}题", "甲", "乙", "丙", "B"] for n in range(8)]
+    book = openpyxl.Workbook()
+    for sheet, some in ((book.active, rows[:4]), (book.create_sheet("二"), rows[4:])):
+        for cells in (header, *some):
+            sheet.append(cells)
+    book.save(tmp_path / "a.xlsx")
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        for name, some in (("甲.csv", rows[:4]), ("in/乙.csv", rows[4:])):
+            archive.writestr(name, "\n".join(map(",".join, [header, *some])))
+    write_json(tmp_path / "c.json", [dict(zip(header, row)) for row in rows])
+    one_line = (tmp_path / "c.json").read_text(encoding="utf-8").replace("\n", "")
+    (tmp_path / "c.json").write_text(one_line, encoding="utf-8")
+    for name in ("a.xlsx", "b.zip", "c.json"):
+        exam, left_out = read_exam(tmp_path / name)
+        assert [item["question"] for item in exam] == [row[0] for row in rows] and not left_out
+        assert len({item["id"] for item in exam}) == 8
+
+
+def test_a_converted_exam_is_asked_as_the_file_it_came_from(tmp_path):
+    """Neither form knows a subject: the file's name is none."""
+    (tmp_path / "第一册.csv").write_text("题目,A,B,答案\n性温的是,麻黄,石膏,A\n", encoding="utf-8")
+    sys.path.insert(0, str(ROOT / "data_prepare"))
+    import convert_to_qwen3_format as script
+
+    places = ["--input-files", str(tmp_path / "第一册.csv"), "--output-dir", str(tmp_path / "out")]
+    assert script.main([*places, "--tokenizer-model", ""]) == 0
+    asked = [read_exam(path)[0] for path in (tmp_path / "第一册.csv", tmp_path / "out/exam.jsonl")]
+    (raw,), (converted,) = asked
+    assert exams.letter_questions(raw) == exams.letter_questions(converted)
+    assert "关于中医中药的" in exams.letter_questions(raw)[0][0]
 
 
 def test_our_own_exam_is_read_whole():

@@ -44,7 +44,7 @@ def read_question_answer(row, schema, options, named):
     messages = [*system_message(row), *history_of(row), *asking]
     messages.append(assistant_message(answered, text_of(row, "reasoning", "reasoning", optional=True)))
     columns = f"question={row.field(question)},answer={row.field(answer)}"
-    kept = in_order(messages, "assistant") if len(asking) > 1 else messages
+    kept = in_order(trimmed(messages), "assistant") if len(asking) > 1 else messages
     return _trained_or_bad(row, schema, kept, columns)
 
 

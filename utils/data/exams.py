@@ -37,9 +37,10 @@ _OPTION_BEGINS = (
     re.compile(r"^\s*([A-J])[ \t\u3000]+(?=\S)", re.MULTILINE),
     re.compile(r"(?<![A-Za-z0-9])([A-J])\s*(?=[\u4e00-\u9fff])"),
 )
-_OPTION_FIELD = re.compile(r"(op|opt|option|choice|选项|选择|选)?[\s_.-]*([a-j]|10|[0-9])")
+_OPTION_FIELD = re.compile(r"(op|opt|option|choice|选项|选择|备选|备选项|选)?[\s_.-]*([a-j]|10|[0-9])")
 _ANSWER_LETTERS = re.compile(
-    r"(?:(?:正确)?答案|故?选)?[是为:：\s]*[(（\[【]?([A-J\s,，、;；]+?)[)）\]】]?[.。．、]?"
+    r"(?:(?i:the )?(?i:correct |right )?(?i:answer|option)(?i: is)?|(?:本题)?(?:正确|标准|参考)?(?:答案|选项)|[故应]?选择?)?"
+    r"[是为:：\s]*[(（\[【]?([A-J\s,，、;；]+?)[)）\]】]?(?:选?项)?[.。．、]?"
 )
 
 
@@ -48,7 +49,7 @@ def option_fields(fields: tuple) -> dict[str, object]:
     """{letter: field} of a row that has a field for each option: A, opa, option_a, optionA, 选项A, option1; {} of another."""
     groups = {}
     for field in fields:
-        name = unicodedata.normalize("NFKC", str(field)).strip().lower()
+        name = unicodedata.normalize("NFKC", str(field)).lower().strip(" .、:()[]【】")
         found = _OPTION_FIELD.fullmatch(name)
         if found and (found[1] or found[2].isalpha()):
             groups.setdefault((found[1], found[2].isalpha()), {})[found[2]] = field

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 
 ROLES = {
-    "system": "system",
+    **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "patient", "用户", "患者", "问"), "user"),
     **dict.fromkeys(("assistant", "gpt", "bot", "chatbot", "model", "doctor", "助手", "医生", "答"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "function_call", "tool_call", "tool_response"), "tool"),
@@ -43,12 +43,13 @@ MASKS = ("mask", "masked", "ignore")  # the same, of which it is not known what 
 
 EMPTY_TEXTS = {"", "nan", "<noinput>", "<nooutput>", "null", "[]", "{}"}
 
-# The two speakers' marks of dialogues that stand in one text; the last group only where a line begins.
+# The two speakers' marks of dialogues that stand in one text; those of the last line only where a line begins.
 _MARKS = (
     (r"<(?:user|human|用户)>\s*[:：]?", r"<(?:bot|assistant|gpt|助手)>\s*[:：]?"),
-    (r"^\s*(?:Human|User|用户|患者|病人|问)\s*[:：]", r"^\s*(?:Assistant|Bot|AI|助手|医生|大夫|答)\s*[:：]"),
+    (r"#{2,}\s*(?:human|user)\s*[:：]", r"#{2,}\s*(?:assistant|bot|gpt)\s*[:：]"),
+    (r"^\s*(?:human|user|用户|患者|病人|问)\s*[:：]", r"^\s*(?:assistant|bot|ai|助手|医生|大夫|答)\s*[:：]"),
 )
-_SPEAKERS = [re.compile(f"(?P<user>{user})|(?P<assistant>{bot})", re.MULTILINE) for user, bot in _MARKS]
+_SPEAKERS = [re.compile(f"(?P<user>{user})|(?P<assistant>{bot})", re.M | re.I) for user, bot in _MARKS]
 
 
 class Reject(Exception):

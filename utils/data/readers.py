@@ -238,10 +238,11 @@ def _csv_records(opened, delimiter, delimiters):
         rows = delimiters and len(taken) > 1 and all(text.count(delimiter) == delimiters for text in taken)
         if damage or rows:
             for number, text in enumerate(taken, line):
-                if text.count('"') % 2 or damage and len(taken) == 1:
+                if text.count('"') % 2 or damage and len(taken) == 1 and delimiter != "\t":
                     yield number, Reject("a quote out of place", damage or "it would swallow lines", text)
-                elif text.strip():
-                    yield number, next(csv.reader([text], delimiter=delimiter))
+                elif text.strip():  # between tabs, quotes are seldom more than signs of the text
+                    plain = csv.QUOTE_NONE if damage and delimiter == "\t" else csv.QUOTE_MINIMAL
+                    yield number, next(csv.reader([text], delimiter=delimiter, quoting=plain))
         elif cells:
             yield line, cells
         line += len(taken)

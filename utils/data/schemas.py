@@ -47,9 +47,10 @@ SPLITS = {"": "", "train": "train", **dict.fromkeys(("eval", "validation", "vali
 _UNFIT = re.compile(
     "(?P<control_characters>[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f])|(?P<lone_surrogate>[\ud800-\udfff])"
     r"|(?P<undecodable_bytes>\ufffd)|(?P<control_tokens><[|｜][\w▁ ]{2,30}[|｜]>|</s>|^\s*<s>|\[/?INST\]|<</?SYS>>"
-    r"|</?tool_(?:call|response)s?>|<(?:start|end)_of_turn>|<[be]os>|\[gMASK\])"
+    r"|</?tool_(?:call|response)s?>|<(?:start|end)_of_turn>|<(?:[be]os|eo[adhm]|pad|unk|reserved_\d+)>"
+    r"|\[(?:gMASK|SEP|CLS|EOS|BOS|PAD|UNUSED_TOKEN_\d+)\])"
     r"|(?P<marks_of_a_dialogue_inside_a_text><(?:user|bot|human|assistant)>\s*[:：]"
-    r"|^\s*#{2,}\s*(?:Response|Instruction|回答|指令)\s*[:：])",
+    r"|^\s*#{2,}\s*(?:Human|Assistant|Response|Instruction|回答|指令)\s*[:：])",
     re.MULTILINE,
 )
 EVIDENCE_ROWS = 200  # of a file, by which is told whether the answers of an exam are counted from 0 or 1
