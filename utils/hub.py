@@ -29,24 +29,9 @@ HOME = "https://huggingface.co"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 RETRIES = 6  # failures in a row, without progress, before giving up
 SPARE_BYTES = 64 << 20  # to leave free on the disk
-MODEL_FILES = (
-    *(
-        "config.json",
-        "generation_config.json",
-        "tokenizer*.json",
-        "tokenizer.model",
-        "special_tokens_map.json",
-    ),
-    *(
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "chat_template.jinja",
-        "chat_template.json",
-    ),
-    *("*.safetensors", "*.safetensors.index.json", "LICENSE*", "NOTICE*"),
-)
+# What transformers needs of a model, and the licence.
+MODEL_FILES = """config.json generation_config.json tokenizer*.json tokenizer.model special_tokens_map.json added_tokens.json
+vocab.json vocab.txt merges.txt chat_template.jinja chat_template.json *.safetensors *.safetensors.index.json LICENSE* NOTICE*"""
 # What the client's errors mean; the first that fits.
 REFUSALS = {
     "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it",
@@ -147,10 +132,8 @@ def download(repo: Repo, wanted: Mapping[Path, HubFile], ours: Collection[Path] 
             raise UserError(f"{what}; delete it, or choose another folder with --output-dir")
         if problem or not path.exists():
             missing[path] = max(0, file.size - _size(_part(path, file)))
-    fetch, total = (
-        format_bytes(sum(missing.values())),
-        format_bytes(sum(file.size for file in wanted.values())),
-    )
+    fetch, total = sum(missing.values()), sum(file.size for file in wanted.values())
+    fetch, total = format_bytes(fetch), format_bytes(total)
     files = f"{len(wanted)} file{'s' * (len(wanted) > 1)}, {total}, {fetch} to fetch"
     say(f"{repo.id} at {repo.commit[:7]} from {_endpoint()}: {files}", flush=True)
     for folder in {path.parent for path in missing}:
@@ -174,17 +157,15 @@ def _fetch(repo, file, path):
     for told in (f"  {file.path} arrived damaged ({{}}); fetching it once more", ""):
         with _errors_told(repo):
             _transfer(repo, file, part)
-        arrived = (
-            part if part.exists() else path
-        )  # another run of the same command may have moved the part into place
+        # Another run of the same command may have moved the part into place.
+        arrived = part if part.exists() else path
         problem = damage(arrived, file)
         if not problem:
             return os.replace(arrived, path)
         arrived.unlink()
         say(told.format(problem), flush=True)
-    raise RunError(
-        f"{file.path} of {repo.id} arrived damaged twice from {_endpoint()} ({problem}); try another mirror in HF_ENDPOINT"
-    )
+    what = f"{file.path} of {repo.id} arrived damaged twice from {_endpoint()} ({problem})"
+    raise RunError(f"{what}; try another mirror in HF_ENDPOINT")
 
 
 def _transfer(repo, file, part):
@@ -197,9 +178,9 @@ def _transfer(repo, file, part):
     url = hf_hub_url(repo.id, file.path, repo_type=repo.kind, revision=repo.commit, endpoint=_endpoint())
     # identity: a compressed answer would have neither the listed size nor ranges of the file itself
     options = {"headers": build_hf_headers() | {"Accept-Encoding": "identity"}, "expected_size": file.size}
-    constants.DOWNLOAD_CHUNK_SIZE = (
-        64 << 10
-    )  # 10 MiB are minutes without a sign on a slow line, and lost by a kill
+    options |= {"displayed_filename": file.path, "tqdm_class": bar}
+    # 10 MiB, on a slow line, are minutes without a sign, and lost by a kill.
+    constants.DOWNLOAD_CHUNK_SIZE = 64 << 10
     failures = 0
     while True:
         done = _size(part)
@@ -207,14 +188,7 @@ def _transfer(repo, file, part):
             say(f"  {file.path}: going on at {format_bytes(done)} of {format_bytes(file.size)}", flush=True)
         try:
             with open(part, "ab") as out:
-                http_get(
-                    url,
-                    out,
-                    resume_size=min(done, file.size),
-                    displayed_filename=file.path,
-                    tqdm_class=bar,
-                    **options,
-                )
+                http_get(url, out, resume_size=min(done, file.size), **options)
                 out.flush()
                 return os.fsync(out.fileno())
         except (errors.HfHubHTTPError, httpx2.HTTPError, OSError) as error:
@@ -260,9 +234,8 @@ def _endpoint():
 @contextlib.contextmanager
 def _errors_told(repo):
     """Turn what the Hub client raises into a UserError or a RunError."""
-    os.environ.setdefault(
-        "HF_HUB_DISABLE_TELEMETRY", "1"
-    )  # before huggingface_hub is imported: not even versions are told
+    # Before huggingface_hub is imported: not even versions are told.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "30")  # seconds without a byte
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -282,22 +255,18 @@ def _errors_told(repo):
         for refusal in (REFUSALS[name] for name in REFUSALS if name in names):
             about = {**repo._asdict(), "page": repo.page, "endpoint": endpoint, "cause": _cause(error)}
             raise UserError(refusal.format(**about)) from None
-        mend = (
-            "wait some minutes, or set HF_TOKEN"
-            if status == 429
-            else "try later, or another mirror in HF_ENDPOINT"
-        )
+        mend = "try later, or another mirror in HF_ENDPOINT"
+        if status == 429:
+            mend = "wait some minutes, or set HF_TOKEN"
         raise RunError(f"{_cause(error)}; {mend}{more}") from None
     except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, httpx2.LocalProtocolError, ImportError) as error:
-        raise UserError(
-            f"no request to {endpoint} can be made ({error}); check HF_ENDPOINT, HF_TOKEN and the proxy"
-        ) from None
+        check = "check HF_ENDPOINT, HF_TOKEN and the proxy"
+        raise UserError(f"no request to {endpoint} can be made ({error}); {check}") from None
     except httpx2.HTTPError as error:
         raise RunError(f"{_cause(error)}; check the network and HF_ENDPOINT ({endpoint}){more}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise RunError(
-            f"{endpoint} does not answer as the Hub does; check HF_ENDPOINT and the network's login page"
-        ) from None
+        check = "check HF_ENDPOINT and the network's login page"
+        raise RunError(f"{endpoint} does not answer as the Hub does; {check}") from None
 
 
 def _cause(error):
@@ -332,12 +301,9 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def model_files(repo: Repo) -> dict[str, HubFile]:
     """{name: HubFile} of what transformers needs. UserError if there are no safetensors weights or no config."""
+    wanted = re.compile("|".join(map(fnmatch.translate, MODEL_FILES.split())))
     plain = [name for name in repo.files if not set(name) & set("/\\:")]
-    files = {
-        name: repo.files[name]
-        for name in plain
-        if any(fnmatch.fnmatchcase(name, kind) for kind in MODEL_FILES)
-    }
+    files = {name: repo.files[name] for name in plain if wanted.match(name)}
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
         lacks = f"{repo.id} holds no config.json with *.safetensors weights, and other kinds are not fetched"
         raise UserError(f"{lacks} (it holds {', '.join(sorted(repo.files)[:8])}); see {repo.page}/tree/main")

@@ -33,21 +33,17 @@ def digest(value: object) -> str:
 
 def write_kept(path: Path, identity: dict[str, Any], value: object) -> None:
     """Keep a JSON value for `identity`."""
-    text = json.dumps({"identity": identity, "sha256": digest(value), "value": value})
     with atomic_write(path) as file:
-        file.write(text + "\n")
+        file.write(json.dumps({"identity": identity, "sha256": digest(value), "value": value}) + "\n")
 
 
 def read_kept(path: Path, identity: dict[str, Any]) -> Any | None:
     """The value that was kept for `identity`, else None. One line says why a file that is there is of no use."""
-    if not path.is_file():
-        return None
     found = _read_record(path)
-    whole = found.get("sha256") == digest(found.get("value"))
-    why = _not_for(identity, found) or ("" if whole else "damaged")
-    if why:
-        print(f"{show_path(path)} is {why}; making it again", flush=True)
-    return None if why else found["value"]
+    damaged = "" if found.get("sha256") == digest(found.get("value")) else "damaged"
+    return (
+        found["value"] if path.is_file() and _is_of_use(path, _not_for(identity, found) or damaged) else None
+    )
 
 
 # ---- Files and folders: a record of their names, sizes and checksums
@@ -64,12 +60,9 @@ def seal(path: Path, identity: dict[str, Any]) -> None:
 
 def is_kept(path: Path, identity: dict[str, Any]) -> bool:
     """Tell whether `path` is there, whole, and was made for `identity`. One line says why what is there is of no use."""
-    if not record_path(path).is_file():  # it was never finished
-        return False
-    why = damage(path, identity)
-    if why:
-        print(f"{show_path(path)} is {why}; making it again", flush=True)
-    return not why
+    return record_path(path).is_file() and _is_of_use(
+        path, damage(path, identity)
+    )  # no record: never finished
 
 
 def damage(path: Path, identity: dict[str, Any]) -> str:
@@ -87,11 +80,8 @@ def record_path(path: Path) -> Path:
 def list_files(path: Path) -> Files:
     """The files of a folder (not of folders in it), or the one file, with their sizes and checksums."""
     files = [file for file in sorted(path.iterdir()) if file.is_file()] if path.is_dir() else [path]
-    return {
-        file.name: {"size": file.stat().st_size, "sha256": sha256_of(file)}
-        for file in files
-        if file != record_path(path)
-    }
+    found = [file for file in files if file != record_path(path)]
+    return {file.name: {"size": file.stat().st_size, "sha256": sha256_of(file)} for file in found}
 
 
 def changed_file(folder: Path, files: Files, since: float = 0) -> str:
@@ -102,12 +92,12 @@ def changed_file(folder: Path, files: Files, since: float = 0) -> str:
     if not isinstance(files, dict) or not files:
         return "its record"
     for name, recorded in files.items():
-        file = folder / name
-        if not isinstance(recorded, dict) or not file.is_file():
+        if not isinstance(recorded, dict) or not (folder / name).is_file():
             return name
-        state = file.stat()
-        read = state.st_mtime >= since
-        if state.st_size != recorded.get("size") or read and sha256_of(file) != recorded.get("sha256"):
+        state = (folder / name).stat()
+        if state.st_size != recorded.get("size"):
+            return name
+        if state.st_mtime >= since and sha256_of(folder / name) != recorded.get("sha256"):
             return name
     return ""
 
@@ -125,7 +115,11 @@ def _not_for(identity, record):
     before = record.get("identity")
     if not isinstance(before, dict):
         return "damaged"
-    names = [
-        name for name in {**identity, **before} if digest(before.get(name)) != digest(identity.get(name))
-    ]
+    names = [name for name in identity | before if digest(before.get(name)) != digest(identity.get(name))]
     return f"of other {', '.join(names)}" if names else ""
+
+
+def _is_of_use(path, why):
+    if why:
+        print(f"{show_path(path)} is {why}; making it again", flush=True)
+    return not why
