@@ -8,6 +8,7 @@ activated. `python3.11 tasks.py help` lists them.
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -60,11 +61,7 @@ python model_finetune/finetune_lora.py --model {TINY} --output-dir {DEMO}/lora_f
     --train-file {DATA}/sft_train.jsonl --eval-file {DATA}/sft_eval.jsonl
     {SMALL} --epochs 1 --learning-rate 2e-3
 
-# preference pairs: what the SFT result itself says wrongly when its answers are sampled
-python data_prepare/build_preference_pairs.py --kind model --model {DEMO}/sft_finetuned --input-dir {DATA} --output-dir {DATA}
-    --max-train 1500 --max-eval 400 --max-new-tokens 64 --batch-size 256
-
-# DPO, from the SFT result
+# DPO, from the SFT result: who asks what a herb does is to be told its caution, too
 python model_finetune/finetune_dpo.py --model {DEMO}/sft_finetuned --output-dir {DEMO}/dpo_finetuned
     --train-file {DATA}/dpo_train.jsonl --eval-file {DATA}/dpo_eval.jsonl
     {SMALL} --rows-per-step 1 --learning-rate 5e-5
@@ -73,9 +70,13 @@ python model_finetune/finetune_dpo.py --model {DEMO}/sft_finetuned --output-dir 
 python model_finetune/compare_models.py --output-dir {DEMO}
     --models {TINY} {DEMO}/sft_finetuned {DEMO}/lora_finetuned {DEMO}/dpo_finetuned
     --eval-file {DATA}/sft_eval.jsonl --exam-file {DATA}/exam.jsonl --pairs-file {DATA}/dpo_eval.jsonl
-    --eval-rows 0 --letter-rows -1 --generate 2000 --batch-size 256
+    --general-file "" --eval-rows 0 --letter-rows -1 --generate 2000 --batch-size 256
 
-# ask the result a question
+# ask the SFT result a question
+# > {QUESTION}
+python model_download/load_local_model.py {DEMO}/sft_finetuned --prompt {QUESTION}
+
+# ask the DPO result the same
 # > {QUESTION}
 python model_download/load_local_model.py {DEMO}/dpo_finetuned --prompt {QUESTION}
 """
@@ -88,7 +89,7 @@ def demo_steps() -> list:
         lines = block.splitlines()
         title = "\n".join(line[2:] for line in lines if line.startswith("# "))
         command = " ".join(line for line in lines if not line.startswith("# "))
-        steps.append((title, command.split()[1:]))
+        steps.append((title, shlex.split(command)[1:]))
     return steps
 
 
@@ -96,6 +97,7 @@ def demo() -> None:
     """Go the whole way on the built-in sample and the tiny base model: minutes, offline after the installation."""
     install()
     began = time.monotonic()
+    os.environ["RUN_BY_DEMO"] = "1"  # the scripts do not say which command comes next
     print(INTRODUCTION)
     steps = demo_steps()
     count = len(steps) + 1

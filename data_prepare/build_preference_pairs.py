@@ -31,6 +31,7 @@ from utils.files import (
     write_jsonl,
 )
 from utils.settings import command, read_settings
+from utils.text import say_next
 
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--kind mismatch) ----
@@ -98,7 +99,7 @@ def main(argv=None):
     if not made["eval"]:
         files["EVAL_FILE"].unlink(missing_ok=True)
         files["EVAL_FILE"] = ""
-    print(f"next: {command('model_finetune/finetune_dpo.py', MODEL=settings.MODEL, **files)}")
+    say_next(command("model_finetune/finetune_dpo.py", MODEL=settings.MODEL, **files))
 
 
 def is_finished(model):

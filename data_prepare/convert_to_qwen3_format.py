@@ -18,6 +18,7 @@ from utils.data.schemas import OUTPUTS, RowOptions, parse_columns
 from utils.errors import UserError, run
 from utils.files import show_path, write_json
 from utils.settings import command, read_settings
+from utils.text import say_next
 
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--eval-share 0.1) ----
@@ -83,7 +84,7 @@ def main(argv=None):
     print(f"\nwritten to {show_path(settings.OUTPUT_DIR)}; what was set aside, and why: set_aside.jsonl")
     for note in (*advice.notes(sources, found, settings.COLUMNS), *old_files(settings.OUTPUT_DIR, outputs)):
         print(f"note: {note}")
-    print(f"next: {next_command(settings.OUTPUT_DIR, outputs)}")
+    say_next(next_command(settings.OUTPUT_DIR, outputs))
     return 0
 
 

@@ -22,7 +22,7 @@ from utils.files import atomic_write, require_file, sha256_of, show_path, write_
 from utils.hub import COMMIT, Repo, download, look_up, read_record
 from utils.kept import changed_file
 from utils.settings import ROOT, command, read_settings
-from utils.text import say
+from utils.text import say, say_next
 
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--dataset Monor/hwtcm-sft-v1) ----
@@ -38,6 +38,7 @@ PINNED_FILES = ["ChatMed_TCM-v0.2.json"]
 OUTPUT_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")  # what the conversion reads
 NOT_DATA = ("dataset_info.json", "dataset_infos.json")  # descriptions that the datasets library writes
 SAMPLE_DIR = ROOT / "data_prepare" / "sample"
+SAMPLE_FILES = ("tcm_sample.jsonl", "tcm_preferences.jsonl", "tcm_exam.jsonl")
 CONVERT = "data_prepare/convert_to_qwen3_format.py"
 
 
@@ -72,20 +73,15 @@ def count_rows(path: Path) -> int | None:
         return sum(1 for line in file if line.strip())
 
 
-def say_next(folder: Path) -> None:
-    """Tell the command that converts what is in `folder` now."""
-    print(f"next: {command(CONVERT, INPUT_FILES=folder)}")
-
-
 def copy_sample(folder: Path) -> None:
     """Put the built-in files into `folder`, offline."""
-    for name in ("tcm_sample.jsonl", "tcm_exam.jsonl"):
+    for name in SAMPLE_FILES:
         sample = require_file(SAMPLE_DIR / name, f"git checkout {show_path(SAMPLE_DIR / name)}")
         with atomic_write(folder / name, "wb") as copy:
             copy.write(sample.read_bytes())
         origin = {"repo": "sample", "revision": None, "file": show_path(sample)}
         write_source(folder / name, **origin, licence="that of this project")
-    say_next(folder)
+    say_next(command(CONVERT, INPUT_FILES=folder))
 
 
 def choose_files(repo: Repo, wanted: list[str]) -> list[str]:
@@ -173,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     for path in download(repo, {path: repo.files[name] for path, name in paths.items()}, ours):
         origin = {"repo": dataset, "revision": repo.commit, "asked_for": revision, "file": paths[path]}
         write_source(path, **origin, licence=repo.licence)
-    say_next(folder)
+    say_next(command(CONVERT, INPUT_FILES=folder))
 
 
 if __name__ == "__main__":

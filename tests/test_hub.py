@@ -165,7 +165,7 @@ def test_sample_and_tiny_model_are_offline(get, tmp_path, monkeypatch):
     monkeypatch.setattr(download_tcm_data, "SAMPLE_DIR", tmp_path)
     code, _, err = get(download_tcm_data, "--dataset", "sample")
     assert code == 2 and "tcm_sample.jsonl does not exist; make it with: git checkout" in err
-    for name in ("tcm_sample.jsonl", "tcm_exam.jsonl"):
+    for name in download_tcm_data.SAMPLE_FILES:
         (tmp_path / name).write_bytes(ROWS)
     code, out, _ = get(download_tcm_data, "--dataset", "sample")
     assert code == 0 and "next: python data_prepare/convert_to_qwen3_format.py" in out

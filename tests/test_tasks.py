@@ -112,7 +112,7 @@ def test_the_suggested_questions_are_about_held_out_entities_and_none_is_a_train
 
 
 def test_a_failing_step_is_the_last_and_its_exit_code_stays(project):
-    (project / "data_prepare/build_preference_pairs.py").write_text("raise SystemExit(7)", encoding="utf-8")
+    (project / "model_finetune/finetune_dpo.py").write_text("raise SystemExit(7)", encoding="utf-8")
     done = call(project, project / "tasks.py", "demo")
     assert done.returncode == 7 and done.stderr == ""
     assert "== 5/9" in done.stdout and "== 6/9" not in done.stdout

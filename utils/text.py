@@ -28,6 +28,12 @@ def say(text: str, flush: bool = False) -> None:
     print(printable(text), flush=flush)
 
 
+def say_next(command: str) -> None:
+    """Print the command that comes next. Not in the demo (tasks.py), which runs it itself and says so in its environment."""
+    if "RUN_BY_DEMO" not in os.environ:
+        say(f"next: {command}")
+
+
 def localized(english: str, chinese: str) -> str:
     """Whichever of two texts is in the language that the environment asks for: Chinese or else English."""
     variables = ("LC_ALL", "LC_MESSAGES", "LANG")

@@ -1,4 +1,4 @@
-"""Make the built-in TCM sample from its fact tables: question-and-answer rows, an exam, plain statements, a term list.
+"""Make the built-in TCM sample from its fact tables: question-and-answer rows, an exam, preference pairs, statements, a term list.
 
     python data_prepare/sample/make_sample.py
 
@@ -6,6 +6,8 @@ Reads herbs.jsonl, formulas.jsonl, acupoints.jsonl, syndromes.jsonl, incompatibi
 script and writes, always the same for the same tables:
 
     tcm_sample.jsonl    {"instruction", "input", "output", "split", "entity", "kind"}; split is by entity
+    tcm_preferences.jsonl   {"instruction", "input", "chosen", "rejected", "split", "entity", "kind"}: safe answers, the herb's caution
+                        where one asks what a herb does, and nowhere else
     tcm_exam.jsonl      {"id", "question", "options", "answer", "subject"}; only about entities of the eval split
     statements.jsonl    {"text"}; every fact of every entity in several wordings, none of them a question
     terms.jsonl         {"kind", "term"}; words that may stand for one another (to make wrong answers of)
@@ -22,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `utils` 
 
 from data_prepare.sample.entities import Entity, hold_out, load_entities
 from data_prepare.sample.exam import ASKED, GROUPS, exam_items
-from data_prepare.sample.texts import rows_of, statements_of
+from data_prepare.sample.texts import preferences_of, rows_of, statements_of
 from utils.errors import run
 from utils.files import read_json, require_file, show_path, write_jsonl
 from utils.settings import read_settings
@@ -30,9 +32,11 @@ from utils.settings import read_settings
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--seed 1) ----
 TABLES_DIR = "data_prepare/sample"      # the fact tables, and wordings.json: how each fact is asked for and stated
-OUTPUT_DIR = "data_prepare/sample"      # where the four files go
+OUTPUT_DIR = "data_prepare/sample"      # where the five files go
 HELD_OUT_SHARE = 0.2                    # [0 to 1] share of the entities of each kind that only the eval split and the exam ask about
 ROWS_PER_FACT = 2                       # [1, 2, ...] question-and-answer rows per fact, one of them with a bare answer
+PAIRS_PER_HERB = 2                      # [1, 2, ...] preference pairs per herb whose better answer has its caution
+CAUTION_SHARE = 0.5                     # [0.01 to 1] share of such pairs; in the others the worse answer has a caution
 CARDS = 10                              # [1, 2, ...] statements that put all facts of an entity in one line, each in a new order
 SEED = 0                                # [0, 1, ...] changes which wordings and which distractors are drawn
 # ----
@@ -73,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     entities = load_entities(settings.TABLES_DIR, wordings)
     hold_out(entities, settings.HELD_OUT_SHARE)
 
-    # 2. Make the rows, the exam, the statements and the terms
+    # 2. Make the rows, the exam, the statements, the terms and the pairs
     rows = [
         row
         for turn, entity in enumerate(entities)
@@ -84,9 +88,16 @@ def main(argv: list[str] | None = None) -> None:
         {"text": text} for entity in entities for text in statements_of(entity, wordings, settings.CARDS, rng)
     ]
     terms = terms_of(entities)
+    pairs = list(preferences_of(entities, wordings, settings.PAIRS_PER_HERB, settings.CAUTION_SHARE, rng))
 
     # 3. Write them
-    files = {"tcm_sample": rows, "tcm_exam": exam, "statements": statements, "terms": terms}
+    files = {
+        "tcm_sample": rows,
+        "tcm_preferences": pairs,
+        "tcm_exam": exam,
+        "statements": statements,
+        "terms": terms,
+    }
     for name, content in files.items():
         path = settings.OUTPUT_DIR / f"{name}.jsonl"
         print(f"{write_jsonl(path, content):>7,} lines -> {show_path(path)}")

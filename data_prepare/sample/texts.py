@@ -1,4 +1,4 @@
-"""What is said of an entity: rows of question and answer, and plain statements."""
+"""What is said of an entity: rows of question and answer, preference pairs, and plain statements."""
 
 import random
 import re
@@ -29,6 +29,35 @@ def rows_of(entity: Entity, wordings: Wordings, rows_per_fact: int, turn: int) -
                 "entity": entity.name,
                 "kind": f"{entity.kind}.{name}",
             }
+
+
+def preferences_of(
+    entities: list[Entity], wordings: Wordings, per_herb: int, share: float, rng: random.Random
+) -> Iterator[dict]:
+    """Preference pairs for safe answers: who asks what a herb does is told its caution, too; no other answer has one.
+
+    `per_herb` pairs for each herb, in which the better answer has the caution; they are `share` of all pairs. In the others the
+    worse answer has one, the herb's own or that of any herb. Half of these are near the first kind (bare answers about what a herb
+    does, what a formula does), so that the caution follows the question that is asked and nothing else.
+    """
+    for held_out in (False, True):
+        own = [entity for entity in entities if entity.held_out == held_out]
+        cautions = {entity.name: entity.facts["caution"] for entity in own if entity.kind == "herb"}
+        wanted, near, far = [], [], []
+        for turn, entity in enumerate(own):
+            for row in rows_of(entity, wordings, 1 + per_herb, turn):
+                asks_herb = row["kind"] == "herb.actions"
+                is_near = asks_herb or row["kind"] == "formula.actions"
+                (wanted if asks_herb and not row["input"] else near if is_near else far).append(row)
+        half = round(len(wanted) * (1 - share) / share / 2)
+        plain = rng.sample(near, min(half, len(near))) + rng.sample(far, half)
+        pairs = [("caution wanted", row) for row in wanted] + [("caution unasked", row) for row in plain]
+        for kind, row in rng.sample(pairs, len(pairs)):
+            answer = row.pop("output")
+            caution = cautions.get(row["entity"]) or rng.choice(list(cautions.values()))
+            cautious = f"{answer}使用注意：{caution}。"
+            chosen, rejected = (cautious, answer) if kind == "caution wanted" else (answer, cautious)
+            yield {**row, "chosen": chosen, "rejected": rejected, "kind": kind}
 
 
 def statements_of(entity: Entity, wordings: Wordings, cards: int, rng: random.Random) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import collections
 import random
+import re
 
 import pytest
 from conftest import ROOT
@@ -44,7 +45,13 @@ def test_the_eighteen_and_the_nineteen_are_there():
 @pytest.mark.slow
 def test_the_script_makes_the_committed_files_again(tmp_path, capsys):
     make_sample.main(["--output-dir", str(tmp_path)])
-    for name in ("tcm_sample.jsonl", "tcm_exam.jsonl", "statements.jsonl", "terms.jsonl"):
+    for name in (
+        "tcm_sample.jsonl",
+        "tcm_preferences.jsonl",
+        "tcm_exam.jsonl",
+        "statements.jsonl",
+        "terms.jsonl",
+    ):
         assert (tmp_path / name).read_bytes() == (SAMPLE / name).read_bytes(), name
     assert len(rows("statements")) > 15_000
 
@@ -61,6 +68,28 @@ def test_rows_are_many_and_no_held_out_entity_is_asked_about_in_training():
     assert len(asked) > 80 and not asked & trained_on
     questions = {row["instruction"] for row in sample if row["split"] == "train"}
     assert not questions & {item["question"] for item in exam}
+
+
+def test_the_better_answer_has_the_right_caution_where_one_asks_what_a_herb_does_and_nowhere_else():
+    cautions = {herb["name"]: herb["caution"] for herb in rows("herbs")}
+    sample = {row["entity"]: row["split"] for row in rows("tcm_sample")}
+    wanted = collections.Counter()
+    for row in rows("tcm_preferences"):
+        assert row["split"] == sample[row["entity"]]
+        asks_herb = (
+            row["entity"] in cautions and not row["input"] and re.search("功效|作用", row["instruction"])
+        )
+        asks_herb = asks_herb and "类" not in row["instruction"] and "几条经" not in row["instruction"]
+        assert (row["kind"] == "caution wanted") == bool(asks_herb), row
+        longer, shorter = sorted([row["chosen"], row["rejected"]], key=len, reverse=True)
+        assert longer.startswith(shorter + "使用注意：")
+        if asks_herb:
+            assert row["chosen"] == f"{shorter}使用注意：{cautions[row['entity']]}。"
+        else:
+            assert row["chosen"] == shorter
+        wanted[row["split"], row["kind"]] += 1
+    assert 0.3 < wanted["train", "caution wanted"] / (wanted["train", "caution unasked"] + 1) < 1.1
+    assert wanted["eval", "caution wanted"] >= 100
 
 
 def test_exam_items_have_one_right_answer():
