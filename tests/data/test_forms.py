@@ -30,6 +30,7 @@ EXAMS = [
     {"question": STEM, **fields("optionA", "optionB", "optionC", "optionD"), "correct_answer": "optionA"},
     {"stem": STEM, **fields("Option 1", "Option 2", "Option 3", "Option 4"), "key": 1},
     {"question": STEM, **fields("choice_0", "choice_1", "choice_2", "choice_3"), "label": 0},
+    {"qtext": STEM, "qtype": "单选题", "options": LETTERED, "answer": "A"},
     {"question": STEM, **fields("A", "B", "C", "D"), "E": "nan", "answer": "a"},
     {"Question": STEM, "Options": BELOW, "Answer": "A"},
     {"Question": STEM, "Options": BELOW.replace("\n", "\\n"), "Answer": "A"},
@@ -108,6 +109,9 @@ READ = [
     ({"question": "问", "answer": "答", "score": 3, "model_answer": "别"}, ASKED, ["score", "model_answer"]),
     ({"data": ["问：问", "答：答"]}, ASKED, []),
     ({"dialogue": [{"speaker": "患者", "text": "问"}, {"speaker": "医生", "text": "答"}]}, ASKED, []),
+    ({"questions": ["问"], "answers": ["答"]}, ASKED, []),
+    ({"kind": "问答", "input": "问", "target": "答"}, ASKED, ["kind"]),
+    ({"dialogue": [{"speaker": "病人", "sentence": "问"}, {"speaker": "大夫", "sentence": "答"}]}, ASKED, []),
     ({"conversation": [{"human": "问", "assistant": "答"}], "id": "7"}, ASKED, ["id"]),
     ({"instruction": "<user>: 一 <bot>: 二 <user>: 问", "output": "答"}, turns("一", "二", "问", "答"), []),
     ({"instruction": "Human: 问\n\nAssistant:", "output": "答"}, ASKED, []),
@@ -141,7 +145,7 @@ def test_every_field_is_used_or_named(row, messages, unused):
     made = json.dumps(item.body, ensure_ascii=False)
     for name, text in texts_in(row):
         if name not in unused and not is_empty(text):
-            marks = r"\s*(?:医生：您好|[<#]*\s*(?:user|bot|human|assistant|患者|医生|问|答)>?[:：]|^患者$|^医生$)\s*"
+            marks = r"\s*(?:医生：您好|^病人$|^大夫$|[<#]*\s*(?:user|bot|human|assistant|患者|医生|问|答)>?[:：]|^患者$|^医生$)\s*"
             words = re.split(marks, text, flags=re.IGNORECASE)
             assert all(word in made for word in words), (name, text)
 
@@ -162,6 +166,8 @@ PAIR = {
         {"messages": turns("问", "好"), "rejected_messages": turns("问", "坏")},
         {"instruction": "问", "output": "好", "rejected": "坏"},
         {"question": "问", "response_chosen": "好", "response_rejected": "坏"},
+        {"instruction": "问", "input": "", "accepted": "好", "rejected": "坏"},
+        {"chosen": "\n\nHuman: 问\n\nAssistant: 好", "rejected": "\n\nHuman: 问\n\nAssistant: 坏"},
         {"prompt": "问", "chosen_response": "好", "rejected_response": "坏", "chosen_score": 3},
     ],
 )

@@ -161,6 +161,7 @@ FORMS = {
     "marked_text.jsonl": as_lines([{"text": f"<user>: {r['query']} <bot>: {r['response']}"} for r in ROWS]),
     "tabs.csv": as_csv(ROWS).replace(b",", b"\t"),
     "semicolons.csv": as_csv(ROWS).replace(b",", b";"),
+    "titles.csv": "某年的问答\n填表说明：略\n\n".encode() + as_csv(ROWS).replace(b",", b"\t"),
     "title.csv": "某年的问答,\n".encode() + as_csv(ROWS),
     "no_wrapper.jsonl": as_lines([{"turns_before": [{"x": 1}], **row} for row in ROWS]),
 }

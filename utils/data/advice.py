@@ -44,9 +44,9 @@ def describe(rows: list[dict], table: bool = False) -> str:
     names = list(map(str, rows[0]))
     if table and any(map(looks_like_data, names)):
         return "the first row reads like data, not like names of columns: put a row of names above it"
-    options = option_fields(tuple(rows[0]))
+    options = option_fields(tuple(rows[0])).values() or plain_names(tuple(rows[0])).get("options", ())
     if options:
-        fields = "+".join(map(str, options.values()))
+        fields = "+".join(map(str, options))
         return f"an exam with the options {fields}: name its other fields, --columns question=...,answer=...,options={fields}"
     for name in names:
         values = [row[name] for row in rows if not is_empty(row.get(name))]

@@ -157,6 +157,8 @@ def _preference_prompt(row):
 
 def _answer_turns(row, name):
     value = row.peek(name)
+    if isinstance(value, str) and marked_turns(value):  # HH-RLHF: the whole dialogue in one text
+        return marked_turns(row.get(name))
     if value is None or isinstance(value, str):
         return [assistant_message(text_of(row, name, "answer"))]
     return turns_of([row.get(name)] if isinstance(value, dict) else row.get(name), name, row)

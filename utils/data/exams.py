@@ -14,7 +14,7 @@ RIGHT, WRONG = {"对", "正确", "是", "√", "T", "TRUE"}, {"错", "错误", "
 
 # Names of fields, as `plain_names` gives them; the first that a row has.
 SUBJECTS = ("subject", "exam_subject", "subject_name", "exam_class")
-QUESTIONS = ("question", "query", "instruction", "prompt", "stem", "problem", "input", "title")
+QUESTIONS = ("question", "query", "instruction", "prompt", "problem", "input", "title")
 COUNTED_FROM_0 = ("answer_idx", "answer_index", "cop", "label")  # a number here is counted from 0
 ANSWERS = (
     *("answer_idx", "answer_index", "answer", "correct_answer", "correct_option", "right_answer"),

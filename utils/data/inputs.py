@@ -42,7 +42,7 @@ FIRST_BYTES = (
 )  # fmt: skip
 
 EVALUATION = set(
-    "test testset valid validation validset val dev devset eval evalset evaluation heldout".split()
+    "test testset valid validation validset val dev devset eval evalset evaluation heldout holdout".split()
 )
 _EVALUATION_CHINESE = re.compile(
     "(?:测试|验证|评测|测评|评估|开发(?=集))(?:集|数据|数据集|样本|题|题目|部分)?$"

@@ -10,14 +10,16 @@ from collections.abc import Sequence
 
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "patient", "用户", "患者", "问"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "bot", "chatbot", "model", "doctor", "助手", "医生", "答"), "assistant"),
+    **dict.fromkeys(("user", "human", "patient", "用户", "患者", "病人", "问"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "chatbot", "model", "doctor", "助手", "医生", "大夫", "答"), "assistant"),
+    **dict.fromkeys(("chatgpt", "bing", "ai", "llm"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "function_call", "tool_call", "tool_response"), "tool"),
 }  # fmt: skip
 
 # {name of a field in some data set, lower case: the name it is read under}
 ALIASES = {
-    **dict.fromkeys(("问题", "提问", "题目", "题干"), "question"),
+    **dict.fromkeys(("问题", "提问", "题目", "题干", "试题", "题目内容", "questions"), "question"),
+    **dict.fromkeys(("qtext", "question_text", "question_stem", "stem"), "question"),
     **dict.fromkeys(("答案", "回答", "回复", "answers"), "answer"),
     **{"指令": "instruction", "输入": "input", "输出": "output"},
     **dict.fromkeys(("系统", "系统提示", "系统提示词", "系统指令"), "system"),
@@ -27,15 +29,19 @@ ALIASES = {
     **dict.fromkeys(("cot", "complex_cot", "chain_of_thought", "reasoning_process"), "reasoning"),
     **dict.fromkeys(("思考", "思考过程", "推理", "推理过程", "思维链"), "reasoning"),
     **dict.fromkeys(("option", "choices", "option_list", "options_list", "选项", "备选答案", "选项列表"), "options"),
-    **dict.fromkeys(("type", "题型", "题目类型"), "question_type"),
+    **dict.fromkeys(("type", "qtype", "题型", "题目类型"), "question_type"),
     **dict.fromkeys(("科目", "学科"), "subject"),
     **dict.fromkeys(("解析", "parse", "analysis", "exp", "rationale"), "explanation"),
-    **dict.fromkeys(("chosen_response", "chosen_answer", "chosen_output", "response_chosen"), "chosen"),
+    **dict.fromkeys(("chosen_response", "chosen_answer", "chosen_output", "response_chosen", "accepted", "preferred"), "chosen"),
     **dict.fromkeys(("rejected_response", "rejected_answer", "rejected_output", "response_rejected"), "rejected"),
-    "rejected_messages": "rejected",
+    **dict.fromkeys(("rejected_messages", "dispreferred"), "rejected"),
     **dict.fromkeys(("functions", "tool_calls", "function_call"), "tools"),
 }  # fmt: skip
-TURN_ALIASES = ALIASES | {"from": "role", "speaker": "role", "value": "content", "text": "content"}
+TURN_ALIASES = ALIASES | {
+    "from": "role",
+    "speaker": "role",
+    **dict.fromkeys(("value", "text", "sentence", "utterance"), "content"),
+}
 
 # Fields of a turn or row that say whether it is learnt.
 LEARNT_MARKS = ("loss", "train", "trainable", "loss_mask", "weight", "loss_weight")

@@ -25,6 +25,7 @@ Raw = bytes | str | dict | Reject
 
 PARQUET_ROWS = 500  # read together
 LONGEST_CELL = 64 << 20  # characters; the default of csv, 131,072, stops at long answers
+TITLES = 3  # rows above the names of the columns that may be titles
 LONGEST_NAME = 20  # characters of a field's name in a table
 
 # Lists that belong to a row: an object with one of these and none of the others is a row, not a wrapper of rows.
@@ -209,8 +210,8 @@ def _rows_of_object(text, file):
 
 def _csv_rows(file):
     with _open_text(file, "") as opened:
-        header = next((line for line in iter(opened.readline, "") if line.strip()), "")
         signs = "\t,;" if file.ending == ".tsv" else ",\t;"  # the first that the header has
+        header = next((line for line in opened if re.search(f"[{signs}]", line)), "")
         delimiter = next((sign for sign in signs if sign in header), signs[0])
         opened.seek(0)
         yield from _under_names(_csv_records(opened, delimiter, header.count(delimiter)), file)
@@ -271,12 +272,14 @@ def _xlsx_rows(file):
 
 
 def _under_names(records, file):
-    """(place, row) of the records of a table (place, cells or Reject) under the first one, or the second below a title."""
-    head = list(itertools.islice(records, 2))
-    cells = [cells for _, cells in head if not isinstance(cells, Reject)]
-    if len(cells) == 2 and cells[0][0].strip() and not any(map(str.strip, cells[0][1:])):
-        if sum(map(bool, cells[1])) > 1 and not any(map(looks_like_data, cells[1])):
-            head.pop(0)  # one filled cell above several is a title
+    """(place, row) of the records of a table (place, cells or Reject) under the first one, or that below titles."""
+    head = list(itertools.islice(records, TITLES + 1))
+    filled = [0 if isinstance(cells, Reject) else sum(map(bool, map(str.strip, cells))) for _, cells in head]
+    titles = next(
+        (at for at, count in enumerate(filled) if count != 1), 0
+    )  # rows of one filled cell above several
+    if titles and filled[titles] > 1 and all(cells[0].strip() for _, cells in head[:titles]):
+        head = head if any(map(looks_like_data, head[titles][1])) else head[titles:]
     if not head:
         return
     names = head[0][1]

@@ -20,7 +20,7 @@ from utils.data.readers import Place, parse_row, read_rows
 
 # Question / further context / answer: the first of which a row has all fields. Reasoning and system text may be beside them.
 QUESTION_ANSWER = (
-    *("instruction/input/output", "instruction//output", "input//output", "query//response"),
+    *("instruction/input/output", "instruction//output", "input//output", "input//target", "query//response"),
     *("question/context/answer", "question//answer", "question//response", "prompt//completion"),
     *("prompt//response", "instruction/input/response", "instruction/context/response"),
     *(
