@@ -1,6 +1,7 @@
 """Ask the server of our chat with OpenAI's own client: python ask_openai.py PORT KEY QUESTION
 
-Prints as JSON: {"models", "whole": the answer at once, "pieces": the same streamed, "usage": tokens, "refused": what a wrong key is told}.
+Prints as JSON: {"models", "whole": [the answer at once, why it ended], "pieces": the same streamed, "usage": tokens, "stopped": the
+answer up to a stop text, "refused": what a wrong key and a field that is not done are told}. ask_openai.cjs does the same.
 """
 
 import json
@@ -15,7 +16,7 @@ asked = {
     "model": models[0],
     "messages": [{"role": "system", "content": "你是中医。"}, {"role": "user", "content": question}],
     "temperature": 0,
-    "max_tokens": 32,
+    "max_completion_tokens": 32,
 }
 whole = client.chat.completions.create(**asked)
 stream = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
@@ -23,19 +24,20 @@ pieces, usage = [], None
 for chunk in stream:
     pieces += [choice.delta.content for choice in chunk.choices if choice.delta.content]
     usage = chunk.usage.total_tokens if chunk.usage else usage
-refused = ""
-try:
-    client.with_options(api_key="wrong").models.list()
-except openai.AuthenticationError as error:
-    refused = error.message
-print(
-    json.dumps(
-        {
-            "models": models,
-            "whole": [whole.choices[0].message.content, whole.choices[0].finish_reason],
-            "pieces": pieces,
-            "usage": [whole.usage.total_tokens, usage],
-            "refused": refused,
-        }
-    )
-)
+content = whole.choices[0].message.content
+stopped = client.chat.completions.create(**asked, stop=content[2:4], n=1, seed=1, user="test")
+refused = []
+for other, more in ((client.with_options(api_key="wrong"), {}), (client, {"logprobs": True})):
+    try:
+        other.chat.completions.create(**asked, **more)
+    except openai.APIStatusError as error:
+        refused.append([error.status_code, error.message])
+found = {
+    "models": models,
+    "whole": [content, whole.choices[0].finish_reason],
+    "pieces": pieces,
+    "usage": [whole.usage.total_tokens, usage],
+    "stopped": [stopped.choices[0].message.content, stopped.choices[0].finish_reason],
+    "refused": refused,
+}
+print(json.dumps(found))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from interop.environments import PLACE, python_of, reason_not_to
+from interop.environments import NODE, PLACE, python_of, reason_not_to
 
 from utils.files import read_jsonl, write_jsonl
 from utils.model.chat_format import encode_prompt
@@ -129,13 +129,15 @@ def run_in(tmp_path):
         if environment and reason_not_to(environment):
             pytest.skip(reason_not_to(environment))
         python = python_of(environment) if environment else sys.executable
+        before = ["node"] if environment in NODE else [python]
+        after = [PLACE / environment, *arguments] if environment in NODE else arguments
         quiet = {
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_CACHE": str(tmp_path / "datasets"),
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
             "VLLM_LOGGING_LEVEL": "ERROR",  # it logs on stdout
         }
-        command = [python, Path(__file__).with_name(name), *map(str, arguments)]
+        command = [*before, Path(__file__).with_name(name), *map(str, after)]
         done = subprocess.run(
             command,
             cwd=tmp_path,

@@ -4,6 +4,7 @@ Each is a virtual environment of its own under .venv/interop/ with pinned packag
 said, and its tests are skipped with that reason.
 """
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ ENVIRONMENTS = {
     ],
     "openai": ["openai==3.57.0"],  # the client
 }
+NODE = {"openai_js": "openai@7.59.0"}  # the client in JavaScript, by npm
 UNWANTED = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}  # builds for GPUs, which fail to load
 
 
@@ -44,16 +46,22 @@ def reason_not_to(name):
 
 
 def install(name):
-    print(f"{name}: {', '.join(ENVIRONMENTS[name])}", flush=True)
+    print(f"{name}: {', '.join(ENVIRONMENTS.get(name, [NODE.get(name)]))}", flush=True)
     (PLACE / f"{name}.failed").unlink(missing_ok=True)
     pip = [python_of(name), "-m", "pip"]
-    steps = [[sys.executable, "-m", "venv", PLACE / name]]
-    steps += [[*pip, "install", "--quiet", *packages.split()] for packages in ENVIRONMENTS[name]]
+    if name in NODE:
+        steps = [["npm", "install", "--silent", "--no-audit", "--prefix", PLACE / name, NODE[name]]]
+    else:
+        steps = [[sys.executable, "-m", "venv", PLACE / name]]
+        steps += [[*pip, "install", "--quiet", *packages.split()] for packages in ENVIRONMENTS[name]]
     steps += [[*pip, "uninstall", "--quiet", "--yes", *UNWANTED[name]]] if name in UNWANTED else []
     for step in steps:
-        done = subprocess.run(step, capture_output=True, text=True, encoding="utf-8")
-        if done.returncode:
+        if shutil.which(step[0]):
+            done = subprocess.run(step, capture_output=True, text=True, encoding="utf-8")
             lines = done.stderr.strip().splitlines() or ["no reason given"]
+        else:
+            done, lines = None, [f"{step[0]} is not here"]
+        if not done or done.returncode:
             (PLACE / f"{name}.failed").write_text(lines[-1], encoding="utf-8")
             print(f"  not installed: {lines[-1]}")
             return
@@ -62,6 +70,6 @@ def install(name):
 
 if __name__ == "__main__":
     PLACE.mkdir(parents=True, exist_ok=True)
-    for wanted in sys.argv[1:] or ENVIRONMENTS:
+    for wanted in sys.argv[1:] or [*ENVIRONMENTS, *NODE]:
         if reason_not_to(wanted):
             install(wanted)

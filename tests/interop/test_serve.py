@@ -31,14 +31,20 @@ def port():
     assert server.wait(30) in (0, 130)
 
 
-def test_openai_client(run_in, port):
-    found = run_in("openai", "ask_openai.py", port, KEY, QUESTION)
+@pytest.mark.parametrize(
+    "environment, asking", [("openai", "ask_openai.py"), ("openai_js", "ask_openai.cjs")]
+)
+def test_openai_client(run_in, port, environment, asking):
+    found = run_in(environment, asking, port, KEY, QUESTION)
     tokenizer, model = load_tokenizer(str(TINY)), load_model(str(TINY), torch.float32).eval()
     messages = [{"role": "system", "content": "你是中医。"}, {"role": "user", "content": QUESTION}]
     prompt = encode_prompt(tokenizer, messages)
     [answer] = generate_tokens(model, [prompt], stop_tokens(model, tokenizer), 32)
     assert "".join(found["pieces"]) == found["whole"][0] and len(found["pieces"]) > 3
     assert found["whole"][0].strip() == tokenizer.decode(answer, skip_special_tokens=True).strip()
+    assert found["stopped"] == [found["whole"][0][:2], "stop"]
     assert found["models"] == ["model_download/tiny_qwen3_tcm"]
     assert found["usage"][0] == found["usage"][1] > len(prompt)
-    assert "wrong or no key" in found["refused"]
+    [key, field] = found["refused"]
+    assert key[0] == 401 and "wrong or no key" in key[1]
+    assert field[0] == 400 and "logprobs is not supported" in field[1]
