@@ -26,7 +26,7 @@ BLOCK = (
     256  # queries at a time in plain products: keys after them are left out, and quadratic tensors stay small
 )
 # Multiplications of queries with keys in one call. Up to this number the fused kernel in float32 is faster than plain products in
-# bfloat16, which take 0.7 ms at least. It is one document of 90 tokens in Qwen3-0.6B (tests/benchmarks/bench_attention.py).
+# bfloat16, which take 0.7 ms at least. It is one document of 90 tokens in Qwen3-0.6B (tests/benchmarks/README.md).
 FEW = 2**24
 
 # Of query, key, value and scaling.
