@@ -187,7 +187,9 @@ def _transfer(repo, file, part):
         if done:
             say(f"  {file.path}: going on at {format_bytes(done)} of {format_bytes(file.size)}", flush=True)
         try:
-            with open(part, "ab") as out:
+            part.touch()
+            with open(part, "r+b") as out:  # two runs at once write the same bytes to the same places
+                out.seek(min(done, file.size))
                 http_get(url, out, resume_size=min(done, file.size), **options)
                 out.flush()
                 return os.fsync(out.fileno())
