@@ -105,7 +105,7 @@ def _answers_in_training(rows):
 def _thinking(rows):
     """The mode in which a model is trained on these conversations, and how many of them end with reasoning."""
     count = sum(row.reasoning for row in rows)
-    mode = "tie" if 2 * count == len(rows) else "on" if 2 * count > len(rows) else "off"
+    mode = "on" if 2 * count > len(rows) else "off" if 2 * count < len(rows) else "tie"
     return {"mode": mode, "with_reasoning": count, "conversations": len(rows)} if rows else {}
 
 
@@ -117,14 +117,12 @@ def _shared_system(found):
 
 def _fields(found):
     """{schema: {"used": [field, ...], "unused": {field: rows in which it holds something}}}."""
-    fields: dict = {}
+    fields = {schema: {"used": [], "unused": Counter()} for schema, _, _ in found.fields}
     for (schema, names, unused), rows in found.fields.items():
-        mine = fields.setdefault(schema, {"used": {}, "unused": Counter()})
-        mine["used"].update(dict.fromkeys(name for name in map(str, names) if name not in unused))
+        mine = fields[schema]
+        mine["used"] += [name for name in map(str, names) if name not in (*unused, *mine["used"])]
         mine["unused"].update(dict.fromkeys(unused, rows))
-    return {
-        schema: {"used": [*mine["used"]], "unused": dict(mine["unused"])} for schema, mine in fields.items()
-    }
+    return fields
 
 
 def _share(values):
@@ -138,64 +136,69 @@ def _spread(values):
     return {name: int(numpy.percentile(values, point)) for name, point in POINTS.items()}
 
 
-def _unused(found, schema, counts):
-    for name, rows in counts.items():
-        value = found.unused[schema, name]
-        yield f"{name} ({rows:,} rows, such as {shorten(json.dumps(value, ensure_ascii=False, default=str), 40)})"
-
-
 def show(report: dict, found: Recognised) -> None:
     """Print the report as a compact table."""
-    say(f"\n{'rows':>12}  input")
+
+    def line(count, text, before=""):
+        say(f"{before}{count if isinstance(count, str) else format(count, ','):>12}  {text}")
+
+    line("rows", "input", "\n")
     for file in report["files"]:
-        said = ", evaluation by its name" if file["split"] else ""
-        say(f"{file['rows']:>12,}  {file['file']} ({file['encoding']}{said})")
+        line(
+            file["rows"],
+            f"{file['file']} ({file['encoding']}{', evaluation by its name' * bool(file['split'])})",
+        )
     for name, reason in report["skipped"].items():
-        say(f"{'skipped':>12}  {name}: {reason}")
+        line("skipped", f"{name}: {reason}")
     schemas = ", ".join(f"{name} {count:,}" for name, count in report["schemas"].items())
-    say(f"{report['rows_in']:>12,}  in all; recognised as {schemas or 'nothing'}")
+    line(report["rows_in"], f"in all; recognised as {schemas or 'nothing'}")
     for title, total, counts in (
-        ("kept", report["rows_kept"], report["outputs"]),
-        ("set aside", report["rows_set_aside"], report["set_aside"]),
+        ("kept", "rows_kept", "outputs"),
+        ("set aside", "rows_set_aside", "set_aside"),
     ):
-        say(f"\n{total:>12,}  {title}")
-        for name, count in counts.items():
-            say(f"{count:>12,}    {name}")
-    if report["conversations_trimmed"]:
-        say(
-            f"\n{report['conversations_trimmed']:>12,}  conversations without turns before the first question, or after the last answer"
-        )
-    if report["eval_answers_in_training"]:
-        stand = "s stand" if report["eval_answers_in_training"] > 1 else " stands"
-        say(
-            f"\n{report['eval_answers_in_training']:>12,}  held-out answer{stand} word for word in training: the loss on them says little"
-        )
-    _show_lengths(report)
-    if thinking := report["thinking"]:
-        counted = f"{thinking['with_reasoning']:,} of {thinking['conversations']:,} conversations end with reasoning"
-        tie = "; keep the rows of one mode" if thinking["mode"] == "tie" else ""
-        say(f"thinking {thinking['mode']}: {counted}{tie}")
-    if report["system"]:
-        say(f"system text of nearly all conversations: {shorten(report['system'])}")
-    for schema, fields in report["fields"].items():
-        if fields["unused"]:
-            say(f"not used, of {schema}: {'; '.join(_unused(found, schema, fields['unused']))}")
-    held_out = report["outputs"].get("sft_eval", report["outputs"].get("dpo_eval", 0))
-    if 0 < held_out < FEW_EVAL_ROWS:
-        say(f"only {held_out} rows are held out: figures on them mean little")
+        line(report[total], title, "\n")
+        for name, count in report[counts].items():
+            line(count, f"  {name}")
+    if count := report["conversations_trimmed"]:
+        line(count, "conversations without turns before the first question, or after the last answer", "\n")
+    if count := report["eval_answers_in_training"]:
+        stand = "held-out answers stand" if count > 1 else "held-out answer stands"
+        line(count, f"{stand} word for word in training: the loss on them says little", "\n")
+    counted = {"characters": "", "tokens": f" (counted in {report['tokens_counted_in']:,} conversations)"}
+    for unit, where in counted.items():
+        if values := ", ".join(f"{name} {value:,}" for name, value in report[unit].items()):
+            say(f"\nlength in {unit}{where}: {values}")
+    if report["tokens"]:
+        say(f"MAX_LENGTH {report['max_length']:,} keeps {report['kept_by_max_length']:.1%} of them")
+    elif report["characters"]:
+        say("no tokens counted: TOKENIZER_MODEL is not there yet")
+    for note in _notes(report, found):
+        say(note)
     for example in report["examples"]:
         say("\n" + example["source"])
         for message in example["messages"]:
             say(f"  {message['role']:<10}{shorten(message['content'])}")
 
 
-def _show_lengths(report):
-    counted = {"characters": "", "tokens": f" (counted in {report['tokens_counted_in']:,} conversations)"}
-    for unit, of in counted.items():
-        if report[unit]:
-            values = ", ".join(f"{name} {value:,}" for name, value in report[unit].items())
-            print(f"\nlength in {unit}{of}: {values}")
-    if report["tokens"]:
-        print(f"MAX_LENGTH {report['max_length']:,} keeps {report['kept_by_max_length']:.1%} of them")
-    elif report["characters"]:
-        print("no tokens counted: TOKENIZER_MODEL is not there yet")
+def _notes(report, found):
+    """Lines on what a user should know before training."""
+    if thinking := report["thinking"]:
+        tie = "; keep the rows of one mode" if thinking["mode"] == "tie" else ""
+        counts = f"{thinking['with_reasoning']:,} of {thinking['conversations']:,}"
+        yield f"thinking {thinking['mode']}: {counts} conversations end with reasoning{tie}"
+    if report["system"]:
+        yield f"system text of nearly all conversations: {shorten(report['system'])}"
+    for schema, fields in report["fields"].items():
+        examples = {
+            name: json.dumps(found.unused[schema, name], ensure_ascii=False, default=str)
+            for name in fields["unused"]
+        }
+        unused = [
+            f"{name} ({rows:,} rows, such as {shorten(examples[name], 40)})"
+            for name, rows in fields["unused"].items()
+        ]
+        if unused:
+            yield f"not used, of {schema}: {'; '.join(unused)}"
+    held_out = report["outputs"].get("sft_eval", report["outputs"].get("dpo_eval", 0))
+    if 0 < held_out < FEW_EVAL_ROWS:
+        yield f"only {held_out} rows are held out: figures on them mean little"
