@@ -69,10 +69,11 @@ class RowText:
         row = json.loads(line)
         turns = row.get("messages") or row["prompt"]
         answers = [turn for turn in turns if turn["role"] == "assistant"] + row.get("chosen", [])
-        self.asked = _text_of(turn for turn in turns if turn["role"] != "assistant")
-        self.answered = _text_of(answers + row.get("rejected", []))
-        self.question = normalize(self.asked)
-        self.whole = f"{self.question}\n{normalize(self.answered)}"
+        self.turns = [untagged(turn["content"]) for turn in turns if turn["role"] != "assistant"]
+        self.asked = "\n".join(self.turns)
+        self.answered = untagged("\n".join(turn["content"] for turn in answers + row.get("rejected", [])))
+        self.answer = normalize(self.answered)
+        self.whole = f"{normalize(self.asked)}\n{self.answer}"
 
     @functools.cached_property
     def plain(self) -> str:
@@ -80,20 +81,15 @@ class RowText:
         return "\n".join(map(without_filler, self.whole.split("\n")))
 
     @functools.cached_property
-    def listed(self) -> dict[str, str]:
-        """{letter: option} of the options that the question lists by letters, normalised."""
-        return {letter: normalize(option) for letter, option in options_in(self.asked)[1].items()}
-
-    @functools.cached_property
-    def written(self) -> dict[str, str]:
-        """The same of the answer: an item may be written out in it."""
-        return {letter: normalize(option) for letter, option in options_in(self.answered)[1].items()}
+    def listed(self) -> list[dict[str, str]]:
+        """{letter: option} of the options that the question lists by letters, and of those that its answer lists."""
+        found = options_in(self.asked)[1], options_in(self.answered)[1]
+        return [{letter: normalize(option) for letter, option in options.items()} for options in found]
 
     def answer_of(self, item: ExamItem) -> str:
         """ "right" or "wrong": which options of the item the row's answer names; "" if none."""
-        answer = self.whole.partition("\n")[2]
-        letter = _LETTER.match(answer)
-        answer = self.listed.get(letter[1].upper(), answer) if letter else answer
+        letter = _LETTER.match(self.answer)
+        answer = self.listed[0].get(letter[1].upper(), self.answer) if letter else self.answer
         if all(option in answer for option in item.right):
             return "right"
         return "wrong" if any(option in answer for option in item.options) else ""
@@ -116,20 +112,17 @@ def find_exam_leaks(found: Recognised) -> Iterator[tuple[Row, Row]]:
             yield row, leaked.row
 
 
-def _text_of(turns):
-    """The text of turns, without the tags and entities of HTML."""
-    text = "\n".join(turn["content"] for turn in turns)
+def untagged(text: str) -> str:
+    """A text without the tags and entities of HTML."""
     return html.unescape(_TAG.sub("", text)) if "<" in text or "&" in text else text
 
 
 def _exam_item(row, line):
     item = json.loads(line)
-    asked = _text_of([{"content": item["question"]}])
+    asked = untagged(item["question"])
     text = normalize(asked)
     stem = without_filler(text)
-    options = {
-        letter: normalize(_text_of([{"content": option}])) for letter, option in item["options"].items()
-    }
+    options = {letter: normalize(untagged(option)) for letter, option in item["options"].items()}
     right = [options[letter] for letter in item["answer"]]
     question = re.sub(r"[（(][\s_]*[)）]|[\s_。？?：:]+$", "", asked).rstrip()
     return ExamItem(row, question, text, _TRAILING.sub("", stem) or stem, [*options.values()], right, True)
@@ -158,8 +151,9 @@ def _leaks(row, item):
     """Whether a training row asks an exam item."""
     if _lists(row.whole.replace(item.text, "", 1), item):
         return _holds(row.plain, item.stem) or _is_similar(row, item)
-    asked = row.plain.partition("\n")[0]
-    if not item.alone or not _holds(asked, item.stem) or row.listed:
+    turns = map(without_filler, map(normalize, row.turns))
+    asked = next((turn for turn in turns if item.alone and _holds(turn, item.stem)), "")
+    if not asked or row.listed[0]:
         return False
     if _LISTS.search(row.asked.replace(item.question, "")):
         return False
@@ -192,7 +186,7 @@ def _is_similar(row, item):
             continue
         if length == len(stem):
             # A character of a short stem is much (心 or 肝 in "心的生理功能"), if the options are not all the same.
-            same = answer == "right" and set(item.options) == set((row.listed or row.written).values())
+            same = answer == "right" and set(item.options) == set((row.listed[0] or row.listed[1]).values())
             if edits == 0 or edits <= max(length // EDIT, same) and answer != "wrong":
                 return _lists(text[:start] + text[stop:], item)
         # A stem that was cut ends where the options begin.
