@@ -3,16 +3,16 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
 from evaluation_files import EXAM, compare, make_arguments
-from tiny_model import make_tiny_model
 
 from utils.data.terms import Terms
 from utils.evaluation.answers import (
-    Answerer,
     Question,
     ask_in_conversations,
     caution_questions,
+    generated_answers,
     judge,
     parts_of,
     repetition,
@@ -22,10 +22,12 @@ from utils.evaluation.answers import (
 )
 from utils.evaluation.measure import seen_in_training
 from utils.evaluation.metrics import Results, differences, metrics
+from utils.evaluation.questions import Tests
 from utils.evaluation.report import make_comparison
 from utils.files import read_json, sha256_of, write_json, write_jsonl
 from utils.model.chat_format import encode_prompt
 from utils.model.folder import load_model, load_tokenizer
+from utils.model.generate import stop_tokens
 
 TERMS = Terms(ROOT / "data_prepare/sample/terms.jsonl")
 
@@ -58,7 +60,7 @@ def test_conversations_hold_the_answers_that_the_model_gave_in_them():
     alone = [
         {"answer": f"1 {first.messages[-1]['content']}", "right": n == 3} for n, first in enumerate(firsts)
     ]
-    results = ask_in_conversations(SimpleNamespace(ask=ask), [*firsts, later], [*alone, {}], 9)
+    results = ask_in_conversations(ask, [*firsts, later], [*alone, {}], 9)
     assert [turn.about for turns in asked for turn in turns] == ["second"] * 5 + ["third"] * 5 + [
         "fourth"
     ] * 5
@@ -69,36 +71,34 @@ def test_conversations_hold_the_answers_that_the_model_gave_in_them():
     ]
     assert talk.id == EXAM[3]["id"] and talk.alone is True and asked[2][0].alone is False
     assert len(results) == 10  # the third answers are only on the way
-    assert ask_in_conversations(SimpleNamespace(ask=ask), firsts[:3], alone, 9) == []
+    assert ask_in_conversations(ask, firsts[:3], alone, 9) == []
 
 
-def test_the_second_answer_is_what_transformers_generates(tmp_path):
-    folder = str(make_tiny_model(tmp_path / "tiny"))
-    tokenizer, model = load_tokenizer(folder), load_model(folder, None).float().eval()
-    settings = SimpleNamespace(THINKING="off", MAX_NEW_TOKENS=5, BATCH_SIZE=3)
-    answerer, firsts = Answerer(model, tokenizer, TERMS, settings), [question(number) for number in range(4)]
-    alone = answerer.ask(firsts, "answers")
-    found = {
-        item["id"]: item
-        for item in ask_in_conversations(answerer, firsts, alone, 4)
-        if item["about"] == "second"
+def test_the_second_answer_is_what_transformers_generates(folder):
+    tokenizer, model = load_tokenizer(str(folder)), load_model(str(folder), torch.float32).eval()
+    rows = [
+        {"id": item["id"], "messages": [user(item["question"]), assistant("药性是温。")]} for item in EXAM[:4]
+    ]
+    limits = {
+        "GENERATE": 4,
+        "FOLLOW_UPS": 4,
+        "SEED": 0,
+        "MAX_NEW_TOKENS": 5,
+        "BATCH_SIZE": 3,
+        "THINKING": "off",
     }
-    for number in range(4):
-        talk = [
-            *firsts[number - 1].messages,
-            assistant(alone[number - 1]["answer"]),
-            *firsts[number].messages,
-        ]
-        ids = encode_prompt(tokenizer, talk, False)
-        said = model.generate(
-            model.dummy_inputs["input_ids"].new_tensor([ids]),
-            do_sample=False,
-            max_new_tokens=5,
-            eos_token_id=sorted(answerer.stop),
-        )[0, len(ids) :]
-        text = tokenizer.decode(said, skip_special_tokens=True).lstrip("\n")
-        assert found[EXAM[number]["id"]]["answer"] == text
-        assert found[EXAM[number]["id"]]["before"] == [firsts[number - 1].messages[0]["content"]]
+    tests = Tests(rows, [], [], [], TERMS)
+    _, results = generated_answers(model, tokenizer, tests, SimpleNamespace(**limits))
+    said = {item["question"]: item["answer"] for item in results if item["about"] == "heldout"}
+    second = [item for item in results if item["about"] == "second"]
+    assert len(said) == len(second) == 4
+    for item in second:
+        [before] = item["before"]
+        ids = encode_prompt(tokenizer, [user(before), assistant(said[before]), user(item["question"])], False)
+        stop = sorted(stop_tokens(model, tokenizer))
+        limits = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": stop}
+        answer = model.generate(torch.tensor([ids]), **limits)[0, len(ids) :]
+        assert item["answer"] == tokenizer.decode(answer, skip_special_tokens=True).lstrip("\n")
 
 
 # ---- Cautions
@@ -117,7 +117,7 @@ ASKED = [user("麻黄有哪些功效？")]
     ],
 )
 def test_the_caution_is_judged_word_for_word(answer, said, right):
-    asked = Question("caution", "wanted", "0", ASKED, WITH, [])
+    asked = Question("caution", "wanted", "0", ASKED, WITH)
     found = judge(asked, answer, [1], True, TERMS)
     assert (found["caution"], found["right"]) == (said, right)
 
@@ -202,8 +202,8 @@ def test_samples_are_the_first_of_each_kind():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_conversations_and_cautions_are_in_the_report(tmp_path, capsys, precision):
-    folder, arguments = make_tiny_model(tmp_path / "tiny"), make_arguments(tmp_path)
+def test_conversations_and_cautions_are_in_the_report(folder, tmp_path, capsys, precision):
+    arguments = make_arguments(tmp_path)
     answers = [(WITH, WITHOUT), (WITHOUT, WITH)]
     write_jsonl(
         tmp_path / "dpo_eval.jsonl",
@@ -255,16 +255,10 @@ def test_held_out_questions_that_are_training_rows_are_told(tmp_path):
 
 
 def test_a_number_in_an_answer_stands_by_itself():
-    assert (
-        states_one_of("最小的质数是2。", ["2"])
-        and states_one_of("是二", ["2", "二"])
-        and states_one_of("THANK you!", ["Thank you"])
-    )
-    assert (
-        not states_one_of("1024", ["2"])
-        and not states_one_of("十二个", ["2", "二"])
-        and not states_one_of("", ["2"])
-    )
+    for answer, accept in (("最小的质数是2。", ["2"]), ("是二", ["2", "二"]), ("THANK you!", ["Thank you"])):
+        assert states_one_of(answer, accept)
+    for answer, accept in (("1024", ["2"]), ("十二个", ["2", "二"]), ("", ["2"])):
+        assert not states_one_of(answer, accept)
 
 
 def test_repetition_is_the_share_of_runs_said_before():
@@ -276,13 +270,8 @@ def test_repetition_is_the_share_of_runs_said_before():
     "question, reference, answer, named, facts",
     [
         ("麻黄的药性是什么？", "麻黄的药性是温。", "麻黄性温。", True, True),
-        (
-            "麻黄的药性是什么？",
-            "麻黄的药性是温。",
-            "麻桂的药性是温。",
-            False,
-            True,
-        ),  # no term: facts alone let it pass
+        # no term: facts alone let it pass
+        ("麻黄的药性是什么？", "麻黄的药性是温。", "麻桂的药性是温。", False, True),
         ("麻黄的药性是什么？", "麻黄的药性是温。", "黄芩的药性是温。", False, False),
         ("麻黄的药性是什么？", "麻黄的药性是温。", "温。", False, True),
         ("麻黄的药性是什么？\n请只写出答案。", "温。", "温。", None, True),

@@ -8,7 +8,6 @@ import openpyxl
 import pytest
 from conftest import ROOT
 from evaluation_files import CPU, EXAM, alone, letters_alone, load_packed, load_plain, prompt_of
-from tiny_model import make_tiny_model
 from transformers import AutoTokenizer
 
 from utils.errors import UserError
@@ -19,28 +18,25 @@ from utils.files import read_jsonl, write_json, write_jsonl
 SAMPLE, TINY = ROOT / "data_prepare/sample", ROOT / "model_download/tiny_qwen3_tcm"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
 @pytest.mark.slow
 def test_letter_choices_equal_a_plain_loop_on_20_items():
     tokenizer, model = load_plain(TINY)
     exam = list(read_jsonl(SAMPLE / "tcm_exam.jsonl"))[::30][:20]
     choices = exams.choices_by_letter(load_packed(TINY), tokenizer, exam, CPU)
     assert len(choices) == 20
-    for item, (choice, scores, rotations) in zip(exam, choices):
+    for item, found in zip(exam, choices):
+        choice, scores, rotations = found.values()
         expected = letters_alone(tokenizer, model, item)
         assert [pytest.approx(rotation, abs=1e-3) for rotation in expected] == rotations
         means = {letter: sum(rotation[letter] for rotation in expected) / 4 for letter in "ABCD"}
         assert scores == pytest.approx(means, abs=1e-3) and choice == max(means, key=means.get)
-    assert len({choice for choice, _, _ in choices}) > 1
+    assert len({found["letter_choice"] for found in choices}) > 1
 
 
 def test_text_choices_equal_a_plain_loop(folder):
     tokenizer, model = load_plain(folder)
-    for item, (choice, scores) in zip(EXAM, exams.choices_by_text(load_packed(folder), tokenizer, EXAM, CPU)):
+    for item, found in zip(EXAM, exams.choices_by_text(load_packed(folder), tokenizer, EXAM, CPU)):
+        choice, scores = found.values()
         prompt = prompt_of(tokenizer, f"{item['question']}\n请只写出答案。")
         expected = {
             letter: alone(model, prompt, tokenizer(text)["input_ids"]) / len(text)
@@ -54,13 +50,13 @@ def test_text_choices_equal_a_plain_loop(folder):
 def test_control_tokens_typed_into_an_option_are_scored_as_text(folder, typed):
     tokenizer, model = load_plain(folder)
     item = {**EXAM[0], "options": {"A": "温", "B": typed}}
-    [(_, scores)] = exams.choices_by_text(load_packed(folder), tokenizer, [item], CPU)
+    [found] = exams.choices_by_text(load_packed(folder), tokenizer, [item], CPU)
     # No token reaches across: the tags are typed.
     pieces = [piece for piece in re.split("(<)", typed) if piece]
     ids = [token for piece in pieces for token in tokenizer(piece)["input_ids"]]
     assert not set(ids) & set(tokenizer.added_tokens_decoder) and tokenizer.decode(ids) == typed
     expected = alone(model, prompt_of(tokenizer, f"{item['question']}\n请只写出答案。"), ids)
-    assert scores["B"] == pytest.approx(expected / len(typed), abs=1e-4)
+    assert found["text"]["B"] == pytest.approx(expected / len(typed), abs=1e-4)
 
 
 @pytest.mark.parametrize("favourite", "ABCDE")
@@ -85,8 +81,8 @@ def test_a_favourite_letter_gains_nothing(folder, monkeypatch, favourite):
 
     monkeypatch.setattr(exams, "next_token_logps", biased)
     choices = exams.choices_by_letter(None, tokenizer, exam, CPU)
-    assert [choice for choice, _, _ in choices] == ["B", "B"]
-    assert [len(rotations) for _, _, rotations in choices] == [3, 5]
+    assert [found["letter_choice"] for found in choices] == ["B", "B"]
+    assert [len(found["rotations"]) for found in choices] == [3, 5]
 
 
 # ---- Exam files
@@ -100,40 +96,25 @@ QUESTIONS = [
 def write_exam(kind, folder):
     """Two questions as the data set of that name has them, and where it has such rows one with several right answers."""
     path = folder / f"{kind}.{'csv' if kind == 'cmmlu' else 'json'}"
+    rows = [*QUESTIONS, (QUESTIONS[0][0], QUESTIONS[0][1], "AB")]
     if kind == "cmmlu":
-        lines = [",Question,A,B,C,D,Answer"] + [
+        lines = [
             f"{n},{question},{','.join(options)},{answer}"
             for n, (question, options, answer) in enumerate(QUESTIONS)
         ]
-        path.write_text("\ufeff" + "\r\n".join(lines) + "\r\n", encoding="utf-8")
+        path.write_text("\ufeff" + "\r\n".join([",Question,A,B,C,D,Answer", *lines, ""]), encoding="utf-8")
     elif kind == "cmb":
-        write_json(
-            path,
-            [
-                {
-                    "exam_type": "医师考试",
-                    "exam_class": "执业医师",
-                    "exam_subject": "中医",
-                    "question": question,
-                    "answer": answer,
-                    "question_type": "单项选择题",
-                    "option": dict(zip("ABCDE", [*options, ""])),
-                }
-                for question, options, answer in [*QUESTIONS, (QUESTIONS[0][0], QUESTIONS[0][1], "AB")]
-            ],
-        )
+        same = {
+            "exam_type": "医师考试",
+            "exam_class": "执业医师",
+            "exam_subject": "中医",
+            "question_type": "单项选择题",
+        }
+        write_json(path, [{**same, "question": question, "answer": answer, "option": dict(zip("ABCDE", [*options, ""]))}
+                          for question, options, answer in rows])  # fmt: skip
     else:
-        write_jsonl(
-            path,
-            [
-                {
-                    "Question": question,
-                    "Answer": answer,
-                    "Options": [{"key": key, "value": value} for key, value in zip("ABCD", options)],
-                }
-                for question, options, answer in [*QUESTIONS, (QUESTIONS[0][0], QUESTIONS[0][1], "ABC")]
-            ],
-        )
+        write_jsonl(path, [{"Question": question, "Answer": answer, "Options": [
+            {"key": key, "value": value} for key, value in zip("ABCD", options)]} for question, options, answer in rows])  # fmt: skip
     return path
 
 

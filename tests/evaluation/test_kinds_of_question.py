@@ -15,49 +15,21 @@ from utils.model.generate import stop_tokens
 
 OPTIONS = {"A": "麻黄", "B": "桂枝", "C": "石膏", "D": "细辛", "E": "黄连"}
 SEVERAL = [
-    {
-        "id": f"several {n}",
-        "question": f"下列药物中{asked}的有？",
-        "options": OPTIONS,
-        "answer": answer,
-        "subject": "",
-        "kind": "multiple",
-    }
+    {"id": f"several {n}", "question": f"下列药物中{asked}的有？", "options": OPTIONS, "answer": answer, "subject": "", "kind": "multiple"}
     for n, (asked, answer) in enumerate([("性温", "ABD"), ("性寒", "CE"), ("归肺经", "ABCD")])
-]
+]  # fmt: skip
 JUDGED = [
-    {
-        "id": f"judged {n}",
-        "question": f"{herb}性温。",
-        "options": dict(zip("AB", words)),
-        "answer": answer,
-        "subject": "中药",
-        "kind": "true_false",
-    }
+    {"id": f"judged {n}", "question": f"{herb}性温。", "options": dict(zip("AB", words)), "answer": answer, "subject": "中药",
+     "kind": "true_false"}
     for n, (herb, words, answer) in enumerate([("麻黄", "对错", "A"), ("石膏", ("正确", "错误"), "B")])
-]
+]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+NAMED = [("D、B、A", "ABD"), ("ＡＢＤ。", "ABD"), ("A. 麻黄\nB. 桂枝\nD. 细辛", "ABD"), ("题目问A还是C。答案是：A, B和D。", "ABD"),
+         ("AABD", "ABD"), ("ABF", "ABF"), ("麻黄、桂枝、细辛", ""), ("DNA, B12, Abd", ""), ("", "")]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "answer, letters",
-    [
-        ("ABD", "ABD"),
-        ("D、B、A", "ABD"),
-        ("ＡＢＤ。", "ABD"),
-        ("A. 麻黄\nB. 桂枝\nD. 细辛", "ABD"),
-        ("题目问A还是C。答案是：A, B和D。", "ABD"),
-        ("AABD", "ABD"),
-        ("ABF", "ABF"),
-        ("麻黄、桂枝、细辛", ""),
-        ("DNA, B12, Abd", ""),
-        ("", ""),
-    ],
-)
+@pytest.mark.parametrize("answer, letters", NAMED)
 def test_letters_are_read_from_an_answer(answer, letters):
     assert letters_in(answer, OPTIONS.values()) == letters
 
@@ -80,8 +52,8 @@ def test_sets_are_what_transformers_generates(folder):
         limits = {"do_sample": False, "max_new_tokens": exams.LONGEST_SET, "eos_token_id": sorted(stop)}
         ids = model.generate(torch.tensor([prompt]), **limits)[0, len(prompt) :].tolist()
         ids = ids[:-1] if ids[-1] in stop else ids
-        assert choice.said == tokenizer.decode(ids, skip_special_tokens=True).lstrip("\n")
-        assert choice.letters == letters_in(choice.said, OPTIONS.values())
+        assert choice["said"] == tokenizer.decode(ids, skip_special_tokens=True).lstrip("\n")
+        assert choice["letter_choice"] == letters_in(choice["said"], OPTIONS.values())
 
 
 @pytest.mark.parametrize(
@@ -93,7 +65,7 @@ def test_letters_are_those_of_the_question_as_it_was_asked(folder, monkeypatch, 
     item = {**SEVERAL[0], "options": {letter: OPTIONS[letter] for letter in "ABDE"}}
     monkeypatch.setattr(exams, "generate_tokens", lambda *_, **__: [tokenizer(said)["input_ids"]])
     [choice] = exams.choices_of_several(None, tokenizer, [item], set(), 1)
-    assert choice == (letters, said)
+    assert choice == {"letter_choice": letters, "said": said}
 
 
 def test_a_statement_is_asked_with_its_own_two_words(folder):
@@ -106,8 +78,8 @@ def test_a_statement_is_asked_with_its_own_two_words(folder):
         expected = [
             alone(model, prompt, tokenizer(text)["input_ids"]) / len(text) for text in (first, second)
         ]
-        assert list(choice.scores.values()) == pytest.approx(expected, abs=1e-4)
-    assert "判断题" in exams.letter_questions(JUDGED[0])[0][0]
+        assert list(choice["text"].values()) == pytest.approx(expected, abs=1e-4)
+    assert "判断题" in exams.letter_question(JUDGED[0], ["A", "B"])
 
 
 def test_sets_are_the_same_in_both_number_formats(folder):

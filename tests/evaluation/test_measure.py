@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import ROOT
 from evaluation_files import CPU, EXAM, alone, compare, letters_alone, load_plain, make_arguments, prompt_of
-from tiny_model import make_tiny_model
 
 from utils.data.terms import Terms
 from utils.evaluation.answers import states_one_of
@@ -14,11 +13,6 @@ from utils.evaluation.measure import letter_choices
 from utils.files import read_json, read_jsonl
 
 SAMPLE = ROOT / "data_prepare/sample"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def exam_accuracy(folder, exam):
     model = prepare_packed(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     choices = choices_by_text(model, tokenizer, exam, pick_device("cpu", "fp32"))
-    return sum(choice == item["answer"] for (choice, _), item in zip(choices, exam)) / len(exam)
+    return sum(choice["text_choice"] == item["answer"] for choice, item in zip(choices, exam)) / len(exam)
 
 
 def test_it_is_small_and_a_qwen3():

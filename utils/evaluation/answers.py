@@ -1,9 +1,10 @@
-"""Answers in full: which questions a model answers, and what counts as right in an answer."""
+"""Answers in full: which questions a model answers, alone and in conversations, and what counts as right in an answer."""
 
 import random
 import re
 import time
-from typing import NamedTuple, TypedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from utils.data.terms import Terms
 from utils.evaluation.questions import Tests, as_question
@@ -18,35 +19,12 @@ CAUTION = (
 DIGITS = "0-9一二三四五六七八九十百千"
 
 
-class AnswerResult(TypedDict):
-    """One answer in full.
-
-    test: answer (of a first question), follow_up or caution; about: heldout or general, second or fourth, wanted or unasked;
-    before: the questions asked before this one; kind: the kind of fact that is asked for; right: None if it cannot be told;
-    named: does it name what the reference names? None if that names nothing of the question; alone: was the same question
-    answered right by itself?; caution: does the answer bring one?; repetition: see the function of this name.
-    """
-
-    test: str
-    id: str
-    about: str
-    before: list[str]
-    question: str
-    kind: str
-    reference: str
-    answer: str
-    tokens: int
-    ended: bool
-    right: bool | None
-    named: bool | None
-    alone: bool | None
-    caution: bool
-    repetition: float
-
-
 class Question(NamedTuple):
-    """One that is answered in full. `accept`: texts one of which the answer has to hold; None: the facts of `reference`;
-    `alone`: see AnswerResult."""
+    """One that is answered in full.
+
+    test, about: answer: heldout or general; follow_up: second, third or fourth; caution: wanted or unasked. `accept`: texts one of
+    which the answer has to hold; None: the facts of `reference`; `alone`: was it answered right by itself?
+    """
 
     test: str
     about: str
@@ -57,58 +35,49 @@ class Question(NamedTuple):
     alone: bool | None = None
 
 
-class Answerer:
-    """A model, and all that decides how it answers in full: greedily, in the settings' thinking mode."""
-
-    def __init__(self, model, tokenizer, terms: Terms, settings: Settings):
-        self.model, self.tokenizer, self.terms, self.settings = model, tokenizer, terms, settings
-        self.stop = stop_tokens(model, tokenizer)
-        self.seconds = 0.0  # of generating, in all
-
-    def ask(self, questions: list[Question], label: str) -> list[AnswerResult]:
-        """The judged answers to `questions`."""
-        if not questions:
-            return []
-        thinking = THINKING_MODES[self.settings.THINKING]
-        prompts = [encode_prompt(self.tokenizer, asked.messages, thinking) for asked in questions]
-        watch = progress(f"{len(prompts):,} {label}", always=True)
-        limits = (self.stop, self.settings.MAX_NEW_TOKENS)
-        began = time.monotonic()
-        generated = generate_tokens(
-            self.model, prompts, *limits, batch_size=self.settings.BATCH_SIZE, watch=watch
-        )
-        self.seconds += time.monotonic() - began
-        results = []
-        for asked, prompt, ids in zip(questions, prompts, generated):
-            text, ended = read_answer(self.tokenizer, prompt, ids).content, ids[-1] in self.stop
-            results.append(judge(asked, text, ids[:-1] if ended else ids, ended, self.terms))
-        return results
+Ask = Callable[
+    [list[Question], str], list[dict[str, Any]]
+]  # (questions, a label for the progress) -> results
 
 
-def generated_answers(model, tokenizer, tests: Tests, settings: Settings) -> tuple[float, list[AnswerResult]]:
-    """(seconds of generating first answers, results): some held-out questions and the general ones, some of the former again as
-    second and as fourth question of a conversation, and what preference pairs say of cautions."""
+def generated_answers(model, tokenizer, tests: Tests, settings: Settings) -> tuple[float, list[dict]]:
+    """(seconds of generating first answers, results), always the likeliest token: some held-out questions and the general ones,
+    some of the former again in conversations, and the questions of preference pairs about cautions."""
     if not settings.GENERATE:
         return 0.0, []
-    drawn = random.Random(settings.SEED).sample(tests.heldout, min(settings.GENERATE, len(tests.heldout)))
+    stop, thinking = stop_tokens(model, tokenizer), THINKING_MODES[settings.THINKING]
+    limits = {"max_new_tokens": settings.MAX_NEW_TOKENS, "batch_size": settings.BATCH_SIZE}
+    seconds = []
+
+    def ask(questions, label):
+        if not questions:
+            return []
+        prompts = [encode_prompt(tokenizer, asked.messages, thinking) for asked in questions]
+        watch = progress(f"{len(prompts):,} {label}", always=True)
+        began = time.monotonic()
+        generated = generate_tokens(model, prompts, stop, **limits, watch=watch)
+        seconds.append(round(time.monotonic() - began, 3))
+        results = []
+        for asked, prompt, ids in zip(questions, prompts, generated):
+            text, ended = read_answer(tokenizer, prompt, ids).content, ids[-1] in stop
+            results.append(judge(asked, text, ids[:-1] if ended else ids, ended, tests.terms))
+        return results
+
     questions = []
-    for row in drawn:
+    for row in random.Random(settings.SEED).sample(tests.heldout, min(settings.GENERATE, len(tests.heldout))):
         *messages, answer = row["messages"]
         questions.append(Question("answer", "heldout", row["id"], messages, answer["content"]))
+    heldout = len(questions)
     for row in tests.general:
         asked = as_question(row["question"])
         questions.append(Question("answer", "general", row["id"], asked, row["answer"], row["accept"]))
-    answerer = Answerer(model, tokenizer, tests.terms, settings)
-    answers = answerer.ask(questions, "answers in full")
-    seconds = round(answerer.seconds, 3)
-    follow_ups = ask_in_conversations(answerer, questions[: len(drawn)], answers, settings.FOLLOW_UPS)
-    cautions = answerer.ask(caution_questions(tests.pairs)[: settings.GENERATE], "answers about cautions")
-    return seconds, [*answers, *follow_ups, *cautions]
+    answers = ask(questions, "answers in full")
+    follow_ups = ask_in_conversations(ask, questions[:heldout], answers, settings.FOLLOW_UPS)
+    cautions = ask(caution_questions(tests.pairs)[: settings.GENERATE], "answers about cautions")
+    return seconds[0], [*answers, *follow_ups, *cautions]
 
 
-def ask_in_conversations(
-    answerer: Answerer, questions: list[Question], answers: list[AnswerResult], count: int
-) -> list[AnswerResult]:
+def ask_in_conversations(ask: Ask, questions: list[Question], answers: list[dict], count: int) -> list[dict]:
     """The first `count` questions once more, each as the second and as the fourth of a conversation, which is one as in chat.
 
     Conversation i is about questions i - 1 and i, then about i - 3 to i (counted in a circle); every answer in it is the model's
@@ -121,45 +90,37 @@ def ask_in_conversations(
     ][:count]
     if len(alone) < 4:  # no three others
         return []
-    firsts, said = [asked for asked, _ in alone], [found["answer"] for _, found in alone]
-    talks, results = [asked.messages for asked in firsts], []
+    talks, said, results = [asked.messages for asked, _ in alone], [found["answer"] for _, found in alone], []
     for place in ("second", "third", "fourth"):
         turns = []
         for i, (asked, found) in enumerate(alone):
-            reply = {"role": "assistant", "content": said[i - 1]}
-            turns.append(
-                asked._replace(
-                    test="follow_up",
-                    about=place,
-                    messages=[*talks[i - 1], reply, asked.messages[-1]],
-                    alone=found["right"],
-                )
-            )
-        asked_again = answerer.ask(turns, f"answers to {place} questions")
-        talks, said = [turn.messages for turn in turns], [found["answer"] for found in asked_again]
-        results += asked_again if place != "third" else []
+            talk = [*talks[i - 1], {"role": "assistant", "content": said[i - 1]}, asked.messages[-1]]
+            turns.append(asked._replace(test="follow_up", about=place, messages=talk, alone=found["right"]))
+        found = ask(turns, f"answers to {place} questions")
+        talks, said = [turn.messages for turn in turns], [each["answer"] for each in found]
+        results += found if place != "third" else []
     return results
 
 
 def caution_questions(pairs: list[dict]) -> list[Question]:
     """The questions of preference pairs of which just one answer brings a caution: the better one (wanted) or the worse one
-    (unasked). `accept` is empty: what is judged is the caution."""
+    (unasked)."""
     questions = []
     for pair in pairs:
         chosen, rejected = (pair[side][-1]["content"] for side in ("chosen", "rejected"))
         if (CAUTION in chosen) != (CAUTION in rejected):
             about = "wanted" if CAUTION in chosen else "unasked"
-            questions.append(Question("caution", about, pair["id"], pair["prompt"], chosen, []))
+            questions.append(Question("caution", about, pair["id"], pair["prompt"], chosen))
     return questions
 
 
-def judge(asked: Question, answer: str, said: list[int], ended: bool, terms: Terms) -> AnswerResult:
+def judge(asked: Question, answer: str, said: list[int], ended: bool, terms: Terms) -> dict[str, Any]:
     """The result of one answer: its text, the ids `said` (less the end token), and `ended`: it ended by itself.
 
+    right: None if it cannot be told; named: does it name what the reference names of the question? kind: of the fact asked for.
     A caution that the reference has not is not held against an answer's facts: it is judged by itself.
     """
-    question = asked.messages[-1]["content"]
-    facts, caution = parts_of(answer)
+    question, (facts, caution) = asked.messages[-1]["content"], parts_of(answer)
     named, right, kind = None, None, ""
     if asked.test == "caution":
         right = caution == parts_of(asked.reference)[1] if CAUTION in asked.reference else None
@@ -169,26 +130,15 @@ def judge(asked: Question, answer: str, said: list[int], ended: bool, terms: Ter
         facts = answer if CAUTION in asked.reference else facts
         named = same_names(terms, asked.reference, facts, question)
         right = same_facts(terms, asked.reference, facts, question)
-        if right and named is False:
-            right = False
+        right = False if right and named is False else right
         stated = [term for _, _, term in terms.find(asked.reference) if term not in question]
         kind = terms.kinds[stated[0]][0] if stated else ""
     return {
-        "test": asked.test,
-        "about": asked.about,
-        "id": asked.id,
+        **{"test": asked.test, "about": asked.about, "id": asked.id, "alone": asked.alone, "kind": kind},
         "before": [message["content"] for message in asked.messages[:-1] if message["role"] == "user"],
-        "question": question,
-        "kind": kind,
-        "reference": asked.reference,
-        "answer": answer,
-        "tokens": len(said) + ended,
-        "ended": ended,
-        "right": right,
-        "named": named,
-        "alone": asked.alone,
-        "caution": CAUTION in answer,
-        "repetition": repetition(said),
+        **{"question": question, "reference": asked.reference, "answer": answer},
+        **{"tokens": len(said) + ended, "ended": ended, "repetition": repetition(said)},
+        **{"right": right, "named": named, "caution": CAUTION in answer},
     }
 
 
@@ -223,12 +173,13 @@ def _terms_in(terms, text):
 
 def states_one_of(answer: str, accept: list[str]) -> bool:
     """Is one of the texts in `accept` in the answer? A number has to stand by itself: no 2 in 1024."""
-
-    def pattern(text):
-        exact = re.escape(text)
-        return f"(?<![{DIGITS}]){exact}(?![{DIGITS}])" if re.search(f"[{DIGITS}]", text) else exact
-
-    return any(re.search(pattern(text), answer, re.IGNORECASE) for text in accept)
+    for text in accept:
+        pattern = re.escape(text)
+        if re.search(f"[{DIGITS}]", text):
+            pattern = f"(?<![{DIGITS}]){pattern}(?![{DIGITS}])"
+        if re.search(pattern, answer, re.IGNORECASE):
+            return True
+    return False
 
 
 def repetition(ids: list[int], n: int = 4) -> float:

@@ -6,7 +6,7 @@ To add a metric, add a line to METRICS: the tables, the picture, the model card 
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple
 
 from utils.data.exams import MULTIPLE, SINGLE, TRUE_FALSE
 from utils.evaluation.questions import kind_of
@@ -19,8 +19,8 @@ Judge = Callable[
 
 
 class Results(NamedTuple):
-    """`items`: one dict per item, as utils/evaluation/measure.py describes them; seconds: in all, and of generating answers;
-    `weights`: the sha256 of the model that was measured."""
+    """`items`: one dict per item (utils/evaluation/measure.py); seconds: in all, and of generating first answers; `weights`: the
+    sha256 of the model that was measured."""
 
     folder: str
     seconds: float
@@ -35,18 +35,16 @@ class Results(NamedTuple):
 class Metric(NamedTuple):
     """One figure of a model.
 
-    `key`: where comparison.json holds it; `form`: how it is written; `panel`: the title of its bars in comparison.png, if it has
-    any; `on_card`: the model card of an export shows it; `right`: makes it the share of the results that are right; `chance`: the
-    share that guessing gets, where the items do not tell it; `lower`: lower is better; `of_all`: each model is judged on the same
-    items, so that two can be compared item by item.
+    `key`: where comparison.json holds it; `form`: how it is written; `shown`: also as bars in comparison.png ("panel"), on the model
+    card of an export ("card"); `right`: makes it the share of the results that are right; `chance`: the share that guessing gets, if
+    the items do not tell it; `lower`: lower is better; `of_all`: it is of the same items for every model, so that two can be compared.
     """
 
     key: str
     label: str
     form: str
     meaning: str
-    panel: str = ""
-    on_card: bool = False
+    shown: str = ""
     right: Judge | None = None
     chance: float = 0
     lower: bool = False
@@ -54,7 +52,7 @@ class Metric(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What comparison.json calls the rest: NAME_interval, NAME_n, NAME_chance, and NAME among the differences."""
+        """How comparison.json calls the rest: NAME_interval, NAME_n, NAME_chance, and NAME among the differences."""
         return self.key.removesuffix("_accuracy")
 
     def cell(self, figures: dict[str, Any]) -> str:
@@ -63,14 +61,6 @@ class Metric(NamedTuple):
             return "-"
         ends = [self.form.format(end).rstrip("%") for end in figures.get(f"{self.name}_interval") or []]
         return self.form.format(figures[self.key]) + (f" ({' to '.join(ends)})" if ends else "")
-
-
-class Difference(TypedDict):
-    """`p` (McNemar, exact) for shares only."""
-
-    difference: float
-    interval: list[float] | None
-    p: NotRequired[float]
 
 
 # ---- The table
@@ -86,16 +76,14 @@ def _exam(kind: str, field: str) -> Judge:
     return right
 
 
-def _answers(test: str, about: str, field: str = "right") -> Judge:
-    """Judges answers in full by one of their own fields, which is None if nothing can be told."""
-    return lambda item: item[field] if item["test"] == test and item["about"] == about else None
+def _answers(about: str, field: str = "right", if_alone: bool = False) -> Judge:
+    """Judges answers in full by one of their fields, which is None if nothing can be told. `if_alone`: only if it was right alone."""
 
+    def right(item):
+        if item.get("about") == about and (item["alone"] or not if_alone):
+            return item[field]
 
-def _still_right(about: str) -> Judge:
-    """Judges follow-up questions that the model answers right by themselves."""
-    return lambda item: (
-        item["right"] if item["test"] == "follow_up" and item["about"] == about and item["alone"] else None
-    )
+    return right
 
 
 def _prefers(item):
@@ -103,83 +91,53 @@ def _prefers(item):
 
 
 # fmt: off
+SHARE, BOTH = "{:.1%}", "panel card"
 METRICS = [
-    Metric("heldout_loss", "held-out loss", "{:.3f}",
-           "mean cross-entropy of the reference answers to held-out questions, in nats a token, every token counted once; "
-           "lower is better",
-           "held-out loss, nats a token (lower is better)", on_card=True, lower=True),
-    Metric("perplexity", "perplexity", "{:.2f}",
-           "e to the held-out loss: among how many equally likely tokens the model hesitates"),
-    Metric("exam_accuracy", "exam by option text", "{:.1%}",
-           "single-choice questions whose right option is the likeliest as an answer, per character; the options are not "
-           "shown, so their order plays no part; chance is {chance:.0%}",
-           "exam by option text", on_card=True, right=_exam(SINGLE, "text_choice")),
-    Metric("exam_letter_accuracy", "exam by option letter", "{:.1%}",
-           "the same questions asked as CMMLU asks them: options listed, the likeliest letter counts; each is asked once for "
-           "every rotation of its options and the scores are averaged, so that a favourite letter gains nothing; chance is "
-           "{chance:.0%}. A model that never saw such questions stays near chance",
-           "exam by option letter", on_card=True, right=_exam(SINGLE, "letter_choice")),
-    Metric("exam_true_false_accuracy", "true or false, by text", "{:.1%}",
-           "statements of which the likelier of both words (right, wrong) is the true one; both are named in the question; "
-           "chance is {chance:.0%}, and a model that always says the same word gets the share of statements it fits",
-           "true or false, by text", on_card=True, right=_exam(TRUE_FALSE, "text_choice")),
-    Metric("exam_true_false_letter_accuracy", "true or false, by letter", "{:.1%}",
-           "the same statements with both words as options A and B, asked and averaged as the exam by option letter; chance "
-           "is {chance:.0%}",
-           "true or false, by letter", on_card=True, right=_exam(TRUE_FALSE, "letter_choice")),
-    Metric("exam_multiple_accuracy", "exam, several answers", "{:.1%}",
-           "questions with several right options: the model writes the letters, and the set of them has to be exactly the "
-           "right one, as in CMB; asked once, in the order of the file; guessing among all sets of options is right in "
-           "{chance:.1%}",
-           "exam, several answers", on_card=True, right=_exam(MULTIPLE, "letter_choice")),
-    Metric("exam_multiple_named", "answers naming options", "{:.0%}",
-           "share of the answers to these that name any option by its letter; the others count as wrong"),
-    Metric("preference_accuracy", "preference pairs", "{:.1%}",
-           "held-out pairs of which the better answer is the likelier one; chance is 50%",
-           "preference pairs", on_card=True, right=_prefers, chance=0.5),
-    Metric("facts_accuracy", "facts stated right", "{:.1%}",
-           "generated answers that state exactly the terms (herbs, actions, channels, ...) of the reference, about what the "
-           "question names, where the reference repeats that name",
-           "facts stated right", on_card=True, right=_answers("answer", "heldout")),
-    Metric("names_accuracy", "names right", "{:.1%}",
-           "of the answers that have to repeat a name of the question, such as a herb's, those that do; the others speak of "
-           "something else, or garble the name",
-           "names right", on_card=True, right=_answers("answer", "heldout", "named")),
-    Metric("second_accuracy", "second question", "{:.1%}",
-           "some of the same questions asked in a conversation after one other: share of answers that state the facts right",
-           "second question", on_card=True, right=_answers("follow_up", "second")),
-    Metric("second_kept_accuracy", "second question, of those right alone", "{:.1%}",
-           "of these questions those that the model answers right by themselves: share that stays right as second question",
-           right=_still_right("second"), of_all=False),
-    Metric("fourth_accuracy", "fourth question", "{:.1%}",
-           "the same questions after three others in one conversation",
-           "fourth question", on_card=True, right=_answers("follow_up", "fourth")),
-    Metric("fourth_kept_accuracy", "fourth question, of those right alone", "{:.1%}",
-           "of these questions those that the model answers right by themselves: share that stays right as fourth question",
-           right=_still_right("fourth"), of_all=False),
-    Metric("caution_said", "caution said", "{:.1%}",
-           "questions to which the better answer of a held-out preference pair brings a caution: share of generated answers that "
-           "bring one",
-           right=_answers("caution", "wanted", "caution")),
-    Metric("caution_accuracy", "caution right", "{:.1%}",
-           "of the same questions: share of generated answers whose caution is the right one, word for word",
-           "caution right", on_card=True, right=_answers("caution", "wanted")),
-    Metric("caution_unasked", "caution where not asked", "{:.1%}",
-           "questions to which the worse answer brings a caution: share of generated answers that bring one; lower is better",
-           "caution where not asked (lower is better)", right=_answers("caution", "unasked", "caution"), lower=True),
-    Metric("general_accuracy", "general questions right", "{:.1%}",
-           "generated answers to everyday questions that have nothing to do with Chinese medicine: what falls here was "
-           "forgotten. A model that never learned such things has nothing to forget",
-           on_card=True, right=_answers("answer", "general")),
-    Metric("general_loss", "general loss", "{:.3f}",
-           "cross-entropy of the short reference answers to them, in nats a token",
-           "loss on general questions (lower is better)", lower=True),
-    Metric("ended_share", "answers that end", "{:.0%}",
-           "share of generated answers that ended by themselves within the limit"),
-    Metric("repetition", "repetition", "{:.1%}", "share of runs of four tokens that the same answer said before"),
+    Metric("heldout_loss", "held-out loss", "{:.3f}", "mean cross-entropy of the reference answers to held-out questions, in nats a token, "
+           "every token counted once; lower is better", BOTH, lower=True),
+    Metric("perplexity", "perplexity", "{:.2f}", "e to the held-out loss: among how many equally likely tokens the model hesitates"),
+    Metric("exam_accuracy", "exam by option text", SHARE, "single-choice questions whose right option is the likeliest as an answer, per "
+           "character; the options are not shown, so their order plays no part; chance is {chance:.0%}", BOTH, _exam(SINGLE, "text_choice")),
+    Metric("exam_letter_accuracy", "exam by option letter", SHARE, "the same questions asked as CMMLU asks them: options listed, the likeliest "
+           "letter counts; each is asked once for every rotation of its options and the scores are averaged, so that a favourite letter "
+           "gains nothing; chance is {chance:.0%}. A model that never saw such questions stays near chance", BOTH,
+           _exam(SINGLE, "letter_choice")),
+    Metric("exam_true_false_accuracy", "true or false, by text", SHARE, "statements of which the likelier of both words (right, wrong) is the "
+           "true one; both are named in the question; chance is {chance:.0%}, and a model that always says the same word gets the share of "
+           "statements it fits", BOTH, _exam(TRUE_FALSE, "text_choice")),
+    Metric("exam_true_false_letter_accuracy", "true or false, by letter", SHARE, "the same statements with both words as options A and B, asked "
+           "and averaged as the exam by option letter; chance is {chance:.0%}", BOTH, _exam(TRUE_FALSE, "letter_choice")),
+    Metric("exam_multiple_accuracy", "exam, several answers", SHARE, "questions with several right options: the model writes the letters, and the "
+           "set of them has to be exactly the right one, as in CMB; asked once, in the order of the file; guessing among all sets of "
+           "options is right in {chance:.1%}", BOTH, _exam(MULTIPLE, "letter_choice")),
+    Metric("exam_multiple_named", "answers naming options", "{:.0%}", "share of the answers to these that name any option by its letter; the "
+           "others count as wrong"),
+    Metric("preference_accuracy", "preference pairs", SHARE, "held-out pairs of which the better answer is the likelier one; chance is 50%", BOTH,
+           _prefers, chance=0.5),
+    Metric("facts_accuracy", "facts stated right", SHARE, "generated answers that state exactly the terms (herbs, actions, channels, ...) of the "
+           "reference, about what the question names, where the reference repeats that name", BOTH, _answers("heldout")),
+    Metric("names_accuracy", "names right", SHARE, "of the answers that have to repeat a name of the question, such as a herb's, those that do; "
+           "the others speak of something else, or garble the name", BOTH, _answers("heldout", "named")),
+    Metric("second_accuracy", "second question", SHARE, "some of the same questions asked in a conversation after one other: share of answers that "
+           "state the facts right", BOTH, _answers("second")),
+    Metric("second_kept_accuracy", "second question, of those right alone", SHARE, "of the questions that the model answers right by themselves: "
+           "share that stays right as second question", "", _answers("second", if_alone=True), of_all=False),
+    Metric("fourth_accuracy", "fourth question", SHARE, "the same questions after three others in one conversation", BOTH, _answers("fourth")),
+    Metric("fourth_kept_accuracy", "fourth question, of those right alone", SHARE, "of the questions that the model answers right by themselves: "
+           "share that stays right as fourth question", "", _answers("fourth", if_alone=True), of_all=False),
+    Metric("caution_said", "caution said", SHARE, "questions to which the better answer of a held-out pair brings a caution: share of generated "
+           "answers that bring one", "", _answers("wanted", "caution")),
+    Metric("caution_accuracy", "caution right", SHARE, "of the same questions: share of answers whose caution is the right one, word for word", BOTH,
+           _answers("wanted")),
+    Metric("caution_unasked", "caution where not asked", SHARE, "questions to which the worse answer brings a caution: share of generated answers "
+           "that bring one; lower is better", "panel", _answers("unasked", "caution"), lower=True),
+    Metric("general_accuracy", "general questions right", SHARE, "generated answers to everyday questions that have nothing to do with Chinese "
+           "medicine: what falls here was forgotten. A model that never learned such things has nothing to forget", "card", _answers("general")),
+    Metric("general_loss", "general loss", "{:.3f}", "cross-entropy of the short reference answers to them, in nats a token", "panel", lower=True),
+    Metric("ended_share", "answers that end", "{:.0%}", "share of generated answers that ended by themselves within the limit"),
+    Metric("repetition", "repetition", SHARE, "share of runs of four tokens that the same answer said before"),
     Metric("mean_tokens", "mean answer, tokens", "{:.1f}", "mean length of the generated answers"),
-    Metric("tokens_per_second", "tokens/s", "{:.0f}",
-           "speed of generating, all answers of a batch together, on this machine"),
+    Metric("tokens_per_second", "tokens/s", "{:.0f}", "speed of generating, all answers of a batch together, on this machine"),
 ]
 # fmt: on
 
@@ -204,14 +162,14 @@ def metrics(results: Results) -> dict[str, Any]:
     95 %."""
     found: dict[str, Any] = {"folder": results.folder, "weights": results.weights}
     judged = shares(results)
-    for metric in METRICS:
-        if right := judged.get(metric.name):
-            found[metric.key] = sum(right) / len(right)
-            found[f"{metric.name}_interval"] = wilson(sum(right), len(right))
-            found[f"{metric.name}_n"] = len(right)
-            items = [item for item in results.items if metric.right(item) is not None]
-            if guessed_right(items[0]):
-                found[f"{metric.name}_chance"] = sum(map(guessed_right, items)) / len(items)
+    for metric in [metric for metric in METRICS if metric.name in judged]:
+        right = judged[metric.name]
+        found[metric.key] = sum(right) / len(right)
+        found[f"{metric.name}_interval"] = wilson(sum(right), len(right))
+        found[f"{metric.name}_n"] = len(right)
+        items = [item for item in results.items if metric.right(item) is not None]
+        if guessed_right(items[0]):
+            found[f"{metric.name}_chance"] = sum(map(guessed_right, items)) / len(items)
     for name, (sums, tokens) in losses(results).items():
         found[name], found[f"{name}_interval"] = mean_per_token(sums, tokens)
         found[f"{name}_n"] = len(sums)
@@ -257,12 +215,12 @@ def compare_all(measured: dict[str, Results]) -> list[dict[str, Any]]:
     ]
 
 
-def differences(one: Results, other: Results) -> dict[str, Difference]:
-    """{metric: Difference}, `other` minus `one`, on the same items.
+def differences(one: Results, other: Results) -> dict[str, dict[str, Any]]:
+    """{metric: {"difference", "interval", of shares also "p" (McNemar, exact)}}, `other` minus `one`, on the same items.
 
     Losses a token of two models with different tokenizers cannot be compared: left out.
     """
-    found: dict[str, Difference] = {}
+    found: dict[str, dict[str, Any]] = {}
     ours, theirs = shares(one), shares(other)
     for name in [name for name in ours if name in theirs and name in COMPARED]:
         change, interval = share_difference(ours[name], theirs[name])
@@ -276,7 +234,7 @@ def differences(one: Results, other: Results) -> dict[str, Difference]:
     return found
 
 
-def is_clear(found: Difference) -> bool:
+def is_clear(found: dict[str, Any]) -> bool:
     """Chance alone is an unlikely reason for this difference."""
     if "p" in found:
         return found["p"] < 0.05
@@ -308,7 +266,7 @@ def mean_per_token(sums: list[float], tokens: list[int]) -> tuple[float, list[fl
     return mean, [mean - half, mean + half]
 
 
-def discordant(one: list[bool], other: list[bool]) -> tuple[int, int]:
+def _only_one_right(one, other):
     """(items that only `one` has right, items that only `other` has right), for the same items."""
     pairs = list(zip(one, other, strict=True))
     return sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
@@ -316,7 +274,7 @@ def discordant(one: list[bool], other: list[bool]) -> tuple[int, int]:
 
 def mcnemar(one: list[bool], other: list[bool]) -> float:
     """p, two-sided and exact, that two models with such answers to the same items are equally good (McNemar 1947)."""
-    first, second = discordant(one, other)
+    first, second = _only_one_right(one, other)
     total = first + second
     return min(1.0, 2 * sum(math.comb(total, k) for k in range(min(first, second) + 1)) / 2**total)
 
@@ -326,7 +284,7 @@ def share_difference(one: list[bool], other: list[bool]) -> tuple[float, list[fl
 
     The interval adds half an item to each of the four cells, so that it has a width where no item differs.
     """
-    first, second = discordant(one, other)
+    first, second = _only_one_right(one, other)
     total = len(one) + 2
     centre = (second - first) / total
     half = Z * math.sqrt((first + second + 1) / total - centre**2) / math.sqrt(total)

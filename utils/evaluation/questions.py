@@ -1,4 +1,4 @@
-"""What models are asked: the tests, and files of exam questions. Without torch, so that a wrong file is told at once."""
+"""The questions that models are asked: the tests, and files of exam questions. Without torch, so that a wrong file is told at once."""
 
 from collections import Counter
 from pathlib import Path

@@ -16,31 +16,23 @@ LONGEST = 300  # characters of a sample answer that are shown
 OTHERS = ("second", "wanted", "unasked", "general")  # `about` of the answers of which one sample is shown
 TEMPLATE = Path(__file__).with_name("comparison.md.jinja")
 
-# Items that were asked: the key of their count, how they are called, and the setting that names their file.
-COUNTS = [
-    ("heldout_loss_n", "held-out answers", "EVAL_FILE"),
-    ("exam_n", "single-choice questions", "EXAM_FILE"),
-    ("exam_true_false_n", "statements, true or false,", "EXAM_FILE"),
-    ("exam_multiple_n", "questions with several right answers", "EXAM_FILE"),
-    ("preference_n", "preference pairs", "PAIRS_FILE"),
-    ("general_loss_n", "general questions", "GENERAL_FILE"),
-]
-
 
 def make_comparison(
     measured: dict[str, Results], settings: Any, device: Any, left_out: Counter[str], warnings: list[str]
 ) -> dict[str, Any]:
     """The content of comparison.json. `left_out`: {reason: rows of the exam file}; `warnings`: sentences about the test files.
 
-    "table" has the figures as people read them, one row per metric: {"label", "n", "on_card", "cells": {model: text}}.
+    "table" has the figures as people read them, one row per metric: {"label", "n", "on_card", "meaning", "cells": {model:
+    text}}.
     """
     models = {name: metrics(results) for name, results in measured.items()}
     first, table = next(iter(models.values())), []
     for metric in METRICS:
         if any(metric.key in figures for figures in models.values()):
-            cells = {name: metric.cell(figures) for name, figures in models.items()}
-            count = f"{first.get(f'{metric.name}_n', 0):,}"
-            table.append({"label": metric.label, "n": count, "on_card": metric.on_card, "cells": cells})
+            count, chance = (first.get(f"{metric.name}_{part}", 0) for part in ("n", "chance"))
+            row = {"label": metric.label, "n": f"{count:,}", "on_card": "card" in metric.shown}
+            row |= {"meaning": metric.meaning.format(chance=chance)}
+            table.append(row | {"cells": {name: metric.cell(figures) for name, figures in models.items()}})
     return {
         "models": models,
         "table": table,
@@ -57,26 +49,14 @@ def write_report(comparison: dict[str, Any], place: Path) -> None:
     """comparison.png, comparison.md and comparison.json in `place`."""
     models = comparison["models"]
     plot_comparison(_panels(models), list(models), place / "comparison.png")
-    first, settings = next(iter(models.values())), comparison["settings"]
-    known = {metric.label: metric for metric in METRICS}
-    chances = {label: first.get(f"{metric.name}_chance", 0) for label, metric in known.items()}
-    labels = [row["label"] for row in comparison["table"]]
     text = render(
         TEMPLATE,
         **comparison,
+        first=next(iter(models.values())),
         date=datetime.date.today(),
         verdicts=_verdicts(comparison),
         figures_table="\n".join(_figures_table(comparison)),
         differences_table="\n".join(_differences_table(comparison["differences"])),
-        meanings=[(label, known[label].meaning.format(chance=chances[label])) for label in labels],
-        counts=[
-            (f"{first[key]:,}", items, show_path(settings[name]))
-            for key, items, name in COUNTS
-            if key in first
-        ],
-        answers=f"{first['answers_n']:,}" if "answers_n" in first else "",
-        asked_again=f"{first['second_n']:,}" if "second_n" in first else "",
-        by_letter={"exam_letter_n", "exam_true_false_letter_n", "exam_multiple_n"} & first.keys(),
     )
     with atomic_write(place / "comparison.md") as file:
         file.write(text)
@@ -90,20 +70,20 @@ def draw_curves(folders: dict[str, str], place: Path) -> bool:
         log = Path(folder) / "training_log.jsonl"
         if entries := read_log(log) if log.is_file() else []:
             results = (usable_record(folder) or {}).get("results", {})
-            steps, tokens = results.get("steps"), results.get("tokens")
-            known = isinstance(steps, int) and isinstance(tokens, int) and steps > 0
-            runs.append(Run(name, entries, tokens / steps if known else 0))
+            try:
+                runs.append(Run(name, entries, results["tokens"] / results["steps"]))
+            except (KeyError, TypeError, ZeroDivisionError):
+                runs.append(Run(name, entries, 0))
     if runs:
         plot_runs(runs, place / "curves.png")
     return bool(runs)
 
 
 def write_pages(folders: dict[str, str], comparison: dict[str, Any], place: Path) -> list[Path]:
-    """report.html of each training folder among {name: folder}, with the comparison and its pictures in `place`; their paths."""
+    """report.html of each finished run among {name: folder}, with the comparison and its pictures in `place`; their paths."""
     pages = []
     for name, folder in folders.items():
-        record = usable_record(folder) if Path(folder).is_dir() else None
-        if record and record["status"] == "finished":
+        if (usable_record(folder) or {}).get("status") == "finished":
             try:
                 pages.append(write_page(Path(folder), comparison, name, place))
             except (AttributeError, KeyError, TypeError, ValueError):
@@ -131,14 +111,13 @@ def _panels(models):
     panels = []
     for metric in METRICS:
         shown = [figures for figures in models.values() if metric.key in figures]
-        if metric.panel and shown:
+        if "panel" in metric.shown and shown:
+            count = max(figures.get(f"{metric.name}_n", 0) for figures in shown)
+            title = f"{metric.label}{' (lower is better)' if metric.lower else ''}, n = {count:,}"
             values = [figures.get(metric.key, 0.0) for figures in models.values()]
             intervals = [figures.get(f"{metric.name}_interval") for figures in models.values()]
-            count = max(figures.get(f"{metric.name}_n", 0) for figures in shown)
             chance = shown[0].get(f"{metric.name}_chance", metric.chance)
-            panels.append(
-                Panel(f"{metric.panel}, n = {count:,}", values, intervals, bool(metric.right), chance)
-            )
+            panels.append(Panel(title, values, intervals, bool(metric.right), chance))
     return panels
 
 
