@@ -5,10 +5,7 @@ from data_rows import turns, write_lines
 
 GOOD, BAD = "麻黄发汗解表，宣肺平喘。", "麻黄清热解毒，凉血止血。"
 MARKED = [  # a good and a bad answer to one question, in the forms in which they are published
-    (
-        {"prompt": "问", "completion": GOOD, "label": True},
-        {"prompt": "问", "completion": BAD, "label": False},
-    ),
+    ({"prompt": "问", "completion": GOOD, "label": True}, {"prompt": "问", "completion": BAD, "label": False}),
     (
         {"prompt": turns("问"), "completion": turns("", GOOD)[1:], "label": True},
         {"prompt": turns("问"), "completion": turns("", BAD)[1:], "label": False},
@@ -22,7 +19,7 @@ MARKED = [  # a good and a bad answer to one question, in the forms in which the
         {"messages": turns("问", GOOD)},
         {"messages": [*turns("问"), {"role": "assistant", "content": BAD, "weight": 0}]},
     ),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("good, bad", MARKED)

@@ -7,8 +7,9 @@ import sys
 import convert_to_qwen3_format as script
 import pytest
 from conftest import ROOT
-from data_rows import read, write_lines
+from data_rows import read, turns, write_lines
 
+from utils.data import convert as conversion
 from utils.errors import UserError
 from utils.model.chat_format import encode_turns
 from utils.model.folder import load_tokenizer
@@ -190,6 +191,80 @@ def test_errors_are_one_line(tmp_path, run_script, make, words):
     done = run_script(SCRIPT, "--input-files", make(tmp_path), "--output-dir", tmp_path / "out")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_fields_that_nobody_read_are_named(tmp_path, convert, capsys):
+    turn = {"role": "user", "content": "麻黄归哪些经？", "emotion": "平静"}
+    rows = [
+        {"question": "何为四诊？", "answer": "望闻问切。", "note_zh": "甲" * 50, "url": "", "rank": 0},
+        {"question": "何为八纲？", "answer": "阴阳表里寒热虚实。", "note_zh": "nan", "rank": 2},
+        {"messages": [turn, {"role": "assistant", "content": "肺、膀胱经。"}], "channel": ["web"]},
+    ]
+    found = convert(write_lines(tmp_path / "a.jsonl", *rows))
+    fields, said = found["report"]["fields"], capsys.readouterr().out
+    assert fields["question/answer"]["unused"] == {"note_zh": 1, "rank": 2}
+    assert {"question", "answer"} <= set(fields["question/answer"]["used"]) and "rank" not in fields[
+        "question/answer"
+    ]["used"]
+    assert fields["messages"]["unused"] == {"channel": 1, "messages[].emotion": 1}
+    assert (
+        'not used, of question/answer: note_zh (1 rows, such as "甲甲' in said
+        and "rank (2 rows, such as 0)" in said
+    )
+    assert (
+        'channel (1 rows, such as ["web"])' in said and 'messages[].emotion (1 rows, such as "平静")' in said
+    )
+
+
+THOUGHT, PLAIN = {"Question": "问{}", "think": "想", "Response": "答"}, {"query": "问{}", "response": "答"}
+LAST = {"messages": [*turns("问{}", "答", "再问", "再答")]}
+FIRST = {
+    "messages": [
+        {**turn, **({"reasoning_content": "想"} if n == 1 else {})} for n, turn in enumerate(LAST["messages"])
+    ]
+}
+
+
+@pytest.mark.parametrize(
+    "rows, said",
+    [
+        ([THOUGHT, THOUGHT, PLAIN], "thinking on: 2 of 3 conversations end with reasoning\n"),
+        ([THOUGHT, PLAIN, PLAIN], "thinking off: 1 of 3 conversations end with reasoning\n"),
+        (
+            [FIRST, FIRST, LAST],
+            "thinking off: 0 of 3 conversations end with reasoning\n",
+        ),  # the last turn decides
+        (
+            [THOUGHT, PLAIN],
+            "thinking tie: 1 of 2 conversations end with reasoning; keep the rows of one mode\n",
+        ),
+    ],
+)
+def test_the_thinking_mode_is_said_with_counts(tmp_path, convert, capsys, rows, said):
+    rows = [json.loads(json.dumps(row).replace("{}", str(n))) for n, row in enumerate(rows)]
+    convert(write_lines(tmp_path / "a.jsonl", *rows))
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("others, shared", [(1, True), (10, False)])
+def test_a_system_text_that_nearly_all_rows_share_is_kept(tmp_path, convert, capsys, others, shared):
+    rows = [{"system": "你是中医师。", "instruction": f"问{n}", "output": "答"} for n in range(30)]
+    rows += [{"instruction": f"另问{n}", "output": "答"} for n in range(others)]
+    found = convert(write_lines(tmp_path / "a.jsonl", *rows))
+    assert found["report"]["system"] == ("你是中医师。" if shared else "")
+    assert ("system text of nearly all conversations: 你是中医师。" in capsys.readouterr().out) == shared
+
+
+def test_rows_that_would_not_fit_into_memory_are_refused(tmp_path, convert, monkeypatch):
+    rows = [{"query": f"第{n}个问题？", "response": f"答{n}"} for n in range(9000)]
+    path = write_lines(tmp_path / "a.jsonl", *rows)
+    monkeypatch.setattr(conversion, "FORECAST_ROWS", 2000)
+    monkeypatch.setattr(conversion, "memory_for_process", lambda: 5_000_000)
+    with pytest.raises(UserError, match="about 9,.* rows .*1000 bytes a row.*convert the files in parts"):
+        convert(path)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == []  # neither results nor temporary files
+    monkeypatch.setattr(conversion, "memory_for_process", lambda: 50_000_000)
+    assert convert(path)["report"]["rows_in"] == 9000
 
 
 def test_columns_that_fit_no_row(tmp_path):

@@ -9,7 +9,7 @@ import zipfile
 import pytest
 from data_rows import write_lines
 
-from utils.data.inputs import find_input_files, says_evaluation
+from utils.data.inputs import InputFile, find_input_files, says_evaluation
 from utils.errors import UserError
 
 
@@ -251,3 +251,17 @@ def test_each_file_is_read_once(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", *ROWS)
     sources, _ = find_input_files([tmp_path, path], "x")
     assert [source.name for source in sources] == ["a.jsonl"]
+
+
+def test_sizes_are_those_of_the_unpacked_files(tmp_path):
+    content = b'{"query": "q", "response": "r"}\n' * 1000
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("in.jsonl", content)
+    for name, data, member in (
+        ("a.jsonl", content, ""),
+        ("a.jsonl.gz", gzip.compress(content), ""),
+        ("a.zip", packed.getvalue(), "in.jsonl"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        assert InputFile(tmp_path / name, name, member=member).size == len(content)
