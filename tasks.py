@@ -205,7 +205,7 @@ def install() -> None:
 
 
 def has_pip() -> bool:
-    """Whether the environment is one that packages can be installed in, not one left half made."""
+    """Tell whether packages can be installed in the environment: one left half made has no pip."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return PYTHON.exists() and subprocess.call([str(PYTHON), "-m", "pip", "--version"], **quiet) == 0
 

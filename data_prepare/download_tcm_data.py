@@ -118,7 +118,7 @@ def disk_paths(folder: Path, dataset: str, names: list[str]) -> dict[Path, str]:
 
 
 def is_ours(path: Path, dataset: str, commit: str, name: str) -> bool:
-    """Whether an earlier run brought `path` as this file at this commit. UserError where it came from somewhere else."""
+    """Tell whether an earlier run brought `path` as this file at this commit. UserError if it came from somewhere else."""
     record = read_record(source_of(path)) if path.exists() else {}
     if record and (record.get("repo"), record.get("revision"), record.get("file")) != (dataset, commit, name):
         raise UserError(
@@ -129,7 +129,7 @@ def is_ours(path: Path, dataset: str, commit: str, name: str) -> bool:
 
 
 def is_finished(path: Path, dataset: str, commit: str, name: str) -> bool:
-    """Whether `path` is this file at this commit, whole and unchanged since; known without the network."""
+    """Tell whether `path` is this file at this commit, whole and unchanged since; known without the network."""
     source = source_of(path)
     if not is_ours(path, dataset, commit, name):
         return False

@@ -74,7 +74,7 @@ def recorded_files(folder: Path, model: str, commit: str) -> dict:
 
 
 def is_finished(folder: Path, model: str, commit: str) -> bool:
-    """Whether `folder` holds `model` at `commit`, whole and unchanged since; known without the network."""
+    """Tell whether `folder` holds `model` at `commit`, whole and unchanged since; known without the network."""
     files = recorded_files(folder, model, commit)
     return bool(files) and not changed_file(folder, files, since=(folder / "source.json").stat().st_mtime)
 

@@ -1,4 +1,4 @@
-"""Which device and number format to compute with, and why. CUDA, else Apple MPS, else CPU."""
+"""The device and number format to compute with, and the reason: CUDA, else Apple MPS, else CPU."""
 
 import ctypes
 import os
@@ -18,7 +18,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # numbers of malloc.h
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a device can do with this build of torch.
+    """The abilities of a device with this build of torch.
 
     `flash`: FlashAttention is built in and runs on this GPU; `bf16`, `fp16`: the hardware multiplies matrices in that format.
     `build` is torch's version; `architectures` are those that a CUDA build has code for (sm_75, ...).
@@ -162,7 +162,7 @@ def _unused_gpu() -> str:
 
 
 def hold_memory() -> None:
-    """Keep the memory of freed tensors for the next ones; does nothing elsewhere than on glibc.
+    """Keep the memory of freed tensors for the next ones; only on glibc.
 
     By default glibc gives large blocks back to the system at once, and every training step pays for having each page of them
     zeroed and mapped again (full fine-tuning of 0.6 B parameters: 20 tokens/s so, 27 with this).

@@ -1,4 +1,4 @@
-"""How a script ends: one clear line and an exit code, never a traceback for anything foreseeable.
+"""The end of a script: one clear line and an exit code, never a traceback for anything foreseeable.
 
 Exit codes: 0 done, 1 something failed underway, 2 what the user gave (arguments, data, a missing input), 130 Ctrl-C.
 """
@@ -15,7 +15,7 @@ from utils.text import printable
 
 
 class UserError(Exception):
-    """What the user gave cannot be used. The text says what is wrong, where, and the command that mends it."""
+    """Something that the user gave cannot be used. The text says what is wrong, where, and the command that mends it."""
 
     exit_code = 2
 

@@ -207,7 +207,7 @@ def _transfer(repo, file, part):
 
 
 def damage(path: Path, file: HubFile) -> str:
-    """How the file on disk differs from the listed one; "" if it does not. Reads all of it."""
+    """Say how the file on disk differs from the listed one; "" if it does not. Reads all of it."""
     if _size(path) != file.size:
         return f"{_size(path):,} bytes, wanted {file.size:,}"
     kind, found = "sha256", sha256_of(path)
@@ -218,7 +218,7 @@ def damage(path: Path, file: HubFile) -> str:
 
 
 def _part(path, file):
-    """Where a file grows. Its name holds what it will be, so that the halves of two commits never meet."""
+    """The place where a file grows. Its name holds what it will be, so that the halves of two commits never meet."""
     return path.with_name(f"{path.name}.{file.digest[:12]}.part")
 
 
@@ -272,7 +272,7 @@ def _errors_told(repo):
 
 
 def _cause(error):
-    """What went wrong, without the lines of advice that huggingface_hub adds."""
+    """Say what went wrong, without the lines of advice that huggingface_hub adds."""
     if response := getattr(error, "response", None):
         reason = response.headers.get("X-Error-Message") or response.reason_phrase
         return f"{response.url.host} answered {response.status_code} ({reason})"

@@ -66,14 +66,14 @@ def is_kept(path: Path, identity: dict[str, Any]) -> bool:
 
 
 def damage(path: Path, identity: dict[str, Any]) -> str:
-    """What is wrong with a sealed file or folder: "damaged (optimizer.pt)", "of other data"; "" if nothing is. Reads all of it."""
+    """Say what is wrong with a sealed file or folder: "damaged (optimizer.pt)", "of other data"; "" if nothing is. Reads all of it."""
     record = _read_record(record_path(path))
     name = changed_file(path if path.is_dir() else path.parent, record.get("files"))
     return _not_for(identity, record) or (f"damaged ({name})" if name else "")
 
 
 def record_path(path: Path) -> Path:
-    """Where the record of a sealed file or folder is."""
+    """The path of the record of a sealed file or folder."""
     return path / MANIFEST if path.is_dir() else path.with_name(f"{path.name}.json")
 
 
