@@ -207,30 +207,6 @@ def test_help_is_fast_and_tells_every_setting(script, run_script):
     assert f"python {script}" in source.split('"""')[1]  # the docstring is the exact command
 
 
-ON_DISK = {  # what each script reads and writes
-    "data_prepare/build_preference_pairs.py": "sft_train.jsonl sft_eval.jsonl dpo_train.jsonl dpo_eval.jsonl",
-    "data_prepare/convert_to_qwen3_format.py": "sft_train.jsonl sft_eval.jsonl dpo_train.jsonl dpo_eval.jsonl exam.jsonl set_aside.jsonl "
-    "report.json lengths.png",
-    "data_prepare/download_tcm_data.py": "data_prepare/raw/ .source.json",
-    "model_download/download_model.py": "model_download/ source.json",
-    "model_download/export_model.py": "trainer_output/sft_finetuned README.md run.json",
-    "model_download/load_local_model.py": "trainer_output/sft_finetuned /save",
-    "model_download/pretrain_tiny_model.py": "statements.jsonl exercises.json terms.jsonl model_download/tiny_qwen3_tcm/",
-    "model_finetune/compare_models.py": "sft_eval.jsonl exam.jsonl dpo_eval.jsonl general_questions.jsonl comparison.md comparison.json "
-    "comparison.png comparison/",
-    "model_finetune/finetune_dpo.py": "dpo_train.jsonl dpo_eval.jsonl checkpoints loss_curve.png training_log.jsonl run.json "
-    "reference_logps.json",
-    "model_finetune/finetune_lora.py": "sft_train.jsonl sft_eval.jsonl checkpoints loss_curve.png training_log.jsonl run.json merged/",
-    "model_finetune/finetune_sft.py": "sft_train.jsonl sft_eval.jsonl checkpoints loss_curve.png training_log.jsonl run.json",
-}
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_names_every_file_that_is_read_or_written(script):
-    said = (ROOT / script).read_text(encoding="utf-8").split('"""')[1]
-    assert not [name for name in ON_DISK[script].split() if name not in said]
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_refuses_an_unknown_flag(script, run_script):
     shown = run_script(script, "--no-such-flag", "1")
