@@ -119,13 +119,7 @@ def disk_paths(folder: Path, dataset: str, names: list[str]) -> dict[Path, str]:
 
 def is_ours(path: Path, dataset: str, commit: str, name: str) -> bool:
     """Tell whether an earlier run brought `path` as this file at this commit. UserError if it came from somewhere else."""
-    record = read_record(source_of(path)) if path.exists() else {}
-    if record and (record.get("repo"), record.get("revision"), record.get("file")) != (dataset, commit, name):
-        raise UserError(
-            f"{show_path(path)} is {record.get('file')} of {record.get('repo')} at {record.get('revision')}, "
-            f"not {name} of {dataset} at {commit}; delete it, or choose another folder with --output-dir"
-        )
-    return bool(record)
+    return path.exists() and bool(read_record(source_of(path), repo=dataset, revision=commit, file=name))
 
 
 def is_finished(path: Path, dataset: str, commit: str, name: str) -> bool:

@@ -63,20 +63,14 @@ def use_tiny() -> None:
 
 
 def recorded_files(folder: Path, model: str, commit: str) -> dict:
-    """{name: {"size", "sha256"}} of a folder that was finished before, else {}. UserError where it holds something else."""
-    record = read_record(folder / "source.json")
-    if record and (record.get("repo"), record.get("revision")) != (model, commit):
-        raise UserError(
-            f"{show_path(folder)} holds {record.get('repo')} at {record.get('revision')}, not {model} "
-            f"at {commit}; delete it, or choose another folder with --output-dir"
-        )
-    return record.get("files", {})
+    """{name: {"size", "sha256"}} of a folder that was finished before, else {}. UserError if it holds something else."""
+    return read_record(folder / "source.json", repo=model, revision=commit).get("files", {})
 
 
 def is_finished(folder: Path, model: str, commit: str) -> bool:
     """Tell whether `folder` holds `model` at `commit`, whole and unchanged since; known without the network."""
-    files = recorded_files(folder, model, commit)
-    return bool(files) and not changed_file(folder, files, since=(folder / "source.json").stat().st_mtime)
+    files, source = recorded_files(folder, model, commit), folder / "source.json"
+    return bool(files) and not changed_file(folder, files, since=source.stat().st_mtime)
 
 
 def check_pinned(repo: Repo) -> None:

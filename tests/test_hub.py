@@ -125,7 +125,10 @@ def test_what_is_there_already_is_not_overwritten(hub, get):
     get.model()
     commit = hub.add("model", "tcm/small", {**MODEL, "config.json": b"{}"})
     code, _, err = get.model()
-    assert code == 2 and f"holds tcm/small at {hub.commit}, not tcm/small at {commit}; delete it" in err
+    assert (
+        code == 2
+        and f"source.json is of tcm/small {hub.commit}, not tcm/small {commit}; delete that download" in err
+    )
     assert_whole(get.folder)
 
 

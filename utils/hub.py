@@ -293,11 +293,15 @@ class _OneLine(logging.Handler):
 # ---- Records of downloads, and models in the Hub's own cache
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """A source.json as a dict; {} if there is none."""
+def read_record(path: Path, **origin: str) -> dict[str, Any]:
+    """A source.json as a dict; {} if there is none. UserError if it is of another `origin` (repo, revision, file)."""
     record = read_json(path) if path.exists() else {}
     if not isinstance(record, dict) or not isinstance(record.get("files", {}), dict):
         raise UserError(f"{show_path(path)} is not a record of a download; delete it and run this again")
+    there = {name: str(record.get(name)) for name in origin}
+    if record and there != origin:
+        holds = f"{show_path(path)} is of {' '.join(there.values())}, not {' '.join(origin.values())}"
+        raise UserError(f"{holds}; delete that download, or choose another folder with --output-dir")
     return record
 
 
