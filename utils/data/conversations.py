@@ -63,13 +63,10 @@ def _exam_in(row, asked, answered):
 def read_conversation(row, schema, options, name):
     value = row.get(name)
     turns = turns_of([value] if isinstance(value, str) else value, name, row)
-    mask = row.peek("loss_mask")
-    if isinstance(mask, list):
-        row.get("loss_mask")
-        if len(mask) != len(value) or not all(
-            learnt for learnt, turn in zip(mask[-len(turns) :], turns) if turn["role"] == "assistant"
-        ):
-            raise Reject("marked as not to be learnt", f"loss_mask is {mask}")
+    mask = row.get("loss_mask") if isinstance(row.peek("loss_mask"), list) else []
+    learnt = [mark for mark, turn in zip(mask[-len(turns) :], turns) if turn["role"] == "assistant"]
+    if mask and (len(mask) != len(value) or not all(learnt)):
+        raise Reject("marked as not to be learnt", f"loss_mask is {mask}")
     messages = system_message(row, turns) + turns
     kept = in_order(trimmed(messages), "assistant")
     item = _exam_in(row, kept[-2]["content"], kept[-1]["content"])
@@ -99,10 +96,8 @@ def _trained_or_bad(row, schema, messages, columns=""):
     if weights[-1] == 0 or any(_truth(mark) is False for mark in judged):
         return "bad", f"{schema}, marked as bad", {"prompt": messages[:-1], "rejected": messages[-1:]}
     by_hand = {"answer", "处方", "答"} & set(row.names)
-    numbers = {
-        mark: re.fullmatch(r"\s*-?\d+(?:\.\d+)?\s*", str(row.peek(mark))) for mark in ("label", "score")
-    }
-    mark = next((mark for mark, number in numbers.items() if number), "")
+    number = re.compile(r"\s*-?\d+(?:\.\d+)?\s*")
+    mark = next((mark for mark in ("label", "score") if number.fullmatch(str(row.peek(mark)))), "")
     if mark and schema != "--columns" and (mark == "label" or not by_hand):
         unused = ", ".join(row.unused())
         way = f"; if it is right in every row: --columns {columns}" if columns else ""

@@ -41,12 +41,10 @@ FIRST_BYTES = (
     (rb"\x1f\x8b", "a .gz file under another name: rename it", ()),
 )  # fmt: skip
 
-EVALUATION = set(
+EVALUATION = (
     "test testset valid validation validset val dev devset eval evalset evaluation heldout holdout".split()
 )
-_EVALUATION_CHINESE = re.compile(
-    "(?:测试|验证|评测|测评|评估|开发(?=集))(?:集|数据|数据集|样本|题|题目|部分)?$"
-)
+_EVALUATION_CHINESE = re.compile("(?:测试|验证|评测|测评|评估|开发(?=集))(?:集|数据|数据集|样本|题|题目)?$")
 _TRAINING = re.compile("^train|^训练|训练集?$")
 # Words beside the one that tells the split: test_set, 测试_数据, test-B.
 _BESIDE = set("set data dataset split file part final".split())
@@ -113,9 +111,8 @@ def find_input_files(
             elif path.suffix.lower() == ".zip":
                 for member in _members(path):
                     whole, inside = f"{name}/{member}", Path(member)
-                    if why := _not_data(inside) or (
-                        "" if inside.suffix in TEXT_ENDINGS else "unpack it first"
-                    ):
+                    packed = "" if inside.suffix in TEXT_ENDINGS else "unpack it first"
+                    if why := _not_data(inside) or packed:
                         skipped.append((whole, why))
                     else:
                         split = "eval" if held_out or any(map(says_evaluation, inside.parts)) else ""
@@ -201,12 +198,8 @@ def detect_encoding(file: InputFile) -> str:
         raise UserError(f"{show_path(file.path)} cannot be unpacked ({error})") from None
     if seen and seen[0].startswith(BOM):
         return "utf-8-sig"
-    failing = {
-        encoding: sum(not _decodes(line, encoding) for line in seen) for encoding in ("utf-8", "gb18030")
-    }
-    return (
-        "gb18030" if 2 * failing["utf-8"] > len(seen) and failing["gb18030"] < failing["utf-8"] else "utf-8"
-    )
+    utf8, gb18030 = (sum(not _decodes(line, encoding) for line in seen) for encoding in ("utf-8", "gb18030"))
+    return "gb18030" if 2 * utf8 > len(seen) and gb18030 < utf8 else "utf-8"
 
 
 def _decodes(line, encoding):

@@ -8,40 +8,42 @@ import functools
 import re
 from collections.abc import Sequence
 
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "patient", "用户", "患者", "病人", "问"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "bot", "chatbot", "model", "doctor", "助手", "医生", "大夫", "答"), "assistant"),
-    **dict.fromkeys(("chatgpt", "bing", "ai", "llm"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation", "function_call", "tool_call", "tool_response"), "tool"),
-}  # fmt: skip
 
-# {name of a field in some data set, lower case: the name it is read under}
-ALIASES = {
-    **dict.fromkeys(("问题", "提问", "题目", "题干", "试题", "题目内容", "questions"), "question"),
-    **dict.fromkeys(("qtext", "question_text", "question_stem", "stem"), "question"),
-    **dict.fromkeys(("答案", "回答", "回复", "answers"), "answer"),
-    **{"指令": "instruction", "输入": "input", "输出": "output"},
-    **dict.fromkeys(("系统", "系统提示", "系统提示词", "系统指令"), "system"),
-    **dict.fromkeys(("system_prompt", "system_message", "system_msg", "system_instruction", "sys_prompt"), "system"),
-    **dict.fromkeys(("reward", "rating"), "score"),
-    **dict.fromkeys(("reasoning_content", "reasoning_text", "think", "thinking", "thought", "thoughts"), "reasoning"),
-    **dict.fromkeys(("cot", "complex_cot", "chain_of_thought", "reasoning_process"), "reasoning"),
-    **dict.fromkeys(("思考", "思考过程", "推理", "推理过程", "思维链"), "reasoning"),
-    **dict.fromkeys(("option", "choices", "option_list", "options_list", "选项", "备选答案", "选项列表"), "options"),
-    **dict.fromkeys(("type", "qtype", "题型", "题目类型"), "question_type"),
-    **dict.fromkeys(("科目", "学科"), "subject"),
-    **dict.fromkeys(("解析", "parse", "analysis", "exp", "rationale"), "explanation"),
-    **dict.fromkeys(("chosen_response", "chosen_answer", "chosen_output", "response_chosen", "accepted", "preferred"), "chosen"),
-    **dict.fromkeys(("rejected_response", "rejected_answer", "rejected_output", "response_rejected"), "rejected"),
-    **dict.fromkeys(("rejected_messages", "dispreferred"), "rejected"),
-    **dict.fromkeys(("functions", "tool_calls", "function_call"), "tools"),
-}  # fmt: skip
-TURN_ALIASES = ALIASES | {
-    "from": "role",
-    "speaker": "role",
-    **dict.fromkeys(("value", "text", "sentence", "utterance"), "content"),
-}
+def by_alias(names: dict[str, str]) -> dict[str, str]:
+    """{alias: name} of {name: "alias alias ..."}."""
+    return {alias: name for name, aliases in names.items() for alias in aliases.split()}
+
+
+ROLES = by_alias(
+    {
+        "system": "system developer",
+        "user": "user human patient 用户 患者 病人 问",
+        "assistant": "assistant gpt bot chatbot chatgpt bing ai llm model doctor 助手 医生 大夫 答",
+        "tool": "tool function observation function_call tool_call tool_response",
+    }
+)
+# The names that fields have in other data sets, lower case, by the name under which they are read.
+ALIASES = by_alias(
+    {
+        "question": "问题 提问 题目 题干 试题 题目内容 questions qtext question_text question_stem stem",
+        "answer": "答案 回答 回复 answers",
+        "instruction": "指令",
+        "input": "输入",
+        "output": "输出",
+        "system": "系统 系统提示 系统提示词 系统指令 system_prompt system_message system_msg system_instruction sys_prompt",
+        "reasoning": "reasoning_content reasoning_text think thinking thought thoughts cot complex_cot chain_of_thought "
+        "reasoning_process 思考 思考过程 推理 推理过程 思维链",
+        "options": "option choices option_list options_list 选项 备选答案 选项列表",
+        "question_type": "type qtype 题型 题目类型",
+        "subject": "科目 学科",
+        "explanation": "解析 parse analysis exp rationale",
+        "score": "reward rating",
+        "chosen": "chosen_response chosen_answer chosen_output response_chosen accepted preferred",
+        "rejected": "rejected_response rejected_answer rejected_output response_rejected rejected_messages dispreferred",
+        "tools": "functions tool_calls function_call",
+    }
+)
+TURN_ALIASES = ALIASES | by_alias({"role": "from speaker", "content": "value text sentence utterance"})
 
 # Fields of a turn or row that say whether it is learnt.
 LEARNT_MARKS = ("loss", "train", "trainable", "loss_mask", "weight", "loss_weight")
@@ -124,14 +126,10 @@ def text_of(row: Fields, name: str, what: str, optional: bool = False) -> str:
     """
     value, field = row.get(name), row.field(name)
     if isinstance(value, list):
-        texts = [
-            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
-            for part in value
-        ]
-        if not all(isinstance(text, str) for text in texts) or len(texts) > 1 and texts == value:
-            raise Reject(
-                "wrong type", f"{field} is a list of {len(texts)}, wanted one text, or parts of type text"
-            )
+        parts = [isinstance(part, dict) and part.get("type") == "text" and part.get("text") for part in value]
+        texts = value if len(value) == 1 and isinstance(value[0], str) else parts
+        if not all(isinstance(text, str) for text in texts):
+            raise Reject("wrong type", f"{field} is a list, wanted one text, or parts of type text")
         value = "\n".join(map(str.strip, texts))
     if not isinstance(value, str | None):
         raise Reject("wrong type", f"{field} is {type(value).__name__}, wanted text")
@@ -218,12 +216,8 @@ def marked_turns(text: str, both: bool = True) -> list[dict]:
     """
     for speakers in _SPEAKERS:
         marks = list(speakers.finditer(text))
-        if (
-            not marks
-            or text[: marks[0].start()].strip()
-            or both
-            and not any(mark["assistant"] for mark in marks)
-        ):
+        answers = not both or any(mark["assistant"] for mark in marks)
+        if not marks or not answers or text[: marks[0].start()].strip():
             continue
         ends = [mark.start() for mark in marks[1:]] + [len(text)]
         texts = [(mark.lastgroup, text[mark.end() : end].strip()) for mark, end in zip(marks, ends)]

@@ -130,10 +130,8 @@ def _whole_json(file):
             yield (line if line > shown else f"{line}#{index}"), raw
             shown = line
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{show_path(file.path)}: broken JSON at line {error.lineno}, column {error.colno} ({error.msg}); "
-            "what follows cannot be told apart into rows: mend that place, or get the file again"
-        ) from None
+        where = f"{show_path(file.path)}: broken JSON at line {error.lineno}, column {error.colno}"
+        raise UserError(f"{where} ({error.msg}); mend that place, or get the file again") from None
     except RecursionError:
         raise UserError(f"{show_path(file.path)}: JSON nested too deep") from None
 
@@ -275,18 +273,14 @@ def _under_names(records, file):
     """(place, row) of the records of a table (place, cells or Reject) under the first one, or that below titles."""
     head = list(itertools.islice(records, TITLES + 1))
     filled = [0 if isinstance(cells, Reject) else sum(map(bool, map(str.strip, cells))) for _, cells in head]
-    titles = next(
-        (at for at, count in enumerate(filled) if count != 1), 0
-    )  # rows of one filled cell above several
+    titles = next((at for at, count in enumerate(filled) if count != 1), 0)  # one filled cell above several
     if titles and filled[titles] > 1 and all(cells[0].strip() for _, cells in head[:titles]):
         head = head if any(map(looks_like_data, head[titles][1])) else head[titles:]
     if not head:
         return
     names = head[0][1]
     if isinstance(names, Reject):
-        raise UserError(
-            f"{show_path(file.path)}, line {head[0][0]}, the names of the columns: {names.reason}"
-        )
+        raise UserError(f"{show_path(file.path)}, line {head[0][0]}: {names.reason} in the names of columns")
     # Columns without a name get one, except the first of them, which pandas writes for its row numbers.
     unnamed = [at for at, name in enumerate(names) if not name.strip()][1:]
     names = [f"column {at + 1}" if at in unnamed else name for at, name in enumerate(names)]

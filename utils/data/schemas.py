@@ -20,21 +20,13 @@ from utils.data.readers import Place, parse_row, read_rows
 
 # Question / further context / answer: the first of which a row has all fields. Reasoning and system text may be beside them.
 QUESTION_ANSWER = (
-    *("instruction/input/output", "instruction//output", "input//output", "input//target", "query//response"),
-    *("question/context/answer", "question//answer", "question//response", "prompt//completion"),
-    *("prompt//response", "instruction/input/response", "instruction/context/response"),
-    *(
-        "instruction//response",
-        "title/ask/answer",
-        "ask//answer",
-        "query//answer",
-        "症状//处方",
-        "问//答",
-        "q//a",
-    ),
-)
+    "instruction/input/output instruction//output input//output input//target query//response "
+    "question/context/answer question//answer question//response prompt//completion prompt//response "
+    "instruction/input/response instruction/context/response instruction//response "
+    "title/ask/answer ask//answer query//answer 症状//处方 问//答 q//a"
+).split()
 # The same for rows that have reasoning: an answer of a reasoning model is often called content.
-REASONED = ("input//content", "question//content", "prompt//content")
+REASONED = ["input//content", "question//content", "prompt//content"]
 ROLES = ("question", "input", "reasoning", "answer", "system", "options", "chosen", "rejected")  # fmt: skip
 
 WANTED_ROLES = ({"question", "answer"}, {"question", "chosen", "rejected"})  # one of the two
@@ -74,9 +66,7 @@ OUTPUT_FILES = {
     # with the good answer to its prompt, whose split it follows, a bad one becomes a preference pair
     "bad": OutputFiles("dpo_train", "dpo_eval", dealt=False),
 }
-OUTPUTS = list(
-    dict.fromkeys(name for files in OUTPUT_FILES.values() for name in (files.trained, files.held_out))
-)
+OUTPUTS = list(dict.fromkeys(name for files in OUTPUT_FILES.values() for name in files[:2]))
 
 
 class ConvertedRow(NamedTuple):
@@ -91,9 +81,7 @@ class ConvertedRow(NamedTuple):
     characters: int
     reasoning: bool
     trimmed: bool  # whether turns were left out at an end
-    unused: (
-        dict  # {field that holds something and was not used: its value}; those of turns as "messages[].name"
-    )
+    unused: dict  # {field that holds something and was not used: its value}; of turns "messages[].name"
 
 
 class RowOptions(NamedTuple):
@@ -201,10 +189,8 @@ def convert_row(row: dict, options: RowOptions = PLAIN) -> ConvertedRow:
     characters = len(questions[0]) + len(rest)
     if options.max_characters and characters > options.max_characters:
         raise Reject("too long", f"{characters:,} characters")
-    unused = fields.unused()
-    return ConvertedRow(
-        kind, schema, body, questions, rest, split, characters, reasoning, was_trimmed, unused
-    )
+    told = body, questions, rest, split, characters, reasoning, was_trimmed, fields.unused()
+    return ConvertedRow(kind, schema, *told)
 
 
 def _check_text(text):
@@ -260,7 +246,7 @@ def _by_names(names):
 
 def _question_answer_names(have):
     """[question, context or "", answer] of the first line of QUESTION_ANSWER that these names fit, or None."""
-    lines = (line.split("/") for line in QUESTION_ANSWER + (REASONED if "reasoning" in have else ()))
+    lines = (line.split("/") for line in QUESTION_ANSWER + (REASONED if "reasoning" in have else []))
     return next((line for line in lines if have.issuperset(filter(None, line))), None)
 
 
