@@ -90,12 +90,13 @@ def main(argv=None):
     device = pick_device(settings.DEVICE, settings.PRECISION)
     print(f"device: {device}")
     tokenizer = load_tokenizer(settings.MODEL)
+    load = functools.partial(load_pairs, tokenizer=tokenizer, max_length=settings.MAX_LENGTH)
     if settings.SHOW_EXAMPLE:
-        rows = load_pairs(settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH).rows
+        rows = load(settings.TRAIN_FILE).rows
         return show_examples(rows, tokenizer, settings.SHOW_EXAMPLE)
     run = Run(settings, device, "DPO", began)
     if run.finished:
-        return run.say_finished()
+        return
     set_seed(settings.SEED)
     if settings.LORA:
         model = add_lora(prepare_packed(load_for_lora(settings.MODEL, device.dtype)), settings)
@@ -103,14 +104,13 @@ def main(argv=None):
         model = prepare_packed(load_model(settings.MODEL, torch.float32))
 
     # 2. Prepare the rows: pairs, packed
-    train_rows, thinking, conversations = load_pairs(settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH)
+    train_rows, thinking, conversations = load(settings.TRAIN_FILE)
     remember_mode(model, tokenizer, thinking)
 
-    def load_eval(count):
-        return load_pairs(settings.EVAL_FILE, tokenizer, settings.MAX_LENGTH, count).rows
-
     # 3. Plan: memory, disk, steps and hours, refused with the numbers if it does not fit
-    plan = plan_run(run, model, train_rows, load_eval, conversations)
+    plan = plan_run(
+        run, model, train_rows, lambda count: load(settings.EVAL_FILE, count=count).rows, conversations
+    )
     if settings.ESTIMATE:
         return
 

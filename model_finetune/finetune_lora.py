@@ -8,6 +8,7 @@ the memory and two thirds of the time of full fine-tuning. Stopped or killed, th
 Method: Hu et al. 2021, arXiv:2106.09685.
 """
 
+import functools
 import sys
 import time
 from pathlib import Path
@@ -84,28 +85,24 @@ def main(argv=None):
     device = pick_device(settings.DEVICE, settings.PRECISION)
     print(f"device: {device}")
     tokenizer = load_tokenizer(settings.MODEL)
+    load = functools.partial(load_conversations, tokenizer=tokenizer, max_length=settings.MAX_LENGTH)
     if settings.SHOW_EXAMPLE:
-        rows = load_conversations(
-            settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH, join=settings.JOIN_SINGLE
-        ).rows
+        rows = load(settings.TRAIN_FILE, join=settings.JOIN_SINGLE).rows
         return show_examples(rows, tokenizer, settings.SHOW_EXAMPLE)
     run = Run(settings, device, "LoRA", began)
     if run.finished:
-        return run.say_finished()
+        return
     set_seed(settings.SEED)
     model = add_lora(prepare_packed(load_for_lora(settings.MODEL, device.dtype)), settings)
 
     # 2. Prepare the rows: token ids as chat will show them, packed
-    train_rows, thinking, conversations = load_conversations(
-        settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH, join=settings.JOIN_SINGLE
-    )
+    train_rows, thinking, conversations = load(settings.TRAIN_FILE, join=settings.JOIN_SINGLE)
     remember_mode(model, tokenizer, thinking)
 
-    def load_eval(count):
-        return load_conversations(settings.EVAL_FILE, tokenizer, settings.MAX_LENGTH, count).rows
-
     # 3. Plan: memory, disk, steps and hours, refused with the numbers if it does not fit
-    plan = plan_run(run, model, train_rows, load_eval, conversations)
+    plan = plan_run(
+        run, model, train_rows, lambda count: load(settings.EVAL_FILE, count=count).rows, conversations
+    )
     if settings.ESTIMATE:
         return
 

@@ -6,6 +6,7 @@ Reads data_prepare/qwen3/sft_train.jsonl and sft_eval.jsonl, writes the finished
 checkpoints, loss_curve.png and .csv, training_log.jsonl, run.json and report.html. Stopped or killed, the same command goes on where it was.
 """
 
+import functools
 import sys
 import time
 from pathlib import Path
@@ -75,29 +76,25 @@ def main(argv=None):
     device = pick_device(settings.DEVICE, settings.PRECISION)
     print(f"device: {device}")
     tokenizer = load_tokenizer(settings.MODEL)
+    load = functools.partial(load_conversations, tokenizer=tokenizer, max_length=settings.MAX_LENGTH)
     if settings.SHOW_EXAMPLE:
-        rows = load_conversations(
-            settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH, join=settings.JOIN_SINGLE
-        ).rows
+        rows = load(settings.TRAIN_FILE, join=settings.JOIN_SINGLE).rows
         return show_examples(rows, tokenizer, settings.SHOW_EXAMPLE)
     run = Run(settings, device, "SFT", began)
     if run.finished:
-        return run.say_finished()
+        return
     set_seed(settings.SEED)
     model = prepare_packed(load_model(settings.MODEL, torch.float32))
     model.get_input_embeddings().requires_grad_(settings.TRAIN_EMBEDDINGS)
 
     # 2. Prepare the rows: token ids as chat will show them, packed
-    train_rows, thinking, conversations = load_conversations(
-        settings.TRAIN_FILE, tokenizer, settings.MAX_LENGTH, join=settings.JOIN_SINGLE
-    )
+    train_rows, thinking, conversations = load(settings.TRAIN_FILE, join=settings.JOIN_SINGLE)
     remember_mode(model, tokenizer, thinking)
 
-    def load_eval(count):
-        return load_conversations(settings.EVAL_FILE, tokenizer, settings.MAX_LENGTH, count).rows
-
     # 3. Plan: memory, disk, steps and hours, refused with the numbers if it does not fit
-    plan = plan_run(run, model, train_rows, load_eval, conversations)
+    plan = plan_run(
+        run, model, train_rows, lambda count: load(settings.EVAL_FILE, count=count).rows, conversations
+    )
     if settings.ESTIMATE:
         return
 

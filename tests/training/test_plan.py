@@ -6,12 +6,11 @@ import pytest
 from small_runs import train, weights
 
 from utils.device import Device
-from utils.errors import UserError
 from utils.files import read_json, read_jsonl, write_json
 from utils.training import loop
 from utils.training import plan as planning
 from utils.training.memory import StepPlan, ways
-from utils.training.plan import choose, rows_of_each_process
+from utils.training.plan import choose
 
 CUDA, CPU = Device("cuda", True, "test"), Device("cpu", True, "test")
 NEEDED = {
@@ -37,12 +36,6 @@ def test_a_cpu_takes_no_more_at_once_than_brings_speed():
     assert choose(list(NEEDED), NEEDED, 99, 1024, CPU) == StepPlan(1, 4, False)
     assert choose(list(NEEDED), NEEDED, 99, 512, CPU) == StepPlan(2, 2, False)
     assert choose(list(NEEDED), NEEDED, 7, 512, CPU) == StepPlan(1, 4, True)
-
-
-def test_rows_are_shared_out_among_processes():
-    assert rows_of_each_process(4, 2) == 2
-    with pytest.raises(UserError, match="--rows-per-step is 4, wanted a multiple of the 3 processes"):
-        rows_of_each_process(4, 3)
 
 
 @pytest.mark.slow

@@ -226,27 +226,16 @@ def test_two_runs_at_once_do_not_harm_one_another(tokenizer, path, tmp_path, mad
     assert made() == 0 and items_of(rows) == expected and len(kept(path)) == 2
 
 
-def test_a_folder_that_takes_nothing(tokenizer, path, made, capsys):
-    (path.parent / ".tokens").write_text("", encoding="utf-8")
-    for _ in range(2):
-        rows = load_conversations(path, tokenizer, 4096).rows
-        assert "; every start makes them anew" in capsys.readouterr().out
-        assert made() == 1 and items_of(rows) == direct(path, tokenizer)
+def test_a_full_disk(tokenizer, path, monkeypatch):
+    """Nothing of the attempt stays."""
 
+    def full(*given):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-def test_a_full_disk(tokenizer, path, made, monkeypatch, capsys):
-    """What fails is the write; the tokens are made once more elsewhere, and nothing of the attempt stays."""
-    write, full = rows_module.ArrowWriter.write_table, [True]
-
-    def write_once_full(*given):
-        if full.pop() if full else False:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(*given)
-
-    monkeypatch.setattr(rows_module.ArrowWriter, "write_table", write_once_full)
-    rows = load_conversations(path, tokenizer, 4096).rows
-    assert "(No space left on device); every start" in capsys.readouterr().out
-    assert items_of(rows) == direct(path, tokenizer) and not list((path.parent / ".tokens").iterdir())
+    monkeypatch.setattr(rows_module.ArrowWriter, "write_table", full)
+    with pytest.raises(OSError, match="No space left"):
+        load_conversations(path, tokenizer, 4096)
+    assert not list((path.parent / ".tokens").iterdir())
 
 
 def test_bad_rows_are_told_as_ever_and_nothing_is_kept(tokenizer, path):

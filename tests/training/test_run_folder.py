@@ -9,7 +9,6 @@ from small_runs import same_weights, train
 
 from utils.files import read_json, write_json
 from utils.model.folder import write_record
-from utils.training import run as run_module
 
 
 def test_a_finished_run_says_so_and_is_left_alone(runs, place, capsys):
@@ -159,15 +158,6 @@ def test_fresh_on_a_link_to_another_place_keeps_the_run_there(runs, place, tmp_p
     assert train("sft", place, link, "--fresh", "--max-steps", 1) == 0
     (kept,) = (tmp_path / "disk").glob("out.*")
     assert same_weights(kept, runs("sft")) and not list(tmp_path.glob("out.*"))
-
-
-def test_fresh_on_a_mount_point_keeps_the_run_inside(runs, place, tmp_path, monkeypatch):
-    output = tmp_path / "out"
-    shutil.copytree(runs("sft"), output)
-    monkeypatch.setattr(run_module, "_device", lambda path: str(path))  # every folder a disk of its own
-    assert train("sft", place, output, "--fresh", "--max-steps", 1) == 0
-    (kept,) = output.glob("earlier.*")
-    assert same_weights(kept, runs("sft"))
 
 
 def test_a_disk_without_locks_is_not_called_in_use(place, tmp_path, capsys, monkeypatch):

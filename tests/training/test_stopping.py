@@ -84,9 +84,8 @@ def test_half_an_epoch_is_half_an_epoch(place, tmp_path):
 @pytest.mark.parametrize(
     "settings, advice",
     [
-        ([], "--rows-per-step 1 --max-length 159 gives about 30: shorter packed rows are more steps"),
-        (["--epochs", 3, "--rows-per-step", 4], "--rows-per-step 1 gives 30 or more"),
-        (["--epochs", 0.3], "more rows of data are better"),
+        ([], "ROWS_PER_STEP 1 and EPOCHS 3 give 30; more rows are better"),
+        (["--epochs", 3, "--rows-per-step", 4], "lower ROWS_PER_STEP to 1"),
     ],
 )
 def test_few_steps_are_warned_of_with_what_gives_more(place, tmp_path, capsys, settings, advice):

@@ -288,8 +288,8 @@ def log_step(run: Run, step: int, epoch: float, rate: float, done: float, result
 def _results(run: Run, model, plan: Plan, step: int) -> dict[str, Any]:
     """Put the weights to keep into the model; tell which those are; the results for run.json."""
     log, kept = run.log, run.load_best(model)
-    evaluations, start = log.evaluations(), log.before()
-    for line in verdict(start, evaluations, log.losses(), kept["step"], len(plan.eval_rows.items)):
+    evaluations, start = log.evaluations(), log.entries[0]  # the evaluation before training
+    for line in verdict(start, evaluations, log.losses(), kept, len(plan.eval_rows.items)):
         print(line)
     return {
         "steps": step,

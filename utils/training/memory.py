@@ -29,8 +29,6 @@ LIBRARIES = 510 << 20  # bytes of Python, torch, transformers and their threads 
 # (utils.device.limit_kernels).
 KERNELS, ALL_KERNELS = 4 << 20, 450 << 20
 FRAGMENTS = 0.2  # of the activations: blocks of one batch that fit none of the next, as measured on CPUs
-# Of a GPU's memory, what its allocator may lose to blocks that fit nothing, and what the libraries take.
-ALLOCATOR_SHARE, ALLOCATOR_BYTES = 0.08, int(0.4 * 2**30)
 
 
 class StepPlan(NamedTuple):
@@ -147,33 +145,29 @@ def memory_parts(
         kept += costs.kept + squares / costs.layers
     else:
         kept = costs.kept_per_token * tokens + costs.kept + squares
-    gradients = costs.trainable * FLOAT
+    gradients, head = costs.trainable * FLOAT, costs.head.numel()
     if passes == 1:
-        head = costs.head.numel() * FLOAT * costs.head_trained
-        gradients = head + max(0, gradients - head - round(kept / 2))
+        first = head * FLOAT * costs.head_trained
+        gradients = first + max(0, gradients - first - round(kept / 2))
+    # The LM head: logits of a chunk in float32 (with bfloat16 a copy before and after), and its weight's gradient.
+    logits = min(CHUNK, tokens) * costs.head[0] * (FLOAT + HALF * costs.bf16)
+    cpu = device.name == "cpu"
     return {
         "weights": costs.weights,
         "gradients": gradients,
         "optimizer": 2 * costs.trainable * FLOAT,
         "activations": round(kept),
-        "fragments": round(FRAGMENTS * kept) if passes > 1 and device.name == "cpu" else 0,
-        "scores": _score_bytes(costs, tokens),
-        "program": _program_bytes(costs, device, lengths),
+        "fragments": round(FRAGMENTS * kept) if passes > 1 and cpu else 0,
+        "scores": logits + head * (HALF * costs.bf16 + FLOAT * costs.head_trained),
+        "program": 0
+        if device.name == "cuda"
+        else LIBRARIES + min(ALL_KERNELS, KERNELS * lengths) * (costs.bf16 and cpu),
     }
 
 
-def _program_bytes(costs: Costs, device: Device, lengths: int) -> int:
-    if device.name == "cuda":
-        return 0
-    kernels = min(ALL_KERNELS, KERNELS * lengths) if costs.bf16 and device.name == "cpu" else 0
-    return LIBRARIES + kernels
-
-
-def _score_bytes(costs: Costs, tokens: int) -> int:
-    """The LM head: logits of a chunk in float32 (with bfloat16 a copy before and after), and its weight's gradient."""
-    logits = min(CHUNK, tokens) * costs.head[0] * (FLOAT + HALF * costs.bf16)
-    copy = costs.head.numel() * HALF * costs.bf16
-    return logits + copy + costs.head.numel() * FLOAT * costs.head_trained
+def margin(device: Device) -> int:
+    """Bytes of a GPU's memory that its allocator may lose to blocks that fit nothing, and that the libraries take."""
+    return int(0.08 * free_memory(device) + 0.4 * 2**30) if device.name == "cuda" else 0
 
 
 def free_memory(device: Device) -> int:

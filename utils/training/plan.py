@@ -5,14 +5,10 @@ worth it, else fewer, else one whose activations are computed twice instead of k
 arXiv:1604.06174), else the run is refused. All ways give the same result but for rounding.
 """
 
-import hashlib
 import math
-import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy
@@ -22,37 +18,18 @@ from utils.device import Device
 from utils.errors import UserError
 from utils.files import show_path
 from utils.model.lm_head import cross_entropy_sum
-from utils.model.packing import (
-    ROUNDED,
-    Item,
-    PackedRows,
-    collate,
-    item_length,
-    padding_for,
-    wants_rows_of_one_length,
-)
+from utils.model.packing import ROUNDED, PackedRows, collate, padding_for, wants_rows_of_one_length
 from utils.model.qwen3_train import forward
 from utils.text import duration, format_bytes
-from utils.training.memory import (
-    ALLOCATOR_BYTES,
-    ALLOCATOR_SHARE,
-    FLOAT,
-    Costs,
-    StepPlan,
-    free_memory,
-    measure_costs,
-    memory_parts,
-    ways,
-)
+from utils.training.memory import FLOAT, StepPlan, free_memory, margin, measure_costs, memory_parts, ways
 from utils.training.run import Run
-from utils.training.schedule import ENDING, Schedule, done_at, evaluation_count, evaluation_rows
+from utils.training.schedule import DISK, ENDING, Schedule, done_at, evaluation_count, evaluation_rows
 
 # Tokens in one pass from which on more bring no speed: products of the CPU are near their peak at 1,024 already.
 ENOUGH_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 32768}
 FEW_STEPS = 30  # a run of fewer is hardly more than its warm-up
 MARGIN = 1.25  # more pairs than should fit into HOURS
-TIMED_TOKENS = 512  # that a CPU is timed on, about
-WRITTEN = 16 << 20  # bytes that the disk's speed is measured on
+TIMED_ITEMS = 4  # that a CPU is timed on
 
 
 class Plan(NamedTuple):
@@ -66,8 +43,7 @@ class Plan(NamedTuple):
     train_rate: (
         float  # tokens a second, in all processes: measured for an estimate, else judged by a forward pass
     )
-    checkpoint_seconds: float
-    saving_seconds: float  # of the finished model
+    weights: tuple[int, int]  # bytes of a checkpoint and of the finished model
 
 
 def plan_run(
@@ -80,13 +56,15 @@ def plan_run(
     """
     settings, pairs = run.settings, "BETA" in vars(run.settings)
     way = plan_step(run, model, train_rows)
-    forward = -run.smallest(-rate_of(run, model, train_rows, way, backward=False)) * run.processes
-    trainable, stored = count_weights(model)
+    (rate,) = run.agree(rate_of(run, model, train_rows, way, backward=False))  # of a forward pass
+    rate *= run.processes
+    trained = [weight.numel() for weight in model.parameters() if weight.requires_grad]
+    trained, stored = FLOAT * sum(trained), FLOAT * sum(weight.numel() for weight in model.parameters())
     passes = (
-        3 if 2 * trainable > stored else 2
+        3 if 2 * trained > stored else 2
     )  # in forward passes: the backward one takes as long as two, or as one
     if pairs and settings.HOURS:
-        train_rows = draw_in_time(run, train_rows, forward / (1 + passes))
+        train_rows = draw_in_time(run, train_rows, rate / (1 + passes))
     rows_per_step = way.rows_at_once * way.passes * run.processes
     if run.processes > 1:
         train_rows.even_out(rows_per_step)
@@ -98,36 +76,30 @@ def plan_run(
         + (f" on {run.processes} processes" if run.processes > 1 else "")
     )
     if steps < FEW_STEPS and not settings.MAX_STEPS:
-        advice = more_steps(train_rows, settings)
+        rows = len(train_rows) * settings.EPOCHS
+        advice = f"lower ROWS_PER_STEP to {max(1, int(rows // FEW_STEPS))}"
+        if rows < FEW_STEPS:
+            advice = f"ROWS_PER_STEP 1 and EPOCHS {math.ceil(FEW_STEPS / len(train_rows))} give {FEW_STEPS}; more rows are better"
         print(f"warning: only {steps} optimizer steps, too few to learn much; {advice}")
-    train_rate = forward / passes * (3 / 4 if way.recompute else 1)
+    train_rate = rate / passes * (3 / 4 if way.recompute else 1)
     if settings.ESTIMATE:
         train_rate = rate_of(run, model, train_rows, way, backward=True) * run.processes
     tokens_per_step = train_rows.tokens / steps_per_epoch
-    planned = steps
-    if settings.HOURS:
-        planned = min(steps, max(1, int(3600 * settings.HOURS * train_rate / tokens_per_step)))
+    fits = max(1, int(3600 * settings.HOURS * train_rate / tokens_per_step))
+    planned = min(steps, fits) if settings.HOURS else steps
     tokens, per_row = planned * tokens_per_step, train_rows.tokens / len(train_rows.items)
     count = evaluation_rows(settings.EVAL_ROWS, tokens, per_row, settings.EVALUATIONS)
     eval_rows = load_eval(run.keep("eval_rows", count))
-    check_disk(run, model)
     evaluations = evaluation_count(settings.EVAL_ROWS, tokens, eval_rows.tokens, settings.EVALUATIONS)
     share = settings.WARMUP if settings.HOURS else 0.0
     schedule = Schedule(steps, math.ceil(settings.WARMUP * planned), evaluations, share)
-    schedule = Schedule(**run.from_main(run.keep("schedule", schedule._asdict())))
+    schedule = Schedule(*run.keep("schedule", list(schedule)))
     run.keep("conversations", conversations)
-    disk = disk_seconds_per_byte(run.folder, trainable * FLOAT) * FLOAT
+    check_disk(run, trained, stored)
     plan = Plan(
-        train_rows,
-        eval_rows,
-        schedule,
-        steps_per_epoch,
-        tokens_per_step,
-        train_rate,
-        3 * trainable * disk,
-        stored * disk,
+        train_rows, eval_rows, schedule, steps_per_epoch, tokens_per_step, train_rate, (3 * trained, stored)
     )
-    _tell_hours(run, plan, planned, forward, pairs)
+    _tell_hours(run, plan, planned, rate, pairs)
     return plan
 
 
@@ -141,12 +113,16 @@ def plan_step(run: Run, model, train_rows: PackedRows) -> StepPlan:
     the least memory decides, as all have to compute in the same way.
     """
     settings, device = run.settings, run.device
+    if settings.ROWS_PER_STEP % run.processes:
+        raise UserError(
+            f"--rows-per-step is {settings.ROWS_PER_STEP}, wanted a multiple of the {run.processes} processes"
+        )
     if device.name == "cuda":  # its forms of attention are others than a CPU's
         model.to(run.accelerator.device)
-    possible = ways(rows_of_each_process(settings.ROWS_PER_STEP, run.processes))
-    usual = int(train_rows.sizes.lengths.mean())
-    costs, free = measure_costs(model, device.bf16, usual), int(run.smallest(free_memory(device)))
-    lengths = len(numpy.unique(train_rows.sizes.lengths))
+    possible = ways(settings.ROWS_PER_STEP // run.processes)
+    costs = measure_costs(model, device.bf16, int(train_rows.sizes.lengths.mean()))
+    (most,) = run.agree(margin(device) - free_memory(device))
+    free, lengths = int(-most), len(numpy.unique(train_rows.sizes.lengths))
 
     def parts(way: StepPlan) -> dict[str, int]:
         # MPS has no fused kernel for training.
@@ -155,32 +131,23 @@ def plan_step(run: Run, model, train_rows: PackedRows) -> StepPlan:
         return memory_parts(costs, tokens, way.recompute, device, row_length, way.passes, lengths)
 
     needed = {way: sum(parts(way).values()) for way in possible}
-    usable = free - (int(ALLOCATOR_SHARE * free) + ALLOCATOR_BYTES if device.name == "cuda" else 0)
-    way = choose(possible, needed, usable, train_rows.max_length, device)
-    if run.checkpoint:
-        way = run.way(run.step)
+    way = (
+        run.way(run.step) if run.checkpoint else choose(possible, needed, free, train_rows.max_length, device)
+    )
     if settings.ESTIMATE:
         for each in possible:
-            fits = "chosen" if each == way else "fits" if needed[each] <= usable else "does not fit"
+            fits = "chosen" if each == way else "fits" if needed[each] <= free else "does not fit"
             print(f"  {each!s:<72} {format_bytes(needed[each]):>9}  {fits}")
     if way is None:
-        least = min(needed.values())
         raise UserError(
-            f"the run needs {format_bytes(least)} of memory even with one row at once and activations recomputed, and "
-            f"{format_bytes(usable)} are free; {_what_would_fit(costs, parts(possible[-1]), usable, train_rows)}"
+            f"the run needs {format_bytes(min(needed.values()))} of memory even with one row at once and activations recomputed, "
+            f"and {format_bytes(free)} are free; lower MAX_LENGTH, train with LoRA, or take a smaller model"
         )
     run.keep("plan", [[0, *way]])
     run.keep("memory_forecast_bytes", needed[way])
     named = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts(way).items() if size)
-    print(f"memory: {format_bytes(needed[way])} needed ({named}), {format_bytes(usable)} free; {way}")
+    print(f"memory: {format_bytes(needed[way])} needed ({named}), {format_bytes(free)} free; {way}")
     return way
-
-
-def rows_of_each_process(rows_per_step: int, processes: int) -> int:
-    """UserError if the rows of a step cannot be shared out evenly."""
-    if rows_per_step % processes:
-        raise UserError(f"--rows-per-step is {rows_per_step}, wanted a multiple of the {processes} processes")
-    return rows_per_step // processes
 
 
 def choose(
@@ -199,24 +166,12 @@ def tokens_at_once(train_rows: PackedRows, way: StepPlan, device: Device) -> int
     return math.ceil(train_rows.fullest(way.rows_at_once) / ROUNDED) * ROUNDED
 
 
-def _what_would_fit(costs: Costs, parts: dict[str, int], free: int, train_rows: PackedRows) -> str:
-    tokens = train_rows.fullest(1)
-    per_token = (parts["activations"] + parts["fragments"] - costs.kept / costs.layers) / tokens
-    room = tokens - (sum(parts.values()) - free) / per_token
-    if room >= 128:
-        return f"lower MAX_LENGTH to {int(room):,} tokens"
-    smaller = "train with LoRA, or a" if costs.head_trained else "close other programs, or take a"
-    return f"{smaller} smaller model"
-
-
-def check_disk(run: Run, model) -> None:
-    """Print the disk that checkpoints and finished model need; UserError if they do not fit."""
+def check_disk(run: Run, trained: int, stored: int) -> None:
+    """Print the disk that checkpoints and finished model need; UserError if they do not fit. trained, stored: bytes of weights."""
     settings, folder = run.settings, run.folder
-    trainable, stored = count_weights(model)
     checkpoints = settings.KEEP_CHECKPOINTS + 1  # a new one is whole before an old one goes
     best = 2 * (settings.KEEP == "best")  # copies of the best weights: one is whole before the other goes
-    # weights and two moments in each checkpoint
-    needed = ((3 * checkpoints + best) * trainable + stored) * FLOAT
+    needed = (3 * checkpoints + best) * trained + stored  # weights and two moments in each checkpoint
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.is_dir())).free
     print(
         f"disk: {format_bytes(needed)} needed (at most {checkpoints} checkpoints at a time, {best} copies of the best weights, "
@@ -229,29 +184,7 @@ def check_disk(run: Run, model) -> None:
         )
 
 
-def count_weights(model) -> tuple[int, int]:
-    """(weights that are trained, all weights) of a model."""
-    sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
-    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
-
-
-# ---- Steps and hours
-
-
-def more_steps(train_rows: PackedRows, settings) -> str:
-    """The change of settings that gives FEW_STEPS, the gentlest first."""
-    rows = len(train_rows) * settings.EPOCHS
-    if rows >= FEW_STEPS:
-        return f"--rows-per-step {max(1, int(rows // FEW_STEPS))} gives {FEW_STEPS} or more"
-    shorter = int(train_rows.tokens * settings.EPOCHS / FEW_STEPS * 0.9)
-    longest = int(train_rows.sizes.lengths.max())
-    if shorter >= longest:
-        return f"--rows-per-step 1 --max-length {shorter} gives about {FEW_STEPS}: shorter packed rows are more steps"
-    rows = max(1, int(train_rows.tokens / max(longest, 1)))
-    return (
-        f"--rows-per-step 1 --max-length {longest} --epochs {math.ceil(FEW_STEPS / rows)} gives about {FEW_STEPS}; "
-        "more rows of data are better"
-    )
+# ---- Hours
 
 
 def draw_in_time(run: Run, train_rows: PackedRows, rate: float) -> PackedRows:
@@ -271,91 +204,58 @@ def draw_in_time(run: Run, train_rows: PackedRows, rate: float) -> PackedRows:
     return train_rows.select(numpy.sort(order[:fits]))
 
 
-def some_items(train_rows: PackedRows, tokens: int) -> list[Item]:
-    """Items of the first row, about `tokens` tokens."""
-    items: list[Item] = []
-    for item in train_rows[0]:
-        if items and sum(map(item_length, items)) + item_length(item) > tokens:
-            break
-        items.append(item)
-    return items
-
-
 def rate_of(run: Run, model, train_rows: PackedRows, way: StepPlan, backward: bool) -> float:
     """Tokens a second of a forward pass, as an evaluation does one, or of a forward and a backward pass.
 
     A first pass only warms up. A CPU is timed on a part of a row; a GPU, which waits for work otherwise, on a batch of its real size.
     """
     model.train(backward).to(run.accelerator.device)
-    batches = [[some_items(train_rows, tokens)] for tokens in (1, TIMED_TOKENS)]
+    batches = [[train_rows[0][:1]], [train_rows[0][:TIMED_ITEMS]]]
     if run.device.name != "cpu":
         batches = [[train_rows[row] for row in range(min(way.rows_at_once, len(train_rows)))]] * 2
     for rows in batches:
-        seconds = _seconds_of_pass(run, model, rows, train_rows.max_length, backward)
-    for weight in model.parameters():
-        weight.grad = None
+        batch = collate(rows, padding_for(run.device.name, run.device.bf16, train_rows.max_length))
+        began = time.monotonic()
+        with torch.set_grad_enabled(backward), run.device.autocast():
+            hidden, batch = forward(model, batch, run.device)
+            loss = cross_entropy_sum(hidden, model.get_output_embeddings().weight, batch["targets"])
+        if backward:
+            loss.backward()
+        loss.item()  # waits for the device
+        seconds = max(time.monotonic() - began, 1e-6)
+    model.zero_grad()
     documents = [document for items in rows for item in items for document in item["documents"]]
     # Recomputing is a second forward pass; the backward pass takes as long as two.
     again = 3 / 4 if backward and way.recompute else 1
     return again * sum(len(prompt) + len(answer) for prompt, answer in documents) / seconds
 
 
-def _seconds_of_pass(run, model, rows, max_length, backward):
-    batch = collate(rows, padding_for(run.device.name, run.device.bf16, max_length))
-    began = time.monotonic()
-    with torch.set_grad_enabled(backward), run.device.autocast():
-        hidden, batch = forward(model, batch, run.device)
-        loss = cross_entropy_sum(hidden, model.get_output_embeddings().weight, batch["targets"])
-    if backward:
-        loss.backward()
-    loss.item()  # waits for the device
-    return max(time.monotonic() - began, 1e-6)
-
-
-def disk_seconds_per_byte(folder: Path, most: int) -> float:
-    """Seconds to write a byte to the disk under `folder`, with its checksum, as a checkpoint is written. Writes `most` bytes at most:
-    a disk that takes the run's files takes those of this trial."""
-    place = next(place for place in (folder, *folder.parents) if place.is_dir())
-    block = os.urandom(min(1 << 20, most))
-    blocks = min(WRITTEN, most) // len(block)
-    began = time.monotonic()
-    with tempfile.TemporaryFile(dir=place) as file:
-        for _ in range(blocks):
-            file.write(block)
-            hashlib.sha256(block)
-        file.flush()
-        os.fsync(file.fileno())
-    return (time.monotonic() - began) / (blocks * len(block))
-
-
-def _tell_hours(run: Run, plan: Plan, planned: int, forward: float, pairs: bool) -> None:
-    """Print how often is evaluated, and the hours to the end."""
+def _tell_hours(run: Run, plan: Plan, planned: int, rate: float, pairs: bool) -> None:
+    """Print how often is evaluated, and the hours to the end. rate: tokens a second of a forward pass."""
     settings, schedule, eval_tokens = run.settings, plan.schedule, plan.eval_rows.tokens
-    share = (schedule.evaluations + 1) * eval_tokens / forward
-    share /= share + planned * plan.tokens_per_step / plan.train_rate
-    often = f"before training and {schedule.evaluations} times in it"
-    times = often if schedule.evaluations > 1 else "before and after training"
-    print(
-        f"evaluation: {len(plan.eval_rows.items):,} held-out examples, {times}: about {share:.1%} of the time"
-    )
-    if settings.HOURS:
-        epochs = planned / plan.steps_per_epoch
-        print(
-            f"hours: {settings.HOURS:g} h given, about {planned:,} steps or {epochs:.2g} epochs; the first ones will tell better"
-        )
-    training = max(0, planned - run.step) * plan.tokens_per_step / plan.train_rate
+    left = max(0, planned - run.step)
+    training = left * plan.tokens_per_step / plan.train_rate
     evaluations = schedule.evaluations + 1 - schedule.evaluations_due(min(1.0, run.step / planned))
     by_clock = training / (60 * settings.CHECKPOINT_MINUTES) if settings.CHECKPOINT_MINUTES else 0
-    checkpoints = by_clock + math.ceil(max(0, planned - run.step) / plan.steps_per_epoch)
+    checkpoint, model = (size / DISK for size in plan.weights)
     reference = plan.train_rows.tokens + eval_tokens if pairs and not run.checkpoint else 0
     parts = {
-        "reference": reference / forward,
+        "reference": reference / rate,
         f"training at {plan.train_rate:,.0f} tokens/s": training,
-        "evaluations": evaluations * eval_tokens / forward,
-        "saving": checkpoints * plan.checkpoint_seconds + plan.saving_seconds + ENDING,
+        "evaluations": evaluations * eval_tokens / rate,
+        "saving": (by_clock + math.ceil(left / plan.steps_per_epoch)) * checkpoint + model + ENDING,
     }
     total = sum(parts.values())
     run.keep("time_forecast_seconds", round(total, 1))
+    times = f"before training and {schedule.evaluations} times in it"
+    if schedule.evaluations == 1:
+        times = "before and after training"
+    print(
+        f"evaluation: {len(plan.eval_rows.items):,} held-out examples, {times}: about {parts['evaluations'] / total:.1%} of the time"
+    )
+    if settings.HOURS:
+        epochs = planned / plan.steps_per_epoch
+        print(f"hours: {settings.HOURS:g} h given, about {planned:,} steps or {epochs:.2g} epochs")
     named = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds)
     how = "judged by a forward pass; the first steps will tell better"
     if settings.ESTIMATE:

@@ -23,7 +23,7 @@ from typing import Any
 import filelock
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from safetensors.torch import load_file, save_file
 
 from utils.device import Device
@@ -42,7 +42,6 @@ NOT_IDENTITY = set(
     "OUTPUT_DIR FRESH ESTIMATE SHOW_EXAMPLE DEVICE PRECISION KEEP_CHECKPOINTS CHECKPOINT_MINUTES TRACKER".split()
 )
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
-TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio", "mlflow")
 LOCK, HOLDER = ".lock", ".lock.pid"  # the lock file, and the number of the process that holds it
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, for each weight
 
@@ -55,9 +54,9 @@ LAST_MEETING = []
 class Run:
     """One training folder, held by this process until it ends.
 
-    `checkpoint` is the checkpoint to go on from (None: from the start), `step` the number of its steps, `finished` tells that there is
-    nothing left to do. `title`: the method; `began`: when the process began, in monotonic seconds. UserError if another process
-    holds the folder, or if it holds something else than this run.
+    `checkpoint` is the checkpoint to go on from (None: from the start), `step` the number of its steps; `finished`: there is nothing
+    left to do, which was said. `title`: the method; `began`: when the process began, in monotonic seconds. UserError if another
+    process holds the folder, or if it holds something else than this run.
     """
 
     def __init__(self, settings, device: Device, title: str, began: float):
@@ -67,7 +66,8 @@ class Run:
         self.checkpoint, self.step, self.finished = None, 0, False
         self.asked_to_stop: float | None = None  # when, in monotonic seconds
         self.record: dict[str, Any] = {}
-        self.log = RunLog(self.folder, self.main, _picture_title(settings, title))
+        names = Path(str(settings.MODEL)).name, settings.TRAIN_FILE.name
+        self.log = RunLog(self.folder, self.main, f"{title} of {names[0]} on {names[1]}, {_now()[:10]}")
         if settings.ESTIMATE:  # looks, and touches nothing
             return
         identity = _identity(settings, device) | {"processes": self.processes}
@@ -76,50 +76,45 @@ class Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._lock = _hold(self.folder)
                 if settings.FRESH:
-                    self._move_aside()
+                    _move_aside(settings)
             self._open(identity)
 
     def _open(self, identity):
-        record = read_record(self.folder, RECORD_FIELDS)
+        record, place = read_record(self.folder, RECORD_FIELDS), show_path(self.folder)
         self.finished = bool(record) and record["status"] == "finished"
-        if self.finished:
-            _refuse_changes(record["identity"], identity, self.folder, finished=True)
-            self.record = record
-            return
         checkpoints = list_checkpoints(self.folder)
         if not record and (checkpoints or any(self.folder.glob("*.safetensors"))):
             raise UserError(
-                f"{show_path(self.folder)} holds a model that this script did not train; "
-                "choose another --output-dir, or --fresh to move it aside"
+                f"{place} holds a model that this script did not train; choose another --output-dir, or --fresh to move it aside"
             )
-        if record and checkpoints:  # without any there is nothing to go on from or to lose
-            _refuse_changes(record["identity"], identity, self.folder)
-            self.checkpoint = self._last_whole(checkpoints, identity)
-        self.step = step_of(self.checkpoint) if self.checkpoint else 0
-        self.record = record if self.checkpoint else _new_record(self.settings, self.device, identity)
-
-    def _last_whole(self, checkpoints, identity):
-        """The newest checkpoint that is as it was written. Damaged ones are named and passed over."""
+        if record and (checkpoints or self.finished):  # else there is nothing to go on from or to lose
+            _refuse_changes(record["identity"], identity, place, self.finished)
+            self.record = record
+        if self.finished:
+            print(
+                f"{place} is finished already (held-out loss {record['results']['eval_loss']:.4f}); nothing to do. Chat with it: "
+                f"python model_download/load_local_model.py {place}; train it further: --model {place} and another "
+                "--output-dir; train again: --fresh"
+            )
+            return
         for path in reversed(checkpoints):
             if (path / "trainer_state.json").is_file():
                 raise UserError(
                     f"{show_path(path)} was written by an earlier version of these scripts, which has to finish it; or --fresh"
                 )
             if not (why := damage(path, identity)):
-                return path
+                self.checkpoint, self.step = path, step_of(path)
+                return
             print(f"{show_path(path)} is {why}; going back to the one before")
-        return None
-
-    def say_finished(self) -> None:
-        """Tell that this very run is done."""
-        place = show_path(self.folder)
-        print(
-            f"{place} is finished already (held-out loss {self.record['results']['eval_loss']:.4f}); nothing to do. Chat with it: "
-            f"python model_download/load_local_model.py {place}; train it further: --model {place} and another --output-dir; "
-            "train again: --fresh"
-        )
-
-    # ---- run.json
+        self.record = {
+            "status": "running",
+            "identity": identity,
+            "settings": self.settings.as_dict(),
+            "device": str(self.device),
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+            | {"python": platform.python_version()},
+            "started": _now(),
+        }
 
     def keep(self, name: str, value: Any) -> Any:
         """`value`, which run.json keeps under this name; what it has kept already, if the run goes on."""
@@ -132,27 +127,13 @@ class Run:
 
     def way(self, step: int) -> StepPlan:
         """How the step that follows `step` finished ones is computed: the plan has a new entry from where memory ran out."""
-        first, *changes = self.record["plan"]
-        return StepPlan(*next((change for since, *change in reversed(changes) if since <= step), first[1:]))
-
-    # ---- Several processes
-
-    def from_main(self, value: Any) -> Any:
-        """The value that the main process has, in all processes."""
-        return broadcast_object_list([value])[0] if self.processes > 1 else value
-
-    def smallest(self, number: float) -> float:
-        """The smallest of the numbers that the processes have."""
-        return self._joined([-number])[0] * -1
+        return StepPlan(*[way for since, *way in self.record["plan"] if since <= step][-1])
 
     def agree(self, *wishes: float) -> list[float]:
-        """The largest that any process has of each of these numbers: what one wishes, all do."""
-        return self._joined(list(wishes))
-
-    def _joined(self, numbers):
+        """The largest that any process has of each of these numbers: what one wishes, all do. All have to call it."""
         if self.processes == 1:
-            return numbers
-        joined = torch.tensor(numbers, dtype=torch.float64, device=self.accelerator.device)
+            return list(wishes)
+        joined = torch.tensor(wishes, dtype=torch.float64, device=self.accelerator.device)
         torch.distributed.all_reduce(joined, torch.distributed.ReduceOp.MAX)
         return joined.tolist()
 
@@ -163,25 +144,23 @@ class Run:
 
         `done`: the progress so far; `evaluation_owed`: whether an evaluation comes before the next step.
         """
-        limit = 3600 * self.settings.HOURS or float("inf")
-        times = plan.checkpoint_seconds, plan.saving_seconds, self.settings.CHECKPOINT_MINUTES
-        self.clock = Clock(self.began, limit, *times)
-        self.done, self.evaluation_owed = 0.0, True  # the one before training
+        settings, self.done, self.evaluation_owed = self.settings, 0.0, True  # the evaluation before training
+        self.clock = Clock(self.began, settings.HOURS, settings.CHECKPOINT_MINUTES, *plan.weights)
         if self.checkpoint:
             print(f"going on from {show_path(self.checkpoint)}")
             self._load_checkpoint(model, optimizer)
             kept = read_json(self.checkpoint / "clock.json")
-            self.clock.go_on(kept)
+            self.clock.before, self.clock.seconds = kept["elapsed"], kept["seconds"]
             self.done, self.evaluation_owed = kept["progress"], kept["evaluation_owed"]
-        again = self.log.begin(self.step, self.clock, plan.schedule, plan.tokens_per_step, plan.train_rate)
+        again = self.log.begin(self.step, self.clock, plan)
         # HOURS: steps that are done again take the rates that they had.
         self.replayed = {entry["step"]: entry["progress"] for entry in again if "progress" in entry}
-        best = best_of(self.log.evaluations())["step"] if self.log.evaluations() else None
-        self._remove_best_but(best)
-        self.best_at_checkpoint = best
+        evaluations = self.log.evaluations()
+        self.best_at_checkpoint = best_of(evaluations)["step"] if evaluations else None
+        self._remove_best_but(self.best_at_checkpoint)
         self.write()
-        if self.settings.TRACKER != "none":
-            config = {name: str(value) for name, value in self.settings.as_dict().items()}
+        if settings.TRACKER != "none":
+            config = {name: str(value) for name, value in settings.as_dict().items()}
             self.accelerator.init_trackers(self.folder.name, config)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -197,21 +176,18 @@ class Run:
             text = "\nstopping after this step, with a checkpoint; Ctrl-C again stops at once"
             print(text, file=sys.stderr, flush=True)
 
-    def add(self, entry: dict[str, Any], progress: float) -> dict[str, Any]:
+    def add(self, entry: dict[str, Any], progress: float) -> None:
         """Log an entry of a step or of an evaluation, also in the TRACKER."""
         if self.settings.TRACKER != "none":
-            numbers = {name: value for name, value in entry.items() if name != "step"}
-            self.accelerator.log(numbers, step=entry["step"])
-        return self.log.add(entry, progress)
+            self.accelerator.log({**entry}, step=entry["step"])
+        self.log.add(entry, progress)
 
     def progress(self, step: int, before: float, steps: int) -> float:
         """The progress after `step` steps of at most `steps`, which was `before`; 1 ends the run. All processes have to call it."""
         if self.settings.HOURS == 0:
             return step / steps
-        if step in self.replayed:
-            return self.replayed[step]
-        now = self.clock.progress() if self.main else 0.0  # the main process has the clock
-        return float(f"{min(1.0, max(before, step / steps, *self.agree(now))):.8g}")
+        (now,) = self.agree(self.clock.progress() if self.main else 0.0)  # the main process has the clock
+        return self.replayed.get(step, float(f"{min(1.0, max(before, step / steps, now)):.8g}"))
 
     # ---- Weights
 
@@ -223,16 +199,21 @@ class Run:
         owed: whether an evaluation is due that was left off.
         """
         self.accelerator.wait_for_everyone()
+        name, place = f"checkpoint-{step}", self.folder / ".partial-checkpoint"
         if self.main:
-            name, place = f"checkpoint-{step}", self.folder / ".partial-checkpoint"
             print(f"writing {name}", flush=True)  # 7 GB take a while
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir()
             try:
                 save(place)
-                save_file(_moments(model, optimizer), place / "optimizer.safetensors")
-                state = {"progress": progress, "evaluation_owed": owed, **self.clock.as_dict()}
-                write_json(place / "clock.json", state)
+                moments = {
+                    f"{kind}.{weight_name}": optimizer.state[weight][kind].cpu().contiguous()
+                    for weight_name, weight in trained_weights(model).items()
+                    for kind in MOMENTS
+                }
+                save_file(moments, place / "optimizer.safetensors")
+                clock = {"elapsed": self.clock.elapsed(), "seconds": self.clock.seconds}
+                write_json(place / "clock.json", {"progress": progress, "evaluation_owed": owed, **clock})
                 seal(place, self.record["identity"])
                 shutil.rmtree(self.folder / name, ignore_errors=True)  # there only if it was found damaged
                 os.replace(place, self.folder / name)
@@ -247,8 +228,7 @@ class Run:
         self.clock.ended("checkpoint")
 
     def _load_checkpoint(self, model, optimizer):
-        """Put the weights and the optimizer's moments of `checkpoint` into place."""
-        (file,) = (path for path in self.checkpoint.glob("*model.safetensors"))
+        (file,) = self.checkpoint.glob("*model.safetensors")
         load_weights(model, file)
         moments = load_file(self.checkpoint / "optimizer.safetensors")
         for name, weight in trained_weights(model).items():
@@ -296,14 +276,14 @@ class Run:
 
         run.json says "finished" last, so a kill before that leaves a run that goes on from its last checkpoint.
         """
+        place, memory = show_path(self.folder), format_bytes(results["peak_memory_bytes"])
         if self.main:
-            print(f"saving the finished model to {show_path(self.folder)}", flush=True)
+            print(f"saving the finished model to {place}", flush=True)
             write_folder(self.folder, save)
             self.record.update(status="finished", finished=_now(), results=results)
-            write_record(self.folder, self.record)
+            self.write()
             shutil.rmtree(self.folder / "best", ignore_errors=True)  # the finished model has them now
             write_page(self.folder)
-        place, memory = show_path(self.folder), format_bytes(results["peak_memory_bytes"])
         print(
             f"finished in {duration(time.monotonic() - self.began)}: held-out loss {results['eval_loss_before']:.4f} -> "
             f"{results['eval_loss']:.4f}, {results['tokens_per_second']:,.0f} tokens/s, peak memory {memory}\n"
@@ -315,32 +295,6 @@ class Run:
             LAST_MEETING.append(torch.distributed.barrier(async_op=True, device_ids=device))
             LAST_MEETING[-1].wait()
             self.accelerator.state.destroy_process_group()
-
-    # ---- --fresh
-
-    def _move_aside(self):
-        """Move an earlier run beside its folder; inside it if it is a disk of its own (a mount point)."""
-        folder = self.folder.resolve()  # it may be a link to another disk
-        for name, path in _reads(self.settings):
-            if path.resolve().is_relative_to(folder):
-                raise UserError(
-                    f"--fresh would move {name}, {show_path(path)}, which this run reads; choose another --output-dir"
-                )
-        stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
-        aside = folder.with_name(f"{folder.name}.{stamp}")
-        if _device(folder) != _device(folder.parent):
-            aside = folder / f"earlier.{stamp}"
-        ours = (LOCK, HOLDER)
-        moving = [
-            path
-            for path in folder.iterdir()
-            if path.name not in ours and not path.name.startswith("earlier.")
-        ]
-        if moving:
-            aside.mkdir()
-            for path in moving:
-                os.replace(path, aside / path.name)
-            print(f"--fresh: the earlier run is kept in {show_path(aside)}")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -370,14 +324,6 @@ def load_weights(model, file: Path) -> None:
         weight.copy_(found)
 
 
-def _moments(model, optimizer):
-    return {
-        f"{kind}.{name}": optimizer.state[weight][kind].cpu().contiguous()
-        for name, weight in trained_weights(model).items()
-        for kind in MOMENTS
-    }
-
-
 def _accelerator(settings, device):
     """accelerate's view of this run: its processes, their device, and the TRACKER."""
     tracker = None if settings.TRACKER == "none" else settings.TRACKER
@@ -394,7 +340,7 @@ def _accelerator(settings, device):
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
-    if device.name == "cuda" and accelerator.num_processes == 1 and torch.cuda.device_count() > 1:
+    if device.name == "cuda" and accelerator.num_processes == 1 < torch.cuda.device_count():
         count = torch.cuda.device_count()
         command = f"accelerate launch --multi_gpu --num_processes {count} {' '.join(sys.argv)}"
         print(f"one of {count} GPUs is used; all of them: {command}")
@@ -412,70 +358,53 @@ def _hold(folder):
             f"{show_path(folder)} is in use by another run (process {owner}); wait for it, or choose another --output-dir"
         ) from None
     except (NotImplementedError, OSError) as error:
+        why = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{show_path(folder)} cannot be locked ({getattr(error, 'strerror', None) or error}); choose another --output-dir"
+            f"{show_path(folder)} cannot be locked ({why}); choose another --output-dir"
         ) from None
     holder.write_text(f"{os.getpid()}\n", encoding="utf-8")
     return lock
 
 
-def _device(path):
-    return path.stat().st_dev
-
-
-def _reads(settings):
-    """(setting, path) of what a run reads."""
-    for name, value in vars(settings).items():
-        if name.endswith(("MODEL", "_FILE")) and value and Path(value).exists():
-            yield name, Path(value)
+def _move_aside(settings):
+    """--fresh: move an earlier run beside its folder. UserError if that would move something that this run reads."""
+    folder = settings.OUTPUT_DIR.resolve()  # it may be a link to another disk
+    reads = {name: path for name, path in vars(settings).items() if name.endswith(("MODEL", "_FILE"))}
     if (Path(settings.MODEL) / "adapter_config.json").is_file():
-        yield "MODEL's base", Path(adapter_base(settings.MODEL))
+        reads["MODEL's base"] = adapter_base(settings.MODEL)
+    for name, path in reads.items():
+        if Path(path).exists() and Path(path).resolve().is_relative_to(folder):
+            raise UserError(
+                f"--fresh would move {name}, {show_path(path)}, which this run reads; choose another --output-dir"
+            )
+    moving = [path for path in folder.iterdir() if path.name not in (LOCK, HOLDER)]
+    if moving:
+        aside = folder.with_name(f"{folder.name}.{datetime.datetime.now():%Y%m%d-%H%M%S}")
+        aside.mkdir()
+        for path in moving:
+            shutil.move(path, aside / path.name)
+        print(f"--fresh: the earlier run is kept in {show_path(aside)}")
 
 
 def _identity(settings, device):
-    identity = {}
-    for name, value in settings.as_dict().items():
-        if name in NOT_IDENTITY:
-            continue
+    identity = {name: value for name, value in settings.as_dict().items() if name not in NOT_IDENTITY}
+    for name in identity:
         if name.endswith("_FILE"):
-            value = f"sha256 {sha256_of(getattr(settings, name))}"
+            identity[name] = f"sha256 {sha256_of(getattr(settings, name))}"
         elif name.endswith("MODEL"):
-            value = f"sha256 {model_sha256(getattr(settings, name))}"
-        identity[name] = value
+            identity[name] = f"sha256 {model_sha256(getattr(settings, name))}"
     return {**identity, "device": f"{device.name} {'bf16' if device.bf16 else 'fp32'}"}
 
 
-def _new_record(settings, device, identity):
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {
-        "status": "running",
-        "identity": identity,
-        "settings": settings.as_dict(),
-        "device": str(device),
-        "versions": {"python": platform.python_version(), **versions},
-        "started": _now(),
-    }
-
-
-def _refuse_changes(before, now, folder, finished=False):
-    changed = [
-        f"{name}: {before.get(name)} -> {now.get(name)}"
-        for name in {**before, **now}
-        if before.get(name) != now.get(name)
-    ]
-    place = show_path(folder)
-    mend = f"to train it further, start from it with --model {place} and another --output-dir; or start over with --fresh"
-    if not finished:
-        mend = "restore them to go on, choose another --output-dir, or start over with --fresh"
+def _refuse_changes(before, now, place, finished):
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    changed = "; ".join(f"{name}: {before.get(name)} -> {now.get(name)}" for name in names)
+    mend = "restore them to go on, choose another --output-dir, or start over with --fresh"
+    if finished:
+        mend = f"to train it further, start from it with --model {place} and another --output-dir; or start over with --fresh"
     if changed:
         state = "a finished run" if finished else "a run"
-        raise UserError(f"{place} holds {state} with other settings or data ({'; '.join(changed)}); {mend}")
-
-
-def _picture_title(settings, title):
-    """The method, with the model, the data and the day."""
-    model, data = Path(settings.as_dict()["MODEL"]).name, Path(settings.TRAIN_FILE).name
-    return f"{title} of {model} on {data}, {_now()[:10]}"
+        raise UserError(f"{place} holds {state} with other settings or data ({changed}); {mend}")
 
 
 def _now():

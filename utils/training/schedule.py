@@ -7,18 +7,21 @@ share of the time that is over.
 import datetime
 import math
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 STEPS = 50  # the time of a step is averaged over about so many
 SETTLED = 3  # steps that are timed before the time left is told
 ENDING = 2.0  # seconds: the last picture, run.json, the interpreter's end
 AIM = 0.99  # share of HOURS that is planned with
+DISK = 200e6  # bytes written per second, with their checksum, until a checkpoint was timed
 SHARE_OF_EVALUATIONS = 0.05  # of the run's time, at most
 FORWARD = (
     0.5  # time of a token in an evaluation against one in training: a third for SFT, up to a half for LoRA
 )
-MOST_EVAL_ROWS = 500  # conversations: more say little more about a small model
-FEWEST_EVAL_ROWS = 50  # below that, evaluations become fewer instead
+EVAL_ROWS = (
+    50,
+    500,
+)  # below the first, evaluations become fewer instead; above the second, more say little more
 
 
 class Schedule(NamedTuple):
@@ -47,14 +50,14 @@ class Schedule(NamedTuple):
 def evaluation_rows(wanted: int, tokens: float, tokens_per_row: float, evaluations: int) -> int:
     """The rows of an evaluation: `wanted`, or with 0 so many that all evaluations take 5 % of the run's time at most.
 
-    `tokens`: of the whole training. Between 50 and 500 rows; a run so short that 50 are too many is evaluated less often
-    (`evaluation_count`), and only one that cannot afford even two evaluations of 50 takes fewer.
+    `tokens`: of the whole training. Only a run that cannot afford two evaluations of 50 rows takes fewer.
     """
     if wanted:
         return wanted
     affordable = SHARE_OF_EVALUATIONS * tokens / (FORWARD * tokens_per_row)  # rows, over all evaluations
     rows = affordable / (evaluations + 1)  # the one before training counts
-    return round(max(8, min(MOST_EVAL_ROWS, max(rows, min(FEWEST_EVAL_ROWS, affordable / 2)))))
+    fewest, most = EVAL_ROWS
+    return round(max(8, min(most, max(rows, min(fewest, affordable / 2)))))
 
 
 def evaluation_count(wanted_rows: int, tokens: float, eval_tokens: int, evaluations: int) -> int:
@@ -62,35 +65,23 @@ def evaluation_count(wanted_rows: int, tokens: float, eval_tokens: int, evaluati
 
     If the user said how many rows an evaluation takes (`wanted_rows`), there are as many evaluations as asked for.
     """
-    if wanted_rows:
-        return evaluations
     affordable = math.floor(SHARE_OF_EVALUATIONS * tokens / (FORWARD * eval_tokens))
-    return max(1, min(evaluations, affordable - 1))
+    return evaluations if wanted_rows else max(1, min(evaluations, affordable - 1))
 
 
 class Clock:
-    """The time that a run has taken, in this process and in those before it, and the seconds that its parts take.
+    """The time that a run has taken, in this process and in those before it (`before`), and the `seconds` that its parts take.
 
-    began: when the process began, in monotonic seconds; limit: seconds given to the run, or infinity; checkpoint, saving: seconds
-    that a checkpoint and the finished model are expected to take; checkpoint_minutes: between two checkpoints, 0: no limit.
+    began: when the process began, in monotonic seconds; hours: given to the run, 0: no limit; checkpoint_minutes: between two
+    checkpoints, 0: no limit; checkpoint, model: bytes of a checkpoint and of the finished model.
     """
 
-    def __init__(
-        self, began: float, limit: float, checkpoint: float, saving: float, checkpoint_minutes: float
-    ):
-        self.began, self.before, self.limit = began, 0.0, AIM * limit
-        self.seconds = {"step": 0.0, "evaluation": 0.0, "checkpoint": checkpoint}
-        self.saving, self.between_checkpoints = saving, 60 * checkpoint_minutes or math.inf
+    def __init__(self, began: float, hours: float, checkpoint_minutes: float, checkpoint: int, model: int):
+        self.began, self.before, self.limit = began, 0.0, AIM * 3600 * hours or math.inf
+        self.seconds = {"step": 0.0, "evaluation": 0.0, "checkpoint": checkpoint / DISK}
+        self.saving, self.between_checkpoints = model / checkpoint, 60 * checkpoint_minutes or math.inf
         self.steps, self.last_step = 0, 0.0  # steps of this process, and seconds of the latest
         self.mark = self.last_save = time.monotonic()
-
-    def go_on(self, kept: dict[str, Any]) -> None:
-        """Begin where the clock stood when a checkpoint was written. `kept`: what `as_dict` said then."""
-        self.before, self.seconds = kept["elapsed"], dict(kept["seconds"])
-
-    def as_dict(self) -> dict[str, Any]:
-        """The clock as a checkpoint keeps it."""
-        return {"elapsed": self.elapsed(), "seconds": self.seconds}
 
     def elapsed(self) -> float:
         """Seconds that the run has run."""
@@ -117,22 +108,22 @@ class Clock:
     def checkpoint_due(self) -> bool:
         return time.monotonic() - self.last_save > self.between_checkpoints
 
+    def ending(self) -> float:
+        """Seconds from the last step to the end of the process, but for the last evaluation."""
+        return (1 + self.saving) * self.seconds["checkpoint"] + ENDING
+
     def progress(self) -> float:
         """The share of the time that is over; 1 if no further step fits in. 0 without a limit."""
-        if self.limit == math.inf:
-            return 0.0
-        training = self.limit - self.seconds["evaluation"] - self.seconds["checkpoint"] - self.saving - ENDING
-        if self.elapsed() + max(self.seconds["step"], self.last_step) > training:
-            return 1.0
-        return self.elapsed() / training
+        training = self.limit - self.seconds["evaluation"] - self.ending()
+        full = self.elapsed() + max(self.seconds["step"], self.last_step) > training
+        return 1.0 if full else self.elapsed() / training
 
     def seconds_left(self, schedule: Schedule, step: int, progress: float) -> float:
         """Seconds until the process ends: the steps after `step`, evaluations, a checkpoint, and the finished model."""
         evaluations = schedule.evaluations - schedule.evaluations_due(progress)
-        each, checkpoint = self.seconds["step"], self.seconds["checkpoint"]
-        each += each * checkpoint / self.between_checkpoints
-        left = (schedule.steps - step) * each + evaluations * self.seconds["evaluation"]
-        return min(left + checkpoint + self.saving + ENDING, max(0.0, self.limit - self.elapsed()))
+        each = self.seconds["step"] * (1 + self.seconds["checkpoint"] / self.between_checkpoints)
+        left = (schedule.steps - step) * each + evaluations * self.seconds["evaluation"] + self.ending()
+        return min(left, max(0.0, self.limit - self.elapsed()))
 
 
 def done_at(seconds: float) -> str:
