@@ -1,6 +1,7 @@
 """The memory that a process may use: its container's limits and those of ulimit hold."""
 
 import resource
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,12 +32,12 @@ def test_limits_of_this_process_and_of_the_groups_above_it(monkeypatch, lines, f
 
 
 def test_address_space_limited_by_ulimit(monkeypatch):
-    class Used:
-        rss, vms = 2**30, 5 * 2**30
-
+    used = SimpleNamespace(rss=2**30, vms=5 * 2**30)
+    monkeypatch.setattr(memory.psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: used))
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**40))
     monkeypatch.setattr(memory, "_limit_files", lambda: [])
     monkeypatch.setattr(resource, "getrlimit", lambda what: (8 * 2**30, 8 * 2**30))
-    assert memory._limits(Used) == [4 * 2**30]
+    assert memory.memory_for_process() == 4 * 2**30
 
 
 def test_processes_of_one_machine_share_its_memory(monkeypatch):

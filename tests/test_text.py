@@ -1,6 +1,9 @@
 """What people read: nothing printed controls the terminal, bytes and lines as they are meant."""
 
+import os
+
 import pytest
+from conftest import ROOT
 
 from utils.chat.terminal import note
 from utils.errors import UserError, complain, run
@@ -37,6 +40,19 @@ def test_text_from_elsewhere_does_not_control_the_terminal(show, capsys):
 def test_an_error_is_one_line(capsys):
     assert complain("one\ntwo\r\nthree\u2028four", 2) == 2
     assert capsys.readouterr().err == "error: one two three four\n"
+
+
+def test_commands_name_the_environment_unless_it_is_activated(monkeypatch, capsys):
+    said = "make it with: python model_download/download_model.py; python3 and python are other words"
+    complain(said, 2)
+    monkeypatch.setattr("sys.prefix", str(ROOT / ".venv"))
+    complain(said, 2)
+    monkeypatch.delenv("VIRTUAL_ENV")
+    complain(said, 2)
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first == second == f"error: {said}"
+    python = ".venv\\Scripts\\python.exe" if os.name == "nt" else ".venv/bin/python"
+    assert third == f"error: {said}".replace("python model", f"{python} model")
 
 
 @pytest.mark.parametrize(

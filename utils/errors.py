@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from utils.text import printable
+from utils.text import printable, with_our_python
 
 
 class UserError(Exception):
@@ -142,7 +142,7 @@ def prepare_streams() -> None:
 
 def complain(message: object, exit_code: int) -> int:
     """Print one line on stderr, whatever the message holds, and return `exit_code`."""
-    line = " ".join(str(message).splitlines())
+    line = with_our_python(" ".join(str(message).splitlines()))
     print(f"error: {printable(line)}", file=sys.stderr, flush=True)
     return exit_code
 

@@ -1,5 +1,6 @@
 """The memory that this process may use: of the machine, of its container, and of `ulimit -v`."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -11,28 +12,21 @@ CGROUPS = Path("/sys/fs/cgroup")
 def memory_for_process() -> int:
     """Bytes of main memory that this process has or could still get.
 
-    Processes that train together on one machine (LOCAL_WORLD_SIZE) share what is free.
+    The limits of its control groups (containers) and of `ulimit -v` hold. Processes that train together on one machine
+    (LOCAL_WORLD_SIZE) share what is free.
     """
     used = psutil.Process().memory_info()
-    free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + used.rss
-    return min([free, *_limits(used)])
-
-
-def _limits(used) -> list[int]:
-    """Limits set for this process, in bytes of resident memory: of its control groups (containers) and of `ulimit -v`."""
-    limits = []
+    limits = [psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + used.rss]
     for file in _limit_files():
-        try:
+        with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
             limits.append(int(file.read_text(encoding="ascii")))
-        except (OSError, ValueError):  # no such limit, or "max"
-            continue
     if os.name == "posix":
         import resource
 
         address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
         if address_space != resource.RLIM_INFINITY:
             limits.append(max(0, address_space - used.vms + used.rss))
-    return limits
+    return min(limits)
 
 
 def _limit_files() -> list[Path]:
@@ -42,8 +36,7 @@ def _limit_files() -> list[Path]:
     except OSError:
         return []
     files = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
+    for _, controllers, path in (line.split(":", 2) for line in lines):
         own = Path(path.lstrip("/"))
         if not controllers:  # version 2
             files += [CGROUPS / place / "memory.max" for place in (own, *own.parents)]

@@ -122,10 +122,7 @@ def command(script: str, **values: str | Path) -> str:
     """
     body = ast.parse((ROOT / script).read_text(encoding="utf-8")).body
     defaults = {node.targets[0].id: node.value for node in body if isinstance(node, ast.Assign)}
-    # how Python is started here: by its path, unless the environment is activated
-    own = Path(sys.prefix) == ROOT / ".venv" and "VIRTUAL_ENV" not in os.environ
-    python = ".venv\\Scripts\\python.exe" if os.name == "nt" else ".venv/bin/python"
-    words = [python if own else "python", script]
+    words = ["python", script]
     for name, value in values.items():
         default = ast.literal_eval(defaults[name])
         default = default[0] if isinstance(default, list) and default else default

@@ -3,10 +3,12 @@
 import io
 import locale
 import os
+import re
 import shutil
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 PLAIN_SECONDS = 15  # between two lines of progress, off a terminal
@@ -25,7 +27,16 @@ def printable(text: str) -> str:
 
 def say(text: str, flush: bool = False) -> None:
     """Print on stdout a text that may come from elsewhere. `flush`: at once, as what is told underway has to be."""
-    print(printable(text), flush=flush)
+    print(printable(with_our_python(text)), flush=flush)
+
+
+def with_our_python(text: str) -> str:
+    """`text`, in which commands name the environment's Python by its path, unless it is activated: `python` would be another."""
+    if Path(sys.prefix) != Path(__file__).resolve().parents[1] / ".venv" or "VIRTUAL_ENV" in os.environ:
+        return text
+    python = ".venv\\Scripts\\python.exe" if os.name == "nt" else ".venv/bin/python"
+    scripts = r"\bpython (?=(?:data_prepare|model_download|model_finetune)/)"
+    return re.sub(scripts, lambda _: f"{python} ", text)
 
 
 def say_next(command: str) -> None:
