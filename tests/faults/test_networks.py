@@ -1,7 +1,7 @@
-"""No network, a Hub switched off, broken mirrors."""
+"""No network, and a Hub switched off. Broken mirrors are in tests/test_hub.py."""
 
 import pytest
-from fault_runs import assert_told, assert_works_again, contents, start
+from fault_runs import assert_told, contents, start
 
 pytestmark = pytest.mark.slow
 
@@ -30,40 +30,3 @@ def test_no_network(world, command):
 def test_hub_switched_off(world, command):
     script = start(world, command, environment={"HF_HUB_OFFLINE": "1"})
     assert_told(script, 2, "HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it")
-
-
-@pytest.mark.parametrize(
-    "name, where, action, words",
-    [
-        (
-            "data",
-            "/revision/",
-            {"status": 200},
-            "does not answer as the Hub does; check HF_ENDPOINT and the network's login page",
-        ),
-        ("data", "/resolve/", {"status": 500}, "answered 500 (Internal Server Error); try later"),
-        ("data", "/storage/", {"corrupt": True}, "arrived damaged twice"),
-        ("model", "/tree/", {"status": 200}, "does not answer as the Hub does"),
-        ("model", "/storage/", {"cut": 1000}, "the connection broke: localhost"),
-        (
-            "chat --model tcm/small",
-            "/revision/",
-            {"status": 500},
-            "answered 500 (Internal Server Error); try later",
-        ),
-    ],
-)
-def test_broken_mirror(world, hub, tmp_path, name, where, action, words):
-    hub.fault(where, **action)
-    try:
-        output = [] if name.startswith("chat") else ["--output-dir", tmp_path / "new"]
-        assert_told(start(world, name, *output, hub=hub), 1, words)
-    finally:
-        hub.faults.clear()
-    if output:
-        assert not [
-            path
-            for path in output[1].glob("*")
-            if path.suffix not in (".part", ".json") or path.name == "train.json"
-        ]
-        assert_works_again(world, name, output[1], hub)

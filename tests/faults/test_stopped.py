@@ -21,15 +21,6 @@ def stopped_half_way(world, hub, tmp_path, name, number):
 
 
 @pytest.mark.parametrize("name", ["data", "model"])
-def test_killed_download(world, hub, tmp_path, name):
-    script, output = stopped_half_way(world, hub, tmp_path, name, signal.SIGKILL)
-    assert script.end() == -signal.SIGKILL
-    said = assert_works_again(world, name, output, hub).out
-    assert "going on at 64.0 KiB" in said
-    assert_same(world, name, output)
-
-
-@pytest.mark.parametrize("name", ["data", "model"])
 def test_ctrl_c_in_a_download(world, hub, tmp_path, name):
     script, output = stopped_half_way(world, hub, tmp_path, name, signal.SIGINT)
     assert_told(script, 130, "stopped by Ctrl-C; the same command starts it again")
