@@ -71,6 +71,7 @@ def test_what_rows_are_where_no_columns_are_known(rows, words):
 def test_a_table_without_names_of_columns():
     rows = [{"甘草的药性是什么？": f"药{n}的药性是什么？", "性平。": f"性{n}。"} for n in range(4)]
     assert "the first row reads like data" in describe(rows, table=True)
+    assert "if the first row is no header" in describe([{"甘草": "麻黄", "性平": "性温"}], table=True)
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,8 @@ def test_explanations_become_reasoning_on_request():
         "reasoning_content": "麻黄辛温，石膏大寒。",
     }
     assert convert_row(row).kind == "exam"
-    assert convert_row({**row, "解析": ""}, RowOptions(explained=True)).kind == "exam"
+    for empty in ("", "nan", float("nan"), None):
+        assert convert_row({**row, "解析": empty}, RowOptions(explained=True)).kind == "exam"
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,8 @@ def test_other_names(name):
         ("a.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
         ("a.xlsx", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        ("a.jsonl.gz", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        ("a.jsonl.gz", gzip.compress(b"<html>"), "a web page"),
         ("a.zip", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
         ("a.jsonl", b"\n<!DOCTYPE html>\n<html>", "a web page, not the file"),
         ("a.csv", b"<html><head>", "a web page, not the file"),

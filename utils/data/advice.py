@@ -71,6 +71,10 @@ def describe(rows: list[dict], table: bool = False) -> str:
         return f"several fields may be the question: {', '.join(questions)}"
     if questions or answers:
         return f"no field is known as {'an answer' if questions else 'a question'}"
+    if table:
+        return (
+            "no column is known as a question or an answer; if the first row is no header, put one above it"
+        )
     return "wanted rows with a question and an answer, one JSON object a row"
 
 

@@ -175,8 +175,11 @@ def says_evaluation(name: str) -> bool:
 
 def refuse_other_bytes(file: InputFile) -> None:
     """UserError where the first bytes of a file say that it is something else than its name says."""
-    with file.open_bytes() as opened:
+    with open(file.path, "rb") as opened:
         start = opened.read(64)
+    if file.member or file.path.suffix.lower() == ".gz" and start.startswith(b"\x1f\x8b"):
+        with file.open_bytes() as opened:
+            start = opened.read(64)
     for pattern, what, endings in FIRST_BYTES:
         if re.match(pattern, start) and (file.member or file.ending not in endings):
             raise UserError(f"{show_path(file.path)} is {what}; then run the same command again")

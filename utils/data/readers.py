@@ -101,7 +101,7 @@ def _json_rows(file):
     with file.open_bytes() as opened:
         lines = (line.removeprefix(BOM).strip() for line in opened)
         first, second = itertools.islice(itertools.chain(filter(None, lines), [b"", b""]), 2)
-    if re.match(rb"\[\s*([\[{\"]|$)", first):
+    if re.match(rb"\[\s*([\[{\"\]]|$)", first):
         whole = not second or not first.endswith(b"]")
     else:  # an object in one line that has another below it is a row, however damaged
         whole = first.startswith(b"{") and (first.endswith((b"{", b"[", b",", b":")) or not second)
