@@ -84,6 +84,13 @@ def test_every_file_that_is_named_exists():
         assert (ROOT / path).exists(), path
 
 
+def test_the_tree_of_utils_names_every_module():
+    tree = (ROOT / "utils/README.md").read_text(encoding="utf-8")
+    modules = [path for path in (ROOT / "utils").rglob("*.py") if path.stem != "__init__"]
+    assert not [path for path in modules if not re.search(rf"\b{path.stem}\b", tree)]
+    assert not [name for name in re.findall(r"`([\w/]+\.py)`", tree) if not (ROOT / "utils" / name).is_file()]
+
+
 @pytest.mark.parametrize("text", [TEXT, CHINESE], ids=["README.md", "README.zh-CN.md"])
 def test_every_setting_that_is_named_exists(text):
     scripts = [*ROOT.glob("data_prepare/*.py"), *ROOT.glob("model_*/*.py")]
