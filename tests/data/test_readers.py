@@ -125,17 +125,3 @@ def test_many_duplicate_keys_take_no_longer_than_their_text():
     with pytest.raises(Reject, match="duplicate keys"):
         parse_row(text, "utf-8")
     assert time.monotonic() - start < 2  # 51 s when every name was counted through the whole list
-
-
-def parquet(path, columns, **options):
-    pyarrow.parquet.write_table(pyarrow.table(columns), path, **options)
-    return list(read_rows(InputFile(path, path.name)))
-
-
-def test_parquet_cells_that_raise_set_aside_their_row(tmp_path):
-    dates = pyarrow.array([0, 9_000_000, 1], pyarrow.int32()).cast(pyarrow.date32())
-    rows = [raw for _, raw in parquet(tmp_path / "dates.parquet", {"q": ["a", "b", "c"], "day": dates})]
-    assert [type(row) for row in rows] == [dict, Reject, dict] and rows[1].reason == "not a table row"
-    twice = pyarrow.StructArray.from_arrays([pyarrow.array([1, 2]), pyarrow.array([3, 4])], ["x", "x"])
-    rows = [raw for _, raw in parquet(tmp_path / "struct.parquet", {"q": ["a", "b"], "s": twice})]
-    assert [type(row) for row in rows] == [Reject, Reject]

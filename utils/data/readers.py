@@ -320,21 +320,15 @@ def _arrow_rows(file):
                 batches = pyarrow.parquet.ParquetFile(opened).iter_batches(batch_size=PARQUET_ROWS)
             else:  # a stream, as `datasets` writes it
                 batches = pyarrow.ipc.open_stream(opened)
-            rows = (batch.slice(index, 1) for batch in batches for index in range(batch.num_rows))
-            yield from enumerate(map(_arrow_row, rows), 1)
-    except (pyarrow.ArrowInvalid, OSError) as error:
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    except (
+        pyarrow.ArrowInvalid,
+        OSError,
+        ValueError,
+        ArithmeticError,
+    ) as error:  # or a date after the year 9999
         why = str(error).splitlines()[0]
         raise UserError(f"{show_path(file.path)} is not a whole {file.ending} file ({why})") from None
-
-
-def _arrow_row(one):
-    try:
-        return one.to_pylist()[0]
-    except UnicodeDecodeError as error:  # Arrow does not check its text columns
-        fields = {name: repr(one.column(name)) for name in one.schema.names}
-        return Reject("undecodable bytes", str(error), fields)
-    except (ValueError, ArithmeticError) as error:  # a date after 9999, a struct that names a field twice
-        return Reject("not a table row", str(error), repr(one.columns))
 
 
 _READERS = {
