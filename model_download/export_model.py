@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     kind.check(folder, export.base)
     prepare_folder(place)
     print(f"exporting {show_path(folder)} to {show_path(place)}", flush=True)
-    source = load_source(folder)
+    source = load_source(folder, settings.FORMAT)
 
     # 3. Write the export, each file whole or not at all
     write_folder(place, lambda partial: kind.save(source, export, partial))
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     # 4. Read it as another tool would: what did it cost?
     cost = []
     if questions and (found := kind.read(source, export)):
-        cost = [str(compare_with_export(source, *found, questions, settings.MAX_NEW_TOKENS))]
+        cost = [compare_with_export(source, *found, questions, settings.MAX_NEW_TOKENS)]
     elif questions:
         cost = [
             f"not tried: {export.base} is not on this machine under that name, so nothing shows that the adapter fits it"

@@ -212,7 +212,7 @@ def other_weights(folder):
         (lambda folder: change(folder / "config.json", rms_norm_eps=1e-5), "rms_norm_eps is read as"),
         (lambda folder: change(folder / "config.json", tie_word_embeddings=False), "lacks lm_head.weight"),
         (drop_tensor, "lacks model.norm.weight"),
-        (other_weights, "the export is not what the folder is (read as other tools do"),
+        (other_weights, "the export is not what the folder is: "),
         (ask_otherwise, "makes another prompt than the folder's"),
     ],
     ids=["rope base", "epsilon", "untied", "tensor", "weights", "template"],
@@ -230,7 +230,7 @@ def test_a_wrong_folder_is_found(export, monkeypatch, capsys, damage, message):
     "name, wrong, message",
     [
         ("add_rope_freq_base", lambda value: 10_000.0, "rope_parameters is read as"),
-        ("add_block_count", lambda value: value - 1, "holds tensors that nothing reads: blk."),
+        ("add_block_count", lambda value: value - 1, "holds weights that no tool would read: blk."),
         ("add_eos_token_id", lambda value: value + 1, "another end token"),
         ("add_token_merges", lambda merges: merges[5:], "makes another prompt than the folder's"),
         ("add_token_types", lambda kinds: [1] * len(kinds), "makes another prompt than the folder's"),
@@ -329,7 +329,7 @@ def test_an_adapter_is_tried_on_the_base_that_it_names(export, place, capsys):
         ({"quantization_config": {"quant_method": "fp8"}}, [], "has quantised weights (quantization_config"),
         ({"use_sliding_window": True, "sliding_window": 64}, [], "has a sliding window (use_sliding_window"),
         ({"attention_bias": True}, ["--format", "gguf"], "has biases in its attention"),
-        ({"hidden_act": "gelu"}, ["--format", "gguf"], "computes with gelu"),
+        ({"hidden_act": "gelu"}, ["--format", "gguf"], "has another activation than silu"),
         (
             {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}},
             ["--format", "gguf"],

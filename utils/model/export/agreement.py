@@ -1,7 +1,7 @@
-"""What an export costs: greedy answers and next-token probabilities of the folder and of the export, read back from disk."""
+"""What an export costs: the folder against the export as another tool reads it, both computed in float32."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -11,46 +11,28 @@ from utils.model.export.source import Source
 from utils.model.generate import generate_tokens, stop_tokens
 from utils.text import progress
 
-# Fields of a Qwen3Config that decide what the model computes.
+# Fields of a Qwen3Config that decide what the model computes. Short answers of a small model hardly tell a RoPE base of 10,000 from
+# one of a million; a long conversation does.
 DECIDE = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters", "attention_bias"),
     *("max_position_embeddings", "tie_word_embeddings"),
 )
-LARGEST_KL = 0.1  # nats a token; q8_0 costs about 0.001, a RoPE base or LM head that is lost more than 0.5
-
-
-class Agreement(NamedTuple):
-    """`same` of `answers` greedy answers are equal, token for token. `kl`: mean over the tokens of the folder's answers of the
-    Kullback-Leibler divergence, in nats, of the export's next-token probabilities from the folder's."""
-
-    answers: int
-    same: int
-    kl: float
-
-    def __str__(self):
-        return f"read as other tools do, computed in float32: {self.same} of {self.answers} greedy answers the same as the folder's, KL {self.kl:.1e} nats a token"
-
-
-def check_config(ours: Any, theirs: Any) -> None:
-    """RunError if another tool would compute with other sizes, another RoPE, or another head than the folder does.
-
-    Short answers of a small model hardly tell a RoPE base of 10,000 from one of a million; a long conversation does.
-    """
-    for name in DECIDE:
-        one, other = getattr(ours, name), getattr(theirs, name)
-        if isinstance(one, dict):
-            one, other = ({key: value for key, value in each.items() if value} for each in (one, other))
-        if one != other and not (isinstance(one, float) and math.isclose(one, other, rel_tol=1e-6)):
-            raise RunError(f"the export is not what the folder is: {name} is read as {other}, wanted {one}")
+LARGEST_KL = 0.1  # nats a token; q8_0 costs about 0.001, an LM head that is lost more than 0.5
+WRONG = "the export is not what the folder is"
 
 
 def compare_with_export(
     source: Source, tokenizer: Any, exported: Any, questions: list[list[dict]], max_new_tokens: int
-) -> Agreement:
-    """`questions`: conversations that end with the user's turn. Both models compute in float32, so that what differs is what
-    the exported weights and settings changed. RunError where the export would be asked with other prompts."""
-    check_config(source.model.config, exported.config)
+) -> str:
+    """How many greedy answers to `questions` (conversations up to the user's last turn) are equal, and the mean Kullback-Leibler
+    divergence of the export's next-token probabilities. RunError if it would be asked with other prompts, or is another model."""
+    for name in DECIDE:
+        one, other = getattr(source.model.config, name), getattr(exported.config, name)
+        if isinstance(one, dict):
+            one, other = ({key: value for key, value in each.items() if value} for each in (one, other))
+        if one != other and not (isinstance(one, float) and math.isclose(one, other, rel_tol=1e-6)):
+            raise RunError(f"{WRONG}: {name} is read as {other}, wanted {one}")
     prompts = [encode_prompt(source.tokenizer, messages) for messages in questions]
     for asked in ({}, {"enable_thinking": True}):  # llama.cpp and mlx-lm always ask for thinking
         for messages, prompt in zip(questions, prompts):
@@ -61,26 +43,24 @@ def compare_with_export(
                 raise RunError(
                     "the export's chat template or tokenizer makes another prompt than the folder's"
                 )
-    stop = stop_tokens(source.model, source.tokenizer)
+    stop, models = stop_tokens(source.model, source.tokenizer), {"folder": source.model, "export": exported}
     answers, others = (
         generate_tokens(
-            model, prompts, stop, max_new_tokens, watch=progress(f"{len(prompts)} answers of the {name}")
+            model, prompts, stop, max_new_tokens, watch=progress(f"{len(prompts)} answers: {name}")
         )
-        for name, model in (("folder", source.model), ("export", exported))
+        for name, model in models.items()
     )
     total = 0.0
     for prompt, answer in progress("probabilities", "answers")(list(zip(prompts, answers))):
-        ours, theirs = (_next_token_logps(model, prompt, answer) for model in (source.model, exported))
+        ids, count = torch.tensor([prompt + answer[:-1]]), len(answer)
+        with torch.inference_mode():
+            logits = [model(input_ids=ids, logits_to_keep=count).logits[0] for model in models.values()]
+        ours, theirs = (
+            each.double().log_softmax(-1) for each in logits
+        )  # (tokens of the answer, vocabulary)
         total += (ours.exp() * (ours - theirs)).sum().item()
-    same = sum(one == other for one, other in zip(answers, others))
-    found = Agreement(len(answers), same, total / sum(map(len, answers)))
-    if found.kl > LARGEST_KL:
-        raise RunError(f"the export is not what the folder is ({found}); do not use it")
-    return found
-
-
-@torch.inference_mode()
-def _next_token_logps(model, prompt, answer):
-    """Log-probabilities (tokens of the answer, vocabulary) of every next token where an answer's tokens are chosen."""
-    ids = torch.tensor([prompt + answer[:-1]])
-    return model(input_ids=ids, logits_to_keep=len(answer)).logits[0].double().log_softmax(-1)
+    same, kl = sum(one == other for one, other in zip(answers, others)), total / sum(map(len, answers))
+    counts = f"{same} of {len(answers)} greedy answers the same as the folder's, KL {kl:.1e} nats a token"
+    if kl > LARGEST_KL:
+        raise RunError(f"{WRONG}: {counts}; do not use it")
+    return f"read as other tools do, computed in float32: {counts}"

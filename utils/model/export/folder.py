@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer
 
-from utils.errors import RunError
 from utils.files import read_json
-from utils.model.export.source import Export, Source, save_tokenizer
+from utils.model.export.source import Export, Source, build_model, save_tokenizer
 
 PRECISIONS = ("bf16", "fp32")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -43,35 +42,21 @@ def save(source: Source, export: Export, partial: Path) -> None:
 
 
 def read(source: Source, export: Export) -> tuple[Any, Any]:
-    """(tokenizer, model in float32) of the exported folder as transformers 4.57 understands its files.
-
-    The model is built from the names of config.json that 4.57 knows, and from the tensors of the files: if the config ties the
-    LM head to the embedding, a head of its own is ignored. RunError if a tensor is missing, or nothing would read it.
-    """
-    place = export.place
-    given = read_json(place / "config.json")
-    known = {name: given.get(name, default) for name, default in CONFIG_OF_4.items()}
+    """(tokenizer, model in float32) as transformers 4.57 understands the exported files."""
+    given = read_json(export.place / "config.json")
+    config = {name: given.get(name, default) for name, default in CONFIG_OF_4.items()}
     rope = {
         "rope_type": "default",
-        **(known.pop("rope_scaling") or {}),
-        "rope_theta": known.pop("rope_theta"),
+        **(config.pop("rope_scaling") or {}),
+        "rope_theta": config.pop("rope_theta"),
     }
-    model = Qwen3ForCausalLM(Qwen3Config(**known, rope_parameters=rope)).eval()
-    model.tie_weights()
     weights: dict[str, torch.Tensor] = {}
-    for path in sorted(place.glob("*.safetensors")):
+    for path in sorted(export.place.glob("*.safetensors")):
         weights |= load_file(path)
-    for name, weight in model.named_parameters():  # names a tied weight once
-        if name not in weights:
-            raise RunError(
-                f"the export lacks {name}: transformers would go on with random numbers in its place"
-            )
-        weight.data = weights.pop(name).float()
-    if unread := [
-        name for name in weights if not (name == "lm_head.weight" and known["tie_word_embeddings"])
-    ]:
-        raise RunError(f"the export holds weights that no tool would read: {', '.join(unread[:3])}")
-    return AutoTokenizer.from_pretrained(place, trust_remote_code=False), model
+    if config["tie_word_embeddings"]:  # then a head of its own is ignored
+        weights.pop("lm_head.weight", None)
+    model = build_model(config | {"rope_parameters": rope}, weights, torch.Tensor.float)
+    return AutoTokenizer.from_pretrained(export.place, trust_remote_code=False), model
 
 
 def commands(export: Export, place: str) -> list[str]:

@@ -12,50 +12,31 @@ import numpy as np
 import torch
 
 from utils.errors import RunError, UserError
-from utils.files import read_json, show_path
+from utils.files import read_json, render
 from utils.model.chat_format import DECODING, END_OF_TURN
-from utils.model.export.source import Export, Source, config_of, refuse
+from utils.model.export.source import Export, Source, build_model
 from utils.model.generate import stop_tokens
 
 GGUF_PACKAGE = "gguf==0.19.0"
 PRECISIONS = ("q8_0", "f16", "bf16")
+MODELFILE = Path(__file__).with_name("Modelfile.jinja")
 
 # How Qwen splits a text into words before its merges apply. llama.cpp has this under the name "qwen2", and knows no other
 # pattern of a file: a tokenizer that splits otherwise would get other tokens there, without a word.
 QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-# What llama.cpp's "qwen3" has no field for, or this writer none: by the name in config.json.
-NOT_WRITTEN = {"attention_bias": "biases in its attention"}
-FLAGS = ("lstrip", "rstrip", "single_word")  # of an added token: llama.cpp matches tokens as they are
-
-
 def check(folder: Path, base: str) -> None:
-    """UserError if the package is missing, or the format or this writer cannot carry what `folder` has."""
+    """UserError if the package is missing, or llama.cpp has no name for how the tokenizer of `folder` splits words."""
     try:
         import gguf  # noqa: F401
     except ImportError:
         raise UserError(f"--format gguf needs llama.cpp's package: pip install {GGUF_PACKAGE}") from None
-    config, mend = config_of(folder), "--format gguf does not write that; --format folder does"
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"{show_path(folder)} has RoPE scaling ({kind}), and {mend}")
-    refuse(folder, config, NOT_WRITTEN, mend)
-    if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{show_path(folder)} computes with {config['hidden_act']} (hidden_act), and {mend}")
-    tokenizer = read_json(folder / "tokenizer.json")
-    splits = tokenizer["pre_tokenizer"]
-    patterns = [step["pattern"].get("Regex") for step in splits.get("pretokenizers", []) if "pattern" in step]
-    if patterns != [QWEN2_SPLIT]:
+    steps = read_json(folder / "tokenizer.json")["pre_tokenizer"].get("pretokenizers", [])
+    if [step["pattern"].get("Regex") for step in steps if "pattern" in step] != [QWEN2_SPLIT]:
         raise UserError(
             "llama.cpp cannot split words as this tokenizer does (its pre-tokenizer is not Qwen2's); --format folder can"
         )
-    for token in tokenizer.get("added_tokens", []):
-        if flags := [name for name in FLAGS if token.get(name)]:
-            raise UserError(
-                f"{show_path(folder)} has an added token {token['content']!r} with {', '.join(flags)}, and {mend}"
-            )
 
 
 def file_name(export: Export) -> str:
@@ -66,22 +47,11 @@ def save(source: Source, export: Export, partial: Path) -> None:
     """The GGUF file and a Modelfile."""
     import gguf
 
-    kind = export.precision.upper()
+    kind, config, tokenizer = export.precision.upper(), source.model.config, source.tokenizer
     writer = gguf.GGUFWriter(partial / file_name(export), "qwen3")
     writer.add_name(export.name)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_architecture(writer, source.model.config)
-    _add_tokenizer(writer, source)
-    _add_weights(writer, source.model, gguf.GGMLQuantizationType[kind])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    (partial / "Modelfile").write_text(modelfile(source, export), encoding="utf-8", newline="\n")
-
-
-def _add_architecture(writer, config):
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -92,11 +62,7 @@ def _add_architecture(writer, config):
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-
-
-def _add_tokenizer(writer, source):
-    tokenizer = source.tokenizer
-    tokens, kinds, merges = _vocabulary(tokenizer, source.model.config.vocab_size)
+    tokens, kinds, merges = _vocabulary(tokenizer, config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
@@ -106,6 +72,12 @@ def _add_tokenizer(writer, source):
     writer.add_pad_token_id(tokenizer.convert_tokens_to_ids("<|endoftext|>"))
     writer.add_add_bos_token(False)
     writer.add_chat_template(tokenizer.chat_template)
+    _add_weights(writer, source.model, gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (partial / "Modelfile").write_text(modelfile(source, export), encoding="utf-8", newline="\n")
 
 
 def _vocabulary(tokenizer, size):
@@ -136,54 +108,44 @@ def _add_weights(writer, model, kind):
         gguf_name = names.get_name(name, try_suffixes=(".weight",))
         if values.ndim == 1:
             writer.add_tensor(gguf_name, values)
-        elif kind == gguf.GGMLQuantizationType.F16:
-            writer.add_tensor(gguf_name, _to_f16(values, name))
-        else:
+        elif kind != gguf.GGMLQuantizationType.F16:
             writer.add_tensor(gguf_name, gguf.quantize(values, kind), raw_dtype=kind)
-
-
-def _to_f16(values, name):
-    if np.abs(values).max() > np.finfo(np.float16).max:
-        raise UserError(f"{name} holds values above 65,504, which f16 cannot hold; --precision bf16 can")
-    return values.astype(np.float16)
+        elif np.abs(values).max() <= np.finfo(np.float16).max:
+            writer.add_tensor(gguf_name, values.astype(np.float16))
+        else:
+            raise UserError(f"{name} holds values above 65,504, which f16 cannot hold; --precision bf16 can")
 
 
 def read(source: Source, export: Export) -> tuple[Any, Any]:
     """(tokenizer, model in float32) of the file, both made of its own fields and tensors alone, as llama.cpp makes them."""
     import gguf
-    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     reader = gguf.GGUFReader(export.place / file_name(export))
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def field(name):
         return reader.fields[name].contents()
 
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = Qwen3Config(
-        vocab_size=len(field("tokenizer.ggml.tokens")),
-        max_position_embeddings=field("qwen3.context_length"),
-        hidden_size=field("qwen3.embedding_length"),
-        num_hidden_layers=field("qwen3.block_count"),
-        intermediate_size=field("qwen3.feed_forward_length"),
-        num_attention_heads=field("qwen3.attention.head_count"),
-        num_key_value_heads=field("qwen3.attention.head_count_kv"),
-        head_dim=field("qwen3.attention.key_length"),
-        rms_norm_eps=field("qwen3.attention.layer_norm_rms_epsilon"),
-        rope_parameters={"rope_type": "default", "rope_theta": field("qwen3.rope.freq_base")},
-        tie_word_embeddings="output.weight" not in tensors,
-        eos_token_id=field("tokenizer.ggml.eos_token_id"),
+    config = {
+        "vocab_size": len(field("tokenizer.ggml.tokens")),
+        "max_position_embeddings": field("qwen3.context_length"),
+        "hidden_size": field("qwen3.embedding_length"),
+        "num_hidden_layers": field("qwen3.block_count"),
+        "intermediate_size": field("qwen3.feed_forward_length"),
+        "num_attention_heads": field("qwen3.attention.head_count"),
+        "num_key_value_heads": field("qwen3.attention.head_count_kv"),
+        "head_dim": field("qwen3.attention.key_length"),
+        "rms_norm_eps": field("qwen3.attention.layer_norm_rms_epsilon"),
+        "rope_parameters": {"rope_type": "default", "rope_theta": field("qwen3.rope.freq_base")},
+        "tie_word_embeddings": "output.weight" not in tensors,
+    }
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"])
+    model = build_model(
+        config,
+        tensors,
+        lambda found: torch.from_numpy(np.array(gguf.dequantize(found.data, found.tensor_type), np.float32)),
+        lambda name: names.get_name(name, try_suffixes=(".weight",)),
     )
-    model = Qwen3ForCausalLM(config).eval()
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
-    for name, weight in model.named_parameters():
-        tensor = tensors.pop(names.get_name(name, try_suffixes=(".weight",)), None)
-        if tensor is None:
-            raise RunError(f"{file_name(export)} lacks {name}")
-        weight.data = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32))
-    if tensors:
-        raise RunError(
-            f"{file_name(export)} holds tensors that nothing reads: {', '.join(list(tensors)[:3])}"
-        )
     return _tokenizer_of(field), model
 
 
@@ -214,37 +176,21 @@ def _tokenizer_of(field):
     )
 
 
-# Ollama renders prompts by a template in Go's language, not by the one in the GGUF file.
-GO_TEMPLATE = """{{- if .System }}<|im_start|>system
-{{ .System }}<|im_end|>
-{{ end }}
-{{- range $index, $message := .Messages }}
-{{- if eq .Role "user" }}<|im_start|>user
-{{ .Content }}<|im_end|>
-{{ else if eq .Role "assistant" }}<|im_start|>assistant
-{{ .Content }}<|im_end|>
-{{ end }}
-{{- end }}<|im_start|>assistant
-"""
-NO_THINKING = "<think>\n\n</think>\n\n"
-
-
 def modelfile(source: Source, export: Export) -> str:
-    """Ollama's Modelfile: its template ends in the prompt of the trained mode; stops and decoding as in generation_config."""
-    ids = sorted(stop_tokens(source.model, source.tokenizer))
-    greedy = source.model.generation_config.do_sample is False
-    decoding = {"temperature": 0} if greedy else DECODING[source.thinking]
-    sampling = [name for name in ("temperature", "top_p", "top_k") if name in decoding]
+    """Ollama's Modelfile, whose template, in Go's language, takes the place of the one in the GGUF file: it ends in the prompt of the
+    trained mode; stops and decoding as in generation_config."""
     if '"""' in source.system:
         raise UserError('the system text of training holds """, which ends a text in a Modelfile')
-    lines = [
-        f"FROM ./{file_name(export)}",
-        *([f'SYSTEM """{source.system}"""'] if source.system else []),
-        f'TEMPLATE """{GO_TEMPLATE}{"" if source.thinking else NO_THINKING}"""',
-        *(f'PARAMETER stop "{source.tokenizer.decode([token])}"' for token in ids),
-        *(f"PARAMETER {name} {decoding[name]}" for name in sampling),
-    ]
-    return "\n".join(lines) + "\n"
+    greedy = source.model.generation_config.do_sample is False
+    decoding = {"temperature": 0} if greedy else DECODING[source.thinking]
+    return render(
+        MODELFILE,
+        file=file_name(export),
+        system=source.system,
+        thinking=source.thinking,
+        stops=map(source.tokenizer.decode, sorted(stop_tokens(source.model, source.tokenizer))),
+        sampling=[(name, decoding[name]) for name in ("temperature", "top_p", "top_k") if name in decoding],
+    )
 
 
 def commands(export: Export, place: str) -> list[str]:
