@@ -102,3 +102,12 @@ def test_the_limit_of_lengths_is_drawn_only_where_it_is_near(tmp_path, monkeypat
     axes = kept[0].axes[0]
     assert (axes.get_xlim()[1] < 200) and bool(axes.get_lines()[0].get_xdata().__len__()) == marked
     assert f"{limit:,}" in axes.get_legend().get_texts()[0].get_text()
+
+
+def test_rewards_are_drawn_from_the_first_update_on(tmp_path, figures):
+    plot_training(log_of(5, {0, 5}, preference=True), tmp_path / "loss_curve.png", "run", 5)
+    panels = {axis.get_title(loc="left"): axis for axis in figures[0].axes}
+    first = {
+        title: min(min(line.get_xdata()) for line in axis.lines) for title, axis in panels.items() if title
+    }
+    assert first["reward margin"] == 2 and first["loss"] == 0

@@ -182,6 +182,8 @@ def plot_training(log: list[Entry], path: Path, title: str, best_step: int | Non
 
 def _draw_quantity(axis, log, name, best_step, colour):
     """Training values, raw and smoothed, and the evaluations of one quantity as points with their values."""
+    if name.startswith("reward"):  # before the first update they are 0 by definition: a jump that is none
+        log = [entry for entry in log if entry["step"] > ("loss" in entry)]
     steps, values = points(log, name)
     axis.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8, label="training, each step")
     smooth_line = {"color": colour, "linewidth": 2.2, "label": "training, smoothed"}

@@ -1,5 +1,11 @@
 """What SFT, LoRA and DPO leave behind, in both number formats: files as documented, a model that loads, and loss that fell."""
 
+import importlib.util
+import sys
+import types
+
+import accelerate.tracking
+import accelerate.utils
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -95,3 +101,34 @@ def test_embeddings_that_are_not_trained_stay_as_they_are(place, precision):
     assert same == ["model.embed_tokens.weight"]
     record = read_json(folder / "run.json")
     assert record["results"]["eval_loss"] < record["results"]["eval_loss_before"]
+
+
+def test_a_tracker_gets_the_log_and_no_other_is_asked(place, tmp_path, capsys, monkeypatch):
+    """Through accelerate's own trackers, here with a writer in tensorboard's place; its package is named if it is missing."""
+    assert train("sft", place, tmp_path / "out", "--tracker", "wandb") == 2
+    assert "--tracker wandb needs its package: pip install wandb" in capsys.readouterr().err
+    got = []
+
+    class Writer:
+        def __init__(self, folder, **options):
+            assert str(tmp_path / "out") in str(folder)
+
+        add_hparams = flush = close = lambda self, *given, **named: None
+
+        def add_scalar(self, name, value, global_step=None, **more):
+            got.append((global_step, name, value))
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer
+    found = importlib.util.find_spec
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: name == "tensorboard" or found(name, *more)
+    )
+    known = [accelerate.utils.LoggerType.TENSORBOARD]
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: known)
+    assert train("sft", place, tmp_path / "out", "--tracker", "tensorboard", "--max-steps", 2) == 0
+    log = [entry for entry in read_jsonl(tmp_path / "out/training_log.jsonl") if "loss" in entry]
+    assert [(entry["step"], pytest.approx(entry["loss"], rel=1e-6)) for entry in log] == [
+        (step, value) for step, name, value in got if name == "loss"
+    ]

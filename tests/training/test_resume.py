@@ -26,10 +26,31 @@ from processes import fork
 pytestmark = pytest.mark.slow  # every test starts processes, and kills some
 
 
-def script(method, given, output, environment):
+def unequal_memory(folder):
+    """The second of two processes has memory for one row at once only; every process notes the rows of its steps."""
+    from utils.training import loop, plan
+
+    choose, rank = plan.choose, int(os.environ["RANK"])
+    plan.free_memory = lambda device: 2 - rank
+    plan.choose = lambda possible, needed, free, *more: choose(
+        possible, {way: way.rows_at_once for way in possible}, free, *more
+    )
+    backward = loop.Learner.backward
+
+    def noted(learner, batches, way):
+        with open(f"{folder}.rows{rank}", "a", encoding="utf-8") as file:
+            file.writelines(f"{name}\n" for batch in batches for name in batch["ids"])
+        return backward(learner, batches, way)
+
+    loop.Learner.backward = noted
+
+
+def script(method, given, output, environment, prepare=None):
     """In a process of its own: the finetune script, its messages in the files said and errors beside `output`."""
     os.environ.update(environment)
     log_module.plot_training = no_picture
+    if prepare:
+        prepare(output)
     place = f"{output}{environment.get('RANK', '')}"
     with (
         open(f"{place}.said", "w", encoding="utf-8") as sys.stdout,
@@ -39,12 +60,12 @@ def script(method, given, output, environment):
     sys.exit(code)
 
 
-def start(method, place, output, *more, environment=None, precision="fp32"):
+def start(method, place, output, *more, environment=None, precision="fp32", prepare=None):
     given = arguments(method, place, output, *more, precision=precision)
-    return fork(script, method, given, output, environment or {})
+    return fork(script, method, given, output, environment or {}, prepare)
 
 
-def start_two(method, place, output, *more):
+def start_two(method, place, output, *more, prepare=None):
     """Two processes joined by gloo, each with half of a step's rows, as accelerate launch would start them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -63,6 +84,7 @@ def start_two(method, place, output, *more):
                 "MASTER_PORT": port,
                 "OMP_NUM_THREADS": "1",
             },
+            prepare=prepare,
         )
         for rank in range(2)
     ]
@@ -212,3 +234,13 @@ def test_two_processes_end_together_when_time_is_over(place):
     assert "finished in" in said(start_two("sft", place, output, *more), output)
     record = read_json(output / "run.json")
     assert 0 < record["results"]["steps"] < 200
+
+
+def test_two_processes_of_unequal_memory_train_each_example_once_an_epoch(place):
+    """The smallest memory decides for both. Each by itself would give some rows to both processes, and others to none."""
+    output = place / "unequal"
+    more = ["--rows-per-step", 4, "--max-length", 128, "--epochs", 1]
+    said(start_two("sft", place, output, *more, prepare=unequal_memory), output)
+    assert read_json(output / "run.json")["plan"] == [[0, 1, 2, False]]
+    rows = [Path(f"{output}.rows{rank}").read_text(encoding="utf-8").split() for rank in range(2)]
+    assert all(rows) and sorted(rows[0] + rows[1]) == sorted(str(number) for number in range(56))
