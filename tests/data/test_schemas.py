@@ -26,12 +26,11 @@ def test_conversations(row, messages):
 def test_reasoning_becomes_reasoning_content(row):
     item = convert_row(row)
     assert item.body["messages"][-1] == {"role": "assistant", "content": "答", "reasoning_content": "想"}
-    assert item.reasoning
 
 
 def test_an_empty_think_block_is_no_reasoning():
     item = convert_row({"query": "问", "response": "<think>\n\n</think>\n\n答"})
-    assert item.body["messages"] == turns("问", "答") and not item.reasoning
+    assert item.body["messages"] == turns("问", "答")
 
 
 @pytest.mark.parametrize("row", PREFERENCE)
@@ -133,7 +132,7 @@ def test_true_or_false(row, answer):
 def test_explanations_become_reasoning_on_request():
     row = {"question": "性温的是", "options": OPTIONS, "answer": "A", "解析": "麻黄辛温，石膏大寒。"}
     item = convert_row(row, RowOptions(explained=True))
-    assert item.kind == "sft" and item.reasoning and item.schema == "exam with explanation"
+    assert item.kind == "sft" and item.schema == "exam with explanation"
     assert item.body["messages"][0]["content"] == "性温的是\nA. 麻黄\nB. 石膏\nC. 知母\nD. 黄连"
     assert item.body["messages"][1] == {
         "role": "assistant",

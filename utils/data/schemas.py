@@ -79,7 +79,6 @@ class ConvertedRow(NamedTuple):
     rest: str
     split: str  # "train", "eval", or "" where the row does not say
     characters: int
-    reasoning: bool
     trimmed: bool  # whether turns were left out at an end
     unused: dict  # {field that holds something and was not used: its value}; of turns "messages[].name"
 
@@ -172,7 +171,7 @@ def convert_row(row: dict, options: RowOptions = PLAIN) -> ConvertedRow:
         kind, schema = "sft", "exam with explanation"
         body = {"messages": as_conversation(body, text_of(fields, "explanation", "explanation"))}
     if kind == "exam":
-        questions, others, reasoning = [body["question"]], [*body["options"].values(), body["answer"]], False
+        questions, others = [body["question"]], [*body["options"].values(), body["answer"]]
     else:
         prompt = body["messages" if kind == "sft" else "prompt"]
         if options.system and prompt[0]["role"] != "system":
@@ -182,15 +181,14 @@ def convert_row(row: dict, options: RowOptions = PLAIN) -> ConvertedRow:
         first = next(number for number, turn in enumerate(turns) if turn["role"] == "user")
         later = [turn for number, turn in enumerate(turns) if number != first]
         others = [text for turn in later for text in (turn.get("reasoning_content"), turn["content"]) if text]
-        reasoning = any("reasoning_content" in turn for turn in turns)
     rest = "\n".join(others)
     for text in (questions[0], rest, body.get("subject", ""), body.get("kind", "")):
         _check_text(text)
     characters = len(questions[0]) + len(rest)
     if options.max_characters and characters > options.max_characters:
         raise Reject("too long", f"{characters:,} characters")
-    told = body, questions, rest, split, characters, reasoning, was_trimmed, fields.unused()
-    return ConvertedRow(kind, schema, *told)
+    made = body, questions, rest, split, characters, was_trimmed, fields.unused()
+    return ConvertedRow(kind, schema, *made)
 
 
 def _check_text(text):
@@ -254,16 +252,18 @@ def _by_values(row):
     """The reader of a row that holds one list of turns, or one text that is a dialogue, under whatever name; else None."""
     for name in row.names:
         value = row.peek(name)
-        if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
-            if all({"role", "from", "speaker", "human"} & set(turn) for turn in value):
-                return functools.partial(read_conversation, name=name)
-        elif isinstance(value, list) and all(isinstance(turn, str) for turn in value):
-            if all(marked_turns(turn, both=False) for turn in value):
-                return functools.partial(read_conversation, name=name)
+        if isinstance(value, list) and all(map(_is_turn, value)):
+            return functools.partial(read_conversation, name=name)
     texts = [name for name in row.names if name not in BESIDE_TEXT and isinstance(row.peek(name), str)]
     if len(texts) == 1 and marked_turns(row.peek(texts[0])):
         return functools.partial(read_conversation, name=texts[0])
     return None
+
+
+def _is_turn(value):
+    if isinstance(value, str):
+        return bool(marked_turns(value, both=False))
+    return isinstance(value, dict) and not {"role", "from", "speaker", "human"}.isdisjoint(value)
 
 
 def _unknown(row, options):
