@@ -107,7 +107,11 @@ def read_settings(namespace: dict[str, Any], argv: list[str] | None = None, posi
     verbose = given.pop("verbose", False)
     if "positional" in given:
         given[positional] = given.pop("positional")
-    values, here = {}, _current_folder()
+    try:
+        values, here = {}, Path.cwd()
+    except FileNotFoundError:
+        gone = "the folder that this was started in has been deleted; go to one that is there, with cd"
+        raise UserError(gone) from None
     for name, (line, rule, _) in constants.items():
         label = flag_of(name) if name in given else f"{_plain(script)}, line {line}: {name}"
         value = _checked(label, given.get(name, namespace[name]), kinds[name], rule)
@@ -209,14 +213,6 @@ def _nearest(word, known):
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _current_folder():
-    try:
-        return Path.cwd()
-    except FileNotFoundError:
-        gone = "the folder that this was started in has been deleted; go to one that is there, with cd"
-        raise UserError(gone) from None
-
-
 def _kind(name, rule, value):
     """The type of a constant: by its rule, else by its name, else by its value in the script."""
     if limits := RULE.fullmatch(rule):
@@ -244,21 +240,12 @@ def _checked(label, value, kind, rule):
         if fits:
             value = kind(value)
             fits = least <= value <= most and not (above and value == least) or value == -1 and bool(unset)
-        if (
-            not fits
-            and isinstance(value, float)
-            and max(least, 0) < (meant := _with_negative_exponent(value)) <= most
-        ):
-            wanted += f"; {meant:g} meant?"
+        mantissa, _, exponent = f"{value:e}".partition("e+") if kind is type(value) is float else ("", "", "")
+        if not fits and exponent and least < (meant := float(f"{mantissa}e-{exponent}")) <= most:
+            wanted += f"; {meant:g} meant?"  # 2e5: 2e-5
     if not fits:
         raise UserError(f"{label} is {value!r}, wanted {wanted}")
     return value
-
-
-def _with_negative_exponent(value):
-    """2e5 -> 2e-5; 0 for a number below 10."""
-    mantissa, _, exponent = f"{value:e}".partition("e+")
-    return float(f"{mantissa}e-{exponent}") if int(exponent or 0) else 0.0
 
 
 def _resolve(name, value, base):
