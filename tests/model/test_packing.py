@@ -1,17 +1,19 @@
 """Packing is exact: logits, loss and gradients equal those of plain transformers on each document alone."""
 
+import contextlib
 import random
 
 import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from cuda_on_cpu import cuda_forms
 from packed_items import some_items
 from transformers import AutoModelForCausalLM
 
 from utils.errors import UserError
 from utils.files import id_key
-from utils.model.lm_head import cross_entropy_sum, token_logps
+from utils.model.lm_head import HeadGradient, cross_entropy_sum, token_logps
 from utils.model.packing import PackedRows, collate, item_length, model_inputs, pack
 from utils.model.qwen3_train import prepare_packed
 
@@ -101,9 +103,9 @@ def test_labels_stand_before_their_tokens():
     assert batch["reference_chosen"].tolist() == [-1.5]
 
 
-def gradients_of(model, plain, documents, dtype=torch.float32):
+def gradients_of(model, documents, dtype=None, plain=False):
     """Gradients of the summed loss, float64: by plain transformers one document after another, or by ours, packed."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
         if plain:
             losses = [
                 F.cross_entropy(
@@ -117,21 +119,27 @@ def gradients_of(model, plain, documents, dtype=torch.float32):
         else:
             batch = collate([[{"documents": [document]} for document in documents]])
             inputs, targets = model_inputs(batch), batch["targets"]
-            loss = cross_entropy_sum(model(**inputs), model.lm_head.weight, targets)
+            loss = cross_entropy_sum(model(**inputs), model.lm_head.weight, targets, None, HeadGradient())
     loss.backward()
     return [parameter.grad.double() for parameter in model.parameters()]
 
 
-def test_a_model_in_bf16_is_as_near_to_float64_as_plain_transformers(folder):
-    """3 % further: plain attention rounds its scores, which the fused kernel does not."""
+@pytest.mark.parametrize(
+    "forms, dtype", [("cpu", torch.bfloat16), ("cuda", torch.bfloat16), ("cuda", torch.float16)], ids=str
+)
+def test_a_reduced_format_is_as_near_to_float64_as_plain_transformers(folder, forms, dtype):
+    """In the forms for CPUs 5 % further at most: plain attention rounds its scores, which the fused kernel does not. The forms for
+    CUDA round heads after their rotation and the weights of their norms too."""
     documents = [item["documents"][0] for item in some_items(40, seed=6)]
-    exact = gradients_of(load(folder, torch.float64), True, documents)
-    ours = gradients_of(prepare_packed(load(folder)), False, documents, torch.bfloat16)
-    plain = gradients_of(load(folder), True, documents, torch.bfloat16)
+    exact = gradients_of(load(folder, torch.float64), documents, plain=True)
+    plain = gradients_of(load(folder), documents, dtype, plain=True)
+    with cuda_forms() if forms == "cuda" else contextlib.nullcontext():
+        ours = gradients_of(prepare_packed(load(folder)), documents, dtype)
     errors = torch.tensor(
         [[(one - right).norm() / right.norm() for one in found] for *found, right in zip(ours, plain, exact)]
     )
-    assert errors.max() < 0.1 and errors[:, 0].mean() <= 1.05 * errors[:, 1].mean(), errors
+    further = 1.05 if forms == "cpu" else 1.3
+    assert errors.max() < 0.1 and errors[:, 0].mean() <= further * errors[:, 1].mean(), errors.mean(0)
 
 
 def test_layers_keep_a_fifth_less_for_the_backward_pass(folder):

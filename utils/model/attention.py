@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
+from utils.model.mixed import REDUCED, on_cuda
 from utils.model.packing import GroupShape
 
 BLOCK = (
@@ -34,15 +35,16 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Te
 
 
 def plan_attention(
-    layout: list[GroupShape], row_length: int, device: torch.device, dtype: torch.dtype
+    layout: list[GroupShape], row_length: int, states: torch.Tensor, dtype: torch.dtype
 ) -> Attention:
     """The attention of one forward pass, for all its layers: masks and lengths are made here, once.
 
-    `layout` and `row_length` are collate's, `dtype` is that of matrix products.
+    `layout` and `row_length` are collate's, `states` are on the device that computes, `dtype` is that of matrix products.
     """
+    device = states.device
     if row_length:
         return functools.partial(by_mask, mask=row_masks(layout, row_length, device))
-    if device.type == "cuda" and dtype == torch.bfloat16:
+    if on_cuda(states) and dtype in REDUCED:
         return functools.partial(by_varlen, sequences=VarlenSequences.of(layout, device))
     reduced = device.type == "cpu" and dtype == torch.bfloat16
     return functools.partial(
@@ -207,7 +209,8 @@ class VarlenSequences(NamedTuple):
 def by_varlen(query, key, value, scaling, sequences: VarlenSequences) -> torch.Tensor:
     """One call of torch's variable-length kernel. It aligns the causal mask at the ends of queries and keys, as FlashAttention
     2.1 does: the last query of a branch sees all its keys."""
-    query, key, value = (states[0].transpose(0, 1).bfloat16() for states in (query, key, value))
+    dtype = query.dtype if query.dtype in REDUCED else torch.bfloat16
+    query, key, value = (states.squeeze(0).transpose(0, 1).to(dtype) for states in (query, key, value))
     if sequences.key_index is not None:
         key, value = (states.index_select(0, sequences.key_index) for states in (key, value))
     result = varlen_attn(
@@ -244,7 +247,7 @@ def by_mask(query, key, value, scaling, mask) -> torch.Tensor:
     CUDA has the slow math kernel only."""
     rows, _, length, _ = mask.shape
     query, key, value = (
-        states[0].unflatten(1, (rows, length)).transpose(0, 1) for states in (query, key, value)
+        states.squeeze(0).unflatten(1, (rows, length)).transpose(0, 1) for states in (query, key, value)
     )
     heads = query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(heads, dim=1) for states in (key, value))

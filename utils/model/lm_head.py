@@ -13,8 +13,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from utils.model.mixed import REDUCED, on_cuda
+
 CHUNK = 512  # positions scored at once, at most: 512 x 151,936 logits are 148 MiB in bfloat16
 CACHED = 16  # of them, whose softmax is worked out at a time: 9 MiB in float32, which stay in a CPU's cache
+UNIT = 1 << 12  # float16 holds softmax values in units of 1 / UNIT: its least number is 6e-8
 SLICE = 1 << 14  # rows of the weight whose gradient is formed at a time in bfloat16: 32 MiB
 
 
@@ -70,9 +73,13 @@ class _CrossEntropySum(torch.autograd.Function):
         total = torch.zeros((), dtype=exact, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _chunks(len(targets)):
-                states = hidden[part].to(head.dtype)
+                states, weights = hidden[part].to(head.dtype), token_weights[part].to(exact)
+                if on_cuda(hidden) and head.dtype in REDUCED:
+                    given = (None if hidden_gradient is None else hidden_gradient[part], weight_gradient)
+                    total += _loss_on_cuda(states, head, targets[part], weights, *given)
+                    continue
                 logits = states @ head.T
-                total += _loss_and_gradient(logits, targets[part], token_weights[part].to(exact))
+                total += _loss_and_gradient(logits, targets[part], weights)
                 if need_hidden:
                     hidden_gradient[part] = logits @ head
                 if need_weight:
@@ -84,7 +91,7 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        if ctx.into_grad and upstream != 1:
+        if ctx.into_grad and not on_cuda(upstream) and upstream != 1:  # a GPU would have to be waited for
             raise RuntimeError(
                 f"the loss was scaled by {upstream.item()} after its gradient had been added up"
             )
@@ -114,6 +121,31 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, token_weights: Tensor) -
         if gradient.dtype != block.dtype:
             block.copy_(gradient)
     return torch.cat(losses).sum()
+
+
+def _loss_on_cuda(states, head, targets, token_weights, hidden_gradient, weight_gradient) -> Tensor:
+    """The loss of one chunk, of which the gradients are written to `hidden_gradient` (n, H) and added to `weight_gradient` (V, H).
+
+    In as few passes over the scores (n, V) as torch's kernels allow: the product gives them in float32, and the softmax is rounded
+    once, without the token weights, which the much smaller states take.
+    """
+    logps = torch.log_softmax(torch.mm(states, head.T, out_dtype=torch.float32), dim=1)
+    right = logps.gather(1, targets[:, None])
+    loss = -(right[:, 0] * token_weights).sum()
+    weights = token_weights[:, None]
+    if head.dtype == torch.float16:  # keeps softmax values down to 1e-11
+        logps, weights = logps.add_(math.log(UNIT)), weights / UNIT
+        right = right + math.log(UNIT)
+    gradient = torch.exp(logps, out=torch.empty_like(logps, dtype=head.dtype))
+    gradient.scatter_(
+        1, targets[:, None], (right.exp() - (UNIT if head.dtype == torch.float16 else 1)).to(head.dtype)
+    )
+    if hidden_gradient is not None:
+        torch.mul(torch.mm(gradient, head, out_dtype=torch.float32), weights, out=hidden_gradient)
+    if weight_gradient is not None:
+        weighted = torch.mul(states, weights, out=torch.empty_like(states))
+        torch.addmm(weight_gradient, gradient.T, weighted, out_dtype=torch.float32, out=weight_gradient)
+    return loss
 
 
 def _add_product(gradient: Tensor, logits: Tensor, states: Tensor) -> None:
@@ -154,7 +186,12 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     parts = []
     with torch.autocast(hidden.device.type, enabled=False):
         for part in _chunks(len(targets)):
-            logits = (hidden[part].to(head.dtype) @ head.T).to(_exact_dtype(hidden))
+            states = hidden[part].to(head.dtype)
+            if on_cuda(hidden) and head.dtype in REDUCED:
+                logps = torch.log_softmax(torch.mm(states, head.T, out_dtype=torch.float32), dim=1)
+                parts.append(logps.gather(1, targets[part, None])[:, 0])
+                continue
+            logits = (states @ head.T).to(_exact_dtype(hidden))
             parts.append(logits.gather(1, targets[part, None])[:, 0] - torch.logsumexp(logits, dim=1))
     return torch.cat(parts)
 

@@ -19,15 +19,19 @@ from transformers.models.qwen3 import modeling_qwen3
 from utils.device import Device
 from utils.model.attention import Attention, plan_attention
 from utils.model.lm_head import matmul_dtype
+from utils.model.mixed import FusedRMSNorm, Linear, on_cuda, reduced_dtype, round_weights
 from utils.model.packing import ROUNDED, GroupShape, PackedBatch, model_inputs, to_device
 
 Turn = tuple[Tensor, Tensor]  # cosines and sines (1, T, head_dim) of the rotary angles
 
 
 class RMSNorm(modeling_qwen3.Qwen3RMSNorm):
-    """states / root mean square x weight; with `turn`, heads are rotated to their positions afterwards."""
+    """states / root mean square x weight; with `turn`, heads are rotated to their positions afterwards. On CUDA in `dtype`, if given."""
 
-    def forward(self, states: Tensor, turn: Turn = (None, None)) -> Tensor:
+    def forward(self, states: Tensor, turn: Turn = (None, None), dtype: torch.dtype | None = None) -> Tensor:
+        if on_cuda(states):
+            given = (self.weight, self.variance_epsilon, *turn)
+            return FusedRMSNorm.apply(states, *given, dtype or states.dtype, _rotate)
         return _RMSNorm.apply(states, self.weight, self.variance_epsilon, *turn)
 
 
@@ -57,9 +61,10 @@ class Layer(modeling_qwen3.Qwen3DecoderLayer):
     def forward(
         self, states: Tensor, turn: Turn, attention: Attention, wanted: Tensor | None = None
     ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(states), turn, attention, wanted)
+        dtype = reduced_dtype(states)
+        attended = self.self_attn(self.input_layernorm(states, dtype=dtype), turn, attention, wanted)
         states = attended + (states if wanted is None else states.index_select(1, wanted))
-        return states + self.mlp(self.post_attention_layernorm(states))
+        return states + self.mlp(self.post_attention_layernorm(states, dtype=dtype))
 
 
 class Model(modeling_qwen3.Qwen3Model):
@@ -86,7 +91,9 @@ class Qwen3ForCausalLM(transformers.Qwen3ForCausalLM):
     ) -> Tensor:
         """The final hidden states (N, hidden) of the N positions that have a label. Takes utils.model.packing.model_inputs."""
         states = self._embed(input_ids)
-        attention = plan_attention(layout, row_length, input_ids.device, matmul_dtype(states))
+        if dtype := reduced_dtype(states):
+            round_weights(self.model, dtype)
+        attention = plan_attention(layout, row_length, states, matmul_dtype(states))
         labels = len(label_positions)
         # The number of positions is rounded up, since every new shape costs time where kernels are made for it.
         wanted = F.pad(label_positions, (0, -labels % ROUNDED))
@@ -95,12 +102,14 @@ class Qwen3ForCausalLM(transformers.Qwen3ForCausalLM):
     def _embed(self, input_ids: Tensor) -> Tensor:
         """The residual stream begins in the dtype of the norms: float32 in training, also over a base held in bfloat16."""
         weight = self.model.embed_tokens.weight
-        if weight is self.lm_head.weight and weight.requires_grad and weight.device.type == "cpu":
+        alone = on_cuda(weight) and not torch.distributed.is_initialized()
+        if weight is self.lm_head.weight and weight.requires_grad and (weight.device.type == "cpu" or alone):
             return _TiedEmbedding.apply(weight, input_ids)
         return self.model.embed_tokens(input_ids).to(self.model.norm.weight.dtype)
 
 
 CLASSES = {
+    torch.nn.Linear: Linear,
     modeling_qwen3.Qwen3RMSNorm: RMSNorm,
     modeling_qwen3.Qwen3Attention: SelfAttention,
     modeling_qwen3.Qwen3MLP: MLP,
@@ -113,7 +122,8 @@ CLASSES = {
 def prepare_packed(model: transformers.Qwen3ForCausalLM) -> Qwen3ForCausalLM:
     """Let `model` compute as the classes of this module do, and return it. Call it before an adapter is put on."""
     for module in model.modules():
-        module.__class__ = CLASSES.get(type(module), type(module))
+        if type(module) in CLASSES and getattr(module, "bias", None) is None:
+            module.__class__ = CLASSES[type(module)]
     return model
 
 
@@ -140,7 +150,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, upstream):
         normed, factor, weight, cos, sin = ctx.saved_tensors
         if cos is not None:
-            upstream = _rotate(upstream, cos, -sin)  # back again
+            upstream = _rotate(upstream, cos, sin, back=True)
         both = (upstream * normed).flatten(0, -2)
         # Only the part of the gradient at right angles to `normed` counts: the norm cancels any change of length.
         along = (both @ weight / weight.shape[0]).view(factor.shape)
@@ -148,12 +158,12 @@ class _RMSNorm(torch.autograd.Function):
         return gradient, both.sum(0) if ctx.needs_input_grad[1] else None, None, None, None
 
 
-def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads turned by angles whose cosines and sines (1, T, head_dim) have two halves that are the same."""
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+    """Heads turned by angles, or `back`. The cosines and sines (1, T, head_dim) have two halves that are the same."""
     cos, sin, half = cos[:, :, None], sin[:, :, None, : cos.shape[-1] // 2], cos.shape[-1] // 2
-    turned = heads * cos
-    turned[..., :half].addcmul_(heads[..., half:], sin, value=-1)
-    turned[..., half:].addcmul_(heads[..., :half], sin)
+    turned = torch.mul(heads, cos, out=torch.empty_like(heads))  # rounded once, to the format of the heads
+    turned[..., :half].addcmul_(heads[..., half:], sin, value=1 if back else -1)
+    turned[..., half:].addcmul_(heads[..., :half], sin, value=-1 if back else 1)
     return turned
 
 
