@@ -144,7 +144,7 @@ class Counts(TorchDispatchMode):
 
 @torch.library.custom_op("counts::fused_rms_norm", mutates_args=())
 def _counted_rms_norm(
-    states: torch.Tensor, shape: list[int], weight: torch.Tensor, epsilon: float
+    states: torch.Tensor, shape: list[int], weight: torch.Tensor | None, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One operation, as on CUDA: on a CPU the original is counted as the many that it is made of."""
     raise NotImplementedError

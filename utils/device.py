@@ -34,7 +34,7 @@ class Capabilities:
 @dataclass(frozen=True)
 class Device:
     """`name` is torch's device type. `bf16`: matrix products run in bfloat16, while trained weights stay float32. `weights` is the
-    form of the weights that answer: plain, half or int8 (utils/model). `can` is what the device can do."""
+    form of the weights that answer: plain, fp16, half or int8 (utils/model/qwen3_answer.py). `can` is what the device can do."""
 
     name: str
     bf16: bool
@@ -54,7 +54,7 @@ class Device:
     @property
     def answers(self) -> str:
         """The number format of answers, in words."""
-        forms = {"half": "fp16 weights, fp32 products", "int8": "int8 weights and products"}
+        forms = {"half": "fp16 weights, fp32 products", "int8": "int8 weights and products", "fp16": "fp16"}
         return forms.get(self.weights) or ("bf16" if self.bf16 else "fp32")
 
     def __str__(self):
@@ -67,7 +67,8 @@ def pick_device(name: str = "auto", precision: str = "auto", answering: bool = F
 
     bfloat16 is chosen only where the hardware computes in it: CUDA from compute capability 8.0, x86 with AVX512-BF16 or
     AMX. Elsewhere it is emulated and slower than float32; Apple's M1 and M2 emulate it, so MPS gets it only on request.
-    Other x86 CPUs (with AVX2, which FBGEMM needs) answer from half weights, unless another precision is asked for.
+    Other x86 CPUs (with AVX2, which FBGEMM needs) answer from half weights and Apple GPUs from fp16 ones, which halves the memory that
+    each token reads, unless another precision is asked for.
     A GPU that is there and cannot be used is told in one line. Raises UserError for a device that is not there and for another
     precision. On a CPU, memory is held from now on.
     """
@@ -98,7 +99,8 @@ def pick_device(name: str = "auto", precision: str = "auto", answering: bool = F
     if precision == "int8" and not fbgemm:
         raise UserError("--precision int8 is for x86 CPUs with AVX2; here, take auto")
     if precision == "auto":
-        return Device(name, can.bf16, reason, "half" if fbgemm and not can.bf16 else "plain", can)
+        weights = "fp16" if name == "mps" else "half" if fbgemm and not can.bf16 else "plain"
+        return Device(name, can.bf16, reason, weights, can)
     weights = "int8" if precision == "int8" else "plain"
     return Device(name, precision == "bf16", f"{precision} as asked for; {reason}", weights, can)
 

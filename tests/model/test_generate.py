@@ -7,6 +7,7 @@ from chat_helpers import QUESTIONS, prompts_of, reference
 from utils.chat.model import ChatModel
 from utils.device import Device
 from utils.errors import RunError
+from utils.model import generate
 from utils.model.chat_format import DECODING, encode_prompt
 from utils.model.generate import (
     AnswerReader,
@@ -79,9 +80,12 @@ def test_stops_where_generate_stops(chat_model):
         dict(temperature=0.01, top_k=3, top_p=0.01),
     ],
 )
-def test_sampling_equals_the_warpers_of_transformers(settings):
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_sampling_equals_the_warpers_of_transformers(settings, on_gpu, monkeypatch):
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+    monkeypatch.setattr(generate, "on_gpu", lambda tensor: on_gpu)
+    monkeypatch.setattr(generate, "TIES", 1000)
     decoding = Decoding(do_sample=True, **settings)
     logits = 3 * torch.randn(4, 5000, generator=torch.Generator().manual_seed(1))
     logits[1] = logits[1].bfloat16()  # as bf16 logits are: many equal values at the border of top_k
@@ -102,8 +106,10 @@ def test_sampling_equals_the_warpers_of_transformers(settings):
         torch.testing.assert_close(own, expected)
 
 
-def test_sampling_follows_its_probabilities_and_its_seed():
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_sampling_follows_its_probabilities_and_its_seed(on_gpu, monkeypatch):
     """Each row by its own."""
+    monkeypatch.setattr(generate, "on_gpu", lambda tensor: on_gpu)
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]))
     decoding = Decoding(do_sample=True, top_k=0)
 
@@ -117,8 +123,9 @@ def test_sampling_follows_its_probabilities_and_its_seed():
     assert draws(100) == draws(4000)[:100]
 
 
-@pytest.mark.parametrize("sampled", [False, True])
-def test_nan_in_one_row_is_a_run_error(sampled):
+@pytest.mark.parametrize("sampled, on_gpu", [(False, False), (True, False), (True, True)])
+def test_nan_in_one_row_is_a_run_error(sampled, on_gpu, monkeypatch):
+    monkeypatch.setattr(generate, "on_gpu", lambda tensor: on_gpu)
     logits = torch.tensor([[1.0, 2.0], [1.0, float("nan")]])
     assert choose(logits[:1], Decoding(do_sample=sampled, temperature=1e-9), [[]], None, [0]) == [1]
     with pytest.raises(RunError, match="NaN"):

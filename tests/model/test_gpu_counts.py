@@ -10,11 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cuda_on_cpu import cuda_counts
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from utils.model.generate import Decoding, choose
 from utils.model.lm_head import HeadGradient, backward_through_head, cross_entropy_sum
 from utils.model.lora import add_lora
 from utils.model.packing import Padding, collate, model_inputs
+from utils.model.qwen3_answer import CachedModel
 from utils.model.qwen3_train import prepare_packed
 
 LAYERS, TOKENS = 28, 4096
@@ -103,3 +106,34 @@ def test_a_step_on_cuda(method, launches, gigabytes, monkeypatch):
     print(f"{method}: {found:,} launches, {moved / 1e9:.1f} GB")
     assert found <= launches and moved <= gigabytes * 1e9
     assert not few[2] and not more[2]
+
+
+@pytest.mark.parametrize(
+    "rows, decoding", [(1, Decoding()), (64, Decoding(do_sample=True, top_k=20, top_p=0.8))]
+)
+def test_a_token_of_an_answer_on_cuda(rows, decoding, monkeypatch):
+    """At most 700 launches, and only the chosen ids come back to the host."""
+    read = []
+    monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: read.append(tensor.nbytes) or [0] * len(tensor))
+    for name in ("cpu", "numpy", "item", "__bool__"):
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda tensor, name=name: pytest.fail(f"{name} waits for the GPU")
+        )
+
+    def launches(layers):
+        with cuda_counts() as counts, torch.no_grad():
+            model = make_model(layers).eval()
+            for weight in model.parameters():
+                weight.data = weight.data.bfloat16()
+            cached = CachedModel(model, torch.zeros(rows, dtype=torch.long) if rows > 1 else None)
+            feed = CachedModel.feed_rows.__wrapped__  # fake tensors know no inference mode
+            feed(cached, torch.zeros(rows, 200, dtype=torch.long))
+            with counts:
+                logits = feed(cached, torch.zeros(rows, 1, dtype=torch.long))
+                assert choose(logits, decoding, [[0]] * rows, torch.Generator(), [0] * rows) == [0] * rows
+        return counts.launches
+
+    few, more = launches(2), launches(3)
+    found = few + (LAYERS - 2) * (more - few)
+    print(f"{rows} rows: {found} launches a token")
+    assert found <= 700 and read == [8 * rows, 8 * rows]

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-from utils.model.mixed import REDUCED, on_cuda
+from utils.model.mixed import REDUCED, on_cuda, on_gpu
 from utils.model.packing import GroupShape
 
 BLOCK = (
@@ -43,7 +43,8 @@ def plan_attention(
     """
     device = states.device
     if row_length:
-        return functools.partial(by_mask, mask=row_masks(layout, row_length, device))
+        mask = row_masks(layout, row_length, device)
+        return functools.partial(by_mask, mask=as_numbers(mask, dtype) if on_gpu(states) else mask)
     if on_cuda(states) and dtype in REDUCED:
         return functools.partial(by_varlen, sequences=VarlenSequences.of(layout, device))
     reduced = device.type == "cpu" and dtype == torch.bfloat16
@@ -199,10 +200,10 @@ class VarlenSequences(NamedTuple):
                 index += [*prefix, *range(start, start + branch)]
                 start += branch
         query_ends, key_ends = (
-            torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+            torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device)
             for lengths in (queries, keys)
         )
-        key_index = torch.tensor(index).to(device, non_blocking=True) if len(index) > start else None
+        key_index = torch.tensor(index).to(device) if len(index) > start else None
         return cls(query_ends, key_ends, max(queries), max(keys), key_index)
 
 
@@ -233,13 +234,18 @@ def row_masks(layout: list[GroupShape], row_length: int, device: torch.device) -
     groups = [number for number, shape in enumerate(layout) for _ in range(sum(shape))]
     branches = [branch for shape in layout for branch, length in enumerate(shape) for _ in range(length)]
     group, branch = (
-        torch.tensor(numbers, dtype=torch.int32).view(-1, row_length).to(device, non_blocking=True)
+        torch.tensor(numbers, dtype=torch.int32).view(-1, row_length).to(device)
         for numbers in (groups, branches)
     )
     same_group = group[:, :, None] == group[:, None, :]
     prefix_or_own = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
     causal = torch.ones(row_length, row_length, dtype=torch.bool, device=device).tril()
     return (same_group & prefix_or_own & causal)[:, None]
+
+
+def as_numbers(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A bool mask as what is added to the scores, which a GPU's kernels would make of it in every layer."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 def by_mask(query, key, value, scaling, mask) -> torch.Tensor:

@@ -4,6 +4,7 @@
 every turn. `generate_answers` answers many conversations in batches. Both choose tokens as transformers' `generate` does.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -13,8 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.errors import RunError
 from utils.model.chat_format import DECODING, END_OF_TURN, encode_prompt
+from utils.model.mixed import on_gpu
 from utils.model.qwen3_answer import CachedModel
 
+TIES = 64  # equally likely tokens beyond top_k that a GPU keeps
 NOT_NUMBERS = "the model's scores are not numbers (NaN): its training diverged, or its weights are damaged"
 
 
@@ -68,19 +71,33 @@ def choose(
     generator: torch.Generator | None,
     answered: Sequence[int],
 ) -> list[int]:
-    """The next token id of each row. `logits`: (rows, vocabulary) on any device; `seen`: all ids so far of each row;
-    `answered`: how many of those, the last ones, are the row's answer.
+    """The next token id of each row. `logits`: (rows, vocabulary) on any device, from which only the ids come back; `seen`: all ids
+    so far of each row; `answered`: how many of those, the last ones, are the row's answer; `generator`: on the CPU.
 
     Raises RunError where the logits are not numbers, as those of a diverged model are.
     """
-    if not torch.isfinite(logits).all():
+    finite = torch.isfinite(logits).all()
+    if not on_gpu(logits) and not finite:
         raise RunError(NOT_NUMBERS)
     logits = penalized(logits, decoding, seen, answered)
-    if not decoding.do_sample:
-        return logits.argmax(-1).tolist()
-    logits = logits.float().cpu()
-    ids, probabilities = candidates(logits, decoding)
-    return ids.gather(1, torch.multinomial(probabilities, 1, generator=generator))[:, 0].tolist()
+    if decoding.do_sample:
+        ids, probabilities = candidates(logits.float(), decoding)
+        tokens = ids.gather(1, _draw(probabilities, generator))[:, 0]
+    else:
+        tokens = logits.argmax(-1)
+    chosen = torch.where(finite, tokens, -1).tolist()
+    if -1 in chosen:
+        raise RunError(NOT_NUMBERS)
+    return chosen
+
+
+def _draw(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """The place (rows, 1) of one candidate per row, drawn by the generator on the CPU."""
+    if not on_gpu(probabilities):
+        return torch.multinomial(probabilities, 1, generator=generator)
+    chance = torch.rand(len(probabilities), 1, generator=generator).to(probabilities.device)
+    sums = probabilities.cumsum(-1)  # the first candidate whose sum exceeds the chance is drawn
+    return (sums <= chance * sums[:, -1:]).sum(-1, keepdim=True).clamp_(max=sums.shape[1] - 1)
 
 
 def penalized(
@@ -88,20 +105,21 @@ def penalized(
 ) -> torch.Tensor:
     """The logits (rows, vocabulary) with tokens made less likely that were there already: by the repetition penalty all that a
     row has seen (CTRL, Keskar et al. 2019), by the other two those of its answer. Without penalties the logits as they are."""
-    penalty, frequency, presence = (
-        decoding.repetition_penalty,
-        decoding.frequency_penalty,
-        decoding.presence_penalty,
-    )
+    penalty, frequency = decoding.repetition_penalty, decoding.frequency_penalty
+    presence = decoding.presence_penalty
     if penalty == 1 and not frequency and not presence:
         return logits
-    logits = logits.float().cpu().clone()
+    logits = logits.float().clone()
     for row, tokens, count in zip(logits, seen, answered, strict=True):
-        ids = torch.tensor(sorted(set(tokens)))
+        ids = torch.tensor(sorted(set(tokens)), device=row.device)
         scores = row[ids]
         row[ids] = torch.where(scores < 0, scores * penalty, scores / penalty)
-        times = torch.tensor(tokens[len(tokens) - count :], dtype=torch.long).bincount(minlength=len(row))
-        row -= frequency * times + presence * (times > 0)
+        times = Counter(tokens[len(tokens) - count :])
+        ids, counts = (
+            torch.tensor(numbers, device=row.device) for numbers in (list(times), list(times.values()))
+        )
+        if times:
+            row[ids] -= frequency * counts + presence
     return logits
 
 
@@ -109,15 +127,19 @@ def candidates(logits: torch.Tensor, decoding: Decoding) -> tuple[torch.Tensor, 
     """(ids, probabilities), both (rows, candidates), of what a sampled token is drawn from, after temperature, top_k and top_p, in that
     order. `logits`: (rows, vocabulary).
 
-    Sorting only the top_k saves about 10 ms a token on a vocabulary of 152 thousand.
+    Sorting only the top_k saves about 10 ms a token on a vocabulary of 152 thousand. Tokens as likely as the last one stay in, as in
+    transformers; on a GPU up to TIES of them, whose number the host does not ask for.
     """
     logits = logits / decoding.temperature
     if 0 < decoding.top_k < logits.shape[1]:
-        kept, ids = logits.topk(decoding.top_k)
-        lowest = kept[:, -1:]
-        width = int((logits >= lowest).sum(-1).max())  # ties with the last one stay in, as in transformers
-        if width > decoding.top_k:
-            kept, ids = logits.topk(width)
+        width = decoding.top_k
+        kept, ids = logits.topk(min(width + TIES, logits.shape[1]) if on_gpu(logits) else width)
+        lowest = kept[:, width - 1 : width]
+        if not on_gpu(logits):
+            width = int((logits >= lowest).sum(-1).max())
+            if width > decoding.top_k:
+                kept, ids = logits.topk(width)
+        if kept.shape[1] > decoding.top_k:
             kept = kept.masked_fill(kept < lowest, -torch.inf)
     else:
         kept, ids = logits.sort(descending=True)

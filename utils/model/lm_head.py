@@ -1,7 +1,7 @@
 """The LM head on trained positions only, in chunks: cross-entropy with its gradient, and log-probabilities.
 
 Matrix products run in bfloat16 under autocast, else in the dtype of `hidden`; softmax and sums in float32 (float64 for float64).
-Shapes: hidden (N, H), weight (V, H), targets (N,) int64. The (N, V) matrix of logits never exists as a whole.
+Shapes: hidden (N, H), weight (V, H), targets (N,) int64. Rows of `hidden` beyond the last target weigh nothing. The (N, V) matrix of logits never exists as a whole.
 
 torch's own F.linear_cross_entropy does the same in chunks, but slower on CPUs, and it cannot weigh single tokens
 (tests/benchmarks/README.md).
@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from utils.model.mixed import REDUCED, on_cuda
@@ -38,6 +39,9 @@ def cross_entropy_sum(
     """
     if token_weights is None:
         token_weights = torch.ones(len(targets), device=hidden.device)
+    extra = len(hidden) - len(targets)
+    if extra:
+        targets, token_weights = F.pad(targets, (0, extra)), F.pad(token_weights, (0, extra))
     if not torch.is_grad_enabled():  # autograd asks for the gradient of a weight even then
         hidden, weight = hidden.detach(), weight.detach()
     return _CrossEntropySum.apply(hidden, weight, targets, token_weights, kept)
@@ -182,7 +186,8 @@ def backward_through_head(
 @torch.no_grad()
 def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Log-probability of each target: (N,) float32 (float64 for float64 input)."""
-    head = weight.to(matmul_dtype(hidden))
+    head, count = weight.to(matmul_dtype(hidden)), len(targets)
+    targets = F.pad(targets, (0, len(hidden) - count)) if len(hidden) > count else targets
     parts = []
     with torch.autocast(hidden.device.type, enabled=False):
         for part in _chunks(len(targets)):
@@ -193,7 +198,7 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
                 continue
             logits = (states @ head.T).to(_exact_dtype(hidden))
             parts.append(logits.gather(1, targets[part, None])[:, 0] - torch.logsumexp(logits, dim=1))
-    return torch.cat(parts)
+    return torch.cat(parts)[:count]
 
 
 def _chunks(count: int) -> Iterator[slice]:

@@ -42,7 +42,7 @@ def next_token_logps(
     rows = pack_for_scoring([{"documents": [(prompt, tokens[:1])]} for prompt in prompts])
     results, wanted = {}, torch.tensor(tokens)
     for row, hidden, batch in _hidden_states(model, rows, device, watch):
-        hidden = hidden.repeat_interleave(len(tokens), 0)
+        hidden = hidden[: len(row)].repeat_interleave(len(tokens), 0)
         logps = _token_logps(model, hidden, wanted.repeat(len(row)), device)
         for document, values in zip(batch["label_documents"].tolist(), logps.view(-1, len(tokens)).tolist()):
             results[row[document]] = values

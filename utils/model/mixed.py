@@ -10,12 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 DEVICES = ("cuda",)
+FIXED_SIZES = ("mps",)  # devices that keep memory and a graph for every shape they have seen
 REDUCED = (torch.bfloat16, torch.float16)
 
 
 def on_cuda(tensor: Tensor) -> bool:
     """True if the forms for CUDA compute with `tensor`."""
     return tensor.device.type in DEVICES
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """True if `tensor` is on a GPU, of NVIDIA's or Apple's: what the host reads of it is waited for."""
+    return on_cuda(tensor) or tensor.device.type == "mps"
 
 
 def reduced_dtype(tensor: Tensor) -> torch.dtype | None:

@@ -4,9 +4,11 @@ It saves transformers' own Python in every layer and its copy of the whole cache
 transformers rounds it; utils/model/qwen3_train.py, for training, rounds less often.
 
 Every token reads every weight once, and on a CPU reading is what takes the time. So an attention layer's query, key and value are
-one product here, and so are the gate and up of its MLP. The weights are held in one of three forms:
+one product here, and so are the gate and up of its MLP. The weights are held in one of four forms:
 
     plain   as the model has them. Joined weights share the model's memory.
+    fp16    float16, as are the states that they are multiplied with, for Apple GPUs. The residual stream and the norms stay float32,
+            so that large activations do not overflow.
     half    float16, for x86 CPUs without bfloat16 instructions. Products and sums stay float32. A bfloat16 weight, as Qwen3 is
             published, keeps its value; only one below 8e-6 moves, by 3e-8 at most. A float32 weight of a finished training is
             rounded to 11 bits, where bfloat16 would keep 8.
@@ -26,6 +28,8 @@ import torch.nn.functional as F
 from transformers import Qwen3ForCausalLM
 
 from utils.device import release_memory
+from utils.model.attention import as_numbers
+from utils.model.mixed import on_cuda, on_gpu
 
 Product = Callable[[torch.Tensor], torch.Tensor]  # states (rows, in features) -> (rows, out features)
 
@@ -43,10 +47,11 @@ class LayerWeights(NamedTuple):
 
 
 class AnswerWeights(NamedTuple):
-    """The weights that answers are computed with; `head` makes the logits."""
+    """The weights that answers are computed with; `head` makes the logits. `dtype`: of keys and values, if not the model's own."""
 
     layers: list[LayerWeights]
     head: Product
+    dtype: torch.dtype | None
 
 
 class CachedModel:
@@ -60,8 +65,9 @@ class CachedModel:
             hold_weights(model, "plain")
         self.model, self.weights, self.config = model, model.answer_weights, model.config
         self.padding, self.length = padding, 0
-        # (2 x layers, rows, heads, capacity, head_dim): keys and values of each layer in turn
-        self.cache: torch.Tensor | None = None
+        self.dtype = self.weights.dtype or model.model.norm.weight.dtype  # of keys, values and attention
+        # keys and values of each layer in turn: (rows, heads, capacity, head_dim) each
+        self.cache: list[torch.Tensor] = []
 
     def keep(self, count: int) -> None:
         """Forget all but the first `count` tokens."""
@@ -69,11 +75,12 @@ class CachedModel:
 
     def keep_rows(self, rows: torch.Tensor) -> None:
         """Forget all conversations but these (indices)."""
-        self.cache, self.padding = self.cache[:, rows], self.padding[rows]
+        self.cache = [part[rows] for part in self.cache]
+        self.padding = self.padding[rows]
 
     def feed(self, ids: list[int]) -> torch.Tensor:
-        """The logits, float32 (vocabulary,) on the CPU, after one or more new tokens (list of ids) of one conversation."""
-        return self.feed_rows(torch.tensor([ids], device=self.model.device))[0].float().cpu()
+        """The logits, float32 (vocabulary,), after one or more new tokens (list of ids) of one conversation."""
+        return self.feed_rows(torch.tensor([ids], device=self.model.device))[0].float()
 
     @torch.inference_mode()
     def feed_rows(self, ids: torch.Tensor) -> torch.Tensor:
@@ -90,7 +97,7 @@ class CachedModel:
         if self.padding is not None:
             positions = (positions - self.padding[:, None]).clamp(min=0)
         turn = _turns(*model.rotary_emb(states, positions))
-        seen = self.cache[..., :end, :].unbind()
+        seen = [part[:, :, :end] for part in self.cache]
         with _for_rows(rows * count):
             for number, layer in enumerate(self.weights.layers):
                 keys, values = seen[2 * number], seen[2 * number + 1]
@@ -111,15 +118,19 @@ class CachedModel:
         turned = _rotate(self._norm(states[:, :, :-kv], layer.qk_norm), *turn).transpose(1, 2)
         keys[:, :, self.length :] = turned[:, queries:]
         values[:, :, self.length :] = states[:, :, -kv:].transpose(1, 2)
-        query = turned[:, :queries]
+        query = turned[:, :queries].to(self.dtype)
         if (
             shape[1] == 1
         ):  # the heads that share a key become the queries of one head: a sixth of the time in bfloat16
             query = query.unflatten(1, (kv, -1))[:, :, :, 0]
             output = F.scaled_dot_product_attention(query, keys, values, mask).flatten(1, 2)
         else:
+            if shared := on_gpu(
+                query
+            ):  # with a mask, CUDA has only the slow math kernel for heads that share a key
+                keys, values = (part.repeat_interleave(queries // kv, dim=1) for part in (keys, values))
             output = F.scaled_dot_product_attention(
-                query, keys, values, mask, is_causal=mask is None, enable_gqa=True
+                query, keys, values, mask, is_causal=mask is None, enable_gqa=not shared
             ).transpose(1, 2)
         return layer.output(output.reshape(shape[0] * shape[1], -1))
 
@@ -129,30 +140,39 @@ class CachedModel:
         if self.padding is None and (count == 1 or not self.length):
             return None
         itself = columns[self.length :, None]
-        if self.padding is None:
-            return columns <= itself
-        real = columns >= self.padding[:, None, None, None]
-        # Padding sees itself, and nothing sees it. A row of the mask without any key would be NaN on some devices.
-        return (real & (columns <= itself)) | (columns == itself)
+        mask = columns <= itself
+        if self.padding is not None:
+            # Padding sees itself, and nothing sees it. A row of the mask without any key would be NaN on some devices.
+            real = columns >= self.padding[:, None, None, None]
+            mask = (real & mask) | (columns == itself)
+        return as_numbers(mask, self.dtype) if on_gpu(mask) else mask
 
     def _norm(self, states, weight):
-        """RMSNorm, rounded to the dtype of `states` before the weight is multiplied, as Qwen3RMSNorm does."""
+        """RMSNorm, rounded to the dtype of `states` before the weight is multiplied, as Qwen3RMSNorm does. On CUDA in one operation."""
+        if on_cuda(states):
+            same = weight if weight.dim() == 1 else None  # for all heads
+            shape, epsilon = weight.shape[-1:], self.config.rms_norm_eps
+            normed, _ = torch.ops.aten._fused_rms_norm(states, shape, same, epsilon)
+            return normed if same is not None else normed * weight
         return weight * F.rms_norm(states, weight.shape[-1:], None, self.config.rms_norm_eps)
 
     def _reserve(self, rows, end):
-        """Make room for `end` tokens and half as many more, so that the cache is seldom copied.
+        """Make room for `end` tokens and half as many more, so that the cache is seldom copied. It grows layer by layer: never are there
+        two of it.
 
         One conversation gets room for 256 more at least. Many get less each: their cache is copied anyway whenever one ends.
         """
-        if self.cache is not None and end <= self.cache.shape[3]:
+        config = self.config
+        if len(self.cache) == 2 * config.num_hidden_layers and end <= self.cache[-1].shape[2]:
             return
-        config, weight = self.config, self.model.model.norm.weight
-        capacity = end + max(256 // rows, end // 2)
-        shape = (2 * config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_dim)
-        grown = weight.new_empty(shape)
-        if self.cache is not None:
-            grown[..., : self.length, :] = self.cache[..., : self.length, :]
-        self.cache = grown
+        shape = (rows, config.num_key_value_heads, end + max(256 // rows, end // 2), config.head_dim)
+        for place in range(2 * config.num_hidden_layers):
+            grown = torch.empty(shape, dtype=self.dtype, device=self.model.device)
+            if place < len(self.cache):
+                grown[:, :, : self.length] = self.cache[place][:, :, : self.length]
+                self.cache[place] = grown
+            else:
+                self.cache.append(grown)
 
 
 def _turns(cos, sin):
@@ -179,7 +199,7 @@ def _for_rows(rows: int) -> Iterator[None]:
 
 @torch.no_grad()
 def hold_weights(model: Qwen3ForCausalLM, form: str) -> None:
-    """Hold the weights of `model` in a form: plain, half or int8. After half and int8, on x86 CPUs, the model is for answers only.
+    """Hold the weights of `model` in a form: plain, fp16, half or int8. After all but plain the model is for answers only.
 
     A matrix that a form cannot hold, such as one of a diverged training (NaN), stays plain. Half and int8 take seconds for 0.6 B
     parameters: a matrix is packed on one core, so threads share the layers.
@@ -195,7 +215,8 @@ def hold_weights(model: Qwen3ForCausalLM, form: str) -> None:
         with ThreadPoolExecutor(1 if form == "plain" else torch.get_num_threads()) as threads:
             head = threads.submit(_hold, hold, model.lm_head)  # the largest comes first
             layers = threads.map(lambda layer: _layer_weights(hold, layer), model.model.layers)
-            model.answer_weights = AnswerWeights(list(layers), head.result())
+            dtype = torch.float16 if form == "fp16" else None
+            model.answer_weights = AnswerWeights(list(layers), head.result(), dtype)
 
 
 @torch.no_grad()  # torch keeps this setting in each thread by itself
@@ -234,13 +255,25 @@ def _hold(hold, *layers):
 
 
 def _plain(weight):
-    return lambda states: F.linear(states, weight)
+    return lambda states: F.linear(states.to(weight.dtype), weight)
+
+
+def _fits_float16(weight):
+    """False if a weight is too large for float16, of which FBGEMM would make 65504, or NaN."""
+    return max(abs(end) for end in torch.aminmax(weight)) <= torch.finfo(torch.float16).max
+
+
+def _fp16(weight):
+    """The product in float16; None if a weight does not fit."""
+    if not _fits_float16(weight):
+        return None
+    rounded = weight.half()
+    return lambda states: F.linear(states.half(), rounded)
 
 
 def _half(weight):
-    """The product with float16 weights; None if a weight is too large for them (FBGEMM would make 65504 of it) or NaN."""
-    fits = max(abs(end) for end in torch.aminmax(weight)) <= torch.finfo(torch.float16).max  # False for NaN
-    if not fits:
+    """The product with float16 weights and float32 states; None if a weight does not fit."""
+    if not _fits_float16(weight):
         return None
     packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
     return lambda states: torch.ops.quantized.linear_dynamic_fp16(states, packed)
@@ -277,4 +310,4 @@ def _int8(weight):
     return product
 
 
-FORMS = {"plain": _plain, "half": _half, "int8": _int8}
+FORMS = {"plain": _plain, "fp16": _fp16, "half": _half, "int8": _int8}

@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers.models.qwen3 import modeling_qwen3
 
 from utils.device import Device
+from utils.model import mixed
 from utils.model.attention import Attention, plan_attention
-from utils.model.lm_head import matmul_dtype
+from utils.model.lm_head import CHUNK, matmul_dtype
 from utils.model.mixed import FusedRMSNorm, Linear, on_cuda, reduced_dtype, round_weights
 from utils.model.packing import ROUNDED, GroupShape, PackedBatch, model_inputs, to_device
 
@@ -89,15 +90,19 @@ class Qwen3ForCausalLM(transformers.Qwen3ForCausalLM):
         row_length: int,
         **unset,  # PEFT adds arguments that are None
     ) -> Tensor:
-        """The final hidden states (N, hidden) of the N positions that have a label. Takes utils.model.packing.model_inputs."""
+        """The final hidden states (N, hidden) of the N positions that have a label. Takes utils.model.packing.model_inputs.
+
+        On a device of few fixed sizes, rows without meaning follow, up to a multiple of CHUNK.
+        """
         states = self._embed(input_ids)
         if dtype := reduced_dtype(states):
             round_weights(self.model, dtype)
         attention = plan_attention(layout, row_length, states, matmul_dtype(states))
-        labels = len(label_positions)
         # The number of positions is rounded up, since every new shape costs time where kernels are made for it.
-        wanted = F.pad(label_positions, (0, -labels % ROUNDED))
-        return self.model(states, position_ids, attention, wanted)[0, :labels]
+        labels, fixed = len(label_positions), states.device.type in mixed.FIXED_SIZES
+        wanted = F.pad(label_positions, (0, -labels % (CHUNK if fixed else ROUNDED)))
+        states = self.model(states, position_ids, attention, wanted)[0]
+        return states if fixed else states[:labels]
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         """The residual stream begins in the dtype of the norms: float32 in training, also over a base held in bfloat16."""
