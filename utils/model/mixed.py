@@ -45,17 +45,17 @@ class Linear(nn.Linear):
 
 
 def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Bring the `rounded` copy of every Linear of `model` up to date; a weight that is held in `dtype` is its own copy."""
+    """Give every Linear of `model` its `rounded` copy for one pass; a weight that is held in `dtype` is its own copy."""
     linears = [module for module in model.modules() if isinstance(module, Linear)]
-    stale = [linear for linear in linears if linear.weight.dtype != dtype]
     for linear in linears:
-        if linear.weight.dtype == dtype:
-            linear.rounded = linear.weight.detach()
-        elif linear.rounded is None or linear.rounded.dtype != dtype:
-            linear.rounded = torch.empty_like(linear.weight, dtype=dtype, requires_grad=False)
-    if stale:
+        linear.rounded = linear.weight.detach() if linear.weight.dtype == dtype else None
+    wanting = [linear for linear in linears if linear.rounded is None]
+    for linear in wanting:  # once the copies of the pass before are gone
+        linear.rounded = torch.empty_like(linear.weight, dtype=dtype, requires_grad=False)
+    if wanting:
+        copies, weights = ([getattr(linear, name) for linear in wanting] for name in ("rounded", "weight"))
         with torch.no_grad():
-            torch._foreach_copy_([linear.rounded for linear in stale], [linear.weight for linear in stale])
+            torch._foreach_copy_(copies, weights)
 
 
 class _Product(torch.autograd.Function):
