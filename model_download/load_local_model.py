@@ -47,7 +47,7 @@ PORT = 8000               # [0, 1, ... 65535] of --serve, 0 for any free one
 API_KEY = ""              # what clients of --serve have to send; empty: none
 FILE_PAGES = False        # of --serve: pages opened from a file may ask (Origin: null, as also has a sandboxed frame of any site)
 DEVICE = "auto"           # [auto | cuda | mps | cpu] auto: CUDA, else MPS, else CPU
-PRECISION = "auto"        # [auto | bf16 | fp32 | int8] auto: bf16 where the hardware has it, fp16 weights on other x86 CPUs; int8: x86 CPUs
+PRECISION = "auto"        # [auto | bf16 | fp16 | fp32 | int8] auto: bf16 where the hardware has it, fp16 weights elsewhere; int8: x86 CPUs
 # ----
 # fmt: on
 

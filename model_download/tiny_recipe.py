@@ -155,7 +155,7 @@ def train(
     optimizer = make_optimizer(model, settings)
     steps, step, began = sum(map(len, passes)), 0, time.perf_counter()
     rng = random.Random(settings.SEED)
-    padding = padding_for(device.name, device.bf16, settings.TOKENS_PER_STEP)
+    padding = padding_for(device, settings.TOKENS_PER_STEP)
     for epoch, rows in enumerate(passes, 1):
         for number in rng.sample(range(len(rows)), len(rows)):
             for group in optimizer.param_groups:

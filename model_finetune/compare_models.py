@@ -44,7 +44,7 @@ SHOW = 4                    # [0, 1, ...] sample answers to held-out questions, 
 SEED = 0                    # [0, 1, ...] which held-out questions are answered
 FRESH = False               # measure again what was measured before
 DEVICE = "auto"             # [auto | cuda | mps | cpu] auto: CUDA, else MPS, else CPU
-PRECISION = "auto"          # [auto | bf16 | fp32] auto: bf16 where the hardware computes in it
+PRECISION = "auto"          # [auto | bf16 | fp16 | fp32] auto: bf16 where the hardware computes in it
 # ----
 
 SET_ASIDE = r"\.\d{8}-\d{6}$"  # ends the name of a folder that --fresh moved an earlier run to

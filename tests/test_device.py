@@ -87,8 +87,8 @@ def test_what_is_asked_for_is_obeyed_or_refused(machine):
     assert pick_device("mps", "bf16").bf16
     with pytest.raises(UserError, match="no cuda device here; there is: mps, cpu"):
         pick_device("cuda")
-    with pytest.raises(UserError, match="wanted auto, bf16 or fp32, got 'fp16'"):
-        pick_device("cpu", "fp16")
+    with pytest.raises(UserError, match="wanted auto, bf16, fp16 or fp32, got 'fp8'"):
+        pick_device("cpu", "fp8")
 
 
 @pytest.mark.parametrize(

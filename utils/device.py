@@ -33,47 +33,62 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class Device:
-    """`name` is torch's device type. `bf16`: matrix products run in bfloat16, while trained weights stay float32. `weights` is the
-    form of the weights that answer: plain, fp16, half or int8 (utils/model/qwen3_answer.py). `can` is what the device can do."""
+    """`name` is torch's device type. `bf16`, `fp16`: matrix products run in that format, while trained weights stay float32.
+    `weights` is the form of the weights that answer: plain, fp16, half or int8 (utils/model/qwen3_answer.py). `can` is what the
+    device can do. `equal_rows`: attention is by one mask over rows of one length (utils/model/attention.py)."""
 
     name: str
     bf16: bool
     reason: str
     weights: str = "plain"
     can: Capabilities = field(default=Capabilities(), compare=False)
+    fp16: bool = False
+    equal_rows: bool | None = None
+
+    def __post_init__(self):
+        if self.equal_rows is None:
+            varlen = self.name == "cuda" and self.can.flash and (self.bf16 or self.fp16)
+            object.__setattr__(self, "equal_rows", self.name != "cpu" and not varlen)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The number format for inference: torch.bfloat16 or torch.float32."""
-        return torch.bfloat16 if self.bf16 else torch.float32
+        """The number format for inference: torch.bfloat16, torch.float16 or torch.float32."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
     def autocast(self) -> torch.autocast:
         """The context in which matrix products run in the device's number format for training and scoring."""
-        return torch.autocast(self.name, torch.bfloat16, enabled=self.bf16)
+        dtype = torch.float16 if self.fp16 else torch.bfloat16
+        return torch.autocast(self.name, dtype, enabled=self.bf16 or self.fp16)
 
     @property
     def answers(self) -> str:
         """The number format of answers, in words."""
         forms = {"half": "fp16 weights, fp32 products", "int8": "int8 weights and products", "fp16": "fp16"}
-        return forms.get(self.weights) or ("bf16" if self.bf16 else "fp32")
+        return forms.get(self.weights) or self.format
+
+    @property
+    def format(self) -> str:
+        """The number format of matrix products in training: bf16, fp16 or fp32."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
 
     def __str__(self):
-        return f"{self.name}, {'bf16 autocast over fp32 weights' if self.bf16 else 'fp32'} ({self.reason})"
+        reduced = "" if self.format == "fp32" else " autocast over fp32 weights"
+        return f"{self.name}, {self.format}{reduced} ({self.reason})"
 
 
 def pick_device(name: str = "auto", precision: str = "auto", answering: bool = False) -> Device:
-    """Choose a Device. `name`: auto, cuda, mps or cpu; `precision`: auto, bf16 or fp32 (both are settings of the scripts); for
-    `answering` alone also int8.
+    """Choose a Device. `name`: auto, cuda, mps or cpu; `precision`: auto, bf16, fp16 or fp32 (both are settings of the scripts);
+    for `answering` alone also int8.
 
     bfloat16 is chosen only where the hardware computes in it: CUDA from compute capability 8.0, x86 with AVX512-BF16 or
-    AMX. Elsewhere it is emulated and slower than float32; Apple's M1 and M2 emulate it, so MPS gets it only on request.
+    AMX. CUDA from 7.0 up gets float16, which has three times the speed of float32 there. Elsewhere it is emulated and slower than float32; Apple's M1 and M2 emulate it, so MPS gets it only on request.
     Other x86 CPUs (with AVX2, which FBGEMM needs) answer from half weights and Apple GPUs from fp16 ones, which halves the memory that
     each token reads, unless another precision is asked for.
     A GPU that is there and cannot be used is told in one line. Raises UserError for a device that is not there and for another
     precision. On a CPU, memory is held from now on.
     """
     imports_are_done()
-    known = ("auto", "bf16", "fp32", "int8") if answering else ("auto", "bf16", "fp32")
+    known = ("auto", "bf16", "fp16", "fp32", *(["int8"] if answering else []))
     if precision not in known:
         raise UserError(f"--precision: wanted {', '.join(known[:-1])} or {known[-1]}, got {precision!r}")
     unused = "" if name in ("mps", "cpu") else _unused_gpu()
@@ -94,15 +109,18 @@ def pick_device(name: str = "auto", precision: str = "auto", answering: bool = F
         needs = f"needs macOS 14, and this is {platform.mac_ver()[0]}"
         raise UserError(f"--precision bf16 on an Apple GPU {needs}; take fp32")
     if name == "cuda" and precision == "bf16" and not can.bf16:
-        print(f"{reason}: this GPU emulates bf16 and is slower with it than with fp32", flush=True)
+        print(f"{reason}: this GPU emulates bf16 and is slower with it than with fp16", flush=True)
     fbgemm = name == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
     if precision == "int8" and not fbgemm:
         raise UserError("--precision int8 is for x86 CPUs with AVX2; here, take auto")
-    if precision == "auto":
-        weights = "fp16" if name == "mps" else "half" if fbgemm and not can.bf16 else "plain"
-        return Device(name, can.bf16, reason, weights, can)
-    weights = "int8" if precision == "int8" else "plain"
-    return Device(name, precision == "bf16", f"{precision} as asked for; {reason}", weights, can)
+    auto, weights = precision == "auto", "plain"
+    bf16 = precision == "bf16" or auto and can.bf16
+    fp16 = precision == "fp16" or auto and name == "cuda" and can.fp16 and not can.bf16
+    if precision == "int8" or fp16 or auto and name == "mps":
+        weights = precision if precision == "int8" else "fp16"
+    elif auto and fbgemm and not bf16:
+        weights = "half"
+    return Device(name, bf16, reason if auto else f"{precision} as asked for; {reason}", weights, can, fp16)
 
 
 # ---- What each device can do

@@ -8,6 +8,7 @@ import torch
 from cuda_on_cpu import varlen_as_documented
 from packed_items import some_items
 
+from utils.device import Capabilities, Device
 from utils.model import attention
 from utils.model.attention import (
     FEW,
@@ -21,7 +22,7 @@ from utils.model.attention import (
     plan_attention,
     row_masks,
 )
-from utils.model.packing import Padding, collate, wants_rows_of_one_length
+from utils.model.packing import Padding, collate, padding_for
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
 CPU = torch.device("cpu")
@@ -131,8 +132,17 @@ def test_the_form_follows_device_and_format():
         planned = plan_attention(layout, 0, torch.empty(0), dtype)
         assert planned.func is by_document and planned.keywords["attend"] is attend
     assert plan_attention(layout, 12, torch.empty(0), torch.float32).func is by_mask
-    kinds = [("cpu", True), ("cpu", False), ("cuda", True), ("cuda", False), ("mps", False), ("mps", True)]
-    assert [wants_rows_of_one_length(*kind) for kind in kinds] == [False, False, False, True, True, True]
+    assert not padding_for(Device("cpu", True, ""), 12).row_length
+    flash = Capabilities(flash=True, bf16=True, fp16=True)
+    for name, bf16, can, fp16, equal in (
+        ("cuda", True, flash, False, False),
+        ("cuda", False, flash, True, False),
+        ("cuda", False, flash, False, True),  # float32
+        ("cuda", True, Capabilities(bf16=True), False, True),  # a build for Windows
+        ("cuda", False, Capabilities(fp16=True), True, True),  # T4
+        ("mps", False, Capabilities(), False, True),
+    ):
+        assert padding_for(Device(name, bf16, "", "plain", can, fp16), 12).row_length == (12 if equal else 0)
 
 
 def test_padding_changes_no_loss_and_no_gradient(tmp_path):

@@ -21,16 +21,16 @@ def model_of(place):
 @pytest.mark.parametrize("bf16", [False, True])
 def test_what_is_kept_grows_with_the_tokens_and_the_copies_of_weights_do_not(place, bf16):
     model = model_of(place)
-    costs = memory.measure_costs(model, bf16, 160)
+    costs = memory.measure_costs(model, Device("cpu", bf16, "test"), 160)
     lengths = [160 + number for number in range(16)] + [160 + 40]
-    many = memory._bytes_kept(model, lengths, bf16)
+    many = memory._bytes_kept(model, lengths, Device("cpu", bf16, "test"))
     assert costs.kept + costs.kept_per_token * sum(lengths) == pytest.approx(many, rel=0.01)
     linear = sum(part.weight.numel() for part in model.model.modules() if isinstance(part, torch.nn.Linear))
     assert costs.kept == pytest.approx(2 * linear if bf16 else 0, rel=0.05, abs=8000)
 
 
 def test_recomputing_keeps_the_input_of_every_layer_and_one_layer_as_a_whole(place):
-    costs = memory.measure_costs(model_of(place), False, 160)
+    costs = memory.measure_costs(model_of(place), CPU, 160)
     parts = memory.memory_parts(costs, 1000, True, CPU)
     one_layer = costs.kept_per_token / costs.layers * 1000
     assert parts["activations"] == pytest.approx(costs.layers * costs.hidden * 4 * 1000 + one_layer, rel=1e-3)
@@ -42,7 +42,7 @@ def test_recomputing_keeps_the_input_of_every_layer_and_one_layer_as_a_whole(pla
 
 
 def test_attention_without_a_fused_kernel_keeps_the_square_of_a_row(place):
-    costs = memory.measure_costs(model_of(place), False, 160)
+    costs = memory.measure_costs(model_of(place), CPU, 160)
     mps = Device("mps", False, "test")
     squares = costs.layers * costs.heads * 2 * 512 * 512 * 4  # two rows
     for recompute, layers in ((False, 1), (True, costs.layers)):
@@ -53,13 +53,13 @@ def test_attention_without_a_fused_kernel_keeps_the_square_of_a_row(place):
 
 def test_weights_gradients_and_optimizer(place):
     model = model_of(place)
-    parts = memory.memory_parts(memory.measure_costs(model, False, 160), 1000, False, CPU)
+    parts = memory.memory_parts(memory.measure_costs(model, CPU, 160), 1000, False, CPU)
     assert parts["weights"] == parts["gradients"] == 4 * model.num_parameters()
     assert parts["optimizer"] == 2 * parts["weights"]
 
 
 def test_with_one_pass_gradients_come_as_activations_go(place):
-    costs = memory.measure_costs(model_of(place), False, 160)
+    costs = memory.measure_costs(model_of(place), CPU, 160)
     head, whole = costs.head.numel() * 4, costs.trainable * 4
     for tokens in (64, 4000):  # fewer bytes of activations than of gradients, and more
         parts = memory.memory_parts(costs, tokens, False, CPU, passes=1)
@@ -72,7 +72,7 @@ def test_with_one_pass_gradients_come_as_activations_go(place):
     "bf16, device, kernels", [(True, "cpu", True), (False, "cpu", False), (True, "mps", False)]
 )
 def test_kernels_grow_with_the_lengths_of_documents_up_to_what_is_kept(place, bf16, device, kernels):
-    costs = memory.measure_costs(model_of(place), False, 160)._replace(bf16=bf16)
+    costs = memory.measure_costs(model_of(place), CPU, 160)._replace(bf16=bf16)
     few, more, many = (
         memory.memory_parts(costs, 100, False, Device(device, bf16, "test"), lengths=count)["program"]
         for count in (0, 10, 10_000)
@@ -95,7 +95,7 @@ def test_counting_leaves_nothing_behind(place, bf16):
         return sum(part.nbytes for part in gc.get_objects() if type(part) is torch.Tensor)
 
     model = model_of(place)
-    memory.measure_costs(model, bf16, 160)
+    memory.measure_costs(model, Device("cpu", bf16, "test"), 160)
     before = bytes_alive()
-    memory.measure_costs(model, bf16, 160)
+    memory.measure_costs(model, Device("cpu", bf16, "test"), 160)
     assert bytes_alive() - before < 10_000

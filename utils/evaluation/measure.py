@@ -55,7 +55,7 @@ def measured_or_kept(folder: str, tests: Tests, settings: Settings, device: Devi
         "prompts": prompt_texts(),
         "scoring_version": SCORING_VERSION,
         "libraries": {name: version(name) for name in ("torch", "transformers", "tokenizers", "peft")},
-        "device": f"{device.name} {'bf16' if device.bf16 else 'fp32'}",
+        "device": f"{device.name} {device.format}",
     }
     name = f"{Path(folder).resolve().name}-{digest(identity)[:12]}.json"
     path = settings.OUTPUT_DIR / "comparison" / name

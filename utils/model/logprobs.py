@@ -55,7 +55,7 @@ def _hidden_states(
 ) -> Iterator[tuple[list[int], torch.Tensor, PackedBatch]]:
     """Yield (item numbers of a packed row, hidden states (N, H), the row's batch on the device)."""
     model.eval().to(device.name)
-    padding = padding_for(device.name, device.bf16, rows.max_length)
+    padding = padding_for(device, rows.max_length)
     for row in watch(rows.rows):
         yield row, *forward(model, collate([[rows.items[index] for index in row]], padding), device)
 

@@ -243,20 +243,15 @@ class Padding(NamedTuple):
     multiple: int = 1
 
 
-def padding_for(device: str, bf16: bool, max_length: int) -> Padding:
-    """The padding of rows of at most `max_length` tokens on a device (torch's type).
+def padding_for(device: Device, max_length: int) -> Padding:
+    """The padding of rows of at most `max_length` tokens on a device.
 
     Where attention is by one mask, every row gets the same length. Elsewhere lengths are rounded up: tensors of few different sizes
     find their memory again, and fewer kernels have to be made, for about a hundredth more tokens.
     """
-    if wants_rows_of_one_length(device, bf16):
+    if device.equal_rows:
         return Padding(row_length=max_length)
     return Padding(multiple=ROUNDED)
-
-
-def wants_rows_of_one_length(device: str, bf16: bool) -> bool:
-    """True if attention on this device is by one mask over equal rows (utils.model.attention)."""
-    return device == "mps" or (device == "cuda" and not bf16)
 
 
 def collate(rows: list[list[Item]], padding: Padding = Padding()) -> PackedBatch:  # noqa: B008 - it never changes

@@ -19,6 +19,7 @@ from utils.device import release_memory
 from utils.errors import NO_MEMORY, RunError
 from utils.files import show_path
 from utils.model.lm_head import HeadGradient
+from utils.model.mixed import FoldedStep
 from utils.model.packing import PackedBatch, PackedRows, collate, padding_for
 from utils.model.qwen3_train import forward
 from utils.text import listed, progress
@@ -100,6 +101,7 @@ class StepResult(NamedTuple):
     ids: list[list[str]]  # of the rows in each batch
     norm: Tensor  # of the gradients, before they were clipped
     metrics: dict[str, Tensor]
+    scale: Tensor | None  # of the loss, in float16
 
 
 class Learner:
@@ -111,9 +113,11 @@ class Learner:
         self.parallel = self.accelerator.prepare_model(model)  # in a single process the model itself
         self.head, self.recomputes = model.get_output_embeddings().weight, False
         self.optimizer = make_optimizer(model, settings.LEARNING_RATE, settings.WEIGHT_DECAY)
+        folds = self.device.name == "cuda" or self.device.fp16
+        self.folded = FoldedStep(self.optimizer, self.device) if folds else None
         # The head's gradient goes straight to where it is added up; several processes have to exchange it first.
         alone = self.device.name == "cpu" and run.processes == 1
-        self.head_gradient = HeadGradient() if alone else None
+        self.head_gradient = HeadGradient() if run.processes == 1 and (alone or folds) else None
         # The few gradients of an adapter stay where they are from step to step. Made anew, each would lie between activations that
         # are freed around it, and the next batch's, of another length, would not fit there: memory grew by half of the activations.
         self.keeps_gradients = alone and not self.head.requires_grad
@@ -135,21 +139,26 @@ class Learner:
         # Every process divides by the units of all; the gradients are then averaged over the processes.
         units = torch.full((), float(sum(map(count_units, batches))), device=self.accelerator.device)
         units = self.accelerator.reduce(units, "sum")
+        scale = self.run.processes / units
+        factor = self.folded.scale.clone() if self.folded else None  # of float16; 1 for other formats
         losses, metrics = [], {}
         for number, batch in enumerate(batches, 1):
             last = number == len(batches)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.parallel):
-                result = self.batch_loss(batch, self.run.processes / units)
+                result = self.batch_loss(batch, scale * factor if self.folded else scale)
                 self.accelerator.backward(result.loss)
-            losses.append(result.loss.detach())
+            losses.append(result.loss.detach() / factor if self.folded else result.loss.detach())
             for name, value in result.metrics.items():
                 metrics[name] = metrics.get(name, 0.0) + value.detach() / units
             if (
                 way.recompute and self.device.name == "cpu"
             ):  # memory is short: the heap gives back what it holds
                 release_memory()
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), MAX_NORM)
-        return StepResult(losses, [batch["ids"] for batch in batches], norm, metrics)
+        if self.folded:
+            norm = self.folded.clip(MAX_NORM)
+        else:
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), MAX_NORM)
+        return StepResult(losses, [batch["ids"] for batch in batches], norm, metrics, factor)
 
     def step(self, rate: float) -> None:
         """Change the weights by the gradients, and forget those."""
@@ -172,7 +181,7 @@ class Learner:
         names = ["loss", *(PREFERENCE if rows.numbers else ())]
         exact = torch.float32 if device.type == "mps" else torch.float64
         sums, units, whole = [0.0] * len(names), 0, torch.ones((), device=device)
-        padding = padding_for(device.type, self.device.bf16, rows.max_length)
+        padding = padding_for(self.device, rows.max_length)
         mine = range(self.accelerator.process_index, len(rows), run.processes)
         for index in progress("evaluation", "rows")(mine):
             if run.asked_to_stop:
@@ -219,7 +228,7 @@ def step_batches(run: Run, plan: Plan, step: int) -> list[PackedBatch]:
     per_step = way.rows_at_once * way.passes * run.processes
     order = order[index * per_step : (index + 1) * per_step]
     batches = [order[start : start + way.rows_at_once] for start in range(0, len(order), way.rows_at_once)]
-    padding = padding_for(run.device.name, run.device.bf16, rows.max_length)
+    padding = padding_for(run.device, rows.max_length)
     found = [
         collate([rows[row] for row in batch], padding)
         for batch in batches[run.accelerator.process_index :: run.processes]
@@ -277,9 +286,14 @@ def log_step(run: Run, step: int, epoch: float, rate: float, done: float, result
         raise RunError(
             f"the loss became {loss} at step {step}{rows}; lower LEARNING_RATE, or look at these rows; {unharmed}"
         )
-    if not math.isfinite(norm):
-        raise RunError(f"the gradient became {norm} at step {step}; lower LEARNING_RATE; {unharmed}")
     entry = {"step": step, "loss": loss / run.processes, "grad_norm": norm, "learning_rate": rate}
+    if not math.isfinite(norm):
+        if not run.device.fp16 or result.scale.item() < 1:
+            raise RunError(f"the gradient became {norm} at step {step}; lower LEARNING_RATE; {unharmed}")
+        run.log.tell(
+            f"step {step} changed no weight: its gradient overflowed fp16, and the loss scale is halved"
+        )
+        del entry["grad_norm"]
     entry |= dict(zip(result.metrics, metrics)) | {"epoch": epoch}
     run.log.step_seconds += run.clock.last_step
     run.add(entry | ({"progress": done} if run.settings.HOURS else {}), done)

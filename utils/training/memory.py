@@ -65,7 +65,7 @@ class Costs(NamedTuple):
     bf16: bool
 
 
-def measure_costs(model, bf16: bool, length: int) -> Costs:
+def measure_costs(model, device: Device, length: int) -> Costs:
     """Count the Costs of `model` as it will be trained: prepared for packed rows, adapters on, on its device.
 
     length: tokens of a usual document. Each document of a pass has another length, so that none is computed together with another.
@@ -73,7 +73,7 @@ def measure_costs(model, bf16: bool, length: int) -> Costs:
     probes = [[length + number for number in range(count)] for count in PROBES]
     for lengths in probes:
         lengths[-1] += -sum(lengths) % ROUNDED  # to which the forward pass rounds
-    short, long = (_bytes_kept(model, lengths, bf16) for lengths in probes)
+    short, long = (_bytes_kept(model, lengths, device) for lengths in probes)
     tokens = [sum(lengths) for lengths in probes]
     per_token = (long - short) / (tokens[1] - tokens[0])
     parameters = list(model.parameters())
@@ -88,13 +88,16 @@ def measure_costs(model, bf16: bool, length: int) -> Costs:
         hidden=model.config.hidden_size,
         head=head.shape,
         head_trained=head.requires_grad,
-        bf16=bf16,
+        bf16=device.format != "fp32",
     )
 
 
-def _bytes_kept(model, lengths: list[int], bf16: bool) -> int:
+def _bytes_kept(model, lengths: list[int], device: Device) -> int:
     """Bytes that autograd keeps between forward and backward pass of documents that are trained on whole, weights not counted."""
-    mode, device = FakeTensorMode(allow_non_fake_inputs=True), model.device
+    mode, reduced = (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.float16 if device.fp16 else torch.bfloat16,
+    )
     weights = [fake for weight in model.parameters() for fake in (weight, mode.from_tensor(weight))]
     weights = {weight.untyped_storage()._cdata: weight for weight in weights}
     seen = {}
@@ -106,15 +109,14 @@ def _bytes_kept(model, lengths: list[int], bf16: bool) -> int:
         # The graph gets nothing: a tensor that a node saves of its own output would keep the whole graph alive for ever.
 
     row = [{"documents": [([0], [0] * length)]} for length in lengths]
-    padding = padding_for(device.type, bf16, sum(lengths))
-    inputs = model_inputs(collate([row], padding))
+    inputs = model_inputs(collate([row], padding_for(device, sum(lengths))))
     with (
         mode,
         torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing),
-        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+        torch.autocast(model.device.type, reduced, enabled=device.format != "fp32"),
     ):
         inputs = {
-            name: mode.from_tensor(value).to(device) if torch.is_tensor(value) else value
+            name: mode.from_tensor(value).to(model.device) if torch.is_tensor(value) else value
             for name, value in inputs.items()
         }
         hidden = model.train()(**inputs)

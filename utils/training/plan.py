@@ -18,7 +18,7 @@ from utils.device import Device
 from utils.errors import UserError
 from utils.files import show_path
 from utils.model.lm_head import cross_entropy_sum
-from utils.model.packing import ROUNDED, PackedRows, collate, padding_for, wants_rows_of_one_length
+from utils.model.packing import ROUNDED, PackedRows, collate, padding_for
 from utils.model.qwen3_train import forward
 from utils.text import duration, format_bytes
 from utils.training.memory import FLOAT, StepPlan, free_memory, margin, measure_costs, memory_parts, ways
@@ -120,7 +120,7 @@ def plan_step(run: Run, model, train_rows: PackedRows) -> StepPlan:
     if device.name == "cuda":  # its forms of attention are others than a CPU's
         model.to(run.accelerator.device)
     possible = ways(settings.ROWS_PER_STEP // run.processes)
-    costs = measure_costs(model, device.bf16, int(train_rows.sizes.lengths.mean()))
+    costs = measure_costs(model, device, int(train_rows.sizes.lengths.mean()))
     (most,) = run.agree(margin(device) - free_memory(device))
     free, lengths = int(-most), len(numpy.unique(train_rows.sizes.lengths))
 
@@ -161,7 +161,7 @@ def choose(
 
 def tokens_at_once(train_rows: PackedRows, way: StepPlan, device: Device) -> int:
     """Tokens of the largest batch."""
-    if wants_rows_of_one_length(device.name, device.bf16):
+    if device.equal_rows:
         return way.rows_at_once * train_rows.max_length
     return math.ceil(train_rows.fullest(way.rows_at_once) / ROUNDED) * ROUNDED
 
@@ -214,7 +214,7 @@ def rate_of(run: Run, model, train_rows: PackedRows, way: StepPlan, backward: bo
     if run.device.name != "cpu":
         batches = [[train_rows[row] for row in range(min(way.rows_at_once, len(train_rows)))]] * 2
     for rows in batches:
-        batch = collate(rows, padding_for(run.device.name, run.device.bf16, train_rows.max_length))
+        batch = collate(rows, padding_for(run.device, train_rows.max_length))
         began = time.monotonic()
         with torch.set_grad_enabled(backward), run.device.autocast():
             hidden, batch = forward(model, batch, run.device)

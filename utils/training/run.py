@@ -393,7 +393,7 @@ def _identity(settings, device):
             identity[name] = f"sha256 {sha256_of(getattr(settings, name))}"
         elif name.endswith("MODEL"):
             identity[name] = f"sha256 {model_sha256(getattr(settings, name))}"
-    return {**identity, "device": f"{device.name} {'bf16' if device.bf16 else 'fp32'}"}
+    return {**identity, "device": f"{device.name} {device.format}"}
 
 
 def _refuse_changes(before, now, place, finished):
