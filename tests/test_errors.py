@@ -61,3 +61,15 @@ def test_streams_that_are_closed_or_cannot_hold_chinese(monkeypatch):
     assert raw.getvalue() == "麻黄\n".encode() and sys.stdin.read() == ""
     assert sys.stdin.name == os.devnull
     sys.stdin.close()
+
+
+@pytest.mark.parametrize(
+    "given, wanted", [({}, "20000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)]
+)
+def test_threads_wait_briefly_unless_the_environment_says_otherwise(monkeypatch, given, wanted):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # put back after the test
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert run(lambda: None) == 0 and os.environ.get("GOMP_SPINCOUNT") == wanted

@@ -76,8 +76,9 @@ def run(main: Callable[[], int | None]) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     first, code = int(os.environ.get("RANK", 0)) == 0, None
     try:
-        silent = open(os.devnull, "w", encoding="utf-8")
-        with contextlib.nullcontext() if first else contextlib.redirect_stdout(silent):
+        with contextlib.ExitStack() as stack:
+            if not first:
+                stack.enter_context(contextlib.redirect_stdout(open(os.devnull, "w", encoding="utf-8")))
             try:
                 code = main() or 0
             except SystemExit as end:  # --help was shown
