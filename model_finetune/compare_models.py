@@ -82,8 +82,9 @@ def main(argv=None):
         write_pages,
         write_report,
     )
+    from utils.model.prove import prove
 
-    device = pick_device(settings.DEVICE, settings.PRECISION)
+    device = prove(pick_device(settings.DEVICE, settings.PRECISION))
     print(f"device: {device}")
     warnings = seen_in_training(folders, tests)
     for warning in warnings:

@@ -78,6 +78,7 @@ def main(argv=None):
         save_model,
     )
     from utils.model.lora import add_lora
+    from utils.model.prove import prove
     from utils.model.qwen3_train import prepare_packed
     from utils.training.loop import train
     from utils.training.losses import dpo_batch_loss
@@ -87,7 +88,7 @@ def main(argv=None):
     from utils.training.run import Run
 
     # 1. Load the model (float32 master weights) and its tokenizer
-    device = pick_device(settings.DEVICE, settings.PRECISION)
+    device = prove(pick_device(settings.DEVICE, settings.PRECISION))
     print(f"device: {device}")
     tokenizer = load_tokenizer(settings.MODEL)
     load = functools.partial(load_pairs, tokenizer=tokenizer, max_length=settings.MAX_LENGTH)

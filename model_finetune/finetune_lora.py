@@ -74,6 +74,7 @@ def main(argv=None):
         save_model,
     )
     from utils.model.lora import add_lora
+    from utils.model.prove import prove
     from utils.model.qwen3_train import prepare_packed
     from utils.training.loop import train
     from utils.training.losses import sft_loss
@@ -82,7 +83,7 @@ def main(argv=None):
     from utils.training.run import Run
 
     # 1. Load the model, frozen, and its tokenizer with adapters
-    device = pick_device(settings.DEVICE, settings.PRECISION)
+    device = prove(pick_device(settings.DEVICE, settings.PRECISION))
     print(f"device: {device}")
     tokenizer = load_tokenizer(settings.MODEL)
     load = functools.partial(load_conversations, tokenizer=tokenizer, max_length=settings.MAX_LENGTH)

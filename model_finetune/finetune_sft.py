@@ -65,6 +65,7 @@ def main(argv=None):
 
     from utils.device import pick_device
     from utils.model.folder import load_model, load_tokenizer, remember_mode, save_model
+    from utils.model.prove import prove
     from utils.model.qwen3_train import prepare_packed
     from utils.training.loop import train
     from utils.training.losses import sft_loss
@@ -73,7 +74,7 @@ def main(argv=None):
     from utils.training.run import Run
 
     # 1. Load the model (float32 master weights) and its tokenizer
-    device = pick_device(settings.DEVICE, settings.PRECISION)
+    device = prove(pick_device(settings.DEVICE, settings.PRECISION))
     print(f"device: {device}")
     tokenizer = load_tokenizer(settings.MODEL)
     load = functools.partial(load_conversations, tokenizer=tokenizer, max_length=settings.MAX_LENGTH)
