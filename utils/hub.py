@@ -95,15 +95,24 @@ def _pages(url):
     """The JSON at `url` and on the pages that follow it. Mirrors pass on the Hub's own links: only their query counts, so that
     neither pages nor the token go to another server than the endpoint."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+    from huggingface_hub.utils import hf_raise_for_status, http_backoff
 
     place, timeout = url.partition("?")[0], constants.HF_HUB_DOWNLOAD_TIMEOUT
     while url:
-        response = http_backoff("GET", url, headers=build_hf_headers(), timeout=timeout, max_retries=3)
+        response = http_backoff("GET", url, headers=_headers(), timeout=timeout, max_retries=3)
         hf_raise_for_status(response)
         yield response.json()
         link = response.links.get("next", {}).get("url")
         url = link and f"{place}?{urlsplit(link).query}"
+
+
+def _headers():
+    from huggingface_hub.utils import build_hf_headers
+
+    try:
+        return build_hf_headers()
+    except OSError:  # a home folder that cannot be read holds no token
+        return build_hf_headers(token=False)
 
 
 def _read_entry(entry):
@@ -173,11 +182,10 @@ def _transfer(repo, file, part):
     import httpx2
     from huggingface_hub import constants, errors, hf_hub_url
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
 
     url = hf_hub_url(repo.id, file.path, repo_type=repo.kind, revision=repo.commit, endpoint=_endpoint())
     # identity: a compressed answer would have neither the listed size nor ranges of the file itself
-    options = {"headers": build_hf_headers() | {"Accept-Encoding": "identity"}, "expected_size": file.size}
+    options = {"headers": _headers() | {"Accept-Encoding": "identity"}, "expected_size": file.size}
     options |= {"displayed_filename": file.path, "tqdm_class": bar}
     # 10 MiB, on a slow line, are minutes without a sign, and lost by a kill.
     constants.DOWNLOAD_CHUNK_SIZE = 64 << 10

@@ -55,7 +55,7 @@ GIVEN = [
     ("wrong folder", "chat --model {w}/empty", "empty is not a model folder (it holds nothing)"),
     ("wrong kind", "convert --input-files {w}/photo.png", "photo.png: cannot read .png; wanted .jsonl"),
     ("wrong kind", "convert --input-files {w}/photo.jsonl", "no row could be used"),
-    ("wrong kind", "convert --input-files {w}/broken.parquet", "broken.parquet is not a whole Parquet file"),
+    ("wrong kind", "convert --input-files {w}/broken.parquet", "broken.parquet is not a whole .parquet file"),
     ("wrong kind", "convert --input-files {w}/folder.jsonl", "no data file"),
     (
         "wrong kind",
