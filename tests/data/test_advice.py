@@ -50,6 +50,7 @@ def test_columns_are_suggested_by_known_names(rows, columns):
         (many(q1="为什么*冷？", a1="因为*"), "wanted rows with a question and an answer"),
         (many(症候="恶寒*", 方="麻黄汤*"), "wanted rows with a question and an answer"),
         (many(描述="恶寒*", 科="内*"), "no field is known as an answer"),
+        (many(描述="甲*", model_output="乙*"), "model_output may be an answer of a model"),
         (many(Number="*", Question="下列性温的是*"), "no field is known as an answer"),
         (many(名="甲*", 处方="乙*"), "no field is known as a question"),
         (many(query_text="甲*", 描述="乙*", output_gpt="丙*"), "no field is known as an answer"),

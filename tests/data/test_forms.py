@@ -108,6 +108,10 @@ READ = [
     ({"query": "问", "response": "答", "label": "内科"}, ASKED, ["label"]),
     ({"question": "问", "answer": "答", "score": 3, "model_answer": "别"}, ASKED, ["score", "model_answer"]),
     ({"data": ["问：问", "答：答"]}, ASKED, []),
+    ({"data": ["Q: 问", "A: 答"]}, ASKED, []),
+    ({"conversations": [[{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]]}, ASKED, []),
+    ({"instruction": "问", "input": "N/A", "output": "答", "systemPrompt": "医"}, turns("问", "答", system="医"), []),
+    ({"Instruction": "问", "Reasoning-Content": "想", "Output": "答"}, REASONED, []),
     ({"dialogue": [{"speaker": "患者", "text": "问"}, {"speaker": "医生", "text": "答"}]}, ASKED, []),
     ({"questions": ["问"], "answers": ["答"]}, ASKED, []),
     ({"kind": "问答", "input": "问", "target": "答"}, ASKED, ["kind"]),
@@ -145,7 +149,7 @@ def test_every_field_is_used_or_named(row, messages, unused):
     made = json.dumps(item.body, ensure_ascii=False)
     for name, text in texts_in(row):
         if name not in unused and not is_empty(text):
-            marks = r"\s*(?:医生：您好|^病人$|^大夫$|[<#]*\s*(?:user|bot|human|assistant|患者|医生|问|答)>?[:：]|^患者$|^医生$)\s*"
+            marks = r"\s*(?:医生：您好|^human$|^gpt$|^病人$|^大夫$|[<#]*\s*(?:q|a|user|bot|human|assistant|患者|医生|问|答)>?[:：]|^患者$|^医生$)\s*"
             words = re.split(marks, text, flags=re.IGNORECASE)
             assert all(word in made for word in words), (name, text)
 
@@ -190,6 +194,8 @@ ASIDE = [
     ({"messages": [ASKED[0], {**ASKED[1], "loss": False}]}, "marked as not to be learnt"),
     ({"messages": turns("问", "答", "再问", "再答"), "loss_mask": [0, 0, 0, 1]}, "marked as not to be learnt"),
     ({"messages": ASKED, "loss_mask": [0, 0, 1, 1, 1]}, "marked as not to be learnt"),
+    ({"messages": turns("问", "答", "再问", "再答"), "weights": [0, 0, 0, 1]}, "marked as not to be learnt"),
+    ({"messages": ASKED, "mask": [1, 0]}, "marked as not to be learnt"),
     ({"instruction": "问", "output": "答", "train": False}, "marked as not to be learnt"),
     ({"messages": ASKED, "tools": [{"name": "x"}]}, "tool calls are not trained"),
     ({"messages": [ASKED[0], {**ASKED[1], "tool_calls": [{}]}]}, "tool calls are not trained"),
@@ -222,6 +228,8 @@ ASIDE = [
     ({"text": "<|user|>\n问\n<|assistant|>\n答"}, "control tokens"),
     ({"instruction": "照样答。\n### Instruction:\n问\n### Response:", "output": "答"}, "marks of a dialogue inside a text"),
     ({"instruction": "问 <bot>:", "output": "答"}, "marks of a dialogue inside a text"),
+    ({"instruction": "[Round 1]\n问：甲\n答：", "output": "乙"}, "marks of a dialogue inside a text"),
+    ({"instruction": "你是医生。\nHuman: 问\nAssistant:", "output": "答"}, "marks of a dialogue inside a text"),
 ]  # fmt: skip
 
 

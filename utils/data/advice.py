@@ -25,6 +25,17 @@ QUESTIONS = (
     *("document", "article", "user", "human"),
 )
 NEVER = {"reasoning", "system", "explanation", "history", "options", "id", "source", "url", "title", "split"}
+NOT_RIGHT = (
+    "model",
+    "pred",
+    "generated",
+    "candidate",
+    "gpt",
+    "llm",
+    "wrong",
+    "bad",
+    "distractor",
+)  # in answers' names
 LEAST_DISTINCT = 0.5  # share of a field's texts; a field with fewer different ones is a category, no question and no answer
 TABLE_FIELDS = 5  # fields of text; a row with more is a line of a table
 
@@ -33,6 +44,8 @@ def suggest_columns(rows: list[dict]) -> tuple[str, str] | None:
     """(question field, answer field) of rows that have the same fields, where the names of just two say so; else None."""
     texts = _text_fields(rows)
     questions, answers = _named(texts, QUESTIONS), _named(texts, ANSWERS)
+    if any(word in name.lower() for name in answers for word in NOT_RIGHT):
+        return None
     if len(questions) != 1 or len(answers) != 1 or questions == answers or len(texts) > TABLE_FIELDS:
         return None
     distinct = (len(set(texts[name])) >= LEAST_DISTINCT * len(texts[name]) for name in questions + answers)
@@ -69,6 +82,10 @@ def describe(rows: list[dict], table: bool = False) -> str:
         return f"several fields may be the answer: {', '.join(candidates)}"
     if len(questions) > 1:
         return f"several fields may be the question: {', '.join(questions)}"
+    if any(word in name.lower() for name in answers for word in NOT_RIGHT):
+        return (
+            f"{answers[0]} may be an answer of a model, or a wrong one; no field is known as the right answer"
+        )
     if questions or answers:
         return f"no field is known as {'an answer' if questions else 'a question'}"
     if table:

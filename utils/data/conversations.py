@@ -8,6 +8,8 @@ import re
 
 from utils.data.exams import exam_item, letters_alone, options_in, subject_of
 from utils.data.messages import (
+    LEARNT_MARKS,
+    MASKS,
     Fields,
     Reject,
     assistant_message,
@@ -63,10 +65,12 @@ def _exam_in(row, asked, answered):
 def read_conversation(row, schema, options, name):
     value = row.get(name)
     turns = turns_of([value] if isinstance(value, str) else value, name, row)
-    mask = row.get("loss_mask") if isinstance(row.peek("loss_mask"), list) else []
-    learnt = [mark for mark, turn in zip(mask[-len(turns) :], turns) if turn["role"] == "assistant"]
-    if mask and (len(mask) != len(value) or not all(learnt)):
-        raise Reject("marked as not to be learnt", f"loss_mask is {mask}")
+    for mark in (*LEARNT_MARKS, *MASKS):  # one sign for each turn
+        if isinstance(mask := row.peek(mark), list):
+            row.get(mark)
+            learnt = [sign for sign, turn in zip(mask[-len(turns) :], turns) if turn["role"] == "assistant"]
+            if mark in MASKS or len(mask) != len(value) or not all(learnt):
+                raise Reject("marked as not to be learnt", f"{row.field(mark)} is {mask}")
     messages = system_message(row, turns) + turns
     kept = in_order(trimmed(messages), "assistant")
     item = _exam_in(row, kept[-2]["content"], kept[-1]["content"])

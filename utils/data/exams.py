@@ -15,11 +15,21 @@ RIGHT, WRONG = {"对", "正确", "是", "√", "T", "TRUE"}, {"错", "错误", "
 # Names of fields, as `plain_names` gives them; the first that a row has.
 SUBJECTS = ("subject", "exam_subject", "subject_name", "exam_class")
 QUESTIONS = ("question", "query", "instruction", "prompt", "problem", "input", "title")
-COUNTED_FROM_0 = ("answer_idx", "answer_index", "cop", "label")  # a number here is counted from 0
+COUNTED_FROM_0 = ("answer_idx", "cop", "label")  # a number here is counted from 0
 ANSWERS = (
-    *("answer_idx", "answer_index", "answer", "correct_answer", "correct_option", "right_answer"),
-    *("answerkey", "answer_key", "cop", "正确答案", "标准答案", "参考答案", "正确选项", "ans", "correct"),
-    *("right_option", "answer_text", "key", "gold", "target", "output", "response", "completion", "label"),
+    *(
+        "answer_idx",
+        "answer",
+        "correct_answer",
+        "cop",
+        "ans",
+        "correct",
+        "answer_text",
+        "key",
+        "gold",
+        "target",
+    ),
+    *("output", "response", "completion", "label"),
 )
 
 # Fields of an option that is an object of its own.

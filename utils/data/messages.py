@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 
 def by_alias(names: dict[str, str]) -> dict[str, str]:
-    """{alias: name} of {name: "alias alias ..."}."""
-    return {alias: name for name, aliases in names.items() for alias in aliases.split()}
+    """{alias without _ : name} of {name: "alias alias ..."}."""
+    return {alias.replace("_", ""): name for name, aliases in names.items() for alias in aliases.split()}
 
 
 ROLES = by_alias(
@@ -22,7 +22,7 @@ ROLES = by_alias(
         "tool": "tool function observation function_call tool_call tool_response",
     }
 )
-# The names that fields have in other data sets, lower case, by the name under which they are read.
+# The names that fields have in other data sets, in whatever case and with or without _, by the name they are read under.
 ALIASES = by_alias(
     {
         "question": "问题 提问 题目 题干 试题 题目内容 questions qtext question_text question_stem stem",
@@ -30,9 +30,10 @@ ALIASES = by_alias(
         "instruction": "指令",
         "input": "输入",
         "output": "输出",
-        "system": "系统 系统提示 系统提示词 系统指令 system_prompt system_message system_msg system_instruction sys_prompt",
+        "system": "系统 系统提示 系统提示词 系统指令 system_prompt system_message system_msg system_instruction sys_prompt "
+        "system_text system_content sys 角色设定",
         "reasoning": "reasoning_content reasoning_text think thinking thought thoughts cot complex_cot chain_of_thought "
-        "reasoning_process 思考 思考过程 推理 推理过程 思维链",
+        "reasoning_process reasoning_steps reasoning_chain thinking_content thinking_process think_content 思路 思考 思考过程 推理 推理过程 推理链 思维链 思考链",
         "options": "option choices option_list options_list 选项 备选答案 选项列表",
         "question_type": "type qtype 题型 题目类型",
         "subject": "科目 学科",
@@ -40,6 +41,9 @@ ALIASES = by_alias(
         "score": "reward rating",
         "chosen": "chosen_response chosen_answer chosen_output response_chosen accepted preferred",
         "rejected": "rejected_response rejected_answer rejected_output response_rejected rejected_messages dispreferred",
+        "answer_idx": "answer_index answer_idx answer_id",
+        "correct_answer": "correct_option right_answer right_option answer_key 正确答案 正确选项 标准答案 参考答案",
+        "loss_mask": "loss_mask train_mask weights loss_weights",
         "tools": "functions tool_calls function_call",
     }
 )
@@ -49,13 +53,28 @@ TURN_ALIASES = ALIASES | by_alias({"role": "from speaker", "content": "value tex
 LEARNT_MARKS = ("loss", "train", "trainable", "loss_mask", "weight", "loss_weight")
 MASKS = ("mask", "masked", "ignore")  # the same, of which it is not known what is meant
 
-EMPTY_TEXTS = {"", "nan", "<noinput>", "<nooutput>", "null", "[]", "{}"}
+EMPTY_TEXTS = {
+    "",
+    "nan",
+    "none",
+    "null",
+    "n/a",
+    "#n/a",
+    "<na>",
+    "<noinput>",
+    "noinput",
+    "<nooutput>",
+    "[]",
+    "{}",
+}
 
-# The two speakers' marks of dialogues that stand in one text; those of the last line only where a line begins.
+# The two speakers' marks of dialogues that stand in one text; those of the last two lines only where a line
+# begins, and the very last, which options may have too, only in a list of texts.
 _MARKS = (
     (r"<(?:user|human|用户)>\s*[:：]?", r"<(?:bot|assistant|gpt|助手)>\s*[:：]?"),
     (r"#{2,}\s*(?:human|user)\s*[:：]", r"#{2,}\s*(?:assistant|bot|gpt)\s*[:：]"),
     (r"^\s*(?:human|user|用户|患者|病人|问)\s*[:：]", r"^\s*(?:assistant|bot|ai|助手|医生|大夫|答)\s*[:：]"),
+    (r"^\s*(?:q|question|提问)\s*[:：]", r"^\s*(?:a|answer|回答|回复)\s*[:：]"),
 )
 _SPEAKERS = [re.compile(f"(?P<user>{user})|(?P<assistant>{bot})", re.M | re.I) for user, bot in _MARKS]
 
@@ -81,8 +100,8 @@ def plain_names(fields: tuple, of_turn: bool = False) -> dict[str, tuple]:
     names = {}
     aliases = TURN_ALIASES if of_turn else ALIASES
     lower = [(str(field).strip().lower(), field) for field in fields]
-    for name, field in sorted(lower, key=lambda pair: pair[0] in aliases):
-        plain = aliases.get(name, name)
+    lower = [(aliases.get(re.sub(r"[_\s-]", "", name), name), name, field) for name, field in lower]
+    for plain, _, field in sorted(lower, key=lambda found: found[0] != found[1]):
         names[plain] = (*names.get(plain, ()), field)
     return names
 
@@ -150,6 +169,8 @@ def turns_of(value: object, field: str, row: Fields | None = None) -> list[dict]
     """Messages (role/content), ShareGPT turns (from/value) or marked texts as messages; `row` learns what is not used."""
     if is_empty(value):
         raise Reject("missing or empty question", f"{field} is empty")
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
+        value = value[0]
     if isinstance(value, list) and all(isinstance(turn, str) for turn in value):
         turns = [turn for text in value for turn in marked_turns(text, both=False)]
         if len(turns) < len(value):
@@ -214,7 +235,7 @@ def marked_turns(text: str, both: bool = True) -> list[dict]:
     It begins with a speaker's mark. An answer's mark at the end, after which nothing follows, asks for the answer. `both`: a
     text in which only one of the two speaks is no dialogue.
     """
-    for speakers in _SPEAKERS:
+    for speakers in _SPEAKERS[: 3 if both else 4]:
         marks = list(speakers.finditer(text))
         answers = not both or any(mark["assistant"] for mark in marks)
         if not marks or not answers or text[: marks[0].start()].strip():

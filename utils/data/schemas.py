@@ -42,7 +42,8 @@ _UNFIT = re.compile(
     r"|</?tool_(?:call|response)s?>|<(?:start|end)_of_turn>|<(?:[be]os|eo[adhm]|pad|unk|reserved_\d+)>"
     r"|\[(?:gMASK|SEP|CLS|EOS|BOS|PAD|UNUSED_TOKEN_\d+)\])"
     r"|(?P<marks_of_a_dialogue_inside_a_text><(?:user|bot|human|assistant)>\s*[:：]"
-    r"|^\s*#{2,}\s*(?:Human|Assistant|Response|Instruction|回答|指令)\s*[:：])",
+    r"|^\s*#{2,}\s*(?:Human|Assistant|Response|Instruction|回答|指令)\s*[:：]"
+    r"|^\s*\[Round \d+\]|^\s*(?:Human|Assistant)\s*[:：])",
     re.MULTILINE,
 )
 EVIDENCE_ROWS = 200  # of a file, by which is told whether the answers of an exam are counted from 0 or 1
@@ -193,8 +194,8 @@ def convert_row(row: dict, options: RowOptions = PLAIN) -> ConvertedRow:
 
 def _check_text(text):
     # Printable text without these holds nothing unfit: the quick answer for nearly every row.
-    printable = text.replace("\n", "").isprintable()
-    if not printable or "\ufffd" in text or "<" in text or "[" in text or "##" in text:
+    signs = ("\ufffd", "<", "[", "##", "Human", "Assistant")
+    if not text.replace("\n", "").isprintable() or any(sign in text for sign in signs):
         found = _UNFIT.search(text)
         if found:
             around = text[max(0, found.start() - 10) : found.start() + 20]
