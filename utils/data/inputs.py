@@ -74,10 +74,11 @@ class InputFile(NamedTuple):
         """Bytes of the file unpacked, about: what a .gz of more than 4 GB says of itself is too little."""
         if self.member:
             return zipfile.ZipFile(self.path).getinfo(self.member).file_size
-        packed = self.path.stat().st_size
-        if self.path.suffix.lower() != ".gz":
-            return packed
-        return max(packed, int.from_bytes(self.path.read_bytes()[-4:], "little"))
+        with open(self.path, "rb") as file:
+            packed = file.seek(0, 2)
+            file.seek(max(packed - 4, 0))
+            said = int.from_bytes(file.read(), "little") if self.path.suffix.lower() == ".gz" else 0
+        return max(packed, said)
 
     def open_bytes(self) -> IO[bytes]:
         """The file, unpacked; raises one of DAMAGED."""
@@ -94,61 +95,54 @@ def find_input_files(
     UserError names `made_by`, the command that makes data. `by_name`: files in a folder, and folders in it, that are named
     as test or validation sets are evaluation; a file that is given by its own name is what the user says it is.
     """
-    found, skipped = {}, []
+    found, skipped, endings = {}, [], ", ".join(DATA_ENDINGS)
     for given in inputs:
         if not given.exists():
             raise UserError(f"{show_path(given)} does not exist; make it with: {made_by}")
-        if not given.is_dir() and (why := _not_data(given)):
-            endings = ", ".join(DATA_ENDINGS)
-            raise UserError(f"{show_path(given)}: {why}; wanted {endings}, or such a file as .gz or .zip")
-        for name, path in _listed(given) if given.is_dir() else [(given.name, given)]:
+        for name, path, member in _listed(given, "" if given.is_dir() else given.name):
             if re.search("[\ud800-\udfff]", name):
                 raise UserError(f"{ascii(name)}: the file's name is not UTF-8; rename it and run this again")
-            why = _not_data(path)
-            held_out = by_name and given.is_dir() and any(map(says_evaluation, Path(name).parts))
+            why = _not_data(path, member)
+            if why and path == given and not member:
+                raise UserError(f"{show_path(path)}: {why}; wanted {endings}, or such a file as .gz or .zip")
             if why:
                 skipped.append((name, why))
-            elif path.suffix.lower() == ".zip":
-                for member in _members(path):
-                    whole, inside = f"{name}/{member}", Path(member)
-                    packed = "" if inside.suffix in TEXT_ENDINGS else "unpack it first"
-                    if why := _not_data(inside) or packed:
-                        skipped.append((whole, why))
-                    else:
-                        split = "eval" if held_out or any(map(says_evaluation, inside.parts)) else ""
-                        found[path.resolve(), member] = InputFile(path, whole, split, member)
-            else:
-                found[path.resolve(), ""] = InputFile(path, name, "eval" if held_out else "")
+                continue
+            telling = Path(name if by_name and given.is_dir() else member).parts
+            split = "eval" if any(map(says_evaluation, telling)) else ""
+            found[path.resolve(), member] = InputFile(path, name, split, member)
     if not found:
         places = ", ".join(map(show_path, inputs))
         there = f" (there: {'; '.join(f'{name}, {why}' for name, why in skipped[:3])})" if skipped else ""
-        endings = ", ".join(DATA_ENDINGS)
         raise UserError(f"no data file ({endings}) in {places}{there}; make one with: {made_by}")
     return [file._replace(encoding=detect_encoding(file)) for file in found.values()], skipped
 
 
-def _listed(folder, prefix="") -> Iterator[tuple[str, Path]]:
-    """(name, path) of what lies in a folder given; of a folder there that is named as a split, what lies in it."""
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name.endswith(".source.json"):
-            continue
-        if path.is_dir() and not prefix and (says_evaluation(path.name) or path.name.lower() == "train"):
-            yield from _listed(path, f"{path.name}/")
-        else:
-            yield f"{prefix}{path.name}{'/' if path.is_dir() else ''}", path
+def _listed(path, name, depth=0) -> Iterator[tuple[str, Path, str]]:
+    """(name, path, member of a .zip or "") of a file; of what lies in a folder, and in a folder there that is named as a split."""
+    if path.is_dir() and (not depth or depth == 1 and (says_evaluation(path.name) or path.name == "train")):
+        for inside in sorted(path.iterdir()):
+            if not inside.name.startswith(".") and not inside.name.endswith(".source.json"):
+                whole = f"{name}{inside.name}{'/' if inside.is_dir() else ''}"
+                yield from _listed(inside, whole, depth + 1)
+    elif path.suffix.lower() == ".zip":
+        yield from ((f"{name}/{member}", path, member) for member in _members(path))
+    else:
+        yield name, path, ""
 
 
-def _not_data(path):
+def _not_data(path, member):
     """Why a file is not read, or ""."""
-    name = path.name.lower()
+    name = (member or path.name).lower()
     ending = Path(name.removesuffix(".gz")).suffix
     if path.is_dir():
         return "a folder in the folder: name it after --input-files too"
     if name in DESCRIPTIONS and (next(path.parent.glob("*.arrow"), None) or name == "dataset_dict.json"):
         return "describes a data set, holds no rows"
-    if ending not in DATA_ENDINGS and not name.endswith(".zip"):
-        return NOT_READ.get(ending, f"cannot read {path.suffix or 'a file without extension'}")
-    return "unpack it first" if name.endswith(".gz") and ending not in TEXT_ENDINGS else ""
+    if ending not in (*DATA_ENDINGS, ".zip"):
+        return NOT_READ.get(ending, f"cannot read {Path(name).suffix or 'a file without extension'}")
+    packed = member or name.endswith(".gz")
+    return "unpack it first" if packed and ending not in TEXT_ENDINGS or member.endswith(".gz") else ""
 
 
 def _members(path):
