@@ -376,6 +376,20 @@ def test_the_system_text_of_training_is_handed_on(export, place):
     assert "> 你是中医。\n> 请简短回答。\n" in (output / "README.md").read_text(encoding="utf-8")
 
 
+ODD = {
+    "status": "finished",
+    "identity": {},
+    "settings": {"MODEL": "x", "TRAIN_FILE": 3},
+    "results": {"steps": "many"},
+}
+
+
+def test_a_record_with_odd_values_is_no_traceback(export, place, tmp_path):
+    other = shutil.copytree(place / "base", tmp_path / "other")
+    write_json(other / "run.json", ODD)
+    assert "- SFT from x:" in (export(other) / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     "damaged", ["{", "[]", '{"status": "finished"}', '{"settings": {}, "results": {"steps": 1}}']
 )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from utils.data.terms import Terms
-from utils.evaluation.questions import Tests, as_question
+from utils.evaluation.questions import Tests
 from utils.model.chat_format import THINKING_MODES, encode_prompt
 from utils.model.generate import generate_tokens, read_answer, stop_tokens
 from utils.settings import Settings
@@ -69,7 +69,7 @@ def generated_answers(model, tokenizer, tests: Tests, settings: Settings) -> tup
         questions.append(Question("answer", "heldout", row["id"], messages, answer["content"]))
     heldout = len(questions)
     for row in tests.general:
-        asked = as_question(row["question"])
+        asked = [{"role": "user", "content": row["question"]}]
         questions.append(Question("answer", "general", row["id"], asked, row["answer"], row["accept"]))
     answers = ask(questions, "answers in full")
     follow_ups = ask_in_conversations(ask, questions[:heldout], answers, settings.FOLLOW_UPS)

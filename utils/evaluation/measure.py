@@ -20,7 +20,7 @@ from utils.device import Device
 from utils.evaluation.answers import generated_answers
 from utils.evaluation.exams import choices_by_letter, choices_by_text, choices_of_several, prompt_texts
 from utils.evaluation.metrics import Results
-from utils.evaluation.questions import ExamQuestion, Tests, as_question, kind_of
+from utils.evaluation.questions import ExamQuestion, Tests, kind_of
 from utils.files import read_jsonl, sample_by_id, sha256_of, show_path
 from utils.hub import local_folder
 from utils.kept import digest, read_kept, write_kept
@@ -109,8 +109,9 @@ def measure(folder: str, tests: Tests, settings: Settings, device: Device) -> tu
     # answers first: prepare_packed changes how the model computes
     seconds, results = generated_answers(model, tokenizer, tests, settings)
     prepare_packed(model)
+    roles = {"user": "question", "assistant": "answer"}
     general = [
-        {**row, "messages": [*as_question(row["question"]), {"role": "assistant", "content": row["answer"]}]}
+        {**row, "messages": [{"role": role, "content": row[field]} for role, field in roles.items()]}
         for row in tests.general
     ]
     for test, rows in (("heldout", tests.heldout), ("general", general)):

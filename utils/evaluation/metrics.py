@@ -3,7 +3,6 @@
 To add a metric, add a line to METRICS: the tables, the picture, the model card and the page of a run follow.
 """
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -149,12 +148,10 @@ COMPARED = {
 }
 
 
-def guessed_right(item: Any) -> float | None:
-    """The probability that an exam item is guessed: one option of n, or one of the 2^n - 1 sets that hold an option."""
-    if "options" not in item:
-        return None
-    count = len(item["options"])
-    return 1 / (2**count - 1) if kind_of(item) == MULTIPLE else 1 / count
+def guessed_right(item: Any) -> float:
+    """The probability that an exam item is guessed: one option of n, or one of the 2^n - 1 sets that hold an option; else 0."""
+    count = len(item.get("options", ()))
+    return 0 if not count else 1 / (2**count - 1) if kind_of(item) == MULTIPLE else 1 / count
 
 
 def metrics(results: Results) -> dict[str, Any]:
@@ -167,9 +164,9 @@ def metrics(results: Results) -> dict[str, Any]:
         found[metric.key] = sum(right) / len(right)
         found[f"{metric.name}_interval"] = wilson(sum(right), len(right))
         found[f"{metric.name}_n"] = len(right)
-        items = [item for item in results.items if metric.right(item) is not None]
-        if guessed_right(items[0]):
-            found[f"{metric.name}_chance"] = sum(map(guessed_right, items)) / len(items)
+        guessed = [guessed_right(item) for item in results.items if metric.right(item) is not None]
+        if guessed[0]:
+            found[f"{metric.name}_chance"] = sum(guessed) / len(guessed)
     for name, (sums, tokens) in losses(results).items():
         found[name], found[f"{name}_interval"] = mean_per_token(sums, tokens)
         found[f"{name}_n"] = len(sums)
@@ -197,22 +194,15 @@ def shares(results: Results) -> dict[str, list[bool]]:
 
 def losses(results: Results) -> dict[str, tuple[list[float], list[int]]]:
     """{metric: (the sum of losses, the tokens) of each item}; a test that was not made is missing."""
-    found = {}
-    for test in ("heldout", "general"):
-        if items := results.of(test):
-            found[f"{test}_loss"] = [item["loss"] for item in items], [item["tokens"] for item in items]
-    return found
+    found = {f"{test}_loss": results.of(test) for test in ("heldout", "general")}
+    return {
+        name: ([item["loss"] for item in items], [item["tokens"] for item in items])
+        for name, items in found.items()
+        if items
+    }
 
 
 # ---- Differences
-
-
-def compare_all(measured: dict[str, Results]) -> list[dict[str, Any]]:
-    """The "differences" of comparison.json: every two of {name: results}, in their order."""
-    return [
-        {"from": one, "to": other, **differences(measured[one], measured[other])}
-        for one, other in itertools.combinations(measured, 2)
-    ]
 
 
 def differences(one: Results, other: Results) -> dict[str, dict[str, Any]]:

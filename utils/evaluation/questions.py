@@ -30,11 +30,6 @@ def kind_of(item: ExamQuestion) -> str:
     return item.get("kind", SINGLE)
 
 
-def as_question(text: str) -> list[dict]:
-    """The messages of a question by itself."""
-    return [{"role": "user", "content": text}]
-
-
 class Tests(NamedTuple):
     """The questions that every model is asked: rows of the project's files (no rows: this test is left out)."""
 

@@ -1,11 +1,12 @@
 """The comparison in words, tables and pictures: for the terminal, as comparison.md, and as comparison.json for what reads it."""
 
 import datetime
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from utils.evaluation.metrics import COMPARED, METRICS, Results, compare_all, is_clear, metrics
+from utils.evaluation.metrics import COMPARED, METRICS, Results, differences, is_clear, metrics
 from utils.files import atomic_write, read_log, render, show_path, write_json
 from utils.model.folder import usable_record
 from utils.plots import Panel, Run, plot_comparison, plot_runs
@@ -36,7 +37,10 @@ def make_comparison(
     return {
         "models": models,
         "table": table,
-        "differences": compare_all(measured),
+        "differences": [
+            {"from": one, "to": other, **differences(measured[one], measured[other])}
+            for one, other in itertools.combinations(measured, 2)
+        ],
         "settings": settings.as_dict(),
         "samples": _samples(measured, settings.SHOW),
         "device": str(device),

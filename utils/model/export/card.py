@@ -11,66 +11,42 @@ from utils.settings import ROOT
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
-# Settings of a run that say how it was trained; paths and settings of the display are left out.
-SHOWN = "LEARNING_RATE EPOCHS MAX_STEPS MAX_LENGTH ROWS_PER_STEP WARMUP WEIGHT_DECAY RANK ALPHA BETA SFT_WEIGHT SEED".split()
-
 
 def model_card(source: Source, export: Export, notes: list[str]) -> str:
     """The card as Markdown. `notes`: what the export cost, how it is used."""
     weights = [path for path in sorted(export.place.iterdir()) if path.suffix in (".safetensors", ".gguf")]
     columns, table = scores_of(source.folder)
+    runs = []
+    for run in reversed(source.runs):
+        path = ROOT / str(run["settings"].get("TRAIN_FILE"))
+        digest = str(run["identity"].get("TRAIN_FILE")).removeprefix("sha256 ")
+        unchanged = path.is_file() and sha256_of(path) == digest
+        results, numbers = run.get("results", {}), ("steps", "eval_loss_before", "eval_loss")
+        whole = all(isinstance(results.get(name), int | float) for name in numbers)
+        more = {"results": results if whole and isinstance(run.get("versions"), dict) else None}
+        more |= {"model": Path(run["settings"]["MODEL"]).name, "file": path.name, "digest": digest}
+        runs.append({**run, **more, "origins": _origins(path.parent) if unchanged else None})
     return render(
         TEMPLATE,
         export=export,
         base=export.base or Path(source.base).name,
-        thinking=source.thinking,
-        system=source.system,
+        source=source,
         notes=notes,
-        runs=[_described(run) for run in reversed(source.runs)],
+        runs=runs,
         columns=columns,
         table=table,
         files=[(path.name, sha256_of(path)) for path in weights],
     )
 
 
-def _described(run):
-    """The words for one training: {"method", "model", "settings", "results", "file", "digest", "origins"}."""
-    settings, results, identity = run["settings"], run.get("results", {}), run["identity"]
-    adapter = " with a LoRA adapter" if settings.get("LORA", "RANK" in settings) else ""
-    words = ""
-    if {"steps", "eval_loss_before", "eval_loss"} <= results.keys():
-        versions = ", ".join(f"{package} {version}" for package, version in run.get("versions", {}).items())
-        losses = f"{results['eval_loss_before']:.4f} -> {results['eval_loss']:.4f}"
-        words = f"{results['steps']:,} steps, held-out loss {losses}; {run.get('device')}; {versions}"
-    path = ROOT / str(settings.get("TRAIN_FILE"))
-    digest = str(identity.get("TRAIN_FILE")).removeprefix("sha256 ")
-    unchanged = path.is_file() and sha256_of(path) == digest
-    return {
-        "method": ("DPO" if "BETA" in settings else "SFT") + adapter,
-        "model": Path(settings["MODEL"]).name,
-        "settings": ", ".join(f"{name} {settings[name]}" for name in SHOWN if name in settings),
-        "results": words,
-        "file": path.name,
-        "digest": digest,
-        "origins": _origins(path.parent) if unchanged else None,
-    }
-
-
 def _origins(folder):
-    """Files that the report of a data folder names, with what raw/ beside it knows of them."""
-    report = folder / "report.json"
-    known = {}
+    """The files that the report of a data folder names, with the sources that raw/ beside it knows."""
+    report, known = folder / "report.json", {}
     for path in sorted((folder.parent / "raw").glob("*.source.json")):
         source = read_json(path)
         known[source["sha256"]] = source
-    origins = []
-    for file in read_json(report)["files"] if report.is_file() else []:
-        source, where = known.get(file["sha256"]), "origin not recorded"
-        if source:
-            revision = f" at {source['revision']}" if source.get("revision") else ""
-            where = f"{source['repo']}{revision}, licence: {source['licence']}"
-        origins.append({**file, "file": Path(file["file"]).name, "where": where})
-    return origins
+    files = read_json(report)["files"] if report.is_file() else []
+    return [{**file, "file": Path(file["file"]).name, "source": known.get(file["sha256"])} for file in files]
 
 
 def scores_of(folder: Path) -> tuple[list[str], list[dict[str, Any]]]:
