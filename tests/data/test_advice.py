@@ -60,6 +60,7 @@ def test_columns_are_suggested_by_known_names(rows, columns):
         # A category is no answer, whatever its name.
         (many(描述="甲*", 诊断="感冒"), ""),
         (many(title="例*", qa=[{"q": "诊断？", "a": "湿热"}]), "qa holds rows inside the rows (q, a)"),
+        (many(描述="甲*", 诊断="乙*", 轮=[{"问": "丙"}]), "轮 holds rows inside the rows (问)"),
         (many(描述="甲*", 回答=["乙", "丙"]), "回答 is a list of values"),
         (many(项="甲*", options={"A": "x", "B": "y"}), "--columns question=...,answer=...,options=options"),
         (many(lines=["甲", "乙"]), "lines is a list of texts that do not say who speaks"),

@@ -1,4 +1,4 @@
-"""Which files are read, what split their names say, and what people have: archives, tables, wrapped and nested arrays."""
+"""Files are found, their names say their split, and archives, tables, wrapped and nested arrays give their rows."""
 
 import csv
 import gzip

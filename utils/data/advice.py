@@ -1,4 +1,4 @@
-"""What to tell a user whose rows cannot be used: where it begins, why, and the command that reads them where that is known."""
+"""Tells a user whose rows cannot be used the first of them, the reason, and the command that reads them if it is known."""
 
 import shlex
 from collections import Counter
@@ -25,17 +25,7 @@ QUESTIONS = (
     *("document", "article", "user", "human"),
 )
 NEVER = {"reasoning", "system", "explanation", "history", "options", "id", "source", "url", "title", "split"}
-NOT_RIGHT = (
-    "model",
-    "pred",
-    "generated",
-    "candidate",
-    "gpt",
-    "llm",
-    "wrong",
-    "bad",
-    "distractor",
-)  # in answers' names
+NOT_RIGHT = "model pred generated candidate gpt llm wrong bad distractor".split()  # in the names of answers
 LEAST_DISTINCT = 0.5  # share of a field's texts; a field with fewer different ones is a category, no question and no answer
 TABLE_FIELDS = 5  # fields of text; a row with more is a line of a table
 
@@ -44,7 +34,14 @@ def suggest_columns(rows: list[dict]) -> tuple[str, str] | None:
     """(question field, answer field) of rows that have the same fields, where the names of just two say so; else None."""
     texts = _text_fields(rows)
     questions, answers = _named(texts, QUESTIONS), _named(texts, ANSWERS)
-    if any(word in name.lower() for name in answers for word in NOT_RIGHT):
+    nested = any(
+        isinstance(part, dict)
+        for row in rows
+        for value in row.values()
+        if isinstance(value, list)
+        for part in value
+    )
+    if nested or any(word in name.lower() for name in answers for word in NOT_RIGHT):
         return None
     if len(questions) != 1 or len(answers) != 1 or questions == answers or len(texts) > TABLE_FIELDS:
         return None
@@ -53,7 +50,7 @@ def suggest_columns(rows: list[dict]) -> tuple[str, str] | None:
 
 
 def describe(rows: list[dict], table: bool = False) -> str:
-    """What rows that have the same fields are, where no columns can be suggested. `table`: they come from a table."""
+    """One phrase that says what rows with the same fields are, if no columns can be suggested. `table`: they are of a table."""
     names = list(map(str, rows[0]))
     if table and any(map(looks_like_data, names)):
         return "the first row reads like data, not like names of columns: put a row of names above it"
@@ -70,9 +67,8 @@ def describe(rows: list[dict], table: bool = False) -> str:
             if all(isinstance(part, dict) for part in parts):
                 inside = ", ".join(map(str, parts[0]))
                 return f"{name} holds rows inside the rows ({inside}): write each as a row of its own"
-            return (
-                f"{name} is a list of {'texts that do not say who speaks' if len(names) == 1 else 'values'}"
-            )
+            unknown = "texts that do not say who speaks" if len(names) == 1 else "values"
+            return f"{name} is a list of {unknown}"
     texts = _text_fields(rows)
     questions, answers = _named(texts, QUESTIONS), _named(texts, ANSWERS)
     if len(texts) > TABLE_FIELDS:
@@ -115,7 +111,7 @@ def _named(names, known):
 
 
 def refusal(files: list[InputFile], found: Recognised, columns: str) -> str:
-    """Why there is nothing to convert, in one line; "" where there is. `columns`: the setting."""
+    """The reason why there is nothing to convert, in one line; "" if there is. `columns`: the setting."""
     if found.schemas and (not columns or found.schemas["--columns"]):
         return ""
     strange = next(iter(sorted(found.unknown)), None)

@@ -38,7 +38,7 @@ _TEXTS = ("value", "text", "content", "option_text", "option", "description")
 
 _SIGN = r"\s*[.．、:：)）\]】]\s*"
 _OPTION = r"[(（\[【]?([A-J])"
-# Where an option begins, the surest form first: a letter with its sign at the beginning of a line, after a blank, anywhere;
+# The beginnings of options, the surest form first: a letter with its sign at the beginning of a line, after a blank, anywhere;
 # then a letter and a blank at the beginning of a line, and a letter before a Chinese character, of which three are wanted.
 _OPTION_BEGINS = (
     re.compile(rf"^\s*{_OPTION}{_SIGN}", re.MULTILINE),
@@ -216,7 +216,7 @@ def _plain(text):
 
 
 def subject_of(row: Fields) -> str:
-    """What the row says it is about, or ""."""
+    """The subject that the row names, or ""."""
     name = next((name for name in SUBJECTS if isinstance(row.peek(name), str)), SUBJECTS[0])
     return row.get(name) if isinstance(row.peek(name), str) else ""
 

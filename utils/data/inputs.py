@@ -1,4 +1,4 @@
-"""Input files: which there are in the folders given, what split their names say, and what they are by their first bytes.
+"""Finds the input files in the folders given, and tells their split by their names and their form by their first bytes.
 
 A file may be packed (.gz, .zip). An InputFile is one file of rows: a plain file, or one inside an archive.
 """
@@ -49,8 +49,7 @@ _TRAINING = re.compile("^train|^训练|训练集?$")
 # Words beside the one that tells the split: test_set, 测试_数据, test-B.
 _BESIDE = set("set data dataset split file part final".split())
 
-# What goes wrong in the middle of an archive.
-# A locked one raises RuntimeError, one of an unknown packing NotImplementedError.
+# Errors of a damaged archive; a locked one raises RuntimeError, one of an unknown packing NotImplementedError.
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, RuntimeError, NotImplementedError)
 
 
@@ -132,7 +131,7 @@ def _listed(path, name, depth=0) -> Iterator[tuple[str, Path, str]]:
 
 
 def _not_data(path, member):
-    """Why a file is not read, or ""."""
+    """The reason why a file is not read, or ""."""
     name = (member or path.name).lower()
     ending = Path(name.removesuffix(".gz")).suffix
     if path.is_dir():
@@ -157,7 +156,7 @@ def _members(path):
 
 
 def says_evaluation(name: str) -> bool:
-    """Whether the first or last word of a file's or folder's name is that of an evaluation split, and none says training."""
+    """True if the first or last word of a file's or folder's name is that of an evaluation split, and none says training."""
     while Path(name).suffix.lower() in (*DATA_ENDINGS, ".gz", ".zip"):
         name = Path(name).stem
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+|[\u4e00-\u9fff]+", name)

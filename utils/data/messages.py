@@ -80,7 +80,7 @@ _SPEAKERS = [re.compile(f"(?P<user>{user})|(?P<assistant>{bot})", re.M | re.I) f
 
 
 class Reject(Exception):
-    """Why a row is set aside: `reason` is one of few, to count by, `detail` about this row, `row` what was read of it."""
+    """A row is set aside: `reason` is one of few, to count by, `detail` about this row, `row` the row as far as it was read."""
 
     def __init__(self, reason: str, detail: str = "", row: object = None):
         super().__init__(reason, detail)
@@ -88,7 +88,7 @@ class Reject(Exception):
 
 
 def is_empty(value: object) -> bool:
-    """Whether a field holds nothing: null, NaN, no element, or a text such as "nan" that says so."""
+    """True if a field holds nothing: null, NaN, no element, or a text such as "nan" that says so."""
     if isinstance(value, str):
         return len(value) < 16 and value.strip().lower() in EMPTY_TEXTS
     return value is None or value != value or isinstance(value, list | dict) and not value

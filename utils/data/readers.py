@@ -1,4 +1,4 @@
-"""Read any data file row by row, and say what cannot be read and where.
+"""Reads any data file row by row, and names the place of every row that cannot be read.
 
 A row leaves the reader as `(place, raw)`. `place` is the line where it starts (in Parquet, Arrow and columns of lists its
 number); of several rows that start in line 1, the third has "1#3", and row 4 of one of several sheets has "Sheet2!4". `raw` is
@@ -289,7 +289,7 @@ def _under_names(records, file):
 
 
 def looks_like_data(name: object) -> bool:
-    """Whether a text that should be the name of a field reads like a cell of a table."""
+    """True if a text that should be the name of a field reads like a cell of a table."""
     text = str(name).strip()
     return len(text) > LONGEST_NAME or bool(re.search("[？?。！，；]", text)) or text.isdecimal()
 

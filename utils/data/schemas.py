@@ -1,4 +1,4 @@
-"""Recognise what a row is by its field names, and turn it into one of the things this project hands on.
+"""Recognises a row by its field names, and turns it into one of the things this project hands on.
 
 `convert_row` returns a ConvertedRow: a conversation to train on ("sft"), a preference pair ("dpo"), an exam item ("exam") or
 an answer that is marked as bad ("bad"); or it raises Reject with the reason. To add a schema of questions and answers, add a
