@@ -27,7 +27,7 @@ GroupShape = tuple[int, ...]  # tokens of a group's shared prefix, then tokens o
 
 
 class Item(TypedDict):
-    """What must stay together in a row. Numbers for the loss, such as "reference_chosen", may stand beside these fields."""
+    """Documents that must stay together in a row. Numbers for the loss, such as "reference_chosen", may stand beside these fields."""
 
     documents: list[Document]
     id: NotRequired[str]  # for messages
@@ -47,65 +47,30 @@ class PackedBatch(TypedDict):
     ids: list[str | None]
 
 
-# What the model's forward takes.
-INPUTS = ("input_ids", "position_ids", "label_positions", "layout", "row_length")
+INPUTS = ("input_ids", "position_ids", "label_positions", "layout", "row_length")  # of the model's forward
 
 
-class Packing(Sequence):
-    """Which items each row holds, in numpy arrays; an element is the list of the item numbers of one row."""
-
-    def __init__(self, items: numpy.ndarray, starts: numpy.ndarray, ends: numpy.ndarray):
-        self.items, self.starts, self.ends = items, starts, ends  # row r holds items[starts[r]:ends[r]]
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, row: int) -> list[int]:
-        return self.items[self.starts[row] : self.ends[row]].tolist()
-
-    def counts(self) -> numpy.ndarray:
-        """(rows,) items of each row."""
-        return self.ends - self.starts
-
-    def sums(self, values: numpy.ndarray) -> numpy.ndarray:
-        """(rows,) the sums of the items' `values` (items,) in each row."""
-        totals = numpy.concatenate([[0], numpy.cumsum(values[self.items], dtype=numpy.int64)])
-        return totals[self.ends] - totals[self.starts]
-
-    def split(self, row: int) -> None:
-        """Make two rows of one; the second half becomes the last row."""
-        middle = self.starts[row] + self.counts()[row] // 2
-        self.starts = numpy.append(self.starts, middle)
-        self.ends = numpy.append(self.ends, self.ends[row])
-        self.ends[row] = middle
-
-
-def pack(lengths: Sequence[int] | numpy.ndarray, max_length: int, seed: int = 0) -> Packing:
-    """Pack items of these lengths (tokens, each at most max_length) into rows.
+def pack(lengths: Sequence[int] | numpy.ndarray, max_length: int, seed: int = 0) -> list[list[int]]:
+    """Pack items of these lengths (tokens, each at most max_length) into rows: lists of item numbers.
 
     The items come in a random order that `seed` fixes, and each goes to the fullest row that still holds it; of equally full ones,
     to the one that was filled last. Packing the longest first would fill a little better, but it makes rows of items of one length,
     which is one kind: the model learns far less from the same tokens.
     """
-    order = numpy.array(random.Random(seed).sample(range(len(lengths)), len(lengths)), dtype=numpy.int32)
-    in_order = numpy.asarray(lengths, dtype=numpy.int64)[order].tolist()
-    shortest = min(in_order, default=0)
+    order = random.Random(seed).sample(range(len(lengths)), len(lengths))
+    lengths = numpy.asarray(lengths).tolist()
+    shortest = min(lengths, default=0)
+    rows: list[list[int]] = []
     open_rows: list[tuple[int, int, int]] = []  # sorted: (tokens left, -step that filled it last, number)
-    count, row_of = 0, []  # row_of: the row of each item, in the random order
-    for step, length in enumerate(in_order):
-        place = bisect.bisect_left(open_rows, (length,))
-        if place < len(open_rows):
-            left, _, row = open_rows.pop(place)
-        else:
-            left, row = max_length, count
-            count += 1
-        row_of.append(row)
-        if left - length >= shortest:
-            bisect.insort(open_rows, (left - length, -step, row))
-    row_of = numpy.array(row_of, dtype=numpy.int32)
-    counts = numpy.bincount(row_of, minlength=count)
-    ends = numpy.cumsum(counts)
-    return Packing(order[numpy.argsort(row_of, kind="stable")], ends - counts, ends)
+    for step, item in enumerate(order):
+        place = bisect.bisect_left(open_rows, (lengths[item],))
+        if place == len(open_rows):
+            rows.append([])
+        left, _, row = open_rows.pop(place) if place < len(open_rows) else (max_length, 0, len(rows) - 1)
+        rows[row].append(item)
+        if left - lengths[item] >= shortest:
+            bisect.insort(open_rows, (left - lengths[item], -step, row))
+    return rows
 
 
 class Sizes(NamedTuple):
@@ -118,19 +83,17 @@ class Sizes(NamedTuple):
 
 def measure_items(items: Iterable[Item]) -> Sizes:
     """The Sizes of items that are in memory."""
-    rows = [
-        (
-            item_length(item),
-            sum(len(prompt) + len(answer) for prompt, answer in item["documents"]),
-            sum(len(answer) for _, answer in item["documents"]),
+    rows = []
+    for item in items:
+        trained = sum(len(answer) for _, answer in item["documents"])
+        rows.append(
+            (item_length(item), trained + sum(len(prompt) for prompt, _ in item["documents"]), trained)
         )
-        for item in items
-    ]
     return Sizes(*numpy.array(rows, dtype=numpy.int32).reshape(-1, 3).T)
 
 
 class Chosen(Sequence):
-    """Some items of a sequence: those of the numbers `indices`, in that order. They are read when they are asked for."""
+    """Some items of a sequence, those of the numbers `indices`, in that order; each is read when it is asked for."""
 
     def __init__(self, items: Sequence[Item], indices: numpy.ndarray):
         self.items, self.indices = items, indices
@@ -145,9 +108,9 @@ class Chosen(Sequence):
 class PackedRows(torch.utils.data.Dataset):
     """Rows of packed items; an element is the list of items of one row.
 
-    Kept in memory are the sizes of the items and the rows they are in, as arrays. Tokens are read when a row is asked for: `items`
-    may be a list, or anything else that gives an Item for a number. `tokens` and `trained_tokens` count over all documents,
-    each by itself. `numbers`: further numbers of the items for the loss, {"reference_chosen": (items,) array, ...}.
+    Tokens are read when a row is asked for: `items` may be a list, or anything else that gives an Item for a number. `tokens` and
+    `trained_tokens` count over all documents, each by itself. `numbers`: further numbers of the items for the loss,
+    {"reference_chosen": (items,) array, ...}.
     """
 
     def __init__(
@@ -157,7 +120,7 @@ class PackedRows(torch.utils.data.Dataset):
         sizes: Sizes | None = None,
         keys: numpy.ndarray | None = None,
     ):
-        """`sizes`, `keys` (utils.files.id_key): of the items where they are known; measured, and made from the ids, otherwise."""
+        """`sizes`, `keys` (utils.files.id_key): of the items if they are known; else measured, and made from the ids."""
         self.items, self.max_length = items, max_length
         self.sizes = measure_items(items) if sizes is None else sizes
         self._keys = keys
@@ -183,41 +146,36 @@ class PackedRows(torch.utils.data.Dataset):
 
     def select(self, indices: numpy.ndarray) -> PackedRows:
         """PackedRows of the items of these numbers, in that order; nothing is read for it."""
-        chosen = PackedRows(
-            Chosen(self.items, indices),
-            self.max_length,
-            Sizes(*(part[indices] for part in self.sizes)),
-            None if self._keys is None else self._keys[indices],
-        )
+        sizes = Sizes(*(part[indices] for part in self.sizes))
+        keys = None if self._keys is None else self._keys[indices]
+        chosen = PackedRows(Chosen(self.items, indices), self.max_length, sizes, keys)
         chosen.numbers = {name: values[indices] for name, values in self.numbers.items()}
         return chosen
-
-    def row_lengths(self) -> numpy.ndarray:
-        """(rows,) tokens of each row."""
-        return self.rows.sums(self.sizes.lengths)
 
     def even_out(self, count: int) -> None:
         """Split the rows of most items until the number of rows is a multiple of `count`, as several processes need.
 
-        The libraries would give some rows to two processes otherwise. UserError where there are not as many items.
+        UserError if there are not as many items.
         """
         while len(self.rows) % count:
-            counts = self.rows.counts()
-            if counts.max() == 1:
+            longest = max(self.rows, key=len)
+            if len(longest) == 1:
                 raise UserError(
                     f"{len(self.items)} examples cannot be shared out evenly among {count} processes; use fewer"
                 )
-            self.rows.split(int(counts.argmax()))
+            self.rows.append(longest[len(longest) // 2 :])
+            del longest[len(longest) // 2 :]
 
     def fullest(self, count: int) -> int:
         """Tokens of the `count` fullest rows together: the most that a batch of `count` rows can hold."""
-        return int(numpy.sort(self.row_lengths())[::-1][:count].sum())
+        lengths = self.sizes.lengths.tolist()
+        return sum(sorted(sum(lengths[item] for item in row) for row in self.rows)[-count:])
 
 
 def shared_prefix_groups(item: Item) -> Iterator[tuple[list[int], list[Document]]]:
     """The item's documents as (shared ids, [(rest of the prompt, answer), ...]), in their order.
 
-    Where all have the same prompt, all but its last token is shared: the last one predicts another token in each branch.
+    If all have the same prompt, all but its last token is shared: the last one predicts another token in each branch.
     """
     documents = item["documents"]
     prompt = documents[0][0]
@@ -246,12 +204,10 @@ class Padding(NamedTuple):
 def padding_for(device: Device, max_length: int) -> Padding:
     """The padding of rows of at most `max_length` tokens on a device.
 
-    Where attention is by one mask, every row gets the same length. Elsewhere lengths are rounded up: tensors of few different sizes
-    find their memory again, and fewer kernels have to be made, for about a hundredth more tokens.
+    Lengths are rounded up if rows are joined: tensors of few different sizes find their memory again, and fewer kernels have to be
+    made, for about a hundredth more tokens.
     """
-    if device.equal_rows:
-        return Padding(row_length=max_length)
-    return Padding(multiple=ROUNDED)
+    return Padding(row_length=max_length) if device.equal_rows else Padding(multiple=ROUNDED)
 
 
 def collate(rows: list[list[Item]], padding: Padding = Padding()) -> PackedBatch:  # noqa: B008 - it never changes
