@@ -12,7 +12,6 @@ from utils.device import Capabilities, Device
 from utils.model import attention
 from utils.model.attention import (
     FEW,
-    VarlenSequences,
     attend_in_bfloat16,
     by_document,
     by_mask,
@@ -21,6 +20,7 @@ from utils.model.attention import (
     plain_attend,
     plan_attention,
     row_masks,
+    varlen_sequences,
 )
 from utils.model.packing import Padding, collate, padding_for
 
@@ -60,9 +60,9 @@ def test_the_varlen_kernel_gets_what_each_document_needs(shared, monkeypatch):
     monkeypatch.setattr(attention, "varlen_attn", varlen_as_documented)
     layout = collate([items(shared)])["layout"]
     states = states_for(sum(map(sum, layout)))
-    sequences = VarlenSequences.of(layout, CPU)
-    assert (sequences.key_index is not None) == shared
-    one, other = by_varlen(*states, 0.25, sequences), by_document(*states, 0.25, layout, {})
+    key_index, sequences = varlen_sequences(layout, CPU)
+    assert (key_index is not None) == shared
+    one, other = by_varlen(*states, 0.25, key_index, sequences), by_document(*states, 0.25, layout, {})
     assert one.dtype == torch.bfloat16 and torch.allclose(one.double(), other, atol=0.03)
 
 

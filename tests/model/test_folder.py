@@ -86,24 +86,13 @@ CONFIGS = [  # one for each kind of wrong config
     ({"model_type": "own", "auto_map": {"AutoModel": "own.Own"}}, "code from a model is not run here"),
     ({"model_type": "llama"}, "is a llama model; wanted Qwen3"),
     ({"model_type": 3}, "is a 3 model; wanted Qwen3"),
-    (
-        {"num_hidden_layers": 10**8, "layer_types": None},
-        "says num_hidden_layers is 100000000, the weights have 2",
-    ),
+    ({"num_hidden_layers": 10**8, "layer_types": None}, "num_hidden_layers is 100000000, the weights have 2"),
     ({"num_hidden_layers": 1}, "it is not whole"),
-    (
-        {"vocab_size": 1 << 40},
-        "asks for model.embed_tokens.weight of [1099511627776, 64], the weights have [",
-    ),
-    (
-        {"head_dim": 32},
-        "asks for model.layers.0.self_attn.q_proj.weight of [128, 64], the weights have [64, 64]",
-    ),
-    ({"intermediate_size": 64}, "mlp.gate_proj.weight"),
-    ({"num_key_value_heads": 4}, "k_proj.weight"),
-    ({"hidden_size": "64"}, "lacks a whole number among vocab_size"),
+    ({"vocab_size": 1 << 40}, "says vocab_size is 1099511627776, the weights have "),
+    ({"hidden_size": "64"}, "says hidden_size is 64, the weights have 64"),
+    ({"head_dim": 32}, "config.json"),
+    ({"intermediate_size": 64}, "config.json"),
     ({"rms_norm_eps": "small"}, "config.json"),
-    ({"hidden_act": "own"}, "config.json"),
     ({"rope_parameters": {"rope_type": "own", "rope_theta": 1}}, "config.json"),
     ({"layer_types": [3, 4]}, "config.json"),
     ({"transformers_weights": "../outside.safetensors"}, "asks for transformers_weights"),
@@ -114,21 +103,11 @@ CONFIGS = [  # one for each kind of wrong config
         "without sliding windows",
     ),
 ]
-DECODINGS = [
-    *((text, "generation_config.json") for text in NO_OBJECTS),
-    ('{"temperature": NaN}', "says temperature is nan"),
-    ('{"temperature": "warm"}', "generation_config.json"),
-    ('{"top_k": [1]}', "generation_config.json"),
-    ('{"eos_token_id": [[1]]}', "generation_config.json"),
-]
 ADAPTERS = [
-    ({"r": 10_000_000}, "asks for LORA of rank 10000000; the weights are LORA of rank 4"),
-    ({"r": "4"}, "of rank 4"),
-    ({"peft_type": "IA3"}, "asks for IA3"),
+    ({"peft_type": "IA3"}, "is of no LoRA adapter"),
+    ({"r": "4"}, "adapter_config.json"),
     ({"target_modules": 3}, "adapter_config.json"),
-    ({"lora_alpha": "x"}, "adapter_config.json"),
     ({"base_model_name_or_path": 3}, "names no base model"),
-    ({"base_model_name_or_path": "x" * 300}, "as its base model"),
     ({"base_model_name_or_path": "a\0b"}, "which is not there"),
     ({"base_model_name_or_path": "\\\\server\\share"}, "names a base model on another machine"),
 ]
@@ -147,12 +126,6 @@ def test_a_damaged_file_is_named(folder, name, text):
     refused(folder, name)
 
 
-@pytest.mark.parametrize("text, words", DECODINGS, ids=lambda text: text[:20])
-def test_wrong_decoding_settings_are_told(folder, text, words):
-    write(folder / "generation_config.json", text)
-    refused(folder, words)
-
-
 @pytest.mark.parametrize("fields, words", ADAPTERS, ids=lambda given: str(given)[:40])
 def test_a_wrong_adapter_is_told_and_never_stops_the_search_for_models(
     adapter, tiny_folder, monkeypatch, fields, words
@@ -166,13 +139,6 @@ def test_a_wrong_adapter_is_told_and_never_stops_the_search_for_models(
     shutil.copytree(tiny_folder, runs / "good")
     found = find_models()
     assert runs / "good" in found and (runs / "lora" not in found or words == "adapter_config.json")
-
-
-def test_adapters_that_name_each_other_are_told(adapter, tmp_path):
-    other = shutil.copytree(adapter, tmp_path / "other")
-    for one, base in ((adapter, other), (other, adapter)):
-        change(one / "adapter_config.json", base_model_name_or_path=str(base))
-    refused(adapter, "names a base that is an adapter of this one")
 
 
 def test_an_adapter_on_an_adapter_is_that_of_its_merged_base(adapter, tmp_path):
@@ -253,12 +219,7 @@ def test_a_tokenizer_that_does_not_fit_is_told(folder):
     refused(folder, "has no tokenizer")
 
 
-def test_a_folder_of_something_else_is_told(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models/qwen").symlink_to("gone")
-    with pytest.raises(UserError, match="models/qwen is a link to something that is not there"):
-        check_model("models/qwen")
+def test_a_folder_of_something_else_is_told(folder, tmp_path):
     refused(folder / "config.json", f"did you mean {folder}?")
     refused(tmp_path, f"did you mean {folder}?")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")

@@ -14,7 +14,6 @@ Shapes: query (1, heads, T, head_dim), key and value (1, kv heads, T, head_dim),
 import functools
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +22,7 @@ from torch.nn.attention.varlen import varlen_attn
 from utils.model.mixed import REDUCED, on_cuda, on_gpu
 from utils.model.packing import GroupShape
 
-BLOCK = (
-    256  # queries at a time in plain products: keys after them are left out, and quadratic tensors stay small
-)
+BLOCK = 256  # queries at a time in plain products: keys after them are left out, quadratic tensors stay small
 # Multiplications of queries with keys in one call. Up to this number the fused kernel in float32 is faster than plain products in
 # bfloat16, which take 0.7 ms at least. It is one document of 90 tokens in Qwen3-0.6B (tests/benchmarks/README.md).
 FEW = 2**24
@@ -46,7 +43,8 @@ def plan_attention(
         mask = row_masks(layout, row_length, device)
         return functools.partial(by_mask, mask=as_numbers(mask, dtype) if on_gpu(states) else mask)
     if on_cuda(states) and dtype in REDUCED:
-        return functools.partial(by_varlen, sequences=VarlenSequences.of(layout, device))
+        key_index, sequences = varlen_sequences(layout, device)
+        return functools.partial(by_varlen, key_index=key_index, sequences=sequences)
     reduced = device.type == "cpu" and dtype == torch.bfloat16
     return functools.partial(
         by_document, layout=layout, masks={}, attend=attend_in_bfloat16 if reduced else fused_attend
@@ -171,62 +169,41 @@ def _group_attention(query, key, value, shape, attend):
     return torch.cat(parts, dim=2)
 
 
-class VarlenSequences(NamedTuple):
-    """A packed row as FlashAttention's sequences of queries and of keys. The queries stand as they are in the row; a branch's keys
-    are those of its prefix and its own, so that keys of a shared prefix are taken several times."""
+def varlen_sequences(layout: list[GroupShape], device: torch.device) -> tuple[torch.Tensor | None, tuple]:
+    """A packed row as FlashAttention's sequences of queries and of keys: (key index, what varlen_attn takes of them).
 
-    query_ends: torch.Tensor  # (S + 1,) int32, from 0
-    key_ends: torch.Tensor  # (S + 1,) int32, from 0
-    longest_query: int
-    longest_key: int
-    key_index: torch.Tensor | None  # (K,) int64, positions in the row; None where keys stand as they are
-
-    @classmethod
-    def of(cls, layout: list[GroupShape], device: torch.device) -> "VarlenSequences":
-        queries: list[int] = []
-        keys: list[int] = []
-        index: list[int] = []
-        start = 0
-        for shared, *branches in layout:
-            prefix = range(start, start + shared)
-            if shared:
-                queries.append(shared)
-                keys.append(shared)
-                index += prefix
-            start += shared
-            for branch in branches:
+    The queries stand as they are in the row. A branch's keys are those of its prefix and its own, so that keys of a shared prefix are
+    taken several times: `key index` holds their positions, None if keys stand as they are.
+    """
+    queries: list[int] = []
+    keys: list[int] = []
+    index: list[int] = []
+    start = 0
+    for shared, *branches in layout:
+        prefix = range(start, start + shared)
+        for branch, before in ((shared, ()), *((branch, prefix) for branch in branches)):
+            if branch:
                 queries.append(branch)
-                keys.append(shared + branch)
-                index += [*prefix, *range(start, start + branch)]
+                keys.append(len(before) + branch)
+                index += [*before, *range(start, start + branch)]
                 start += branch
-        query_ends, key_ends = (
-            torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device)
-            for lengths in (queries, keys)
-        )
-        key_index = torch.tensor(index).to(device) if len(index) > start else None
-        return cls(query_ends, key_ends, max(queries), max(keys), key_index)
+    ends = (
+        torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device)
+        for lengths in (queries, keys)
+    )
+    key_index = torch.tensor(index).to(device) if len(index) > start else None
+    return key_index, (*ends, max(queries), max(keys))
 
 
-def by_varlen(query, key, value, scaling, sequences: VarlenSequences) -> torch.Tensor:
+def by_varlen(query, key, value, scaling, key_index, sequences) -> torch.Tensor:
     """One call of torch's variable-length kernel. It aligns the causal mask at the ends of queries and keys, as FlashAttention
-    2.1 does: the last query of a branch sees all its keys."""
+    2.1 does: the last query of a branch sees all its keys. `key_index`, `sequences`: of varlen_sequences."""
     dtype = query.dtype if query.dtype in REDUCED else torch.bfloat16
     query, key, value = (states.squeeze(0).transpose(0, 1).to(dtype) for states in (query, key, value))
-    if sequences.key_index is not None:
-        key, value = (states.index_select(0, sequences.key_index) for states in (key, value))
-    result = varlen_attn(
-        query,
-        key,
-        value,
-        sequences.query_ends,
-        sequences.key_ends,
-        sequences.longest_query,
-        sequences.longest_key,
-        scale=scaling,
-        window_size=(-1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return result[None]
+    if key_index is not None:
+        key, value = (states.index_select(0, key_index) for states in (key, value))
+    options = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": query.shape[1] != key.shape[1]}
+    return varlen_attn(query, key, value, *sequences, **options)[None]
 
 
 def row_masks(layout: list[GroupShape], row_length: int, device: torch.device) -> torch.Tensor:

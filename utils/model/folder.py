@@ -5,7 +5,6 @@ Safetensors only, no remote code, and no network once the models are on disk.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -18,14 +17,7 @@ from utils.errors import UserError
 from utils.files import read_json, sha256_of, show_path, write_json
 from utils.hub import cached_model, fetch_model, local_folder
 from utils.model.chat_format import DECODING, generation_settings, with_default_mode
-from utils.model.folder_checks import (
-    INDEX,
-    adapter_base,
-    cannot_load,
-    check_files,
-    read_decoding,
-    told_in_one_line,
-)
+from utils.model.folder_checks import INDEX, adapter_base, cannot_load, check_files, told_in_one_line
 from utils.settings import ROOT
 
 if TYPE_CHECKING:  # a wrong folder is refused before these are imported
@@ -43,15 +35,12 @@ MADE_BY = {
 }
 
 
-def check_model(model: str, above: tuple[Path, ...] = ()) -> str:
+def check_model(model: str) -> str:
     """Return `model` (a folder as text, or a Hub id) if it can be a causal language model; UserError otherwise.
 
-    Looks at names only, so that a wrong folder is refused before torch is imported. `above`: the adapters (resolved paths) that
-    `model` is the base of.
+    Looks at names only, so that a wrong folder is refused before torch is imported.
     """
     folder, weights = Path(model), "*.safetensors"
-    if folder.is_symlink() and not folder.exists():
-        raise UserError(f"{show_path(folder)} is a link to something that is not there")
     if not folder.exists():
         return _hub_id(model)
     if not folder.is_dir():
@@ -64,9 +53,9 @@ def check_model(model: str, above: tuple[Path, ...] = ()) -> str:
         if not Path(base).is_dir():
             missing = f"is a LoRA adapter for {base}, which is not there"
             raise UserError(f"{show_path(folder)} {missing}; use its merged/ folder")
-        if folder.resolve() in above:
-            raise cannot_load(folder, "adapter_config.json", "names a base that is an adapter of this one")
-        check_model(base, (*above, folder.resolve()))
+        if Path(base).resolve() == folder.resolve():
+            raise cannot_load(folder, "adapter_config.json", "names itself as its base")
+        check_model(base)
     elif not (folder / "config.json").is_file():
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
         nested = [*folder.glob("*/config.json"), *folder.glob("*/adapter_config.json")]
@@ -99,19 +88,19 @@ def _hub_id(model: str) -> str:
 
 def find_models() -> list[Path]:
     """Folders that load: finished runs, the newest first, then downloaded models, Qwen3-0.6B before the tiny one."""
-
-    def loads(folder: Path) -> bool:
-        try:
-            check_model(str(folder))
-            check_files(folder)
-        except (UserError, OSError):
-            return False
-        return True
-
     output = ROOT / "trainer_output"
-    runs = filter(loads, (*output.glob("*/"), *output.glob("demo/*/")))
-    bases = filter(loads, (ROOT / "model_download").glob("*/"))
+    runs = filter(_loads, (*output.glob("*/"), *output.glob("demo/*/")))
+    bases = filter(_loads, (ROOT / "model_download").glob("*/"))
     return sorted(runs, key=written_at, reverse=True) + sorted(bases)
+
+
+def _loads(folder: Path) -> bool:
+    try:
+        check_model(str(folder))
+        check_files(folder)
+    except (UserError, OSError):
+        return False
+    return True
 
 
 def written_at(folder: Path) -> float:
@@ -138,7 +127,8 @@ def quiet_offline(*models: str) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for model in models:
         if not Path(model).is_dir():
-            _bring(model)
+            if not (folder := cached_model(model)) or not _loads(folder):
+                check_files(fetch_model(model))
             check_model(local_folder(model))
     os.environ["HF_HUB_OFFLINE"] = "1"
     # peft asks transformers for this under its old name; nothing that a user could change
@@ -147,15 +137,6 @@ def quiet_offline(*models: str) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # "Loading weights" bars of a fraction of a second
-
-
-def _bring(model):
-    """Bring the model of a Hub id into the cache, unless it is there and can be used."""
-    folder = cached_model(model)
-    with contextlib.suppress(UserError):
-        if folder:
-            return check_files(folder)
-    check_files(fetch_model(model))
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -191,8 +172,9 @@ def load_model(model: str, dtype: torch.dtype | str) -> PreTrainedModel:
     if not (Path(model) / "adapter_config.json").is_file():
         return _load_whole(model, dtype)
     from peft import PeftModel
+    from transformers import GenerationConfig
 
-    check_model(model)  # no adapter is its own base
+    check_model(model)
     check_files(Path(model))
     path, base = Path(model), adapter_base(model)
     # A checkpoint belongs to the run in the folder above it.
@@ -208,7 +190,9 @@ def load_model(model: str, dtype: torch.dtype | str) -> PreTrainedModel:
         merged = PeftModel.from_pretrained(base, model).merge_and_unload()
     for weight in merged.parameters():  # not .to(dtype), which would round the rotary frequencies as well
         weight.data = weight.data.to(dtype)
-    merged.generation_config = read_decoding(model, Path(model)) or merged.generation_config
+    if (path / "generation_config.json").is_file():
+        with told_in_one_line(model, "generation_config.json"):
+            merged.generation_config = GenerationConfig.from_pretrained(model)
     return merged
 
 
@@ -247,7 +231,6 @@ def _load_whole(model, dtype):
 
     folder = local_folder(model)
     check_files(Path(folder))
-    read_decoding(model, Path(folder))
     with told_in_one_line(model, "config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config._attn_implementation = "sdpa"  # a name in config.json would be fetched as a kernel
@@ -262,9 +245,8 @@ def _load_whole(model, dtype):
         )
     if set(loaded.config.layer_types) != {"full_attention"}:
         raise UserError(f"{model} is a qwen3 model; wanted Qwen3, without sliding windows")
-    if missing := sorted(
-        report["missing_keys"]
-    ):  # transformers would go on with random numbers in their place
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would go on with random numbers in their place
         raise UserError(f"{model} is not whole: its weights lack {', '.join(missing[:3])} ...")
     return loaded
 
@@ -359,17 +341,15 @@ def read_record(folder: str | Path, fields: dict[str, type] | None = None) -> di
     path = Path(folder) / RECORD
     if not path.is_file():
         return None
-    record = read_json(path)
+    record, wanted = read_json(path), dict(fields or {})
     if not isinstance(record, dict):
         raise UserError(f"{show_path(path)} is damaged: it holds no object")
-    wanted = dict(fields or {})
     if fields and record.get("status") == "finished":
         wanted["results"] = dict
     for name, kind in wanted.items():
         if not isinstance(record.get(name), kind):
-            raise UserError(
-                f"{show_path(path)} is damaged: its {name} is no {kind.__name__}; restore the file, or start over with --fresh"
-            )
+            problem = f"its {name} is no {kind.__name__}; restore the file, or start over with --fresh"
+            raise UserError(f"{show_path(path)} is damaged: {problem}")
     return record
 
 

@@ -136,14 +136,11 @@ def _loss_on_cuda(states, head, targets, token_weights, hidden_gradient, weight_
     logps = torch.log_softmax(torch.mm(states, head.T, out_dtype=torch.float32), dim=1)
     right = logps.gather(1, targets[:, None])
     loss = -(right[:, 0] * token_weights).sum()
-    weights = token_weights[:, None]
+    unit, weights = 1, token_weights[:, None]
     if head.dtype == torch.float16:  # keeps softmax values down to 1e-11
-        logps, weights = logps.add_(math.log(UNIT)), weights / UNIT
-        right = right + math.log(UNIT)
+        unit, weights, logps = UNIT, weights / UNIT, logps.add_(math.log(UNIT))
     gradient = torch.exp(logps, out=torch.empty_like(logps, dtype=head.dtype))
-    gradient.scatter_(
-        1, targets[:, None], (right.exp() - (UNIT if head.dtype == torch.float16 else 1)).to(head.dtype)
-    )
+    gradient.scatter_(1, targets[:, None], (unit * (right.exp() - 1)).to(head.dtype))
     if hidden_gradient is not None:
         torch.mul(torch.mm(gradient, head, out_dtype=torch.float32), weights, out=hidden_gradient)
     if weight_gradient is not None:
