@@ -68,26 +68,6 @@ def test_reasons(row, reason):
 OPTIONS = {"A": "麻黄", "B": "石膏", "C": "知母", "D": "黄连"}
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"question": "性温的是", "choices": list(OPTIONS.values()), "answer": 0, "subject": "中药"},  # MMLU
-        {"question": "性温的是", "options": [f"{k}. {v}" for k, v in OPTIONS.items()], "answer": "A"},
-        {"question": "性温的是", "options": OPTIONS, "answer": "麻黄", "answer_idx": "A"},  # MedQA
-        {"question": "性温的是", "options": OPTIONS, "answer": "A. 麻黄"},
-        {"question": "性温的是", "options": OPTIONS, "answer": "Ａ"},
-        {"question": "性温的是", "options": "A.麻黄|B.石膏|C.知母|D.黄连", "answer": "a"},
-        {"题目": "性温的是", "选项": "A、麻黄\nB、石膏\nC、知母\nD、黄连", "答案": "A", "解析": "麻黄辛温。"},
-        {"id": 0, "question": "性温的是", **OPTIONS, "answer": "A", "explanation": ""},  # C-Eval
-        {"instruction": "性温的是 A.麻黄 B.石膏 C.知母 D.黄连", "input": "", "output": "A"},
-    ],
-)
-def test_exam_rows_in_other_forms(row):
-    body = convert_row(row).body
-    assert (body["question"], body["options"], body["answer"]) == ("性温的是", OPTIONS, "A")
-    assert "kind" not in body
-
-
 def test_more_options_than_four():
     options = dict(zip("ABCDEFGHIJ", "甲乙丙丁戊己庚辛壬癸"))
     row = {"question": "问", "options": list(options.values()), "answer": 9}

@@ -39,6 +39,9 @@ def read_question_answer(row, schema, options, named):
         if not asked:
             raise Reject("missing or empty question", f"{question} and {context} are empty")
     answered = text_of(row, answer, "answer")
+    said = marked_turns(asked, both=False) + marked_turns(answered, both=False)
+    if [turn["role"] for turn in said] == ["user", "assistant"]:  # "问：..." and "答：..."
+        asked, answered = (turn["content"] for turn in said)
     item = _exam_in(row, asked, answered)
     if item:
         return "exam", "exam in the question", item
