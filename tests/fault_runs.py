@@ -31,27 +31,21 @@ COMMANDS = {
     "model": "model_download/download_model.py --model tcm/small --output-dir {w}/got-model",
     "pretrain": "model_download/pretrain_tiny_model.py --statements-file {w}/statements.jsonl --output-dir {w}/pretrained "
     "--vocabulary 600 --width 64 --layers 1 --epochs 1 --copies 50 --invented 10",
-    "sft": "model_finetune/finetune_sft.py --model {w}/base --train-file {w}/sft_train.jsonl --eval-file {w}/sft_eval.jsonl "
-    "--output-dir {w}/sft --epochs 1 --max-length 256 --rows-per-step 2 --device cpu --precision fp32",
-    "lora": "model_finetune/finetune_lora.py --model {w}/base --train-file {w}/sft_train.jsonl --eval-file {w}/sft_eval.jsonl "
-    "--output-dir {w}/lora --epochs 1 --max-length 256 --rows-per-step 2 --device cpu --precision fp32",
-    "dpo": "model_finetune/finetune_dpo.py --model {w}/base --train-file {w}/dpo_train.jsonl --eval-file {w}/dpo_eval.jsonl "
-    "--output-dir {w}/dpo --epochs 1 --max-length 256 --rows-per-step 2 --device cpu --precision fp32",
+    **{
+        method: f"model_finetune/finetune_{method}.py --model {{w}}/base --train-file {{w}}/{data}_train.jsonl "
+        f"--eval-file {{w}}/{data}_eval.jsonl --output-dir {{w}}/{method} --epochs 1 --max-length 256 --rows-per-step 2 "
+        "--device cpu --precision fp32"
+        for method, data in (("sft", "sft"), ("lora", "sft"), ("dpo", "dpo"))
+    },
     "compare": "model_finetune/compare_models.py --models {w}/base {w}/sft --eval-file {w}/sft_eval.jsonl --exam-rows 2 --generate 2 "
     "--general-file {w}/general.jsonl --max-new-tokens 4 --device cpu --output-dir {w}/compared",
+    "talk": "model_download/load_local_model.py {w}/base",
     "chat": "model_download/load_local_model.py --model {w}/base --prompt 甘草 --greedy --max-new-tokens 8 --device cpu",
 }
 MADE = {  # the folder of {w} that holds each one's results
-    "sample": "made",
-    "data": "got-data",
-    "convert": "qwen3",
-    "pairs": "qwen3",
-    "model": "got-model",
-    "pretrain": "pretrained",
-    "sft": "sft",
-    "lora": "lora",
-    "dpo": "dpo",
-    "compare": "compared",
+    name: command.rpartition("--output-dir {w}/")[2].split()[0]
+    for name, command in COMMANDS.items()
+    if "--output-dir" in command
 }
 SAME = {  # the results that are the same to the byte, whenever they are made
     "sample": "tcm_*.jsonl",
@@ -61,13 +55,11 @@ SAME = {  # the results that are the same to the byte, whenever they are made
     "model": "[!s]*",
 }
 TRAINERS = ("sft", "lora", "dpo")
-HEAVY = ("pretrain", "sft", "lora", "dpo", "compare", "chat")  # import torch, which takes seconds
+HEAVY = ("pretrain", "sft", "lora", "dpo", "compare", "chat", "talk")  # import torch, which takes seconds
+GOOD = "补益温清", "气血阴阳"
 ROWS = [
-    {
-        "instruction": f"第{number}味药有什么功效？",
-        "output": f"它的功效是{'补益温清'[number % 4]}{'气血阴阳'[number % 3]}。",
-    }
-    for number in range(60)
+    {"instruction": f"第{n}味药有什么功效？", "output": f"它的功效是{GOOD[0][n % 4]}{GOOD[1][n % 3]}。"}
+    for n in range(60)
 ]
 
 
@@ -110,8 +102,8 @@ def fill_world(world, hub):
     maker.join()
     shutil.copytree(world / "base", world / "cut")
     (world / "cut/model.safetensors").write_bytes((world / "base/model.safetensors").read_bytes()[:9000])
-    for name in COMMANDS:
-        done = start(world, name, hub=hub, ready=name in HEAVY)
+    for name in filter("talk".__ne__, COMMANDS):
+        done = start(world, name, hub=hub)
         assert (done.end(), done.err if name not in ("compare", "chat") else "") == (0, ""), (name, done.out)
 
 
@@ -123,19 +115,18 @@ def make_inputs(folder):
 
 
 def start(world, command, *more, hub=None, **how):
-    """Start one of COMMANDS (its name, and what the case adds), in a folder of its own outside of the world."""
+    """Start one of COMMANDS (its name, and what the case adds), in a folder of its own outside of the world.
+
+    Without added words a script that imports torch starts where it is imported already (`ready`).
+    """
     name, *added = command.split()
     words = [word.format(w=world) for word in (*COMMANDS[name].split(), *added)]
     environment = {"PYTHONUNBUFFERED": None, "PYTHONDONTWRITEBYTECODE": None}  # as in most shells
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": None} if hub else {}
     environment |= how.pop("environment", {})
-    return Script(
-        [*words, *more],
-        how.pop("repository", world / "tcm"),
-        world.parent / f"started {next(STARTS)}",
-        environment=environment,
-        **how,
-    )
+    how.setdefault("ready", name in HEAVY and not added)
+    repository, folder = how.pop("repository", world / "tcm"), world.parent / f"started {next(STARTS)}"
+    return Script([*words, *more], repository, folder, environment=environment, **how)
 
 
 STARTS = itertools.count(1)
@@ -160,7 +151,7 @@ def contents(folder):
         path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
         if path.is_file()
-        and path.name != ".lock"
+        and not path.name.startswith(".lock")
         and not re.search(r"__pycache__|\.part(ial-\w+/.*)?$", path.as_posix())
     }
 
@@ -188,7 +179,7 @@ def assert_nothing_lost(world, name, before, output):
 
 def assert_works_again(world, name, output, hub, *more):
     """The same command, without the fault, does its work; returns its ended Script."""
-    script = start(world, name, *more, "--output-dir", output, hub=hub, ready=name in HEAVY)
+    script = start(world, name, *more, "--output-dir", output, hub=hub)
     assert script.end() == 0, script.err
     assert not [path for path in output.rglob("*") if ".part" in path.name]
     return script

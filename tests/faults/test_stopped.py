@@ -8,22 +8,18 @@ import pytest
 from fault_runs import HEAVY, TRAINERS, assert_same, assert_told, assert_works_again, contents, copy_of, start
 
 pytestmark = pytest.mark.slow
-
-
-def stopped_half_way(world, hub, tmp_path, name, number):
-    """The download, ended by a signal after some of its largest file; the folder that it writes."""
-    hub.fault("/storage/", cut=100_000, hang=60, times=1)
-    output = tmp_path / "new"
-    script = start(world, name, "--output-dir", output, hub=hub)
-    script.wait_for(lambda: any(path.stat().st_size >= 60_000 for path in output.glob("*.part")))
-    script.kill(number)
-    return script, output
+AGAIN = "stopped by Ctrl-C; the same command starts it again"
 
 
 @pytest.mark.parametrize("name", ["data", "model"])
 def test_ctrl_c_in_a_download(world, hub, tmp_path, name):
-    script, output = stopped_half_way(world, hub, tmp_path, name, signal.SIGINT)
-    assert_told(script, 130, "stopped by Ctrl-C; the same command starts it again")
+    """The server stops sending within the largest file. A download that is killed: tests/test_hub.py."""
+    hub.fault("/storage/", cut=100_000, hang=60, times=1)
+    output = tmp_path / "new"
+    script = start(world, name, "--output-dir", output, hub=hub)
+    script.wait_for(lambda: any(path.stat().st_size >= 60_000 for path in output.glob("*.part")))
+    script.kill(signal.SIGINT)
+    assert_told(script, 130, AGAIN)
     assert_works_again(world, name, output, hub)
 
 
@@ -31,9 +27,7 @@ def test_ctrl_c_in_a_download(world, hub, tmp_path, name):
 AT_WORK = {
     "pairs": ("--input-dir {w}/many", "settings"),
     "pretrain": ("--epochs 60", "parameters"),
-    "sft": ("--epochs 1000", "evaluation after step 0"),
-    "lora": ("--epochs 1000", "evaluation after step 0"),
-    "dpo": ("--epochs 1000", "evaluation after step 0"),
+    **dict.fromkeys(TRAINERS, ("--epochs 1000", "evaluation after step 0")),
     "compare": ("--max-new-tokens 900 --batch-size 1", "1/2 base"),
     "chat": ("--max-new-tokens 900", ""),
 }
@@ -43,48 +37,37 @@ AT_WORK = {
 def many(world):
     """Rows that keep a script busy for seconds, in {w}/many."""
     (world / "many").mkdir()
-    for split in ("train", "eval"):
-        rows = (world / "qwen3" / f"sft_{split}.jsonl").read_text(encoding="utf-8")
-        (world / "many" / f"sft_{split}.jsonl").write_text(
-            rows * (100_000 // rows.count("\n")), encoding="utf-8"
-        )
+    for name in ("sft_train.jsonl", "sft_eval.jsonl"):
+        rows = (world / "qwen3" / name).read_text(encoding="utf-8")
+        (world / "many" / name).write_text(rows * (100_000 // rows.count("\n")), encoding="utf-8")
 
 
 def at_work(world, name, *more):
     """A script in the middle of long work."""
     command, words = AT_WORK[name]
-    script = start(
-        world, f"{name} {command}", *more, ready=name in HEAVY, environment={"PYTHONUNBUFFERED": "1"}
-    )
+    environment = {"PYTHONUNBUFFERED": "1"}
+    script = start(world, f"{name} {command}", *more, ready=name in HEAVY, environment=environment)
     script.wait_for(lambda: script.out and (words in script.out or "going on from" in script.out))
     return script
 
 
 @pytest.mark.parametrize("name", AT_WORK)
 def test_ctrl_c(world, many, tmp_path, name):
-    output = (
-        []
-        if name == "chat"
-        else ["--output-dir", tmp_path / "new" if name in TRAINERS else copy_of(world, name, tmp_path)]
-    )
-    before = contents(output[1]) if output else {}
+    place = tmp_path / "new" if name in (*TRAINERS, "chat") else copy_of(world, name, tmp_path)
+    output, before = [] if name == "chat" else ["--output-dir", place], contents(place)
     script = at_work(world, name, *output)
     script.kill(signal.SIGINT)
-    assert_told(
-        script,
-        130,
-        "the same command goes on" if name in (*TRAINERS, "compare") else "the same command starts it again",
-    )
+    assert_told(script, 130, "the same command goes on" if name in (*TRAINERS, "compare") else AGAIN)
     if name in TRAINERS:
-        assert list(output[1].glob("checkpoint-*"))
+        assert list(place.glob("checkpoint-*"))
         script = at_work(world, name, *output)
         assert "going on from" in script.out
         script.kill()
         script.end()
     elif output:
-        assert contents(output[1]) == before
+        assert contents(place) == before
         if name != "pretrain":  # it keeps nothing to go on with
-            assert_works_again(world, name, output[1], None)
+            assert_works_again(world, name, place, None)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
@@ -103,7 +86,7 @@ def test_stopped_conversion(world, tmp_path, number):
     script.wait_for(reads)
     script.kill(number)
     if number == signal.SIGINT:
-        assert_told(script, 130, "stopped by Ctrl-C; the same command starts it again")
+        assert_told(script, 130, AGAIN)
     assert script.end() in (130, -signal.SIGKILL)
     os.close(writers[0])
     assert contents(output) == before
@@ -111,10 +94,11 @@ def test_stopped_conversion(world, tmp_path, number):
 
 
 def test_ctrl_c_while_libraries_are_imported(world, tmp_path):
-    script = start(world, "sft", "--output-dir", tmp_path / "new", environment={"PYTHONUNBUFFERED": "1"})
+    environment = {"PYTHONUNBUFFERED": "1"}
+    script = start(world, "sft", "--output-dir", tmp_path / "new", environment=environment, ready=False)
     script.wait_for(lambda: "--verbose" in script.out)  # the last word before `import torch`
     script.kill(signal.SIGINT)
-    assert_told(script, 130, "stopped by Ctrl-C; the same command starts it again")
+    assert_told(script, 130, AGAIN)
     assert not (tmp_path / "new").exists()
 
 
@@ -123,7 +107,7 @@ def test_ctrl_c_while_libraries_are_imported(world, tmp_path):
 def test_killed_trainer(world, tmp_path, name, precision):
     """The run that was killed ends in the weights, bit for bit, of one that was not."""
     output, more = tmp_path / "new", ["--epochs", 3, "--precision", precision]
-    script = start(world, name, "--output-dir", output, *more, ready=True)
+    script = start(world, name, "--output-dir", output, *more)
     script.wait_for(lambda: list(output.glob("checkpoint-*")))
     script.kill()
     assert script.end() == -signal.SIGKILL
@@ -136,7 +120,7 @@ def test_killed_trainer(world, tmp_path, name, precision):
 def test_killed_comparison(world, tmp_path):
     """The model that was measured is not measured again."""
     output, more = tmp_path / "new", ["--max-new-tokens", "100", "--batch-size", "1"]
-    script = start(world, "compare", *more, "--output-dir", output, ready=True)
+    script = start(world, "compare", *more, "--output-dir", output)
     script.wait_for(lambda: "2/2 sft" in script.out)
     script.kill()
     assert script.end() == -signal.SIGKILL
@@ -145,17 +129,12 @@ def test_killed_comparison(world, tmp_path):
 
 def test_two_trainers_in_one_folder(world, tmp_path):
     first = at_work(world, "sft", "--output-dir", tmp_path / "new")
-    second = start(world, "lora", "--output-dir", tmp_path / "new", ready=True)
-    assert_told(
-        second,
-        2,
-        f"is in use by another run (process {first.process.pid}); wait for it, or choose another --output-dir",
-    )
+    second = start(world, "lora", "--output-dir", tmp_path / "new")
+    assert_told(second, 2, f"is in use by another run (process {first.process.pid}); wait for it, or choose")
     first.kill()
     first.end()
-    assert_works_again(
-        world, "lora", tmp_path / "new", None, "--fresh", "--max-steps", 1
-    )  # the lock went with its process
+    # the lock went with its process
+    assert_works_again(world, "lora", tmp_path / "new", None, "--fresh", "--max-steps", 1)
 
 
 def test_two_conversions_into_one_folder(world, tmp_path):

@@ -5,37 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
-from fault_runs import HEAVY, MADE, assert_same, assert_told, assert_works_again, start
-from processes import Script, nobody_reads
+from fault_runs import MADE, assert_same, assert_told, assert_works_again, start
+from processes import nobody_reads
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.mark.parametrize("name", ["data", "pairs"])
-def test_started_from_the_repository_through_a_link(world, hub, tmp_path, name):
-    """`python data_prepare/...` in a folder that is a link to the repository."""
-    (tmp_path / "链接 link").symlink_to(world / "tcm")
-    script = start(
-        world,
-        name,
-        "--output-dir",
-        tmp_path / "new",
-        hub=hub,
-        repository=Path("."),
-        cwd=tmp_path / "链接 link",
-    )
-    assert script.end() == 0, script.err
-    assert_same(world, name, tmp_path / "new")
-
-
-def test_started_from_a_folder_that_is_gone(world, tmp_path):
-    (tmp_path / "gone").mkdir()
-    script = start(world, "convert", cwd=tmp_path / "gone", before=[(os.rmdir, tmp_path / "gone")])
-    assert_told(
-        script, 2, "the folder that this was started in has been deleted; go to one that is there, with cd"
-    )
-
-
+HUB = ("data", "model")  # scripts that ask it
 PLAIN_C = {
     "LANG": "C",
     "LC_ALL": "C",
@@ -45,67 +19,58 @@ PLAIN_C = {
 }
 
 
+@pytest.mark.parametrize("name", ["data", "pairs"])
+def test_started_from_the_repository_through_a_link(world, hub, tmp_path, name):
+    """`python data_prepare/...` in a folder that is a link to the repository."""
+    link, output = tmp_path / "链接 link", tmp_path / "new"
+    link.symlink_to(world / "tcm")
+    script = start(world, name, "--output-dir", output, hub=hub, repository=Path("."), cwd=link)
+    assert script.end() == 0, script.err
+    assert_same(world, name, output)
+
+
+def test_started_from_a_folder_that_is_gone(world, tmp_path):
+    (tmp_path / "gone").mkdir()
+    script = start(world, "convert", cwd=tmp_path / "gone", before=[(os.rmdir, tmp_path / "gone")])
+    assert_told(script, 2, "the folder that this was started in has been deleted; go to one that is there")
+
+
 @pytest.mark.parametrize("name", ["sample", "data", "convert", "pairs", "model"])
 def test_locale_without_utf8(world, hub, tmp_path, name):
     """Chinese in the path, in the data and on the way to the terminal."""
-    script = start(
-        world,
-        name,
-        "--output-dir",
-        tmp_path / "中药",
-        hub=hub if name in ("data", "model") else None,
-        environment=PLAIN_C,
-    )
-    assert (script.end(), script.err) == (0, "")
-    assert f"{tmp_path}/中药" in script.out
-    assert_same(world, name, tmp_path / "中药")
+    output, asked = tmp_path / "中药", hub if name in HUB else None
+    script = start(world, name, "--output-dir", output, hub=asked, environment=PLAIN_C)
+    assert (script.end(), script.err) == (0, "") and f"{output}" in script.out
+    assert_same(world, name, output)
 
 
 def test_a_fault_in_a_locale_without_utf8(world):
-    assert_told(
-        start(world, "convert --input-files {w}/没有", environment=PLAIN_C),
-        2,
-        "没有 does not exist; make it with",
-    )
+    script = start(world, "convert --input-files {w}/没有", environment=PLAIN_C)
+    assert_told(script, 2, "没有 does not exist; make it with")
 
 
 @pytest.mark.parametrize("name", ["convert", "model", "sft"])
 def test_no_home(world, hub, tmp_path, name):
     """The folders for caches and settings cannot exist; and the locale has no UTF-8."""
-    home = dict.fromkeys(
-        ("HOME", "HF_HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"),
-        str(world / "photo.png/home"),
-    )
+    places = ("HOME", "HF_HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
+    environment = dict.fromkeys(places, str(world / "photo.png/home")) | PLAIN_C
+    asked = hub if name in HUB else None
     script = start(
-        world,
-        name,
-        "--output-dir",
-        tmp_path / "new",
-        hub=hub if name == "model" else None,
-        environment=home | PLAIN_C,
+        world, name, "--output-dir", tmp_path / "new", hub=asked, environment=environment, ready=False
     )
     assert (script.end(), script.err) == (0, "")
 
 
-@pytest.mark.parametrize("command", ["convert", "sft", "compare", "chat"])
-def test_reader_of_stdout_has_left(world, tmp_path, command):
+@pytest.mark.parametrize("name", ["convert", "sft", "compare", "chat"])
+def test_reader_of_stdout_has_left(world, tmp_path, name):
     """`script | head -1`, in the middle of its work."""
-    output = ["--output-dir", tmp_path / "new"] if command in MADE else []
-    script = start(
-        world,
-        command,
-        *output,
-        environment={"PYTHONUNBUFFERED": "1"},
-        before=[(nobody_reads,)],
-        ready=command in HEAVY,
-    )
+    output = ["--output-dir", tmp_path / "new"] if name in MADE else []
+    script = start(world, name, *output, environment={"PYTHONUNBUFFERED": "1"}, before=[(nobody_reads,)])
     assert_told(
-        script,
-        1,
-        "stopped, because the program that read this output has ended; the same command without it does the rest",
+        script, 1, "the program that read this output has ended; the same command without it does the rest"
     )
     if output:
-        assert_works_again(world, command, tmp_path / "new", None)
+        assert_works_again(world, name, tmp_path / "new", None)
 
 
 @pytest.mark.parametrize("command", ["convert", "sft --help"])
@@ -131,24 +96,14 @@ def test_stderr_closed_and_a_fault(world):
 
 @pytest.mark.parametrize("before", [[], [(os.close, 0)]], ids=["/dev/null", "closed"])
 def test_chat_without_a_terminal_and_without_a_question(world, before):
-    script = Script(
-        ["model_download/load_local_model.py", world / "base"],
-        world / "tcm",
-        world.parent / "no terminal",
-        before=before,
-        ready=True,
-    )
+    script = start(world, "chat", "--prompt=", before=before)
+    assert_told(script, 2, "--prompt: wanted a question, got an empty text")
+    script = start(world, "talk", before=before, ready=True)
     assert_told(script, 2, "no question on stdin, wanted one a line; or ask with --prompt")
 
 
 def test_chat_reads_questions_where_there_is_no_terminal(world, tmp_path):
     (tmp_path / "questions.txt").write_text("甘草\n\n麻黄\n", encoding="utf-8")
-    script = Script(
-        ["model_download/load_local_model.py", str(world / "base"), "--json", "--max-new-tokens", "3"],
-        world / "tcm",
-        tmp_path / "ran",
-        stdin=tmp_path / "questions.txt",
-        ready=True,
-    )
+    script = start(world, "talk --json --max-new-tokens 3", stdin=tmp_path / "questions.txt", ready=True)
     assert script.end() == 0, script.err
     assert [json.loads(line)["question"] for line in script.out.splitlines()] == ["甘草", "麻黄"]
