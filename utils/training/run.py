@@ -230,11 +230,11 @@ class Run:
     def _load_checkpoint(self, model, optimizer):
         (file,) = self.checkpoint.glob("*model.safetensors")
         load_weights(model, file)
-        moments = load_file(self.checkpoint / "optimizer.safetensors")
+        moments = load_file(self.checkpoint / "optimizer.safetensors")  # mapped: Windows keeps such a file
         for name, weight in trained_weights(model).items():
             optimizer.state[weight] = {
                 "step": torch.tensor(float(self.step), device=weight.device),
-                **{kind: moments[f"{kind}.{name}"].to(weight.device) for kind in MOMENTS},
+                **{kind: moments[f"{kind}.{name}"].to(weight.device, copy=True) for kind in MOMENTS},
             }
 
     def keep_if_best(self, step: int, model) -> None:
@@ -284,6 +284,7 @@ class Run:
             self.write()
             shutil.rmtree(self.folder / "best", ignore_errors=True)  # the finished model has them now
             write_page(self.folder)
+            self._lock.release()
         print(
             f"finished in {duration(time.monotonic() - self.began)}: held-out loss {results['eval_loss_before']:.4f} -> "
             f"{results['eval_loss']:.4f}, {results['tokens_per_second']:,.0f} tokens/s, peak memory {memory}\n"
