@@ -7,7 +7,17 @@ import sys
 
 import pytest
 
-from utils.errors import MORE_MEMORY, READER_LEFT, STOPPED, RunError, UserError, explain, prepare_streams, run
+from utils.errors import (
+    FULL,
+    MORE_MEMORY,
+    READER_LEFT,
+    STOPPED,
+    RunError,
+    UserError,
+    explain,
+    prepare_streams,
+    run,
+)
 
 
 @pytest.mark.parametrize(
@@ -21,6 +31,10 @@ from utils.errors import MORE_MEMORY, READER_LEFT, STOPPED, RunError, UserError,
         (MemoryError(), (MORE_MEMORY, 1)),
         (RuntimeError("CUDA out of memory. Tried to allocate"), (MORE_MEMORY, 1)),
         (OSError(errno.ENOMEM, "x"), (MORE_MEMORY, 1)),
+        (OSError(errno.ENOSPC, "x", "a.txt"), (FULL.format(where=" (a.txt)"), 1)),
+        # safetensors' words on a full tmpfs
+        (RuntimeError("I/O error: No space left on device (os error 28)"), (FULL.format(where=""), 1)),
+        (ModuleNotFoundError("x", name="utils.none"), None),
         (FileNotFoundError(errno.ENOENT, "No such file", "a.txt"), ("No such file (a.txt)", 1)),
         (ValueError("a bug"), None),
         (ZeroDivisionError(), None),

@@ -44,7 +44,7 @@ NO_MEMORY = (
     "can't start new thread",
     "returned NULL without setting an exception",  # what Python 3.11 says where it has no memory for the error itself
 )
-NO_SPACE = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed", "unexpected pos")
+NO_SPACE = ("No space left on device", "Disk quota exceeded")
 
 # Libraries (safetensors, torch) report these without an OSError, in these words.
 SIGNS = {
