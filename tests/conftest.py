@@ -14,7 +14,7 @@ gc.disable()  # until all tests are imported: a million objects that stay, and h
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("VIRTUAL_ENV", sys.prefix)  # as if it were activated: messages say "python"
+os.environ["VIRTUAL_ENV"] = sys.prefix  # as if it were activated: messages say "python"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny products: a second thread costs more than it brings
 # A shell starts its background jobs with Ctrl-C ignored, and every child would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

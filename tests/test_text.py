@@ -46,8 +46,9 @@ def test_commands_name_the_environment_unless_it_is_activated(monkeypatch, capsy
     said = "make it with: python model_download/download_model.py; python3 and python are other words"
     complain(said, 2)
     monkeypatch.setattr("sys.prefix", str(ROOT / ".venv"))
+    monkeypatch.setenv("VIRTUAL_ENV", str(ROOT / ".venv"))
     complain(said, 2)
-    monkeypatch.delenv("VIRTUAL_ENV")
+    monkeypatch.setenv("VIRTUAL_ENV", "/another")
     complain(said, 2)
     first, second, third = capsys.readouterr().err.splitlines()
     assert first == second == f"error: {said}"

@@ -32,7 +32,8 @@ def say(text: str, flush: bool = False) -> None:
 
 def with_our_python(text: str) -> str:
     """`text`, in which commands name the environment's Python by its path, unless it is activated: `python` would be another."""
-    if Path(sys.prefix) != Path(__file__).resolve().parents[1] / ".venv" or "VIRTUAL_ENV" in os.environ:
+    own = Path(__file__).resolve().parents[1] / ".venv"
+    if Path(sys.prefix) != own or os.environ.get("VIRTUAL_ENV") == str(own):
         return text
     python = ".venv\\Scripts\\python.exe" if os.name == "nt" else ".venv/bin/python"
     scripts = r"\bpython (?=(?:data_prepare|model_download|model_finetune)/)"
