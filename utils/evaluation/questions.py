@@ -2,7 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple
 
 from utils.data.exams import SINGLE
 from utils.data.inputs import find_input_files
@@ -12,17 +12,8 @@ from utils.data.terms import Terms
 from utils.errors import UserError
 from utils.files import show_path
 
-
-class ExamQuestion(TypedDict):
-    """`answer`: the right letter, or all right ones in order ("ABD"); `kind`: SINGLE, TRUE_FALSE or MULTIPLE,
-    missing for single choice."""
-
-    id: str
-    question: str
-    options: dict[str, str]
-    answer: str
-    subject: str
-    kind: NotRequired[str]
+# {"id", "question", "options": {letter: text}, "answer": the right letters in order, "subject", "kind" unless it is SINGLE}
+ExamQuestion = dict[str, Any]
 
 
 def kind_of(item: ExamQuestion) -> str:

@@ -132,21 +132,20 @@ def _figures_table(comparison):
 
 
 def _differences_table(pairs):
+    """The difference, its interval and p, and a star if chance alone is an unlikely reason."""
     names = [name for name in COMPARED if any(name in pair for pair in pairs)]
-    rows = [
-        [f"{pair['to']} - {pair['from']}", *(_difference(pair.get(name)) for name in names)] for pair in pairs
-    ]
+    rows = []
+    for pair in pairs:
+        rows.append([f"{pair['to']} - {pair['from']}", *["-"] * len(names)])
+        for column, name in enumerate(names, 1):
+            if found := pair.get(name):
+                scale, digits, sign = (100, 1, "%") if "p" in found else (1, 3, "")
+                values = (found["difference"], *(found["interval"] or []))
+                change, *ends = [f"{scale * value:+.{digits}f}" for value in values]
+                p, star = found.get("p"), " *" if is_clear(found) else ""
+                p = "" if p is None else ", p < 0.001" if p < 0.001 else f", p {p:.3f}"
+                rows[-1][column] = f"{change}{sign} ({' to '.join(ends) or 'no interval'}){p}{star}"
     return _table([["", *(COMPARED[name].label for name in names)], *rows])
-
-
-def _difference(found):
-    if not found:
-        return "-"
-    scale, digits, sign = (100, 1, "%") if "p" in found else (1, 3, "")
-    numbers = [f"{scale * value:+.{digits}f}" for value in (found["difference"], *(found["interval"] or []))]
-    ends = " to ".join(numbers[1:]) or "no interval"
-    p = f", p {'< 0.001' if found['p'] < 0.001 else format(found['p'], '.3f')}" if "p" in found else ""
-    return f"{numbers[0]}{sign} ({ends}){p}{' *' if is_clear(found) else ''}"
 
 
 def _verdicts(comparison):
@@ -183,10 +182,8 @@ def _samples(measured, count):
     answers = {name: [item for item in found.items if "about" in item] for name, found in measured.items()}
     some, heldout, before = next(iter(answers.values())), [], Counter()
     for number, item in enumerate(some):
-        if item["about"] == "heldout":
-            heldout.append(
-                (before[item["kind"]], number)
-            )  # the first of every kind come before the second ones
+        if item["about"] == "heldout":  # the first of every kind come before the second ones
+            heldout.append((before[item["kind"]], number))
             before[item["kind"]] += 1
     chosen = [number for _, number in sorted(heldout)[:count]]
     for about in OTHERS if count else ():
@@ -194,13 +191,11 @@ def _samples(measured, count):
     samples = []
     for number in chosen:
         asked = some[number]
+        earlier = asked["before"] if asked["test"] == "follow_up" else []
         texts = {"reference": asked["reference"]}
         texts |= {name: items[number]["answer"] for name, items in answers.items()}
-        earlier = asked["before"] if asked["test"] == "follow_up" else []
-        question = _one_line(" / ".join([*earlier, asked["question"]]))
-        samples.append(
-            {"question": question, "answers": {name: _one_line(text) for name, text in texts.items()}}
-        )
+        shown = {name: _one_line(text) for name, text in texts.items()}
+        samples.append({"question": _one_line(" / ".join([*earlier, asked["question"]])), "answers": shown})
     return samples
 
 
