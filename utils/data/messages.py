@@ -235,10 +235,12 @@ def marked_turns(text: str, both: bool = True) -> list[dict]:
     It begins with a speaker's mark. An answer's mark at the end, after which nothing follows, asks for the answer. `both`: a
     text in which only one of the two speaks is no dialogue.
     """
+    text = text.strip()
     for speakers in _SPEAKERS[: 3 if both else 4]:
+        if not speakers.match(text):
+            continue
         marks = list(speakers.finditer(text))
-        answers = not both or any(mark["assistant"] for mark in marks)
-        if not marks or not answers or text[: marks[0].start()].strip():
+        if both and not any(mark["assistant"] for mark in marks):
             continue
         ends = [mark.start() for mark in marks[1:]] + [len(text)]
         texts = [(mark.lastgroup, text[mark.end() : end].strip()) for mark, end in zip(marks, ends)]

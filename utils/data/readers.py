@@ -120,7 +120,7 @@ def _json_lines(file):
 
 
 def _whole_json(file):
-    """The rows of a JSON text that is not one row a line. It is in memory whole: one to two times the file's bytes."""
+    """The rows of a JSON text that is not one row a line. An array takes twice its bytes of memory, an object four times."""
     with _open_text(file, "\n") as opened:
         text = opened.read()
     line, counted, shown = 1, 0, 0
