@@ -8,7 +8,6 @@ import json
 import time
 import uuid
 from dataclasses import asdict, replace
-from typing import NamedTuple
 
 import torch
 
@@ -46,21 +45,11 @@ NEUTRAL = {
     "response_format": [{"type": "text"}],
     "modalities": [["text"]],
 }
-MOST_STOPS = 16
 
 
-class Request(NamedTuple):
-    """A question. `model`: its name, "" for any; `usage`: whether a stream is to end with the numbers of tokens."""
-
-    model: str
-    messages: list[dict]
-    options: Options
-    stream: bool
-    usage: bool
-
-
-def read_request(body: bytes, options: Options) -> Request:
-    """The request in a body of JSON; what it does not set is as in `options`. UserError if it cannot be answered."""
+def read_request(body: bytes, options: Options) -> tuple[dict, list[dict], Options]:
+    """(its fields, its messages, its options) of a request in JSON; what it does not set is as in `options`. UserError if it
+    cannot be answered."""
     try:
         request = json.loads(body)
     except (ValueError, RecursionError):
@@ -83,12 +72,11 @@ def read_request(body: bytes, options: Options) -> Request:
         if request.get(name) is not None:
             own.apply(ours, read_number(name, request[name], RULES[ours]))
     stops = [request["stop"]] if isinstance(request.get("stop"), str) else request.get("stop") or []
-    if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(is_text(s) and s for s in stops):
-        raise UserError(f"stop: wanted a text, or a list of up to {MOST_STOPS} texts")
+    if not isinstance(stops, list) or not all(is_text(stop) and stop for stop in stops):
+        raise UserError("stop: wanted a text, or a list of texts")
     own.stop = tuple(stops)
     own.thinking = next((request[name] for name in THINKING if request.get(name) is not None), own.thinking)
-    usage = bool(request.get("stream_options.include_usage"))
-    return Request(str(request.get("model") or ""), messages, own, bool(request.get("stream")), usage)
+    return request, messages, own
 
 
 def _refuse_unknown(fields, known):

@@ -22,7 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from utils.chat.completions import Answer, Request, describe_model, read_request
+from utils.chat.completions import Answer, describe_model, read_request
 from utils.chat.model import ChatModel, Options
 from utils.chat.terminal import note
 from utils.errors import RunError, UserError, explain, explain_os_error
@@ -117,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
                 models = [describe_model(model, serving.options, system) for model, system in pairs]
                 self._send_json(HTTPStatus.OK, {"object": "list", "data": models})
             case "POST", "/chat/completions":
-                self._chat(read_request(body, serving.options))
+                self._chat(*read_request(body, serving.options))
             case _:
                 raise Refused(HTTPStatus.NOT_FOUND, "wanted /, /v1/models or /v1/chat/completions")
 
@@ -146,18 +146,18 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"wanted at most {LARGEST_BODY} bytes")
         return self.rfile.read(int(length, base))
 
-    def _chat(self, request: Request):
-        models, messages = self.serving.models, request.messages
-        names = [model.name for model in models]
-        if request.model not in ("", *names) and len(names) > 1:
-            raise Refused(HTTPStatus.NOT_FOUND, f"no model {request.model} here; wanted {' or '.join(names)}")
-        place = names.index(request.model) if request.model in names else 0
-        chat_model, system = models[place], self.serving.systems[place]
+    def _chat(self, request, messages, options):
+        serving, name = self.serving, request.get("model")
+        names = [model.name for model in serving.models]
+        if name not in ("", None, *names) and len(names) > 1:
+            raise Refused(HTTPStatus.NOT_FOUND, f"no model {name} here; wanted {' or '.join(names)}")
+        place = names.index(name) if name in names else 0
+        chat_model, system = serving.models[place], serving.systems[place]
         if system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
-        prompt = chat_model.encode(messages, request.options)
+        prompt = chat_model.encode(messages, options)
         chat_model.check_length(prompt)
-        answer = Answer(chat_model, prompt)
+        answer, stream = Answer(chat_model, prompt), request.get("stream")
 
         def send_piece(text, thinking):
             """An empty piece is sent as a comment, which tells whether the client is still there."""
@@ -166,18 +166,18 @@ class _Handler(BaseHTTPRequestHandler):
 
         with self.one_at_a_time:
             self._check_client()  # it may have left while another was answered
-            if request.stream:
+            if stream:
                 headers = {"Transfer-Encoding": "chunked", "Cache-Control": "no-store"}
                 self._send(HTTPStatus.OK, None, headers, "text/event-stream; charset=utf-8")
                 self.streaming = True
                 self._send_chunk(answer.event({"role": "assistant", "content": ""}))
-            show = send_piece if request.stream else self._check_client
-            reply = chat_model.answer(prompt, request.options, show)
+            show = send_piece if stream else self._check_client
+            reply = chat_model.answer(prompt, options, show)
         note(f"[{chat_model.name}: {reply.speed()}]" if len(names) > 1 else f"[{reply.speed()}]")
-        if not request.stream:
+        if not stream:
             return self._send_json(HTTPStatus.OK, answer.whole(reply))
         self._send_chunk(answer.event({}, finish_reason=answer.reason(reply)))
-        if request.usage:
+        if request.get("stream_options.include_usage"):
             self._send_chunk(answer.event(None, usage=answer.usage(reply)))
         self._send_chunk(b"data: [DONE]\n\n")
         self._send_chunk(b"")
