@@ -44,9 +44,7 @@ LOGPS = {"train": [[-1.25, -2.5], [-0.5, -3.0]], "eval": [[-2.0, -1.0]]}
 
 def damage(content, chance):
     """The bytes of a file, damaged: cut, mixed up, or with another value somewhere in its JSON."""
-    kind = chance.randrange(
-        6 if content[:1] in (b"{", b"[") else 4
-    )  # of what is no JSON, no value is changed
+    kind = chance.randrange(6 if content[:1] in (b"{", b"[") else 4)  # only JSON gets other values
     if kind == 0 or not content:
         return (chance.choice(TEXTS) + chance.choice(("", "\n"))).encode()
     start, length = chance.randrange(len(content)), chance.randrange(1, 40)
@@ -58,27 +56,18 @@ def damage(content, chance):
         return content[:start] + content[start + length :]
     lines = content.decode().splitlines() if content.count(b"\n{") else [content.decode()]
     number = chance.randrange(len(lines))
-    value = json.loads(lines[number])
-    change_somewhere(value, chance)
+    value = inner = json.loads(lines[number])
+    while isinstance(inner, (dict, list)) and inner:
+        place = chance.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
+        if isinstance(inner[place], (dict, list)) and inner[place] and chance.random() < 0.5:
+            inner = inner[place]
+            continue
+        inner[place] = chance.choice(VALUES)
+        if chance.random() < 0.2:
+            del inner[place]
+        break
     lines[number] = json.dumps(value)
     return "\n".join(lines).encode()
-
-
-def change_somewhere(value, chance):
-    """Put another value in a place of a JSON value, or take out what is there."""
-    while True:
-        places = list(value) if isinstance(value, dict) else list(range(len(value)))
-        if not places:
-            return
-        place = chance.choice(places)
-        if isinstance(value[place], (dict, list)) and value[place] and chance.random() < 0.5:
-            value = value[place]
-        elif chance.random() < 0.2:
-            del value[place]
-            return
-        else:
-            value[place] = chance.choice(VALUES)
-            return
 
 
 def load(folder):
@@ -139,9 +128,8 @@ def make_adapter(base, folder):
     return folder
 
 
-def outcome(content, path, read, kept):
-    """How a damaged file ends: "told", "as before", "made again" (kept files), "read" (others: a value may be another)."""
-    path.write_bytes(content)
+def outcome(path, read, kept):
+    """How reading a damaged file ends: "told", "as before", "made again" (kept files), "read" (others)."""
     start = time.monotonic()
     try:
         found = read()
@@ -158,18 +146,16 @@ def outcome(content, path, read, kept):
 
 def fuzz(targets, seconds):
     """Damage one file after the other until the time is over; {outcome: how often}."""
-    counts, bugs = collections.Counter(), []
-    end, case = time.monotonic() + seconds, 0
+    counts, bugs, case, end = collections.Counter(), [], 0, time.monotonic() + seconds
     while time.monotonic() < end:
         path, read, kept = targets[case % len(targets)]
         content, chance = path.read_bytes(), random.Random(case)
-        spoilt = damage(content, chance)
+        path.write_bytes(damage(content, chance))
         try:
-            counts[outcome(spoilt, path, read, kept)] += 1
+            counts[outcome(path, read, kept)] += 1
         except Exception as error:  # a bug, whatever it is: all of them are shown
-            bugs.append(f"case {case}, {path.name}: {error!r:.200} for {spoilt[:200]!r}")
-        finally:
-            path.write_bytes(content)
+            bugs.append(f"case {case}, {path.name}: {error!r:.200} for {path.read_bytes()[:200]!r}")
+        path.write_bytes(content)
         case += 1
     assert not bugs, "\n".join(bugs[:20])
     print(dict(counts))
