@@ -9,7 +9,7 @@ from cuda_on_cpu import varlen_as_documented
 from packed_items import some_items
 
 from utils.device import Capabilities, Device
-from utils.model import attention
+from utils.model import attention, mixed
 from utils.model.attention import (
     FEW,
     attend_in_bfloat16,
@@ -145,20 +145,25 @@ def test_the_form_follows_device_and_format():
         assert padding_for(Device(name, bf16, "", "plain", can, fp16), 12).row_length == (12 if equal else 0)
 
 
-def test_padding_changes_no_loss_and_no_gradient(tmp_path):
+def test_padding_changes_no_loss_and_no_gradient(tmp_path, monkeypatch):
+    """Padded rows, rounded lengths, and labels filled up to a few fixed counts, as Apple GPUs get them."""
     from tiny_model import make_tiny_model
     from transformers import AutoModelForCausalLM
 
-    from utils.model.lm_head import cross_entropy_sum
+    from utils.model.lm_head import CHUNK, cross_entropy_sum, token_logps
     from utils.model.packing import model_inputs
     from utils.model.qwen3_train import prepare_packed
 
     folder, found = make_tiny_model(tmp_path / "tiny"), items(True)
     results = []
-    for padding in (Padding(), Padding(row_length=500), Padding(multiple=64)):
+    for padding, fixed in ((Padding(), ()), (Padding(row_length=500), ("cpu",)), (Padding(multiple=64), ())):
+        monkeypatch.setattr(mixed, "FIXED_SIZES", fixed)
         model = prepare_packed(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64))
         batch = collate([found[:7], found[7:]], padding)
-        loss = cross_entropy_sum(model(**model_inputs(batch)), model.lm_head.weight, batch["targets"])
+        hidden, targets = model(**model_inputs(batch)), batch["targets"]
+        assert len(hidden) == (math.ceil(len(targets) / CHUNK) * CHUNK if fixed else len(targets))
+        assert len(token_logps(hidden, model.lm_head.weight, targets)) == len(targets)
+        loss = cross_entropy_sum(hidden, model.lm_head.weight, targets)
         loss.backward()
         results.append([loss.detach(), *(weight.grad for weight in model.parameters())])
     for found in zip(*results):

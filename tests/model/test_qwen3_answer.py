@@ -5,6 +5,7 @@ import torch
 from conftest import ROOT
 
 from utils.device import Device
+from utils.model import qwen3_answer
 from utils.model.folder import load_for_answers, load_model
 from utils.model.qwen3_answer import CachedModel, hold_weights
 
@@ -112,9 +113,13 @@ def test_onednn_is_as_it_was():
     assert torch.backends.mkldnn.enabled == enabled
 
 
-@pytest.mark.parametrize("dtype, accuracy", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
-def test_several_conversations_equal_each_alone(dtype, accuracy):
+@pytest.mark.parametrize(
+    "dtype, accuracy, gpu",
+    [(torch.float32, 1e-5, False), (torch.float32, 1e-5, True), (torch.bfloat16, 0.1, False)],
+)
+def test_several_conversations_equal_each_alone(dtype, accuracy, gpu, monkeypatch):
     """Of different length, one token after another, over the border where the cache grows, and with one leaving in between."""
+    monkeypatch.setattr(qwen3_answer, "on_gpu", lambda tensor: gpu)  # keys repeated, masks as numbers
     model, prompts = load_model(TINY, dtype).eval(), [some_ids(count) for count in (40, 3, 17)]
     padding = torch.tensor([0, 37, 23])
     batch, exact = CachedModel(model, padding), load_model(TINY, torch.float32).double().eval()
