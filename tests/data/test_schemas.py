@@ -68,6 +68,13 @@ def test_reasons(row, reason):
 OPTIONS = {"A": "麻黄", "B": "石膏", "C": "知母", "D": "黄连"}
 
 
+def test_letters_inside_options_begin_no_option():
+    options = {"A": "维生素A、维生素B、维生素C", "B": "维生素 D", "C": "B族"}
+    listed = "\n".join(f"{letter} {text}" for letter, text in options.items())
+    assert convert_row({"Question": "问", "Options": listed, "Answer": "B"}).body["options"] == options
+    assert convert_row({"instruction": f"问\n{listed}", "output": "B"}).body["options"] == options
+
+
 def test_more_options_than_four():
     options = dict(zip("ABCDEFGHIJ", "甲乙丙丁戊己庚辛壬癸"))
     row = {"question": "问", "options": list(options.values()), "answer": 9}
@@ -89,7 +96,8 @@ def test_several_right_answers_are_a_kind_of_their_own(answer):
 def test_the_type_of_a_question_decides_its_kind():
     row = {"question": "解表的有", "options": OPTIONS, "answer": "A", "question_type": "多项选择题"}
     assert convert_row(row).body["kind"] == "multiple"
-    assert "kind" not in convert_row({**row, "question_type": "单项选择题"}).body
+    for other in ({"question_type": "单项选择题"}, {"question_type": "", "type": "多发病"}):
+        assert "kind" not in convert_row({**row, **other}).body
     plain = convert_row({"question": "问", "answer": "答", "question_type": "简答题"})
     assert (plain.kind, plain.body["messages"]) == ("sft", turns("问", "答"))
 

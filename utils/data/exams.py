@@ -17,20 +17,8 @@ SUBJECTS = ("subject", "exam_subject", "subject_name", "exam_class")
 QUESTIONS = ("question", "query", "instruction", "prompt", "problem", "input", "title")
 COUNTED_FROM_0 = ("answer_idx", "cop", "label")  # a number here is counted from 0
 ANSWERS = (
-    *(
-        "answer_idx",
-        "answer",
-        "correct_answer",
-        "cop",
-        "ans",
-        "correct",
-        "answer_text",
-        "key",
-        "gold",
-        "target",
-    ),
-    *("output", "response", "completion", "label"),
-)
+    "answer_idx answer correct_answer cop ans correct answer_text key gold target output response completion label"
+).split()
 
 # Fields of an option that is an object of its own.
 _KEYS = ("key", "label", "letter", "option", "id", "name")
@@ -38,13 +26,13 @@ _TEXTS = ("value", "text", "content", "option_text", "option", "description")
 
 _SIGN = r"\s*[.．、:：)）\]】]\s*"
 _OPTION = r"[(（\[【]?([A-J])"
-# The beginnings of options, the surest form first: a letter with its sign at the beginning of a line, after a blank, anywhere;
-# then a letter and a blank at the beginning of a line, and a letter before a Chinese character, of which three are wanted.
+# The beginnings of options, the surest form first: a letter with its sign at the beginning of a line, and after a blank; a letter
+# and a blank at the beginning of a line; a letter with its sign anywhere; and before a Chinese character, of which three are wanted.
 _OPTION_BEGINS = (
     re.compile(rf"^\s*{_OPTION}{_SIGN}", re.MULTILINE),
     re.compile(rf"(?:(?<=[\s。；;，,？?：:)）])|^){_OPTION}{_SIGN}", re.MULTILINE),
-    re.compile(rf"(?<![A-Za-z0-9]){_OPTION}{_SIGN}"),
     re.compile(r"^\s*([A-J])[ \t\u3000]+(?=\S)", re.MULTILINE),
+    re.compile(rf"(?<![A-Za-z0-9]){_OPTION}{_SIGN}"),
     re.compile(r"(?<![A-Za-z0-9])([A-J])\s*(?=[\u4e00-\u9fff])"),
 )
 _OPTION_FIELD = re.compile(r"(op|opt|option|choice|选项|选择|备选|备选项|选)?[\s_.-]*([a-j]|10|[0-9])")
@@ -77,7 +65,7 @@ def options_in(text: str) -> tuple[str, dict[str, str]]:
         letters = "".join(match[1] for match in found)
         start = max(letters.find("AB"), 0)  # before that, a letter such as that of "维生素 A." is no option
         found, letters = found[start:], letters[start:]
-        if len(letters) > 1 + (strictness > 2) and LETTERS.startswith(letters):
+        if len(letters) > 1 + (strictness > 3) and LETTERS.startswith(letters):
             ends = [match.start() for match in found[1:]] + [len(text)]
             options = {match[1]: text[match.end() : end].strip(" \t\n；;") for match, end in zip(found, ends)}
             return text[: found[0].start()].strip(), options
@@ -121,7 +109,7 @@ def exam_item(row: Fields, first_option: int | None = None) -> dict:
         from_1 = name not in COUNTED_FROM_0 and (lettered or not isinstance(given, int | float))
         first_option = int(from_1 and given not in (0, "0"))
     answer = _answer(given, options, first_option)
-    several = len(answer) > 1 or "多" in asked_as or row.peek("kind") == MULTIPLE
+    several = len(answer) > 1 or re.search("多[项选]|multi", asked_as) or row.peek("kind") == MULTIPLE
     kind = MULTIPLE if several else TRUE_FALSE if true_false else SINGLE
     if row.peek("kind") == kind:
         row.get("kind")
