@@ -29,6 +29,7 @@ LIBRARIES = 510 << 20  # bytes of Python, torch, transformers and their threads 
 # (utils.device.limit_kernels).
 KERNELS, ALL_KERNELS = 4 << 20, 450 << 20
 FRAGMENTS = 0.2  # of the activations: blocks of one batch that fit none of the next, as measured on CPUs
+TEMPORARIES = 3  # times the activations of a layer: gradients of the layer that is gone back through, and of its weights
 
 
 class StepPlan(NamedTuple):
@@ -159,6 +160,7 @@ def memory_parts(
         "gradients": gradients,
         "optimizer": 2 * costs.trainable * FLOAT,
         "activations": round(kept),
+        "temporaries": round(TEMPORARIES * costs.kept_per_token / costs.layers * tokens),
         "fragments": round(FRAGMENTS * kept) if passes > 1 and cpu else 0,
         "scores": logits + head * (HALF * costs.bf16 + FLOAT * costs.head_trained),
         "program": 0
