@@ -100,7 +100,7 @@ def test_the_estimate_tells_the_time_and_leaves_no_gradient(place, tmp_path, cap
     said = capsys.readouterr().out.splitlines()[-1]
     part = r"[\w, /]+ [\d.]+ (s|min|h)"
     assert re.fullmatch(
-        rf"time: about [\d.]+ (s|min|h), done at \d\d:\d\d( on \S+)? \(({part}, )+{part}; measured on one row\)",
+        rf"time: about [\d.]+ (s|min|h), done at \d\d:\d\d( on \S+)? \(({part}, )+{part}; judged by a forward pass, the first steps will tell better\)",
         said,
     )
     assert ("reference" in said) == (method == "dpo")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.training.schedule import Schedule, evaluation_count, evaluation_rows
+from utils.training.schedule import Schedule, plan_evaluations
 
 
 def rates(total, warmup):
@@ -32,18 +32,10 @@ def test_evaluations_come_evenly_and_at_the_end(total, evaluations):
     assert max(gaps) - min(gaps) <= 1
 
 
-def share(rows, evaluations, tokens, per_row=100):
-    """Of the time of training, an evaluation's token at half the cost of one in training."""
-    return 0.5 * rows * per_row * (evaluations + 1) / tokens
-
-
 @pytest.mark.parametrize("tokens", [1e5, 4e5, 1e6, 5e6, 1e8, 1e10])
 def test_evaluations_take_five_percent_of_the_run_at_most(tokens):
-    rows = evaluation_rows(0, tokens, 100, 10)
-    times = evaluation_count(0, tokens, rows * 100, 10)
-    assert 8 <= rows <= 500 and 1 <= times <= 10 and share(rows, times, tokens) <= 0.051
+    """An evaluation's token takes half the time of one in training."""
+    rows, times = plan_evaluations(0, 10, tokens, 100)
+    assert 8 <= rows <= 500 and 1 <= times <= 10 and 0.5 * rows * 100 * (times + 1) / tokens <= 0.051
     assert rows >= 50 or times == 1  # fewer evaluations before ones that say nothing
-
-
-def test_what_the_user_asks_for_is_taken():
-    assert evaluation_rows(2000, 1e5, 100, 10) == 2000 and evaluation_count(2000, 1e5, 200_000, 10) == 10
+    assert plan_evaluations(2000, 10, tokens, 100) == (2000, 10)  # as the user asks

@@ -47,7 +47,12 @@ def dpo_batch_loss(
     beta: float,
     sft_weight: float,
 ) -> BatchLoss:
-    """The DPO loss of packed pairs, whose items carry "reference_chosen" and "reference_rejected". Arguments as for sft_loss."""
+    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290), sigmoid loss, plus an SFT term.
+
+    Items carry "reference_chosen" and "reference_rejected", log-probabilities of the whole answers under the frozen starting model.
+    A reward is beta x (log-probability - that under the reference). The SFT term, sft_weight x the chosen answer's mean
+    cross-entropy over its tokens, keeps its probability from falling with the rejected one's. Other arguments as for sft_loss.
+    """
     pairs, documents, metrics = len(batch["reference_chosen"]), batch["label_documents"], {}
 
     def loss_of_logps(logps: Tensor) -> Tensor:
@@ -58,35 +63,12 @@ def dpo_batch_loss(
             for values in (logps, torch.ones_like(logps))
         )
         chosen, rejected = answers.unbind(1)
-        reference = batch["reference_chosen"], batch["reference_rejected"]
-        losses, margins = dpo_loss(chosen, rejected, *reference, beta, sft_weight, lengths[:, 0])
+        margins = beta * (chosen - batch["reference_chosen"]) - beta * (
+            rejected - batch["reference_rejected"]
+        )
         sums = margins.sum(), (margins > 0).sum(), chosen.sum(), rejected.sum()
         metrics.update(zip(PREFERENCE, sums))
-        return losses.sum() * scale
+        return (-F.logsigmoid(margins) - sft_weight * chosen / lengths[:, 0]).sum() * scale
 
     loss = backward_through_head(hidden, head, batch["targets"], loss_of_logps, kept)
     return BatchLoss(loss, metrics)
-
-
-class DPOLoss(NamedTuple):
-    losses: Tensor  # (pairs,)
-    margins: Tensor  # (pairs,): reward of the chosen answer less that of the rejected one
-
-
-def dpo_loss(
-    chosen: Tensor,
-    rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
-    beta: float,
-    sft_weight: float = 0.0,
-    chosen_lengths: Tensor | float = 1.0,
-) -> DPOLoss:
-    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290), sigmoid loss, plus an SFT term.
-
-    The first four are the log-probabilities (pairs,) of whole answers, under the policy and under the reference. A reward is
-    beta x (log-probability - that under the reference). The SFT term, sft_weight x the chosen answer's mean cross-entropy over
-    its `chosen_lengths` tokens, keeps its probability from falling together with the rejected one's.
-    """
-    margins = beta * (chosen - reference_chosen) - beta * (rejected - reference_rejected)
-    return DPOLoss(-F.logsigmoid(margins) - sft_weight * chosen / chosen_lengths, margins)

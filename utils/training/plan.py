@@ -23,7 +23,7 @@ from utils.model.qwen3_train import forward
 from utils.text import duration, format_bytes
 from utils.training.memory import FLOAT, StepPlan, free_memory, margin, measure_costs, memory_parts, ways
 from utils.training.run import Run
-from utils.training.schedule import DISK, ENDING, Schedule, done_at, evaluation_count, evaluation_rows
+from utils.training.schedule import DISK, ENDING, Schedule, done_at, plan_evaluations
 
 # Tokens in one pass from which on more bring no speed: products of the CPU are near their peak at 1,024 already.
 ENOUGH_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 32768}
@@ -40,9 +40,7 @@ class Plan(NamedTuple):
     schedule: Schedule
     steps_per_epoch: int
     tokens_per_step: float  # on average
-    train_rate: (
-        float  # tokens a second, in all processes: measured for an estimate, else judged by a forward pass
-    )
+    train_rate: float  # tokens a second, in all processes, judged by a forward pass
     weights: tuple[int, int]  # bytes of a checkpoint and of the finished model
 
 
@@ -56,7 +54,7 @@ def plan_run(
     """
     settings, pairs = run.settings, "BETA" in vars(run.settings)
     way = plan_step(run, model, train_rows)
-    (rate,) = run.agree(rate_of(run, model, train_rows, way, backward=False))  # of a forward pass
+    (rate,) = run.agree(forward_rate(run, model, train_rows, way))  # of a forward pass
     rate *= run.processes
     trained = [weight.numel() for weight in model.parameters() if weight.requires_grad]
     trained, stored = FLOAT * sum(trained), FLOAT * sum(weight.numel() for weight in model.parameters())
@@ -82,15 +80,12 @@ def plan_run(
             advice = f"ROWS_PER_STEP 1 and EPOCHS {math.ceil(FEW_STEPS / len(train_rows))} give {FEW_STEPS}; more rows are better"
         print(f"warning: only {steps} optimizer steps, too few to learn much; {advice}")
     train_rate = rate / passes * (3 / 4 if way.recompute else 1)
-    if settings.ESTIMATE:
-        train_rate = rate_of(run, model, train_rows, way, backward=True) * run.processes
     tokens_per_step = train_rows.tokens / steps_per_epoch
     fits = max(1, int(3600 * settings.HOURS * train_rate / tokens_per_step))
     planned = min(steps, fits) if settings.HOURS else steps
     tokens, per_row = planned * tokens_per_step, train_rows.tokens / len(train_rows.items)
-    count = evaluation_rows(settings.EVAL_ROWS, tokens, per_row, settings.EVALUATIONS)
+    count, evaluations = plan_evaluations(settings.EVAL_ROWS, settings.EVALUATIONS, tokens, per_row)
     eval_rows = load_eval(run.keep("eval_rows", count))
-    evaluations = evaluation_count(settings.EVAL_ROWS, tokens, eval_rows.tokens, settings.EVALUATIONS)
     share = settings.WARMUP if settings.HOURS else 0.0
     schedule = Schedule(steps, math.ceil(settings.WARMUP * planned), evaluations, share)
     schedule = Schedule(*run.keep("schedule", list(schedule)))
@@ -204,30 +199,25 @@ def draw_in_time(run: Run, train_rows: PackedRows, rate: float) -> PackedRows:
     return train_rows.select(numpy.sort(order[:fits]))
 
 
-def rate_of(run: Run, model, train_rows: PackedRows, way: StepPlan, backward: bool) -> float:
-    """Tokens a second of a forward pass, as an evaluation does one, or of a forward and a backward pass.
+@torch.no_grad()
+def forward_rate(run: Run, model, train_rows: PackedRows, way: StepPlan) -> float:
+    """Tokens a second of a forward pass, as an evaluation does one. A first pass only warms up.
 
-    A first pass only warms up. A CPU is timed on a part of a row; a GPU, which waits for work otherwise, on a batch of its real size.
+    A CPU is timed on a part of a row; a GPU, which waits for work otherwise, on a batch of its real size.
     """
-    model.train(backward).to(run.accelerator.device)
+    model.eval().to(run.accelerator.device)
     batches = [[train_rows[0][:1]], [train_rows[0][:TIMED_ITEMS]]]
     if run.device.name != "cpu":
         batches = [[train_rows[row] for row in range(min(way.rows_at_once, len(train_rows)))]] * 2
     for rows in batches:
         batch = collate(rows, padding_for(run.device, train_rows.max_length))
         began = time.monotonic()
-        with torch.set_grad_enabled(backward), run.device.autocast():
+        with run.device.autocast():
             hidden, batch = forward(model, batch, run.device)
-            loss = cross_entropy_sum(hidden, model.get_output_embeddings().weight, batch["targets"])
-        if backward:
-            loss.backward()
-        loss.item()  # waits for the device
+            cross_entropy_sum(hidden, model.get_output_embeddings().weight, batch["targets"]).item()
         seconds = max(time.monotonic() - began, 1e-6)
-    model.zero_grad()
     documents = [document for items in rows for item in items for document in item["documents"]]
-    # Recomputing is a second forward pass; the backward pass takes as long as two.
-    again = 3 / 4 if backward and way.recompute else 1
-    return again * sum(len(prompt) + len(answer) for prompt, answer in documents) / seconds
+    return sum(len(prompt) + len(answer) for prompt, answer in documents) / seconds
 
 
 def _tell_hours(run: Run, plan: Plan, planned: int, rate: float, pairs: bool) -> None:
@@ -257,7 +247,6 @@ def _tell_hours(run: Run, plan: Plan, planned: int, rate: float, pairs: bool) ->
         epochs = planned / plan.steps_per_epoch
         print(f"hours: {settings.HOURS:g} h given, about {planned:,} steps or {epochs:.2g} epochs")
     named = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds)
-    how = "judged by a forward pass; the first steps will tell better"
-    if settings.ESTIMATE:
-        how = "measured on one row"
-    print(f"time: about {duration(total)}, done at {done_at(total)} ({named}; {how})")
+    print(
+        f"time: about {duration(total)}, done at {done_at(total)} ({named}; judged by a forward pass, the first steps will tell better)"
+    )

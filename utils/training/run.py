@@ -300,13 +300,12 @@ class Run:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
-    return sorted((path for path in folder.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
+    return sorted(folder.glob("checkpoint-*[0-9]"), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The number of steps behind a checkpoint; -1 if its name tells none."""
-    number = checkpoint.name.rpartition("-")[2]
-    return int(number) if number.isdecimal() else -1
+    """The number of steps behind a checkpoint."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def trained_weights(model) -> dict[str, torch.nn.Parameter]:

@@ -47,26 +47,19 @@ class Schedule(NamedTuple):
         return math.floor(progress * self.evaluations + 1e-9)
 
 
-def evaluation_rows(wanted: int, tokens: float, tokens_per_row: float, evaluations: int) -> int:
-    """The rows of an evaluation: `wanted`, or with 0 so many that all evaluations take 5 % of the run's time at most.
+def plan_evaluations(rows: int, evaluations: int, tokens: float, tokens_per_row: float) -> tuple[int, int]:
+    """(rows of an evaluation, evaluations after the one before training).
 
-    `tokens`: of the whole training. Only a run that cannot afford two evaluations of 50 rows takes fewer.
+    rows: as the user said, or with 0 so many that all evaluations take 5 % of the time of training on `tokens` tokens at most: 50 to
+    500, of a short run fewer evaluations, and only of one that cannot afford two evaluations of 50 rows fewer rows.
     """
-    if wanted:
-        return wanted
+    if rows:
+        return rows, evaluations
     affordable = SHARE_OF_EVALUATIONS * tokens / (FORWARD * tokens_per_row)  # rows, over all evaluations
-    rows = affordable / (evaluations + 1)  # the one before training counts
     fewest, most = EVAL_ROWS
-    return round(max(8, min(most, max(rows, min(fewest, affordable / 2)))))
-
-
-def evaluation_count(wanted_rows: int, tokens: float, eval_tokens: int, evaluations: int) -> int:
-    """The number of evaluations after the one before training: `evaluations`, or fewer if they took over 5 % of the time.
-
-    If the user said how many rows an evaluation takes (`wanted_rows`), there are as many evaluations as asked for.
-    """
-    affordable = math.floor(SHARE_OF_EVALUATIONS * tokens / (FORWARD * eval_tokens))
-    return evaluations if wanted_rows else max(1, min(evaluations, affordable - 1))
+    each = affordable / (evaluations + 1)  # the one before training counts
+    rows = round(max(8, min(most, max(each, min(fewest, affordable / 2)))))
+    return rows, max(1, min(evaluations, math.floor(affordable / rows) - 1))
 
 
 class Clock:
