@@ -7,13 +7,7 @@ from transformers import AutoTokenizer
 
 from utils.errors import UserError
 from utils.files import write_jsonl
-from utils.model.chat_format import (
-    encode_answer,
-    encode_prompt,
-    encode_turns,
-    generation_settings,
-    with_default_mode,
-)
+from utils.model.chat_format import encode_answer, encode_prompt, encode_turns, with_default_mode
 from utils.training.rows import load_conversations, load_pairs, show_examples
 
 SINGLE = [{"role": "user", "content": "麻黄的药性是什么？"}, {"role": "assistant", "content": "温。"}]
@@ -167,19 +161,6 @@ def test_the_mode_holds_in_tools_that_always_ask_for_thinking(tokenizer, thinkin
     assert off.endswith("<think>\n\n</think>\n\n")
 
 
-def test_a_template_of_an_earlier_version_is_set_anew(tokenizer):
-    earlier = "{%- if enable_thinking is not defined %}{%- set enable_thinking = false %}{%- endif %}"
-    for thinking in (True, False):
-        expected = with_default_mode(tokenizer.chat_template, thinking)
-        assert with_default_mode(earlier + tokenizer.chat_template, thinking) == expected
-
-
-def test_generation_settings_hold_both_ends(tokenizer):
-    settings = generation_settings(tokenizer, thinking=False)
-    assert tokenizer.convert_ids_to_tokens(settings["eos_token_id"]) == ["<|im_end|>", "<|endoftext|>"]
-    assert (settings["temperature"], settings["top_p"]) == (0.7, 0.8)
-
-
 def test_long_rows_are_set_aside_and_counted_never_cut(tokenizer, tmp_path, capsys):
     long = [SINGLE[0], {"role": "assistant", "content": "温。" * 200}]
     write_jsonl(
@@ -208,19 +189,12 @@ def test_pairs_that_teach_nothing_are_refused(tokenizer, tmp_path, rejected):
 
 
 def test_examples_show_what_is_trained(tokenizer, tmp_path, capsys):
-    write_jsonl(tmp_path / "rows.jsonl", [{"id": "1", "messages": SINGLE}])
-    show_examples(load_conversations(tmp_path / "rows.jsonl", tokenizer, 100)[0], tokenizer, 5)
-    shown = capsys.readouterr().out
-    assert "<think>\n\n</think>\n\n[[温。<|im_end|>]]" in shown
-
-
-def test_examples_do_not_control_the_terminal(tokenizer, tmp_path, capsys):
-    """A row of somebody else's may hold escape sequences."""
+    """And do not control the terminal: a row of somebody else's may hold escape sequences."""
     row = [SINGLE[0], {"role": "assistant", "content": "\x1b[2J温。"}]
-    write_jsonl(tmp_path / "rows.jsonl", [{"id": "1", "messages": row}])
+    write_jsonl(tmp_path / "rows.jsonl", [{"id": "1", "messages": SINGLE}, {"id": "2", "messages": row}])
     show_examples(load_conversations(tmp_path / "rows.jsonl", tokenizer, 100)[0], tokenizer, 5)
     shown = capsys.readouterr().out
-    assert "温。" in shown and "\x1b" not in shown
+    assert "<think>\n\n</think>\n\n[[温。<|im_end|>]]" in shown and "\x1b" not in shown
 
 
 def test_a_conversation_that_the_template_refuses_is_told(tokenizer, monkeypatch):

@@ -54,13 +54,6 @@ def test_each_item_goes_to_the_fullest_row_that_holds_it():
         assert list(pack(lengths, 100, seed=5)) == rows
 
 
-def test_rows_are_mixtures():
-    """Short and long items share rows: a step is a fair draw of the data, not of one length."""
-    lengths = [10] * 500 + [30] * 500
-    for row in list(pack(lengths, 1000))[:-1]:
-        assert 0.2 < sum(lengths[index] == 10 for index in row) / len(row) < 0.8
-
-
 def test_hidden_states_of_a_packed_row_are_those_of_each_document_alone(folder):
     items = some_items(30)
     packed, plain = prepare_packed(load(folder)), load(folder)

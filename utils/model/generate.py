@@ -4,6 +4,7 @@
 every turn. `generate_answers` answers many conversations in batches. Both choose tokens as transformers' `generate` does.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -174,7 +175,8 @@ class TokenStream:
         May be left at any point, by Ctrl-C too: `ids` grows only after a whole forward pass, and the next call cuts the
         cache back to it.
         """
-        shared = min(self._shared_with(prompt_ids), len(prompt_ids) - 1)  # logits come out for a new token
+        same = len(os.path.commonprefix([self.ids, prompt_ids]))
+        shared = min(same, len(prompt_ids) - 1)  # logits come out for a new token
         self.cached.keep(shared)
         del self.ids[shared:]
         new, seen = prompt_ids[shared:], list(prompt_ids)
@@ -186,11 +188,6 @@ class TokenStream:
                 return
             new = [token]
             seen.append(token)
-
-    def _shared_with(self, prompt_ids):
-        """The number of ids at the beginning of `prompt_ids` that are in the cache."""
-        differing = (i for i, (old, new) in enumerate(zip(self.ids, prompt_ids)) if old != new)
-        return next(differing, min(len(self.ids), len(prompt_ids)))
 
     def _logits(self, new):
         try:

@@ -1,7 +1,8 @@
 """The LM head on trained positions only, in chunks: cross-entropy with its gradient, and log-probabilities.
 
 Matrix products run in bfloat16 under autocast, else in the dtype of `hidden`; softmax and sums in float32 (float64 for float64).
-Shapes: hidden (N, H), weight (V, H), targets (N,) int64. Rows of `hidden` beyond the last target weigh nothing. The (N, V) matrix of logits never exists as a whole.
+Shapes: hidden (N, H), weight (V, H), targets (N,) int64. Rows of `hidden` beyond the last target weigh nothing. The (N, V) matrix
+of logits never exists as a whole.
 
 torch's own F.linear_cross_entropy does the same in chunks, but slower on CPUs, and it cannot weigh single tokens
 (tests/benchmarks/README.md).
