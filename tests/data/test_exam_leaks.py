@@ -105,3 +105,19 @@ def test_items_that_share_a_stem_need_their_options_listed(tmp_path, convert):
     rows = write_lines(tmp_path / "a.jsonl", *(row | {"split": "train"} for row in rows))
     found = convert(write_lines(tmp_path / "exam.jsonl", HEAD, other), rows)
     assert [(row["line"], row["detail"]) for row in found["set_aside"]] == [(2, "of exam.jsonl:1")]
+
+
+def test_a_leak_is_set_aside_whichever_split_it_was_dealt_to(tmp_path, convert):
+    item = {
+        "question": "善治太阳头痛的药是",
+        "options": {"A": "羌活", "B": "白芷", "C": "柴胡"},
+        "answer": "A",
+    }
+    exam = write_lines(tmp_path / "exam.jsonl", item)
+    rows = [{"query": f"第{n}味药的药性？", "response": "温。"} for n in range(9)]
+    asks = {"query": item["question"], "response": "羌活"}
+    files = exam, write_lines(tmp_path / "a.jsonl", asks, *rows)
+    for share in (0.1, 0.9):
+        assert [row["reason"] for row in convert(*files, eval_share=share)["set_aside"]] == ["exam leak"]
+    told = convert(exam, write_lines(tmp_path / "a.jsonl", {**asks, "split": "test"}, *rows))
+    assert not told["set_aside"]

@@ -120,7 +120,7 @@ def decide(
     assign_splits(rows, groups.together, shares)
     _set_leaks_aside(rows, groups.family, EVAL, "evaluation leak")
     for row, exam_row in exam_leaks:
-        if row.split == TRAIN:
+        if row.split == TRAIN or row.split == EVAL and not row.told:
             row.set_aside("exam leak", exam_row)
     _set_leaks_aside(rows, groups.family, EXAM, "exam leak")
 
