@@ -64,9 +64,11 @@ def main(argv=None):
         raise UserError(problem)
 
     # 3. Decide for every row: its split, and whether it is a duplicate or a leak
-    shares = dedup.Shares(settings.EVAL_SHARE, settings.MAX_EVAL_ROWS, settings.SEED)
-    long, leaks = (found.long_questions, found.long_question), exam_leaks.find_exam_leaks(found)
-    dedup.decide(found.rows, *long, leaks, settings.NEAR_DUPLICATE, shares)
+    leaks = exam_leaks.find_exam_leaks(found)
+    names = ("EVAL_SHARE", "MAX_EVAL_ROWS", "SEED")
+    shares = {name.lower(): getattr(settings, name) for name in names}
+    long_questions = found.long_questions, found.long_question
+    dedup.decide(found.rows, *long_questions, leaks, settings.NEAR_DUPLICATE, **shares)
     convert.pair_bad_answers(found)
 
     # 4. Write every row to its file

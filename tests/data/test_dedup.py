@@ -12,7 +12,6 @@ from utils.data.dedup import (
     TRAIN,
     Joined,
     Row,
-    Shares,
     assign_splits,
     candidate_pairs,
     differ_in_fact,
@@ -88,7 +87,7 @@ def test_signatures_find_what_overlaps():
     close = {pair for pair in pairs if overlap(*(texts[number] for number in pair)) >= 0.85}
     marks = signatures(texts)
     assert (marks == signatures(texts[:7] + texts[7:])).all()
-    found = set(zip(*candidate_pairs(marks, 0.85)))
+    found = set(candidate_pairs(marks, 0.85))
     assert len(close) == 100 and len(close & found) >= 98 and len(found) < 200
 
 
@@ -295,7 +294,7 @@ def rows_of(*kinds, told=(), groups=()):
 
 
 def splits(rows, *shares):
-    assign_splits(rows, {}, Shares(*shares))
+    assign_splits(rows, {}, *shares)
     return [row.split for row in rows]
 
 

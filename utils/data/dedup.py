@@ -17,7 +17,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy
 
@@ -82,60 +81,37 @@ class Row:
         self.reason, self.of = reason, of
 
 
-class Groups(NamedTuple):
-    """Groups of questions, {key: key that names its group} for those that are not alone in theirs.
-
-    `same`: one question; `family`: they differ in a word at most; `together`: they go to one split.
-    """
-
-    same: dict[int, int]
-    family: dict[int, int]
-    together: dict[int, int]
-
-
-class Shares(NamedTuple):
-    """`eval_share` of the rows of each kind is held out, `max_eval_rows` at most; `seed` chooses which."""
-
-    eval_share: float
-    max_eval_rows: int
-    seed: int
-
-
 def decide(
     rows: list[Row],
     long_questions: Iterable[int],
     text_of: Callable[[int], str],
     exam_leaks: Iterable[tuple[Row, Row]],
     threshold: float,
-    shares: Shares,
+    **shares: float,
 ) -> None:
     """Give every row its split, and set duplicates and leaks aside.
 
-    `long_questions`: the keys of those that are compared by their text, which `text_of` gives. `exam_leaks`: (row, exam row) for
-    every row that asks an exam question. The result depends on the rows and the seed, not on the order of the rows, except that
-    of two equal rows the first is kept.
+    `long_questions`: keys of those that are compared by the text that `text_of` gives. `exam_leaks`: (row, exam row) for every row
+    that asks an exam question. `shares`: as in assign_splits. The result depends on the rows and the seed, not on the order of
+    the rows, except that of two equal rows the first is kept.
     """
     _put_openers_last(rows)
-    groups = group_questions(rows, sorted(long_questions), text_of, threshold)
-    assign_splits(rows, groups.together, shares)
-    _set_leaks_aside(rows, groups.family, EVAL, "evaluation leak")
+    same, family, together = group_questions(rows, sorted(long_questions), text_of, threshold)
+    assign_splits(rows, together, **shares)
+    _set_leaks_aside(rows, family, EVAL, "evaluation leak")
     for row, exam_row in exam_leaks:
         if row.split == TRAIN or row.split == EVAL and not row.told:
             row.set_aside("exam leak", exam_row)
-    _set_leaks_aside(rows, groups.family, EXAM, "exam leak")
+    _set_leaks_aside(rows, family, EXAM, "exam leak")
 
-    def asked(row):
-        return groups.same.get(row.questions[0], row.questions[0])
+    def said(row):
+        return row.kind, row.split, same.get(row.questions[0], row.questions[0]), row.rest
 
     usable = [row for row in rows if row.kind and not row.reason]
     set_repeats_aside(usable, "exact duplicate", lambda row: (row.kind, row.split, row.content))
     usable = [row for row in usable if not row.reason]
-    set_repeats_aside(
-        usable,
-        "near-duplicate",
-        lambda row: (row.kind, row.split, asked(row), row.rest),
-        lambda row: (-row.characters, row.content),  # the longest first: it has the punctuation
-    )
+    # The longest is kept: it has the punctuation.
+    set_repeats_aside(usable, "near-duplicate", said, lambda row: (-row.characters, row.content))
 
 
 def _put_openers_last(rows):
@@ -175,32 +151,34 @@ def set_repeats_aside(
 
 def group_questions(
     rows: list[Row], keys: list[int], text_of: Callable[[int], str], threshold: float
-) -> Groups:
-    """The groups of all questions. `keys`: those of the long ones, ascending, whose text `text_of` gives."""
-    marks = _all_signatures(keys, text_of)
-    pairs = [(keys[one], keys[other]) for one, other in zip(*candidate_pairs(marks, threshold))]
+) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
+    """(same, family, together): groups of questions, {key: key that names its group} for those that are not alone in theirs.
+
+    `same`: one question; `family`: they differ in a word at most; `together`: they go to one split. `keys`: the long questions.
+    """
+    marks = _signatures_of(keys, text_of)
+    pairs = [(keys[one], keys[other]) for one, other in candidate_pairs(marks, threshold)]
     close = {key for pair in pairs for key in pair}
     answers = defaultdict(set)  # {question: keys of its long answers}
     for row in rows if close else ():
-        if row.long_rest:
-            for question in close.intersection(row.questions):
-                answers[question].add(row.rest)
+        for question in close.intersection(row.questions) if row.long_rest else ():
+            answers[question].add(row.rest)
 
     same, family = Joined(), Joined()
     for one, other in progress("comparing long questions", "pairs")(pairs):
         texts = text_of(one), text_of(other)
-        if overlap(*texts) >= threshold:
-            family.join(one, other)
-            if not differ_in_fact(*texts) and (
-                Counter(texts[0]) == Counter(texts[1]) or answers[one] & answers[other]
-            ):
-                same.join(one, other)
+        if overlap(*texts) < threshold:
+            continue
+        family.join(one, other)
+        one_answer = bool(answers[one] & answers[other])
+        if not differ_in_fact(*texts) and (one_answer or sorted(texts[0]) == sorted(texts[1])):
+            same.join(one, other)
     same_of, family_of = same.groups(), family.groups()
     members = Counter(family_of[key] for key in family_of if same_of.get(key, key) == key)
     for key, group in family_of.items():
         if members[group] > FAMILY:
             family_of[key] = same_of.get(key, key)
-    return Groups(same_of, family_of, _join_passages(keys, marks, family_of, text_of))
+    return same_of, family_of, _join_passages(keys, marks, family_of, text_of)
 
 
 def differ_in_fact(one: str, other: str) -> bool:
@@ -214,7 +192,7 @@ def _join_passages(keys, marks, family, text_of):
     """{question: group} as Groups.together: the families, those joined that share a passage."""
     keys, marks, text_of = _without_instructions(keys, marks, text_of)
     joined, failed = Joined(), Counter()
-    pairs = list(zip(*candidate_pairs(marks, PASSAGE, band=2, neighbours=1)))
+    pairs = candidate_pairs(marks, PASSAGE, band=2, neighbours=1)
     for one, other in progress("looking for shared passages", "pairs")(pairs):
         one, other = keys[one], keys[other]
         groups = [joined.group(family.get(key, key)) for key in (one, other)]
@@ -246,7 +224,7 @@ def _without_instructions(keys, marks, text_of):
         return "".join(character for character, cover in zip(text, covered) if not cover)
 
     keys = [key for key in keys if len(own_text(key)) >= LONG]
-    return keys, _all_signatures(keys, own_text), own_text
+    return keys, _signatures_of(keys, own_text), own_text
 
 
 class Joined:
@@ -271,11 +249,13 @@ class Joined:
         return {member: self.group(member) for member in self.parents}
 
 
-def assign_splits(rows: list[Row], together: dict[int, int], shares: Shares) -> None:
+def assign_splits(
+    rows: list[Row], together: dict[int, int], eval_share: float, max_eval_rows: int, seed: int
+) -> None:
     """Give every usable row its split: TRAIN, EVAL or EXAM. Groups of questions go to one split whole.
 
-    Rows that say their split keep it; the others of their group follow, to EVAL if it has both; the groups that are left are
-    dealt out.
+    Rows that say their split keep it; the others of their group follow, to EVAL if it has both; of the groups that are left
+    `eval_share` of the rows of each kind is held out, `max_eval_rows` at most. `seed` chooses which.
     """
 
     def group_of(row):
@@ -291,10 +271,10 @@ def assign_splits(rows: list[Row], together: dict[int, int], shares: Shares) -> 
         free = {row.content: row for row in mine if not row.told}.values()  # each distinct row once
         held_out = sum(row.told == EVAL for row in mine)
         count = len(free) + held_out
-        wanted = max(round(shares.eval_share * count), min(LEAST_HELD_OUT, round(SMALL_SHARE * count)), 1)
-        wanted = min(shares.max_eval_rows, wanted) if shares.eval_share else 0
+        wanted = max(round(eval_share * count), min(LEAST_HELD_OUT, round(SMALL_SHARE * count)), 1)
+        wanted = min(max_eval_rows, wanted) if eval_share else 0
         wanted -= held_out + sum(row.split == EVAL for row in free)
-        chosen = _drawn(Counter(group_of(row) for row in free if not row.split), wanted, shares.seed)
+        chosen = _drawn(Counter(group_of(row) for row in free if not row.split), wanted, seed)
         groups = {group_of(row) for row in free}
         for row in dealt:
             if not row.split and group_of(row) in groups:
@@ -325,9 +305,9 @@ def mixed(key: int, seed: int) -> int:
     return key ^ key >> 31
 
 
-def _all_signatures(keys, text_of):
-    """The signatures of the texts of `keys`, array (len(keys), HASHES)."""
-    starts = progress("signing long questions", f"x {TEXTS:,}")(range(0, len(keys), TEXTS))
+def _signatures_of(keys, text_of):
+    """The signatures of the texts of `keys`, array (len(keys), HASHES), made TEXTS at a time."""
+    starts = range(0, len(keys), TEXTS)
     parts = [signatures([text_of(key) for key in keys[start : start + TEXTS]]) for start in starts]
     return numpy.concatenate([signatures([]), *parts])
 
@@ -356,11 +336,11 @@ def signatures(texts: list[str]) -> numpy.ndarray:
 
 def candidate_pairs(
     marks: numpy.ndarray, threshold: float, band: int = 4, neighbours: int = NEIGHBOURS
-) -> tuple[list[int], list[int]]:
-    """The pairs of rows of `marks` (signatures) that may overlap by `threshold`: the lower numbers, and the higher ones.
+) -> list[tuple[int, int]]:
+    """The pairs of rows of `marks` (signatures) that may overlap by `threshold`, in order, the lower number first.
 
-    `band`: hashes that have to agree, 4 or 2; the fewer, the more of the pairs that overlap little are found. The rows that
-    agree in a band lie side by side when sorted by it, those that agree in the next band nearest; each is compared with so many
+    `band`: hashes that have to agree, 4 or 2; the fewer, the more of the pairs that overlap little are found. Rows that agree in
+    a band lie side by side when sorted by it, those that agree in the next band nearest; each is compared with so many
     `neighbours` after it.
     """
     bands = numpy.ascontiguousarray(marks).view({4: numpy.uint64, 2: numpy.uint32}[band])
@@ -370,14 +350,11 @@ def candidate_pairs(
         order = numpy.lexsort((following, own))
         for step in range(1, neighbours + 1):
             one, other = order[:-step], order[step:]
-            agree = own[one] == own[other]
-            pairs = numpy.stack((one[agree], other[agree]), axis=1)
-            for part in numpy.array_split(pairs, len(pairs) // 100_000 + 1):
-                # The estimate's standard error is 0.09 at most: two of them are left as leeway.
-                likely = (marks[part[:, 0]] == marks[part[:, 1]]).mean(axis=1) >= threshold - 0.2
-                found.append(numpy.sort(part[likely], axis=1))
-    pairs = numpy.unique(numpy.concatenate(found), axis=0)
-    return pairs[:, 0].tolist(), pairs[:, 1].tolist()
+            pairs = numpy.stack((one, other), axis=1)[own[one] == own[other]]
+            # The estimate's standard error is 0.09 at most: two of them are left as leeway.
+            likely = (marks[pairs[:, 0]] == marks[pairs[:, 1]]).mean(axis=1) >= threshold - 0.2
+            found.append(numpy.sort(pairs[likely], axis=1))
+    return list(map(tuple, numpy.unique(numpy.concatenate(found), axis=0).tolist()))
 
 
 def overlap(one: str, other: str) -> float:
