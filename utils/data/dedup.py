@@ -157,28 +157,36 @@ def group_questions(
     `same`: one question; `family`: they differ in a word at most; `together`: they go to one split. `keys`: the long questions.
     """
     marks = _signatures_of(keys, text_of)
-    pairs = [(keys[one], keys[other]) for one, other in candidate_pairs(marks, threshold)]
-    close = {key for pair in pairs for key in pair}
+    pairs = candidate_pairs(marks, threshold)
+    close = {keys[number] for number in numpy.unique(pairs).tolist()}
     answers = defaultdict(set)  # {question: keys of its long answers}
     for row in rows if close else ():
         for question in close.intersection(row.questions) if row.long_rest else ():
             answers[question].add(row.rest)
 
     same, family = Joined(), Joined()
-    for one, other in progress("comparing long questions", "pairs")(pairs):
+    for one, other in _each(pairs, keys, "comparing long questions"):
         texts = text_of(one), text_of(other)
-        if overlap(*texts) < threshold:
-            continue
-        family.join(one, other)
-        one_answer = bool(answers[one] & answers[other])
-        if not differ_in_fact(*texts) and (one_answer or sorted(texts[0]) == sorted(texts[1])):
-            same.join(one, other)
+        alike = bool(answers[one] & answers[other]) or sorted(texts[0]) == sorted(texts[1])
+        if not alike and family.group(one) == family.group(other):
+            continue  # nothing would change: a template of many rows is done soon
+        if overlap(*texts) >= threshold:
+            family.join(one, other)
+            if alike and not differ_in_fact(*texts):
+                same.join(one, other)
     same_of, family_of = same.groups(), family.groups()
     members = Counter(family_of[key] for key in family_of if same_of.get(key, key) == key)
     for key, group in family_of.items():
         if members[group] > FAMILY:
             family_of[key] = same_of.get(key, key)
     return same_of, family_of, _join_passages(keys, marks, family_of, text_of)
+
+
+def _each(pairs, keys, label):
+    """The keys of every pair, with a bar of progress; an array of pairs takes a tenth of the memory of a list."""
+    for start in progress(label, f"x {TEXTS:,} pairs")(range(0, len(pairs), TEXTS)):
+        for one, other in pairs[start : start + TEXTS].tolist():
+            yield keys[one], keys[other]
 
 
 def differ_in_fact(one: str, other: str) -> bool:
@@ -193,8 +201,7 @@ def _join_passages(keys, marks, family, text_of):
     keys, marks, text_of = _without_instructions(keys, marks, text_of)
     joined, failed = Joined(), Counter()
     pairs = candidate_pairs(marks, PASSAGE, band=2, neighbours=1)
-    for one, other in progress("looking for shared passages", "pairs")(pairs):
-        one, other = keys[one], keys[other]
+    for one, other in _each(pairs, keys, "looking for shared passages"):
         groups = [joined.group(family.get(key, key)) for key in (one, other)]
         if failed[one] >= PASSAGE_TRIES or groups[0] == groups[1]:
             continue
@@ -218,10 +225,13 @@ def _without_instructions(keys, marks, text_of):
 
     @functools.lru_cache(maxsize=COUNTED)
     def own_text(key):
-        text = text_of(key)
-        starts = [text[at : at + SHINGLE] in common for at in range(len(text))]
-        covered = [any(starts[max(at - SHINGLE + 1, 0) : at + 1]) for at in range(len(text))]
-        return "".join(character for character, cover in zip(text, covered) if not cover)
+        text, own, end = text_of(key), [], 0
+        for at, character in enumerate(text):
+            if text[at : at + SHINGLE] in common:
+                end = at + SHINGLE
+            if at >= end:
+                own.append(character)
+        return "".join(own)
 
     keys = [key for key in keys if len(own_text(key)) >= LONG]
     return keys, _signatures_of(keys, own_text), own_text
@@ -236,6 +246,7 @@ class Joined:
     def group(self, member: int) -> int:
         """The name of the group that `member` is in."""
         while (parent := self.parents.get(member, member)) != member:
+            self.parents[member] = self.parents[parent]  # the way is shorter the next time
             member = parent
         return member
 
@@ -336,25 +347,27 @@ def signatures(texts: list[str]) -> numpy.ndarray:
 
 def candidate_pairs(
     marks: numpy.ndarray, threshold: float, band: int = 4, neighbours: int = NEIGHBOURS
-) -> list[tuple[int, int]]:
-    """The pairs of rows of `marks` (signatures) that may overlap by `threshold`, in order, the lower number first.
+) -> numpy.ndarray:
+    """The pairs of rows of `marks` (signatures) that may overlap by `threshold`: int array (pairs, 2), sorted, lower number first.
 
     `band`: hashes that have to agree, 4 or 2; the fewer, the more of the pairs that overlap little are found. Rows that agree in
     a band lie side by side when sorted by it, those that agree in the next band nearest; each is compared with so many
     `neighbours` after it.
     """
     bands = numpy.ascontiguousarray(marks).view({4: numpy.uint64, 2: numpy.uint32}[band])
-    found = [numpy.empty((0, 2), dtype=numpy.int64)]
+    pairs = numpy.empty(0, dtype=numpy.int64)  # one number for each pair: quick to sort
     for number in range(bands.shape[1]):
         own, following = bands[:, number], bands[:, (number + 1) % bands.shape[1]]
-        order = numpy.lexsort((following, own))
+        order, found = numpy.lexsort((following, own)), [pairs]
         for step in range(1, neighbours + 1):
-            one, other = order[:-step], order[step:]
-            pairs = numpy.stack((one, other), axis=1)[own[one] == own[other]]
+            agree = own[order[:-step]] == own[order[step:]]
+            one, other = order[:-step][agree], order[step:][agree]
             # The estimate's standard error is 0.09 at most: two of them are left as leeway.
-            likely = (marks[pairs[:, 0]] == marks[pairs[:, 1]]).mean(axis=1) >= threshold - 0.2
-            found.append(numpy.sort(pairs[likely], axis=1))
-    return list(map(tuple, numpy.unique(numpy.concatenate(found), axis=0).tolist()))
+            likely = (marks[one] == marks[other]).mean(axis=1) >= threshold - 0.2
+            low, high = numpy.minimum(one, other)[likely], numpy.maximum(one, other)[likely]
+            found.append(low * len(marks) + high)
+        pairs = numpy.unique(numpy.concatenate(found))
+    return numpy.stack(divmod(pairs, max(len(marks), 1)), axis=1, dtype=numpy.int32, casting="unsafe")
 
 
 def overlap(one: str, other: str) -> float:
