@@ -224,6 +224,7 @@ ASIDE = [
     ({"instruction": STEM, "output": "The correct answer is (B)."}, "an option letter without its options"),
     ({"instruction": STEM, "output": "b"}, "an option letter without its options"),
     ({"messages": turns("一", "二", STEM, "B")}, "an option letter without its options"),
+    ({"messages": turns("一", "二", f"{STEM}\n{BELOW}", "B")}, "an exam question inside a conversation"),
     ({"question": "问", "answer": "NaN"}, "missing or empty answer"),
     ({"instruction": "问", "output": ["好", "坏"]}, "wrong type"),
     ({"data": ["头痛", "多久"]}, "fields not recognised"),

@@ -77,7 +77,9 @@ def read_conversation(row, schema, options, name):
     messages = system_message(row, turns) + turns
     kept = in_order(trimmed(messages), "assistant")
     item = _exam_in(row, kept[-2]["content"], kept[-1]["content"])
-    if item and len([turn for turn in kept if turn["role"] == "user"]) == 1:
+    if item and len(kept) > 2 + (kept[0]["role"] == "system"):
+        raise Reject("an exam question inside a conversation", f"the answer is {item['answer']}")
+    if item:
         return "exam", "exam in the question", item
     reasoning = text_of(row, "reasoning", "reasoning", optional=True)
     if reasoning and "reasoning_content" not in kept[-1]:
