@@ -2,7 +2,6 @@
 
     python tests/benchmarks/bench_chat.py
     python tests/benchmarks/bench_chat.py --llamacpp .venv/interop/llamacpp/bin/python model-f16.gguf model-q8_0.gguf
-    python tests/benchmarks/bench_chat.py --growth
     python tests/benchmarks/bench_chat.py --model model_download/Qwen3-0.6B
 
 All ways in turn in every round, one at a time; medians over the rounds. "Of generate" is the median of the ratios within a round.
@@ -13,7 +12,6 @@ times itself.
 The bound: one token reads every weight once, the embedding as well, which is also the LM head. No loop is faster than the
 memory's bandwidth divided by the bytes of the weights. The bandwidth is that of a sum over 1 GiB.
 
-With --growth, ours alone: over the length of the context, and over the number of answers made at once. The plot goes beside the numbers.
 """
 
 import argparse
@@ -165,44 +163,6 @@ def print_table(table: dict[str, dict], bound: float | None) -> None:
         print(f"| bound of the memory, weights in 2 bytes | | {bound:.1f} | |")
 
 
-def measure_growth(model, tokens: int) -> dict[str, dict[int, float]]:
-    """Tokens/s after contexts of 100 to 8,000 tokens and of 1 to 64 answers at once; seconds to the first token."""
-    from utils.model.generate import generate_tokens
-
-    found = {"context": {}, "first_s": {}, "batch": {}}
-    for context in (100, 500, 1000, 2000, 4000, 8000):
-        times, _ = ours(model, some_prompt(context), tokens)
-        found["context"][context] = (tokens - 1) / (times[-1] - times[0])
-        found["first_s"][context] = times[0]
-    for batch in (1, 4, 16, 64):
-        began = time.perf_counter()
-        generate_tokens(
-            model, [some_prompt(50, seed) for seed in range(batch)], set(), tokens, batch_size=batch
-        )
-        found["batch"][batch] = batch * tokens / (time.perf_counter() - began)
-    return found
-
-
-def draw_growth(found: dict[str, dict[int, float]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
-    titles = {
-        "context": ("tokens of context", "tokens/s"),
-        "first_s": ("tokens of the prompt", "seconds to the first token"),
-        "batch": ("answers at once", "tokens/s of all of them"),
-    }
-    for axes, (name, (across, up)) in zip(panels, titles.items()):
-        axes.plot(*zip(*found[name].items()), marker="o")
-        axes.set(xlabel=across, ylabel=up, xlim=0, ylim=0)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    print(f"drawn: {path}")
-
-
 def some_prompt(length: int, seed: int = 0) -> list[int]:
     import torch
 
@@ -220,7 +180,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", default="auto", help="auto, bf16, fp32 or int8")
     parser.add_argument("--llamacpp", nargs="+", metavar=("PYTHON", "GGUF"), help="compare with llama.cpp")
-    parser.add_argument("--growth", action="store_true", help="ours over context and batch, and no other way")
     parser.add_argument("--output", default=str(ROOT / "trainer_output/bench/chat.json"))
     return parser.parse_args()
 
@@ -233,16 +192,11 @@ def main() -> None:
     from bench_training import shape_of_qwen3
 
     from utils.device import pick_device
-    from utils.model.folder import load_for_answers
 
     place = ROOT / "trainer_output/bench"
     place.mkdir(parents=True, exist_ok=True)
     device = pick_device("auto", options.precision, answering=True)
     folder = options.model or str(shape_of_qwen3(place / "qwen3_0_6b_shape"))
-    if options.growth:
-        found = measure_growth(load_for_answers(folder, device), options.tokens)
-        print(json.dumps(found, indent=1))
-        return draw_growth(found, Path(options.output).with_name("chat_growth.png"))
     ways = ways_to_answer(folder, device, options.llamacpp)
 
     # 2. Measure, and the memory's speed beside it

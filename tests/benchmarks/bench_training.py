@@ -43,16 +43,6 @@ VARIANTS = {
     ("dpo", "ours"): {},
     ("dpo", "TRL"): {"batch": 2},  # padded: it packs no pairs
 }
-# ours for SFT again, with other threads and rows; longer rows take fewer steps
-GROWTH = {
-    f"ours, rows of {length} tokens, {threads} thread{'s' * (threads > 1)}": {
-        "threads": threads,
-        "max_length": length,
-        "steps": max(3, min(6, 4096 // length)),
-    }
-    for length in (256, 512, 1024, 2048, 4096)
-    for threads in (2, 1)
-}
 
 
 def shape_of_qwen3(folder):
@@ -338,7 +328,7 @@ def main():
         "--variants",
         nargs="+",
         default=["ours", "TRL", "TRL packed", "TRL packed, base in bf16"],
-        help="of these, and: 'TRL padded' (slow), 'growth' (ours over rows of 256 to 4,096 tokens, 1 and 2 threads)",
+        help="of these, and: 'TRL padded' (slow)",
     )
     parser.add_argument(
         "--precisions", nargs="+", help="fp32 bf16; default: fp32 for all, and bf16 where the hardware has it"
@@ -377,14 +367,13 @@ def main():
         and variant in options.variants
         and not (variant == "ours" and precision != precisions[-1])
     ]
-    growth = [("sft", variant, precisions[-1]) for variant in GROWTH if "growth" in options.variants]
     peaks, results = {precision: matrix_peak(precision) for precision in precisions}, {}
     given = [
         f"--{name.replace('_', '-')}={getattr(options, name)}"
         for name in ("model", "train_file", "pairs_file", "steps", "max_length", "rows", "threads")
     ]
     for number in range(options.rounds):
-        for case in cases + growth * (number == 0):
+        for case in cases:
             if (result := measure_apart(case, given)) is None:
                 continue
             results.setdefault(case, []).append(result)
@@ -398,50 +387,18 @@ def main():
                 flush=True,
             )
     print_table(results, peaks, options)
-    if "growth" in options.variants:
-        draw_growth(results, Path(options.output).with_name("training_growth.png"))
 
 
 def measure_apart(case, given):
     """One measurement in a process of its own; None, and what was wrong is printed, where it fails."""
-    changed = [f"--{name.replace('_', '-')}={value}" for name, value in GROWTH.get(case[1], {}).items()]
     chosen = [f"--{name}={value}" for name, value in zip(("method", "variant", "precision"), case)]
     done = subprocess.run(
-        [sys.executable, __file__, *given, *changed, *chosen],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
+        [sys.executable, __file__, *given, *chosen], capture_output=True, text=True, encoding="utf-8"
     )
     if done.returncode:
         print(f"{' '.join(case)} failed:\n{done.stderr[-2000:]}", flush=True)
         return None
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def draw_growth(results, path):
-    """Tokens/s over the length of a row, a line for each number of threads."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    for threads in (1, 2):
-        points = sorted(
-            (GROWTH[variant]["max_length"], rounds[0]["tokens_per_second"])
-            for (_, variant, _), rounds in results.items()
-            if variant in GROWTH and GROWTH[variant]["threads"] == threads
-        )
-        axes.plot(*zip(*points), marker="o", label=f"{threads} thread{'s' * (threads > 1)}")
-    axes.set(
-        xscale="log", xlabel="tokens a row", ylabel="tokens/s", ylim=0, title="SFT over the length of a row"
-    )
-    axes.minorticks_off()
-    axes.set_xticks([256, 512, 1024, 2048, 4096], ["256", "512", "1,024", "2,048", "4,096"])
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    print(f"drawn: {path}")
 
 
 def print_table(results, peaks, options):
