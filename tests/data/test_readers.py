@@ -1,11 +1,8 @@
 """Files of every kind and encoding give their rows, and what is damaged in them is told with its line."""
 
-import csv
 import json
 import time
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 from data_rows import BAD, RAW
 
@@ -14,17 +11,14 @@ from utils.data.messages import Reject
 from utils.data.readers import parse_row, read_rows
 from utils.errors import UserError
 
-SCRIPT = "data_prepare/convert_to_qwen3_format.py"
-
 
 def test_torture_file(tmp_path, convert):
     bad = RAW + [(json.dumps(row).encode(), reason) for row, reason in BAD]
     good = json.dumps({"query": "麻黄的功效是什么？", "response": "发汗解表。"}, ensure_ascii=False).encode()
     lines = [line for line, _ in bad]
     path = tmp_path / "torture.jsonl"
-    path.write_bytes(
-        b"\xef\xbb\xbf" + good + b"\r\n\r\n   \n" + b"\n".join(lines) + b"\r\n" + good + b"\n" + good[:-9]
-    )
+    start = b"\xef\xbb\xbf" + good + b"\r\n\r\n   \n"
+    path.write_bytes(start + b"\n".join(lines) + b"\r\n" + good + b"\n" + good[:-9])
     found = convert(path)
     wanted = [(number, reason) for number, (_, reason) in enumerate(bad, 4)]
     wanted += [
@@ -33,54 +27,10 @@ def test_torture_file(tmp_path, convert):
     ]
     ledger = sorted((row["line"], row["reason"]) for row in found["set_aside"])
     assert len(bad) >= 80 and ledger == wanted
-    assert [row["messages"][0]["content"] for row in found["sft_train"] + found["sft_eval"]] == [
-        "麻黄的功效是什么？"
-    ]
-    assert all(
-        row["file"] == "torture.jsonl" and row["row"] is not None or row["line"] == 7
-        for row in found["set_aside"]
-    )
+    [kept] = found["sft_train"] + found["sft_eval"]
+    assert kept["messages"][0]["content"] == "麻黄的功效是什么？"
+    assert all(row["row"] is not None or row["line"] == 7 for row in found["set_aside"])
     assert {row["line"]: row for row in found["set_aside"]}[len(bad) + 4]["detail"] == "of torture.jsonl:1"
-
-
-@pytest.mark.parametrize(
-    "name, encoding, label",
-    [
-        ("a.jsonl", "utf-8", "utf-8"),
-        ("a.jsonl", "utf-8-sig", "utf-8-sig"),
-        ("a.jsonl", "gb18030", "gb18030"),
-        ("a.json", "gb18030", "gb18030"),
-        ("a.csv", "gb18030", "gb18030"),
-        ("a.tsv", "utf-8-sig", "utf-8-sig"),
-        ("a.csv", "utf-8", "utf-8"),
-        ("a.json", "utf-8-sig", "utf-8-sig"),
-        ("lines.json", "utf-8", "utf-8"),
-        ("a.parquet", None, "parquet"),
-    ],
-)
-def test_file_kinds_and_encodings(tmp_path, convert, name, encoding, label):
-    rows = [
-        {"query": f'第{number}味药的功效，"是什么"？', "response": f"功效，{number}。\n第二行"}
-        for number in range(30)
-    ]
-    path = tmp_path / name
-    if name.startswith("lines") or name.endswith(".jsonl"):
-        path.write_bytes("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode(encoding))
-    elif name.endswith(".json"):
-        path.write_bytes(json.dumps(rows, ensure_ascii=False, indent=1).encode(encoding))
-    elif name.endswith(".parquet"):
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    else:
-        with open(path, "w", encoding=encoding, newline="") as file:
-            table = csv.DictWriter(
-                file, ["query", "response"], delimiter="\t" if name.endswith(".tsv") else ","
-            )
-            table.writeheader()
-            table.writerows(rows)
-    found = convert(path)
-    answers = {row["messages"][1]["content"] for row in found["sft_train"] + found["sft_eval"]}
-    assert answers == {row["response"] for row in rows} and not found["set_aside"]
-    assert found["report"]["files"][0]["encoding"] == label
 
 
 @pytest.mark.parametrize(

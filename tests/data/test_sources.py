@@ -6,6 +6,10 @@ import io
 import json
 import zipfile
 
+import datasets
+import openpyxl
+import pyarrow
+import pyarrow.parquet
 import pytest
 from data_rows import write_lines
 
@@ -124,6 +128,12 @@ def as_csv(rows):
     return text.getvalue().encode()
 
 
+def as_parquet(rows):
+    data = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), data)
+    return data.getvalue()
+
+
 def zipped(files):
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -142,6 +152,14 @@ FORMS = {
     "a.json.gz": gzip.compress(dumped(ROWS)),
     "a.csv.gz": gzip.compress(as_csv(ROWS)),
     "gb.jsonl.gz": gzip.compress(as_lines(ROWS).decode().encode("gb18030")),
+    "gb.jsonl": as_lines(ROWS).decode().encode("gb18030"),
+    "gb.json": dumped(ROWS, indent=1).decode().encode("gb18030"),
+    "gb.csv": as_csv(ROWS).decode().encode("gb18030"),
+    "bom.jsonl": b"\xef\xbb\xbf" + as_lines(ROWS).replace(b"\n", b"\r\n"),
+    "bom.json": b"\xef\xbb\xbf" + dumped(ROWS, indent=1),
+    "bom.tsv": b"\xef\xbb\xbf" + as_csv(ROWS).replace(b",", b"\t"),
+    "lines.json": as_lines(ROWS),
+    "a.parquet": as_parquet(ROWS),
     "a.zip": zipped({"in/a.jsonl": as_lines(ROWS[:10]), "b.csv": as_csv(ROWS[10:]), "__MACOSX/b.csv": b"x"}),
     "wrapped.json": dumped({"version": "1.0", "data": ROWS}),
     "wrapped_lines.json": dumped({"name": "x", "size": 3, "rows": ROWS, "licence": None}, indent=1),
@@ -176,6 +194,8 @@ def test_forms_in_which_rows_come(tmp_path, convert, name):
     kept = found["sft_train"] + found["sft_eval"]
     assert {row["messages"][0]["content"] for row in kept} == {row["query"] for row in ROWS}
     assert len(kept) == 30 and not found["set_aside"]
+    encoding = {"gb": "gb18030", "bom": "utf-8-sig"}.get(name.partition(".")[0], "utf-8")
+    assert found["report"]["files"][0]["encoding"] == ("parquet" if "parquet" in name else encoding)
 
 
 def test_wrapped_splits_are_splits(tmp_path, convert):
@@ -199,8 +219,6 @@ def test_damaged_archives_are_one_line(tmp_path, convert, name):
 
 
 def test_excel_tables(tmp_path, convert):
-    import openpyxl
-
     book = openpyxl.Workbook()
     for sheet, rows in ((book.active, ROWS[:10]), (book.create_sheet("二"), ROWS[10:])):
         sheet.append(["问题", "答案", None])
@@ -208,9 +226,7 @@ def test_excel_tables(tmp_path, convert):
             sheet.append([row["query"], row["response"]])
     book.save(tmp_path / "a.xlsx")
     found = convert(tmp_path / "a.xlsx")
-    assert len(found["sft_train"] + found["sft_eval"]) == 30 and found["report"]["schemas"] == {
-        "问题/答案": 30
-    }
+    assert found["report"]["rows_kept"] == 30 and found["report"]["schemas"] == {"问题/答案": 30}
     (tmp_path / "b.xlsx").write_bytes(b"x")
     with pytest.raises(UserError, match="not a whole .xlsx file"):
         convert(tmp_path / "b.xlsx")
@@ -219,28 +235,20 @@ def test_excel_tables(tmp_path, convert):
 @pytest.mark.parametrize("said", ["A1", "A1:B4"])
 def test_excel_tables_of_other_programs(tmp_path, convert, said):
     """A title stands over the names of the columns, and the sheet states a wrong size, as WPS may write it."""
-    import openpyxl
-
     book = openpyxl.Workbook()
     for cells in (["某年的问答"], [], ["问题", "答案"], *([row["query"], row["response"]] for row in ROWS)):
         book.active.append(cells)
     book.save(tmp_path / "right.xlsx")
-    with (
-        zipfile.ZipFile(tmp_path / "right.xlsx") as right,
-        zipfile.ZipFile(tmp_path / "a.xlsx", "w") as wrong,
-    ):
-        for name in right.namelist():
-            content = right.read(name)
-            wrong.writestr(
-                name, content.replace(b'<dimension ref="A1:B33"', f'<dimension ref="{said}"'.encode())
-            )
+    with zipfile.ZipFile(tmp_path / "right.xlsx") as right:
+        parts = {name: right.read(name) for name in right.namelist()}
+    wrong = b'<dimension ref="%s"' % said.encode()
+    parts = {name: part.replace(b'<dimension ref="A1:B33"', wrong) for name, part in parts.items()}
+    (tmp_path / "a.xlsx").write_bytes(zipped(parts))
     found = convert(tmp_path / "a.xlsx")
     assert len(found["sft_train"] + found["sft_eval"]) == 30 and not found["set_aside"]
 
 
 def test_a_folder_that_save_to_disk_wrote(tmp_path, convert):
-    import datasets
-
     parts = {"train": datasets.Dataset.from_list(ROWS[:20]), "test": datasets.Dataset.from_list(ROWS[20:])}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")
     found = convert(tmp_path / "both", eval_share=0)
@@ -257,13 +265,10 @@ def test_each_file_is_read_once(tmp_path):
 
 def test_sizes_are_those_of_the_unpacked_files(tmp_path):
     content = b'{"query": "q", "response": "r"}\n' * 1000
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("in.jsonl", content)
     for name, data, member in (
         ("a.jsonl", content, ""),
         ("a.jsonl.gz", gzip.compress(content), ""),
-        ("a.zip", packed.getvalue(), "in.jsonl"),
+        ("a.zip", zipped({"in.jsonl": content}), "in.jsonl"),
     ):
         (tmp_path / name).write_bytes(data)
         assert InputFile(tmp_path / name, name, member=member).size == len(content)
