@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from utils.errors import UserError
-from utils.files import atomic_write, prepare_folder, read_json, read_jsonl, render, sample_by_id, write_json
+from utils.files import read_json, read_jsonl, render, sample_by_id, write_json
 
 KILLED = """
 import os, sys
@@ -27,35 +27,24 @@ def killed_while_writing(path):
     subprocess.run([sys.executable, "-c", KILLED, str(ROOT), str(path)], check=False)
 
 
-def test_what_a_killed_process_left_is_gone_after_the_next_writing(tmp_path):
-    path = tmp_path / "run.json"
-    killed_while_writing(path)
-    assert [entry.name.endswith(".part") for entry in tmp_path.iterdir()] == [True]
-    write_json(path, {"a": 1})
-    assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"] and read_json(path) == {"a": 1}
-
-
-def test_a_start_clears_the_folder_of_parts_and_of_nothing_else(tmp_path):
-    killed_while_writing(tmp_path / "one.jsonl")
-    killed_while_writing(tmp_path / "two.jsonl")
-    mine = [
-        f".three.jsonl.{os.getpid()}.part",
-        "model.safetensors.0123456789ab.part",
-        ".part",
+def test_what_killed_processes_left_of_a_file_is_gone_after_its_next_writing(tmp_path):
+    killed_while_writing(tmp_path / "run.json")
+    killed_while_writing(tmp_path / "another.json")
+    others = [
+        f".run.json.{os.getppid()}.part",
+        "run.json.0123456789ab.part",
+        ".run.json.x.part",
         "notes.1.part",
     ]
-    for name in mine:
+    for name in others:
         (tmp_path / name).write_text("x", encoding="utf-8")
-    (tmp_path / ".folder.999999999.part").mkdir()
-    prepare_folder(tmp_path)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([*mine, ".folder.999999999.part"])
-
-
-def test_another_files_part_stays_while_a_file_is_written(tmp_path):
-    killed_while_writing(tmp_path / "one.jsonl")
-    with atomic_write(tmp_path / "two.jsonl") as file:
-        file.write("x")
-    assert len(list(tmp_path.glob(".one.jsonl.*.part"))) == 1
+    (tmp_path / ".run.json.999999999.part").mkdir()
+    before = {entry.name for entry in tmp_path.iterdir()}
+    assert len(before) == 7
+    write_json(tmp_path / "run.json", {"a": 1})
+    assert read_json(tmp_path / "run.json") == {"a": 1}
+    gone = before - {entry.name for entry in tmp_path.iterdir()}
+    assert len(gone) == 1 and gone.pop().startswith(".run.json.")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import gc
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from utils.text import printable, with_our_python
 
@@ -26,7 +25,6 @@ class RunError(Exception):
     exit_code = 1
 
 
-SPINS = "20000"  # about 0.1 ms
 FULL = "the disk is full{where}; free some space and run the same command again"
 # FAT32 ends at 4 GB
 TOO_LARGE = "this disk, or a limit set here, takes no file so large{where}; choose another folder"
@@ -35,23 +33,24 @@ STOPPED = "stopped by Ctrl-C; the same command starts it again"
 READER_LEFT = (
     "stopped, because the program that read this output has ended; the same command without it does the rest"
 )
-
-# torch on a GPU, on a CPU; the system; Python, whose threads need memory too
+# torch on a GPU, on a CPU; the system; Python, whose threads and errors need memory too
 NO_MEMORY = (
     "out of memory",
     "can't allocate memory",
     "Cannot allocate memory",
     "can't start new thread",
-    "returned NULL without setting an exception",  # what Python 3.11 says where it has no memory for the error itself
+    "returned NULL without setting an exception",
 )
-NO_SPACE = ("No space left on device", "Disk quota exceeded")
-
 # Libraries (safetensors, torch) report these without an OSError, in these words.
 SIGNS = {
-    **dict.fromkeys(NO_SPACE, FULL.format(where="")),
-    "File too large": TOO_LARGE.format(where=""),
+    "No space left on device": FULL,
+    "Disk quota exceeded": FULL,
+    "File too large": TOO_LARGE,
     **dict.fromkeys(NO_MEMORY, MORE_MEMORY),
 }
+# EDQUOT is missing on Windows, which has its own words for the others.
+CODES = {errno.ENOSPC: FULL, errno.EFBIG: TOO_LARGE, errno.ENOMEM: MORE_MEMORY}
+CODES[getattr(errno, "EDQUOT", errno.ENOSPC)] = FULL
 OWN_THRESHOLDS = gc.get_threshold()  # Python's
 
 
@@ -70,10 +69,10 @@ def run(main: Callable[[], int | None]) -> int:
     prepare_streams()
     # The imports make a million objects that stay: looking for garbage among them took a fifth of their time.
     gc.set_threshold(100_000)  # until imports_are_done
-    # GCC's OpenMP reads this when torch is imported. By default its threads wait for one another at full speed: beside other
-    # programs that took most of the time.
+    # GCC's OpenMP reads this when torch is imported: by default its threads wait for one another at full speed, which took most
+    # of the time beside other programs. 20,000 are about 0.1 ms.
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     first, code = int(os.environ.get("RANK", 0)) == 0, None
     try:
         with contextlib.ExitStack() as stack:
@@ -110,22 +109,24 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, MemoryError):
         return MORE_MEMORY, 1
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("utils"):
-        return missing_package(str(error.name).partition(".")[0]), 2
+        python = ".venv\\Scripts\\python.exe" if os.name == "nt" else ".venv/bin/python"
+        mend = f"run the script with {python}, which `python3.11 tasks.py install` makes"
+        return f"the package {error.name} is not installed for {sys.executable}; {mend}", 2
     if isinstance(error, OSError):
         return explain_os_error(error), 1
-    return next(((meaning, 1) for sign, meaning in SIGNS.items() if sign in str(error)), None)
+    return next(((line.format(where=""), 1) for sign, line in SIGNS.items() if sign in str(error)), None)
 
 
-def missing_package(name: str) -> str:
-    """One line for a package that this Python does not have. Mostly it is not the Python of the project's environment."""
-    root, windows = Path(__file__).resolve().parents[1], os.name == "nt"
-    python = ".venv\\Scripts\\python.exe" if windows else ".venv/bin/python"
-    mend = f"make the environment: {'py -3.11' if windows else 'python3.11'} tasks.py install"
-    if Path(sys.prefix).resolve() == root / ".venv":
-        mend = f"complete it: {python} -m pip install -r requirements.txt"
-    elif (root / ".venv").is_dir():
-        mend = f"run the script with {python}"
-    return f"the package {name} is not installed for {sys.executable}; {mend}"
+def explain_os_error(error: OSError) -> str:
+    """One line for an OSError: the cause, the path, and what to do."""
+    where = f" ({error.filename})" if error.filename else ""
+    known = [CODES.get(error.errno), *(line for sign, line in SIGNS.items() if sign in str(error))]
+    if told := next(filter(None, known), None):
+        return told.format(where=where)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        mend = "close the program that has it open, or " if os.name == "nt" else ""
+        return f"no permission to write or read{where}; {mend}choose another folder or change its owner"
+    return f"{error.strerror or error}{where}"
 
 
 def prepare_streams() -> None:
@@ -146,18 +147,3 @@ def complain(message: object, exit_code: int) -> int:
     line = with_our_python(" ".join(str(message).splitlines()))
     print(f"error: {printable(line)}", file=sys.stderr, flush=True)
     return exit_code
-
-
-def explain_os_error(error: OSError) -> str:
-    """One line for an OSError: the cause, the path, and what to do."""
-    where = f" ({error.filename})" if error.filename else ""
-    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):  # Windows has no quotas of this name
-        return FULL.format(where=where)
-    if error.errno == errno.ENOMEM or any(sign in str(error) for sign in NO_MEMORY):
-        return MORE_MEMORY
-    if error.errno == errno.EFBIG:
-        return TOO_LARGE.format(where=where)
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        mend = "close the program that has it open, or " if os.name == "nt" else ""
-        return f"no permission to write or read{where}; {mend}choose another folder or change its owner"
-    return f"{error.strerror or error}{where}"

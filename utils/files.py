@@ -1,6 +1,7 @@
 """Files: UTF-8 JSON lines in and out, and writing that never leaves half a file under its real name."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from utils.settings import ROOT
 from utils.text import printable
 
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
-# What the fields of our files hold.
+# The fields of our files that hold a text, and those that hold messages.
 TEXTS = ("id", "text", "question", "kind", "term")
 MESSAGES = ("messages", "prompt", "chosen", "rejected")
 
@@ -62,10 +63,10 @@ def read_jsonl(path: str | Path, wanted: Sequence[str] = ()) -> Iterator[dict]:
 
 def _problem_of(row, wanted):
     """Why a row is not one of ours, or ""."""
-    present = row if isinstance(row, dict) else {}
-    missing = [name for name in wanted if name not in present]
-    if missing or not isinstance(row, dict):
-        return f"no field {', '.join(missing) or 'at all'}"
+    if not isinstance(row, dict):
+        return "no field at all"
+    if missing := [name for name in wanted if name not in row]:
+        return f"no field {', '.join(missing)}"
     for name in wanted:
         value = row[name]
         if name in TEXTS and not is_text(value):
@@ -79,17 +80,10 @@ def _problem_of(row, wanted):
 
 
 def _are_messages(value):
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(message, dict)
-            and is_text(message.get("role"))
-            and is_text(message.get("content"))
-            and is_text(message.get("reasoning_content") or "")
-            for message in value
-        )
-    )
+    if not value or not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        return False
+    texts = [text for one in value for text in (one.get("role"), one.get("content"))]
+    return all(map(is_text, [*texts, *(one.get("reasoning_content") or "" for one in value)]))
 
 
 def is_text(value: object) -> bool:
@@ -101,11 +95,17 @@ def is_text(value: object) -> bool:
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Open a temporary file beside `path` (UTF-8 unless binary); move it into place when the block ends well.
 
-    The data reaches the disk before the name does, so that after a power cut the name never holds half a file.
+    The data reaches the disk before the name does, so that after a power cut the name never holds half a file. What killed
+    processes have left of a file of this name is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    clear_parts(path.parent, path.name)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        import psutil  # here: most writings find nothing to ask about
+
+        number = left.name.split(".")[-2]
+        if number.isdecimal() and left.is_file() and not psutil.pid_exists(int(number[:9])):
+            left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
@@ -116,17 +116,6 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def clear_parts(folder: Path, name: str = "") -> None:
-    """Remove what atomic_write left in `folder` when its process was killed: of the file `name`, or of all files."""
-    for path in list(folder.iterdir()):
-        found = re.fullmatch(r"\.(.+)\.(\d{1,9})\.part", path.name)
-        if found and found[1] == (name or found[1]) and path.is_file():
-            import psutil  # here: most starts find nothing to ask about
-
-            if not psutil.pid_exists(int(found[2])):
-                path.unlink(missing_ok=True)
 
 
 def write_folder(folder: Path, save: Callable[[Path], None]) -> None:
@@ -147,7 +136,6 @@ def write_folder(folder: Path, save: Callable[[Path], None]) -> None:
 def prepare_folder(folder: Path) -> None:
     """Make `folder` where it is missing and try whether it can be written to: OSError now, not after hours of work."""
     folder.mkdir(parents=True, exist_ok=True)
-    clear_parts(folder)
     tempfile.TemporaryFile(dir=folder).close()
 
 
@@ -168,13 +156,10 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read one JSON value; UserError if the file is not JSON."""
+    """Read one JSON value; UserError if the file is not UTF-8 or not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # not UTF-8, not JSON, or a number of more than 4,300 digits
+    except (ValueError, RecursionError) as error:  # also a number of more than 4,300 digits
         why = "nested too deep" if isinstance(error, RecursionError) else error
         raise UserError(f"{show_path(path)}: not JSON ({why})") from None
 
@@ -204,13 +189,15 @@ def render(template: Path, **values: Any) -> str:
     """The text of a jinja2 template. In HTML (NAME.html.jinja) every value is escaped; all are made printable."""
     import jinja2
 
-    settings = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
-    escapes = jinja2.select_autoescape(["html.jinja"])
-    loader = jinja2.FileSystemLoader(template.parent, encoding="utf-8")
     pages = jinja2.Environment(
-        loader=loader, autoescape=escapes, undefined=jinja2.StrictUndefined, **settings
+        loader=jinja2.FileSystemLoader(template.parent, encoding="utf-8"),
+        autoescape=jinja2.select_autoescape(["html.jinja"]),
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: printable(value) if isinstance(value, str) else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    pages.finalize = lambda value: printable(value) if isinstance(value, str) else value
     return pages.get_template(template.name).render(values)
 
 
@@ -223,7 +210,5 @@ def id_key(identifier: str) -> int:
 def sample_by_id(rows: Iterable[dict], count: int) -> list[dict]:
     """`count` of the rows (0: all), in their order: those with the lowest id_key, the same ones whatever their order."""
     rows = list(rows)
-    if not count:
-        return rows
-    by_key = sorted(range(len(rows)), key=lambda index: id_key(rows[index]["id"]))
-    return [rows[index] for index in sorted(by_key[:count])]
+    by_key = sorted(range(len(rows)), key=lambda index: id_key(rows[index]["id"])) if count else []
+    return [rows[index] for index in sorted(by_key[:count])] if count else rows

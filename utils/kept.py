@@ -18,17 +18,12 @@ from typing import Any
 from utils.errors import UserError
 from utils.files import atomic_write, read_json, sha256_of, show_path, write_json
 
-MANIFEST = "MANIFEST.json"  # the record of a folder, inside it, so that both move together
-
 Files = dict[str, dict[str, Any]]  # {name inside the folder: {"size": bytes, "sha256": hex digits}}
 
 
 def digest(value: object) -> str:
     """The sha256 of a JSON value (dicts have texts as keys, in any order), as 64 hex digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-# ---- Small results: one JSON file
 
 
 def write_kept(path: Path, identity: dict[str, Any], value: object) -> None:
@@ -39,14 +34,13 @@ def write_kept(path: Path, identity: dict[str, Any], value: object) -> None:
 
 def read_kept(path: Path, identity: dict[str, Any]) -> Any | None:
     """The value that was kept for `identity`, else None. One line says why a file that is there is of no use."""
-    found = _read_record(path)
-    damaged = "" if found.get("sha256") == digest(found.get("value")) else "damaged"
+    if not path.is_file():
+        return None
+    record = _read_record(path)
+    whole = record.get("sha256") == digest(record.get("value"))
     return (
-        found["value"] if path.is_file() and _is_of_use(path, _not_for(identity, found) or damaged) else None
+        record["value"] if _is_of_use(path, _not_for(identity, record) or "damaged" * (not whole)) else None
     )
-
-
-# ---- Files and folders: a record of their names, sizes and checksums
 
 
 def seal(path: Path, identity: dict[str, Any]) -> None:
@@ -60,9 +54,8 @@ def seal(path: Path, identity: dict[str, Any]) -> None:
 
 def is_kept(path: Path, identity: dict[str, Any]) -> bool:
     """Tell whether `path` is there, whole, and was made for `identity`. One line says why what is there is of no use."""
-    return record_path(path).is_file() and _is_of_use(
-        path, damage(path, identity)
-    )  # no record: never finished
+    finished = record_path(path).is_file()
+    return finished and _is_of_use(path, damage(path, identity))
 
 
 def damage(path: Path, identity: dict[str, Any]) -> str:
@@ -73,8 +66,8 @@ def damage(path: Path, identity: dict[str, Any]) -> str:
 
 
 def record_path(path: Path) -> Path:
-    """The path of the record of a sealed file or folder."""
-    return path / MANIFEST if path.is_dir() else path.with_name(f"{path.name}.json")
+    """The path of the record of a sealed file, beside it, or of a folder, inside it, so that both move together."""
+    return path / "MANIFEST.json" if path.is_dir() else path.with_name(f"{path.name}.json")
 
 
 def list_files(path: Path) -> Files:
@@ -92,12 +85,10 @@ def changed_file(folder: Path, files: Files, since: float = 0) -> str:
     if not isinstance(files, dict) or not files:
         return "its record"
     for name, recorded in files.items():
-        if not isinstance(recorded, dict) or not (folder / name).is_file():
+        path, wanted = folder / name, recorded if isinstance(recorded, dict) else {}
+        if not path.is_file() or path.stat().st_size != wanted.get("size"):
             return name
-        state = (folder / name).stat()
-        if state.st_size != recorded.get("size"):
-            return name
-        if state.st_mtime >= since and sha256_of(folder / name) != recorded.get("sha256"):
+        if path.stat().st_mtime >= since and sha256_of(path) != wanted.get("sha256"):
             return name
     return ""
 

@@ -16,24 +16,21 @@ rule in brackets, which holds for the constant and for its flag alike:
 
 Without a rule a flag takes what its constant is: true or false, a text, a number, or a list of texts.
 
-Paths: a constant whose name ends in _DIR, _FILE or _FILES is a path. Written in the script it is relative to the
-repository, given as a flag it is relative to the folder the user stands in. A name that is or ends in MODEL(S) may be a
-folder or a Hub id: what exists as a folder becomes its path, anything else stays as it is.
+A constant whose name ends in _DIR, _FILE or _FILES is a path: relative to the repository in the script, and to the folder the
+user stands in as a flag. A name that ends in MODEL(S) may be a folder or a Hub id: what exists as a folder becomes its path.
 """
 
 import argparse
-import ast
 import difflib
 import functools
 import io
-import itertools
-import linecache
 import os
 import re
 import shlex
 import sys
 import textwrap
 import tokenize
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +42,8 @@ LARGEST = 2**32 - 1  # if a rule names no last number; numpy takes no larger see
 RULE = re.compile(
     r"(-1 or )?(> )?(-?[\d.]+)((?:, -?\d+)*, \.\.\.)?(?: or more)?(?:(?: to|, at most|) ([\d.]+))?"
 )
-WANTED = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a text in quotes",
-    list: "a list of texts",
-}
+WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}
+WANTED[list] = "a list of texts"
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -73,14 +65,12 @@ class Settings:
 
     def show(self) -> None:
         """Print MODEL and the settings that the command line gave; with --verbose all, those marked with a star."""
-        shown, rest = {"MODEL", *self.overridden}, "the rest as in the script (--verbose shows all)"
-        if self.verbose:
-            shown, rest = vars(self), "(* from the command line)"
-        words = [
-            f"{name}={value!r}{'*' * (self.verbose and name in self.overridden)}"
-            for name, value in self.as_dict().items()
-            if name in shown
-        ]
+        values, stars = self.as_dict(), self.overridden if self.verbose else ()
+        names = values if self.verbose else [name for name in values if name in {"MODEL", *self.overridden}]
+        rest = (
+            "(* from the command line)" if self.verbose else "the rest as in the script (--verbose shows all)"
+        )
+        words = [f"{name}={values[name]!r}{'*' * (name in stars)}" for name in names]
         line = "settings: " + "  ".join([*words, rest])
         print(
             textwrap.fill(line, 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
@@ -96,22 +86,41 @@ def read_settings(namespace: dict[str, Any], argv: list[str] | None = None, posi
     script = Path(namespace["__file__"]).resolve()
     constants = read_constants(script.read_text(encoding="utf-8"))
     kinds = {name: _kind(name, rule, namespace[name]) for name, (_, rule, _) in constants.items()}
+    parser = _Parser(
+        prog=f"python {_plain(script)}",
+        usage="%(prog)s [flags]",
+        description=namespace["__doc__"],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for name, (_, rule, comment) in constants.items():
+        told = f"{f'[{rule}] ' if rule else ''}{comment} ({namespace[name]!r})".replace("%", "%%")
+        form = {bool: {"nargs": "?", "const": True}, list: {"nargs": "+"}}.get(kinds[name], {})
+        form["metavar"] = {bool: "true|false", int: "N", float: "X"}.get(kinds[name], "TEXT")
+        form["type"] = functools.partial(_from_text, kinds[name])
+        parser.add_argument(flag_of(name), dest=name, help=told, **form)
+    parser.add_argument("--verbose", action="store_true", help="print every setting at the start")
     words = sys.argv[1:] if argv is None else argv
-    if positional:  # the word after a true-or-false flag may be the model folder
+    if positional:
+        parser.add_argument(positional, nargs="?", help=argparse.SUPPRESS)
         switches = [flag_of(name) for name, kind in kinds.items() if kind is bool]
-        pairs = itertools.zip_longest(words, words[1:], fillvalue="")
+        pairs = zip(words, [*words[1:], ""])  # the word after a switch may be the one without a flag
         words = [
             f"{one}=true" if one in switches and two.lower() not in BOOLEANS else one for one, two in pairs
         ]
-    given = vars(_make_parser(script, namespace, constants, kinds, positional).parse_args(words))
+    given, unknown = parser.parse_known_args(words)
+    if unknown:
+        near = _nearest(unknown[0].split("=")[0], [flag_of(name) for name in (*constants, "verbose")])
+        raise UserError(f"unknown argument {unknown[0]}{near or f'; {parser.prog} --help lists the flags'}")
+    given = vars(given)
     verbose = given.pop("verbose", False)
-    if "positional" in given:
-        given[positional] = given.pop("positional")
     try:
-        values, here = {}, Path.cwd()
+        here = Path.cwd()
     except FileNotFoundError:
         gone = "the folder that this was started in has been deleted; go to one that is there, with cd"
         raise UserError(gone) from None
+    values = {}
     for name, (line, rule, _) in constants.items():
         label = flag_of(name) if name in given else f"{_plain(script)}, line {line}: {name}"
         value = _checked(label, given.get(name, namespace[name]), kinds[name], rule)
@@ -120,18 +129,15 @@ def read_settings(namespace: dict[str, Any], argv: list[str] | None = None, posi
 
 
 def command(script: str, **values: str | Path) -> str:
-    """The command that runs `script` of this repository with these constants: a flag for each that its own default is not.
+    """The command that runs `script` of this repository with these constants: one flag for each that differs from the script.
 
     command("model_finetune/finetune_sft.py", TRAIN_FILE=path) -> "python model_finetune/finetune_sft.py --train-file ..."
     """
-    body = ast.parse((ROOT / script).read_text(encoding="utf-8")).body
-    defaults = {node.targets[0].id: node.value for node in body if isinstance(node, ast.Assign)}
-    words = ["python", script]
+    words, source = ["python", script], (ROOT / script).read_text(encoding="utf-8")
     for name, value in values.items():
-        default = ast.literal_eval(defaults[name])
-        default = default[0] if isinstance(default, list) and default else default
-        if (ROOT / str(value)).resolve() != (ROOT / str(default)).resolve():
-            words += [flag_of(name), str(_plain(value))]
+        text = str(_plain(value))
+        if f'\n{name} = "{text}"' not in source and f'\n{name} = ["{text}"]' not in source:
+            words += [flag_of(name), text]
     return shlex.join(words)
 
 
@@ -151,10 +157,8 @@ def read_constants(source: str) -> dict[str, tuple[int, str, str]]:
             name, found[text] = text, (line, [])
         elif name and column and token.type == tokenize.COMMENT:
             found[name][1].append(text[1:].strip())
-    parts = {
-        name: re.match(r"(?:\[([^]]+)\])?\s*(.*)", " ".join(comment)) for name, (_, comment) in found.items()
-    }
-    return {name: (found[name][0], *part.groups("")) for name, part in parts.items()}
+    comments = {name: re.match(r"(?:\[([^]]+)\])?\s*(.*)", " ".join(found[name][1])) for name in found}
+    return {name: (found[name][0], *comment.groups("")) for name, comment in comments.items()}
 
 
 def read_number(label: str, value: object, rule: str) -> Any:
@@ -169,42 +173,15 @@ def flag_of(name: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with one-line errors and the nearest flag for an unknown one."""
-
-    def parse_args(self, argv=None):
-        known, unknown = self.parse_known_args(argv)
-        if unknown:
-            near = _nearest(unknown[0].split("=")[0], self._option_string_actions)
-            self.error(f"unknown argument {unknown[0]}{near or f'; {self.prog} --help lists the flags'}")
-        return known
-
     def error(self, message):
         raise UserError(message.removeprefix("argument "))
-
-
-def _make_parser(script, namespace, constants, kinds, positional):
-    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "argument_default": argparse.SUPPRESS}
-    prog, about = f"python {_plain(script)}", namespace["__doc__"]
-    parser = _Parser(prog=prog, usage="%(prog)s [flags]", description=about, allow_abbrev=False, **form)
-    for name, (_, rule, comment) in constants.items():
-        told = f"{f'[{rule}] ' if rule else ''}{comment} ({namespace[name]!r})".replace("%", "%%")
-        form = {bool: {"nargs": "?", "const": True}, list: {"nargs": "+"}}.get(kinds[name], {})
-        form["metavar"] = {bool: "true|false", int: "N", float: "X"}.get(kinds[name], "TEXT")
-        form["type"] = functools.partial(_from_text, kinds[name])
-        parser.add_argument(flag_of(name), dest=name, help=told, **form)
-    parser.add_argument("--verbose", action="store_true", help="print every setting at the start")
-    if positional:
-        parser.add_argument("positional", nargs="?", help=argparse.SUPPRESS)
-    return parser
 
 
 def _from_text(kind, text):
     """A flag's text in its type. It stays a text if it is no number or truth value: _checked refuses it then."""
     try:
-        return (
-            BOOLEANS.get(text.lower(), text) if kind is bool else kind(text) if kind in (int, float) else text
-        )
-    except ValueError:
+        return BOOLEANS[text.lower()] if kind is bool else kind(text) if kind in (int, float) else text
+    except (ValueError, KeyError):
         return text
 
 
@@ -240,9 +217,9 @@ def _checked(label, value, kind, rule):
         if fits:
             value = kind(value)
             fits = least <= value <= most and not (above and value == least) or value == -1 and bool(unset)
-        mantissa, _, exponent = f"{value:e}".partition("e+") if kind is type(value) is float else ("", "", "")
-        if not fits and exponent and least < (meant := float(f"{mantissa}e-{exponent}")) <= most:
-            wanted += f"; {meant:g} meant?"  # 2e5: 2e-5
+        if not fits and type(value) is float and value > most and "e+" in f"{value:e}":
+            meant = float(f"{value:e}".replace("e+", "e-"))
+            wanted += f"; {meant:g} meant?" * (least < meant <= most)  # 2e5: 2e-5
     if not fits:
         raise UserError(f"{label} is {value!r}, wanted {wanted}")
     return value
@@ -251,23 +228,24 @@ def _checked(label, value, kind, rule):
 def _resolve(name, value, base):
     """A value with its paths made whole, from the folder `base` on."""
 
-    def path(text):
-        return base / os.path.expanduser(text)
-
     def folder_or_id(text):
-        return str(path(text)) if text and path(text).exists() else text
+        path = base / os.path.expanduser(text)
+        return str(path) if text and path.exists() else text
 
-    if name.endswith(("_DIR", "_FILE")):
-        whole = path(value) if value else None
-        for part in (whole, *whole.parents) if name.endswith("_DIR") and value else ():
-            if part.is_file() or part.is_symlink() and not part.exists():
-                kind = "a file" if part.is_file() else "a link to something that is not there"
-                raise UserError(f"{flag_of(name)}: {part} is {kind}, wanted a folder")
-        return whole
+    if name.endswith("MODELS"):
+        return [folder_or_id(item) for item in value]
+    if name.endswith("_FILES"):
+        return [base / os.path.expanduser(item) for item in value]
     if name.endswith("MODEL"):
         return folder_or_id(value)
-    one = path if name.endswith("_FILES") else folder_or_id if name.endswith("MODELS") else None
-    return [one(item) for item in value] if one else value
+    if not name.endswith(("_DIR", "_FILE")):
+        return value
+    whole = base / os.path.expanduser(value) if value else None
+    for part in (whole, *whole.parents) if whole and name.endswith("_DIR") else ():
+        if part.is_file() or part.is_symlink() and not part.exists():
+            kind = "a file" if part.is_file() else "a link to something that is not there"
+            raise UserError(f"{flag_of(name)}: {part} is {kind}, wanted a folder")
+    return whole
 
 
 def _plain(value):
@@ -282,13 +260,11 @@ def _plain(value):
 
 def _tell(kind, error, trace):
     """Python calls this for an error that nobody caught. A text without quotes in the settings is told in one line."""
-    while trace.tb_next:
-        trace = trace.tb_next
-    file, failure = trace.tb_frame.f_code.co_filename, explain(error)
-    line = linecache.getline(file, trace.tb_lineno).partition("#")[0].strip()
+    failure, place = explain(error), (traceback.extract_tb(trace) or [None])[-1]
+    line = place.line.partition("#")[0].strip() if place else ""
     if isinstance(error, NameError) and re.fullmatch(r"[A-Z_]+ *= *\S+", line):
         right = {"true": "True", "false": "False"}.get(error.name.lower(), f'"{error.name}"')
-        failure = f"{_plain(Path(file).resolve())}, line {trace.tb_lineno}: {line} wants {right}", 2
+        failure = f"{_plain(Path(place.filename).resolve())}, line {place.lineno}: {line} wants {right}", 2
     if failure is None:
         return sys.__excepthook__(kind, error, trace)
     sys.exit(complain(*failure))

@@ -14,14 +14,14 @@ from typing import Any
 PLAIN_SECONDS = 15  # between two lines of progress, off a terminal
 QUIET_SECONDS = 2  # shorter work is not mentioned
 
-# Text from a model, a server or a file may hold anything. Control characters would move the cursor or change the terminal,
-# and bidirectional ones show letters in another order than they are in: all are shown as U+FFFD.
+# Control characters would move the cursor or change the terminal, and bidirectional ones show letters in another order than
+# they are in: all are shown as U+FFFD.
 _CONTROLS = (*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _SHOWN_AS = dict.fromkeys(_CONTROLS, "\ufffd")
 
 
 def printable(text: str) -> str:
-    """`text` without characters that would control the terminal; line breaks and tabs stay."""
+    """`text`, which may come from anywhere, without what would control the terminal; line breaks and tabs stay."""
     return text.translate(_SHOWN_AS)
 
 
@@ -36,8 +36,7 @@ def with_our_python(text: str) -> str:
     if Path(sys.prefix) != own or os.environ.get("VIRTUAL_ENV") == str(own):
         return text
     python = ".venv\\Scripts\\python.exe" if os.name == "nt" else ".venv/bin/python"
-    scripts = r"\bpython (?=(?:data_prepare|model_download|model_finetune)/)"
-    return re.sub(scripts, lambda _: f"{python} ", text)
+    return re.sub(r"\bpython (?=(data_prepare|model_download|model_finetune)/)", lambda _: f"{python} ", text)
 
 
 def say_next(command: str) -> None:
@@ -48,16 +47,16 @@ def say_next(command: str) -> None:
 
 def localized(english: str, chinese: str) -> str:
     """Whichever of two texts is in the language that the environment asks for: Chinese or else English."""
-    variables = ("LC_ALL", "LC_MESSAGES", "LANG")
-    named = next(filter(None, map(os.environ.get, variables)), None) or locale.getlocale()[0] or ""
-    return chinese if named.lower().startswith(("zh", "chinese")) else english
+    named = os.environ.get("LC_ALL") or os.environ.get("LC_MESSAGES") or os.environ.get("LANG")
+    return (
+        chinese if (named or locale.getlocale()[0] or "").lower().startswith(("zh", "chinese")) else english
+    )
 
 
 def text_width(text: str) -> int:
     """Character cells: Chinese characters and full-width punctuation take two, combining marks none."""
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
-    )
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return len(text) + wide - sum(unicodedata.combining(character) > 0 for character in text)
 
 
 def shorten(text: str, limit: int = 70) -> str:
@@ -92,9 +91,9 @@ def listed(names: list, most: int = 5) -> str:
 
 
 def progress(label: str, unit: str = "batches", always: bool = False) -> Callable[..., Iterator]:
-    """A function that wraps what is gone through: progress(label)(list) or progress(label)(iterator, count).
+    """A function that shows how far something is and the time left: progress(label)(list) or progress(label)(iterator, count).
 
-    It shows how far that is and the time left. Work of less than QUIET_SECONDS is not mentioned, unless `always`.
+    Work of less than QUIET_SECONDS is not mentioned, unless `always`.
     """
 
     def watch(steps, count=None):
@@ -112,12 +111,8 @@ def bar(steps: Iterable | None = None, desc: str = "", **options: Any) -> Any:
     tqdm.monitor_interval = 0  # no thread that writes at other times
     if sys.stdout.isatty():
         # A terminal that does not tell its size has 80 columns here; tqdm would take it to have none, and print nothing.
-        place = {
-            "ncols": shutil.get_terminal_size().columns - 1,
-            "nrows": 20,
-            "mininterval": 0.2,
-            "file": sys.stdout,
-        }
+        columns = shutil.get_terminal_size().columns - 1
+        place = {"ncols": columns, "nrows": 20, "mininterval": 0.2, "file": sys.stdout}
     else:
         form = "{desc}: {n_fmt} of {total_fmt}{unit} ({percentage:.0f}%), {elapsed} so far, {remaining} left"
         place = {"bar_format": form, "mininterval": PLAIN_SECONDS, "file": _Lines()}
