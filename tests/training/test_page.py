@@ -9,7 +9,7 @@ import pytest
 
 from utils.errors import UserError
 from utils.evaluation.report import draw_curves, write_pages
-from utils.files import write_json, write_jsonl
+from utils.files import read_json, write_json, write_jsonl
 from utils.training.page import write_page
 
 HOSTILE = "<script>alert(1)</script><img src=http://evil.example/x.png>&\x1b[31m"
@@ -125,6 +125,15 @@ def test_curves_are_drawn_of_folders_that_have_a_log(folder, tmp_path):
     assert draw_curves({"sft": str(folder), "base": "Qwen/Qwen3-0.6B"}, tmp_path)
     assert (tmp_path / "curves.svg").is_file() and (tmp_path / "curves.png").is_file()
     assert not draw_curves({"base": "Qwen/Qwen3-0.6B"}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "odd", [{"results": {"peak_memory_bytes": "many"}}, {"started": 3}, {"versions": []}, {"status": 1}]
+)
+def test_a_damaged_record_costs_its_page_and_no_more(folder, compared, tmp_path, capsys, odd):
+    write_json(folder / "run.json", read_json(folder / "run.json") | odd)
+    assert write_pages({"sft": str(folder)}, *compared) == [] and draw_curves({"sft": str(folder)}, tmp_path)
+    assert "left out: " in capsys.readouterr().out
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
