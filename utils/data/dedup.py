@@ -164,15 +164,17 @@ def group_questions(
         for question in close.intersection(row.questions) if row.long_rest else ():
             answers[question].add(row.rest)
 
+    def may_be_one(one, other):
+        return answers[one] & answers[other] or sorted(text_of(one)) == sorted(text_of(other))
+
     same, family = Joined(), Joined()
     for one, other in _each(pairs, keys, "comparing long questions"):
-        texts = text_of(one), text_of(other)
-        alike = bool(answers[one] & answers[other]) or sorted(texts[0]) == sorted(texts[1])
-        if not alike and family.group(one) == family.group(other):
+        if family.group(one) == family.group(other) and not may_be_one(one, other):
             continue  # nothing would change: a template of many rows is done soon
+        texts = text_of(one), text_of(other)
         if overlap(*texts) >= threshold:
             family.join(one, other)
-            if alike and not differ_in_fact(*texts):
+            if may_be_one(one, other) and not differ_in_fact(*texts):
                 same.join(one, other)
     same_of, family_of = same.groups(), family.groups()
     members = Counter(family_of[key] for key in family_of if same_of.get(key, key) == key)
