@@ -6,7 +6,8 @@
 
 Reads sft_eval.jsonl, dpo_eval.jsonl and exam.jsonl of data_prepare/qwen3/ and, of data_prepare/sample/, general_questions.jsonl.
 Held-out loss, exam (by option text and by option letter; true or false, and several right answers, by themselves), preference
-pairs, facts stated, a control set of general questions, sample answers. Writes comparison.md, comparison.json and
+pairs, facts stated (alone, and as second and fourth question of a conversation), cautions, a control set of general questions,
+sample answers. Writes comparison.md, comparison.json and
 comparison.png to OUTPUT_DIR, every item's scores to OUTPUT_DIR/comparison/, the training curves of the folders that have one to
 curves.png and curves.svg, and report.html in each training folder. A model measured before is not measured again.
 """

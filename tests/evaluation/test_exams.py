@@ -1,5 +1,6 @@
 """Exams: choices agree with a plain transformers loop, letters are not favoured, files are read as they are."""
 
+import json
 import re
 import sys
 import zipfile
@@ -93,37 +94,32 @@ QUESTIONS = [
 ]
 
 
-def write_exam(kind, folder):
-    """Two questions as the data set of that name has them, and where it has such rows one with several right answers."""
-    path = folder / f"{kind}.{'csv' if kind == 'cmmlu' else 'json'}"
-    rows = [*QUESTIONS, (QUESTIONS[0][0], QUESTIONS[0][1], "AB")]
-    if kind == "cmmlu":
-        lines = [
-            f"{n},{question},{','.join(options)},{answer}"
-            for n, (question, options, answer) in enumerate(QUESTIONS)
-        ]
-        path.write_text("\ufeff" + "\r\n".join([",Question,A,B,C,D,Answer", *lines, ""]), encoding="utf-8")
-    elif kind == "cmb":
-        same = {
-            "exam_type": "医师考试",
-            "exam_class": "执业医师",
-            "exam_subject": "中医",
-            "question_type": "单项选择题",
-        }
-        write_json(path, [{**same, "question": question, "answer": answer, "option": dict(zip("ABCDE", [*options, ""]))}
-                          for question, options, answer in rows])  # fmt: skip
-    else:
-        write_jsonl(path, [{"Question": question, "Answer": answer, "Options": [
-            {"key": key, "value": value} for key, value in zip("ABCD", options)]} for question, options, answer in rows])  # fmt: skip
-    return path
+SEVERAL = (*QUESTIONS[0][:2], "AB")
+CMMLU = [
+    f"{n},{question},{','.join(options)},{answer}" for n, (question, options, answer) in enumerate(QUESTIONS)
+]
+EXAMS = {
+    "cmmlu.csv": "\ufeff" + "\r\n".join([",Question,A,B,C,D,Answer", *CMMLU, ""]),
+    "cmb.json": [
+        {"exam_subject": "中医", "question": q, "answer": a, "question_type": "单项选择题", "option": dict(zip("ABCDE", [*o, ""]))}
+        for q, o, a in [*QUESTIONS, SEVERAL]
+    ],
+    "cmexam.json": [
+        {"Question": q, "Answer": a, "Options": [{"key": key, "value": text} for key, text in zip("ABCD", o)]}
+        for q, o, a in [*QUESTIONS, SEVERAL]
+    ],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("kind, several", [("cmmlu", 0), ("cmb", 1), ("cmexam", 1)])
-def test_exam_files_are_read_as_they_are(tmp_path, kind, several):
-    exam, left_out = read_exam(write_exam(kind, tmp_path))
+@pytest.mark.parametrize("name", EXAMS)
+def test_exam_files_are_read_as_they_are(tmp_path, name):
+    given = EXAMS[name] if name.endswith("csv") else json.dumps(EXAMS[name], ensure_ascii=False)
+    (tmp_path / name).write_text(given, encoding="utf-8")
+    exam, left_out = read_exam(tmp_path / name)
     found = [(item["question"], list(item["options"].values()), item["answer"]) for item in exam]
-    assert found[:2] == QUESTIONS and [item["kind"] for item in exam[2:]] == ["multiple"] * several
-    assert len({item["id"] for item in exam}) == 2 + several and not left_out
+    assert found == [*QUESTIONS, *([] if name.endswith("csv") else [SEVERAL])] and not left_out
+    assert [item["kind"] for item in exam[2:]] == ["multiple"] * (len(exam) - 2)
+    assert len({item["id"] for item in exam}) == len(exam)
 
 
 def test_an_id_that_is_there_twice_is_not_taken_for_one_question(tmp_path):
