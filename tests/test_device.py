@@ -24,7 +24,9 @@ def machine(monkeypatch):
         cpu="x86_64",
         amx=False,
         avx512_bf16=False,
+        engines=("x86", "fbgemm"),
     ):
+        monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", engines)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: cuda)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU")
@@ -38,73 +40,44 @@ def machine(monkeypatch):
     return fake
 
 
-@pytest.mark.parametrize(
-    "signs, name, bf16, reason",
-    [
-        ({"cuda": (9, 0)}, "cuda", True, "Test GPU, compute capability 9.0"),
-        ({"cuda": (8, 0), "mps": True}, "cuda", True, "compute capability 8.0"),
-        ({"cuda": (7, 5)}, "cuda", False, "compute capability 7.5"),
-        ({"mps": True, "cpu": "arm64"}, "mps", False, "Apple GPU"),
-        ({"cpu": "arm64"}, "cpu", False, "arm64 processor"),
-        ({}, "cpu", False, "without bf16 instructions"),
-        ({"avx512_bf16": True}, "cpu", True, "AVX512-BF16"),
-        ({"amx": True, "avx512_bf16": True, "cpu": "AMD64"}, "cpu", True, "AMX"),
-    ],
-)
-def test_the_best_device_is_chosen_and_explained(machine, signs, name, bf16, reason):
-    machine(**signs)
-    found = pick_device()
-    assert (found.name, found.bf16) == (name, bf16) and reason in str(found)
-    assert ("bf16 autocast over fp32 weights" in str(found)) == bf16
+NO_FBGEMM = {"engines": ["onednn"]}
 
 
 @pytest.mark.parametrize(
-    "signs, asked, engines, answers",
-    [
-        ({}, "auto", ["x86", "fbgemm"], "fp16 weights, fp32 products"),
-        ({}, "fp32", ["x86", "fbgemm"], "fp32"),
-        ({}, "auto", ["onednn"], "fp32"),
-        ({"cpu": "arm64"}, "auto", ["qnnpack"], "fp32"),
-        ({"mps": True}, "auto", ["fbgemm"], "fp16"),
-        ({"mps": True}, "fp32", ["fbgemm"], "fp32"),
-        ({"avx512_bf16": True}, "auto", ["fbgemm"], "bf16"),
-        ({"avx512_bf16": True}, "fp32", ["fbgemm"], "fp32"),
+    "signs, asked, form, reason",
+    [  # the form: device, format of products, one mask over rows of one length or not, format of answers
+        ({"cuda": (9, 0)}, "auto", "cuda bf16 False bf16", "Test GPU, compute capability 9.0"),
+        ({"cuda": (8, 0), "mps": True}, "auto", "cuda bf16 False bf16", "compute capability 8.0"),
+        ({"cuda": (8, 0)}, "fp32", "cuda fp32 True fp32", "fp32 as asked for; Test GPU"),
+        ({"cuda": (8, 6), "flash": False}, "auto", "cuda bf16 True bf16", "capability 8.6"),  # Windows
+        ({"cuda": (7, 5)}, "auto", "cuda fp16 True fp16", "compute capability 7.5"),
+        ({"mps": True, "cpu": "arm64"}, "auto", "mps fp32 True fp16", "Apple GPU"),
+        ({"mps": True}, "fp32", "mps fp32 True fp32", "Apple GPU"),
+        ({"mps": True}, "bf16", "mps bf16 True bf16", "Apple GPU"),
+        ({"cpu": "arm64", **NO_FBGEMM}, "auto", "cpu fp32 False fp32", "arm64 processor"),
+        ({}, "auto", "cpu fp32 False fp16 weights, fp32 products", "without bf16 instructions"),
+        ({}, "fp32", "cpu fp32 False fp32", "without bf16 instructions"),
+        (NO_FBGEMM, "auto", "cpu fp32 False fp32", "without bf16 instructions"),
+        ({"avx512_bf16": True}, "auto", "cpu bf16 False bf16", "AVX512-BF16"),
+        ({"avx512_bf16": True}, "fp32", "cpu fp32 False fp32", "AVX512-BF16"),
+        ({"amx": True, "avx512_bf16": True, "cpu": "AMD64"}, "auto", "cpu bf16 False bf16", "AMX"),
     ],
 )
-def test_answers_come_from_half_weights_where_that_is_faster(
-    machine, monkeypatch, signs, asked, engines, answers
-):
+def test_the_best_device_is_chosen_and_explained(machine, signs, asked, form, reason):
     machine(**signs)
-    monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", engines)
-    assert pick_device(precision=asked).answers == answers
+    found = pick_device(precision=asked)
+    assert f"{found.name} {found.format} {found.equal_rows} {found.answers}" == form and reason in str(found)
+    assert ("autocast over fp32 weights" in str(found)) == (found.format != "fp32")
 
 
 def test_what_is_asked_for_is_obeyed_or_refused(machine):
     machine(cuda=(9, 0))
     assert pick_device("cpu").name == "cpu"
-    assert not pick_device("cuda", "fp32").bf16
     machine(mps=True, cpu="arm64")
-    assert pick_device("mps", "bf16").bf16
     with pytest.raises(UserError, match="no cuda device here; there is: mps, cpu"):
         pick_device("cuda")
     with pytest.raises(UserError, match="wanted auto, bf16, fp16 or fp32, got 'fp8'"):
         pick_device("cpu", "fp8")
-
-
-@pytest.mark.parametrize(
-    "cuda, flash_built, can",
-    [
-        ((9, 0), True, (True, True, True)),
-        ((8, 6), True, (True, True, True)),
-        ((8, 6), False, (False, True, True)),  # Windows
-        ((7, 5), True, (False, False, True)),
-    ],
-)
-def test_what_a_gpu_can_do_is_found_once(machine, cuda, flash_built, can):
-    machine(cuda=cuda, flash=flash_built)
-    found = pick_device().can
-    assert (found.flash, found.bf16, found.fp16) == can and found.architectures == ("sm_75", "sm_80", "sm_90")
-    assert pick_device("cpu").can.flash is False
 
 
 @pytest.mark.parametrize(

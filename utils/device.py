@@ -6,7 +6,7 @@ import platform
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -17,38 +17,18 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # numbers of malloc.h
 
 
 @dataclass(frozen=True)
-class Capabilities:
-    """The abilities of a device with this build of torch.
-
-    `flash`: FlashAttention is built in and runs on this GPU; `bf16`, `fp16`: the hardware multiplies matrices in that format.
-    `build` is torch's version; `architectures` are those that a CUDA build has code for (sm_75, ...).
-    """
-
-    flash: bool = False
-    bf16: bool = False
-    fp16: bool = False
-    build: str = str(torch.__version__)
-    architectures: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Device:
     """`name` is torch's device type. `bf16`, `fp16`: matrix products run in that format, while trained weights stay float32.
-    `weights` is the form of the weights that answer: plain, fp16, half or int8 (utils/model/qwen3_answer.py). `can` is what the
-    device can do. `equal_rows`: attention is by one mask over rows of one length (utils/model/attention.py)."""
+    `weights` is the form of the weights that answer: plain, fp16, half or int8 (utils/model/qwen3_answer.py). `equal_rows`:
+    attention is by one mask over rows of one length, not by FlashAttention's kernel or document by document
+    (utils/model/attention.py)."""
 
     name: str
     bf16: bool
     reason: str
     weights: str = "plain"
-    can: Capabilities = field(default=Capabilities(), compare=False)
     fp16: bool = False
-    equal_rows: bool | None = None
-
-    def __post_init__(self):
-        if self.equal_rows is None:
-            varlen = self.name == "cuda" and self.can.flash and (self.bf16 or self.fp16)
-            object.__setattr__(self, "equal_rows", self.name != "cpu" and not varlen)
+    equal_rows: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,7 +44,7 @@ class Device:
     def answers(self) -> str:
         """The number format of answers, in words."""
         forms = {"half": "fp16 weights, fp32 products", "int8": "int8 weights and products", "fp16": "fp16"}
-        return forms.get(self.weights) or self.format
+        return forms.get(self.weights, self.format)
 
     @property
     def format(self) -> str:
@@ -80,12 +60,11 @@ def pick_device(name: str = "auto", precision: str = "auto", answering: bool = F
     """Choose a Device. `name`: auto, cuda, mps or cpu; `precision`: auto, bf16, fp16 or fp32 (both are settings of the scripts);
     for `answering` alone also int8.
 
-    bfloat16 is chosen only where the hardware computes in it: CUDA from compute capability 8.0, x86 with AVX512-BF16 or
-    AMX. CUDA from 7.0 up gets float16, which has three times the speed of float32 there. Elsewhere it is emulated and slower than float32; Apple's M1 and M2 emulate it, so MPS gets it only on request.
-    Other x86 CPUs (with AVX2, which FBGEMM needs) answer from half weights and Apple GPUs from fp16 ones, which halves the memory that
-    each token reads, unless another precision is asked for.
-    A GPU that is there and cannot be used is told in one line. Raises UserError for a device that is not there and for another
-    precision. On a CPU, memory is held from now on.
+    By itself, bfloat16 is chosen only where the hardware computes in it: CUDA from compute capability 8.0, x86 with AVX512-BF16
+    or AMX. CUDA from 7.0 up gets float16, which has three times the speed of float32 there. Apple's M1 and M2 emulate bfloat16.
+    Other x86 CPUs (with AVX2, which FBGEMM needs) answer from half weights and Apple GPUs from fp16 ones, which halves the memory
+    that each token reads. A GPU that is there and cannot be used is told in one line. Raises UserError for a device that is not
+    there and for another precision. On a CPU, memory is held from now on.
     """
     imports_are_done()
     known = ("auto", "bf16", "fp16", "fp32", *(["int8"] if answering else []))
@@ -100,51 +79,48 @@ def pick_device(name: str = "auto", precision: str = "auto", answering: bool = F
     if unused:
         print(unused, flush=True)
     name = here[0] if name == "auto" else name
-    if name == "cpu":
+    auto, weights, flash = precision == "auto", "plain", False
+    has_bf16, has_fp16 = False, name == "mps"  # the hardware multiplies matrices in that format
+    fbgemm = name == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
+    if name == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        has_bf16, has_fp16 = major >= 8, major >= 7
+        flash = (
+            has_bf16 and torch.backends.cuda.is_flash_attention_available()
+        )  # builds for Windows have none
+        reason = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
+        if precision == "bf16" and not has_bf16:
+            print(f"{reason}: this GPU emulates bf16 and is slower with it than with fp16", flush=True)
+    elif name == "mps":
+        reason, macos = "Apple GPU; bf16 would save memory, not time", platform.mac_ver()[0]
+        if precision == "bf16" and macos and int(macos.partition(".")[0]) < 14:
+            needs = f"needs macOS 14, and this is {macos}"
+            raise UserError(f"--precision bf16 on an Apple GPU {needs}; take fp32")
+    else:
         hold_memory()
         limit_kernels()
-    can, reason = {"cuda": _cuda, "mps": _mps, "cpu": _cpu}[name]()
-    macos = tuple(int(part) for part in platform.mac_ver()[0].split(".") if part.isdigit())
-    if name == "mps" and precision == "bf16" and () < macos < (14,):
-        needs = f"needs macOS 14, and this is {platform.mac_ver()[0]}"
-        raise UserError(f"--precision bf16 on an Apple GPU {needs}; take fp32")
-    if name == "cuda" and precision == "bf16" and not can.bf16:
-        print(f"{reason}: this GPU emulates bf16 and is slower with it than with fp16", flush=True)
-    fbgemm = name == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
+        has_bf16, reason = _processor()
     if precision == "int8" and not fbgemm:
         raise UserError("--precision int8 is for x86 CPUs with AVX2; here, take auto")
-    auto, weights = precision == "auto", "plain"
-    bf16 = precision == "bf16" or auto and can.bf16
-    fp16 = precision == "fp16" or auto and name == "cuda" and can.fp16 and not can.bf16
+    bf16 = precision == "bf16" or auto and has_bf16
+    fp16 = precision == "fp16" or auto and name == "cuda" and has_fp16 and not has_bf16
     if precision == "int8" or fp16 or auto and name == "mps":
         weights = precision if precision == "int8" else "fp16"
     elif auto and fbgemm and not bf16:
         weights = "half"
-    return Device(name, bf16, reason if auto else f"{precision} as asked for; {reason}", weights, can, fp16)
+    reason = reason if auto else f"{precision} as asked for; {reason}"
+    return Device(name, bf16, reason, weights, fp16, name != "cpu" and not (flash and (bf16 or fp16)))
 
 
-# ---- What each device can do
-
-
-def _cuda():
-    major, minor = torch.cuda.get_device_capability()
-    flash = major >= 8 and torch.backends.cuda.is_flash_attention_available()  # builds for Windows have none
-    can = Capabilities(flash, major >= 8, major >= 7, architectures=tuple(torch.cuda.get_arch_list()))
-    return can, f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
-
-
-def _mps():
-    return Capabilities(fp16=True), "Apple GPU; bf16 would save memory, not time"
-
-
-def _cpu():
+def _processor():
+    """(whether it multiplies bfloat16 matrices, its description)"""
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        return Capabilities(), f"{platform.machine()} processor"
+        return False, f"{platform.machine()} processor"
     if torch.cpu._is_amx_tile_supported():
-        return Capabilities(bf16=True), "x86 processor with AMX"
+        return True, "x86 processor with AMX"
     if torch.cpu._is_avx512_bf16_supported():
-        return Capabilities(bf16=True), "x86 processor with AVX512-BF16"
-    return Capabilities(), "x86 processor without bf16 instructions"
+        return True, "x86 processor with AVX512-BF16"
+    return False, "x86 processor without bf16 instructions"
 
 
 def _unused_gpu() -> str:
@@ -194,8 +170,8 @@ def hold_memory() -> None:
 
 
 def limit_kernels() -> None:
-    """Let oneDNN keep 256 kernels instead of 1,024: it makes some for every new shape of a product, about 2.6 MiB for each new length
-    of a document. An environment that says otherwise is obeyed. It has to come before the first product."""
+    """Before the first product: let oneDNN keep 256 kernels instead of 1,024. It makes some for every new shape of a product, about
+    2.6 MiB for each new length of a document. An environment that says otherwise is obeyed."""
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "256")
 

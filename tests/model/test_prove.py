@@ -6,11 +6,9 @@ import pytest
 import torch
 from cuda_on_cpu import cuda_forms
 
-from utils.device import Capabilities, Device
+from utils.device import Device
 from utils.errors import RunError
 from utils.model import attention, mixed, prove
-
-FLASH = Capabilities(flash=True, bf16=True, fp16=True)
 
 
 class Fake(Device):
@@ -43,10 +41,10 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "bf16, fp16, can", [(True, False, FLASH), (False, True, FLASH), (True, False, Capabilities())]
+    "bf16, fp16, equal_rows", [(True, False, False), (False, True, False), (True, False, True)]
 )
-def test_forms_that_compute_rightly_are_taken(gpu, capsys, bf16, fp16, can):
-    device = gpu(bf16, "test", can=can, fp16=fp16)
+def test_forms_that_compute_rightly_are_taken(gpu, capsys, bf16, fp16, equal_rows):
+    device = gpu(bf16, "test", fp16=fp16, equal_rows=equal_rows)
     assert prove.prove(device) == device and capsys.readouterr().out == "" and mixed.DEVICES == ("cuda",)
 
 
@@ -81,7 +79,7 @@ def hangs(*given, **named):
 def test_the_next_form_is_taken_and_told(gpu, monkeypatch, capsys, form, words):
     monkeypatch.setattr("cuda_on_cpu.varlen_as_documented", form)
     monkeypatch.setattr(prove, "SECONDS", 1 if form is hangs else 60)
-    device = gpu(True, "test", can=FLASH)
+    device = gpu(True, "test")
     assert not device.equal_rows and prove.prove(device).equal_rows and mixed.DEVICES == ("cuda",)
     told = capsys.readouterr().out
     assert told.count("\n") == 1 and words in told and "attention by one mask is tried" in told
@@ -89,7 +87,7 @@ def test_the_next_form_is_taken_and_told(gpu, monkeypatch, capsys, form, words):
 
 def test_fused_forms_that_fail_are_left_too(gpu, monkeypatch, capsys):
     monkeypatch.setattr(mixed.FusedRMSNorm, "forward", fails)
-    assert prove.prove(gpu(True, "test", can=FLASH)).equal_rows and mixed.DEVICES == ()
+    assert prove.prove(gpu(True, "test")).equal_rows and mixed.DEVICES == ()
     assert "torch's own autocast with one mask is tried" in capsys.readouterr().out
     monkeypatch.setattr(attention, "by_document", fails)
     monkeypatch.setattr(attention, "by_mask", fails)
@@ -100,4 +98,4 @@ def test_fused_forms_that_fail_are_left_too(gpu, monkeypatch, capsys):
         lambda device: {"loss": torch.ones(())} if device.name == "cpu" else prove_results(device),
     )
     with pytest.raises(RunError, match="train with --device cpu"):
-        prove.prove(gpu(True, "test", can=FLASH))
+        prove.prove(gpu(True, "test"))

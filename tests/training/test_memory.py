@@ -43,7 +43,7 @@ def test_recomputing_keeps_the_input_of_every_layer_and_one_layer_as_a_whole(pla
 
 def test_attention_without_a_fused_kernel_keeps_the_square_of_a_row(place):
     costs = memory.measure_costs(model_of(place), CPU, 160)
-    mps = Device("mps", False, "test")
+    mps = Device("mps", False, "test", equal_rows=True)
     squares = costs.layers * costs.heads * 2 * 512 * 512 * 4  # two rows
     for recompute, layers in ((False, 1), (True, costs.layers)):
         with_squares = memory.memory_parts(costs, 1024, recompute, mps, 512)["activations"]

@@ -12,7 +12,7 @@ from utils.training import plan as planning
 from utils.training.memory import StepPlan, ways
 from utils.training.plan import choose
 
-CUDA, CPU = Device("cuda", True, "test"), Device("cpu", True, "test")
+CUDA, CPU = Device("cuda", True, "test", equal_rows=True), Device("cpu", True, "test")
 NEEDED = {
     StepPlan(4, 1, False): 40,
     StepPlan(2, 2, False): 20,
