@@ -6,7 +6,7 @@ import tempfile
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from utils.data.dedup import EVAL, LONG, Row
 from utils.data.inputs import InputFile
@@ -72,7 +72,7 @@ class Recognised:
         return self.texts.read(size)
 
     def line(self, row: Row) -> bytes:
-        """The line of output that a row makes; of a row that cannot be used, its line of the ledger."""
+        """The line of output that a row makes; of a row that cannot be used, the detail of its reason."""
         return self.read(row.at, row.size)
 
     def original(self, row: Row) -> bytes:
@@ -91,11 +91,10 @@ def recognise(sources: list[InputFile], options: RowOptions, folder: Path) -> Re
     with bar(desc="rows recognised", total=size, unit="B", unit_scale=True) as meter:
         for file, source in enumerate(sources):
             for place, raw, row, item in convert_rows(source, options):
+                _add_row(found, file, source, place, raw, row, item)
                 if isinstance(item, Reject):
-                    _add_reject(found, file, source, place, item)
                     strange = item.reason == "fields not recognised"
                 else:
-                    _add_row(found, file, source, place, raw, row, item)
                     strange = options.columns and item.schema != "--columns"
                 if strange and len(unknown := found.unknown.setdefault(file, [])) < UNKNOWN_ROWS:
                     texts = {name: value for name, value in row.items() if isinstance(value, str)}
@@ -123,26 +122,37 @@ def _refuse_too_many(rows, share):
         )
 
 
-def _add_reject(found: Recognised, file: int, source: InputFile, place: Place, problem: Reject) -> None:
-    text = _ledger_line(source.name, place, problem)
-    found.rows.append(Row(file, place, found.write(text), len(text)))
-    found.reasons[problem.reason] += 1
-    found.given += len(text)
-    found.rejects.setdefault(file, FirstReject(place, problem.reason, problem.detail))
-
-
 def _add_row(
-    found: Recognised, file: int, source: InputFile, place: Place, raw: Raw, row: dict, item: ConvertedRow
+    found: Recognised,
+    file: int,
+    source: InputFile,
+    place: Place,
+    raw: Raw,
+    row: dict,
+    item: ConvertedRow | Reject,
 ) -> None:
+    """Take in one row; of a row that cannot be used, the detail of its reason stands in place of an output line."""
+    if isinstance(item, Reject):
+        text, original = _encoded(item.detail), _encoded(item.row)
+        mine = Row(file, place, found.write(text + original), len(text), len(original))
+        mine.reason = sys.intern(item.reason)
+        found.reasons[item.reason] += 1
+        found.rejects.setdefault(file, FirstReject(place, item.reason, item.detail))
+    else:
+        mine = _usable_row(found, file, source, place, raw, row, item)
+    found.given += mine.original
+    found.rows.append(mine)
+
+
+def _usable_row(found, file, source, place, raw, row, item):
     key = text_key("\x1f".join([item.kind, *item.questions, "\x1e", item.rest]))
-    text, original = _output_line(source.name, place, key, item), _as_json(raw, source.encoding)
+    fields = {"id": f"{key:016x}", **item.body, "source": f"{source.name}:{place}"}
+    text, original = _encoded(fields) + b"\n", _as_json(raw, source.encoding)
     rest = normalize(item.rest)
     mine = Row(file, place, found.write(text + original), len(text), len(original))
     mine.kind, mine.told, mine.content = sys.intern(item.kind), item.split or source.split, key
     mine.rest, mine.long_rest, mine.characters = text_key(rest), len(rest) >= LONG_ANSWER, item.characters
     mine.questions = tuple(_question_keys(found, item.questions))
-    found.rows.append(mine)
-    found.given += len(original)
     found.schemas[item.schema] += 1
     found.trimmed += item.trimmed
     found.fields[item.schema, tuple(row), tuple(item.unused)] += 1
@@ -154,6 +164,7 @@ def _add_row(
         system = first["content"] if first["role"] == "system" else ""
         if system in found.systems or len(found.systems) < SYSTEMS:
             found.systems[system] += 1
+    return mine
 
 
 def _question_keys(found, questions):
@@ -180,31 +191,18 @@ def _as_json(raw, encoding):
     return raw.decode(encoding, "backslashreplace").encode() if encoding == "gb18030" else raw
 
 
-def _output_line(name: str, place: Place, key: int, item: ConvertedRow) -> bytes:
-    fields = {"id": f"{key:016x}", **item.body, "source": f"{name}:{place}"}
-    return json.dumps(fields, ensure_ascii=False).encode() + b"\n"
-
-
-def _ledger_line(name, place, problem):
-    """One line of the ledger; what UTF-8 cannot hold (lone surrogates) is written as \\u escapes."""
-    entry = {
-        "file": name,
-        "line": place,
-        "reason": problem.reason,
-        "detail": problem.detail,
-        "row": problem.row,
-    }
+def _encoded(value):
+    """JSON in one line, as UTF-8; what UTF-8 cannot hold (lone surrogates) makes it all \\u escapes."""
     try:
-        text = json.dumps(entry, ensure_ascii=False, default=str).encode()
+        return json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
-        text = json.dumps(entry, default=str).encode()
-    return text + b"\n"
+        return json.dumps(value, default=str).encode()
 
 
 def pair_bad_answers(found: Recognised) -> None:
     """Give every bad answer that is left the good one to the same prompt and its split, or set it aside."""
     bad = [row for row in found.rows if row.kind == "bad" and not row.reason]
-    good: dict[str, Row] = {}  # {prompt: the first row that answers it well}
+    good: dict[int, Row] = {}  # {prompt: the first row that answers it well}
     for row in found.rows if bad else ():
         if row.kind == "sft" and not row.reason:
             good.setdefault(_prompt_key(json.loads(found.line(row))["messages"][:-1]), row)
@@ -226,21 +224,19 @@ def write_outputs(found: Recognised, sources: list[InputFile], folder: Path) -> 
     """Write every line to its file, and what is set aside to the ledger. {output file: its rows}."""
     outputs: Counter[str] = Counter()
     with ExitStack() as stack:
-        ledger = stack.enter_context(atomic_write(folder / "set_aside.jsonl", "wb"))
-        files: dict[str, IO[bytes]] = {}
+        files = {"set_aside": stack.enter_context(atomic_write(folder / "set_aside.jsonl", "wb"))}
         for row in found.rows:
-            if not row.kind:
-                ledger.write(found.line(row))
-            elif row.reason:
-                ledger.write(_repeat_line(row, found, sources))
+            name, line = "set_aside", b""
+            if row.reason:
+                line = _ledger_line(row, found, sources)
             else:
-                name = (
-                    OUTPUT_FILES[row.kind].held_out if row.split == EVAL else OUTPUT_FILES[row.kind].trained
-                )
-                if name not in files:
-                    files[name] = stack.enter_context(atomic_write(folder / f"{name}.jsonl", "wb"))
-                files[name].write(_pair_line(row, found) if row.kind == "bad" else found.line(row))
+                kind = OUTPUT_FILES[row.kind]
+                name = kind.held_out if row.split == EVAL else kind.trained
+                line = _pair_line(row, found) if row.kind == "bad" else found.line(row)
                 outputs[name] += 1
+            if name not in files:
+                files[name] = stack.enter_context(atomic_write(folder / f"{name}.jsonl", "wb"))
+            files[name].write(line)
     return outputs
 
 
@@ -248,16 +244,15 @@ def _pair_line(row, found):
     """The preference pair of a bad answer and the conversation that answers the same prompt well."""
     pair, chosen = json.loads(found.line(row)), json.loads(found.line(row.of))["messages"][-1:]
     turns = {"prompt": pair["prompt"], "chosen": chosen, "rejected": pair["rejected"]}
-    pair = {"id": pair["id"], **turns, "kind": "given", "source": pair["source"]}
-    return json.dumps(pair, ensure_ascii=False).encode() + b"\n"
+    return _encoded({"id": pair["id"], **turns, "kind": "given", "source": pair["source"]}) + b"\n"
 
 
-def _repeat_line(row, found, sources):
-    """The ledger's line of a row that repeats or leaks another, or is a bad answer alone."""
+def _ledger_line(row, found, sources):
+    """The ledger's line of a row that cannot be used, that repeats or leaks another, or that is a bad answer alone."""
     detail = f"of {sources[row.of.file].name}:{row.of.line}" if row.of else ""
+    detail = detail if row.kind else json.loads(found.line(row))
     entry = {"file": sources[row.file].name, "line": row.line, "reason": row.reason, "detail": detail}
-    text = json.dumps(entry, ensure_ascii=False)[:-1].encode()
-    return text + b', "row": ' + found.original(row) + b"}\n"
+    return _encoded(entry)[:-1] + b', "row": ' + found.original(row) + b"}\n"
 
 
 def remove_stale(folder: Path, outputs: Counter) -> None:

@@ -59,8 +59,8 @@ class Row:
 
     file: int  # number of its source
     line: int | str  # as Place in readers.py
-    at: int  # where its output line begins in the file of texts; of a row that cannot be used, its ledger line
-    size: int  # bytes of that line
+    at: int  # where its output line begins in the file of texts
+    size: int  # bytes of that line; of a row that cannot be used, of the detail of its reason
     original: int = 0  # bytes of the row as it was given, which follows
     kind: str = ""  # of OUTPUT_FILES; "" if the row cannot be used
     told: str = ""  # the split that the row says it belongs to, or ""
