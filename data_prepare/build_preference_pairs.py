@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` is found from any folder
 
 from utils.data import pairs
-from utils.data.terms import Terms
+from utils.data.texts import Terms
 from utils.errors import UserError, run
 from utils.files import (
     prepare_folder,

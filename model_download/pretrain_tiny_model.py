@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` 
 from data_prepare.sample.entities import Entity, Wordings
 from data_prepare.sample.invented import Names, copy_exercises, invent_world
 from data_prepare.sample.texts import rows_of, statements_of
-from utils.data.terms import Terms
+from utils.data.texts import Terms
 from utils.errors import run
 from utils.files import (
     prepare_folder,

@@ -138,7 +138,7 @@ def models_to_compare(settings):
 
 def load_tests(settings):
     """(utils.evaluation.measure.Tests, {reason: rows of the exam file left out}); UserError for files that are not as wanted."""
-    from utils.data.terms import Terms
+    from utils.data.texts import Terms
     from utils.evaluation.questions import Tests, read_exam
     from utils.model.chat_format import THINKING_MODES
 

@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator
 
 from data_prepare.sample.entities import TABLES, Entity, Wordings
-from utils.data.terms import Terms
+from utils.data.texts import Terms
 
 LOOK_ALIKES = 0.5  # share of the fresh names that differ little from a real one: each syllable has to be read
 

@@ -19,9 +19,9 @@ from utils.data.dedup import (
     set_repeats_aside,
     signatures,
 )  # fmt: skip
-from utils.data.normalize import is_courtesy, normalize, traditional_known
 from utils.data.report import sample_examples
 from utils.data.schemas import OUTPUTS
+from utils.data.texts import is_courtesy, normalize
 
 WORDS = (
     "麻黄桂枝芍药甘草生姜大枣石膏知母粳米人参半夏黄芩柴胡厚朴枳实大黄芒硝茯苓白术泽泻猪苓附子干姜细辛五味子"
@@ -160,7 +160,6 @@ def test_other_patients_are_no_duplicates(tmp_path, convert):
     assert len(found["sft_train"]) == 3
 
 
-@pytest.mark.skipif(not traditional_known(), reason="opencc-python-reimplemented is not installed")
 def test_traditional_twins_are_the_same_question(tmp_path, convert):
     rows = [
         {"query": "麻黄湯的組成和功效是什麼？", "response": "由麻黃、桂枝等組成。", "split": "test"},

@@ -9,7 +9,7 @@ from tiny_model import make_tiny_model
 
 from data_prepare import build_preference_pairs
 from utils.data import pairs
-from utils.data.terms import Terms
+from utils.data.texts import Terms
 from utils.errors import run
 from utils.files import read_json, read_jsonl, write_json, write_jsonl
 from utils.model import generate as pairs_generate

@@ -10,7 +10,7 @@ from conftest import ROOT
 from data_prepare.sample import make_sample
 from data_prepare.sample.entities import load_entities
 from data_prepare.sample.exam import too_close
-from utils.data.terms import Terms
+from utils.data.texts import Terms
 from utils.files import read_json, read_jsonl
 
 SAMPLE = ROOT / "data_prepare/sample"

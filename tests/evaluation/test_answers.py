@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT
 from evaluation_files import EXAM, compare, make_arguments
 
-from utils.data.terms import Terms
+from utils.data.texts import Terms
 from utils.evaluation.answers import (
     Question,
     ask_in_conversations,

@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT
 from evaluation_files import CPU, EXAM, alone, compare, letters_alone, load_plain, make_arguments, prompt_of
 
-from utils.data.terms import Terms
+from utils.data.texts import Terms
 from utils.evaluation.answers import states_one_of
 from utils.evaluation.measure import letter_choices
 from utils.files import read_json, read_jsonl

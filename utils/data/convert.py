@@ -11,9 +11,9 @@ from typing import NamedTuple
 from utils.data.dedup import EVAL, LONG, Row
 from utils.data.inputs import InputFile
 from utils.data.messages import Reject
-from utils.data.normalize import is_courtesy, normalize, text_key, without_filler
 from utils.data.readers import Place, Raw
 from utils.data.schemas import OUTPUT_FILES, ConvertedRow, RowOptions, convert_rows
+from utils.data.texts import is_courtesy, normalize, text_key, without_filler
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.memory import memory_for_process

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from utils.data.convert import Recognised
 from utils.data.dedup import EXAM, SHINGLE, Row, differ_in_fact, shingles
 from utils.data.exams import options_in
-from utils.data.normalize import normalize, without_filler
+from utils.data.texts import normalize, without_filler
 from utils.text import progress
 
 PIECES = 4  # looked for of each stem, apart from one another, so that a changed character leaves one whole

@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.data.normalize import ASKS, is_courtesy, normalize
-from utils.data.terms import Terms
+from utils.data.texts import ASKS, Terms, is_courtesy, normalize
 from utils.files import id_key
 from utils.kept import read_kept, write_kept
 

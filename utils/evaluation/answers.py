@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from utils.data.terms import Terms
+from utils.data.texts import Terms
 from utils.evaluation.questions import Tests
 from utils.model.chat_format import THINKING_MODES, encode_prompt
 from utils.model.generate import generate_tokens, read_answer, stop_tokens

@@ -8,7 +8,7 @@ from utils.data.exams import SINGLE
 from utils.data.inputs import find_input_files
 from utils.data.messages import Reject
 from utils.data.schemas import convert_rows
-from utils.data.terms import Terms
+from utils.data.texts import Terms
 from utils.errors import UserError
 from utils.files import show_path
 

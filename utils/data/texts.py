@@ -1,7 +1,7 @@
-"""Texts as they are compared: their letters and digits, whatever the width, case, spacing and punctuation they came in.
+"""Texts as they are compared: by their letters and digits, and by the Chinese-medicine terms in them.
 
-Traditional characters are compared as simplified ones, by OpenCC's table (one character for one; phrases are left out, because
-both texts go through the same table).
+Letters and digits count whatever the width, case, spacing and punctuation they came in; traditional characters count as
+simplified ones by OpenCC's table (one character for one: both texts go through the same table).
 """
 
 import functools
@@ -9,8 +9,14 @@ import hashlib
 import importlib.util
 import re
 import unicodedata
+from collections import defaultdict
 from pathlib import Path
 
+from utils.files import read_jsonl
+
+# A single character (a channel such as 肺, a nature such as 温) is a term only where it stands alone: after one of the left
+# characters or a border, before one of the right characters or a border.
+LEFT, RIGHT = "性味归入属为是、，：。", "经、，。；"
 COURTESY_LEFT = 0.15  # of a turn's characters, beside words of courtesy
 _COMMON_MARKS = "，。、？；：（）！“”\n "  # signs of nearly every Chinese text
 _NOISE = re.compile(r"(?<!\d)(?:[^\w<>=+%±≤≥]|_)+|(?:[^\w<>=+%±≤≥]|_)+(?!\d)")
@@ -32,7 +38,7 @@ ASKS = re.compile("什么|怎|如何|哪|多少|为何|是否|能不能|可不�
 
 
 def is_courtesy(text: str) -> bool:
-    """Whether a turn of a dialogue is nothing but a greeting, thanks or good wishes."""
+    """True if a turn of a dialogue is nothing but a greeting, thanks or good wishes."""
     text = normalize(text)
     left = _COURTESY.sub("", text)
     if len(left) == len(text) or ASKS.search(left):
@@ -62,19 +68,48 @@ def text_key(text: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def traditional_known() -> bool:
-    """Whether OpenCC's table is there (opencc-python-reimplemented in requirements.txt)."""
-    return importlib.util.find_spec("opencc") is not None
-
-
 @functools.cache
 def _simplified():
-    """{code of a traditional character: the simplified one}; {} if the table is not installed."""
-    if not traditional_known():
-        return {}
+    """{code of a traditional character: the simplified one}."""
     package = importlib.util.find_spec("opencc").submodule_search_locations[0]
     lines = (Path(package) / "dictionary" / "TSCharacters.txt").read_text(encoding="utf-8-sig").splitlines()
     pairs = (line.split("\t") for line in lines if "\t" in line)
-    return {
-        ord(traditional): simplified.split()[0] for traditional, simplified in pairs if len(traditional) == 1
-    }
+    return {ord(old): simplified.split()[0] for old, simplified in pairs if len(old) == 1}
+
+
+class Terms:
+    """The terms of a file of {"kind", "term"[, "near": terms that mean nearly the same]}: data_prepare/sample/terms.jsonl."""
+
+    def __init__(self, path: Path):
+        self.kinds: dict[str, list[str]] = {}
+        self.near: dict[tuple[str, str], set[str]] = {}
+        self.by_kind: dict[str, list[str]] = {}
+        for row in read_jsonl(path, wanted=["kind", "term"]):
+            self.kinds.setdefault(row["term"], []).append(row["kind"])
+            self.near[row["kind"], row["term"]] = set(row.get("near", []))
+            self.by_kind.setdefault(row["kind"], []).append(row["term"])
+        self.by_first = defaultdict(list)  # {first character: terms, longest first}
+        for term in sorted(self.kinds, key=len, reverse=True):
+            self.by_first[term[0]].append(term)
+
+    def find(self, text: str) -> list[tuple[int, int, str]]:
+        """[(start, end, term), ...] in order, longest terms first, without overlaps."""
+        found, at, by_first = [], 0, self.by_first
+        while at < len(text):
+            for term in by_first.get(text[at], ()):
+                if text.startswith(term, at) and (len(term) > 1 or _stands_alone(text, at)):
+                    found.append((at, at + len(term), term))
+                    at += len(term)
+                    break
+            else:
+                at += 1
+        return found
+
+    def stated(self, answer: str, question: str) -> set[str]:
+        """The set of terms that `answer` states and `question` does not already name."""
+        return {term for _, _, term in self.find(answer) if term not in question}
+
+
+def _stands_alone(text, at):
+    after = text[at + 1 : at + 2]
+    return (not at or text[at - 1] in LEFT) and (not after or after in RIGHT or text[at + 1 :] == "\n")
