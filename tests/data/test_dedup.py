@@ -315,6 +315,10 @@ def test_groups_are_held_out_whole_up_to_the_share():
     assert dealt(0.05, 1000, 0, size=25).count(EVAL) == 25  # the smallest, if all are too large
 
 
+def test_a_set_that_names_its_own_evaluation_rows_gives_no_more():
+    assert splits(rows_of(*["sft"] * 100, told=[EVAL] * 6), 0.05, 1000, 0).count(EVAL) == 6
+
+
 def test_pairs_follow_the_conversations_of_their_group():
     split = splits(rows_of(*["sft"] * 50, *["dpo"] * 50, groups=[*range(50)] * 2), 0.3, 1000, 0)
     assert split[:50] == split[50:] and EVAL in split

@@ -284,8 +284,9 @@ def assign_splits(
         free = {row.content: row for row in mine if not row.told}.values()  # each distinct row once
         held_out = sum(row.told == EVAL for row in mine)
         count = len(free) + held_out
-        wanted = max(round(eval_share * count), min(LEAST_HELD_OUT, round(SMALL_SHARE * count)), 1)
-        wanted = min(max_eval_rows, wanted) if eval_share else 0
+        # A small set holds out more, unless some of its rows say that they are held out.
+        least = 1 if held_out else max(min(LEAST_HELD_OUT, round(SMALL_SHARE * count)), 1)
+        wanted = min(max_eval_rows, max(round(eval_share * count), least)) if eval_share else 0
         wanted -= held_out + sum(row.split == EVAL for row in free)
         chosen = _drawn(Counter(group_of(row) for row in free if not row.split), wanted, seed)
         groups = {group_of(row) for row in free}
