@@ -71,7 +71,9 @@ def attend_in_bfloat16(query, key, value, scaling, masks) -> torch.Tensor:
     if query.numel() * key.shape[2] > FEW:
         return plain_attend(query, key, value, scaling, masks)
     with torch.autocast("cpu", enabled=False):  # which would cast to bfloat16
-        return fused_attend(query.float(), key.float(), value.float(), scaling, masks)
+        # Copies: what autograd keeps of a few tokens would otherwise hold the queries and keys of the whole row.
+        parts = (part.to(torch.float32, copy=True) for part in (query, key, value))
+        return fused_attend(*parts, scaling, masks)
 
 
 def plain_attend(query, key, value, scaling, masks, dtype=torch.bfloat16) -> torch.Tensor:
