@@ -38,32 +38,22 @@ class FakeHub:
         """Publish a repository with one commit, on the branch main; returns the commit's id."""
         entries = []
         for path, data in files.items():
-            entry = {
-                "type": "file",
-                "path": path,
-                "size": len(data),
-                "oid": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(),
-            }
+            blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+            entry = {"type": "file", "path": path, "size": len(data), "oid": blob}
             if len(data) >= LARGE:
                 sha256 = hashlib.sha256(data).hexdigest()
                 entry["lfs"] = {"oid": sha256, "size": len(data), "pointerSize": 130}
                 self.storage[sha256] = data
             entries.append(entry)
         commit = commit or hashlib.sha1(json.dumps(entries).encode()).hexdigest()
-        self.repos[f"{kind}s", repo_id] = {
-            "files": dict(files),
-            "entries": entries,
-            "commit": commit,
-            "gated": gated,
-            "page_size": page_size,
-        }
+        repo = {"files": dict(files), "entries": entries, "commit": commit}
+        self.repos[f"{kind}s", repo_id] = {**repo, "gated": gated, "page_size": page_size}
         return commit
 
     def fault(self, where, times=10**9, **action):
         """Misbehave on the next `times` requests whose path matches the regex `where`. Actions, one or more:
 
-        status=503 (with headers={...}, body=b"..."); endless=bytes that are sent again and again; stall=seconds before the
-        answer; cut=n: n bytes of the body, then FIN, or with rst=True a reset, with hang=seconds silence, with short=True nothing amiss (the length is what was sent);
+        status=503 (with headers={...}, body=b"..."); stall=seconds before the answer; cut=n: n bytes of the body, then FIN, or with rst=True a reset, with hang=seconds silence, with short=True nothing amiss (the length is what was sent);
         corrupt=True: one byte flipped; ignore_range=True: the whole file.
         """
         self.faults.append({"where": where, "times": times, **action})
@@ -101,8 +91,6 @@ def _handler(hub):
                     return self.answer(
                         self.act["status"], self.act.get("body", b""), self.act.get("headers", {})
                     )
-                if "endless" in self.act:
-                    return self.drip(self.act["endless"])
                 self.route(path)
             except (BrokenPipeError, ConnectionResetError):
                 self.close_connection = True
@@ -113,13 +101,6 @@ def _handler(hub):
                 self.send_header(name, str(value))
             self.end_headers()
             self.wfile.write(body)
-
-        def drip(self, piece):
-            self.send_response(200)
-            self.end_headers()
-            self.close_connection = True
-            while True:
-                self.wfile.write(piece)
 
         def refuse(self, status, code, message):
             self.answer(status, b"", {"X-Error-Code": code, "X-Error-Message": message})
@@ -156,11 +137,8 @@ def _handler(hub):
                 return self.refuse(404, "EntryNotFound", "Entry not found")
             data = repo["files"][name]
             if len(data) >= LARGE:
-                return self.answer(
-                    302,
-                    b"",
-                    {"Location": f"http://localhost:{hub.port}/storage/{hashlib.sha256(data).hexdigest()}"},
-                )
+                place = f"http://localhost:{hub.port}/storage/{hashlib.sha256(data).hexdigest()}"
+                return self.answer(302, b"", {"Location": place})
             self.send_file(data)
 
         def send_file(self, data):

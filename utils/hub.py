@@ -1,16 +1,14 @@
 """The Hugging Face Hub: what a repository holds at one commit, and its files brought to disk whole or not at all.
 
-Built on the parts of huggingface_hub 2.4.0. Its `hf_hub_download` is not used, for three reasons: it begins a file again after
-a kill (its temporary name is random, and removed), it compares sizes but no sha256, and large files come through Xet, which goes
-around mirrors. Its `http_backoff` and `http_get` are used. They repeat what failed a few times and say so, and http_get
-goes on at `resume_size`; it does not repeat a connection that was reset or an answer of 500 and above, which is done here. After
-a redirect to another host the token is not sent.
+Built on `http_get` and `http_backoff` of huggingface_hub 2.4.0. Its `hf_hub_download` begins a file again after a kill, compares
+sizes but no sha256, and brings large files through Xet, which goes around mirrors. `http_get` goes on at `resume_size`; answers
+of 500 and above and connections that were reset are repeated here. After a redirect to another host the token is not sent.
 """
 
 import contextlib
 import fnmatch
+import glob
 import hashlib
-import logging
 import os
 import re
 import shutil
@@ -27,7 +25,7 @@ from utils.text import bar, format_bytes, say
 
 HOME = "https://huggingface.co"
 COMMIT = re.compile(r"[0-9a-f]{40}")
-RETRIES = 6  # failures in a row, without progress, before giving up
+WAITS = (2, 4, 8, 16, 30)  # seconds, before a request for a file is repeated
 SPARE_BYTES = 64 << 20  # to leave free on the disk
 # What transformers needs of a model, and the licence.
 MODEL_FILES = """config.json generation_config.json tokenizer*.json tokenizer.model special_tokens_map.json added_tokens.json
@@ -86,9 +84,14 @@ def look_up(kind: str, repo_id: str, revision: str) -> Repo:
         if not COMMIT.fullmatch(commit) or COMMIT.fullmatch(revision) and revision != commit:
             raise RunError(f"{_endpoint()} gives commit {commit} for {repo_id} at {revision}")
         licence = next((tag[8:] for tag in info.get("tags") or [] if tag.startswith("license:")), None)
-        entries = [entry for page in _pages(f"{api}/tree/{commit}?recursive=true") for entry in page]
-        files = [_read_entry(entry) for entry in entries if entry["type"] == "file"]
-    return Repo(kind, repo_id, commit, licence, {file.path: file for file in files})
+        files = {}
+        for entry in (entry for page in _pages(f"{api}/tree/{commit}?recursive=true") for entry in page):
+            sha256 = (entry.get("lfs") or {}).get("oid", "")
+            if not COMMIT.fullmatch(entry["oid"]) or not re.fullmatch("([0-9a-f]{64})?", sha256):
+                raise ValueError(entry)
+            if entry["type"] == "file":
+                files[entry["path"]] = HubFile(entry["path"], entry["size"], entry["oid"], sha256)
+    return Repo(kind, repo_id, commit, licence, files)
 
 
 def _pages(url):
@@ -115,14 +118,6 @@ def _headers():
         return build_hf_headers(token=False)
 
 
-def _read_entry(entry):
-    file = HubFile(entry["path"], entry["size"], entry["oid"], (entry.get("lfs") or {}).get("oid", ""))
-    well = COMMIT.fullmatch(file.blob) and re.fullmatch("([0-9a-f]{64})?", file.sha256) and file.size >= 0
-    if not well or not file.path.isprintable() or {"", ".", ".."} & set(file.path.split("/")):
-        raise ValueError(entry)
-    return file
-
-
 # ---- Files
 
 
@@ -141,8 +136,8 @@ def download(repo: Repo, wanted: Mapping[Path, HubFile], ours: Collection[Path] 
             raise UserError(f"{what}; delete it, or choose another folder with --output-dir")
         if problem or not path.exists():
             missing[path] = max(0, file.size - _size(_part(path, file)))
-    fetch, total = sum(missing.values()), sum(file.size for file in wanted.values())
-    fetch, total = format_bytes(fetch), format_bytes(total)
+    fetch = format_bytes(sum(missing.values()))
+    total = format_bytes(sum(file.size for file in wanted.values()))
     files = f"{len(wanted)} file{'s' * (len(wanted) > 1)}, {total}, {fetch} to fetch"
     say(f"{repo.id} at {repo.commit[:7]} from {_endpoint()}: {files}", flush=True)
     for folder in {path.parent for path in missing}:
@@ -158,27 +153,24 @@ def download(repo: Repo, wanted: Mapping[Path, HubFile], ours: Collection[Path] 
 
 
 def _fetch(repo, file, path):
-    """Bring one file to its place, whole and verified; a damaged one is fetched a second time."""
+    """Bring one file to its place, whole and verified."""
     part = _part(path, file)
-    for other in path.parent.glob("*.part"):  # what is left of another commit's file of this name
-        if other != part and re.fullmatch(re.escape(path.name) + r"\.[0-9a-f]{12}\.part", other.name):
+    for other in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 12}.part"):
+        if other != part:  # what is left of this file at another commit
             other.unlink()
-    for told in (f"  {file.path} arrived damaged ({{}}); fetching it once more", ""):
-        with _errors_told(repo):
-            _transfer(repo, file, part)
-        # Another run of the same command may have moved the part into place.
-        arrived = part if part.exists() else path
-        problem = damage(arrived, file)
-        if not problem:
-            return os.replace(arrived, path)
+    with _errors_told(repo):
+        _transfer(repo, file, part)
+    # Another run of the same command may have moved the part into place.
+    arrived = part if part.exists() else path
+    if problem := damage(arrived, file):
         arrived.unlink()
-        say(told.format(problem), flush=True)
-    what = f"{file.path} of {repo.id} arrived damaged twice from {_endpoint()} ({problem})"
-    raise RunError(f"{what}; try another mirror in HF_ENDPOINT")
+        what = f"{file.path} of {repo.id} arrived damaged from {_endpoint()} ({problem})"
+        raise RunError(f"{what}; run this again, or choose another mirror in HF_ENDPOINT")
+    os.replace(arrived, path)
 
 
 def _transfer(repo, file, part):
-    """Bring `part` from the size it has to its full size. Failures that may pass are repeated, and counted anew after progress."""
+    """Bring `part` from the size it has to its full size. Failures that may pass are repeated."""
     import httpx2
     from huggingface_hub import constants, errors, hf_hub_url
     from huggingface_hub.file_download import http_get
@@ -189,16 +181,15 @@ def _transfer(repo, file, part):
     options |= {"displayed_filename": file.path, "tqdm_class": bar}
     # 10 MiB, on a slow line, are minutes without a sign, and lost by a kill.
     constants.DOWNLOAD_CHUNK_SIZE = 64 << 10
-    failures = 0
-    while True:
-        done = _size(part)
+    for wait in (*WAITS, None):
+        done = min(_size(part), file.size)
         if done:
             say(f"  {file.path}: going on at {format_bytes(done)} of {format_bytes(file.size)}", flush=True)
         try:
             part.touch()
             with open(part, "r+b") as out:  # two runs at once write the same bytes to the same places
-                out.seek(min(done, file.size))
-                http_get(url, out, resume_size=min(done, file.size), **options)
+                out.seek(done)
+                http_get(url, out, resume_size=done, **options)
                 out.flush()
                 return os.fsync(out.fileno())
         except (errors.HfHubHTTPError, httpx2.HTTPError, OSError) as error:
@@ -207,11 +198,10 @@ def _transfer(repo, file, part):
                 part.unlink()
             # An OSError without a number is http_get's word for a wrong size.
             broken = not status and (isinstance(error, httpx2.HTTPError) or not error.errno)
-            failures = 1 if _size(part) > done else failures + 1
-            if failures > RETRIES or not (status >= 500 or status == 416 or broken):
+            if wait is None or not (status >= 500 or status == 416 or broken):
                 raise
-            say(f"  {file.path}: {_cause(error)}; again in {min(2**failures, 30)} s", flush=True)
-            time.sleep(min(2**failures, 30))
+            say(f"  {file.path}: {_cause(error)}; again in {wait} s", flush=True)
+            time.sleep(wait)
 
 
 def damage(path: Path, file: HubFile) -> str:
@@ -249,10 +239,10 @@ def _errors_told(repo):
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "30")  # seconds without a byte
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-    from huggingface_hub.utils.logging import get_logger
+    from huggingface_hub.utils.logging import set_verbosity_error
 
-    get_logger().handlers = [_OneLine()]
-    endpoint, more = _endpoint(), "; the same command goes on from here"
+    set_verbosity_error()  # its words for a repeated request hold long addresses
+    endpoint, again = _endpoint(), "; the same command goes on from here"
     if not re.match(r"https?://[^/]", endpoint):
         raise UserError(f"HF_ENDPOINT is {endpoint!r}, wanted an address such as {HOME}")
     if not os.environ.get("HF_TOKEN", "").isascii():
@@ -262,18 +252,20 @@ def _errors_told(repo):
     except (HfHubHTTPError, OfflineModeIsEnabled) as error:
         status = getattr(getattr(error, "response", None), "status_code", 0)
         names = [*(kind.__name__ for kind in type(error).__mro__), status]
-        for refusal in (REFUSALS[name] for name in REFUSALS if name in names):
+        if refusal := next((REFUSALS[name] for name in REFUSALS if name in names), ""):
             about = {**repo._asdict(), "page": repo.page, "endpoint": endpoint, "cause": _cause(error)}
             raise UserError(refusal.format(**about)) from None
-        mend = "try later, or another mirror in HF_ENDPOINT"
-        if status == 429:
-            mend = "wait some minutes, or set HF_TOKEN"
-        raise RunError(f"{_cause(error)}; {mend}{more}") from None
+        mend = (
+            "wait some minutes, or set HF_TOKEN"
+            if status == 429
+            else "try later, or another mirror in HF_ENDPOINT"
+        )
+        raise RunError(f"{_cause(error)}; {mend}{again}") from None
     except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, httpx2.LocalProtocolError, ImportError) as error:
         check = "check HF_ENDPOINT, HF_TOKEN and the proxy"
         raise UserError(f"no request to {endpoint} can be made ({error}); {check}") from None
     except httpx2.HTTPError as error:
-        raise RunError(f"{_cause(error)}; check the network and HF_ENDPOINT ({endpoint}){more}") from None
+        raise RunError(f"{_cause(error)}; check the network and HF_ENDPOINT ({endpoint}){again}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         check = "check HF_ENDPOINT and the network's login page"
         raise RunError(f"{endpoint} does not answer as the Hub does; {check}") from None
@@ -288,14 +280,6 @@ def _cause(error):
     connecting = type(error).__name__ in ("ConnectError", "ProxyError")
     text = (str(error) or type(error).__name__).splitlines()[0]
     return f"{'cannot connect to' if connecting else 'the connection broke:'} {host} ({text})"
-
-
-class _OneLine(logging.Handler):
-    """Tells what huggingface_hub warns of, such as a request that it repeats, in one line and without a long address."""
-
-    def emit(self, record):
-        text = re.sub(r"(https?://[^/\s]+)\S*", r"\1", record.getMessage())
-        say(f"  {' '.join(text.split())}", flush=True)
 
 
 # ---- Records of downloads, and models in the Hub's own cache

@@ -84,12 +84,11 @@ def draw_lengths(path: Path, characters: list[int], tokens: list[int], max_lengt
     axes.set_xlabel(f"length of a conversation, {unit}")
     axes.set_ylabel(f"conversations, of {len(lengths):,}")
     axes.grid(alpha=0.3)
+    if len(tokens) and max_length <= NEAR * max(tokens):
+        axes.axvline(max_length, color="tab:red", label=f"MAX_LENGTH {max_length:,}")
+    elif len(tokens):
+        axes.plot([], [], " ", label=f"longest {max(tokens):,}, far below MAX_LENGTH {max_length:,}")
     if len(tokens):
-        longest = max(tokens)
-        if max_length <= NEAR * longest:
-            axes.axvline(max_length, color="tab:red", label=f"MAX_LENGTH {max_length:,}")
-        else:
-            axes.plot([], [], " ", label=f"longest {longest:,}, far below MAX_LENGTH {max_length:,}")
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     save_figure(pyplot, figure, path)
 
@@ -160,8 +159,8 @@ def plot_training(log: list[Entry], path: Path, title: str, best_step: int | Non
         titles |= {"accuracy": "share of pairs with a margin above 0", "margin": "reward margin"}
         titles["logps"] = "log-probability of the answers: chosen blue, rejected red"
     size, heights = ((16, 9), [5, 5, 1.4]) if len(mosaic) == 3 else ((11, 6.2), [5, 1])
-    steps = [entry["step"] for entry in log]
-    room = max(0.04 * (max(steps) - min(steps)), 0.5)  # for the values beside the outermost points
+    first, last = log[0]["step"], log[-1]["step"]
+    room = max(0.04 * (last - first), 0.5)  # for the values beside the outermost points
     with pyplot.rc_context(TEXT):
         figure = pyplot.figure(figsize=size, layout="constrained")
         panels = figure.subplot_mosaic(mosaic, height_ratios=heights)
@@ -170,10 +169,15 @@ def plot_training(log: list[Entry], path: Path, title: str, best_step: int | Non
             panels[panel].set_title(titles[panel], loc="left")
         if "accuracy" in panels:
             panels["accuracy"].set_ylim(-0.05, 1.1)
-        _draw_rate(panels["rate"], log)
+        steps, rates = points(log, "learning_rate")
+        panels["rate"].plot(steps, rates, color="grey", linewidth=1.5, **_dots(len(steps)))
+        panels["rate"].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        panels["rate"].set_ylim(bottom=0)
+        panels["rate"].set_ylabel("rate")
+        panels["rate"].set_xlabel("optimizer step; below the curves: the learning rate")
         for panel in panels.values():
             panel.grid(alpha=0.3)
-            panel.set_xlim(min(steps) - room, max(steps) + room)
+            panel.set_xlim(first - room, last + room)
         figure.legend(*panels["loss"].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         figure.suptitle(label_text(title))
         save_figure(pyplot, figure, path)
@@ -199,17 +203,12 @@ def _draw_quantity(axis, log, name, best_step, colour):
     last = len(steps) - 1
     for index in range(len(steps)) if last < MOST_VALUES else sorted({0, *best, last}):
         text = f"{values[index]:.3g}" if abs(values[index]) >= 100 else f"{values[index]:.3f}"
-        place = {"textcoords": "offset points", "ha": "center", "fontsize": 11, "color": points_colour}
-        axis.annotate(text, (steps[index], values[index]), (0, 11), zorder=6, **place)
+        _write_beside(axis, steps[index], values[index], text, (0, 11), points_colour)
 
 
-def _draw_rate(axis, log):
-    steps, rates = points(log, "learning_rate")
-    axis.plot(steps, rates, color="grey", linewidth=1.5, **_dots(len(steps)))
-    axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    axis.set_ylim(bottom=0)
-    axis.set_ylabel("rate")
-    axis.set_xlabel("optimizer step; below the curves: the learning rate")
+def _write_beside(axis, x, y, text, offset, colour):
+    place = {"textcoords": "offset points", "ha": "center", "fontsize": 11, "color": colour, "zorder": 6}
+    axis.annotate(text, (x, y), offset, **place)
 
 
 def _dots(count):
@@ -236,11 +235,10 @@ def write_curve_csv(log: list[Entry], path: Path) -> None:
     """The log as a table for a spreadsheet: one line per step, the held-out figures beside those of training."""
     steps: dict[int, Entry] = {}
     for entry in log:
-        steps[entry["step"]] = steps.get(entry["step"], {}) | entry
+        steps.setdefault(entry["step"], {}).update(entry)
+    names = list(dict.fromkeys(name for entry in log for name in entry))
     with atomic_write(path) as file:
-        table = csv.DictWriter(
-            file, list(dict.fromkeys(name for entry in log for name in entry)), lineterminator="\n"
-        )
+        table = csv.DictWriter(file, names, lineterminator="\n")
         table.writeheader()
         table.writerows(steps.values())
 
@@ -252,17 +250,16 @@ def plot_runs(runs: list[Run], path: Path) -> None:
     that of SFT and LoRA: if both are there, each has a panel.
     """
     pyplot = load_pyplot()
-    panels: dict[str, list] = {"loss (SFT, LoRA)": [], "DPO loss": []}
+    panels: dict[str, list] = {}
     for number, run in enumerate(runs):
         preference = any("reward_margin" in entry for entry in run.entries)
-        panels["DPO loss" if preference else "loss (SFT, LoRA)"].append((number, run))
-    panels = {title: members for title, members in panels.items() if members}
+        panels.setdefault("DPO loss" if preference else "loss (SFT, LoRA)", []).append((number, run))
     by_tokens = all(run.tokens_per_step for run in runs)
     with pyplot.rc_context(TEXT):
         form = {"figsize": (9 * len(panels), 6), "squeeze": False, "layout": "constrained"}
         figure, [axes] = pyplot.subplots(1, len(panels), **form)
-        for axis, (title, members) in zip(axes, panels.items()):
-            for number, run in members:
+        for axis, title in zip(axes, sorted(panels, reverse=True)):
+            for number, run in panels[title]:
                 _draw_run(axis, run, number, run.tokens_per_step if by_tokens else 1)
             axis.set_title(title, loc="left")
             axis.set_xlabel("tokens trained on" if by_tokens else "optimizer step")
@@ -279,7 +276,6 @@ def _draw_run(axis, run, number, scale):
     steps, values = points(run.entries, "eval_loss")
     axis.plot(steps * scale, values, "o", color=colour, markersize=6, markeredgecolor="black")
     if len(steps):
-        place = {"textcoords": "offset points", "ha": "center", "fontsize": 11, "color": colour}
-        axis.annotate(
-            f"{values[-1]:.3f}", (steps[-1] * scale, values[-1]), (0, 10 + 12 * (number % 3)), **place
+        _write_beside(
+            axis, steps[-1] * scale, values[-1], f"{values[-1]:.3f}", (0, 10 + 12 * (number % 3)), colour
         )
