@@ -54,23 +54,23 @@ python data_prepare/convert_to_qwen3_format.py --input-files {DEMO}/raw --output
 # full fine-tuning (SFT)
 python model_finetune/finetune_sft.py --model {TINY} --output-dir {DEMO}/sft_finetuned
     --train-file {DATA}/sft_train.jsonl --eval-file {DATA}/sft_eval.jsonl
-    {SMALL} --epochs 1 --learning-rate 5e-4 --train-embeddings False
+    {SMALL} --epochs 1 --join-single 0.3 --learning-rate 5e-4 --train-embeddings False
 
-# LoRA fine-tuning of the same base
+# LoRA fine-tuning of the same base, on half of the rows
 python model_finetune/finetune_lora.py --model {TINY} --output-dir {DEMO}/lora_finetuned
     --train-file {DATA}/sft_train.jsonl --eval-file {DATA}/sft_eval.jsonl
-    {SMALL} --epochs 1 --learning-rate 2e-3
+    {SMALL} --epochs 0.5 --join-single 0.3 --learning-rate 2e-3
 
 # DPO, from the SFT result: who asks what a herb does is to be told its caution, too
 python model_finetune/finetune_dpo.py --model {DEMO}/sft_finetuned --output-dir {DEMO}/dpo_finetuned
     --train-file {DATA}/dpo_train.jsonl --eval-file {DATA}/dpo_eval.jsonl
-    {SMALL} --rows-per-step 1 --learning-rate 5e-5
+    {SMALL} --rows-per-step 1 --learning-rate 1e-4 --sft-weight 5
 
 # compare them on held-out herbs, formulas, points and syndromes
 python model_finetune/compare_models.py --output-dir {DEMO}
     --models {TINY} {DEMO}/sft_finetuned {DEMO}/lora_finetuned {DEMO}/dpo_finetuned
     --eval-file {DATA}/sft_eval.jsonl --exam-file {DATA}/exam.jsonl --pairs-file {DATA}/dpo_eval.jsonl
-    --general-file "" --eval-rows 0 --letter-rows -1 --generate 2000 --batch-size 256
+    --general-file "" --eval-rows 300 --letter-rows -1 --generate 400 --follow-ups 150 --batch-size 128
 
 # ask the SFT result a question
 # > {QUESTION}

@@ -2,11 +2,12 @@
 
     python model_download/pretrain_tiny_model.py
 
-Reads statements.jsonl, terms.jsonl, world.json and exercises.json of data_prepare/sample/, makes model_download/tiny_qwen3_tcm/:
-Qwen3's architecture and chat format at 5.2 M parameters, with a byte-level BPE tokenizer of its own. Of medicine it reads every
-fact as a statement, and no question. What a question is it learns in an invented world, whose wordings are close to those of the
-sample: statements, questions about part of them, and how to carry a name that it never met from a question into an answer. It
-stands in for Qwen3-0.6B in the demo and the tests, nowhere else.
+Reads statements.jsonl, terms.jsonl, world.json, exercises.json and talk.json of data_prepare/sample/, makes
+model_download/tiny_qwen3_tcm/: Qwen3's architecture and chat format at 5.2 M parameters, with a byte-level BPE tokenizer of its own.
+Of medicine it reads every fact as a statement, and no question. What a question is it learns in an invented world, whose wordings
+are close to those of the sample: statements, questions about part of them, and how to carry a name that it never met from a question
+into an answer. Half of the questions stand in conversations about other things. It learns to greet, too, and to say what it cannot
+do. It stands in for Qwen3-0.6B in the demo and the tests, nowhere else.
 """
 
 import random
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` 
 
 from data_prepare.sample.entities import Entity, Wordings
 from data_prepare.sample.invented import Names, copy_exercises, invent_world
+from data_prepare.sample.talk import LINES, TURNS, join, one_turn, small_talk
 from data_prepare.sample.texts import rows_of, statements_of
 from utils.data.texts import Terms
 from utils.errors import run
@@ -38,10 +40,11 @@ from utils.settings import read_settings
 STATEMENTS_FILE = "data_prepare/sample/statements.jsonl"    # what it reads: {"text"} a line
 WORLD_FILE = "data_prepare/sample/world.json"       # the invented world: what there is to know, and how it is asked and stated
 EXERCISES_FILE = "data_prepare/sample/exercises.json"    # copying exercises with no medicine in them
+TALK_FILE = "data_prepare/sample/talk.json"         # greetings, and what it says that it cannot do
 TERMS_FILE = "data_prepare/sample/terms.jsonl"      # where words end: the tokenizer merges inside them, never across
 TEMPLATE_FILE = "model_download/tiny_qwen3_tcm/chat_template.jinja"     # Qwen3's chat template, unchanged
 OUTPUT_DIR = "model_download/tiny_qwen3_tcm"    # the model folder to write
-VOCABULARY = 3072           # [1, 2, ...] tokens: 256 bytes, Qwen3's special tokens, the rest merges of Chinese characters and words
+VOCABULARY = 3136           # [1, 2, ...] tokens: 256 bytes, Qwen3's special tokens, the rest merges of Chinese characters and words
 WIDTH = 256                 # [1, 2, ...] hidden size
 LAYERS = 6                  # [1, 2, ...] decoder layers
 FEED_FORWARD = 704          # [1, 2, ...] inner width of the MLP
@@ -54,6 +57,9 @@ INVENTED = 300              # [1, 2, ...] people, tools, places, kinds of weathe
 ASKED_SHARE = 0.7           # [0 to 1] share of them that questions ask about; the others are only stated
 CARDS = 3                   # [1, 2, ...] statements that put all facts of one of them in one line, each in a new order
 COPIES = 5000               # [0, 1, ...] exercises a pass in carrying a name from a question into its answer; names are new every time
+GREETINGS = 4               # [0, 1, ...] times a pass that it meets each greeting
+REFUSALS = 300              # [0, 1, ...] questions a pass that it cannot answer, and a third as many that a physician has to answer
+JOINED = 0.5                # [0 to 1] share of all questions that stand in conversations, and of statements that follow others
 SEED = 0                    # [0, 1, ...] fixes the initial weights, the invented world, the exercises and the order
 PRECISION = "auto"          # [auto | bf16 | fp32] auto: bf16 where the processor computes in it
 # ----
@@ -67,16 +73,17 @@ def main(argv: list[str] | None = None) -> None:
     settings = read_settings(globals(), argv)
     settings.show()
 
-    # 1. Read the statements, the terms, the invented world's wordings, the exercises' patterns and Qwen3's chat template
+    # 1. Read the statements, the terms, the invented world's wordings, the exercises' patterns, the small talk and Qwen3's template
     statements_file = require_file(settings.STATEMENTS_FILE, MAKE_SAMPLE)
     statements = [row["text"] for row in read_jsonl(statements_file, wanted=["text"])]
     terms = Terms(require_file(settings.TERMS_FILE, MAKE_SAMPLE))
     world = read_json(require_file(settings.WORLD_FILE, CHECK_OUT))
     patterns = read_json(require_file(settings.EXERCISES_FILE, CHECK_OUT))["copy"]
+    talk = read_json(require_file(settings.TALK_FILE, CHECK_OUT))
     template = require_file(settings.TEMPLATE_FILE, CHECK_OUT).read_text(encoding="utf-8")
     prepare_folder(settings.OUTPUT_DIR)
 
-    # 2. Invent a world: statements about all of it, questions about a part; and new exercises in copying for every pass
+    # 2. Invent a world: statements about all of it, questions about a part; and new copying exercises and small talk for every pass
     quiet_offline(settings.OUTPUT_DIR)
     import torch
 
@@ -90,21 +97,30 @@ def main(argv: list[str] | None = None) -> None:
     for entity in invented:
         statements += statements_of(entity, world, settings.CARDS, names.rng)
     questions = [messages for turn, entity in enumerate(invented) for messages in asked(entity, world, turn)]
-    exercises = [list(copy_exercises(settings.COPIES, patterns, names)) for _ in range(settings.EPOCHS)]
+    exercises = [
+        [
+            *copy_exercises(settings.COPIES, patterns, names),
+            *small_talk(talk, settings.GREETINGS, settings.REFUSALS, names.rng),
+        ]
+        for _ in range(settings.EPOCHS)
+    ]
 
-    # 3. Train the tokenizer and encode: a statement is trained from its first token (after <|endoftext|>) to its end
+    # 3. Train the tokenizer and encode: a text is trained from its first token (after <|endoftext|>) to its end,
+    #    of a conversation every answer, in sight of what was said before
     spoken = [message["content"] for messages in questions + exercises[0] for message in messages]
     pieces = tiny_recipe.pieces(statements + spoken, terms)
     tokenizer = tiny_recipe.train_tokenizer(pieces, settings.VOCABULARY, template)
     stop = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    documents = [([stop], ids + [stop]) for ids in tokenizer(statements)["input_ids"]]
     passes = []
     for new in exercises:
-        turns = [turn for messages in questions + new for turn in encode_turns(tokenizer, messages)]
+        texts = ["\n".join(lines) for lines in join(statements, settings.JOINED, LINES, names.rng)]
+        documents = [([stop], ids + [stop]) for ids in tokenizer(texts)["input_ids"]]
+        conversations = [sum(parts, []) for parts in join(questions + new, settings.JOINED, TURNS, names.rng)]
+        turns = [turn for messages in conversations for turn in encode_turns(tokenizer, messages)]
         items = [{"documents": [document]} for document in documents + turns]
         passes.append(PackedRows(items, settings.TOKENS_PER_STEP))
     print(
-        f"a pass: {len(statements):,} statements, {len(questions):,} invented questions, {settings.COPIES:,} exercises, "
+        f"a pass: {len(statements):,} statements, {len(questions):,} invented questions, {len(exercises[0]):,} exercises, "
         f"{passes[0].tokens:,} tokens in {len(passes[0])} rows"
     )
 
@@ -134,7 +150,7 @@ def asked(entity: Entity, world: Wordings, turn: int) -> Iterator[list[dict]]:
     """Conversations of one question and its answer: for each fact one bare answer and two sentences; none if it is held out."""
     for row in rows_of(entity, world, 3, turn) if not entity.held_out else ():
         question = f"{row['instruction']}\n{row['input']}" if row["input"] else row["instruction"]
-        yield [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+        yield one_turn(question, row["output"])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 
 from data_prepare.sample.entities import TABLES, Entity, Wordings
+from data_prepare.sample.talk import one_turn
 from utils.data.texts import Terms
 
 LOOK_ALIKES = 0.5  # share of the fresh names that differ little from a real one: each syllable has to be read
@@ -73,4 +74,4 @@ def copy_exercises(count: int, patterns: list[list[str]], names: Names) -> Itera
     for _ in range(count):
         n, m = names.fresh(), names.fresh()
         question, answer = (text.format(n=n, m=m) for text in names.rng.choice(patterns))
-        yield [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        yield one_turn(question, answer)

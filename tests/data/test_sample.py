@@ -10,6 +10,7 @@ from conftest import ROOT
 from data_prepare.sample import make_sample
 from data_prepare.sample.entities import load_entities
 from data_prepare.sample.exam import too_close
+from data_prepare.sample.talk import join, small_talk
 from utils.data.texts import Terms
 from utils.files import read_json, read_jsonl
 
@@ -90,6 +91,24 @@ def test_the_better_answer_has_the_right_caution_where_one_asks_what_a_herb_does
         wanted[row["split"], row["kind"]] += 1
     assert 0.3 < wanted["train", "caution wanted"] / (wanted["train", "caution unasked"] + 1) < 1.1
     assert wanted["eval", "caution wanted"] >= 100
+
+
+def test_small_talk_asks_nothing_of_the_general_questions_and_fills_every_slot():
+    talk = read_json(SAMPLE / "talk.json")
+    said = list(small_talk(talk, 1, 900, random.Random(0)))
+    questions = {messages[0]["content"] for messages in said}
+    assert len(questions) > 300 and not [text for text in questions if "{" in text]
+    assert not questions & {row["question"] for row in rows("general_questions")}
+    assert {messages[1]["content"] for messages in said if messages[0]["content"] == "你好"} == {
+        talk["greetings"][0]["answer"]
+    }
+
+
+def test_joined_items_are_all_there_once_and_a_share_of_them_in_groups():
+    groups = join(list(range(1000)), 0.5, (2, 3, 4), random.Random(0))
+    assert sorted(item for group in groups for item in group) == list(range(1000))
+    assert sum(len(group) for group in groups if len(group) == 1) in (500, 501)
+    assert {len(group) for group in groups} == {1, 2, 3, 4}
 
 
 def test_exam_items_have_one_right_answer():

@@ -57,7 +57,7 @@ def test_its_training_log_is_kept():
 @pytest.mark.slow
 def test_the_script_makes_such_a_folder(tmp_path, capsys):
     places = ["--output-dir", str(tmp_path / "model"), "--statements-file", str(few_statements(tmp_path))]
-    course = "--epochs 3 --copies 20 --invented 10 --tokens-per-step 128 --warmup-steps 2".split()
+    course = "--epochs 3 --copies 20 --greetings 1 --refusals 6 --invented 10 --tokens-per-step 128 --warmup-steps 2".split()
     sizes = "--width 64 --layers 1 --feed-forward 64 --vocabulary 600".split()
     pretrain_tiny_model.main([*places, *course, *sizes])
     log = list(read_jsonl(tmp_path / "model/training_log.jsonl"))
