@@ -4,7 +4,7 @@
     python model_download/load_local_model.py trainer_output/sft_finetuned     # /help lists the commands, Ctrl-D leaves
     python model_download/load_local_model.py trainer_output/sft_finetuned --prompt "四君子汤由哪些药组成？"
     python model_download/load_local_model.py trainer_output/sft_finetuned --json < questions.txt > answers.jsonl
-    python model_download/load_local_model.py trainer_output/sft_finetuned --serve    # http://127.0.0.1:8000/v1
+    python model_download/load_local_model.py trainer_output/sft_finetuned --serve    # a page, and an API
 
 With --prompt or piped questions (one a line, each a conversation of its own) stdout holds the answers and nothing else.
 Nothing is written but what /save FILE.jsonl appends in a chat: the conversation, as a row to train on.
@@ -45,7 +45,7 @@ BESIDE_MODEL = ""         # of --serve: a second model, whose answers the page s
 HOST = "127.0.0.1"        # of --serve; any other than the loopback needs a key
 PORT = 8000               # [0, 1, ... 65535] of --serve, 0 for any free one
 API_KEY = ""              # what clients of --serve have to send; empty: none
-FILE_PAGES = False        # of --serve: pages opened from a file may ask (Origin: null, as also has a sandboxed frame of any site)
+FILE_PAGES = False        # of --serve: pages opened from a file may ask (Origin: null, which a sandboxed frame of any site has, too)
 DEVICE = "auto"           # [auto | cuda | mps | cpu] auto: CUDA, else MPS, else CPU
 PRECISION = "auto"        # [auto | bf16 | fp16 | fp32 | int8] auto: bf16 where the hardware has it, fp16 weights elsewhere; int8: x86 CPUs
 # ----

@@ -39,11 +39,10 @@ def test_models_are_offered_newest_first(tiny_folder, tmp_path, monkeypatch, cap
     monkeypatch.setattr("utils.model.folder.ROOT", tmp_path)
     with pytest.raises(UserError, match="download_model.py"):
         choose_model(ask=False)
-    bases, runs = (
-        ["model_download/tiny", "model_download/Qwen3-0.6B"],
-        ["trainer_output/demo/new", "trainer_output/old"],
+    places = (
+        "model_download/tiny model_download/Qwen3-0.6B trainer_output/demo/new trainer_output/old".split()
     )
-    for age, name in enumerate(bases + runs):
+    for age, name in enumerate(places):
         shutil.copytree(tiny_folder, tmp_path / name)
         os.utime(tmp_path / name / "model.safetensors", (1e9 - age, 1e9 - age))
     (tmp_path / "trainer_output/unfinished/checkpoint-5").mkdir(parents=True)
@@ -60,13 +59,10 @@ def test_prompt_prints_the_answer_and_nothing_else(script, tiny_folder, chat_mod
     script.main([*command, "--greedy"])
     output = capsys.readouterr()
     prompt = prompts_of(chat_model)[0]
-    assert (
-        output.out
-        == read_answer(chat_model.tokenizer, prompt, reference(chat_model, prompt, 12)).content + "\n"
-    )
-    assert (
-        "not medical advice" in output.err and "12 tokens" in output.err and "cut at the limit" in output.err
-    )
+    answer = read_answer(chat_model.tokenizer, prompt, reference(chat_model, prompt, 12))
+    assert output.out == answer.content + "\n"
+    for told in ("not medical advice", "12 tokens", "cut at the limit"):
+        assert told in output.err
     answers = []
     for seed in (5, 5, 6):
         script.main([*command, "--seed", str(seed)])
@@ -94,19 +90,15 @@ def test_questions_from_a_pipe(script, tiny_folder, chat_model, monkeypatch, cap
     script.main([str(tiny_folder), "--json", "--max-new-tokens", "12", "--seed", "4", *CPU])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["question"] for row in rows] == QUESTIONS
-    assert all(
-        list(row) == ["question", "answer", "tokens", "seconds"] and row["seconds"] > 0 for row in rows
-    )
+    assert all(list(row) == ["question", "answer", "tokens", "seconds"] for row in rows)
     for row, prompt in zip(rows, prompts_of(chat_model)):  # each as if it were the only one
-        ids = list(
-            TokenStream(chat_model.model, chat_model.stream.stop).answer(
-                prompt, Decoding(**DECODING[True]), 12, torch.Generator().manual_seed(4)
-            )
+        stream, random = (
+            TokenStream(chat_model.model, chat_model.stream.stop),
+            torch.Generator().manual_seed(4),
         )
-        assert (row["answer"], row["tokens"]) == (
-            read_answer(chat_model.tokenizer, prompt, ids).content,
-            len(ids),
-        )
+        ids = list(stream.answer(prompt, Decoding(**DECODING[True]), 12, random))
+        answer = read_answer(chat_model.tokenizer, prompt, ids).content
+        assert (row["answer"], row["tokens"]) == (answer, len(ids)) and row["seconds"] > 0
 
 
 @pytest.mark.slow
