@@ -272,16 +272,16 @@ def mismatched(rows: list[dict], terms: Terms, rng: random.Random) -> Iterator[W
         near = range(start, bisect.bisect_right(lengths, len(good) + leeway))
         facts = facts_of(good, question, terms)
         others = (by_length[index] for index in rng.sample(near, min(len(near), OTHERS)))
-        fits = (other for other in others if not _could_answer(good, other, question, facts, terms))
+        shared = ((other, facts & facts_of(other, question, terms)) for other in others)
+        fits = (
+            other
+            for other, same in shared
+            if 2 * len(same) <= len(facts)
+            and not any(map(_SYNDROME.search, same))
+            and not says_the_same(good, other, question, terms)
+        )
         other = next(fits, None)
         yield Worse(other, "" if other else "no other answer of similar length that says something else")
-
-
-def _could_answer(good, other, question, facts, terms):
-    shared = facts & facts_of(other, question, terms)
-    if 2 * len(shared) > len(facts) or any(_SYNDROME.search(fact) for fact in shared):
-        return True
-    return says_the_same(good, other, question, terms)
 
 
 # ---- What a model says

@@ -61,6 +61,14 @@ def build_report(
     trained = conversations(rows)
     outputs = [name for name in OUTPUTS if written[name]]
     by_file = Counter(row.file for row in rows)
+    # Held-out answers, if they are long, that stand word for word in training
+    answers = {row.rest for row in trained if row.long_rest and row.split == TRAIN}
+    repeated = sum(row.long_rest and row.split == EVAL and row.rest in answers for row in trained)
+    # The mode in which a model is trained on these conversations
+    thought = sum(row.reasoning for row in trained)
+    mode = "on" if 2 * thought > len(trained) else "off" if 2 * thought < len(trained) else "tie"
+    thinking = {"mode": mode, "with_reasoning": thought, "conversations": len(trained)}
+    system, count = max(found.systems.items(), key=lambda item: item[1], default=("", 0))
     return {
         "rows_in": len(rows),
         "rows_kept": written.total(),
@@ -80,39 +88,20 @@ def build_report(
         "skipped": dict(skipped),
         "schemas": dict(found.schemas.most_common()),
         "conversations_trimmed": found.trimmed,
-        "eval_answers_in_training": _answers_in_training(trained),
+        "eval_answers_in_training": repeated,
         "characters": _spread([row.characters for row in trained]),
         "tokens": _spread(tokens),
         "tokens_counted_in": len(tokens),
         "max_length": settings.MAX_LENGTH,
         "kept_by_max_length": _share([count <= settings.MAX_LENGTH for count in tokens]),
         "reasoning_share": _share([row.reasoning for row in trained]),
-        "thinking": _thinking(trained),
-        "system": _shared_system(found),
+        "thinking": thinking if trained else {},
+        "system": system if count >= NEARLY_ALL * found.systems.total() else "",
         "fields": _fields(found),
         "fingerprints": {name: sha256_of(settings.OUTPUT_DIR / f"{name}.jsonl") for name in outputs},
         "examples": random.Random(settings.SEED).sample(examples, min(EXAMPLES, len(examples))),
         "settings": settings.as_dict(),
     }
-
-
-def _answers_in_training(rows):
-    """Held-out conversations whose answer, if it is long, stands word for word in training."""
-    trained = {row.rest for row in rows if row.long_rest and row.split == TRAIN}
-    return sum(row.long_rest and row.split == EVAL and row.rest in trained for row in rows)
-
-
-def _thinking(rows):
-    """The mode in which a model is trained on these conversations, and how many of them end with reasoning."""
-    count = sum(row.reasoning for row in rows)
-    mode = "on" if 2 * count > len(rows) else "off" if 2 * count < len(rows) else "tie"
-    return {"mode": mode, "with_reasoning": count, "conversations": len(rows)} if rows else {}
-
-
-def _shared_system(found):
-    """The system text that nearly all conversations share, or ""."""
-    text, count = max(found.systems.items(), key=lambda item: item[1], default=("", 0))
-    return text if count >= NEARLY_ALL * found.systems.total() else ""
 
 
 def _fields(found):
