@@ -45,12 +45,11 @@ def prove(device: Device) -> Device:
 def _forms(device: Device) -> Iterator[tuple[bool, Device, str]]:
     """(forms for CUDA, the device that computes so, in words)"""
     masked = dataclasses.replace(device, equal_rows=True)
-    fused = device.name == "cuda"
     if not device.equal_rows:
         yield True, device, "attention by the kernel for variable lengths"
-    if fused and device.format != "fp32":
+    if device.name == "cuda":
         yield True, masked, "attention by one mask"
-    yield False, masked, "torch's own autocast with one mask"
+    yield False, masked, "torch's own operations with one mask"
     yield False, dataclasses.replace(device, equal_rows=False), "attention by document"
 
 
