@@ -310,3 +310,13 @@ def test_places_in_arrays_and_sheets(tmp_path, convert):
     assert [(row["file"], row["line"]) for row in found["set_aside"]] == [
         ("a.json", 1), ("a.json", "1#2"), ("a.json", "1#3"), ("b.jsonl", 2), ("b.jsonl", "2#2"),
     ]  # fmt: skip
+
+
+def test_answers_counted_from_0_by_default_are_told(tmp_path, convert, capsys):
+    for answers, told in (([1, 2, 3], True), ([0, 2, 3], False), ([1, 2, 4], False), (["1", "B"], False)):
+        rows = [
+            {"question": f"{STEM}{n}", "choices": HERBS, "answer": given} for n, given in enumerate(answers)
+        ]
+        convert(write_lines(tmp_path / "a.jsonl", *rows))
+        note = "note: exam answers that are numbers were counted from 0 in 3 rows"
+        assert (note in capsys.readouterr().out) == told

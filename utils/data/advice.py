@@ -8,6 +8,7 @@ from utils.data.exams import option_fields
 from utils.data.inputs import InputFile
 from utils.data.messages import is_empty, plain_names
 from utils.data.readers import looks_like_data
+from utils.data.schemas import GUESSED
 from utils.files import show_path
 from utils.text import shorten
 
@@ -180,4 +181,8 @@ def notes(files: list[InputFile], found: Recognised, columns: str) -> list[str]:
     for line, _, *more in said.values():
         others = f" (and the same in {len(more):,} more: {shorten(', '.join(more), 100)})" if more else ""
         lines.append(line + others)
+    guessed = found.schemas[GUESSED]
+    if guessed:
+        why = "no 0 and no number as large as the options are many says from where; if it is 1, write them as letters"
+        lines.append(f"exam answers that are numbers were counted from 0 in {guessed:,} rows: {why}")
     return lines

@@ -83,10 +83,8 @@ def letters_alone(answer: str) -> str:
 def exam_item(row: Fields, first_option: int | None = None) -> dict:
     """{"question", "options": {letter: text}, "answer", "subject"} and, unless it is single choice, "kind".
 
-    Read are the project's own form, CMMLU and C-Eval (columns A to D), MMLU (choices, the answer's number), CMB (option:
-    {A: ...}), CMExam (Options: [{key, value}, ...], or lines "A text"), MedQA (the answer's text, and answer_idx), ARC
-    (choices: {text, label}), MedMCQA (opa to opd) and options as a text. `first_option`: the number of the first option
-    where answers are numbers (None: not known; then 0 for a number that belongs to a list, else 1).
+    It reads the forms of CMMLU, C-Eval, MMLU, CMB, CMExam, MedQA, ARC, MedMCQA, and options as a text. `first_option`: the
+    number of the first option where answers are numbers (None: not known; then 0 for a number that belongs to a list, else 1).
     """
     question = question_of(row, QUESTIONS)
     options, lettered = _options(row)
@@ -106,8 +104,9 @@ def exam_item(row: Fields, first_option: int | None = None) -> dict:
     if name in COUNTED_FROM_0:
         row.get("answer")  # the same answer as a text
     if first_option is None:
-        from_1 = name not in COUNTED_FROM_0 and (lettered or not isinstance(given, int | float))
-        first_option = int(from_1 and given not in (0, "0"))
+        number, known = type(given) in (int, float), name in COUNTED_FROM_0
+        row.guessed = number and not (known or lettered or given == 0)
+        first_option = int(not known and (lettered or not number) and given not in (0, "0"))
     answer = _answer(given, options, first_option)
     several = len(answer) > 1 or re.search("多[项选]|multi", asked_as) or row.peek("kind") == MULTIPLE
     kind = MULTIPLE if several else TRUE_FALSE if true_false else SINGLE
@@ -130,21 +129,19 @@ def _options(row):
     if isinstance(options, dict) and isinstance(options.get("text"), list) and "label" in options:  # ARC
         options = dict(zip(options["label"], options["text"]))
     if isinstance(options, list) and all(isinstance(option, dict) for option in options):
-        pairs = [
-            next(iter(option.items()))
-            if len(option) == 1
-            else (_first(option, _KEYS), _first(option, _TEXTS))
-            for option in options
-        ]
-        options = dict(pairs) if all(key is not None for key, _ in pairs) else [text for _, text in pairs]
+        keys, texts = ([_first(option, names) for option in options] for names in (_KEYS, _TEXTS))
+        if all(len(option) == 1 for option in options):
+            options = {letter: text for option in options for letter, text in option.items()}
+        else:
+            options = texts if None in keys else dict(zip(keys, texts))
     lettered = isinstance(options, dict)
     if isinstance(options, list) and len(options) <= len(LETTERS):
         options = dict(zip(LETTERS, _without_letters(options)))
-    if not isinstance(options, dict):
+    if not isinstance(options, dict) or any(
+        not isinstance(text, str) and not is_empty(text) for text in options.values()
+    ):
         raise Reject("wrong type", "the options are not texts by letter")
     given = {str(key).strip().upper(): text for key, text in options.items() if not is_empty(text)}
-    if not all(isinstance(text, str) for text in given.values()):
-        raise Reject("wrong type", "the options are not texts by letter")
     if given and all(key.isdecimal() for key in given):  # numbered, from 0 or 1
         low = min(map(int, given))
         given = {LETTERS[(int(key) - low) % len(LETTERS)]: text for key, text in given.items()}
@@ -167,10 +164,7 @@ def _without_letters(options):
 
 
 def _answer(given, options, first):
-    """The right letters in order, as one text: of "c", 2, "C. 经闭", "经闭", "opc", ["C"] or "A,B,D".
-
-    `first`: the number of the first option where the answer is a number.
-    """
+    """The right letters in order, as one text: of "c", 2 (counted from `first`), "C. 经闭", "经闭", "opc", ["C"], "A,B,D"."""
     if isinstance(given, list) and len(given) > 1 and not all(len(str(part)) == 1 for part in given):
         return "".join(sorted({letter for part in given for letter in _answer(part, options, first)}))
     given = "".join(map(str, given)) if isinstance(given, list) else given
@@ -180,8 +174,8 @@ def _answer(given, options, first):
         if given - first not in range(len(options)):
             raise Reject("answer not among the options", f"{given} of {len(options)}, the first is {first}")
         return list(options)[int(given) - first]
-    text = text_of(Fields({"answer": str(given) if isinstance(given, bool) else given}), "answer", "answer")
-    text = unicodedata.normalize("NFKC", text)
+    given = str(given) if isinstance(given, bool) else given
+    text = unicodedata.normalize("NFKC", text_of(Fields({"answer": given}), "answer", "answer"))
     field = _OPTION_FIELD.fullmatch(text.lower())
     if field and field[1]:  # the name of the right option's field: opc, option3
         text = field[2].upper() if field[2].isalpha() else LETTERS[int(field[2]) - 1]
@@ -205,8 +199,7 @@ def _plain(text):
 
 def subject_of(row: Fields) -> str:
     """The subject that the row names, or ""."""
-    name = next((name for name in SUBJECTS if isinstance(row.peek(name), str)), SUBJECTS[0])
-    return row.get(name) if isinstance(row.peek(name), str) else ""
+    return next((row.get(name) for name in SUBJECTS if isinstance(row.peek(name), str)), "")
 
 
 def as_conversation(item: dict, explanation: str) -> list[dict]:
@@ -217,3 +210,15 @@ def as_conversation(item: dict, explanation: str) -> list[dict]:
         {"role": "user", "content": "\n".join([item["question"], *listed])},
         {"role": "assistant", "content": "\n".join(right), "reasoning_content": explanation},
     ]
+
+
+def exam_in(row: Fields, asked: str, answered: str) -> dict | None:
+    """The exam item of a question that lists its options, where the answer is nothing but letters (Monor/hwtcm); else None."""
+    letters = letters_alone(answered)
+    stem, listed = options_in(asked if "\n" in asked else asked.replace("\\n", "\n")) if letters else ("", {})
+    if listed:
+        item = exam_item(Fields({"question": stem, "options": listed, "answer": letters}))
+        return item | {"subject": subject_of(row)}
+    if letters and list(letters) == sorted(letters):
+        raise Reject("an option letter without its options", f"the answer is {answered}")
+    return None

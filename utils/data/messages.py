@@ -53,20 +53,7 @@ TURN_ALIASES = ALIASES | by_alias({"role": "from speaker", "content": "value tex
 LEARNT_MARKS = ("loss", "train", "trainable", "loss_mask", "weight", "loss_weight")
 MASKS = ("mask", "masked", "ignore")  # the same, of which it is not known what is meant
 
-EMPTY_TEXTS = {
-    "",
-    "nan",
-    "none",
-    "null",
-    "n/a",
-    "#n/a",
-    "<na>",
-    "<noinput>",
-    "noinput",
-    "<nooutput>",
-    "[]",
-    "{}",
-}
+EMPTY_TEXTS = {"", *"nan none null n/a #n/a <na> <noinput> noinput <nooutput> [] {}".split()}
 
 # The two speakers' marks of dialogues that stand in one text; those of the last two lines only where a line
 # begins, and the very last, which options may have too, only in a list of texts.
@@ -77,6 +64,19 @@ _MARKS = (
     (r"^\s*(?:q|question|提问)\s*[:：]", r"^\s*(?:a|answer|回答|回复)\s*[:：]"),
 )
 _SPEAKERS = [re.compile(f"(?P<user>{user})|(?P<assistant>{bot})", re.M | re.I) for user, bot in _MARKS]
+
+# Text that no tokenizer or file can carry, and control tokens of models, which would forge a turn; a group's name is the reason.
+_UNFIT = re.compile(
+    "(?P<control_characters>[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f])|(?P<lone_surrogate>[\ud800-\udfff])"
+    r"|(?P<undecodable_bytes>\ufffd)|(?P<control_tokens><[|｜][\w▁ ]{2,30}[|｜]>|</s>|^\s*<s>|\[/?INST\]|<</?SYS>>"
+    r"|</?tool_(?:call|response)s?>|<(?:start|end)_of_turn>|<(?:[be]os|eo[adhm]|pad|unk|reserved_\d+)>"
+    r"|\[(?:gMASK|SEP|CLS|EOS|BOS|PAD|UNUSED_TOKEN_\d+)\])"
+    r"|(?P<marks_of_a_dialogue_inside_a_text><(?:user|bot|human|assistant)>\s*[:：]"
+    r"|^\s*#{2,}\s*(?:Human|Assistant|Response|Instruction|回答|指令)\s*[:：]"
+    r"|^\s*\[Round \d+\]|^\s*(?:Human|Assistant)\s*[:：])",
+    re.MULTILINE,
+)
+_PERHAPS_UNFIT = ("\ufffd", "<", "[", "##", "Human", "Assistant")  # printable text without these is fit
 
 
 class Reject(Exception):
@@ -112,6 +112,7 @@ class Fields:
     def __init__(self, row: dict, names: dict[str, tuple] | None = None, of_turn: bool = False):
         self.row, self.names = row, names or plain_names(tuple(row), of_turn)
         self.used, self.unused_in_turns = set(), {}
+        self.guessed = False  # whether the number of an exam's answer was counted from 0 by default
 
     def field(self, name: str) -> object:
         """The row's own name of the field: of several the first that is not empty."""
@@ -225,6 +226,16 @@ def not_learnt(turn: Fields, place: str) -> dict[str, int]:
     return {}
 
 
+def refuse_masked(row: Fields, turns: list[dict], given: int) -> None:
+    """Reject where the row has a list of signs, one per turn of the `given` ones, by which an answer is not learnt."""
+    for mark in (*LEARNT_MARKS, *MASKS):
+        if isinstance(mask := row.peek(mark), list):
+            row.get(mark)
+            learnt = [sign for sign, turn in zip(mask[-len(turns) :], turns) if turn["role"] == "assistant"]
+            if mark in MASKS or len(mask) != given or not all(learnt):
+                raise Reject("marked as not to be learnt", f"{row.field(mark)} is {mask}")
+
+
 def _says_no(value):
     return value is False or value == 0 or isinstance(value, str) and value.strip().lower() == "false"
 
@@ -273,22 +284,6 @@ def in_order(messages: list[dict], last: str) -> list[dict]:
     return messages
 
 
-def system_message(row: Fields, turns: Sequence[dict] = ()) -> list[dict]:
-    """[the row's system text as a message], or [] where it has none or the turns have their own."""
-    if turns and turns[0]["role"] == "system":
-        return []
-    text = text_of(row, "system", "system text", optional=True)
-    return [{"role": "system", "content": text}] if text else []
-
-
-def history_of(row: Fields) -> list[dict]:
-    """The turns before the question: LLaMA-Factory's `history`, [[question, answer], ...], or messages."""
-    history = row.get("history") or []
-    if isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        history = [{"human": pair[0], "assistant": pair[1]} for pair in history]
-    return turns_of(history, "history", row) if history else []
-
-
 def assistant_message(text: str, reasoning: str = "") -> dict:
     """An assistant message; a think block at the start of its text becomes its reasoning."""
     if "think>" in text:
@@ -305,3 +300,12 @@ def assistant_message(text: str, reasoning: str = "") -> dict:
     if reasoning:
         message["reasoning_content"] = reasoning
     return message
+
+
+def check_text(text: str) -> None:
+    """Reject of a text that is unfit to be trained; most texts are told to be fit without the slow pattern."""
+    if not text.replace("\n", "").isprintable() or any(sign in text for sign in _PERHAPS_UNFIT):
+        found = _UNFIT.search(text)
+        if found:
+            around = text[max(0, found.start() - 10) : found.start() + 20]
+            raise Reject(found.lastgroup.replace("_", " "), f"{found.group()!r} in {around!r}")

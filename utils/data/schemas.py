@@ -2,20 +2,34 @@
 
 `convert_row` returns a ConvertedRow: a conversation to train on ("sft"), a preference pair ("dpo"), an exam item ("exam") or
 an answer that is marked as bad ("bad"); or it raises Reject with the reason. To add a schema of questions and answers, add a
-line to QUESTION_ANSWER; to add another language's or data set's name for a field, one to ALIASES in messages.py; to add a kind
-of row, a line to OUTPUT_FILES and a reader that returns it.
+line to QUESTION_ANSWER; to add another name for a field, one to ALIASES in messages.py; to add a kind of row, a line to
+OUTPUT_FILES and a reader: it takes the row's Fields, its schema's name and RowOptions, and returns (kind, schema, body).
 """
 
+import contextlib
 import functools
 import itertools
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from utils.data.conversations import read_conversation, read_preference, read_question_answer
-from utils.data.exams import ANSWERS, LETTERS, QUESTIONS, as_conversation, exam_item, option_fields
+from utils.data.exams import ANSWERS, LETTERS, QUESTIONS, as_conversation, exam_in, exam_item, option_fields
 from utils.data.inputs import InputFile
-from utils.data.messages import Fields, Reject, marked_turns, plain_names, text_of
+from utils.data.messages import (
+    Fields,
+    Reject,
+    assistant_message,
+    check_text,
+    in_order,
+    marked_turns,
+    not_learnt,
+    plain_names,
+    question_of,
+    refuse_masked,
+    text_of,
+    trimmed,
+    turns_of,
+)
 from utils.data.readers import Place, parse_row, read_rows
 
 # Question / further context / answer: the first of which a row has all fields. Reasoning and system text may be beside them.
@@ -27,37 +41,22 @@ QUESTION_ANSWER = (
 ).split()
 # The same for rows that have reasoning: an answer of a reasoning model is often called content.
 REASONED = ["input//content", "question//content", "prompt//content"]
-ROLES = ("question", "input", "reasoning", "answer", "system", "options", "chosen", "rejected")  # fmt: skip
-
+ROLES = ("question", "input", "reasoning", "answer", "system", "options", "chosen", "rejected")
 WANTED_ROLES = ({"question", "answer"}, {"question", "chosen", "rejected"})  # one of the two
-
 BESIDE_TEXT = {"id", "source", "url", "title", "meta", "metadata", "date", "timestamp", "lang", "language"}
-
 SPLITS = {"": "", "train": "train", **dict.fromkeys(("eval", "validation", "valid", "dev", "test"), "eval")}
-
-# Text that no tokenizer or file can carry, and control tokens of models, which would forge a turn; a group's name is the reason.
-_UNFIT = re.compile(
-    "(?P<control_characters>[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f])|(?P<lone_surrogate>[\ud800-\udfff])"
-    r"|(?P<undecodable_bytes>\ufffd)|(?P<control_tokens><[|｜][\w▁ ]{2,30}[|｜]>|</s>|^\s*<s>|\[/?INST\]|<</?SYS>>"
-    r"|</?tool_(?:call|response)s?>|<(?:start|end)_of_turn>|<(?:[be]os|eo[adhm]|pad|unk|reserved_\d+)>"
-    r"|\[(?:gMASK|SEP|CLS|EOS|BOS|PAD|UNUSED_TOKEN_\d+)\])"
-    r"|(?P<marks_of_a_dialogue_inside_a_text><(?:user|bot|human|assistant)>\s*[:：]"
-    r"|^\s*#{2,}\s*(?:Human|Assistant|Response|Instruction|回答|指令)\s*[:：]"
-    r"|^\s*\[Round \d+\]|^\s*(?:Human|Assistant)\s*[:：])",
-    re.MULTILINE,
-)
 EVIDENCE_ROWS = 200  # of a file, by which is told whether the answers of an exam are counted from 0 or 1
+GUESSED = "exam with answers counted from 0 by default"  # the schema of rows in which nothing proves 0 or 1
 
 
 class OutputFiles(NamedTuple):
-    """The output files (less .jsonl) of the rows that are trained on, and of those that are held out.
-
-    `dealt`: whether a share of such rows is held out; others are never trained on, or follow rows of another kind.
-    """
+    """The output files, less .jsonl."""
 
     trained: str
     held_out: str
-    dealt: bool
+    dealt: (
+        bool  # whether a share is held out; other rows are never trained on, or follow rows of another kind
+    )
 
 
 OUTPUT_FILES = {
@@ -85,15 +84,15 @@ class ConvertedRow(NamedTuple):
 
 
 class RowOptions(NamedTuple):
-    """How rows are to be read: `columns`, pairs (role, field) for an unknown schema; `system`, the system text of rows that
-    have none; `max_characters` of a row (None: any number); `explained`, whether exam items with an explanation become
-    conversations with reasoning; `first_option`, the number of the first option where exam answers are numbers (None: unknown)."""
+    """How rows are to be read."""
 
-    columns: tuple = ()
-    system: str = ""
-    max_characters: int | None = None
-    explained: bool = False
-    first_option: int | None = None
+    columns: tuple = ()  # pairs (role, field) for an unknown schema
+    system: str = ""  # the system text of rows that have none
+    max_characters: int | None = None  # of a row
+    explained: bool = False  # whether exam items with an explanation become conversations with reasoning
+    first_option: int | None = (
+        None  # the number of the first option where exam answers are numbers; None: unknown
+    )
 
 
 PLAIN = RowOptions()
@@ -140,14 +139,12 @@ def _first_option(raws, encoding):
     for raw in raws:
         fits = []
         for first in (0, 1):
-            try:
+            with contextlib.suppress(Reject):
                 row = parse_row(raw, encoding)
                 fields = Fields(row, _recognise(tuple(row), ())[2])
                 if "options" in fields.names or "option A" in fields.names:
                     exam_item(fields, first)
                     fits.append(first)
-            except Reject:
-                continue
         if len(fits) == 1:
             return fits[0]
     return None
@@ -180,26 +177,15 @@ def convert_row(row: dict, options: RowOptions = PLAIN) -> ConvertedRow:
         turns = prompt + body.get("chosen", []) + body.get("rejected", [])
         questions = [turn["content"] for turn in turns if turn["role"] == "user"]
         first = next(number for number, turn in enumerate(turns) if turn["role"] == "user")
-        later = [turn for number, turn in enumerate(turns) if number != first]
+        later = turns[:first] + turns[first + 1 :]
         others = [text for turn in later for text in (turn.get("reasoning_content"), turn["content"]) if text]
     rest = "\n".join(others)
     for text in (questions[0], rest, body.get("subject", ""), body.get("kind", "")):
-        _check_text(text)
+        check_text(text)
     characters = len(questions[0]) + len(rest)
     if options.max_characters and characters > options.max_characters:
         raise Reject("too long", f"{characters:,} characters")
-    made = body, questions, rest, split, characters, was_trimmed, fields.unused()
-    return ConvertedRow(kind, schema, *made)
-
-
-def _check_text(text):
-    # Printable text without these holds nothing unfit: the quick answer for nearly every row.
-    signs = ("\ufffd", "<", "[", "##", "Human", "Assistant")
-    if not text.replace("\n", "").isprintable() or any(sign in text for sign in signs):
-        found = _UNFIT.search(text)
-        if found:
-            around = text[max(0, found.start() - 10) : found.start() + 20]
-            raise Reject(found.lastgroup.replace("_", " "), f"{found.group()!r} in {around!r}")
+    return ConvertedRow(kind, schema, body, questions, rest, split, characters, was_trimmed, fields.unused())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -217,30 +203,29 @@ def _recognise(fields, columns):
     # The user says which fields are the question and the answer: no other name counts.
     names = {name: own for name, own in names.items() if name not in (*QUESTIONS, *ANSWERS)} | given
     if "option A" in given or "options" in given:
-        return "--columns", _exam, names
+        return "--columns", _read_exam, names
     if "chosen" in given:
-        return "--columns", read_preference, names
+        return "--columns", _read_preference, names
     named = "question", "input" if "input" in given else "", "answer"
-    return "--columns", functools.partial(read_question_answer, named=named), names
+    return "--columns", functools.partial(_read_question_answer, named=named), names
 
 
 def _by_names(names):
     """(schema name, its reader) for a row with these plain names; ("", None) where they say nothing."""
     have = set(names)
     if {"chosen", "rejected"} <= have:
-        first = "conversations" if "conversations" in have else "prompt"
-        return f"{first}/chosen/rejected", read_preference
+        return f"{'conversations' if 'conversations' in have else 'prompt'}/chosen/rejected", _read_preference
     listed, asked = {"options", "option A"} & have, set(QUESTIONS) & have and set(ANSWERS) & have
     if listed and (asked or "question" in have) or asked and "question_type" in have:
-        return "exam", _exam
+        return "exam", _read_exam
     for name in ("messages", "conversations"):
         if name in have:
-            return name, functools.partial(read_conversation, name=name)
+            return name, functools.partial(_read_conversation, name=name)
     named = _question_answer_names(have)
     if not named:
         return "", None
     shown = [names[name][0] for name in (*named[:2], "reasoning", named[2]) if name in have]
-    return "/".join(map(str, shown)), functools.partial(read_question_answer, named=named)
+    return "/".join(map(str, shown)), functools.partial(_read_question_answer, named=named)
 
 
 def _question_answer_names(have):
@@ -251,38 +236,164 @@ def _question_answer_names(have):
 
 def _by_values(row):
     """The reader of a row that holds one list of turns, or one text that is a dialogue, under whatever name; else None."""
-    for name in row.names:
-        value = row.peek(name)
-        if isinstance(value, list) and all(map(_is_turn, value)):
-            return functools.partial(read_conversation, name=name)
-    texts = [name for name in row.names if name not in BESIDE_TEXT and isinstance(row.peek(name), str)]
-    if len(texts) == 1 and marked_turns(row.peek(texts[0])):
-        return functools.partial(read_conversation, name=texts[0])
-    return None
 
+    def is_turn(value):
+        if isinstance(value, str):
+            return bool(marked_turns(value, both=False))
+        return isinstance(value, dict) and not {"role", "from", "speaker", "human"}.isdisjoint(value)
 
-def _is_turn(value):
-    if isinstance(value, str):
-        return bool(marked_turns(value, both=False))
-    return isinstance(value, dict) and not {"role", "from", "speaker", "human"}.isdisjoint(value)
+    values = {name: row.peek(name) for name in row.names}
+    lists = [name for name in values if isinstance(values[name], list)]
+    dialogues = [name for name in lists if all(map(is_turn, values[name]))]
+    texts = [name for name in row.names if name not in BESIDE_TEXT and isinstance(values[name], str)]
+    if not dialogues and len(texts) == 1 and marked_turns(values[texts[0]]):
+        dialogues = texts
+    return functools.partial(_read_conversation, name=dialogues[0]) if dialogues else None
 
 
 def _unknown(row, options):
     """The Reject of a row that no reader knows."""
-    for name in row.names:
-        if isinstance(row.peek(name), str):
-            _check_text(row.peek(name))
+    for text in filter(lambda value: isinstance(value, str), map(row.peek, row.names)):
+        check_text(text)
     names = {str(name).strip().lower() for name in row.row} - BESIDE_TEXT
     if names in ({"text"}, {"content"}, {"文本"}) and not options.columns:
         return Reject("plain text", "continued pre-training is not done here; wanted questions and answers")
     return Reject("fields not recognised", f"fields: {', '.join(map(str, row.row)) or 'none'}")
 
 
-def _exam(row, schema, options):
+def _read_exam(row, schema, options):
     listed = any(row.peek(name) is not None for name in ("options", "option A", "option B"))
     if listed or "判断" in str(row.peek("question_type") or ""):
-        return "exam", schema, exam_item(row, options.first_option)
+        item = exam_item(row, options.first_option)
+        return "exam", GUESSED if row.guessed and schema == "exam" else schema, item
     named = _question_answer_names(set(row.names))  # a question of an exam that is no choice
     if not named:
         raise Reject("missing or empty options", "0 options")
-    return read_question_answer(row, "/".join(filter(None, named)), options, named)
+    return _read_question_answer(row, "/".join(filter(None, named)), options, named)
+
+
+def _read_question_answer(row, schema, options, named):
+    question, context, answer = named
+    value = row.peek(question)
+    if isinstance(value, list) and all(isinstance(turn, dict) and "type" not in turn for turn in value):
+        turns = turns_of(row.get(question), question, row)  # TRL's prompt/completion in message form
+        turns += turns_of(row.get(answer), answer, row)
+        return _trained_or_bad(row, schema, in_order(_with_system(row, turns), "assistant"))
+    asked = text_of(row, question, "question", optional=bool(context))
+    if context:
+        more = text_of(row, context, "question", optional=True)
+        asked = "\n".join(filter(None, [asked if asked not in more else "", more]))
+    if not asked:
+        raise Reject("missing or empty question", f"{question} and {context} are empty")
+    answered = text_of(row, answer, "answer")
+    said = marked_turns(asked, both=False) + marked_turns(answered, both=False)
+    if [turn["role"] for turn in said] == ["user", "assistant"]:  # "问：..." and "答：..."
+        asked, answered = (turn["content"] for turn in said)
+    item = exam_in(row, asked, answered)
+    if item:
+        return "exam", "exam in the question", item
+    asking = marked_turns(asked) or [{"role": "user", "content": asked}]
+    messages = _with_system(row, _history_of(row) + asking)
+    messages.append(assistant_message(answered, text_of(row, "reasoning", "reasoning", optional=True)))
+    columns = f"question={row.field(question)},answer={row.field(answer)}"
+    kept = in_order(trimmed(messages), "assistant") if len(asking) > 1 else messages
+    return _trained_or_bad(row, schema, kept, columns)
+
+
+def _with_system(row, turns):
+    """The turns after the system text of the row, unless they have their own."""
+    if turns and turns[0]["role"] == "system":
+        return turns
+    text = text_of(row, "system", "system text", optional=True)
+    return [{"role": "system", "content": text}] * bool(text) + turns
+
+
+def _history_of(row):
+    """The turns before the question: LLaMA-Factory's `history`, [[question, answer], ...], or messages."""
+    history = row.get("history") or []
+    if isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        history = [{"human": pair[0], "assistant": pair[1]} for pair in history]
+    return turns_of(history, "history", row) if history else []
+
+
+def _read_conversation(row, schema, options, name):
+    value = row.get(name)
+    turns = turns_of([value] if isinstance(value, str) else value, name, row)
+    refuse_masked(row, turns, len(value))
+    messages = _with_system(row, turns)
+    kept = in_order(trimmed(messages), "assistant")
+    item = exam_in(row, kept[-2]["content"], kept[-1]["content"])
+    if item and len(kept) > 2 + (kept[0]["role"] == "system"):
+        raise Reject("an exam question inside a conversation", f"the answer is {item['answer']}")
+    if item:
+        return "exam", "exam in the question", item
+    reasoning = text_of(row, "reasoning", "reasoning", optional=True)
+    if reasoning:
+        kept[-1].setdefault("reasoning_content", reasoning)
+    kind, schema, body = _trained_or_bad(row, schema or name, kept)
+    return kind, schema, body | {"trimmed": len(kept) < len(messages)}
+
+
+def _trained_or_bad(row, schema, messages, columns=""):
+    """The conversation to train on; a pair where the row has a rejected answer too; or a bad answer where the row (KTO) or
+    its last turn (weight 0) is marked as one. `columns`: the setting that would read the row whatever judges its answer."""
+    weights = [turn.pop("weight", 1) for turn in messages if turn["role"] == "assistant"]
+    if 0 in weights[:-1] or not_learnt(row, "the row"):
+        raise Reject("marked as not to be learnt", "the row, or an answer that is not its last, has weight 0")
+    if row.peek("rejected") is not None:
+        return _pair(row, schema, messages[:-1], messages[-1:], _answer_turns(row, "rejected"))
+    if any(name.startswith("rejected") and row.peek(name) is not None for name in row.names):
+        raise Reject("a rejected answer of an unknown form", "beside the answer")
+    judged = {mark: str(row.peek(mark)).strip().lower() for mark in ("label", "kto_tag", "score")}
+    truths = [judged[mark] for mark in ("label", "kto_tag") if judged[mark] in ("true", "false")]
+    row.used |= {row.field(mark) for mark in ("label", "kto_tag") if judged[mark] in ("true", "false")}
+    if weights[-1] == 0 or "false" in truths:
+        return "bad", f"{schema}, marked as bad", {"prompt": messages[:-1], "rejected": messages[-1:]}
+    by_hand = {"answer", "处方", "答"} & set(row.names)
+    mark = next((mark for mark in ("label", "score") if re.fullmatch(r"-?\d+(\.\d+)?", judged[mark])), "")
+    if mark and schema != "--columns" and (mark == "label" or not by_hand):
+        unused = ", ".join(row.unused())
+        way = f"; if it is right in every row: --columns {columns}" if columns else ""
+        raise Reject("a label or score beside the answer", f"it may be a bad one; not used: {unused}{way}")
+    return "sft", schema, {"messages": messages}
+
+
+def _read_preference(row, schema, options):
+    """TRL: prompt/chosen/rejected as text or messages, the prompt explicit or shared; LLaMA-Factory: both its forms."""
+    chosen, rejected = _answer_turns(row, "chosen"), _answer_turns(row, "rejected")
+    own = next((name for name in ("messages", "prompt") if isinstance(row.peek(name), list)), "")
+    own = "conversations" if "conversations" in row.names else own
+    asked = question_of(row, ("prompt", "question", "instruction", "query", "input"), True) if not own else ""
+    prompt = turns_of(row.get(own), own, row) if own else [{"role": "user", "content": asked}] * bool(asked)
+    if len(chosen) > 1:  # whole conversations: what they share is the prompt
+        if chosen[:-1] != rejected[:-1]:
+            raise Reject("roles out of order", "chosen and rejected differ before their last turn")
+        whole = chosen[0]["role"] == "system" or len(chosen) > len(prompt)
+        prompt = chosen[:-1] if whole else prompt + chosen[:-1]
+        chosen, rejected = chosen[-1:], rejected[-1:]
+    if not prompt:
+        raise Reject("missing or empty question", "prompt")
+    return _pair(row, schema, _with_system(row, _history_of(row) + prompt), chosen, rejected)
+
+
+def _answer_turns(row, name):
+    value = row.peek(name)
+    if isinstance(value, str) and marked_turns(value):  # HH-RLHF: the whole dialogue in one text
+        return marked_turns(row.get(name))
+    if value is None or isinstance(value, str):
+        return [assistant_message(text_of(row, name, "answer"))]
+    return turns_of([row.get(name)] if isinstance(value, dict) else row.get(name), name, row)
+
+
+def _pair(row, schema, prompt, chosen, rejected):
+    if len(rejected) > 1 and rejected[:-1] != prompt:
+        raise Reject("roles out of order", "chosen and rejected differ before their last turn")
+    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
+        raise Reject("roles out of order", "chosen and rejected have to end with an assistant turn")
+    if chosen[-1] == rejected[-1]:
+        raise Reject("chosen equals rejected", "")
+    if ("reasoning_content" in chosen[-1]) != ("reasoning_content" in rejected[-1]):
+        raise Reject("reasoning on one side of a pair", "")
+    kind = row.get("kind") if isinstance(row.peek("kind"), str) else "given"
+    sides = {"chosen": chosen[-1:], "rejected": rejected[-1:]}
+    return "dpo", schema, {"prompt": in_order(prompt, "user"), **sides, "kind": kind}
