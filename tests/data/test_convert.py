@@ -208,11 +208,11 @@ def test_fields_that_nobody_read_are_named(tmp_path, convert, capsys):
     ]["used"]
     assert fields["messages"]["unused"] == {"channel": 1, "messages[].emotion": 1}
     assert (
-        'not used, of question/answer: note_zh (1 rows, such as "甲甲' in said
+        'not used, of question/answer: note_zh (1 row, such as "甲甲' in said
         and "rank (2 rows, such as 0)" in said
     )
     assert (
-        'channel (1 rows, such as ["web"])' in said and 'messages[].emotion (1 rows, such as "平静")' in said
+        'channel (1 row, such as ["web"])' in said and 'messages[].emotion (1 rows, such as "平静")' in said
     )
 
 

@@ -183,11 +183,11 @@ def _notes(report, found):
             for name in fields["unused"]
         }
         unused = [
-            f"{name} ({rows:,} rows, such as {shorten(examples[name], 40)})"
+            f"{name} ({rows:,} row{'s' * (rows > 1)}, such as {shorten(examples[name], 40)})"
             for name, rows in fields["unused"].items()
         ]
         if unused:
             yield f"not used, of {schema}: {'; '.join(unused)}"
     held_out = report["outputs"].get("sft_eval", report["outputs"].get("dpo_eval", 0))
     if 0 < held_out < FEW_EVAL_ROWS:
-        yield f"only {held_out} rows are held out: figures on them mean little"
+        yield f"few rows are held out ({held_out}): figures on them mean little"
