@@ -62,12 +62,10 @@ def like_windows(tmp_path, run_script):
     def call(script, *words):
         done = run_script(script, *words, env=environment)
         assert done.returncode == 0, done.stderr
-        ours = [
-            line
-            for line in done.stderr.splitlines()
-            if "EncodingWarning" in line and str(ROOT) in line and "/.venv/" not in line
+        warned = [
+            line for line in done.stderr.splitlines() if "EncodingWarning" in line and str(ROOT) in line
         ]
-        assert not ours, ours
+        assert not [line for line in warned if "/.venv/" not in line], warned
         return done
 
     return call

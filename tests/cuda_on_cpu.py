@@ -4,9 +4,7 @@ with cuda_forms(): ...      # computes as on a GPU, for comparing results
 with cuda_counts() as counts: ...   # computes nothing under FakeTensorMode, for counting launches and bytes
 """
 
-import collections
 import contextlib
-import weakref
 from unittest import mock
 
 import torch
@@ -78,20 +76,14 @@ READS_ROWS = {"index_select", "embedding", "gather"}  # as much as they write
 
 
 class Counts(TorchDispatchMode):
-    """Counts operations: `launches`, `traffic` (bytes read and written by all but matrix products and attention), `syncs`, and
-    `peak`, the most bytes that tensors held at a time."""
+    """Counts operations: `launches`, `traffic` (bytes read and written by all but matrix products and attention) and `syncs`."""
 
     def __init__(self):
         super().__init__()
-        self.names, self.bytes = collections.Counter(), collections.Counter()
-        self.held, self.live, self.peak = {}, 0, 0
         self.reset()
 
     def reset(self):
-        self.launches, self.traffic, self.syncs, self.copies = 0, 0, [], []
-        self.names.clear()
-        self.bytes.clear()
-        self.peak = self.live
+        self.launches, self.traffic, self.syncs = 0, 0, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **kwargs or {})
@@ -102,14 +94,8 @@ class Counts(TorchDispatchMode):
             self.syncs.append(name)
         if (given or made) and not func.is_view and name not in NO_KERNEL:
             self.launches += 1
-            self.names[name] += 1
-            moved = 0
             if func.overloadpacket not in flop_registry and "attn" not in name:
-                moved = self._moved(name, given, made, args)
-            self.traffic += moved
-            self.bytes[name] += moved
-        for tensor in made:
-            self.track(tensor)
+                self.traffic += self._moved(name, given, made, args)
         return result
 
     def _moved(self, name, given, made, args):
@@ -120,26 +106,10 @@ class Counts(TorchDispatchMode):
             return 2 * written
         if name in ("index_add_", "scatter_", "scatter_add_"):
             return 3 * args[3].nbytes
-        if name == "_foreach_copy_":
-            return sum(tensor.nbytes for tensor in given)
         if name == "_fused_adamw_":  # reads weights, gradients and both moments; writes all but the gradients
-            weights = sum(tensor.nbytes for tensor in args[0])
-            return 7 * weights
-        return sum(tensor.nbytes for tensor in given) + written
-
-    def track(self, tensor):
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.held:
-            return
-        self.held[key] = size
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-        def gone():
-            self.live -= self.held.pop(key, 0)
-
-        weakref.finalize(storage, gone)
+            return 7 * sum(tensor.nbytes for tensor in args[0])
+        read = sum(tensor.nbytes for tensor in given)
+        return read if name == "_foreach_copy_" else read + written
 
 
 @torch.library.custom_op("counts::fused_rms_norm", mutates_args=())

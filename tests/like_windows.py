@@ -55,9 +55,8 @@ def unless_open(function):
 
     def call(*paths, **options):
         for path in paths:
-            folder = (
-                os.readlink(f"/proc/self/fd/{options['dir_fd']}") if options.get("dir_fd") is not None else ""
-            )
+            number = options.get("dir_fd")
+            folder = "" if number is None else os.readlink(f"/proc/self/fd/{number}")
             path = os.path.realpath(os.path.join(folder, os.fspath(path)))
             for name in opened() if path.startswith(FOLDER) else ():
                 if (name == path or name.startswith(f"{path}/")) and os.path.isfile(name):

@@ -4,43 +4,25 @@ import json
 
 import pytest
 
-from utils.kept import (
-    changed_file,
-    damage,
-    digest,
-    is_kept,
-    list_files,
-    read_kept,
-    record_path,
-    seal,
-    write_kept,
-)
+from utils import kept
+from utils.kept import damage, digest, is_kept, read_kept, seal, write_kept
 
 IDENTITY = {"model": "sha256 12", "settings": {"ROWS": 3}, "shape": [1, 2]}
 
 
 def test_a_value_comes_back_for_its_identity_alone(tmp_path, capsys):
     path, value = tmp_path / "scores.json", {"名": [0.1, None, "\ud800"], "z": {"b": 1, "a": float("inf")}}
-    assert (
-        read_kept(path, IDENTITY) is None and capsys.readouterr().out == ""
-    )  # nothing is there: nothing is told
+    assert read_kept(path, IDENTITY) is None and capsys.readouterr().out == ""  # nothing is there
     write_kept(path, {**IDENTITY, "shape": (1, 2)}, value)
     assert read_kept(path, IDENTITY) == value and capsys.readouterr().out == ""
     assert read_kept(path, {**IDENTITY, "model": "sha256 13", "new": 1}) is None
     assert capsys.readouterr().out.endswith("scores.json is of other model, new; making it again\n")
 
 
-def cut(text):
-    return text[: len(text) // 2]
-
-
 @pytest.mark.parametrize(
     "change",
     [
-        cut,
-        lambda text: "",
-        lambda text: "[]",
-        lambda text: "{}",
+        lambda text: text[: len(text) // 2],
         lambda text: "[" * 100_000,
         lambda text: text.replace("0.25", "0.26"),
         lambda text: json.dumps({**json.loads(text), "identity": "none"}),
@@ -77,11 +59,7 @@ def test_a_sealed_folder_moves_with_its_record(tmp_path, capsys):
         (lambda folder: (folder / "optimizer").write_bytes(b"o" * 99 + b"x"), "damaged (optimizer)"),
         (lambda folder: (folder / "weights").write_bytes(b"w" * 99), "damaged (weights)"),
         (lambda folder: (folder / "weights").unlink(), "damaged (weights)"),
-        (lambda folder: record_path(folder).write_text("{", encoding="utf-8"), "damaged"),
-        (
-            lambda folder: record_path(folder).write_text('{"identity": {}, "files": {}}', encoding="utf-8"),
-            "of other",
-        ),
+        (lambda folder: kept.record_path(folder).write_text("{", encoding="utf-8"), "damaged"),
     ],
 )
 def test_a_spoilt_folder_is_told_in_one_line(tmp_path, capsys, spoil, said):
@@ -98,7 +76,7 @@ def test_a_sealed_file_has_its_record_beside_it(tmp_path):
     path.write_bytes(b"tokens")
     assert not is_kept(path, IDENTITY)  # without a record it was never finished
     seal(path, IDENTITY)
-    assert record_path(path).name == "rows.jsonl-1.arrow.json" and is_kept(path, IDENTITY)
+    assert kept.record_path(path).name == "rows.jsonl-1.arrow.json" and is_kept(path, IDENTITY)
     path.write_bytes(b"tokenz")
     assert damage(path, IDENTITY) == "damaged (rows.jsonl-1.arrow)"
 
@@ -106,10 +84,10 @@ def test_a_sealed_file_has_its_record_beside_it(tmp_path):
 def test_files_older_than_their_record_are_not_read_again(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"aa")
-    files, time = list_files(path), path.stat().st_mtime
+    files, time = kept.list_files(path), path.stat().st_mtime
     path.write_bytes(b"ab")
-    assert changed_file(tmp_path, files) == changed_file(tmp_path, files, since=time) == path.name
-    assert changed_file(tmp_path, files, since=path.stat().st_mtime + 1) == ""
+    assert kept.changed_file(tmp_path, files) == kept.changed_file(tmp_path, files, since=time) == path.name
+    assert kept.changed_file(tmp_path, files, since=path.stat().st_mtime + 1) == ""
 
 
 def test_the_digest_does_not_depend_on_the_order_of_keys():

@@ -1,7 +1,5 @@
 """Pictures of training: what is drawn, what is marked, and the numbers beside it."""
 
-import csv
-
 import pytest
 
 from utils import plots
@@ -59,15 +57,8 @@ def test_runs_of_any_length_can_be_drawn(tmp_path, figures, preference, panels, 
 def test_the_numbers_lie_beside_the_picture(tmp_path):
     plot_training(log_of(3, {0, 3}), tmp_path / "loss_curve.png", "SFT", 3)
     assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
-    with open(tmp_path / "loss_curve.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["step"] for row in rows] == [
-        "0",
-        "1",
-        "2",
-        "3",
-    ]  # training and evaluation of a step on one line
-    assert (rows[3]["loss"], rows[3]["eval_loss"], rows[0]["loss"]) == ("1.0", "1.0", "")
+    first, *_, last = (tmp_path / "loss_curve.csv").read_text(encoding="utf-8").splitlines()[1:]
+    assert (first, last) == ("0,4.0,,", "3,1.0,1.0,1e-05")  # training and evaluation of a step on one line
 
 
 def test_the_smoothed_curve_is_a_centred_mean():
@@ -90,17 +81,14 @@ def test_several_runs_in_one_picture(tmp_path, figures):
 
 def test_several_runs_are_written_as_png_and_svg(tmp_path):
     plot_runs([Run("sft", log_of(5, {0, 5}), 0)], tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in (tmp_path / "curves.svg").read_text(encoding="utf-8")
+    assert (tmp_path / "curves.png").is_file() and (tmp_path / "curves.svg").is_file()
 
 
 @pytest.mark.parametrize("limit, marked", [(100, True), (140, True), (1024, False)])
-def test_the_limit_of_lengths_is_drawn_only_where_it_is_near(tmp_path, monkeypatch, limit, marked):
-    kept = []
-    monkeypatch.setattr(plots, "save_figure", lambda pyplot, figure, *_: kept.append(figure))
+def test_the_limit_of_lengths_is_drawn_only_where_it_is_near(tmp_path, figures, limit, marked):
     plots.draw_lengths(tmp_path / "lengths.png", [], [10, 50, 100], limit)
-    axes = kept[0].axes[0]
-    assert (axes.get_xlim()[1] < 200) and bool(axes.get_lines()[0].get_xdata().__len__()) == marked
+    axes = figures[0].axes[0]
+    assert (axes.get_xlim()[1] < 200) and bool(len(axes.get_lines()[0].get_xdata())) == marked
     assert f"{limit:,}" in axes.get_legend().get_texts()[0].get_text()
 
 

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 import tasks
+from utils.files import write_json, write_jsonl
 from utils.settings import read_constants
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,28 +29,19 @@ def commands(text):
 def copy(tmp_path_factory):
     """The project in a path with a space and Chinese characters, a tiny model in the place of Qwen3-0.6B, some raw rows."""
     place = tmp_path_factory.mktemp("中医 模型") / "tcm"
-    shutil.copytree(
-        ROOT,
-        place,
-        ignore=lambda folder, names: [
-            name
-            for name in names
-            if name in (".venv", ".git", "__pycache__", ".pytest_cache", "demo", "bench")
-            or name.startswith("sft_")
-        ],
+    left_out = shutil.ignore_patterns(
+        ".venv", ".git", "__pycache__", ".pytest_cache", "demo", "bench", "sft_*"
     )
+    shutil.copytree(ROOT, place, ignore=left_out)
     for folder in ("data_prepare/raw", "data_prepare/qwen3", "trainer_output", "model_download/Qwen3-0.6B"):
         shutil.rmtree(place / folder, ignore_errors=True)
         (place / folder).mkdir()
-    shutil.copytree(
-        place / "model_download/tiny_qwen3_tcm", place / "model_download/Qwen3-0.6B", dirs_exist_ok=True
-    )
+    tiny, base = (place / "model_download" / name for name in ("tiny_qwen3_tcm", "Qwen3-0.6B"))
+    shutil.copytree(tiny, base, dirs_exist_ok=True)
     rows = (place / "data_prepare/sample/tcm_sample.jsonl").read_text(encoding="utf-8").splitlines()[::60]
     rows = [{name: value for name, value in json.loads(row).items() if name != "split"} for row in rows]
-    (place / "data_prepare/raw/rows.jsonl").write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
-    (place / "my_rows.json").write_text(json.dumps(rows[:20], ensure_ascii=False), encoding="utf-8")
+    write_jsonl(place / "data_prepare/raw/rows.jsonl", rows)
+    write_json(place / "my_rows.json", rows[:20])
     return place
 
 
@@ -74,13 +66,10 @@ def test_the_commands_for_powershell_are_those_for_other_shells():
 
 
 def test_every_file_that_is_named_exists():
-    for path in re.findall(
-        r"`((?:data_prepare|model_download|model_finetune|utils|tests)/[\w./-]+\.(?:py|jsonl|md|png))`",
-        TEXT + CHINESE,
-    ):
-        if "qwen3/" not in path:
-            assert (ROOT / path).is_file(), path
-    for path in re.findall(r"\]\(([\w./-]+)\)", TEXT + CHINESE):
+    folders = "data_prepare|model_download|model_finetune|utils|tests"
+    named = re.findall(rf"`((?:{folders})/[\w./-]+\.(?:py|jsonl|md|png))`", TEXT + CHINESE)
+    named = [path for path in named if "qwen3/" not in path]
+    for path in named + re.findall(r"\]\(([\w./-]+)\)", TEXT + CHINESE):
         assert (ROOT / path).exists(), path
 
 
@@ -122,10 +111,8 @@ def test_the_commands_run_one_after_another(copy, tmp_path):
         assert "Traceback" not in script.err, line
         ran.append(line)
     assert len(ran) >= 9
-    for path in (
-        "sft_finetuned/model.safetensors",
-        "lora_finetuned/merged/model.safetensors",
-        "dpo_finetuned/loss_curve.png",
-        "comparison.md",
-    ):
+    made = (
+        "sft_finetuned/model.safetensors lora_finetuned/merged/model.safetensors dpo_finetuned/loss_curve.png"
+    )
+    for path in (*made.split(), "comparison.md"):
         assert (copy / "trainer_output" / path).is_file()

@@ -44,11 +44,7 @@ def test_code_in_a_model_folder_is_not_run(place, tmp_path, kind, loads):
     folder = tmp_path / "model"
     shutil.copytree(place / "base", folder)
     (folder / "own.py").write_text(CODE.format(str(tmp_path / "trace")), encoding="utf-8")
-    auto_map = {
-        "AutoConfig": "own.Own",
-        "AutoModelForCausalLM": "own.Own",
-        "AutoTokenizer": ["own.Own", "own.Own"],
-    }
+    auto_map = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoTokenizer": 2 * ["own.Own"]}
     for name in ("config.json", "tokenizer_config.json"):
         values = json.loads((folder / name).read_text(encoding="utf-8"))
         values = {**values, "auto_map": auto_map} | ({"model_type": kind} if name == "config.json" else {})
@@ -89,27 +85,17 @@ def test_a_run_holds_no_token_and_nothing_that_could_be_code(place, tmp_path, mo
 def test_a_download_tells_nobody_the_token_and_the_hub_nothing_of_this_machine(run_script, tmp_path):
     hub = FakeHub()
     hub.add("model", "a/b", {"config.json": b"{}", "model.safetensors": b"w" * 100_000})
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("HF_") and not name.upper().endswith("_PROXY")
-    }
+    kept = [name for name in os.environ if not name.startswith("HF_") and not name.upper().endswith("_PROXY")]
+    environment = {name: os.environ[name] for name in kept}
     environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
-    done = run_script(
-        "model_download/download_model.py",
-        "--model",
-        "a/b",
-        "--output-dir",
-        tmp_path / "out",
-        env=environment,
-    )
+    words = ["--model", "a/b", "--output-dir", tmp_path / "out"]
+    done = run_script("model_download/download_model.py", *words, env=environment)
     hub.stop()
     assert done.returncode == 0, done.stderr
     assert hub.asked("/resolve/")[0][1]["Authorization"] == f"Bearer {TOKEN}"  # it was used ...
     assert TOKEN not in done.stdout + done.stderr  # ... and is nowhere else
-    assert not [
-        path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()
-    ]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
     for _, headers in hub.log:
         assert not re.search("torch|agent/", headers["User-Agent"]), headers["User-Agent"]
 
@@ -122,13 +108,8 @@ def test_libraries_are_told_to_report_nothing(run_script, tmp_path):
         "from huggingface_hub import constants\nprint(constants.HF_HUB_DISABLE_TELEMETRY, constants.HF_HUB_OFFLINE)\n",
         encoding="utf-8",
     )
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("HF_", "DO_NOT", "DISABLE_TELEMETRY"))
-    }
+    kept = [name for name in os.environ if not name.startswith(("HF_", "DO_NOT", "DISABLE_TELEMETRY"))]
+    environment = {name: os.environ[name] for name in kept}
     assert run_script(tmp_path / "ask.py", env=environment).stdout.split() == ["True", "True"]
-    for method in ("sft", "lora", "dpo"):
-        assert 'TRACKER = "none"' in (ROOT / f"model_finetune/finetune_{method}.py").read_text(
-            encoding="utf-8"
-        )
+    for script in ROOT.glob("model_finetune/finetune_*.py"):
+        assert 'TRACKER = "none"' in script.read_text(encoding="utf-8")

@@ -19,53 +19,33 @@ from utils.files import read_log, write_json, write_jsonl
 from utils.kept import is_kept, read_kept, seal, write_kept
 from utils.model.folder import RECORD_FIELDS, check_model, load_model, load_tokenizer, read_record
 
-VALUES = (
-    None,
-    True,
-    -1,
-    0,
-    10**30,
-    1e308,
-    math.nan,
-    "",
-    "x" * 300,
-    "(a+)+$",
-    "../x",
-    [],
-    {},
-    [[]],
-    [None],
-    {"a": 1},
-)
+VALUES = (None, True, -1, 0, 10**30, 1e308, math.nan, "", "x" * 300, "(a+)+$", "../x", [], {}, [[]], [None], {"a": 1})  # fmt: skip
 TEXTS = ("", "\0", "[]", "3", "null", "{", '"text"', "[" * 50_000, "9" * 5000, '{"a": 1}', "\ufeff{}")
 IDENTITY = {"MODEL": "sha256 of it", "LAYERS": 2}
-LOGPS = {"train": [[-1.25, -2.5], [-0.5, -3.0]], "eval": [[-2.0, -1.0]]}
+KEPT = {"folder": "one", "items": [{"test": "exam", "id": "0", "letters": [-1.5]}]}
 
 
 def damage(content, chance):
-    """The bytes of a file, damaged: cut, mixed up, or with another value somewhere in its JSON."""
+    """The bytes of a file, damaged: another text, cut, a bit or some bytes less, or another value somewhere in its JSON."""
     kind = chance.randrange(6 if content[:1] in (b"{", b"[") else 4)  # only JSON gets other values
     if kind == 0 or not content:
         return (chance.choice(TEXTS) + chance.choice(("", "\n"))).encode()
     start, length = chance.randrange(len(content)), chance.randrange(1, 40)
-    if kind == 1:
-        return content[:start]
-    if kind == 2:
-        return content[:start] + bytes([content[start] ^ 1 << chance.randrange(8)]) + content[start + 1 :]
-    if kind == 3:
-        return content[:start] + content[start + length :]
+    if kind < 4:
+        flipped = bytes([content[start] ^ 1 << chance.randrange(8)]) + content[start + 1 :]
+        return content[:start] + [b"", flipped, content[start + length :]][kind - 1]
     lines = content.decode().splitlines() if content.count(b"\n{") else [content.decode()]
     number = chance.randrange(len(lines))
     value = inner = json.loads(lines[number])
-    while isinstance(inner, (dict, list)) and inner:
+    while inner:
         place = chance.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
-        if isinstance(inner[place], (dict, list)) and inner[place] and chance.random() < 0.5:
-            inner = inner[place]
-            continue
+        if not isinstance(inner[place], (dict, list)) or not inner[place] or chance.random() < 0.5:
+            break
+        inner = inner[place]
+    if inner:
         inner[place] = chance.choice(VALUES)
         if chance.random() < 0.2:
             del inner[place]
-        break
     lines[number] = json.dumps(value)
     return "\n".join(lines).encode()
 
@@ -82,33 +62,27 @@ def targets(tmp_path_factory, tiny_folder):
     place = tmp_path_factory.mktemp("fuzz")
     model, run = shutil.copytree(tiny_folder, place / "model"), place / "run"
     adapter = make_adapter(tiny_folder, run / "checkpoint-1")
-    write_json(
-        run / "run.json", {"status": "finished", "identity": {"MODEL": "x"}, "settings": {}, "results": {}}
-    )
-    write_jsonl(
-        run / "training_log.jsonl", [{"step": n, "loss": 1.5, "learning_rate": 1e-5} for n in range(5)]
-    )
-    results = {"folder": "one", "items": [{"test": "exam", "id": "0", "letters": [-1.5]}]}
-    write_kept(run / "kept.json", IDENTITY, results)
-    tokens = run / "rows.arrow"
+    record = {"status": "finished", "identity": {"MODEL": "x"}, "settings": {}, "results": {}}
+    write_json(run / "run.json", record)
+    log = [{"step": n, "loss": 1.5, "learning_rate": 1e-5} for n in range(5)]
+    write_jsonl(run / "training_log.jsonl", log)
+    write_kept(run / "kept.json", IDENTITY, KEPT)
+    tokens, saved = run / "rows.arrow", place / "saved" / "checkpoint-1"
     tokens.write_bytes(b"tokens")
-    seal(tokens, IDENTITY)
-    write_kept(run / "answers.json", IDENTITY, LOGPS)
-    saved = place / "saved" / "checkpoint-1"
     saved.mkdir(parents=True)
     for name in ("model.safetensors", "optimizer.safetensors", "clock.json"):
         (saved / name).write_text(name, encoding="utf-8")
-    seal(saved, IDENTITY)
+    for sealed in (tokens, saved):
+        seal(sealed, IDENTITY)
     return [
         *((model / name, lambda: load(model), None) for name in MODEL_FILES),
         (adapter / "adapter_config.json", lambda: load(adapter), None),
         (run / "run.json", lambda: read_record(run, RECORD_FIELDS), None),
         (run / "run.json", lambda: load(adapter), None),
         (run / "training_log.jsonl", lambda: read_log(run / "training_log.jsonl"), None),
-        (run / "kept.json", lambda: read_kept(run / "kept.json", IDENTITY), results),
+        (run / "kept.json", lambda: read_kept(run / "kept.json", IDENTITY), KEPT),
         (run / "rows.arrow.json", lambda: is_kept(tokens, IDENTITY) or None, True),
         (tokens, lambda: is_kept(tokens, IDENTITY) or None, True),
-        (run / "answers.json", lambda: read_kept(run / "answers.json", IDENTITY), LOGPS),
         (saved / "MANIFEST.json", lambda: is_kept(saved, IDENTITY) or None, True),
     ]
 
