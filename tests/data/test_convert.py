@@ -211,9 +211,7 @@ def test_fields_that_nobody_read_are_named(tmp_path, convert, capsys):
         'not used, of question/answer: note_zh (1 row, such as "甲甲' in said
         and "rank (2 rows, such as 0)" in said
     )
-    assert (
-        'channel (1 row, such as ["web"])' in said and 'messages[].emotion (1 rows, such as "平静")' in said
-    )
+    assert 'channel (1 row, such as ["web"])' in said and 'messages[].emotion (1 row, such as "平静")' in said
 
 
 THOUGHT, PLAIN = {"Question": "问{}", "think": "想", "Response": "答"}, {"query": "问{}", "response": "答"}
