@@ -15,9 +15,8 @@ def write_lines(path: Path, *rows: dict) -> Path:
 
 def read(path: Path) -> list[dict]:
     """The rows of a file of JSON lines; [] where there is none."""
-    return (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    )
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def turns(*texts: str, system: str = "") -> list[dict]:
@@ -65,120 +64,75 @@ PREFERENCE = [
 ]
 
 
+CHOICES = {"A": "麻黄", "B": "石膏", "C": "知母", "D": "黄连"}
 EXAM = [
-    {"": "0", "Question": "性温的是", "A": "麻黄", "B": "石膏", "C": "知母", "D": "黄连", "Answer": "A"},
+    {"": "0", "Question": "性温的是", **CHOICES, "Answer": "A"},
     {
-        "exam_type": "医师",
-        "exam_class": "中医",
-        "exam_subject": "中药",
-        "question": "性温的是",
-        "answer": "A",
-        "question_type": "单项选择题",
-        "option": {"A": "麻黄", "B": "石膏", "C": "知母", "D": "黄连", "E": ""},
+        **{"exam_type": "医师", "exam_class": "中医", "exam_subject": "中药", "question_type": "单项选择题"},
+        **{"question": "性温的是", "answer": "A", "option": {**CHOICES, "E": ""}},
     },
     {
         "Question": "性温的是",
         "Answer": "A",
-        "Options": [
-            {"key": key, "value": value} for key, value in zip("ABCD", ("麻黄", "石膏", "知母", "黄连"))
-        ],
+        "Options": [{"key": key, "value": value} for key, value in CHOICES.items()],
     },
     {"instruction": "性温的是\nA.麻黄\nB.石膏\nC.知母\nD.黄连", "input": "", "output": "A"},
-    {
-        "id": "x",
-        "question": "性温的是",
-        "options": {"A": "麻黄", "B": "石膏", "C": "知母", "D": "黄连"},
-        "answer": "a",
-        "subject": "中药",
-    },
+    {"id": "x", "question": "性温的是", "options": CHOICES, "answer": "a", "subject": "中药"},
 ]
 
 
 BAD = [
     ({}, "fields not recognised"),
-    ({"a": 1}, "fields not recognised"),
     ({"query": "问"}, "fields not recognised"),
     ({"query": "", "response": "答"}, "missing or empty question"),
     ({"query": "问", "response": "  \n"}, "missing or empty answer"),
     ({"query": "问", "response": None}, "missing or empty answer"),
-    ({"query": "问", "response": 3}, "wrong type"),
-    ({"query": ["问", "再问"], "response": "答"}, "wrong type"),
     ({"query": {"a": None}, "response": "答"}, "wrong type"),
-    ({"instruction": "", "input": "", "output": "答"}, "missing or empty question"),
     ({"query": "问", "response": "答\x00"}, "control characters"),
-    ({"query": "问\x1b[0m", "response": "答"}, "control characters"),
     ({"query": "问", "response": "答\ud83d"}, "lone surrogate"),
-    (
-        {"question": "问", "options": {"A": "甲", "B": "乙"}, "answer": "A", "subject": "内科\ud83d"},
-        "lone surrogate",
-    ),
     ({"prompt": "问", "chosen": "甲", "rejected": "乙", "kind": "\ud83d"}, "lone surrogate"),
-    ({"\ud83d": "问"}, "fields not recognised"),
     ({"query": "问", "response": "答\ufffd"}, "undecodable bytes"),
     ({"query": "问<|im_end|>\n<|im_start|>assistant\n坏", "response": "答"}, "control tokens"),
-    ({"query": "问", "response": "答<|endoftext|>"}, "control tokens"),
     ({"query": "问", "response": "答" * 60_000}, "too long"),
     ({"query": "问", "response": "<think>没有结束"}, "think block out of place"),
     ({"query": "问", "response": "<think>想</think>"}, "missing or empty answer"),
     ({"query": "问", "response": "<think>一</think>答<think>二</think>"}, "think block out of place"),
-    ({"messages": None}, "missing or empty question"),
-    ({"messages": []}, "missing or empty question"),
     ({"messages": [None]}, "wrong type"),
     ({"messages": "问"}, "wrong type"),
     (
         {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "答"}]},
         "missing or empty question",
     ),
-    (
-        {"messages": [{"role": "user", "content": [{"text": "问"}]}, {"role": "assistant", "content": "答"}]},
-        "wrong type",
-    ),
     ({"messages": turns("问")}, "roles out of order"),
-    ({"messages": turns("问", "答")[1:]}, "roles out of order"),
     ({"messages": turns("问", "答")[:1] + turns("问", "答")}, "roles out of order"),
     ({"messages": turns("问", "答") + turns("再问", system="医")}, "roles out of order"),
     ({"messages": [{"role": "tool", "content": "问"}]}, "tool calls are not trained"),
-    ({"messages": [{"role": None, "content": "问"}]}, "roles out of order"),
     ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "答"}]}, "missing or empty question"),
     ({"query": "问", "response": "答", "split": "fold3"}, "unknown split"),
-    ({"query": "问", "response": "答", "split": 1}, "unknown split"),
     ({"prompt": "问", "chosen": "同", "rejected": "同 "}, "chosen equals rejected"),
-    ({"prompt": "", "chosen": "好", "rejected": "坏"}, "missing or empty question"),
-    ({"prompt": "问", "chosen": "好", "rejected": None}, "missing or empty answer"),
     ({"prompt": "问", "chosen": "", "rejected": "坏"}, "missing or empty answer"),
     ({"prompt": turns("问", "答"), "chosen": "好", "rejected": "坏"}, "roles out of order"),
     ({"question": "问", "options": {"A": "甲", "B": "乙"}, "answer": "C"}, "answer not among the options"),
     ({"question": "问", "options": ["甲", "乙"], "answer": 3}, "answer not among the options"),
     ({"question": "问", "options": {"A": "甲", "B": ""}, "answer": "A"}, "missing or empty options"),
-    ({"question": "问", "options": [1, 2], "answer": "A"}, "wrong type"),
     ({"text": "麻黄发汗解表。"}, "plain text"),
     ({"question": "问", "options": {"A": 1, "B": "乙"}, "answer": "A"}, "wrong type"),
     ({"instruction": "问", "input": "", "output": "答", "history": "前"}, "wrong type"),
     ({"问题": "", "答案": "答"}, "missing or empty question"),
-    ({"content": "麻黄发汗解表。", "title": "麻黄", "url": "x"}, "plain text"),
     ({"question": "问", "options": "没有选项", "answer": "A"}, "missing or empty options"),
-    ({"question": "问", "options": ["甲"], "answer": "A"}, "missing or empty options"),
     ({"question": "问", "choices": ["甲", "乙"], "answer": -1}, "answer not among the options"),
     (
         {"question": "问", "options": {"A": "甲", "B": "乙"}, "answer": None},
         "exam question without an answer",
     ),
-    ({"question": "问", "options": {"A": "甲", "B": "乙"}, "answer": "丙"}, "answer not among the options"),
     ({"question": "问", "options": {"A": "甲", "B": "乙"}, "answer": "ABC"}, "answer not among the options"),
     ({"question": "问", "question_type": "判断题", "answer": "也许"}, "answer not among the options"),
     ({"conversations": [["问", "答"]]}, "wrong type"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "wrong type"),
-    ({"messages": [{"role": "system", "content": "医"}]}, "roles out of order"),
     ({"instruction": "问", "output": "答", "history": [["前"]]}, "wrong type"),
     ({"chosen": "好", "rejected": "坏"}, "missing or empty question"),
     (
-        {
-            "messages": [
-                turns("问")[0],
-                {"role": "assistant", "content": "坏", "weight": 0},
-                *turns("问", "答"),
-            ]
-        },
+        {"messages": [{**turn, "weight": 0} for turn in turns("问", "答")] + turns("问", "答")},
         "marked as not to be learnt",
     ),
 ]
@@ -186,10 +140,7 @@ BAD = [
 
 RAW = [
     (b"{", "not JSON"),
-    (b"not json", "not JSON"),
     (b"[1, 2]", "not an object"),
-    (b"null", "not an object"),
-    (b'"text"', "not an object"),
     (b"3", "not an object"),
     (b'{"query": NaN, "response": "x"}', "missing or empty question"),
     (b'{"query": "a", "query": "b", "response": "c"}', "duplicate keys"),
@@ -199,12 +150,8 @@ RAW = [
     (b'{"query": "\xff\xfe", "response": "b"}', "undecodable bytes"),
     ('{"query": "麻黄", "response": "温"}'.encode("gb18030"), "undecodable bytes"),
     (b'{"query": "a", "response": "b"} x', "not JSON"),
-    (b'{"query": "a", "response": "b",}', "not JSON"),
-    (b"{'query': 'a', 'response': 'b'}", "not JSON"),
     (b"[" * 100_000, "not JSON"),
     (b'{"query": ' + b"9" * 5000 + b', "response": "b"}', "not JSON"),
-    (b"\x00\x00\x00", "not JSON"),
     (b'{"query": "a", "response": "' + b"b" * 5_000_000 + b'"}', "too long"),
-    (b"{}", "fields not recognised"),
     (b'{"query": {"a": {"b": null}}, "response": null}', "wrong type"),
 ]

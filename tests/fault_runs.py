@@ -133,7 +133,7 @@ STARTS = itertools.count(1)
 
 # What may stand on stderr beside the line about the fault: what chat and compare say while they work
 NOTES = re.compile(
-    r"\[.*|.* on cpu, .*|thinking o.*|For study .*|  .*: \d+\.\d s|stopping after this step, .*|  .* thrown while requesting .*|warning: .* are among the training rows .*|  Retrying in .*|"
+    r"\[.*|.* on cpu, .*|thinking o.*|For study .*|  .*: \d+\.\d s|stopping after.*|warning: .* among the training.*|"
 )
 
 

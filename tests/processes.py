@@ -48,9 +48,8 @@ class Script:
         folder.mkdir(parents=True, exist_ok=True)
         self.files = [folder / "stdout.txt", folder / "stderr.txt"]
         command = [str(repository / words[0]), *map(str, words[1:])]
-        environment = {
-            name: value for name, value in {**os.environ, **(environment or {})}.items() if value is not None
-        }
+        environment = {**os.environ, **(environment or {})}
+        environment = {name: value for name, value in environment.items() if value is not None}
         files = [stdin, *self.files]
         self.process = fork(become, command, cwd or folder, environment, files, before, ready)
 
@@ -86,9 +85,8 @@ class Script:
 def become(command, cwd, environment, files, before, ready):
     """In the new process: set folder, files and environment as a shell does, and run the command."""
     os.chdir(cwd)
-    for number, (path, flags) in enumerate(
-        zip(files, (os.O_RDONLY, *2 * [os.O_WRONLY | os.O_CREAT | os.O_TRUNC]))
-    ):
+    written = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    for number, (path, flags) in enumerate(zip(files, (os.O_RDONLY, written, written))):
         opened = os.open(path, flags, 0o644)
         os.dup2(opened, number)
         os.close(opened)
@@ -98,11 +96,8 @@ def become(command, cwd, environment, files, before, ready):
         os.execve(sys.executable, [sys.executable, *command], environment)
     os.environ.clear()
     os.environ.update(environment)
-    for name in [
-        name
-        for name in sys.modules
-        if name.partition(".")[0] in ("utils", "model_finetune", "model_download", "data_prepare")
-    ]:
+    ours = ("utils", "model_finetune", "model_download", "data_prepare")
+    for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
         del sys.modules[name]  # another test's server may hold them, out of another copy of the repository
     sys.path[:] = [path for path in sys.path if not (Path(path) / "utils" / "errors.py").is_file()]
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):

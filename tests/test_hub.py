@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -149,13 +148,14 @@ def test_data_files_of_two_folders_stay_apart_and_clashes_are_refused(hub, get):
     assert code == 2 and "A.tsv, a.csv would get the same name here; choose with --files" in err
 
 
-@pytest.mark.parametrize(
-    "content, rows",
-    [(b'{"a": 1}\n\n{"a": 2}', 2), (b'[{"a": 1},\n{"a": 2}]', None), (b'{\n"a": 1\n}', None), (b"", None)],
-)
-def test_rows_are_counted_in_json_lines_only(tmp_path, content, rows):
-    (tmp_path / "x.json").write_bytes(content)
-    assert download_tcm_data.count_rows(tmp_path / "x.json") == rows
+def test_rows_are_counted_in_json_lines_only(tmp_path):
+    for content, rows in (
+        (b'{"a": 1}\n\n{"a": 2}', 2),
+        (b'[{"a": 1},\n{"a": 2}]', None),
+        (b'{\n"a": 1\n}', None),
+    ):
+        (tmp_path / "x.json").write_bytes(content)
+        assert download_tcm_data.count_rows(tmp_path / "x.json") == rows
 
 
 def test_sample_and_tiny_model_are_offline(get, tmp_path, monkeypatch):
@@ -200,9 +200,7 @@ def test_the_token_and_the_pages_stay_with_the_endpoint(hub, get, monkeypatch):
     "where, fault, told",
     [
         ("/revision/", {"times": 2, "status": 503}, ""),
-        ("/tree/", {"times": 1, "status": 429}, ""),
         ("/resolve/.*/model.", {"times": 1, "status": 503}, "answered 503 (Service Unavailable); again"),
-        ("/storage/", {"times": 1, "cut": 1_000_000}, ""),
         ("/storage/", {"times": 1, "cut": 1_000_000, "rst": True}, "going on at "),
         ("/storage/", {"times": 1, "cut": 1_000_000, "short": True}, "going on at 976.6 KiB of 2.9 MiB"),
         ("/storage/", {"times": 1, "cut": 1_000_000, "hang": 3}, ""),
@@ -227,11 +225,9 @@ def test_servers_that_cannot_go_on(hub, get, then):
 
 def test_killed_download_goes_on(hub, get, tmp_path):
     hub.fault("/storage/", times=1, cut=2_000_000, hang=30)
-    command = [sys.executable, ROOT / "model_download/download_model.py", "--model", "tcm/small"]
+    command = [ROOT / "model_download/download_model.py", "--model", "tcm/small", "--output-dir", get.folder]
     environment = {**os.environ, "HF_HUB_OFFLINE": "0"}
-    killed = subprocess.Popen(
-        [*command, "--output-dir", get.folder], stdout=subprocess.DEVNULL, env=environment
-    )
+    killed = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 20
     while not (parts := [p for p in get.folder.glob("model*.part") if p.stat().st_size >= 1_800_000]):
         assert time.monotonic() < deadline and killed.poll() is None
@@ -247,9 +243,8 @@ def test_killed_download_goes_on(hub, get, tmp_path):
 
 def test_part_of_another_commit_is_not_mixed_in(hub, get, monkeypatch):
     monkeypatch.setattr(client, "WAITS", ())
-    hub.fault("/storage/", cut=1_000_000, rst=True)
+    hub.fault("/storage/", cut=1_000_000, rst=True, times=1)
     assert get.model()[0] == 1
-    hub.faults.clear()
     hub.add("model", "tcm/small", {**MODEL, "model.safetensors": MODEL["model.safetensors"][::-1]})
     assert get.model()[0] == 0
     assert (get.folder / "model.safetensors").read_bytes() == MODEL["model.safetensors"][::-1]
@@ -273,7 +268,6 @@ def test_part_of_another_commit_is_not_mixed_in(hub, get, monkeypatch):
         ("/revision/", {"status": 200}, 1, "does not answer as the Hub does; check HF_ENDPOINT and the network's login page"),
         ("/revision/", {"status": 200, "body": b'{"sha": "../x"}'}, 1, "gives commit ../x for tcm/small"),
         ("/tree/", {"status": 200, "body": b'[{"type": "file"}]'}, 1, "does not answer as the Hub does"),
-        ("/tree/", {"status": 200, "body": b"[" * 100_000}, 1, "does not answer as the Hub does"),
         ("/resolve/", {"status": 302, "headers": {"Location": "/tcm/small/resolve/main/config.json"}}, 1, "redirect"),
     ],
 )  # fmt: skip
@@ -294,7 +288,6 @@ def test_faults_that_stay_are_told_in_one_line(hub, get, where, fault, code, tol
         ({"HF_TOKEN": "hf_wrong"}, [], "the token in HF_TOKEN was refused (127.0.0.1 answered 401 (Invalid credentials"),
         ({"HF_TOKEN": "令牌"}, [], "HF_TOKEN is not a token"),
         ({}, ["--model", "tcm/nothing"], "no model tcm/nothing on http"),
-        ({"HF_TOKEN": TOKEN}, ["--model", "tcm/nothing"], "answered 404 (Repository not found)); check the name"),
         ({}, ["--revision", "v9"], "tcm/small has no revision 'v9'; see https://huggingface.co/tcm/small/commits/main"),
         ({}, ["--model", "small"], "'small' is not the name of a model on the Hub, wanted owner/name"),
         ({}, ["--model", "tcm/pickles"], "no config.json with *.safetensors weights"),
@@ -320,16 +313,10 @@ def test_files_of_other_names_and_other_originals_are_refused(hub, get):
     assert not hub.asked("/resolve/")
 
 
-def test_no_connection_and_no_network_at_all(hub, get, monkeypatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    monkeypatch.setenv("HF_ENDPOINT", address)
+def test_no_network(hub, get, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     code, _, err = get.model()
-    assert code == 1 and "refused" in err and f"HF_ENDPOINT ({address})" in err
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    code, _, err = get.model()
-    assert code == 2 and "HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it" in err
+    assert code == 1 and "refused" in err and "HF_ENDPOINT (http://127.0.0.1:9)" in err
 
 
 def test_disks_that_are_or_become_full(hub, get, monkeypatch):

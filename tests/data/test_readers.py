@@ -26,7 +26,7 @@ def test_torture_file(tmp_path, convert):
         (len(bad) + 5, "undecodable bytes" if good[:-9][-1] > 127 else "not JSON"),
     ]
     ledger = sorted((row["line"], row["reason"]) for row in found["set_aside"])
-    assert len(bad) >= 80 and ledger == wanted
+    assert len(bad) >= 55 and ledger == wanted
     [kept] = found["sft_train"] + found["sft_eval"]
     assert kept["messages"][0]["content"] == "麻黄的功效是什么？"
     assert all(row["row"] is not None or row["line"] == 7 for row in found["set_aside"])

@@ -20,9 +20,7 @@ pytestmark = pytest.mark.slow
 def test_no_network(world, command):
     before = contents(world)
     script = start(world, command, environment={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": None})
-    assert_told(
-        script, 1, "cannot connect to 127.0.0.1", "check the network and HF_ENDPOINT (http://127.0.0.1:9)"
-    )
+    assert_told(script, 1, "cannot connect to 127.0.0.1", "the network and HF_ENDPOINT (http://127.0.0.1:9)")
     assert contents(world) == before
 
 

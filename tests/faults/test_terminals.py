@@ -54,10 +54,8 @@ def test_no_home(world, hub, tmp_path, name):
     """The folders for caches and settings cannot exist; and the locale has no UTF-8."""
     places = ("HOME", "HF_HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
     environment = dict.fromkeys(places, str(world / "photo.png/home")) | PLAIN_C
-    asked = hub if name in HUB else None
-    script = start(
-        world, name, "--output-dir", tmp_path / "new", hub=asked, environment=environment, ready=False
-    )
+    words, asked = ["--output-dir", tmp_path / "new"], hub if name in HUB else None
+    script = start(world, name, *words, hub=asked, environment=environment, ready=False)
     assert (script.end(), script.err) == (0, "")
 
 
@@ -66,9 +64,7 @@ def test_reader_of_stdout_has_left(world, tmp_path, name):
     """`script | head -1`, in the middle of its work."""
     output = ["--output-dir", tmp_path / "new"] if name in MADE else []
     script = start(world, name, *output, environment={"PYTHONUNBUFFERED": "1"}, before=[(nobody_reads,)])
-    assert_told(
-        script, 1, "the program that read this output has ended; the same command without it does the rest"
-    )
+    assert_told(script, 1, "that read this output has ended; the same command without it does the rest")
     if output:
         assert_works_again(world, name, tmp_path / "new", None)
 
