@@ -17,6 +17,7 @@ import pytest
 from chat_helpers import QUESTIONS, Echo, reference
 from conftest import ROOT
 
+from utils.chat import serve
 from utils.chat.model import Options, before_stop
 from utils.chat.serve import Serving, make_server
 from utils.errors import RunError
@@ -368,6 +369,16 @@ def test_a_client_that_leaves_ends_its_answer(port, chat_model, stream, monkeypa
         assert begun.wait(20)
     assert ask(port, ASKED)[0] == 200
     assert [reply.tokens for reply in ended] == [12]
+
+
+def test_a_client_that_leaves_before_its_refusal(port, monkeypatch, capsys):
+    def broken(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(serve._Handler, "_send", broken)
+    assert send(port, b"nonsense\r\n\r\n") == send(port, HEAD + b"\r\n") == ""
+    said = capsys.readouterr().err
+    assert said.count("refused (400)") == 2 and "Traceback" not in said
 
 
 def test_three_clients_at_once(port, chat_model):

@@ -8,6 +8,7 @@ One answer at a time: a model on a small machine is no faster with two. Python's
 with uvicorn would take 0.1 s more to start, 10 MiB and a thread with a queue for each answer, and save few lines.
 """
 
+import contextlib
 import hmac
 import json
 import re
@@ -241,10 +242,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         kind = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
         error = {"error": {"message": why, "type": kind, "code": status.value}}
-        if not self.streaming:
-            return self._send_json(status, error)
-        self._send_chunk(f"data: {json.dumps(error, ensure_ascii=False)}\n\n".encode())
-        self._send_chunk(b"")
+        with contextlib.suppress(OSError):  # it may have left
+            if not self.streaming:
+                return self._send_json(status, error)
+            self._send_chunk(f"data: {json.dumps(error, ensure_ascii=False)}\n\n".encode())
+            self._send_chunk(b"")
 
     def send_error(self, code, message=None, explain=None):
         """http.server's own refusals: of what is no HTTP, or another method."""
