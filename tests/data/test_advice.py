@@ -3,7 +3,7 @@
 import pytest
 from data_rows import turns, write_lines
 
-from utils.data.advice import describe, suggest_columns
+from utils.data.advice import columns_or_form
 from utils.data.schemas import convert_row
 from utils.errors import UserError
 
@@ -40,7 +40,7 @@ def many(**fields):
     ],
 )
 def test_columns_are_suggested_by_known_names(rows, columns):
-    assert suggest_columns(rows) == columns
+    assert columns_or_form(rows) == columns
 
 
 @pytest.mark.parametrize(
@@ -67,13 +67,14 @@ def test_columns_are_suggested_by_known_names(rows, columns):
     ],
 )  # fmt: skip
 def test_what_rows_are_where_no_columns_are_known(rows, words):
-    assert suggest_columns(rows) is None and words in describe(rows)
+    said = columns_or_form(rows)
+    assert isinstance(said, str) and words in said
 
 
 def test_a_table_without_names_of_columns():
     rows = [{"甘草的药性是什么？": f"药{n}的药性是什么？", "性平。": f"性{n}。"} for n in range(4)]
-    assert "the first row reads like data" in describe(rows, table=True)
-    assert "if the first row is no header" in describe([{"甘草": "麻黄", "性平": "性温"}], table=True)
+    assert "the first row reads like data" in columns_or_form(rows, table=True)
+    assert "if the first row is no header" in columns_or_form([{"甘草": "麻黄", "性平": "性温"}], table=True)
 
 
 @pytest.mark.parametrize(

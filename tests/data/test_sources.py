@@ -198,8 +198,17 @@ def test_forms_in_which_rows_come(tmp_path, convert, name):
     assert found["report"]["files"][0]["encoding"] == ("parquet" if "parquet" in name else encoding)
 
 
-def test_wrapped_splits_are_splits(tmp_path, convert):
-    (tmp_path / "a.json").write_bytes(dumped({"train": ROWS[:20], "test": ROWS[20:]}))
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda rows: rows,
+        lambda rows: {"data": rows},
+        lambda rows: {name: [row[name] for row in rows] for name in rows[0]},
+        lambda rows: {f"{n}号": row for n, row in enumerate(rows)},
+    ],
+)
+def test_wrapped_splits_are_splits(tmp_path, convert, form):
+    (tmp_path / "a.json").write_bytes(dumped({"train": form(ROWS[:20]), "test": form(ROWS[20:])}))
     found = convert(tmp_path / "a.json", eval_share=0)
     assert len(found["sft_train"]) == 20 and len(found["sft_eval"]) == 10
 

@@ -31,78 +31,67 @@ LEAST_DISTINCT = 0.5  # share of a field's texts; a field with fewer different o
 TABLE_FIELDS = 5  # fields of text; a row with more is a line of a table
 
 
-def suggest_columns(rows: list[dict]) -> tuple[str, str] | None:
-    """(question field, answer field) of rows that have the same fields, where the names of just two say so; else None."""
+def columns_or_form(rows: list[dict], table: bool = False) -> tuple[str, str] | str:
+    """(question field, answer field) of rows with the same fields, where the names of just two say so; else one phrase that
+    says what the rows are. `table`: they are of a table, whose first line may be no names of columns."""
     texts = _text_fields(rows)
     questions, answers = _named(texts, QUESTIONS), _named(texts, ANSWERS)
-    nested = any(
-        isinstance(part, dict)
-        for row in rows
-        for value in row.values()
-        if isinstance(value, list)
-        for part in value
-    )
-    if nested or any(word in name.lower() for name in answers for word in NOT_RIGHT):
-        return None
-    if len(questions) != 1 or len(answers) != 1 or questions == answers or len(texts) > TABLE_FIELDS:
-        return None
-    distinct = (len(set(texts[name])) >= LEAST_DISTINCT * len(texts[name]) for name in questions + answers)
-    return (questions[0], answers[0]) if all(distinct) else None
+    wrong = any(word in name.lower() for name in answers for word in NOT_RIGHT)
+    lists = [value for row in rows for value in row.values() if isinstance(value, list)]
+    nested = any(isinstance(part, dict) for value in lists for part in value)
+    known = len(questions) == len(answers) == 1 and questions != answers
+    if known and not (nested or wrong or len(texts) > TABLE_FIELDS):
+        distinct = (
+            len(set(texts[name])) >= LEAST_DISTINCT * len(texts[name]) for name in questions + answers
+        )
+        if all(distinct):
+            return questions[0], answers[0]
+    names = tuple(rows[0])
+    options = "+".join(map(str, option_fields(names).values() or plain_names(names).get("options", ())))
+    candidates = [name for name in texts if any(word in name.lower() for word in ANSWERS)]
+    unnamed = "no column is known as a question or an answer; if the first row is no header, put one above it"
+    said = (
+        (table and any(map(looks_like_data, names)), "the first row reads like data, not like names of columns: put a row of names above it"),
+        (options, f"an exam with the options {options}: name its other fields, --columns question=...,answer=...,options={options}"),
+        (inside := _inside(rows), inside),
+        (len(texts) > TABLE_FIELDS, f"a table of {len(texts)} fields of text, no question and answer a row"),
+        (len(candidates) > 1, f"several fields may be the answer: {', '.join(candidates)}"),
+        (len(questions) > 1, f"several fields may be the question: {', '.join(questions)}"),
+        (wrong, f"{''.join(answers[:1])} may be an answer of a model, or a wrong one; no field is known as the right answer"),
+        (questions or answers, f"no field is known as {'an answer' if questions else 'a question'}"),
+        (table, unnamed),
+        (True, "wanted rows with a question and an answer, one JSON object a row"),
+    )  # fmt: skip
+    return next(words for true, words in said if true)
 
 
-def describe(rows: list[dict], table: bool = False) -> str:
-    """One phrase that says what rows with the same fields are, if no columns can be suggested. `table`: they are of a table."""
-    names = list(map(str, rows[0]))
-    if table and any(map(looks_like_data, names)):
-        return "the first row reads like data, not like names of columns: put a row of names above it"
-    options = option_fields(tuple(rows[0])).values() or plain_names(tuple(rows[0])).get("options", ())
-    if options:
-        fields = "+".join(map(str, options))
-        return f"an exam with the options {fields}: name its other fields, --columns question=...,answer=...,options={fields}"
-    for name in names:
+def _inside(rows):
+    """One phrase about the first field that holds objects or lists; "" where all hold texts and numbers."""
+    for name in rows[0]:
         values = [row[name] for row in rows if not is_empty(row.get(name))]
         if values and all(isinstance(value, dict) for value in values):
             return f"{name} holds fields of its own ({', '.join(map(str, values[0]))}): write them as fields of the row"
         if values and all(isinstance(value, list) for value in values):
-            parts = [part for value in values for part in value]
-            if all(isinstance(part, dict) for part in parts):
-                inside = ", ".join(map(str, parts[0]))
+            if all(isinstance(part, dict) for value in values for part in value):
+                inside = ", ".join(map(str, values[0][0]))
                 return f"{name} holds rows inside the rows ({inside}): write each as a row of its own"
-            unknown = "texts that do not say who speaks" if len(names) == 1 else "values"
-            return f"{name} is a list of {unknown}"
-    texts = _text_fields(rows)
-    questions, answers = _named(texts, QUESTIONS), _named(texts, ANSWERS)
-    if len(texts) > TABLE_FIELDS:
-        return f"a table of {len(texts)} fields of text, no question and answer a row"
-    candidates = [name for name in texts if any(word in name.lower() for word in ANSWERS)]
-    if len(candidates) > 1:
-        return f"several fields may be the answer: {', '.join(candidates)}"
-    if len(questions) > 1:
-        return f"several fields may be the question: {', '.join(questions)}"
-    if any(word in name.lower() for name in answers for word in NOT_RIGHT):
-        return (
-            f"{answers[0]} may be an answer of a model, or a wrong one; no field is known as the right answer"
-        )
-    if questions or answers:
-        return f"no field is known as {'an answer' if questions else 'a question'}"
-    if table:
-        return (
-            "no column is known as a question or an answer; if the first row is no header, put one above it"
-        )
-    return "wanted rows with a question and an answer, one JSON object a row"
+            return (
+                f"{name} is a list of {'values' if len(rows[0]) > 1 else 'texts that do not say who speaks'}"
+            )
+    return ""
 
 
 def _text_fields(rows):
     """{field: its texts} of the fields that hold text in at least half of the rows and may be a question or an answer."""
-    texts = {}
-    never = {
-        field for plain, fields in plain_names(tuple(rows[0])).items() if plain in NEVER for field in fields
+    never = [plain_names(tuple(rows[0])).get(name, ()) for name in NEVER]
+    texts = {
+        str(name): [
+            row[name].strip() for row in rows if isinstance(row[name], str) and not is_empty(row[name])
+        ]
+        for name in rows[0]
+        if not any(name in fields for fields in never)
     }
-    for name in rows[0]:
-        found = [row[name].strip() for row in rows if isinstance(row[name], str) and not is_empty(row[name])]
-        if name not in never and 2 * len(found) >= len(rows):
-            texts[str(name)] = found
-    return texts
+    return {name: found for name, found in texts.items() if 2 * len(found) >= len(rows)}
 
 
 def _named(names, known):
@@ -141,9 +130,9 @@ def _read_as(file, unknown):
     alike = [(place, row) for place, row in unknown if tuple(row) == names]
     rows = [row for _, row in alike]
     text = f"fields found: {', '.join(map(str, names)) or 'none'}; "
-    columns = suggest_columns(rows)
-    if not columns:
-        return text + describe(rows, file.ending in (".csv", ".tsv", ".xlsx"))
+    columns = columns_or_form(rows, table=file.ending in (".csv", ".tsv", ".xlsx"))
+    if isinstance(columns, str):
+        return text + columns
     place, row = next(one for one in alike if not any(is_empty(one[1][name]) for name in columns))
     question, answer = (shorten(row[name], SHOWN) for name in columns)
     flag = shlex.quote(f"question={columns[0]},answer={columns[1]}")
@@ -170,12 +159,8 @@ def notes(files: list[InputFile], found: Recognised, columns: str) -> list[str]:
             line = f"{lost:,} of its {rows[number]:,} rows could not be used; fields not recognised {lines}"
         else:
             continue
-        alike = (
-            not rows[number],
-            not used[number],
-            first and first.reason,
-            tuple(unknown[0].row) if unknown else (),
-        )
+        fields = tuple(unknown[0].row) if unknown else ()
+        alike = not rows[number], not used[number], first and first.reason, fields
         said.setdefault(alike, [f"{file.name}: {line}"]).append(file.name)
     lines = []
     for line, _, *more in said.values():

@@ -24,9 +24,7 @@ NOT_READ = {
 }
 ENCODING_LINES = 1000  # non-ASCII lines looked at to tell UTF-8 from GB18030
 BOM = b"\xef\xbb\xbf"
-
-# Files that `datasets` writes beside its .arrow files to describe them.
-DESCRIPTIONS = ("dataset_info.json", "state.json", "dataset_dict.json")
+SURROGATES = re.compile("[\ud800-\udfff]")  # stand for what could not be decoded
 
 # First bytes of a file that is something else than its name says: what it is and what to do, and the endings that it may have.
 FIRST_BYTES = (
@@ -41,7 +39,7 @@ FIRST_BYTES = (
     (rb"\x1f\x8b", "a .gz file under another name: rename it", ()),
 )  # fmt: skip
 
-EVALUATION = (
+EVALUATION = set(
     "test testset valid validation validset val dev devset eval evalset evaluation heldout holdout".split()
 )
 _EVALUATION_CHINESE = re.compile("(?:测试|验证|评测|测评|评估|开发(?=集))(?:集|数据|数据集|样本|题|题目)?$")
@@ -70,14 +68,13 @@ class InputFile(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes of the file unpacked, about: what a .gz of more than 4 GB says of itself is too little."""
+        """Bytes of the file unpacked, about: a .gz of more than 4 GB states too little in its last four bytes."""
         if self.member:
             return zipfile.ZipFile(self.path).getinfo(self.member).file_size
+        packed = self.path.stat().st_size
         with open(self.path, "rb") as file:
-            packed = file.seek(0, 2)
             file.seek(max(packed - 4, 0))
-            said = int.from_bytes(file.read(), "little") if self.path.suffix.lower() == ".gz" else 0
-        return max(packed, said)
+            return max(packed, int.from_bytes(file.read(), "little") * (self.path.suffix.lower() == ".gz"))
 
     def open_bytes(self) -> IO[bytes]:
         """The file, unpacked; raises one of DAMAGED."""
@@ -99,7 +96,7 @@ def find_input_files(
         if not given.exists():
             raise UserError(f"{show_path(given)} does not exist; make it with: {made_by}")
         for name, path, member in _listed(given, "" if given.is_dir() else given.name):
-            if re.search("[\ud800-\udfff]", name):
+            if SURROGATES.search(name):
                 raise UserError(f"{ascii(name)}: the file's name is not UTF-8; rename it and run this again")
             why = _not_data(path, member)
             if why and path == given and not member:
@@ -125,7 +122,14 @@ def _listed(path, name, depth=0) -> Iterator[tuple[str, Path, str]]:
                 whole = f"{name}{inside.name}{'/' if inside.is_dir() else ''}"
                 yield from _listed(inside, whole, depth + 1)
     elif path.suffix.lower() == ".zip":
-        yield from ((f"{name}/{member}", path, member) for member in _members(path))
+        refuse_other_bytes(InputFile(path, path.name))
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = archive.namelist()
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{show_path(path)} is not a whole .zip file ({error})") from None
+        members = [name for name in members if not re.match(r"__MACOSX/|(.*/)?\.|.*/$", name)]
+        yield from ((f"{name}/{member}", path, member) for member in members)
     else:
         yield name, path, ""
 
@@ -136,23 +140,13 @@ def _not_data(path, member):
     ending = Path(name.removesuffix(".gz")).suffix
     if path.is_dir():
         return "a folder in the folder: name it after --input-files too"
-    if name in DESCRIPTIONS and (next(path.parent.glob("*.arrow"), None) or name == "dataset_dict.json"):
+    described = name in ("dataset_info.json", "state.json") and any(path.parent.glob("*.arrow"))
+    if described or name == "dataset_dict.json":
         return "describes a data set, holds no rows"
     if ending not in (*DATA_ENDINGS, ".zip"):
         return NOT_READ.get(ending, f"cannot read {Path(name).suffix or 'a file without extension'}")
     packed = member or name.endswith(".gz")
     return "unpack it first" if packed and ending not in TEXT_ENDINGS or member.endswith(".gz") else ""
-
-
-def _members(path):
-    """The names of the files in a .zip."""
-    refuse_other_bytes(InputFile(path, path.name))
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if not name.endswith("/")]
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{show_path(path)} is not a whole .zip file ({error})") from None
-    return [name for name in names if not re.match(r"__MACOSX/|(.*/)?\.", name)]
 
 
 def says_evaluation(name: str) -> bool:
@@ -194,13 +188,8 @@ def detect_encoding(file: InputFile) -> str:
         raise UserError(f"{show_path(file.path)} cannot be unpacked ({error})") from None
     if seen and seen[0].startswith(BOM):
         return "utf-8-sig"
-    utf8, gb18030 = (sum(not _decodes(line, encoding) for line in seen) for encoding in ("utf-8", "gb18030"))
+    utf8, gb18030 = (
+        sum(bool(SURROGATES.search(line.decode(encoding, "surrogateescape"))) for line in seen)
+        for encoding in ("utf-8", "gb18030")
+    )
     return "gb18030" if 2 * utf8 > len(seen) and gb18030 < utf8 else "utf-8"
-
-
-def _decodes(line, encoding):
-    try:
-        line.decode(encoding)
-    except UnicodeDecodeError:
-        return False
-    return True

@@ -15,7 +15,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 
-from utils.data.inputs import BOM, DAMAGED, InputFile, says_evaluation
+from utils.data.inputs import BOM, DAMAGED, SURROGATES, InputFile, says_evaluation
 from utils.data.messages import Reject
 from utils.errors import UserError
 from utils.files import show_path
@@ -29,14 +29,12 @@ TITLES = 3  # rows above the names of the columns that may be titles
 LONGEST_NAME = 20  # characters of a field's name in a table
 
 # Lists that belong to a row: an object with one of these and none of the others is a row, not a wrapper of rows.
-ROW_LISTS = (
-    *("messages", "conversations", "options", "option", "choices", "history", "chosen", "rejected"),
-    *("prompt", "completion", "选项", "content", "tools", "qa_pairs"),
+ROW_LISTS = set(
+    "messages conversations options option choices history chosen rejected prompt completion 选项 content tools qa_pairs".split()
 )
 
 _SPACE = re.compile(r"\s*")
 _BETWEEN = re.compile(r"[\s,]*")
-_SURROGATES = re.compile("[\udc80-\udcff]")
 _LENIENT = json.JSONDecoder(strict=False, parse_int=str)  # finds where an element ends; parse_row judges it
 
 
@@ -60,8 +58,9 @@ def parse_row(raw: Raw, encoding: str) -> dict:
         except UnicodeDecodeError as error:
             text = raw.decode(encoding, "backslashreplace")
             raise Reject("undecodable bytes", f"byte {error.start + 1} is not {encoding}", text) from None
-    elif not raw.isascii() and _SURROGATES.search(raw):
-        raise Reject("undecodable bytes", f"not {encoding}", _with_escapes(raw, encoding))
+    elif not raw.isascii() and SURROGATES.search(raw):
+        text = raw.encode(encoding, "surrogateescape").decode(encoding, "backslashreplace")
+        raise Reject("undecodable bytes", f"not {encoding}", text)
     try:
         row = _DECODER.decode(raw)
     except Reject as problem:
@@ -79,17 +78,13 @@ def parse_row(raw: Raw, encoding: str) -> dict:
 def _unique_keys(pairs):
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        counts = collections.Counter(name for name, _ in pairs)
-        raise Reject("duplicate keys", ", ".join(sorted(name for name in counts if counts[name] > 1)))
+        twice = collections.Counter(name for name, _ in pairs) - collections.Counter(fields.keys())
+        raise Reject("duplicate keys", ", ".join(sorted(twice)))
     return fields
 
 
 # NaN and Infinity, which are no JSON, are what pandas writes for an empty field.
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=lambda name: None)
-
-
-def _with_escapes(text, encoding):
-    return text.encode(encoding, "surrogateescape").decode(encoding, "backslashreplace")
 
 
 def _open_text(file, newline):
@@ -176,34 +171,42 @@ def _rows_of_list(rows):
 
 
 def _rows_of_object(text, file):
-    """The rows of {"data": [...]} (those under "test" say their split with that), of columns ({"question": [...], ...}, as
-    pandas writes them also by row number), and of rows by name; else the text."""
+    """The rows in the text of an object; the text, if it is a row itself."""
     try:
-        value = parse_row(text, file.encoding)
+        return _rows_in(parse_row(text, file.encoding), file) or [text]
     except Reject:
         return [text]
+
+
+def _rows_in(value, file):
+    """The rows of {"data": [...]} (those under "test" say their split with that), of columns ({"question": [...], ...}, as
+    pandas writes them also by row number), of rows by name, and of splits that are such objects; [] of a row."""
+
+    def of_split(key, rows):
+        return [({"split": "eval"} if says_evaluation(key) and not file.split else {}) | row for row in rows]
+
+    lists = {key: part for key, part in value.items() if isinstance(part, list) and part}
+    lists = {key: part for key, part in lists.items() if all(isinstance(row, dict | list) for row in part)}
+    if lists and not set(map(str.lower, lists)) & ROW_LISTS:
+        parts = [
+            (key, part if all(isinstance(row, list) for row in part) else [part])
+            for key, part in lists.items()
+        ]
+        parts = [(key, _rows_of_list(rows)) for key, part in parts for rows in part]
+        whole = all(rows for _, rows in parts)
+        return [row for key, rows in parts for row in of_split(key, rows)] if whole else []
     columns = list(value.values())
-    parts = {key: rows for key, rows in value.items() if isinstance(rows, list) and rows}
-    wrapped = {key: rows for key, rows in parts.items() if all(isinstance(row, dict | list) for row in rows)}
-    if wrapped and not set(map(str.lower, wrapped)) & set(ROW_LISTS):
-        found = []
-        for key, rows in wrapped.items():
-            split = {"split": "eval"} if says_evaluation(key) and not file.split else {}
-            for many in rows if all(isinstance(row, list) for row in rows) else [rows]:
-                mine = _rows_of_list(many)
-                found += [split | row for row in mine]
-                if not mine:
-                    return [text]
-        return found
-    if len(columns) > 1 and all(isinstance(column, list) for column in columns):
-        if len(set(map(len, columns))) == 1:
-            return [dict(zip(value, cells)) for cells in zip(*columns)]
-    if len(columns) > 1 and all(isinstance(column, dict) for column in columns):
-        if len(set(map(tuple, columns))) == 1:
-            if not all(map(str.isdecimal, columns[0])):
-                return columns
-            return [{name: column[number] for name, column in value.items()} for number in columns[0]]
-    return [text]
+    if len(columns) < 2:
+        return []
+    if all(isinstance(column, list) for column in columns) and len(set(map(len, columns))) == 1:
+        return [dict(zip(value, cells)) for cells in zip(*columns)]
+    if not all(isinstance(column, dict) for column in columns):
+        return []
+    if any(map(says_evaluation, value)):
+        return [row for key, part in value.items() for row in of_split(key, _rows_in(part, file) or [part])]
+    if len(set(map(tuple, columns))) > 1 or not all(map(str.isdecimal, columns[0])):
+        return columns if len(set(map(tuple, columns))) == 1 else []
+    return [{name: column[number] for name, column in value.items()} for number in columns[0]]
 
 
 def _csv_rows(file):
@@ -303,8 +306,9 @@ def _table_row(names, cells, file):
         cells = cells[:-1]
     if len(cells) != len(names):
         return Reject("not a table row", f"{len(cells)} cells under {len(names)} columns", cells)
-    if any(not cell.isascii() and _SURROGATES.search(cell) for cell in cells):
-        cells = [_with_escapes(cell, file.encoding) for cell in cells]
+    if any(not cell.isascii() and SURROGATES.search(cell) for cell in cells):
+        cells = [cell.encode(file.encoding, "surrogateescape") for cell in cells]
+        cells = [cell.decode(file.encoding, "backslashreplace") for cell in cells]
         return Reject("undecodable bytes", f"not {file.encoding}", dict(zip(names, cells)))
     return dict(zip(names, cells))
 
@@ -321,12 +325,7 @@ def _arrow_rows(file):
             else:  # a stream, as `datasets` writes it
                 batches = pyarrow.ipc.open_stream(opened)
             yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-    except (
-        pyarrow.ArrowInvalid,
-        OSError,
-        ValueError,
-        ArithmeticError,
-    ) as error:  # or a date after the year 9999
+    except (pyarrow.ArrowInvalid, OSError, ValueError, ArithmeticError) as error:  # also of a year after 9999
         why = str(error).splitlines()[0]
         raise UserError(f"{show_path(file.path)} is not a whole {file.ending} file ({why})") from None
 
