@@ -63,9 +63,8 @@ def read_jsonl(path: str | Path, wanted: Sequence[str] = ()) -> Iterator[dict]:
 
 def _problem_of(row, wanted):
     """Why a row is not one of ours, or ""."""
-    if not isinstance(row, dict):
-        return "no field at all"
-    if missing := [name for name in wanted if name not in row]:
+    missing = [name for name in wanted if name not in row] if isinstance(row, dict) else ["at all"]
+    if missing:
         return f"no field {', '.join(missing)}"
     for name in wanted:
         value = row[name]
@@ -73,8 +72,8 @@ def _problem_of(row, wanted):
             return f"{name} is not a text"
         if name in MESSAGES and not _are_messages(value):
             return f'{name} is not a list of {{"role", "content"}}'
-        roles = [message["role"] for message in value] if name == "messages" else []
-        if roles and ("user" not in roles or "assistant" not in roles[roles.index("user") :]):
+        roles = [message["role"] for message in value] if name == "messages" else ["user", "assistant"]
+        if "user" not in roles or "assistant" not in roles[roles.index("user") :]:
             return f'{name} is not a list of {{"role", "content"}} with a user and after it an assistant'
     return ""
 

@@ -100,13 +100,14 @@ def plot_comparison(panels: list[Panel], models: list[str], path: Path) -> None:
     """Draw the comparison to a PNG: one panel per measure, one bar per model, its name beside it, so that no two overlap."""
     pyplot = load_pyplot()
     rows, height = (len(panels) + 2) // 3, 1.2 + 0.45 * len(models)
-    figure, axes = pyplot.subplots(
-        rows, min(len(panels), 3), figsize=(15, height * rows + 0.4), squeeze=False
-    )
+    size = {"figsize": (15, height * rows + 0.4), "squeeze": False}
+    figure, axes = pyplot.subplots(rows, min(len(panels), 3), **size)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
+    names = [label_text(name, f"model {n}") for n, name in enumerate(models, 1)]
+    names = [name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..." for name in names]
     for axis, panel in zip(axes.flat, panels):
-        _draw_bars(axis, panel, [label_text(name, f"model {n}") for n, name in enumerate(models, 1)])
+        _draw_bars(axis, panel, names)
     figure.suptitle("Black: 95 % interval")
     save_figure(pyplot, figure, path, dpi=110)
 
@@ -119,19 +120,16 @@ def _draw_bars(axis, panel, names):
     above = [max(0.0, high - value) for value, (_, high) in zip(panel.values, ends)]
     axis.barh(places, panel.values, color=[f"C{place}" for place in places], alpha=0.8)
     axis.errorbar(panel.values, places, xerr=[below, above], fmt="none", ecolor="black", capsize=4)
+    beside = {"textcoords": "offset points", "va": "center", "fontsize": 9}
     for place, value, (_, high) in zip(places, panel.values, ends):
         text = f"{value:.1%}" if panel.is_share else f"{value:.3f}"
-        beside = {"textcoords": "offset points", "va": "center", "fontsize": 9}
         axis.annotate(text, (max(high, value), place), (5, 0), **beside)
-    axis.set_yticks(
-        places, [name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..." for name in names]
-    )
+    axis.set_yticks(places, names)
     axis.invert_yaxis()  # the first model on top
+    axis.margins(x=0.18)
     if panel.is_share:
         axis.set_xlim(0, 1.17)
         axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
-    else:
-        axis.margins(x=0.18)
     chance = ""
     if panel.chance:
         chance = f" (dotted: chance {panel.chance:.{0 if panel.chance > 0.1 else 1}%})"

@@ -1,20 +1,17 @@
 """Settings: the UPPER_CASE constants at the top of a script, each of them also a command-line flag.
 
-A script holds one block, from a line that starts with `# ---- Settings` to the next line that starts with `# ----`:
+A script holds one block, and calls `settings = read_settings(globals())` before any heavy import, so that `--help` is quick:
 
     # ---- Settings: edit here, or override on the command line (--learning-rate 1e-5) ----
     LEARNING_RATE = 2e-5    # [> 0, at most 0.1] full fine-tuning; LoRA takes about ten times this
     KEEP = "best"           # [best | last] the finished model
     # ----
 
-and calls `settings = read_settings(globals())` before any heavy import, so that `--help` is quick. A comment may begin with a
-rule in brackets, which holds for the constant and for its flag alike:
+A comment may begin with a rule in brackets, for the constant and for its flag alike. Without one a flag takes what its constant is.
 
     [1, 2, ...]  [-1, 0, ...]  [0, 1, ... 65535]                  whole numbers, from the first to the last
     [> 0]  [0 or more]  [0 to 1]  [> 0, at most 0.1]  [-1 or > 0]  numbers, with or without a fraction
     [best | last]  [bf16 | fp32 | empty]                          one of these texts; empty stands for ""
-
-Without a rule a flag takes what its constant is: true or false, a text, a number, or a list of texts.
 
 A constant whose name ends in _DIR, _FILE or _FILES is a path: relative to the repository in the script, and to the folder the
 user stands in as a flag. A name that ends in MODEL(S) may be a folder or a Hub id: what exists as a folder becomes its path.
@@ -65,16 +62,15 @@ class Settings:
 
     def show(self) -> None:
         """Print MODEL and the settings that the command line gave; with --verbose all, those marked with a star."""
-        values, stars = self.as_dict(), self.overridden if self.verbose else ()
-        names = values if self.verbose else [name for name in values if name in {"MODEL", *self.overridden}]
+        words = ["settings:"]
+        for name, value in self.as_dict().items():
+            if self.verbose or name in {"MODEL", *self.overridden}:
+                words.append(f"{name}={value!r}{'*' * (self.verbose and name in self.overridden)} ")
         rest = (
             "(* from the command line)" if self.verbose else "the rest as in the script (--verbose shows all)"
         )
-        words = [f"{name}={values[name]!r}{'*' * (name in stars)}" for name in names]
-        line = "settings: " + "  ".join([*words, rest])
-        print(
-            textwrap.fill(line, 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-        )
+        form = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+        print(textwrap.fill(" ".join([*words, rest]), 118, **form))
 
 
 def read_settings(namespace: dict[str, Any], argv: list[str] | None = None, positional: str = "") -> Settings:
@@ -186,8 +182,7 @@ def _from_text(kind, text):
 
 
 def _nearest(word, known):
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
+    return "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(word, known, 1, 0.5))
 
 
 def _kind(name, rule, value):
@@ -240,12 +235,13 @@ def _resolve(name, value, base):
         return folder_or_id(value)
     if not name.endswith(("_DIR", "_FILE")):
         return value
-    whole = base / os.path.expanduser(value) if value else None
-    for part in (whole, *whole.parents) if whole and name.endswith("_DIR") else ():
-        if part.is_file() or part.is_symlink() and not part.exists():
-            kind = "a file" if part.is_file() else "a link to something that is not there"
-            raise UserError(f"{flag_of(name)}: {part} is {kind}, wanted a folder")
-    return whole
+    path = base / os.path.expanduser(value) if value else None
+    if path and name.endswith("_DIR"):
+        for part in (path, *path.parents):
+            if part.is_file() or part.is_symlink() and not part.exists():
+                kind = "a file" if part.is_file() else "a link to something that is not there"
+                raise UserError(f"{flag_of(name)}: {part} is {kind}, wanted a folder")
+    return path
 
 
 def _plain(value):
