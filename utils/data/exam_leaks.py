@@ -40,6 +40,7 @@ _TRAILING = re.compile("(?:是指|是|为|有|包括|属于|哪项|哪一项|以
 _FRAME = re.compile(
     "中医药?|考试|选择|单选|多选|单项|题目?|问题?|回答|答案?|解释|什么|哪[一个项些味]*|何谓|[是指为即何叫个项第一二三]"
 )
+_NEGATION = re.compile("[不非未没]")
 _OPTIONS = re.compile("$|\n|[a-j]")
 _LETTER = re.compile("(?:本题|正确|答案|应|该|选|是|为)*([a-j])(?![a-z])")
 # Letters one after the other, or three things in a row.
@@ -98,10 +99,8 @@ class RowText:
 def find_exam_leaks(found: Recognised) -> Iterator[tuple[Row, Row]]:
     """(row, exam row) for every row that asks an exam question; of several the first."""
     items = [_exam_item(row, found.line(row)) for row in found.rows if row.kind == EXAM]
-    rights = defaultdict(set)  # {stem: all right answers to it}
-    for item in items:
-        rights[item.stem].add("\n".join(item.right))
-    items = [item._replace(alone=len(rights[item.stem]) == 1) for item in items]
+    rights = Counter(stem for stem, _ in {(item.stem, "\n".join(item.right)) for item in items})
+    items = [item._replace(alone=rights[item.stem] == 1) for item in items]
     by_piece = _by_piece(items)
     asking = [row for row in found.rows if row.kind not in ("", EXAM)] if items else []
     for row in progress("looking for exam questions", "rows")(asking):
@@ -137,9 +136,8 @@ def _by_piece(items):
     for number, core in enumerate(cores):
         taken: list[int] = []
         # Filler may be missing elsewhere: a piece without any is looked for first.
-        for piece in sorted(
-            shingles(core), key=lambda piece: (without_filler(piece) != piece, counts[piece], piece)
-        ):
+        rarest = sorted((without_filler(piece) != piece, counts[piece], piece) for piece in shingles(core))
+        for _, _, piece in rarest:
             at = core.find(piece)
             if len(taken) < PIECES and all(abs(other - at) >= SHINGLE for other in taken):
                 taken.append(at)
@@ -148,7 +146,7 @@ def _by_piece(items):
 
 
 def _leaks(row, item):
-    """Whether a training row asks an exam item."""
+    """True if a training row asks an exam item."""
     if _lists(row.whole.replace(item.text, "", 1), item):
         return _holds(row.plain, item.stem) or _is_similar(row, item)
     turns = map(without_filler, map(normalize, row.turns))
@@ -164,25 +162,20 @@ def _leaks(row, item):
 
 
 def _lists(text, item):
-    """Whether most options of the item stand in a text."""
+    """True if most options of the item stand in a text."""
     return sum(option in text for option in item.options) >= LISTED * len(item.options)
 
 
 def _holds(text, stem):
-    """Whether a text holds a stem, and does not go on with a negation: "...的方剂" is part of "...的方剂不是"."""
+    """True if a text holds a stem, and does not go on with a negation: "...的方剂" is part of "...的方剂不是"."""
     return stem in text and bool(re.search(re.escape(stem) + "(?![不非未没])", text))
 
 
 def _is_similar(row, item):
-    """Whether the row holds the item's stem with a few changed characters, or cut before its end."""
+    """True if the row holds the item's stem with a few changed characters, or cut before its end."""
     stem, text, answer = item.stem, row.plain, row.answer_of(item)
     for length, start, stop, edits in _alignments(stem, text):
-        if differ_in_fact(stem[:length], text[start:stop]) or text[stop : stop + 1] in (
-            "不",
-            "非",
-            "未",
-            "没",
-        ):
+        if differ_in_fact(stem[:length], text[start:stop]) or _NEGATION.match(text, stop):
             continue
         if length == len(stem):
             # A character of a short stem is much (心 or 肝 in "心的生理功能"), if the options are not all the same.
@@ -204,13 +197,9 @@ def _alignments(stem, text):
     for length, character in enumerate(stem, 1):
         before, row = row, [(length, 0)]
         for at, other in enumerate(text):
-            row.append(
-                min(
-                    (before[at][0] + (other != character), before[at][1]),
-                    (before[at + 1][0] + 1, before[at + 1][1]),
-                    (row[at][0] + 1, row[at][1]),
-                )
-            )
+            changed = before[at][0] + (other != character), before[at][1]
+            missing, added = (before[at + 1][0] + 1, before[at + 1][1]), (row[at][0] + 1, row[at][1])
+            row.append(min(changed, missing, added))
         if length >= LEFT * len(stem):
             edits, start, stop = min((edits, start, stop) for stop, (edits, start) in enumerate(row))
             yield length, start, stop, edits

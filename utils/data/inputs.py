@@ -24,7 +24,7 @@ NOT_READ = {
 }
 ENCODING_LINES = 1000  # non-ASCII lines looked at to tell UTF-8 from GB18030
 BOM = b"\xef\xbb\xbf"
-SURROGATES = re.compile("[\ud800-\udfff]")  # stand for what could not be decoded
+SURROGATES = re.compile("[\udc80-\udcff]")  # stand for bytes that could not be decoded
 
 # First bytes of a file that is something else than its name says: what it is and what to do, and the endings that it may have.
 FIRST_BYTES = (

@@ -56,19 +56,16 @@ def read_turns(path: Path) -> Iterator[tuple[list[dict], list[dict]]]:
 
 
 def messages_row(prompt: list[dict], replies: list[dict]) -> dict:
-    """Messages, of which the one with "train" is trained on; of a pair the context, and the two answers beside it."""
-    texts = [_as_text(reply) for reply in replies]
+    """Messages, of which the one with "train" is trained on; of a pair the context, and the two answers beside it. The
+    reasoning stands in the text, in the tags that the template would put around it."""
+    texts = []
+    for reply in replies:
+        reasoning, content = reply.get("reasoning_content", "").strip("\n"), reply["content"].lstrip("\n")
+        text = f"<think>\n{reasoning}\n</think>\n\n{content}" if reasoning else content
+        texts.append({"role": "assistant", "content": text})
     if len(texts) == 1:
         return {"messages": [*prompt, texts[0] | {"train": True}]}
     return {"messages": prompt, "chosen": texts[0], "rejected": texts[1]}
-
-
-def _as_text(message):
-    """The message as text alone, its reasoning in the tags that the template would put around it."""
-    reasoning, content = message.get("reasoning_content", "").strip("\n"), message["content"].lstrip("\n")
-    if reasoning:
-        content = f"<think>\n{reasoning}\n</think>\n\n{content}"
-    return {"role": "assistant", "content": content}
 
 
 def completion_row(prompt: list[dict], replies: list[dict]) -> dict:

@@ -108,7 +108,7 @@ def _json_lines(file):
         for number, line in enumerate(lines, 1):
             line = line.removeprefix(BOM).rstrip()  # any line may carry one: files are joined with `cat`
             if line.startswith(b"["):
-                for index, row in enumerate(_unnested(line, file.encoding), 1):
+                for index, row in enumerate(_rows_of(line, file), 1):
                     yield (number if index == 1 else f"{number}#{index}"), row
             elif line:
                 yield number, line
@@ -139,26 +139,28 @@ def _values(text, file):
             at = _SPACE.match(text, at + 1).end()
             while text[at : at + 1] != "]":
                 start, (_, at) = at, _LENIENT.raw_decode(text, at)
-                yield from ((start, raw) for raw in _unnested(text[start:at], file.encoding))
+                rows = _rows_of(text[start:at], file) if text[start] == "[" else [text[start:at]]
+                yield from ((start, raw) for raw in rows)
                 end, at = _SPACE.match(text, at).end(), _BETWEEN.match(text, at).end()
                 if text[end : end + 1] not in (",", "]"):
                     raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
             at += 1
         else:
             start, (_, at) = at, _LENIENT.raw_decode(text, at)
-            yield from ((start, raw) for raw in _rows_of_object(text[start:at], file))
+            yield from ((start, raw) for raw in _rows_of(text[start:at], file))
         at = _BETWEEN.match(text, at).end()
 
 
-def _unnested(text, encoding):
-    """The rows in the text of a list that stands where a row should; else the text."""
-    if text[:1] not in ("[", b"["):
-        return [text]
+def _rows_of(text, file):
+    """The rows in the text of a list or an object; the text, if it is a row itself, or damaged."""
     try:
-        rows = _DECODER.decode(text.decode(encoding) if isinstance(text, bytes) else text)
+        decoded = text.decode(file.encoding) if isinstance(text, bytes) else text
+        value = None if SURROGATES.search(decoded) else _DECODER.decode(decoded)
     except (ValueError, RecursionError, Reject):
         return [text]
-    return _rows_of_list(rows) or [text]
+    if isinstance(value, list):
+        return _rows_of_list(value) or [text]
+    return isinstance(value, dict) and _rows_in(value, file) or [text]
 
 
 def _rows_of_list(rows):
@@ -168,14 +170,6 @@ def _rows_of_list(rows):
     if not all(isinstance(row, dict) for row in rows):
         return []
     return [{"messages": rows}] if rows and all("role" in row or "from" in row for row in rows) else rows
-
-
-def _rows_of_object(text, file):
-    """The rows in the text of an object; the text, if it is a row itself."""
-    try:
-        return _rows_in(parse_row(text, file.encoding), file) or [text]
-    except Reject:
-        return [text]
 
 
 def _rows_in(value, file):
@@ -188,13 +182,11 @@ def _rows_in(value, file):
     lists = {key: part for key, part in value.items() if isinstance(part, list) and part}
     lists = {key: part for key, part in lists.items() if all(isinstance(row, dict | list) for row in part)}
     if lists and not set(map(str.lower, lists)) & ROW_LISTS:
-        parts = [
-            (key, part if all(isinstance(row, list) for row in part) else [part])
-            for key, part in lists.items()
-        ]
-        parts = [(key, _rows_of_list(rows)) for key, part in parts for rows in part]
-        whole = all(rows for _, rows in parts)
-        return [row for key, rows in parts for row in of_split(key, rows)] if whole else []
+        found = []
+        for key, part in lists.items():
+            for rows in part if all(isinstance(row, list) for row in part) else [part]:
+                found.append(of_split(key, _rows_of_list(rows)))
+        return [row for rows in found for row in rows] if all(found) else []
     columns = list(value.values())
     if len(columns) < 2:
         return []
