@@ -371,6 +371,22 @@ def test_a_client_that_leaves_ends_its_answer(port, chat_model, stream, monkeypa
     assert [reply.tokens for reply in ended] == [12]
 
 
+def test_a_client_that_leaves_while_another_is_answered_is_not(chat_model, monkeypatch):
+    model, begun, go_on = Echo(chat_model), threading.Event(), threading.Event()
+    answer = model.answer
+    monkeypatch.setattr(model, "answer", lambda *asked: (begun.set(), go_on.wait(20), answer(*asked))[2])
+    body = json.dumps(ASKED).encode()
+    with serving(model) as port, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask, port, ASKED)
+        assert begun.wait(20)
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(HEAD + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+        go_on.set()
+        assert first.result()[0] == ask(port, ASKED)[0] == 200
+        time.sleep(0.3)  # in which it would have been answered
+    assert len(model.seen) == 2
+
+
 def test_a_client_that_leaves_before_its_refusal(port, monkeypatch, capsys):
     def broken(*_):
         raise BrokenPipeError
