@@ -128,7 +128,10 @@ BAD = [
     ({"question": "问", "options": {"A": "甲", "B": "乙"}, "answer": "ABC"}, "answer not among the options"),
     ({"question": "问", "question_type": "判断题", "answer": "也许"}, "answer not among the options"),
     ({"conversations": [["问", "答"]]}, "wrong type"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "wrong type"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}, {"type": "text", "text": "问"}]}]},
+        "wrong type",
+    ),
     ({"instruction": "问", "output": "答", "history": [["前"]]}, "wrong type"),
     ({"chosen": "好", "rejected": "坏"}, "missing or empty question"),
     (

@@ -197,6 +197,7 @@ ASIDE = [
     (answer(loss=False), "marked as not to be learnt"),
     (answer(loss=0), "marked as not to be learnt"),
     (answer(train="false"), "marked as not to be learnt"),
+    (answer(loss="0"), "marked as not to be learnt"),
     (answer(trainable=False), "marked as not to be learnt"),
     (answer(weight=0), "marked as not to be learnt"),
     (answer(mask=1), "marked as not to be learnt"),

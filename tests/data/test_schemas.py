@@ -6,31 +6,35 @@ from data_rows import BAD, EXAM, PREFERENCE, SFT, turns
 from utils.data.messages import Reject
 from utils.data.schemas import RowOptions, convert_row, parse_columns
 
+REASONED = [
+    {"role": "user", "content": "问"},
+    {"role": "assistant", "content": "答", "reasoning_content": "想"},
+]
+PARTS = [{"type": "text", "text": "麻黄"}, {"type": "text", "text": "的药性？"}]
+TRIMMED = [  # a conversation, and the whole exchanges of it that are kept
+    (turns("", "欢迎", "问", "答")[1:], turns("问", "答")),
+    (turns("问", "答", "再问"), turns("问", "答")),
+    ([*turns(system="医"), *turns("", "欢迎", "问", "答", "再问")[1:]], turns("问", "答", system="医")),
+]
+CONVERSATIONS = [
+    *SFT,
+    *(({"messages": given}, kept) for given, kept in TRIMMED),
+    ({"Question": "问", "Complex_CoT": "想", "Response": "答"}, REASONED),
+    ({"question": "问", "think": "想", "answer": "答"}, REASONED),
+    ({"query": "问", "response": "<think>\n想\n</think>\n\n答"}, REASONED),
+    ({"query": "问", "response": "想</think>答"}, REASONED),
+    ({"messages": REASONED}, REASONED),
+    ({"query": "问", "response": "<think>\n\n</think>\n\n答"}, turns("问", "答")),
+    ({"messages": [{"role": "user", "content": PARTS}, {"role": "assistant", "content": PARTS[:1]}]}, turns("麻黄\n的药性？", "麻黄")),
+    ({"question": "问", "answer": "答", "question_type": "简答题"}, turns("问", "答")),
+]  # fmt: skip
 
-@pytest.mark.parametrize("row, messages", SFT)
+
+@pytest.mark.parametrize("row, messages", CONVERSATIONS)
 def test_conversations(row, messages):
     item = convert_row(row)
     assert (item.kind, item.body["messages"]) == ("sft", messages)
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"Question": "问", "Complex_CoT": "想", "Response": "答"},
-        {"question": "问", "think": "想", "answer": "答"},
-        {"query": "问", "response": "<think>\n想\n</think>\n\n答"},
-        {"query": "问", "response": "想</think>答"},
-        {"messages": [*turns("问"), {"role": "assistant", "content": "答", "reasoning_content": "想"}]},
-    ],
-)
-def test_reasoning_becomes_reasoning_content(row):
-    item = convert_row(row)
-    assert item.body["messages"][-1] == {"role": "assistant", "content": "答", "reasoning_content": "想"}
-
-
-def test_an_empty_think_block_is_no_reasoning():
-    item = convert_row({"query": "问", "response": "<think>\n\n</think>\n\n答"})
-    assert item.body["messages"] == turns("问", "答")
+    assert item.trimmed == (row.get("messages") in [given for given, _ in TRIMMED])
 
 
 @pytest.mark.parametrize("row", PREFERENCE)
@@ -66,55 +70,39 @@ def test_reasons(row, reason):
 
 
 OPTIONS = {"A": "麻黄", "B": "石膏", "C": "知母", "D": "黄连"}
+VITAMINS = {
+    "A": "维生素A、维生素B、维生素C",
+    "B": "维生素 D",
+    "C": "B族",
+}  # letters inside options begin no option
+LISTED = "\n".join(f"{letter} {text}" for letter, text in VITAMINS.items())
+TEN = dict(zip("ABCDEFGHIJ", "甲乙丙丁戊己庚辛壬癸"))
+ASKED, JUDGED = {"question": "问", "options": OPTIONS}, {"question": "问", "question_type": "判断题"}
+ITEMS = [  # a row, and what its item has
+    *((ASKED | {"answer": given}, {"answer": "ABD", "kind": "multiple"})
+      for given in ("ABD", "A,B,D", "A、B、D", "DBA", "a b d", ["A", "B", "D"])),
+    ({"Question": "问", "Options": LISTED, "Answer": "B"}, {"options": VITAMINS, "answer": "B"}),
+    ({"instruction": f"问\n{LISTED}", "output": "B"}, {"options": VITAMINS, "answer": "B"}),
+    ({"question": "问", "options": list(TEN.values()), "answer": 9}, {"options": TEN, "answer": "J"}),
+    ({"question": "问", **dict(list(TEN.items())[:5]), "answer": "E"}, {"options": dict(list(TEN.items())[:5])}),
+    (ASKED | {"answer": "A", "question_type": "多项选择题"}, {"answer": "A", "kind": "multiple"}),
+    (ASKED | {"answer": "A", "question_type": "单项选择题"}, {"kind": None}),
+    (ASKED | {"answer": "A", "question_type": "", "type": "多发病"}, {"kind": None}),
+    (JUDGED | {"answer": "对"}, {"answer": "A", "kind": "true_false", "options": {"A": "正确", "B": "错误"}}),
+    (JUDGED | {"answer": "×"}, {"answer": "B", "kind": "true_false"}),
+    (JUDGED | {"answer": False}, {"answer": "B", "kind": "true_false"}),
+    ({"question": "问", "options": {"A": "对", "B": "错"}, "answer": "B"}, {"answer": "B", "kind": "true_false"}),
+    ({"question": "问", "options": ["True", "False"], "answer": "正确"}, {"answer": "A", "kind": "true_false"}),
+]  # fmt: skip
 
 
-def test_letters_inside_options_begin_no_option():
-    options = {"A": "维生素A、维生素B、维生素C", "B": "维生素 D", "C": "B族"}
-    listed = "\n".join(f"{letter} {text}" for letter, text in options.items())
-    assert convert_row({"Question": "问", "Options": listed, "Answer": "B"}).body["options"] == options
-    assert convert_row({"instruction": f"问\n{listed}", "output": "B"}).body["options"] == options
-
-
-def test_more_options_than_four():
-    options = dict(zip("ABCDEFGHIJ", "甲乙丙丁戊己庚辛壬癸"))
-    row = {"question": "问", "options": list(options.values()), "answer": 9}
-    assert convert_row(row).body["answer"] == "J"
-    row = {
-        "question": "问",
-        **{letter: text for letter, text in options.items() if letter < "F"},
-        "answer": "E",
-    }
-    assert convert_row(row).body["options"]["E"] == "戊"
-
-
-@pytest.mark.parametrize("answer", ["ABD", "A,B,D", "A、B、D", "DBA", "a b d", ["A", "B", "D"]])
-def test_several_right_answers_are_a_kind_of_their_own(answer):
-    body = convert_row({"question": "解表的有", "options": OPTIONS, "answer": answer}).body
-    assert (body["answer"], body["kind"]) == ("ABD", "multiple")
-
-
-def test_the_type_of_a_question_decides_its_kind():
-    row = {"question": "解表的有", "options": OPTIONS, "answer": "A", "question_type": "多项选择题"}
-    assert convert_row(row).body["kind"] == "multiple"
-    for other in ({"question_type": "单项选择题"}, {"question_type": "", "type": "多发病"}):
-        assert "kind" not in convert_row({**row, **other}).body
-    plain = convert_row({"question": "问", "answer": "答", "question_type": "简答题"})
-    assert (plain.kind, plain.body["messages"]) == ("sft", turns("问", "答"))
-
-
-@pytest.mark.parametrize(
-    "row, answer",
-    [
-        ({"question": "麻黄性温。", "question_type": "判断题", "answer": "对"}, "A"),
-        ({"question": "麻黄性温。", "question_type": "判断题", "answer": "×"}, "B"),
-        ({"question": "麻黄性温。", "options": {"A": "对", "B": "错"}, "answer": "B"}, "B"),
-        ({"question": "麻黄性温。", "options": ["True", "False"], "answer": "正确"}, "A"),
-        ({"question": "麻黄性温。", "question_type": "判断题", "answer": False}, "B"),
-    ],
-)
-def test_true_or_false(row, answer):
+@pytest.mark.parametrize("row, wanted", ITEMS)
+def test_exam_items(row, wanted):
     body = convert_row(row).body
-    assert (body["answer"], body["kind"], len(body["options"])) == (answer, "true_false", 2)
+    assert {name: body.get(name) for name in wanted} == wanted
+    assert (
+        convert_row({"id": "x", **body, "source": "某处:1"}).body == body
+    )  # a converted exam is read as it was
 
 
 def test_explanations_become_reasoning_on_request():
@@ -130,39 +118,3 @@ def test_explanations_become_reasoning_on_request():
     assert convert_row(row).kind == "exam"
     for empty in ("", "nan", float("nan"), None):
         assert convert_row({**row, "解析": empty}, RowOptions(explained=True)).kind == "exam"
-
-
-@pytest.mark.parametrize(
-    "messages, kept",
-    [
-        (turns("", "欢迎", "问", "答")[1:], turns("问", "答")),
-        (turns("问", "答", "再问"), turns("问", "答")),
-        (
-            turns("", "欢迎", "问", "答", "再问", system="医")[:1]
-            + turns("", "欢迎", "问", "答", "再问")[1:],
-            turns("问", "答", system="医"),
-        ),
-        (turns("问", "答"), None),
-    ],
-)
-def test_conversations_are_trimmed_to_whole_exchanges(messages, kept):
-    item = convert_row({"messages": messages})
-    assert item.body["messages"] == (kept or messages) and item.trimmed == bool(kept)
-
-
-def test_text_in_parts_is_text():
-    parts = [{"type": "text", "text": "麻黄"}, {"type": "text", "text": "的药性？"}]
-    messages = [
-        {"role": "user", "content": parts},
-        {"role": "assistant", "content": [{"type": "text", "text": "温"}]},
-    ]
-    assert convert_row({"messages": messages}).body["messages"] == turns("麻黄\n的药性？", "温")
-    messages[0]["content"] = [{"type": "image_url", "image_url": {"url": "x"}}, *parts]
-    with pytest.raises(Reject, match="wrong type"):
-        convert_row({"messages": messages})
-
-
-def test_a_converted_exam_is_read_as_it_was():
-    row = {"question": "解表的有", "options": OPTIONS, "answer": "A", "question_type": "多项选择题"}
-    body = convert_row(row).body
-    assert convert_row({"id": "x", **body, "source": "某处:1"}).body == body and body["kind"] == "multiple"

@@ -52,6 +52,14 @@ TURN_ALIASES = ALIASES | by_alias({"role": "from speaker", "content": "value tex
 # Fields of a turn or row that say whether it is learnt.
 LEARNT_MARKS = ("loss", "train", "trainable", "loss_mask", "weight", "loss_weight")
 MASKS = ("mask", "masked", "ignore")  # the same, of which it is not known what is meant
+SIGNS = {
+    "false": False,
+    "0": False,
+    "0.0": False,
+    "true": True,
+    "1": True,
+    "1.0": True,
+}  # what such a field says
 
 EMPTY_TEXTS = {"", *"nan none null n/a #n/a <na> <noinput> noinput <nooutput> [] {}".split()}
 
@@ -206,24 +214,25 @@ def _turn(turn, place):
     if role == "assistant":
         reasoning = text_of(turn, "reasoning", "reasoning", optional=True)
         return [assistant_message(text, reasoning) | not_learnt(turn, place)]
-    for mark in LEARNT_MARKS:
-        if _says_no(turn.peek(mark)):
-            turn.get(mark)
+    turn.used |= {turn.field(mark) for mark in LEARNT_MARKS if _sign(turn, mark) is False}
     return [{"role": role, "content": text}] if text else []
 
 
 def not_learnt(turn: Fields, place: str) -> dict[str, int]:
     """{"weight": 0} of an answer that has this weight, else {}; Reject where it is not to be learnt in another way."""
     for mark in (*LEARNT_MARKS, *MASKS):
-        value = turn.peek(mark)
-        if mark == "weight" and _says_no(value):
+        sign = _sign(turn, mark)
+        if sign is not None:
             turn.get(mark)
+        if sign is False and mark == "weight":
             return {"weight": 0}
-        if _says_no(value) or mark in MASKS and value is not None:
-            raise Reject("marked as not to be learnt", f"{place}: {turn.field(mark)} is {value!r}")
-        if value in (1, True) or isinstance(value, str) and value.lower() == "true":
-            turn.get(mark)
+        if sign is False or mark in MASKS and turn.peek(mark) is not None:
+            raise Reject("marked as not to be learnt", f"{place}: {turn.field(mark)} is {turn.peek(mark)!r}")
     return {}
+
+
+def _sign(turn, mark):
+    return SIGNS.get(str(turn.peek(mark)).strip().lower())
 
 
 def refuse_masked(row: Fields, turns: list[dict], given: int) -> None:
@@ -234,10 +243,6 @@ def refuse_masked(row: Fields, turns: list[dict], given: int) -> None:
             learnt = [sign for sign, turn in zip(mask[-len(turns) :], turns) if turn["role"] == "assistant"]
             if mark in MASKS or len(mask) != given or not all(learnt):
                 raise Reject("marked as not to be learnt", f"{row.field(mark)} is {mask}")
-
-
-def _says_no(value):
-    return value is False or value == 0 or isinstance(value, str) and value.strip().lower() == "false"
 
 
 def marked_turns(text: str, both: bool = True) -> list[dict]:
@@ -297,9 +302,7 @@ def assistant_message(text: str, reasoning: str = "") -> dict:
         if not text:
             raise Reject("missing or empty answer", "nothing after the think block")
     message = {"role": "assistant", "content": text}
-    if reasoning:
-        message["reasoning_content"] = reasoning
-    return message
+    return message | {"reasoning_content": reasoning} if reasoning else message
 
 
 def check_text(text: str) -> None:
