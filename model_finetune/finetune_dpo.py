@@ -58,7 +58,7 @@ FRESH = False               # start over; an earlier run in OUTPUT_DIR is moved 
 def main(argv=None):
     began = time.monotonic()
     settings = read_settings(globals(), argv)
-    for path in (settings.TRAIN_FILE, settings.EVAL_FILE):
+    for path in filter(None, (settings.TRAIN_FILE, settings.EVAL_FILE)):
         require_file(path, "python data_prepare/build_preference_pairs.py")
         next(read_jsonl(path, ["id", "prompt", "chosen", "rejected"]))
     check_model(settings.MODEL)

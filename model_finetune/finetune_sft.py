@@ -53,7 +53,7 @@ FRESH = False               # start over; an earlier run in OUTPUT_DIR is moved 
 def main(argv=None):
     began = time.monotonic()
     settings = read_settings(globals(), argv)
-    for path in (settings.TRAIN_FILE, settings.EVAL_FILE):
+    for path in filter(None, (settings.TRAIN_FILE, settings.EVAL_FILE)):
         require_file(path, "python data_prepare/convert_to_qwen3_format.py")
         next(read_jsonl(path, ["id", "messages"]))
     check_model(settings.MODEL)

@@ -22,6 +22,7 @@ from utils.model.packing import ROUNDED, PackedRows, collate, padding_for
 from utils.model.qwen3_train import forward
 from utils.text import duration, format_bytes
 from utils.training.memory import FLOAT, StepPlan, free_memory, margin, measure_costs, memory_parts, ways
+from utils.training.rows import tell_shared_rows
 from utils.training.run import Run
 from utils.training.schedule import DISK, ENDING, Schedule, done_at, plan_evaluations
 
@@ -53,6 +54,7 @@ def plan_run(
     pairs that can be trained on in that time: the reference of each costs a forward pass before training.
     """
     settings, pairs = run.settings, "BETA" in vars(run.settings)
+    tell_shared_rows(settings.TRAIN_FILE, settings.EVAL_FILE, ["prompt", "chosen"] if pairs else ["messages"])
     way = plan_step(run, model, train_rows)
     (rate,) = run.agree(forward_rate(run, model, train_rows, way))  # of a forward pass
     rate *= run.processes

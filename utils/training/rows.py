@@ -24,7 +24,7 @@ from pyarrow import compute
 
 from utils.errors import RunError, UserError
 from utils.files import atomic_write, id_key, prepare_folder, read_jsonl, sha256_of, show_path
-from utils.kept import digest, is_kept, record_path, seal
+from utils.kept import digest, is_kept, read_kept, record_path, seal, write_kept
 from utils.model.chat_format import answer_pieces, encode_pieces, prompt_pieces, without_modes
 from utils.model.packing import Chosen, Item, PackedRows, Sizes
 from utils.text import printable, progress
@@ -261,6 +261,29 @@ def cached_items(
         prepare_folder(kept.parent)
         _write(kept, path, wanted, encode, identity)
         return CachedItems(kept)
+
+
+def tell_shared_rows(train: Path, held_out: Path, fields: list[str]) -> None:
+    """Print how many rows of the evaluation file agree in these fields with rows of the training file, or that it is none."""
+    if train == held_out:
+        print(
+            "no evaluation file: the loss is measured on rows that are trained, and says only that training works"
+        )
+        return
+    identity = {"train": sha256_of(train), "eval": sha256_of(held_out)}
+    kept = train.parent / ".tokens" / f"{held_out.name}-shared.json"
+    shared = read_kept(kept, identity) if kept.exists() else None
+    if shared is None:
+        trained = {digest([row[field] for field in fields]) for row in read_jsonl(train, fields)}
+        shared = sum(
+            digest([row[field] for field in fields]) in trained for row in read_jsonl(held_out, fields)
+        )
+        with PartialState().main_process_first():
+            write_kept(kept, identity, shared)
+    if shared:
+        print(
+            f"note: {shared:,} rows of {show_path(held_out)} are in {show_path(train)}, too: the loss on them says little"
+        )
 
 
 def _write(kept, path, wanted, encode, identity):

@@ -60,6 +60,9 @@ class Run:
     """
 
     def __init__(self, settings, device: Device, title: str, began: float):
+        settings.EVAL_FILE = (
+            settings.EVAL_FILE or settings.TRAIN_FILE
+        )  # nothing is held out: the plan says so
         self.settings, self.device, self.began, self.folder = settings, device, began, settings.OUTPUT_DIR
         self.accelerator = _accelerator(settings, device)
         self.main, self.processes = self.accelerator.is_main_process, self.accelerator.num_processes
