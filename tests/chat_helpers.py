@@ -14,19 +14,15 @@ QUESTIONS = ["甘草", "麻黄汤的功效是什么？龘", "What is this? 合�
 
 
 def prompts_of(chat_model, thinking=None):
-    return [
-        encode_prompt(chat_model.tokenizer, [{"role": "user", "content": text}], thinking)
-        for text in QUESTIONS
-    ]
+    asked = [[{"role": "user", "content": text}] for text in QUESTIONS]
+    return [encode_prompt(chat_model.tokenizer, messages, thinking) for messages in asked]
 
 
 def reference(chat_model, prompt, length, **options):
     """What transformers' generate answers, greedily."""
-    ids = torch.tensor([prompt])
-    options = dict(do_sample=False, max_new_tokens=length, **options)
-    return chat_model.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[
-        0, len(prompt) :
-    ].tolist()
+    ids, options = torch.tensor([prompt]), {"do_sample": False, "max_new_tokens": length, **options}
+    found = chat_model.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    return found[0, len(prompt) :].tolist()
 
 
 def damaged(folder, where, **changes):
@@ -55,15 +51,8 @@ class Echo:
         stopped = "stop" in text.split("<|im_start|>user")[-1]
         content = "" if stopped and "early" in text else f"答{len(self.seen)}"
         show(content, False)
-        return Reply(
-            content,
-            "想" if options.thinking else "",
-            3,
-            0.5,
-            0.1,
-            not stopped and "long" not in text,
-            stopped,
-        )
+        complete = not stopped and "long" not in text
+        return Reply(content, "想" if options.thinking else "", 3, 0.5, 0.1, complete, stopped)
 
 
 def talk(chat, *lines):

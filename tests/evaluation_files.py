@@ -11,15 +11,17 @@ from utils.files import write_jsonl
 from utils.model.qwen3_train import prepare_packed
 
 CPU = Device("cpu", False, "test")
+OPTIONS = {"A": "温", "B": "大寒", "C": "平", "D": "微温而辛"}
+NAMES = "麻黄 桂枝 甘草 人参 黄芪 当归 川芎 白芍 茯苓 白术".split()
 EXAM = [
     {
         "id": f"{n}",
         "question": f"{name}的药性是什么？",
         "answer": "ABCD"[n % 4],
-        "options": {"A": "温", "B": "大寒", "C": "平", "D": "微温而辛"},
+        "options": OPTIONS,
         "subject": "中药",
     }
-    for n, name in enumerate("麻黄 桂枝 甘草 人参 黄芪 当归 川芎 白芍 茯苓 白术".split())
+    for n, name in enumerate(NAMES)
 ]
 
 
@@ -27,9 +29,8 @@ EXAM = [
 
 
 def load_plain(folder):
-    return AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoTokenizer.from_pretrained(folder), model
 
 
 def load_packed(folder):
@@ -53,16 +54,13 @@ def letters_alone(tokenizer, model, item):
     rotations = []
     for start in range(4):
         own = ["ABCD"[(start + place) % 4] for place in range(4)]
-        question = (
-            f"以下是关于{item['subject']}的单项选择题，请直接给出正确答案的选项。\n\n题目：{item['question']}\n"
-            f"A. {item['options'][own[0]]}\nB. {item['options'][own[1]]}\nC. {item['options'][own[2]]}\n"
-            f"D. {item['options'][own[3]]}\n答案是："
-        )
+        lines = "".join(f"{letter}. {item['options'][one]}\n" for letter, one in zip("ABCD", own))
+        asked = f"以下是关于{item['subject']}的单项选择题，请直接给出正确答案的选项。\n\n题目：{item['question']}\n"
+        prompt = prompt_of(tokenizer, f"{asked}{lines}答案是：")
         with torch.no_grad():
-            logps = model(torch.tensor([prompt_of(tokenizer, question)])).logits[0, -1].log_softmax(-1)
-        rotations.append(
-            {own[place]: logps[tokenizer.convert_tokens_to_ids("ABCD"[place])].item() for place in range(4)}
-        )
+            logps = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+        ids = tokenizer.convert_tokens_to_ids([*"ABCD"])
+        rotations.append({one: logps[number].item() for one, number in zip(own, ids)})
     return rotations
 
 
@@ -71,31 +69,18 @@ def letters_alone(tokenizer, model, item):
 
 def make_arguments(folder):
     """Ten held-out rows, questions and pairs as files in `folder`; the arguments that name them."""
-    rows = [
-        {
-            "id": f"{n}",
-            "messages": [
-                {"role": "user", "content": item["question"]},
-                {"role": "assistant", "content": "药性是温。"},
-            ],
-        }
-        for n, item in enumerate(EXAM)
-    ]
-    write_jsonl(folder / "sft_eval.jsonl", rows)
-    write_jsonl(folder / "exam.jsonl", EXAM)
-    write_jsonl(
-        folder / "dpo_eval.jsonl",
-        [
-            {
-                "id": row["id"],
-                "prompt": row["messages"][:1],
-                "chosen": row["messages"][1:],
-                "rejected": [{"role": "assistant", "content": "寒。"}],
-                "kind": "facts",
-            }
-            for row in rows
-        ],
-    )
+
+    def say(role, text):
+        return {"role": role, "content": text}
+
+    rows, pairs = [], []
+    for item in EXAM:
+        question, answer = say("user", item["question"]), say("assistant", "药性是温。")
+        rows.append({"id": item["id"], "messages": [question, answer]})
+        sides = {"prompt": [question], "chosen": [answer], "rejected": [say("assistant", "寒。")]}
+        pairs.append({"id": item["id"], **sides, "kind": "facts"})
+    for name, lines in (("sft_eval", rows), ("exam", EXAM), ("dpo_eval", pairs)):
+        write_jsonl(folder / f"{name}.jsonl", lines)
     names = {"--eval-file": "sft_eval.jsonl", "--exam-file": "exam.jsonl", "--pairs-file": "dpo_eval.jsonl"}
     files = [word for flag, name in names.items() for word in (flag, folder / name)]
     flags = "--max-new-tokens 6 --device cpu --precision fp32".split()

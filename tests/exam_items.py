@@ -3,6 +3,8 @@
 import random
 from pathlib import Path
 
+from data_rows import turns
+
 from utils.files import read_jsonl
 
 SAMPLE = Path(__file__).resolve().parents[1] / "data_prepare" / "sample"
@@ -15,20 +17,18 @@ def make_items(seed: int = 0) -> list[dict]:
     chance, herbs = random.Random(seed), list(read_jsonl(SAMPLE / "herbs.jsonl"))
     items = []
     for herb in herbs:
-        values = {
-            GROUP_STEMS[0]: ("nature", herb["nature"]),
-            GROUP_STEMS[1]: ("category", herb["category"]),
-            GROUP_STEMS[2]: ("channels", herb["channels"][0]),
-        }
-        for stem, (field, value) in values.items():
+        fields = "nature", "category", "channels"
+        for stem, field, value in zip(
+            GROUP_STEMS, fields, (herb["nature"], herb["category"], herb["channels"][0])
+        ):
             others = [other["name"] for other in herbs if value not in (other[field], *other[field])]
             items.append(_item(stem.format(value), herb["name"], chance.sample(others, 3), chance))
     facts = [
         lambda h: "、".join(h["actions"]),
         lambda h: h["nature"],
         lambda h: "、".join(h["channels"]) + "经",
+        lambda h: "、".join(h["flavours"]) + "，" + h["nature"],
     ]
-    facts.append(lambda h: "、".join(h["flavours"]) + "，" + h["nature"])
     for stem, fact in zip(OWN_STEMS, facts):
         others = sorted({fact(herb) for herb in herbs})
         for herb in herbs:
@@ -55,6 +55,7 @@ def ways_to_ask(item: dict, chance: random.Random) -> dict[str, dict]:
     other = dict(zip("ABCD", shuffled))
     relettered = "\n".join(f"{letter}、{text}" for letter, text in other.items())
     new_letter = next(letter for letter, text in other.items() if text == right)
+    asked = f"第一题：{stem}选项是{lines}", f"这道题选{answer}，{right}。"
     frame = "以下是中国中医药考试中的一道单项选择题，请不要做任何分析和解释，直接输出答案选项。"
     return {
         "options listed": {"query": f"{stem}\n{lines}", "response": f"{answer}. {right}"},
@@ -73,16 +74,6 @@ def ways_to_ask(item: dict, chance: random.Random) -> dict[str, dict]:
             "response": f"是{right}。",
         },
         "in a conversation": {
-            "messages": [
-                {"role": "user", "content": "你好，我在准备执业医师考试，能帮我看几道题吗？"},
-                {"role": "assistant", "content": "当然可以，请说。"},
-                {"role": "user", "content": f"第一题：{stem}选项是{lines}"},
-                {"role": "assistant", "content": f"这道题选{answer}，{right}。"},
-            ]
+            "messages": turns("你好，我在准备执业医师考试，能帮我看几道题吗？", "当然可以，请说。", *asked)
         },
     }
-
-
-def asked_alone(item: dict) -> dict:
-    """The stem without options, and the right option as the answer: no bar, because some stems say too little alone."""
-    return {"query": f"请问{item['question']}", "response": f"{item['options'][item['answer']]}。"}

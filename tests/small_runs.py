@@ -24,12 +24,11 @@ def make_place(folder):
             name = NAMES[number % len(NAMES)]
             prompt = [{"role": "user", "content": f"{name}是什么？{number}"}]
             good, bad = (
-                {"role": "assistant", "content": text} for text in (f"{name}是一味中药。", "我不知道。")
+                [{"role": "assistant", "content": text}] for text in (f"{name}是一味中药。", "我不知道。")
             )
-            rows.append({"id": f"{number}", "messages": [*prompt, good], "source": "test"})
-            pairs.append(
-                {"id": f"{number}", "prompt": prompt, "chosen": [good], "rejected": [bad], "kind": "test"}
-            )
+            rows.append({"id": f"{number}", "messages": prompt + good, "source": "test"})
+            sides = {"prompt": prompt, "chosen": good, "rejected": bad}
+            pairs.append({"id": f"{number}", **sides, "kind": "test"})
         write_jsonl(folder / f"sft_{split}.jsonl", rows)
         write_jsonl(folder / f"dpo_{split}.jsonl", pairs)
     return folder
@@ -62,12 +61,8 @@ def train(method, place, output, *more, precision="fp32"):
 
 
 def weights(folder):
-    name = (
-        "adapter_model.safetensors"
-        if (folder / "adapter_model.safetensors").is_file()
-        else "model.safetensors"
-    )
-    return load_file(folder / name)
+    adapter = folder / "adapter_model.safetensors"
+    return load_file(adapter if adapter.is_file() else folder / "model.safetensors")
 
 
 def same_weights(one, other):

@@ -16,16 +16,8 @@ from utils.errors import OWN_THRESHOLDS, UserError, run
 def machine(monkeypatch):
     """machine(cuda=(8, 0), ...) fakes what torch and platform report."""
 
-    def fake(
-        code=("sm_75", "sm_80", "sm_90"),
-        flash=True,
-        cuda=None,
-        mps=False,
-        cpu="x86_64",
-        amx=False,
-        avx512_bf16=False,
-        engines=("x86", "fbgemm"),
-    ):
+    def fake(code=("sm_75", "sm_80", "sm_90"), flash=True, cuda=None, mps=False, cpu="x86_64", **more):
+        engines = more.get("engines", ("x86", "fbgemm"))
         monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", engines)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: cuda)
@@ -34,8 +26,8 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: flash)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
         monkeypatch.setattr(device.platform, "machine", lambda: cpu)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: "amx" in more)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: "avx512_bf16" in more)
 
     return fake
 
@@ -105,16 +97,8 @@ def test_a_card_that_the_build_has_no_code_for_is_told_and_not_used(machine, cap
 @pytest.mark.parametrize(
     "build, hidden, told",
     [
-        (
-            None,
-            False,
-            "NVIDIA GeForce RTX 3060 is not used: torch .* is built without CUDA; mend it with: .*/whl/cu130",
-        ),
-        (
-            "13.0",
-            False,
-            "NVIDIA GeForce RTX 3060 is not used: .* for CUDA 13.0, and the driver is too old; .* R580",
-        ),
+        (None, False, " is not used: torch .* is built without CUDA; mend it with: .*/whl/cu130"),
+        ("13.0", False, " is not used: .* for CUDA 13.0, and the driver is too old; .* R580"),
         (None, True, None),
     ],
 )
@@ -127,32 +111,33 @@ def test_a_gpu_that_is_there_and_not_used_is_told(
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(torch.version, "cuda", build)
-    if hidden:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    else:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    if not hidden:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert pick_device().name == "cpu"
     said = capsys.readouterr().out
-    assert re.fullmatch(told + ".*\n", said) if told else not said
+    assert re.fullmatch(f"NVIDIA GeForce RTX 3060{told}.*\n", said) if told else not said
     assert pick_device("cpu").name == "cpu" and not capsys.readouterr().out  # asked for: nothing to tell
 
 
 def test_bf16_on_a_gpu_that_emulates_it_is_told(machine, capsys):
-    machine(cuda=(7, 5))
-    assert pick_device("cuda", "bf16").bf16 and "this GPU emulates bf16" in capsys.readouterr().out
-    machine(cuda=(8, 0))
-    assert pick_device("cuda", "bf16").bf16 and not capsys.readouterr().out
+    for capability, told in (((7, 5), True), ((8, 0), False)):
+        machine(cuda=capability)
+        assert pick_device("cuda", "bf16").bf16
+        assert ("this GPU emulates bf16" in capsys.readouterr().out) == told
 
 
-@pytest.mark.parametrize("version, refused", [("13.6.1", True), ("14.0", False), ("15.2", False)])
-def test_bf16_on_an_apple_gpu_needs_macos_14(machine, monkeypatch, version, refused):
+def test_bf16_on_an_apple_gpu_needs_macos_14(machine, monkeypatch):
     machine(mps=True)
-    monkeypatch.setattr(device.platform, "mac_ver", lambda: (version, ("", "", ""), "arm64"))
-    if refused:
-        with pytest.raises(UserError, match="needs macOS 14, and this is 13.6.1; take fp32"):
-            pick_device("mps", "bf16")
-    else:
-        assert pick_device("mps", "bf16").bf16
+    for version in ("13.6.1", "14.0", "15.2"):
+        monkeypatch.setattr(
+            device.platform, "mac_ver", lambda version=version: (version, ("", "", ""), "arm64")
+        )
+        if version == "13.6.1":
+            with pytest.raises(UserError, match="needs macOS 14, and this is 13.6.1; take fp32"):
+                pick_device("mps", "bf16")
+        else:
+            assert pick_device("mps", "bf16").bf16
 
 
 def test_kernels_are_limited_unless_the_environment_says_otherwise(monkeypatch):

@@ -27,11 +27,12 @@ def some_rows(count, seed=0):
 
 
 def some_pairs(count):
-    return [
-        {"id": row["id"], "prompt": row["messages"][:-1], "chosen": row["messages"][-1:], "rejected": [other]}
-        for row in some_rows(count, seed=1)
-        for other in [{"role": "assistant", "content": f"不知道{row['id']}"}]
-    ]
+    pairs = []
+    for row in some_rows(count, seed=1):
+        *prompt, chosen = row["messages"]
+        rejected = {"role": "assistant", "content": f"不知道{row['id']}"}
+        pairs.append({"id": row["id"], "prompt": prompt, "chosen": [chosen], "rejected": [rejected]})
+    return pairs
 
 
 def items_of(rows):
