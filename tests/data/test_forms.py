@@ -263,56 +263,6 @@ def test_a_label_beside_an_answer_asks_which_is_the_answer(tmp_path, convert):
     assert convert(path, columns=told)["report"]["rows_kept"] == 3
 
 
-@pytest.mark.parametrize(
-    "name, text",
-    [
-        ("a.csv", '问一,答一\n"问二,答二\n问三,答三\n问四,"答四\n问五,答五\n'),
-        ("a.tsv", '问一\t答一\n问二\t"答二\n问三\t答三\n问四\t答四"\n问五\t答五\n'),
-        ("b.csv", '问一,答一\n问二,"答二\n问三,答三\n问五,答五\n问六,答六\n'),
-    ],
-)
-def test_a_quote_that_swallows_lines_is_told(tmp_path, convert, name, text):
-    sign = "\t" if name.endswith("tsv") else ","
-    (tmp_path / name).write_text(f"question{sign}answer\n{text}", encoding="utf-8")
-    found = convert(tmp_path / name)
-    kept = found["sft_train"] + found["sft_eval"]
-    assert {row["reason"] for row in found["set_aside"]} == {"a quote out of place"}
-    assert sorted(
-        [row["line"] for row in found["set_aside"]] + [int(row["source"].split(":")[1]) for row in kept]
-    ) == [2, 3, 4, 5, 6]
-    assert all('"' not in turn["content"] for row in kept for turn in row["messages"])
-
-
-def test_cells_of_several_lines_are_no_swallowed_lines(tmp_path, convert):
-    text = 'question,answer\n问一,"一，\n二,三\n四"\n问二,"说""好""。"\n'
-    (tmp_path / "a.csv").write_text(text, encoding="utf-8")
-    found = convert(tmp_path / "a.csv")
-    assert {row["messages"][1]["content"] for row in found["sft_train"] + found["sft_eval"]} == {
-        "一，\n二,三\n四",
-        '说"好"。',
-    }
-
-
-def test_quotes_between_tabs_are_signs_of_the_text(tmp_path, convert):
-    (tmp_path / "a.tsv").write_text(
-        'question\tanswer\n"四诊"是什么\t望闻问切\n"问"\t"答"\n', encoding="utf-8"
-    )
-    found = convert(tmp_path / "a.tsv")
-    asked = {row["messages"][0]["content"] for row in found["sft_train"] + found["sft_eval"]}
-    assert asked == {'"四诊"是什么', "问"} and not found["set_aside"]
-
-
-def test_places_in_arrays_and_sheets(tmp_path, convert):
-    (tmp_path / "a.json").write_text(json.dumps([{"query": "问", "response": ""}] * 3), encoding="utf-8")
-    (tmp_path / "b.jsonl").write_text(
-        '{"query": "一", "response": "二"}\n[{"a": 1}, {"a": 2}]\n', encoding="utf-8"
-    )
-    found = convert(tmp_path)
-    assert [(row["file"], row["line"]) for row in found["set_aside"]] == [
-        ("a.json", 1), ("a.json", "1#2"), ("a.json", "1#3"), ("b.jsonl", 2), ("b.jsonl", "2#2"),
-    ]  # fmt: skip
-
-
 def test_answers_counted_from_0_by_default_are_told(tmp_path, convert, capsys):
     for answers, told in (([1, 2, 3], True), ([0, 2, 3], False), ([1, 2, 4], False), (["1", "B"], False)):
         rows = [

@@ -1,9 +1,9 @@
-"""Files are found, their names say their split, and archives, tables, wrapped and nested arrays give their rows."""
+"""Files of every kind, form and encoding are found and give their rows; what is damaged in them is told with its line."""
 
-import csv
 import gzip
 import io
 import json
+import time
 import zipfile
 
 import datasets
@@ -11,9 +11,11 @@ import openpyxl
 import pyarrow
 import pyarrow.parquet
 import pytest
-from data_rows import write_lines
+from data_rows import BAD, RAW, write_lines
 
-from utils.data.inputs import InputFile, find_input_files, says_evaluation
+from utils.data.inputs import InputFile, detect_encoding, find_input_files, says_evaluation
+from utils.data.messages import Reject
+from utils.data.readers import parse_row, read_rows
 from utils.errors import UserError
 
 
@@ -21,23 +23,20 @@ def rows_of(*names, count=12):
     return [{"query": f"{name}的第{n}个问题？", "response": f"答{n}"} for name in names for n in range(count)]
 
 
-@pytest.mark.parametrize(
-    "name",
-    "test.jsonl valid_0.json validation.jsonl dev.csv CMExam-test.jsonl eval 测试集.json val 测试.json 验证.json "
-    "测试数据.csv 题库测试集.json 某赛-test-B.json testset.jsonl data.test.jsonl data.test.jsonl.gz testA.json "
-    "test_set.parquet tcm_test_2.json 中医验证集 评测集.xlsx 验证_甲.json".split(),
-)
-def test_names_of_evaluation(name):
-    assert says_evaluation(name)
+NAMES = {  # whether they say that a file is for evaluation
+    True: "test.jsonl valid_0.json validation.jsonl dev.csv CMExam-test.jsonl eval 测试集.json val 测试.json 验证.json 测试数据.csv "
+    "题库测试集.json 某赛-test-B.json testset.jsonl data.test.jsonl data.test.jsonl.gz testA.json test_set.parquet "
+    "tcm_test_2.json 中医验证集 评测集.xlsx 验证_甲.json",
+    False: "train.jsonl latest.json testing.json medical_test_questions.jsonl tcm.jsonl evaluate.json 某集_train_dev.json "
+    "训练.json 训练_测试.json 考试.json 测试工程师.json contest.json data.json 中医开发.json",
+}
 
 
 @pytest.mark.parametrize(
-    "name",
-    "train.jsonl latest.json testing.json medical_test_questions.jsonl tcm.jsonl evaluate.json 某集_train_dev.json "
-    "训练.json 训练_测试.json 考试.json 测试工程师.json contest.json data.json 中医开发.json".split(),
+    "name, says", [(name, says) for says, names in NAMES.items() for name in names.split()]
 )
-def test_other_names(name):
-    assert not says_evaluation(name)
+def test_names_of_evaluation(name, says):
+    assert says_evaluation(name) == says
 
 
 @pytest.mark.parametrize(
@@ -69,18 +68,14 @@ def test_files_that_are_something_else_are_told_by_their_first_bytes(tmp_path, n
 def test_files_and_folders_say_their_split(tmp_path, convert, capsys):
     data = tmp_path / "data"
     write_lines(data / "train.jsonl", *rows_of("训练"))
-    write_lines(
-        data / "test.jsonl", *rows_of("测试"), {"query": "自己说的？", "response": "答", "split": "train"}
-    )
+    own = {"query": "自己说的？", "response": "答", "split": "train"}
+    write_lines(data / "test.jsonl", *rows_of("测试"), own)
     write_lines(data / "dev" / "part.jsonl", *rows_of("开发"))
     found = convert(data, eval_share=0)
     assert {row["source"].rpartition(":")[0] for row in found["sft_eval"]} == {"test.jsonl", "dev/part.jsonl"}
     assert len(found["sft_eval"]) == 24 and len(found["sft_train"]) == 13
-    assert [(file["file"], file["split"]) for file in found["report"]["files"]] == [
-        ("dev/part.jsonl", "eval"),
-        ("test.jsonl", "eval"),
-        ("train.jsonl", ""),
-    ]
+    splits = {file["file"]: file["split"] for file in found["report"]["files"]}
+    assert splits == {"dev/part.jsonl": "eval", "test.jsonl": "eval", "train.jsonl": ""}
     assert "test.jsonl (utf-8, evaluation by its name)" in capsys.readouterr().out
     assert not convert(data, eval_share=0, split_by_name="false")["sft_eval"]
     given = convert(data / "test.jsonl", eval_share=0)  # named by the user, who says so
@@ -121,11 +116,9 @@ def as_lines(rows):
 
 
 def as_csv(rows):
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]))
-    table.writeheader()
-    table.writerows(rows)
-    return text.getvalue().encode()
+    return "".join(
+        ",".join(cells) + "\r\n" for cells in [list(rows[0]), *(row.values() for row in rows)]
+    ).encode()
 
 
 def as_parquet(rows):
@@ -230,9 +223,8 @@ def test_damaged_archives_are_one_line(tmp_path, convert, name):
 def test_excel_tables(tmp_path, convert):
     book = openpyxl.Workbook()
     for sheet, rows in ((book.active, ROWS[:10]), (book.create_sheet("二"), ROWS[10:])):
-        sheet.append(["问题", "答案", None])
-        for row in rows:
-            sheet.append([row["query"], row["response"]])
+        for cells in (["问题", "答案", None], *map(list, map(dict.values, rows))):
+            sheet.append(cells)
     book.save(tmp_path / "a.xlsx")
     found = convert(tmp_path / "a.xlsx")
     assert found["report"]["rows_kept"] == 30 and found["report"]["schemas"] == {"问题/答案": 30}
@@ -245,7 +237,7 @@ def test_excel_tables(tmp_path, convert):
 def test_excel_tables_of_other_programs(tmp_path, convert, said):
     """A title stands over the names of the columns, and the sheet states a wrong size, as WPS may write it."""
     book = openpyxl.Workbook()
-    for cells in (["某年的问答"], [], ["问题", "答案"], *([row["query"], row["response"]] for row in ROWS)):
+    for cells in (["某年的问答"], [], ["问题", "答案"], *map(list, map(dict.values, ROWS))):
         book.active.append(cells)
     book.save(tmp_path / "right.xlsx")
     with zipfile.ZipFile(tmp_path / "right.xlsx") as right:
@@ -281,3 +273,89 @@ def test_sizes_are_those_of_the_unpacked_files(tmp_path):
     ):
         (tmp_path / name).write_bytes(data)
         assert InputFile(tmp_path / name, name, member=member).size == len(content)
+
+
+def test_torture_file(tmp_path, convert):
+    bad = RAW + [(json.dumps(row).encode(), reason) for row, reason in BAD]
+    good = json.dumps({"query": "麻黄的功效是什么？", "response": "发汗解表。"}, ensure_ascii=False).encode()
+    lines = [line for line, _ in bad]
+    path = tmp_path / "torture.jsonl"
+    start = b"\xef\xbb\xbf" + good + b"\r\n\r\n   \n"
+    path.write_bytes(start + b"\n".join(lines) + b"\r\n" + good + b"\n" + good[:-9])
+    found = convert(path)
+    wanted = [(number, reason) for number, (_, reason) in enumerate(bad, 4)]
+    wanted += [
+        (len(bad) + 4, "exact duplicate"),
+        (len(bad) + 5, "undecodable bytes" if good[:-9][-1] > 127 else "not JSON"),
+    ]
+    ledger = sorted((row["line"], row["reason"]) for row in found["set_aside"])
+    assert len(bad) >= 55 and ledger == wanted
+    [kept] = found["sft_train"] + found["sft_eval"]
+    assert kept["messages"][0]["content"] == "麻黄的功效是什么？"
+    assert all(row["row"] is not None or row["line"] == 7 for row in found["set_aside"])
+    assert {row["line"]: row for row in found["set_aside"]}[len(bad) + 4]["detail"] == "of torture.jsonl:1"
+
+
+@pytest.mark.parametrize(
+    "text, place",
+    [
+        ('[\n{"query": "问", "response": "答"},\n{"query": "坏" "response": "x"}]', "line 3, column 15"),
+        ('[\n{"query": "问", "response": "答"},\n{"query": "断', "line 3, column 11"),
+        ('[{"query": "问", "response": "答"}', "line 1, column 33"),
+        ('[{"query": "问", "response": "答"} {"query": "问"}]', "line 1, column 34"),
+        ('{"n": 1, "data": [{"query": "问", "response": "答"}, x]}', "line 1, column 52"),
+        ('{"n": 1, "data": [{"query": "问", "response": "答"}]', "line 1, column 51"),
+    ],
+)
+def test_a_broken_array_is_told_with_the_place(tmp_path, convert, text, place):
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=f"a.json: broken JSON at {place}"):
+        convert(tmp_path / "a.json")
+
+
+def test_encoding_of_a_damaged_utf8_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(["麻黄汤".encode()] * 5 + ["麻黄".encode("gb18030")] * 3 + [b"\xff"]))
+    assert detect_encoding(InputFile(path, path.name)) == "utf-8"
+    assert len(list(read_rows(InputFile(path, path.name, encoding="utf-8")))) == 9
+
+
+def test_many_duplicate_keys_take_no_longer_than_their_text():
+    text = "{" + ", ".join(f'"k{number % 40_000}": 1' for number in range(80_000)) + "}"
+    start = time.monotonic()
+    with pytest.raises(Reject, match="duplicate keys"):
+        parse_row(text, "utf-8")
+    assert time.monotonic() - start < 2  # 51 s when every name was counted through the whole list
+
+
+QUOTE = "a quote out of place"
+TABLES = [  # a table, its rows (line, answer), and its lines that are set aside
+    ("a.csv", b"\xe4,x\n\xe9\x97\xae,y\n\xe4\xb8\x80\n1,2,3\n\n", [(3, "y")], {2: "undecodable bytes", 4: "not a table row", 5: "not a table row"}),
+    ("a.csv", '\n"多\n行",答二\n一,"一，\n二,三\n四"\n二,"说""好""。"\n', [(3, "答二"), (5, "一，\n二,三\n四"), (8, '说"好"。')], {}),
+    ("a.csv", '一,答一\n"二,答二\n三,答三\n四,"答四\n五,答五\n', [(2, "答一"), (4, "答三"), (6, "答五")], {3: QUOTE, 5: QUOTE}),
+    ("a.csv", '一,答一\n二,"答二\n三,答三\n五,答五\n', [(2, "答一"), (4, "答三"), (5, "答五")], {3: QUOTE}),
+    ("a.tsv", '一\t答一\n二\t"答二\n三\t答三\n四\t答四"\n五\t答五\n', [(2, "答一"), (4, "答三"), (6, "答五")], {3: QUOTE, 5: QUOTE}),
+    ("a.tsv", '"四诊"是什么\t望闻问切\n"问"\t"答"\n', [(2, "望闻问切"), (3, "答")], {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, text, kept, aside", TABLES)
+def test_lines_of_tables(tmp_path, convert, name, text, kept, aside):
+    """Each line is read or set aside; a quote that would swallow lines is told."""
+    head = "query\tresponse\n" if name.endswith("tsv") else "query,response\n"
+    (tmp_path / name).write_bytes(head.encode() + (text if isinstance(text, bytes) else text.encode()))
+    found = convert(tmp_path / name)
+    rows = found["sft_train"] + found["sft_eval"]
+    assert sorted((int(row["source"].split(":")[1]), row["messages"][1]["content"]) for row in rows) == kept
+    assert {row["line"]: row["reason"] for row in found["set_aside"]} == aside
+
+
+def test_places_in_arrays_and_sheets(tmp_path, convert):
+    (tmp_path / "a.json").write_text(json.dumps([{"query": "问", "response": ""}] * 3), encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text(
+        '{"query": "一", "response": "二"}\n[{"a": 1}, {"a": 2}]\n', encoding="utf-8"
+    )
+    found = convert(tmp_path)
+    assert [(row["file"], row["line"]) for row in found["set_aside"]] == [
+        ("a.json", 1), ("a.json", "1#2"), ("a.json", "1#3"), ("b.jsonl", 2), ("b.jsonl", "2#2"),
+    ]  # fmt: skip
