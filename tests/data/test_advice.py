@@ -1,30 +1,20 @@
 """Rows that cannot be used: which columns are suggested, what is said where none are, and in how many lines."""
 
 import pytest
-from data_rows import turns, write_lines
+from data_rows import write_lines
 
 from utils.data.advice import columns_or_form
 from utils.data.schemas import convert_row
 from utils.errors import UserError
 
-CASES = [
-    {
-        "Content": f"患者恶寒发热{number}日，无汗，头身疼痛，舌苔薄白，脉浮紧。",
-        "Summary": "麻黄、桂枝、杏仁" + "、甘草" * number,
-    }
-    for number in range(1, 40)
-]
+CASE = "患者恶寒发热{}日，无汗，头身疼痛，舌苔薄白，脉浮紧。"
+CASES = [{"Content": CASE.format(n), "Summary": "麻黄、桂枝、杏仁" + "、甘草" * n} for n in range(1, 40)]
 
 
 def many(**fields):
-    """Thirty rows; a text that ends with "*" is another one in each row."""
-    return [
-        {
-            name: value.replace("*", str(n)) if isinstance(value, str) else value
-            for name, value in fields.items()
-        }
-        for n in range(30)
-    ]
+    """Thirty rows; the sign * in a text is another number in each row."""
+    return [{name: value.replace("*", str(n)) if isinstance(value, str) else value for name, value in fields.items()}
+            for n in range(30)]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -77,24 +67,6 @@ def test_a_table_without_names_of_columns():
     assert "if the first row is no header" in columns_or_form([{"甘草": "麻黄", "性平": "性温"}], table=True)
 
 
-@pytest.mark.parametrize(
-    "row, question",
-    [
-        ({"问题": "问", "答案": "答"}, "问"),
-        ({"提问": "问", "回答": "答", "科室": "内科"}, "问"),
-        ({"症状": "问", "处方": "答"}, "问"),
-        ({"指令": "问", "输入": "补充", "输出": "答"}, "问\n补充"),
-        ({"department": "内科", "title": "标题", "ask": "问", "answer": "答"}, "标题\n问"),
-        ({"department": "内科", "title": "头痛", "ask": "头痛三天", "answer": "答"}, "头痛三天"),
-        ({"prompt": "问", "response": "答"}, "问"),
-        ({"ask": "问", "answer": "答"}, "问"),
-    ],
-)
-def test_names_that_need_no_columns(row, question):
-    item = convert_row(row)
-    assert (item.kind, item.body["messages"]) == ("sft", turns(question, "答"))
-
-
 def test_a_schema_is_told_by_the_names_that_the_row_has():
     assert convert_row({"问题": "问", "答案": "答"}).schema == "问题/答案"
     assert convert_row({"question": "问", "answer": "答"}).schema == "question/answer"
@@ -102,14 +74,10 @@ def test_a_schema_is_told_by_the_names_that_the_row_has():
 
 
 def test_the_advice_shows_a_row_as_it_would_be_read(tmp_path, convert):
-    path = write_lines(tmp_path / "a.jsonl", *CASES)
     with pytest.raises(UserError) as caught:
-        convert(path)
+        convert(write_lines(tmp_path / "a.jsonl", *CASES))
     assert "--columns question=Content,answer=Summary" in str(caught.value)
-    assert (
-        "question: 患者恶寒发热1日，无汗，头身疼痛，舌苔薄白，脉浮紧。 answer: 麻黄、桂枝、杏仁、甘草"
-        in str(caught.value)
-    )
+    assert f"question: {CASE.format(1)} answer: 麻黄、桂枝、杏仁、甘草" in str(caught.value)
 
 
 def test_files_that_were_not_used_are_named_once(tmp_path, convert, capsys):
@@ -125,9 +93,8 @@ def test_files_that_were_not_used_are_named_once(tmp_path, convert, capsys):
     convert(data)
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert "b.jsonl: none of its 5 rows could be used; line 1: fields not recognised" in notes[0]
-    assert (
-        f"--input-files {data / 'b.jsonl'} --columns " in notes[0] and "question=病例,answer=方剂" in notes[0]
-    )
+    assert f"--input-files {data / 'b.jsonl'} --columns " in notes[0]
+    assert "question=病例,answer=方剂" in notes[0]
     assert "c.jsonl: none of its 1 rows could be used; line 1: plain text" in notes[1]
     assert "d.jsonl: no row in it" in notes[2]
     assert "e00.jsonl: none of its 1 rows" in notes[3] and "the same in 29 more: e01.jsonl, e02" in notes[3]

@@ -26,30 +26,18 @@ def test_six_ways_to_ask_are_found_and_innocent_rows_stay(tmp_path, convert):
     assert sum(row["file"] == "innocent.jsonl" for row in of_the_exam) <= 0.001 * len(innocent)
 
 
-HEAD = {
-    "question": "下列药物中，善治太阳头痛的是（　）",
-    "options": ["羌活", "白芷", "柴胡", "细辛"],
-    "answer": "A",
-}
-PULSE = {
-    "question": "虚证脉象最主要的特点是",
-    "options": ["按之无力", "往来流利", "如按琴弦", "三五不调"],
-    "answer": "A",
-}
-ROUTE = {
-    "question": "传播途径是指",
-    "options": ["病原体在外界经历的路", "病原体换宿主", "病原体排出", "病原体侵入"],
-    "answer": "A",
-}
-THIRST = {
-    "question": "干渴少饮，津液胶粘难化，多因感受哪种病气",
-    "options": ["甲气", "乙气", "丙气", "丁气"],
-    "answer": "B",
-}
+def item(question, *options, answer="A"):
+    return {"question": question, "options": list(options), "answer": answer}
 
 
-def listed(item, stem, change=0, letters="ABCDE"):
-    options = [*item["options"][: 4 - change], *["均不是"] * change]
+HEAD = item("下列药物中，善治太阳头痛的是（　）", "羌活", "白芷", "柴胡", "细辛")
+PULSE = item("虚证脉象最主要的特点是", "按之无力", "往来流利", "如按琴弦", "三五不调")
+ROUTE = item("传播途径是指", "病原体在外界经历的路", "病原体换宿主", "病原体排出", "病原体侵入")
+THIRST = item("干渴少饮，津液胶粘难化，多因感受哪种病气", "甲气", "乙气", "丙气", "丁气", answer="B")
+
+
+def listed(asked, stem, change=0, letters="ABCDE"):
+    options = [*asked["options"][: 4 - change], *["均不是"] * change]
     return stem + "\n" + "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options))
 
 
@@ -108,14 +96,9 @@ def test_items_that_share_a_stem_need_their_options_listed(tmp_path, convert):
 
 
 def test_a_leak_is_set_aside_whichever_split_it_was_dealt_to(tmp_path, convert):
-    item = {
-        "question": "善治太阳头痛的药是",
-        "options": {"A": "羌活", "B": "白芷", "C": "柴胡"},
-        "answer": "A",
-    }
-    exam = write_lines(tmp_path / "exam.jsonl", item)
+    exam = write_lines(tmp_path / "exam.jsonl", item("善治太阳头痛的药是", "羌活", "白芷", "柴胡"))
     rows = [{"query": f"第{n}味药的药性？", "response": "温。"} for n in range(9)]
-    asks = {"query": item["question"], "response": "羌活"}
+    asks = {"query": "善治太阳头痛的药是", "response": "羌活"}
     files = exam, write_lines(tmp_path / "a.jsonl", asks, *rows)
     for share in (0.1, 0.9):
         assert [row["reason"] for row in convert(*files, eval_share=share)["set_aside"]] == ["exam leak"]

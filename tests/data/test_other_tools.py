@@ -18,11 +18,7 @@ PLAIN = [message("system", "你是中医。"), message("user", "麻黄？"), mes
 LONGER = [*PLAIN, message("user", "归经？"), message("assistant", "肺、膀胱经。")]
 THOUGHTFUL = [message("user", "甘草？"), message("assistant", "平。", "问的是药性。"), message("user", "味？"),
               message("assistant", "甘。", "问的是\n味。")]  # fmt: skip
-PAIR = {
-    "prompt": PLAIN[:2],
-    "chosen": [message("assistant", "温。")],
-    "rejected": [message("assistant", "寒。")],
-}
+PAIR = {"prompt": PLAIN[:2], "chosen": PLAIN[2:], "rejected": [message("assistant", "寒。")]}
 
 
 @pytest.fixture(scope="module")
@@ -75,41 +71,40 @@ def test_rows_of_both_modes_are_refused_where_they_cannot_be_trained_so(export, 
     assert "rows with reasoning and rows without" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_trl_trains_the_same_tokens(export, folder, tmp_path):
-    from datasets import load_dataset
-    from trl import SFTConfig, SFTTrainer
+@pytest.fixture
+def trained(export, folder, tmp_path):
+    """trained(method, name, conversations) -> the rows of tokens that TRL would train, and the tokenizer"""
 
-    output, tokenizer = (
-        export("prompt-completion", [LONGER, THOUGHTFUL]),
-        AutoTokenizer.from_pretrained(folder),
-    )
-    rows = load_dataset(
-        "json", data_files=str(output / "sft_train.jsonl"), split="train", cache_dir=tmp_path / "c"
-    )
-    settings = SFTConfig(str(tmp_path / "sft"), use_cpu=True, bf16=False, report_to="none")
-    trainer = SFTTrainer(str(folder), settings, train_dataset=rows, processing_class=tokenizer)
+    def trained(method, name, conversations):
+        import trl
+        from datasets import load_dataset
+
+        path = str(export("prompt-completion", conversations) / name)
+        rows = load_dataset("json", data_files=path, split="train", cache_dir=tmp_path / "c")
+        config, trainer = getattr(trl, f"{method}Config"), getattr(trl, f"{method}Trainer")
+        settings = config(str(tmp_path / method), use_cpu=True, bf16=False, report_to="none")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        made = trainer(str(folder), args=settings, train_dataset=rows, processing_class=tokenizer)
+        return made.train_dataset, tokenizer
+
+    return trained
+
+
+@pytest.mark.slow
+def test_trl_trains_the_same_tokens(trained):
+    rows, tokenizer = trained("SFT", "sft_train.jsonl", [LONGER, THOUGHTFUL])
     expected = [turn for messages in (LONGER, THOUGHTFUL) for turn in encode_turns(tokenizer, messages)]
     line_break = tokenizer("\n")["input_ids"]
-    assert len(trainer.train_dataset) == len(expected) == 4
-    for row, (prompt, answer) in zip(trainer.train_dataset, expected):
+    assert len(rows) == len(expected) == 4
+    for row, (prompt, answer) in zip(rows, expected):
         assert row["input_ids"] == prompt + answer + line_break
         assert row["labels"] == [-100] * len(prompt) + answer + line_break
 
 
 @pytest.mark.slow
-def test_trl_trains_the_same_pairs(export, folder, tmp_path):
-    from datasets import load_dataset
-    from trl import DPOConfig, DPOTrainer
-
-    output, tokenizer = export("prompt-completion", [PLAIN]), AutoTokenizer.from_pretrained(folder)
-    rows = load_dataset(
-        "json", data_files=str(output / "dpo_train.jsonl"), split="train", cache_dir=tmp_path / "c"
-    )
-    settings = DPOConfig(str(tmp_path / "dpo"), use_cpu=True, bf16=False, report_to="none")
-    trainer = DPOTrainer(str(folder), args=settings, train_dataset=rows, processing_class=tokenizer)
-    [row] = trainer.train_dataset
-    line_break = tokenizer("\n")["input_ids"]
+def test_trl_trains_the_same_pairs(trained):
+    [row], tokenizer = trained("DPO", "dpo_train.jsonl", [PLAIN])
     assert row["prompt_ids"] == encode_prompt(tokenizer, PLAIN[:2], thinking=False)
     for side in ("chosen", "rejected"):
-        assert row[f"{side}_ids"] == encode_answer(tokenizer, PAIR[side][0]) + line_break
+        answer = encode_answer(tokenizer, PAIR[side][0])
+        assert row[f"{side}_ids"] == answer + tokenizer("\n")["input_ids"]

@@ -27,6 +27,14 @@ CONVERSATIONS = [
     ({"query": "问", "response": "<think>\n\n</think>\n\n答"}, turns("问", "答")),
     ({"messages": [{"role": "user", "content": PARTS}, {"role": "assistant", "content": PARTS[:1]}]}, turns("麻黄\n的药性？", "麻黄")),
     ({"question": "问", "answer": "答", "question_type": "简答题"}, turns("问", "答")),
+    ({"问题": "问", "答案": "答"}, turns("问", "答")),
+    ({"提问": "问", "回答": "答", "科室": "内科"}, turns("问", "答")),
+    ({"症状": "问", "处方": "答"}, turns("问", "答")),
+    ({"指令": "问", "输入": "补充", "输出": "答"}, turns("问\n补充", "答")),
+    ({"department": "内科", "title": "标题", "ask": "问", "answer": "答"}, turns("标题\n问", "答")),
+    ({"department": "内科", "title": "头痛", "ask": "头痛三天", "answer": "答"}, turns("头痛三天", "答")),
+    ({"prompt": "问", "response": "答"}, turns("问", "答")),
+    ({"ask": "问", "answer": "答"}, turns("问", "答")),
 ]  # fmt: skip
 
 
