@@ -28,19 +28,19 @@ DEMO = "trainer_output/demo"
 DATA = DEMO + "/qwen3"
 # A model of 5.2 M parameters takes far larger rates than one of 0.6 B, and shorter rows.
 SMALL = "--max-length 512 --rows-per-step 2"
-QUESTION = "麻黄有哪些功效？"
+QUESTION = "牛膝有哪些功效？"
 # About what the demo's rows never asked about.
 SUGGESTED = """\
-麻黄有哪些功效？
-黄芩的药性是什么？请只写出答案。
-当归味属什么？
-天麻归哪些经？
-麻黄汤由哪些药组成？
-四逆散出自哪部医书？
-中府穴的代号是什么？
-三阴交穴属于哪条经脉？
-膻中穴在什么位置？
-肝郁脾虚证的代表方是什么？"""
+牛膝有哪些功效？
+白术的功效是什么？
+三阴交穴主治哪些病症？
+膻中穴在身体哪里？
+命门穴的代号是什么？
+麻黄归哪些经？
+大肠湿热证的代表方是什么？
+板蓝根是什么味道的药？
+麻黄汤出自哪部医书？
+请说出天麻的用药注意。"""
 INTRODUCTION = f"""\
 This demo fine-tunes a tiny Qwen3 of 5.2 M parameters, pre-trained on the built-in sample, not Qwen3-0.6B: the same
 scripts, the same steps, minutes instead of hours. Everything lands in {DEMO}/."""
@@ -64,7 +64,7 @@ python model_finetune/finetune_lora.py --model {TINY} --output-dir {DEMO}/lora_f
 # DPO, from the SFT result: who asks what a herb does is to be told its caution, too
 python model_finetune/finetune_dpo.py --model {DEMO}/sft_finetuned --output-dir {DEMO}/dpo_finetuned
     --train-file {DATA}/dpo_train.jsonl --eval-file {DATA}/dpo_eval.jsonl
-    {SMALL} --rows-per-step 1 --learning-rate 1e-4 --sft-weight 5
+    {SMALL} --rows-per-step 1 --learning-rate 5e-5 --sft-weight 5
 
 # compare them on held-out herbs, formulas, points and syndromes
 python model_finetune/compare_models.py --output-dir {DEMO}
