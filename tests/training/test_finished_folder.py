@@ -13,7 +13,6 @@ from small_runs import train, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.files import read_json, read_jsonl
-from utils.training.log import chosen_fell
 
 pytestmark = pytest.mark.slow  # six whole runs
 
@@ -75,12 +74,6 @@ def test_dpo_raises_the_chosen_over_the_rejected(runs, precision):
     assert (
         log[-1]["eval_chosen_logps"] > log[0]["eval_chosen_logps"]
     )  # the SFT term holds the chosen answers up
-
-
-def test_falling_chosen_answers_are_noticed():
-    assert not chosen_fell([{"eval_chosen_logps": -20.0}, {"loss": 1.0}, {"eval_chosen_logps": -21.0}])
-    assert not chosen_fell([{"eval_chosen_logps": -2.8}, {"eval_chosen_logps": -3.2}])
-    assert chosen_fell([{"eval_chosen_logps": -20.0}, {"eval_chosen_logps": -25.0}])
 
 
 def test_lora_inside_dpo(place, tmp_path, precision):

@@ -121,12 +121,6 @@ def test_a_comparison_comes_with_answers_before_and_after(folder, compared):
     assert cells[row + 1 : row + 4] == ["3.000 (2.900 to 3.100)", "2.000", "0.500"]
 
 
-def test_curves_are_drawn_of_folders_that_have_a_log(folder, tmp_path):
-    assert draw_curves({"sft": str(folder), "base": "Qwen/Qwen3-0.6B"}, tmp_path)
-    assert (tmp_path / "curves.svg").is_file() and (tmp_path / "curves.png").is_file()
-    assert not draw_curves({"base": "Qwen/Qwen3-0.6B"}, tmp_path)
-
-
 @pytest.mark.parametrize(
     "odd", [{"results": {"peak_memory_bytes": "many"}}, {"started": 3}, {"versions": []}, {"status": 1}]
 )

@@ -15,7 +15,7 @@ from tokenizers import AddedToken
 
 from utils.errors import RunError, UserError
 from utils.files import read_jsonl, sample_by_id, write_jsonl
-from utils.model.chat_format import encode_answer, encode_prompt, with_default_mode
+from utils.model.chat_format import encode_answer, encode_prompt
 from utils.model.packing import PackedRows, item_length
 from utils.training import rows as rows_module
 from utils.training.rows import load_conversations, load_pairs
@@ -148,15 +148,6 @@ def test_whatever_decides_the_tokens_makes_them_again(
     )  # another tokenizer's run may come again
 
 
-def test_the_default_mode_of_a_finished_folder_changes_no_tokens(path, tmp_path, made):
-    """DPO after SFT, or a second SFT: the template says another default, which training never asks for."""
-    tokenizer = make_tiny_tokenizer(tmp_path / "tokenizer")
-    load_conversations(path, tokenizer, 4096)
-    tokenizer.chat_template = with_default_mode(tokenizer.chat_template, thinking=False)
-    rows = load_conversations(path, tokenizer, 4096).rows
-    assert made() == 1 and items_of(rows) == direct(path, tokenizer)
-
-
 @pytest.mark.parametrize("place", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("file", ["arrow", "json"])
 def test_a_flipped_byte_is_found_and_said(tokenizer, path, made, capsys, file, place):
@@ -203,15 +194,6 @@ def test_a_kill_leaves_nothing_that_is_taken_for_whole(tokenizer, path, tmp_path
     rows = load_conversations(path, tokenizer, 4096).rows
     assert made() and items_of(rows) == direct(path, tokenizer)
     assert [file.name for file in sorted((path.parent / ".tokens").iterdir())] == kept(path)
-
-
-def test_tokens_without_their_record_are_not_whole(tokenizer, path, made):
-    """Between the two a process can be killed as well."""
-    load_conversations(path, tokenizer, 4096)
-    [record] = (path.parent / ".tokens").glob("*.json")
-    record.unlink()
-    rows = load_conversations(path, tokenizer, 4096).rows
-    assert made() == 2 and items_of(rows) == direct(path, tokenizer)
 
 
 @pytest.mark.slow

@@ -29,7 +29,6 @@ LIBRARIES = 510 << 20  # bytes of Python, torch, transformers and their threads 
 # (utils.device.limit_kernels).
 KERNELS, ALL_KERNELS = 4 << 20, 450 << 20
 FRAGMENTS = 0.2  # of the activations: blocks of one batch that fit none of the next, as measured on CPUs
-TEMPORARIES = 3  # times the activations of a layer: gradients of the layer that is gone back through, and of its weights
 
 
 class StepPlan(NamedTuple):
@@ -63,6 +62,7 @@ class Costs(NamedTuple):
     hidden: int  # width of the residual stream
     head: torch.Size  # (vocabulary, hidden)
     head_trained: bool
+    head_copied: bool  # to the number format of products
     bf16: bool
 
 
@@ -89,6 +89,7 @@ def measure_costs(model, device: Device, length: int) -> Costs:
         hidden=model.config.hidden_size,
         head=head.shape,
         head_trained=head.requires_grad,
+        head_copied=head.dtype is torch.float32 and device.format != "fp32",
         bf16=device.format != "fp32",
     )
 
@@ -160,9 +161,8 @@ def memory_parts(
         "gradients": gradients,
         "optimizer": 2 * costs.trainable * FLOAT,
         "activations": round(kept),
-        "temporaries": round(TEMPORARIES * costs.kept_per_token / costs.layers * tokens),
         "fragments": round(FRAGMENTS * kept) if passes > 1 and cpu else 0,
-        "scores": logits + head * (HALF * costs.bf16 + FLOAT * costs.head_trained),
+        "scores": logits + head * (HALF * costs.head_copied + FLOAT * costs.head_trained),
         "program": 0
         if device.name == "cuda"
         else LIBRARIES + min(ALL_KERNELS, KERNELS * lengths) * (costs.bf16 and cpu),

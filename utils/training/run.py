@@ -2,8 +2,7 @@
 
 `run.json` says what a folder holds. Its "identity" is everything that decides the weights: the settings that matter, the
 fingerprints of data and base model, device and number format. The same command finds the same identity and goes on; a
-different one is refused with the differences named. A checkpoint is a model folder with the optimizer's moments beside the weights;
-it is written under a hidden name, sealed (utils/kept.py) and moved into place.
+different one is refused with the differences named. A checkpoint is a model folder with the optimizer's moments beside it.
 """
 
 import datetime
@@ -44,10 +43,8 @@ NOT_IDENTITY = set(
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
 LOCK, HOLDER = ".lock", ".lock.pid"  # the lock file, and the number of the process that holds it
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, for each weight
-
-# The last barrier's record, kept until the interpreter ends. Gloo's thread lets go of it a moment after the barrier; were
-# that the last reference, the thread would wait for the interpreter's lock, while the main thread, holding it, waits for
-# the thread to end: 2 of 30 runs ended well and then hung for ever (torch 2.13; pytorch issue 190489).
+# The last barrier's record is kept until the interpreter ends: were gloo's thread the last to let go of it, it would wait for the
+# interpreter, which waits for it. 2 of 30 runs ended well and then hung for ever (torch 2.13; pytorch issue 190489).
 LAST_MEETING = []
 
 
@@ -87,24 +84,20 @@ class Run:
         self.finished = bool(record) and record["status"] == "finished"
         checkpoints = list_checkpoints(self.folder)
         if not record and (checkpoints or any(self.folder.glob("*.safetensors"))):
-            raise UserError(
-                f"{place} holds a model that this script did not train; choose another --output-dir, or --fresh to move it aside"
-            )
+            raise UserError(f"{place} holds a model that this script did not train; --fresh moves it aside")
         if record and (checkpoints or self.finished):  # else there is nothing to go on from or to lose
-            _refuse_changes(record["identity"], identity, place, self.finished)
+            _refuse_changes(record["identity"], identity, place)
             self.record = record
         if self.finished:
             print(
-                f"{place} is finished already (held-out loss {record['results']['eval_loss']:.4f}); nothing to do. Chat with it: "
-                f"python model_download/load_local_model.py {place}; train it further: --model {place} and another "
-                "--output-dir; train again: --fresh"
+                f"{place} is finished already (held-out loss {record['results']['eval_loss']:.4f}). Chat with it: python "
+                f"model_download/load_local_model.py {place}; train it further: --model {place} and another --output-dir; again: --fresh"
             )
             return
         for path in reversed(checkpoints):
             if (path / "trainer_state.json").is_file():
-                raise UserError(
-                    f"{show_path(path)} was written by an earlier version of these scripts, which has to finish it; or --fresh"
-                )
+                where = show_path(path)
+                raise UserError(f"{where} is of an earlier version of these scripts; --fresh starts over")
             if not (why := damage(path, identity)):
                 self.checkpoint, self.step = path, step_of(path)
                 return
@@ -124,7 +117,6 @@ class Run:
         return self.record.setdefault(name, value)
 
     def write(self) -> None:
-        """Write run.json."""
         if self.main:
             write_record(self.folder, self.record)
 
@@ -158,9 +150,7 @@ class Run:
         again = self.log.begin(self.step, self.clock, plan)
         # HOURS: steps that are done again take the rates that they had.
         self.replayed = {entry["step"]: entry["progress"] for entry in again if "progress" in entry}
-        evaluations = self.log.evaluations()
-        self.best_at_checkpoint = best_of(evaluations)["step"] if evaluations else None
-        self._remove_best_but(self.best_at_checkpoint)
+        self._note_best()
         self.write()
         if settings.TRACKER != "none":
             config = {name: str(value) for name, value in settings.as_dict().items()}
@@ -171,13 +161,12 @@ class Run:
 
     def _request(self, number, frame):
         """Ctrl-C, or SIGTERM: the first one stops after this step, the second at once."""
-        # A launcher hands the same Ctrl-C on once more, at once.
-        if self.asked_to_stop and time.monotonic() - self.asked_to_stop > 1:
+        if self.asked_to_stop and time.monotonic() - self.asked_to_stop > 1:  # a launcher hands it on at once
             raise KeyboardInterrupt("stopped at once; the same command goes on from the last checkpoint")
         if not self.asked_to_stop:
             self.asked_to_stop = time.monotonic()
-            text = "\nstopping after this step, with a checkpoint; Ctrl-C again stops at once"
-            print(text, file=sys.stderr, flush=True)
+            text = "stopping after this step, with a checkpoint; Ctrl-C again stops at once"
+            print(f"\n{text}", file=sys.stderr, flush=True)
 
     def add(self, entry: dict[str, Any], progress: float) -> None:
         """Log an entry of a step or of an evaluation, also in the TRACKER."""
@@ -224,9 +213,7 @@ class Run:
                 shutil.rmtree(place, ignore_errors=True)
             for old in list_checkpoints(self.folder)[: -self.settings.KEEP_CHECKPOINTS]:
                 shutil.rmtree(old)
-        if evaluations := self.log.evaluations():
-            self.best_at_checkpoint = best_of(evaluations)["step"]
-            self._remove_best_but(self.best_at_checkpoint)
+        self._note_best()
         self.accelerator.wait_for_everyone()
         self.clock.ended("checkpoint")
 
@@ -265,6 +252,11 @@ class Run:
             return evaluations[-1]
         load_weights(model, path)
         return best
+
+    def _note_best(self):
+        evaluations = self.log.evaluations()
+        self.best_at_checkpoint = best_of(evaluations)["step"] if evaluations else None
+        self._remove_best_but(self.best_at_checkpoint)
 
     def _best(self, step):
         return self.folder / "best" / f"step-{step}.safetensors"
@@ -307,7 +299,6 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The number of steps behind a checkpoint."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
@@ -318,7 +309,7 @@ def trained_weights(model) -> dict[str, torch.nn.Parameter]:
 
 @torch.no_grad()
 def load_weights(model, file: Path) -> None:
-    """Put the weights of a .safetensors file into those of `model` that are trained. RunError if one of them is not there."""
+    """Put the weights of a file into those of `model` that are trained. RunError if one of them is not there."""
     tensors = load_file(file)
     for name, weight in trained_weights(model).items():
         found = tensors.get(name, tensors.get(name.replace(".default.", ".")))  # as peft writes it
@@ -343,10 +334,11 @@ def _accelerator(settings, device):
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
-    if device.name == "cuda" and accelerator.num_processes == 1 < torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        command = f"accelerate launch --multi_gpu --num_processes {count} {' '.join(sys.argv)}"
-        print(f"one of {count} GPUs is used; all of them: {command}")
+    count = torch.cuda.device_count()
+    if device.name == "cuda" and accelerator.num_processes == 1 < count:
+        print(
+            f"one of {count} GPUs is used; all: accelerate launch --num_processes {count} {' '.join(sys.argv)}"
+        )
     return accelerator
 
 
@@ -360,11 +352,9 @@ def _hold(folder):
         raise UserError(
             f"{show_path(folder)} is in use by another run (process {owner}); wait for it, or choose another --output-dir"
         ) from None
-    except (NotImplementedError, OSError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{show_path(folder)} cannot be locked ({why}); choose another --output-dir"
-        ) from None
+    except NotImplementedError:
+        where = show_path(folder)
+        raise UserError(f"{where} lies on a disk without locks; choose another --output-dir") from None
     holder.write_text(f"{os.getpid()}\n", encoding="utf-8")
     return lock
 
@@ -399,15 +389,14 @@ def _identity(settings, device):
     return {**identity, "device": f"{device.name} {device.format}"}
 
 
-def _refuse_changes(before, now, place, finished):
+def _refuse_changes(before, now, place):
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     changed = "; ".join(f"{name}: {before.get(name)} -> {now.get(name)}" for name in names)
-    mend = "restore them to go on, choose another --output-dir, or start over with --fresh"
-    if finished:
-        mend = f"to train it further, start from it with --model {place} and another --output-dir; or start over with --fresh"
     if changed:
-        state = "a finished run" if finished else "a run"
-        raise UserError(f"{place} holds {state} with other settings or data ({changed}); {mend}")
+        raise UserError(
+            f"{place} holds a run with other settings or data ({changed}); restore them, train it further into another --output-dir "
+            f"with --model {place}, or start over with --fresh"
+        )
 
 
 def _now():
