@@ -34,9 +34,10 @@ EDIT = 8  # characters of a stem for each that may have been changed
 LEFT = 2 / 3  # of a stem that was cut before its end
 
 _TAG = re.compile(r"</?[A-Za-z][^<>]{0,200}>")
-# What a stem ends with if the options follow.
-_TRAILING = re.compile("(?:是指|是|为|有|包括|属于|哪项|哪一项|以下|下列)+$")
-# What may be asked around a stem without asking something else.
+_TRAILING = re.compile(
+    "(?:是指|是|为|有|包括|属于|哪项|哪一项|以下|下列)+$"
+)  # ends a stem if the options follow
+# Words that may stand around a stem without asking something else.
 _FRAME = re.compile(
     "中医药?|考试|选择|单选|多选|单项|题目?|问题?|回答|答案?|解释|什么|哪[一个项些味]*|何谓|[是指为即何叫个项第一二三]"
 )

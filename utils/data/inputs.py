@@ -17,11 +17,8 @@ from utils.files import show_path
 
 TEXT_ENDINGS = (".jsonl", ".json", ".csv", ".tsv")
 DATA_ENDINGS = (*TEXT_ENDINGS, ".parquet", ".arrow", ".xlsx")
-NOT_READ = {
-    ".txt": "plain text: continued pre-training is not done here",
-    ".md": "a text for people",
-    ".xls": "an old Excel file: save it as .xlsx",
-}
+PLAIN_TEXT = "plain text: continued pre-training is not done here"
+NOT_READ = {".txt": PLAIN_TEXT, ".md": "a text for people", ".xls": "an old Excel file: save it as .xlsx"}
 ENCODING_LINES = 1000  # non-ASCII lines looked at to tell UTF-8 from GB18030
 BOM = b"\xef\xbb\xbf"
 SURROGATES = re.compile("[\udc80-\udcff]")  # stand for bytes that could not be decoded
@@ -39,7 +36,7 @@ FIRST_BYTES = (
     (rb"\x1f\x8b", "a .gz file under another name: rename it", ()),
 )  # fmt: skip
 
-EVALUATION = set(
+EVALUATION = (
     "test testset valid validation validset val dev devset eval evalset evaluation heldout holdout".split()
 )
 _EVALUATION_CHINESE = re.compile("(?:测试|验证|评测|测评|评估|开发(?=集))(?:集|数据|数据集|样本|题|题目)?$")
@@ -188,8 +185,8 @@ def detect_encoding(file: InputFile) -> str:
         raise UserError(f"{show_path(file.path)} cannot be unpacked ({error})") from None
     if seen and seen[0].startswith(BOM):
         return "utf-8-sig"
-    utf8, gb18030 = (
-        sum(bool(SURROGATES.search(line.decode(encoding, "surrogateescape"))) for line in seen)
-        for encoding in ("utf-8", "gb18030")
-    )
+    damaged = {"utf-8": 0, "gb18030": 0}
+    for line, encoding in itertools.product(seen, damaged):
+        damaged[encoding] += bool(SURROGATES.search(line.decode(encoding, "surrogateescape")))
+    utf8, gb18030 = damaged.values()
     return "gb18030" if 2 * utf8 > len(seen) and gb18030 < utf8 else "utf-8"

@@ -232,7 +232,8 @@ def not_learnt(turn: Fields, place: str) -> dict[str, int]:
 
 
 def _sign(turn, mark):
-    return SIGNS.get(str(turn.peek(mark)).strip().lower())
+    value = turn.peek(mark)
+    return value if value is None else SIGNS.get(str(value).strip().lower())
 
 
 def refuse_masked(row: Fields, turns: list[dict], given: int) -> None:

@@ -31,9 +31,8 @@ def save_training_data(data_dir: Path, place: Path, form: str) -> list[Path]:
             f"{show_path(data_dir)} has rows with reasoning and rows without, and a tool trains all messages in one "
             "thinking mode; --form prompt-completion (TRL) keeps each row's own"
         )
-    row_of = messages_row if form == "messages" else completion_row
     for path in found:
-        write_jsonl(place / path.name, (row_of(*turn) for turn in read_turns(path)))
+        write_jsonl(place / path.name, (row_of(form, *turn) for turn in read_turns(path)))
     return [place / path.name for path in found]
 
 
@@ -55,23 +54,22 @@ def read_turns(path: Path) -> Iterator[tuple[list[dict], list[dict]]]:
                 yield plain(row["messages"][:index]), [message]
 
 
-def messages_row(prompt: list[dict], replies: list[dict]) -> dict:
-    """Messages, of which the one with "train" is trained on; of a pair the context, and the two answers beside it. The
-    reasoning stands in the text, in the tags that the template would put around it."""
-    texts = []
-    for reply in replies:
-        reasoning, content = reply.get("reasoning_content", "").strip("\n"), reply["content"].lstrip("\n")
-        text = f"<think>\n{reasoning}\n</think>\n\n{content}" if reasoning else content
-        texts.append({"role": "assistant", "content": text})
-    if len(texts) == 1:
-        return {"messages": [*prompt, texts[0] | {"train": True}]}
-    return {"messages": prompt, "chosen": texts[0], "rejected": texts[1]}
-
-
-def completion_row(prompt: list[dict], replies: list[dict]) -> dict:
-    """Prompt and completion, of a pair prompt, chosen and rejected, and the thinking mode for the chat template."""
-    names = ("completion",) if len(replies) == 1 else ("chosen", "rejected")
+def row_of(form: str, prompt: list[dict], replies: list[dict]) -> dict:
+    """A row of `form`: messages, of which the one with "train" is trained on, or prompt and completion with the thinking mode
+    for the chat template; of a pair the context, and the two answers beside it."""
     thinks = bool(replies[0].get("reasoning_content"))
+    if form == "messages":
+        replies = [{"role": "assistant", "content": _as_text(reply)} for reply in replies]
+        if len(replies) == 1:
+            return {"messages": [*prompt, replies[0] | {"train": True}]}
+        return {"messages": prompt, "chosen": replies[0], "rejected": replies[1]}
+    names = ("completion",) if len(replies) == 1 else ("chosen", "rejected")
     answers = {name: [reply] for name, reply in zip(names, replies)}
     modes = {"enable_thinking": thinks, "force_thinking": thinks}
     return {"prompt": prompt, **answers, "chat_template_kwargs": modes}
+
+
+def _as_text(reply):
+    """The text of a reply, its reasoning in the tags that the template would put around it."""
+    reasoning, content = reply.get("reasoning_content", "").strip("\n"), reply["content"].lstrip("\n")
+    return f"<think>\n{reasoning}\n</think>\n\n{content}" if reasoning else content
