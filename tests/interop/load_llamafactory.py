@@ -13,6 +13,8 @@ from llamafactory.model import load_tokenizer
 
 data_dir, name, stage, folder, output = sys.argv[1:]
 given = yaml.safe_load(open(f"{data_dir}/settings.yaml", encoding="utf-8"))
+if stage != "sft":
+    given.pop("mask_history")  # as docs/other_tools.md says
 arguments = get_train_args(
     given
     | {
