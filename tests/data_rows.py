@@ -61,6 +61,15 @@ PREFERENCE = [
         "rejected": {"from": "gpt", "value": "坏"},
     },
     {"instruction": "问", "input": "", "chosen": "好", "rejected": "坏"},
+    # a rejected answer beside an answer, and other names of the two
+    {"messages": turns("问", "好"), "rejected_response": "坏"},
+    {"messages": turns("问", "好"), "rejected": "坏"},
+    {"messages": turns("问", "好"), "rejected_messages": turns("问", "坏")},
+    {"instruction": "问", "output": "好", "rejected": "坏"},
+    {"question": "问", "response_chosen": "好", "response_rejected": "坏"},
+    {"instruction": "问", "input": "", "accepted": "好", "rejected": "坏"},
+    {"chosen": "\n\nHuman: 问\n\nAssistant: 好", "rejected": "\n\nHuman: 问\n\nAssistant: 坏"},
+    {"prompt": "问", "chosen_response": "好", "rejected_response": "坏", "chosen_score": 3},
 ]
 
 

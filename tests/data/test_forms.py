@@ -64,20 +64,24 @@ def test_exam_items_are_never_trained_as_questions(row):
     assert (item.kind, item.body, item.unused) == ("exam", ITEM, {})
 
 
-@pytest.mark.parametrize(
-    "answers, letters",
-    [
-        ([1, 4, 2], "ADB"),  # a 4 of four options: counted from 1
-        ([0, 3, 1], "ADB"),
-        (["1", "4", "2"], "ADB"),
-        ([1, 2, 3], "BCD"),  # a list, as MMLU counts it, where nothing says otherwise
-    ],
-)
-def test_numbers_of_answers_are_counted_as_the_file_counts_them(tmp_path, convert, answers, letters):
+COUNTED = [  # answers of a file, their letters, and whether it is told that nothing proves from where they are counted
+    ([1, 4, 2], "ADB", False),  # a 4 of four options: counted from 1
+    ([0, 3, 1], "ADB", False),
+    (["1", "4", "2"], "ADB", False),
+    (["1", "B"], "AB", False),
+    ([1, 2, 3], "BCD", True),  # a list, as MMLU counts it, where nothing says otherwise
+]
+
+
+@pytest.mark.parametrize("answers, letters, told", COUNTED)
+def test_numbers_of_answers_are_counted_as_the_file_counts_them(
+    tmp_path, convert, capsys, answers, letters, told
+):
     rows = [{"question": f"{STEM}{n}", "options": HERBS, "answer": given} for n, given in enumerate(answers)]
-    assert [row["answer"] for row in convert(write_lines(tmp_path / "a.jsonl", *rows))["exam"]] == list(
-        letters
-    )
+    found = convert(write_lines(tmp_path / "a.jsonl", *rows))
+    assert "".join(row["answer"] for row in found["exam"]) == letters
+    note = "note: exam answers that are numbers were counted from 0 in 3 rows"
+    assert (note in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize("columns", ["options=甲栏+乙栏+丙栏+丁栏", "options=全"])
@@ -163,32 +167,6 @@ def test_every_field_is_used_or_named(row, messages, unused):
             assert all(word in made for word in words), (name, text)
 
 
-PAIR = {
-    "prompt": turns("问"),
-    "chosen": turns("", "好")[1:],
-    "rejected": turns("", "坏")[1:],
-    "kind": "given",
-}
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"messages": turns("问", "好"), "rejected_response": "坏"},
-        {"messages": turns("问", "好"), "rejected": "坏"},
-        {"messages": turns("问", "好"), "rejected_messages": turns("问", "坏")},
-        {"instruction": "问", "output": "好", "rejected": "坏"},
-        {"question": "问", "response_chosen": "好", "response_rejected": "坏"},
-        {"instruction": "问", "input": "", "accepted": "好", "rejected": "坏"},
-        {"chosen": "\n\nHuman: 问\n\nAssistant: 好", "rejected": "\n\nHuman: 问\n\nAssistant: 坏"},
-        {"prompt": "问", "chosen_response": "好", "rejected_response": "坏", "chosen_score": 3},
-    ],
-)
-def test_rejected_answers_beside_an_answer_make_a_pair(row):
-    item = convert_row(row)
-    assert (item.kind, item.body) == ("dpo", PAIR) and set(item.unused) <= {"chosen_score"}
-
-
 def answer(**more):
     return {"messages": [ASKED[0], {**ASKED[1], **more}, *turns("再问", "再答")]}
 
@@ -252,22 +230,10 @@ def test_what_changes_the_meaning_of_a_row_sets_it_aside(row, reason):
 
 
 def test_a_label_beside_an_answer_asks_which_is_the_answer(tmp_path, convert):
-    path = write_lines(
-        tmp_path / "a.jsonl", *({"query": f"问{n}", "response": "答", "label": 0} for n in range(3))
-    )
-    with pytest.raises(
-        UserError, match="not used: label; if it is right in every row: --columns (.*)[)]"
-    ) as caught:
+    rows = ({"query": f"问{n}", "response": "答", "label": 0} for n in range(3))
+    path = write_lines(tmp_path / "a.jsonl", *rows)
+    words = "not used: label; if it is right in every row: --columns (.*)[)]"
+    with pytest.raises(UserError, match=words) as caught:
         convert(path)
     told = str(caught.value).rpartition("--columns ")[2].rstrip(")")
     assert convert(path, columns=told)["report"]["rows_kept"] == 3
-
-
-def test_answers_counted_from_0_by_default_are_told(tmp_path, convert, capsys):
-    for answers, told in (([1, 2, 3], True), ([0, 2, 3], False), ([1, 2, 4], False), (["1", "B"], False)):
-        rows = [
-            {"question": f"{STEM}{n}", "choices": HERBS, "answer": given} for n, given in enumerate(answers)
-        ]
-        convert(write_lines(tmp_path / "a.jsonl", *rows))
-        note = "note: exam answers that are numbers were counted from 0 in 3 rows"
-        assert (note in capsys.readouterr().out) == told

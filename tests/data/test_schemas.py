@@ -51,6 +51,7 @@ def test_preference_rows(row):
     assert item.kind == "dpo"
     sides = {"chosen": turns("", "好")[1:], "rejected": turns("", "坏")[1:]}
     assert item.body == {"prompt": turns("问"), **sides, "kind": "given"}
+    assert set(item.unused) <= {"chosen_score"}
 
 
 @pytest.mark.parametrize("row", EXAM)
