@@ -166,8 +166,7 @@ def notes(files: list[InputFile], found: Recognised, columns: str) -> list[str]:
     for line, _, *more in said.values():
         others = f" (and the same in {len(more):,} more: {shorten(', '.join(more), 100)})" if more else ""
         lines.append(line + others)
-    guessed = found.schemas[GUESSED]
-    if guessed:
-        why = "no 0 and no number as large as the options are many says from where; if it is 1, write them as letters"
+    if guessed := found.schemas[GUESSED]:
+        why = "nothing in the file shows where the count begins; if it begins at 1, write the answers as letters"
         lines.append(f"exam answers that are numbers were counted from 0 in {guessed:,} rows: {why}")
     return lines
