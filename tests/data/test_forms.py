@@ -112,6 +112,7 @@ READ = [
     ({"messages": [ASKED[0], {**ASKED[1], "thinking": "想"}]}, REASONED, []),
     ({"messages": [ASKED[0], {**ASKED[1], "reasoning": "想"}], "n": 3}, REASONED, ["n"]),
     ({"messages": [ASKED[0], {**ASKED[1], "thinking": "想", "reasoning": "思"}]}, None, ["messages[].thinking"]),
+    ({"messages": REASONED, "cot": "别的"}, REASONED, ["cot"]),
     ({"system_prompt": "医", "instruction": "问", "input": "", "output": "答"}, turns("问", "答", system="医"), []),
     ({"messages": ASKED, "系统提示": "医"}, turns("问", "答", system="医"), []),
     ({"instruction": "只用一句话。", "question": "问", "answer": "答"}, ASKED, ["instruction"]),

@@ -327,9 +327,8 @@ def _read_conversation(row, schema, options, name):
         raise Reject("an exam question inside a conversation", f"the answer is {item['answer']}")
     if item:
         return "exam", "exam in the question", item
-    reasoning = text_of(row, "reasoning", "reasoning", optional=True)
-    if reasoning:
-        kept[-1].setdefault("reasoning_content", reasoning)
+    if "reasoning_content" not in kept[-1] and row.peek("reasoning") is not None:
+        kept[-1]["reasoning_content"] = text_of(row, "reasoning", "reasoning")
     kind, schema, body = _trained_or_bad(row, schema or name, kept)
     return kind, schema, body | {"trimmed": len(kept) < len(messages)}
 
