@@ -53,20 +53,10 @@ def shape_of_qwen3(folder):
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=151936,
-            hidden_size=1024,
-            intermediate_size=3072,
-            num_hidden_layers=28,
-            num_attention_heads=16,
-            num_key_value_heads=8,
-            head_dim=128,
-            max_position_embeddings=40960,
-            rope_theta=1_000_000,
-            tie_word_embeddings=True,
-        )
-    )
+    widths = {"hidden_size": 1024, "intermediate_size": 3072, "head_dim": 128, "num_hidden_layers": 28}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": True}
+    more = {"vocab_size": 151936, "max_position_embeddings": 40960, "rope_theta": 1_000_000}
+    model = Qwen3ForCausalLM(Qwen3Config(**widths, **heads, **more))
     AutoTokenizer.from_pretrained(ROOT / "model_download/tiny_qwen3_tcm").save_pretrained(folder)
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
@@ -81,20 +71,14 @@ def sample_files(folder):
         tuple("\n".join(row[name] for row in rows[start : start + 6]) for name in ("instruction", "output"))
         for start in range(0, 2400, 6)
     ]
-    say = lambda role, text: {"role": role, "content": text}  # noqa: E731
-    conversations = [
-        {"id": str(number), "messages": [say("user", q), say("assistant", a)]}
-        for number, (q, a) in enumerate(texts)
-    ]
-    pairs = [
-        {
-            "id": str(number),
-            "prompt": [say("user", q)],
-            "chosen": [say("assistant", a)],
-            "rejected": [say("assistant", texts[number - 1][1])],
-        }
-        for number, (q, a) in enumerate(texts)
-    ]
+    conversations, pairs = [], []
+    for number, (question, answer) in enumerate(texts):
+        prompt = [{"role": "user", "content": question}]
+        chosen, rejected = (
+            [{"role": "assistant", "content": text}] for text in (answer, texts[number - 1][1])
+        )
+        conversations.append({"id": str(number), "messages": prompt + chosen})
+        pairs.append({"id": str(number), "prompt": prompt, "chosen": chosen, "rejected": rejected})
     write_jsonl(folder / "sft.jsonl", conversations)
     write_jsonl(folder / "pairs.jsonl", pairs)
     return folder / "sft.jsonl", folder / "pairs.jsonl"
@@ -149,25 +133,10 @@ def ours(method, precision, options, folder):
     from utils.training.memory import StepPlan
     from utils.training.rows import load_conversations, load_pairs
 
-    settings = read_settings(
-        runpy.run_path(str(ROOT / f"model_finetune/finetune_{method}.py")),
-        [
-            "--model",
-            options.model,
-            "--output-dir",
-            folder,
-            "--max-length",
-            str(options.max_length),
-            "--rows-per-step",
-            "1",
-            "--max-steps",
-            str(options.steps),
-            "--device",
-            "auto",
-            "--precision",
-            precision,
-        ],
-    )
+    words = ["--model", options.model, "--output-dir", folder, "--max-length", str(options.max_length)]
+    words += ["--max-steps", str(options.steps), "--precision", precision, "--rows-per-step", "1"]
+    script = runpy.run_path(str(ROOT / f"model_finetune/finetune_{method}.py"))
+    settings = read_settings(script, words)
     device = pick_device("auto", precision)
     set_seed(0)
     tokenizer = load_tokenizer(options.model)
@@ -175,13 +144,10 @@ def ours(method, precision, options, folder):
         model = add_lora(prepare_packed(load_for_lora(options.model, device.dtype)), settings)
     else:
         model = prepare_packed(load_model(options.model, torch.float32))
-    load = load_pairs if method == "dpo" else load_conversations
-    rows = load(
-        Path(options.pairs_file if method == "dpo" else options.train_file),
-        tokenizer,
-        options.max_length,
-        options.rows,
-    ).rows
+    load, data = load_conversations, options.train_file
+    if method == "dpo":
+        load, data = load_pairs, options.pairs_file
+    rows = load(Path(data), tokenizer, options.max_length, options.rows).rows
     reference, loss = 0.0, sft_loss
     if method == "dpo":
         few = rows.select(numpy.arange(min(8, len(rows.items))))
@@ -189,14 +155,12 @@ def ours(method, precision, options, folder):
         began = time.perf_counter()
         answer_logps(model, few, device)
         reference = (time.perf_counter() - began) / few.tokens
-        rows.numbers.update(
-            {f"reference_{side}": numpy.full(len(rows.items), -100.0) for side in ("chosen", "rejected")}
-        )
+        for side in ("chosen", "rejected"):
+            rows.numbers[f"reference_{side}"] = numpy.full(len(rows.items), -100.0)
         loss = functools.partial(dpo_batch_loss, beta=0.1, sft_weight=0.2)
     accelerator, way = Accelerator(cpu=device.name == "cpu"), StepPlan(1, 1, False)
-    run = argparse.Namespace(
-        settings=settings, device=device, accelerator=accelerator, processes=1, way=lambda step: way
-    )
+    parts = {"settings": settings, "device": device, "accelerator": accelerator}
+    run = argparse.Namespace(**parts, processes=1, way=lambda step: way)
     plan = argparse.Namespace(train_rows=rows, steps_per_epoch=len(rows))
     learner, clock = Learner(run, model, loss), Clock()
     for step in range(options.steps):
@@ -206,9 +170,8 @@ def ours(method, precision, options, folder):
         result.losses[-1].item()  # waits for the device
         clock.seconds.append(time.perf_counter() - began)
         # a tree (shared tokens, tokens of each branch ...) stands for documents of shared + branch + the last token, each
-        clock.tokens.append(
-            sum(tree[0] + branch + 1 for batch in batches for tree in batch["layout"] for branch in tree[1:])
-        )
+        trees = [tree for batch in batches for tree in batch["layout"]]
+        clock.tokens.append(sum(tree[0] + branch + 1 for tree in trees for branch in tree[1:]))
     return clock, reference
 
 
@@ -222,9 +185,8 @@ def theirs(method, precision, options, folder, batch=1, packing=False, base="flo
 
     from utils.files import read_jsonl, sample_by_id
 
-    rows = sample_by_id(
-        list(read_jsonl(options.pairs_file if method == "dpo" else options.train_file)), options.rows
-    )
+    file = options.pairs_file if method == "dpo" else options.train_file
+    rows = sample_by_id(read_jsonl(file), options.rows)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, base))
     common = dict(
@@ -242,22 +204,14 @@ def theirs(method, precision, options, folder, batch=1, packing=False, base="flo
         seed=0,
     )
     if method == "dpo":
-        data = Dataset.from_list(
-            [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
-        )
-        trainer = DPOTrainer(model, args=DPOConfig(**common), train_dataset=data, processing_class=tokenizer)
+        rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+        trainer, form, more = DPOTrainer, DPOConfig(**common), {}
     else:
-        data = Dataset.from_list(
-            [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows]
-        )
+        rows = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows]
         lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if method == "lora" else None
-        trainer = SFTTrainer(
-            model,
-            args=SFTConfig(**common, packing=packing),
-            train_dataset=data,
-            processing_class=tokenizer,
-            peft_config=lora,
-        )
+        trainer, form, more = SFTTrainer, SFTConfig(**common, packing=packing), {"peft_config": lora}
+    data = Dataset.from_list(rows)
+    trainer = trainer(model, args=form, train_dataset=data, processing_class=tokenizer, **more)
 
     def count(inputs):
         mask = inputs.get("attention_mask")
@@ -275,28 +229,17 @@ def measure(options):
     if options.threads:
         torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
+        given = (options.method, options.precision, options, folder)
         if options.variant.startswith("ours"):
-            clock, reference = ours(options.method, options.precision, options, folder)
+            clock, reference = ours(*given)
         else:
-            clock, reference = theirs(
-                options.method,
-                options.precision,
-                options,
-                folder,
-                **VARIANTS[options.method, options.variant],
-            )
+            clock, reference = theirs(*given, **VARIANTS[options.method, options.variant])
     seconds = [spent + reference * tokens for spent, tokens in zip(clock.seconds[1:], clock.tokens[1:])]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else peak
-    print(
-        json.dumps(
-            {
-                "tokens_per_second": sum(clock.tokens[1:]) / sum(seconds),
-                "peak_gib": memory,
-                "tokens": sum(clock.tokens[1:]),
-            }
-        )
-    )
+    tokens = sum(clock.tokens[1:])
+    found = {"tokens_per_second": tokens / sum(seconds), "peak_gib": memory, "tokens": tokens}
+    print(json.dumps(found))
 
 
 def matrix_peak(precision):
@@ -304,10 +247,8 @@ def matrix_peak(precision):
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    one, other = (
-        torch.randn(4096, 4096, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-        for _ in range(2)
-    )
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    one, other = (torch.randn(4096, 4096, device=device, dtype=dtype) for _ in range(2))
     times = []
     for _ in range(8):
         began = time.perf_counter()
@@ -377,15 +318,8 @@ def main():
             if (result := measure_apart(case, given)) is None:
                 continue
             results.setdefault(case, []).append(result)
-            Path(options.output).with_suffix(".partial.json").write_text(
-                json.dumps([{"case": list(case), "rounds": rounds} for case, rounds in results.items()]),
-                encoding="utf-8",
-            )
-            print(
-                f"round {number + 1}: {' '.join(case)}: {result['tokens_per_second']:.1f} tokens/s, "
-                f"{result['peak_gib']:.1f} GiB",
-                flush=True,
-            )
+            speed, memory = result["tokens_per_second"], result["peak_gib"]
+            print(f"round {number + 1}: {' '.join(case)}: {speed:.1f} tokens/s, {memory:.1f} GiB", flush=True)
     print_table(results, peaks, options)
 
 
@@ -421,12 +355,8 @@ def print_table(results, peaks, options):
         )
         own = next((rounds for case, rounds in results.items() if case[:2] == (method, "ours")), None)
         if own and variant != "ours":  # round by round: the machine may be slower in one than in another
-            table[-1]["ours_is"] = round(
-                statistics.median(
-                    o["tokens_per_second"] / r["tokens_per_second"] for o, r in zip(own, rounds)
-                ),
-                2,
-            )
+            speeds = [(o["tokens_per_second"], r["tokens_per_second"]) for o, r in zip(own, rounds)]
+            table[-1]["ours_is"] = round(statistics.median(o / r for o, r in speeds), 2)
     print("\n| method | trainer | tokens/s | ours is | of peak | memory |\n|---|---|---|---|---|---|")
     for row in table:
         ratio = f"{row['ours_is']:.2f} x" if "ours_is" in row else ""
