@@ -40,7 +40,6 @@ from utils.training.schedule import Clock
 NOT_IDENTITY = set(
     "OUTPUT_DIR FRESH ESTIMATE SHOW_EXAMPLE DEVICE PRECISION KEEP_CHECKPOINTS CHECKPOINT_MINUTES TRACKER".split()
 )
-PACKAGES = ("torch", "transformers", "peft", "accelerate")
 LOCK, HOLDER = ".lock", ".lock.pid"  # the lock file, and the number of the process that holds it
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, for each weight
 # The last barrier's record is kept until the interpreter ends: were gloo's thread the last to let go of it, it would wait for the
@@ -66,8 +65,8 @@ class Run:
         self.checkpoint, self.step, self.finished = None, 0, False
         self.asked_to_stop: float | None = None  # when, in monotonic seconds
         self.record: dict[str, Any] = {}
-        names = Path(str(settings.MODEL)).name, settings.TRAIN_FILE.name
-        self.log = RunLog(self.folder, self.main, f"{title} of {names[0]} on {names[1]}, {_now()[:10]}")
+        title = f"{title} of {Path(str(settings.MODEL)).name} on {settings.TRAIN_FILE.name}, {_now()[:10]}"
+        self.log = RunLog(self.folder, self.main, title)
         if settings.ESTIMATE:  # looks, and touches nothing
             return
         identity = _identity(settings, device) | {"processes": self.processes}
@@ -96,8 +95,7 @@ class Run:
             return
         for path in reversed(checkpoints):
             if (path / "trainer_state.json").is_file():
-                where = show_path(path)
-                raise UserError(f"{where} is of an earlier version of these scripts; --fresh starts over")
+                raise UserError(f"{path.name} is of an earlier version of these scripts; --fresh starts over")
             if not (why := damage(path, identity)):
                 self.checkpoint, self.step = path, step_of(path)
                 return
@@ -107,7 +105,10 @@ class Run:
             "identity": identity,
             "settings": self.settings.as_dict(),
             "device": str(self.device),
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+            "versions": {
+                name: importlib.metadata.version(name)
+                for name in ("torch", "transformers", "peft", "accelerate")
+            }
             | {"python": platform.python_version()},
             "started": _now(),
         }
@@ -131,8 +132,6 @@ class Run:
         joined = torch.tensor(wishes, dtype=torch.float64, device=self.accelerator.device)
         torch.distributed.all_reduce(joined, torch.distributed.ReduceOp.MAX)
         return joined.tolist()
-
-    # ---- Training
 
     def begin(self, plan, model, optimizer) -> None:
         """Training starts now, from the checkpoint if there is one: from here on the folder is this run's.
@@ -180,8 +179,6 @@ class Run:
             return step / steps
         (now,) = self.agree(self.clock.progress() if self.main else 0.0)  # the main process has the clock
         return self.replayed.get(step, float(f"{min(1.0, max(before, step / steps, now)):.8g}"))
-
-    # ---- Weights
 
     def save_checkpoint(
         self, step: int, progress: float, owed: bool, model, optimizer, save: Callable[[Path], None]
@@ -353,8 +350,7 @@ def _hold(folder):
             f"{show_path(folder)} is in use by another run (process {owner}); wait for it, or choose another --output-dir"
         ) from None
     except NotImplementedError:
-        where = show_path(folder)
-        raise UserError(f"{where} lies on a disk without locks; choose another --output-dir") from None
+        raise UserError("this disk knows no locks; choose another --output-dir") from None
     holder.write_text(f"{os.getpid()}\n", encoding="utf-8")
     return lock
 
