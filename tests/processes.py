@@ -102,7 +102,10 @@ def become(command, cwd, environment, files, before, ready):
     sys.path[:] = [path for path in sys.path if not (Path(path) / "utils" / "errors.py").is_file()]
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
-            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
+            stream = open(number, mode, encoding="utf-8", closefd=False)
+            if mode == "w" and environment.get("PYTHONUNBUFFERED"):
+                stream.reconfigure(line_buffering=True)
+            setattr(sys, name, stream)
         except OSError:  # closed: Python itself has None there, too
             setattr(sys, name, None)
     sys.argv = command
