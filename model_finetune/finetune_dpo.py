@@ -73,6 +73,7 @@ def main(argv=None):
         load_for_lora,
         load_model,
         load_tokenizer,
+        read_record,
         remember_mode,
         save_adapter_and_merged,
         save_model,
@@ -106,6 +107,8 @@ def main(argv=None):
 
     # 2. Prepare the rows: pairs, packed
     train_rows, thinking, conversations = load(settings.TRAIN_FILE)
+    if (read_record(settings.MODEL) or {}).get("conversations") == "several":
+        conversations = "several"  # pairs of single questions do not take it away
     remember_mode(model, tokenizer, thinking)
 
     # 3. Plan: memory, disk, steps and hours, refused with the numbers if it does not fit
