@@ -70,7 +70,7 @@ def targets(tmp_path_factory, tiny_folder):
     tokens, saved = run / "rows.arrow", place / "saved" / "checkpoint-1"
     tokens.write_bytes(b"tokens")
     saved.mkdir(parents=True)
-    for name in ("model.safetensors", "optimizer.safetensors", "clock.json"):
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
         (saved / name).write_text(name, encoding="utf-8")
     for sealed in (tokens, saved):
         seal(sealed, IDENTITY)

@@ -121,7 +121,7 @@ def test_a_killed_run_counts_only_the_time_it_ran_and_ends_in_the_same_bits(
     clock.now, clock.dies = 1000.0, dies
     assert train("sft", place, tmp_path / "out", *GIVEN) == 9
     clock.ids.clear()
-    kept = [read_json(path / "clock.json")["elapsed"] for path in (tmp_path / "out").glob("checkpoint-*")]
+    kept = [read_json(path / "state.json")["elapsed"] for path in (tmp_path / "out").glob("checkpoint-*")]
     lost = clock.now - 1000.0 - max(kept)
     clock.now, clock.dies = clock.now + 86400.0, None  # a day later
     clock.step = lambda seconds: slow(seconds - 86400.0 - lost)
@@ -139,7 +139,7 @@ def test_steps_that_are_done_again_take_the_rates_that_they_had(place, tmp_path,
     shutil.copytree(tmp_path / "whole", output)
     record, lines = read_json(output / "run.json"), list(read_jsonl(output / "training_log.jsonl"))
     for path in output.glob("checkpoint-*"):
-        if read_json(path / "clock.json")["progress"] > 0.3:
+        if read_json(path / "state.json")["progress"] > 0.3:
             shutil.rmtree(path)
     write_json(output / "run.json", record | {"status": "running"})
     killed = [entry for entry in lines if entry["step"] <= 30]

@@ -153,6 +153,10 @@ def test_a_killed_run_ends_in_the_same_weights(finished, place, method, precisio
     assert not [path.name for path in output.iterdir() if "partial" in path.name]
 
 
+def test_a_killed_run_in_float16_keeps_its_loss_scale(finished, place):
+    test_a_killed_run_ends_in_the_same_weights(finished, place, "sft", "fp16")
+
+
 def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on(finished, place):
     output = place / "interrupted"
     process, log = start("sft", place, output), output / "training_log.jsonl"

@@ -41,7 +41,7 @@ def train(
     RunError, in one line, if a loss is no number or memory runs out; KeyboardInterrupt after Ctrl-C, once the checkpoint is written.
     """
     settings, schedule, learner = run.settings, plan.schedule, Learner(run, model, loss)
-    run.begin(plan, model, learner.optimizer)
+    run.begin(plan, learner)
     clock, step, done, owed = run.clock, run.step, run.done, run.evaluation_owed
     unread = None  # the latest step, whose numbers a GPU may still be computing: they are read one step later
     try:
@@ -78,7 +78,7 @@ def train(
                     owed = not learner.evaluate_and_log(plan, step, done)
                     stop = owed  # it was asked to stop meanwhile: the evaluation is made when the run goes on
                 if saving or stop:
-                    run.save_checkpoint(step, done, bool(owed), model, learner.optimizer, save)
+                    run.save_checkpoint(step, done, bool(owed), learner, save)
                 if stop:
                     raise KeyboardInterrupt(_stopped(step))
         if any(run.agree(bool(run.asked_to_stop))):
@@ -166,6 +166,13 @@ class Learner:
             group["lr"] = rate
         self.optimizer.step()
         self.forget_gradients()
+
+    def counters(self) -> dict[str, float]:
+        """The steps that changed the weights, which in float16 are not all, and the state of its loss scale."""
+        found = {"updates": max(int(state["step"]) for state in self.optimizer.state.values())}
+        if self.folded:
+            found |= {"loss_scale": self.folded.scale.item(), "good_steps": self.folded.good.item()}
+        return found
 
     def forget_gradients(self) -> None:
         self.model.zero_grad(set_to_none=not self.keeps_gradients)

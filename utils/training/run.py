@@ -58,7 +58,7 @@ class Run:
     def __init__(self, settings, device: Device, title: str, began: float):
         settings.EVAL_FILE = (
             settings.EVAL_FILE or settings.TRAIN_FILE
-        )  # nothing is held out: the plan says so
+        )  # the plan says it if nothing is held out
         self.settings, self.device, self.began, self.folder = settings, device, began, settings.OUTPUT_DIR
         self.accelerator = _accelerator(settings, device)
         self.main, self.processes = self.accelerator.is_main_process, self.accelerator.num_processes
@@ -133,7 +133,7 @@ class Run:
         torch.distributed.all_reduce(joined, torch.distributed.ReduceOp.MAX)
         return joined.tolist()
 
-    def begin(self, plan, model, optimizer) -> None:
+    def begin(self, plan, learner) -> None:
         """Training starts now, from the checkpoint if there is one: from here on the folder is this run's.
 
         `done`: the progress so far; `evaluation_owed`: whether an evaluation comes before the next step.
@@ -142,8 +142,8 @@ class Run:
         self.clock = Clock(self.began, settings.HOURS, settings.CHECKPOINT_MINUTES, *plan.weights)
         if self.checkpoint:
             print(f"going on from {show_path(self.checkpoint)}")
-            self._load_checkpoint(model, optimizer)
-            kept = read_json(self.checkpoint / "clock.json")
+            kept = read_json(self.checkpoint / "state.json")
+            self._load_checkpoint(learner, kept)
             self.clock.before, self.clock.seconds = kept["elapsed"], kept["seconds"]
             self.done, self.evaluation_owed = kept["progress"], kept["evaluation_owed"]
         again = self.log.begin(self.step, self.clock, plan)
@@ -181,12 +181,9 @@ class Run:
         return self.replayed.get(step, float(f"{min(1.0, max(before, step / steps, now)):.8g}"))
 
     def save_checkpoint(
-        self, step: int, progress: float, owed: bool, model, optimizer, save: Callable[[Path], None]
+        self, step: int, progress: float, owed: bool, learner, save: Callable[[Path], None]
     ) -> None:
-        """Write checkpoint-`step`: what `save` writes, with the optimizer. Whole before it has its name. Old ones are removed.
-
-        owed: whether an evaluation is due that was left off.
-        """
+        """Write checkpoint-`step`, whole before it has its name, and remove old ones. owed: an evaluation was left off."""
         self.accelerator.wait_for_everyone()
         name, place = f"checkpoint-{step}", self.folder / ".partial-checkpoint"
         if self.main:
@@ -196,13 +193,14 @@ class Run:
             try:
                 save(place)
                 moments = {
-                    f"{kind}.{weight_name}": optimizer.state[weight][kind].cpu().contiguous()
-                    for weight_name, weight in trained_weights(model).items()
+                    f"{kind}.{weight_name}": learner.optimizer.state[weight][kind].cpu().contiguous()
+                    for weight_name, weight in trained_weights(learner.model).items()
                     for kind in MOMENTS
                 }
                 save_file(moments, place / "optimizer.safetensors")
                 clock = {"elapsed": self.clock.elapsed(), "seconds": self.clock.seconds}
-                write_json(place / "clock.json", {"progress": progress, "evaluation_owed": owed, **clock})
+                state = {"progress": progress, "evaluation_owed": owed, **clock, **learner.counters()}
+                write_json(place / "state.json", state)
                 seal(place, self.record["identity"])
                 shutil.rmtree(self.folder / name, ignore_errors=True)  # there only if it was found damaged
                 os.replace(place, self.folder / name)
@@ -214,15 +212,18 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.clock.ended("checkpoint")
 
-    def _load_checkpoint(self, model, optimizer):
+    def _load_checkpoint(self, learner, kept):
         (file,) = self.checkpoint.glob("*model.safetensors")
-        load_weights(model, file)
+        load_weights(learner.model, file)
         moments = load_file(self.checkpoint / "optimizer.safetensors")  # mapped: Windows keeps such a file
-        for name, weight in trained_weights(model).items():
-            optimizer.state[weight] = {
-                "step": torch.tensor(float(self.step), device=weight.device),
+        for name, weight in trained_weights(learner.model).items():
+            learner.optimizer.state[weight] = {
+                "step": torch.tensor(float(kept["updates"]), device=weight.device),
                 **{kind: moments[f"{kind}.{name}"].to(weight.device, copy=True) for kind in MOMENTS},
             }
+        if learner.folded:
+            learner.folded.scale.fill_(kept["loss_scale"])
+            learner.folded.good.fill_(kept["good_steps"])
 
     def keep_if_best(self, step: int, model) -> None:
         """Write the weights if the latest evaluation is the best so far.
