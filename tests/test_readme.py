@@ -11,10 +11,22 @@ from conftest import ROOT
 
 import tasks
 from utils.files import write_json, write_jsonl
-from utils.settings import read_constants
+from utils.settings import flag_of, read_constants
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 CHINESE = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+PAGES = [
+    "README.md",
+    "README.zh-CN.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *sorted(os.listdir(ROOT / "docs")),
+]
+PAGES = [
+    ROOT / ("docs" if (ROOT / "docs" / name).is_file() else "") / name
+    for name in PAGES
+    if name.endswith("md")
+]
 
 
 def commands(text):
@@ -65,12 +77,27 @@ def test_the_commands_for_powershell_are_those_for_other_shells():
     assert scripts and all((ROOT / script).is_file() for script in scripts)
 
 
-def test_every_file_that_is_named_exists():
-    folders = "data_prepare|model_download|model_finetune|utils|tests"
-    named = re.findall(rf"`((?:{folders})/[\w./-]+\.(?:py|jsonl|md|png))`", TEXT + CHINESE)
-    named = [path for path in named if "qwen3/" not in path]
-    for path in named + re.findall(r"\]\(([\w./-]+)\)", TEXT + CHINESE):
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_setting_and_flag_that_is_named_exists(page):
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:data_prepare|model_download|model_finetune|utils|tests)/[\w./-]+)`", text):
+        assert (ROOT / path).exists() or "/raw/" in path or "/qwen3/" in path, path
+    for path in re.findall(r"\]\((?!http)([\w./-]+)\)", text):
+        assert (page.parent / path).exists(), path
+    scripts = [*ROOT.glob("data_prepare/*.py"), *ROOT.glob("model_*/*.py")]
+    sources = [path.read_text(encoding="utf-8") for path in scripts]
+    settings = {name for source in sources if "# ---- Settings" in source for name in read_constants(source)}
+    assert set(re.findall(r"\b[A-Z]{2,}_[A-Z_]+\b", text)) - {"HF_ENDPOINT", "HF_TOKEN"} <= settings
+    ours = re.sub(
+        "(?s)```.*?```|`(?:llama-server|modelscope|mlx_lm).*?`|accelerate launch.*|pip config.*", "", text
+    )
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", ours))
+    assert flags - {"--workers", "--help", "--multi"} <= {flag_of(name) for name in settings}
+
+
+@pytest.mark.parametrize("text", [TEXT, CHINESE], ids=["README.md", "README.zh-CN.md"])
+def test_a_readme_is_short(text):
+    assert len(text.encode()) <= 11 << 10
 
 
 def test_the_tree_of_utils_names_every_module():
@@ -80,31 +107,22 @@ def test_the_tree_of_utils_names_every_module():
     assert not [name for name in re.findall(r"`([\w/]+\.py)`", tree) if not (ROOT / "utils" / name).is_file()]
 
 
-@pytest.mark.parametrize("text", [TEXT, CHINESE], ids=["README.md", "README.zh-CN.md"])
-def test_every_setting_that_is_named_exists(text):
-    scripts = [*ROOT.glob("data_prepare/*.py"), *ROOT.glob("model_*/*.py")]
-    sources = [path.read_text(encoding="utf-8") for path in scripts]
-    settings = {name for source in sources if "# ---- Settings" in source for name in read_constants(source)}
-    environment = {"HF_ENDPOINT", "HF_TOKEN"}
-    assert set(re.findall(r"\b[A-Z]{2,}_[A-Z_]+\b", text)) - environment <= settings
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="starts scripts in forked processes")
 def test_the_commands_run_one_after_another(copy, tmp_path):
-    """In the order of the README, with its default settings and no flag but those written there."""
+    """In the order of the README and of the page on other tools, with default settings and no flag but those written there."""
     from processes import Script
 
     question = tmp_path / "question.txt"
     question.write_text("麻黄的药性是什么？\n", encoding="utf-8")
     ran = []
-    for line in commands(TEXT):
+    for line in commands(TEXT + (ROOT / "docs/other_tools.md").read_text(encoding="utf-8")):
         words = line.split()
-        if words[0] != "python" or "download_" in words[1].rpartition("/")[2] or "benchmarks" in line:
-            continue  # downloads are tested against a stand-in for the Hub
+        if words[0] != "python" or "download_" in words[1].rpartition("/")[2] or "--serve" in line:
+            continue  # downloads are tested against a stand-in for the Hub; a server does not end
         if "--format gguf" in line and not find_spec("gguf"):
             continue  # an optional package
-        if "finetune_" in line and line in ran:
+        if "finetune_" in line and any(words[1] in earlier for earlier in ran):
             words.append("--fresh")
         script = Script(words[1:], copy, tmp_path / str(len(ran)), cwd=copy, stdin=question, ready=True)
         assert script.end() == 0, (line, script.err[-2000:])

@@ -103,7 +103,7 @@ def test_questions_from_a_pipe(script, tiny_folder, chat_model, monkeypatch, cap
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method, inside", [("sft", ""), ("lora", "merged")])
-def test_a_trained_folder_answers_the_same_through_the_code_in_the_readme(
+def test_a_trained_folder_answers_the_same_through_the_code_in_the_docs(
     script, tmp_path, capsys, monkeypatch, method, inside
 ):
     # The trainer's handlers of Ctrl-C are its script's.
@@ -112,8 +112,8 @@ def test_a_trained_folder_answers_the_same_through_the_code_in_the_readme(
     assert trainer.main(
         arguments(method, make_place(tmp_path), tmp_path / "trained", "--rows-per-step", "4", "--epochs", "4")
     ) in (None, 0)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    [code] = re.findall(r"```python\n(from transformers import .*?)```", readme, re.DOTALL)
+    page = (ROOT / "docs/other_tools.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(from transformers import .*?)```", page, re.DOTALL)
     assert len([line for line in code.splitlines() if line]) <= 10
     question = re.search('"content": "(.*?)"', code)[1]
     folder = str(tmp_path / "trained" / inside)
