@@ -90,15 +90,15 @@ def listed(names: list, most: int = 5) -> str:
 # ---- Progress: tqdm's bar on a terminal, a plain line now and then elsewhere
 
 
-def progress(label: str, unit: str = "batches", always: bool = False) -> Callable[..., Iterator]:
+def progress(label: str, unit: str = "batches") -> Callable[..., Iterator]:
     """A function that shows how far something is and the time left: progress(label)(list) or progress(label)(iterator, count).
 
-    Work of less than QUIET_SECONDS is not mentioned, unless `always`.
+    Work of less than QUIET_SECONDS is not mentioned.
     """
 
     def watch(steps, count=None):
         total = len(steps) if count is None else count
-        shown = bar(steps, label, unit=f" {unit}", total=total, delay=0 if always else QUIET_SECONDS)
+        shown = bar(steps, label, unit=f" {unit}", total=total)
         return iter(shown)  # once: tqdm itself would begin anew, and lose items, with every islice over it
 
     return watch

@@ -53,7 +53,7 @@ def generated_answers(model, tokenizer, tests: Tests, settings: Settings) -> tup
         if not questions:
             return []
         prompts = [encode_prompt(tokenizer, asked.messages, thinking) for asked in questions]
-        watch = progress(f"{len(prompts):,} {label}", always=True)
+        watch = progress(f"{len(prompts):,} {label}")
         began = time.monotonic()
         generated = generate_tokens(model, prompts, stop, **limits, watch=watch)
         seconds.append(round(time.monotonic() - began, 3))

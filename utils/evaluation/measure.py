@@ -122,7 +122,7 @@ def measure(folder: str, tests: Tests, settings: Settings, device: Device) -> tu
             results.append({"test": test, "id": row_id, "loss": -logp, "tokens": len(answer)})
     asked, by_text = [item for item in tests.exam if kind_of(item) != MULTIPLE], {}
     if asked:
-        watch = progress(f"exam by option text, {len(asked):,} questions", always=True)
+        watch = progress(f"exam by option text, {len(asked):,} questions")
         choices = choices_by_text(model, tokenizer, asked, device, watch)
         by_text = {item["id"]: choice for item, choice in zip(asked, choices)}
     for item in tests.exam:
@@ -145,7 +145,7 @@ def _scores(model, documents, device, label):
     if not documents:
         return []
     packed = pack_for_scoring([{"documents": each} for each in documents])
-    return answer_logps(model, packed, device, progress(label, always=True))
+    return answer_logps(model, packed, device, progress(label))
 
 
 def letter_choices(
@@ -164,12 +164,12 @@ def letter_choices(
         return {}
     model, choices = load_model(folder, torch.float32).to(device.name).eval(), []
     if several:
-        watch = progress(f"exam, {len(several):,} questions with several right answers", always=True)
+        watch = progress(f"exam, {len(several):,} questions with several right answers")
         choices += choices_of_several(
             model, tokenizer, several, stop_tokens(model, tokenizer), batch_size, watch
         )
     if asked:
-        watch = progress(f"exam by option letter, {len(asked):,} questions, every rotation", always=True)
+        watch = progress(f"exam by option letter, {len(asked):,} questions, every rotation")
         exact = replace(device, bf16=False)
         choices += choices_by_letter(prepare_packed(model), tokenizer, asked, exact, watch)
     return {item["id"]: choice for item, choice in zip([*several, *asked], choices)}

@@ -61,7 +61,7 @@ class RunLog:
         else:
             more = (
                 f", margin > 0 in {entry['eval_reward_accuracy']:.1%}"
-                if "eval_reward_accuracy" in entry
+                if "eval_reward_accuracy" in entry and entry["step"]  # margins are 0 before training
                 else ""
             )
             self.tell(f"evaluation after step {entry['step']}: loss {entry['eval_loss']:.4f}{more}")
