@@ -102,7 +102,8 @@ def _pages(url):
 
     place, timeout = url.partition("?")[0], constants.HF_HUB_DOWNLOAD_TIMEOUT
     while url:
-        response = http_backoff("GET", url, headers=_headers(), timeout=timeout, max_retries=3)
+        waits = {"max_retries": 2, "base_wait_time": 0.5}  # seconds: 0.5 and 1, also without any network
+        response = http_backoff("GET", url, headers=_headers(), timeout=timeout, **waits)
         hf_raise_for_status(response)
         yield response.json()
         link = response.links.get("next", {}).get("url")
