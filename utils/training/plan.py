@@ -243,7 +243,7 @@ def _tell_hours(run: Run, plan: Plan, planned: int, rate: float, pairs: bool) ->
     if schedule.evaluations == 1:
         times = "before and after training"
     print(
-        f"evaluation: {len(plan.eval_rows.items):,} held-out examples, {times}: about {parts['evaluations'] / total:.1%} of the time"
+        f"evaluation: {len(plan.eval_rows.items):,} examples of {settings.EVAL_FILE.name}, {times}: about {parts['evaluations'] / total:.1%} of the time"
     )
     if settings.HOURS:
         epochs = planned / plan.steps_per_epoch

@@ -265,11 +265,10 @@ class Run:
                 path.unlink()
 
     def finish(self, save: Callable[[Path], None], results: dict[str, Any]) -> None:
-        """Write the finished model: `save(folder)` fills a hidden folder, whose entries then move to the run's root.
-
-        run.json says "finished" last, so a kill before that leaves a run that goes on from its last checkpoint.
-        """
+        """Write the finished model: `save(folder)` fills a hidden folder, whose entries move to the root; run.json says it last."""
         place, memory = show_path(self.folder), format_bytes(results["peak_memory_bytes"])
+        held_out = self.settings.EVAL_FILE != self.settings.TRAIN_FILE
+        measured = "held-out loss" if held_out else "loss on training rows"
         if self.main:
             print(f"saving the finished model to {place}", flush=True)
             write_folder(self.folder, save)
@@ -279,7 +278,7 @@ class Run:
             write_page(self.folder)
             self._lock.release()
         print(
-            f"finished in {duration(time.monotonic() - self.began)}: held-out loss {results['eval_loss_before']:.4f} -> "
+            f"finished in {duration(time.monotonic() - self.began)}: {measured} {results['eval_loss_before']:.4f} -> "
             f"{results['eval_loss']:.4f}, {results['tokens_per_second']:,.0f} tokens/s, peak memory {memory}\n"
             f"model: {place}   loss curve: {place}/loss_curve.png   report: {place}/report.html\n"
             f"chat with it: python model_download/load_local_model.py {place}"
