@@ -52,9 +52,8 @@ def test_the_default_is_the_base_and_every_finished_run(folder, tmp_path, monkey
             record = {"status": status, "identity": {}, "settings": {"MODEL": "x"}, "results": {}}
             write_json(tmp_path / "trainer_output" / name / "run.json", record)
     for number, damaged in enumerate(("{", "[]", '{"status": "finished"}', '{"status": 3, "settings": []}')):
-        (shutil.copytree(folder, tmp_path / f"trainer_output/damaged{number}") / "run.json").write_text(
-            damaged
-        )
+        place = shutil.copytree(folder, tmp_path / f"trainer_output/damaged{number}")
+        (place / "run.json").write_text(damaged, encoding="utf-8")
     settings = compare_models.read_settings(vars(compare_models), ["--base-model", str(folder)])
     named = compare_models.models_to_compare(settings)
     assert set(named) == {"base", "sft", "my_run"} and list(named)[0] == "base"
