@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     # 4. Fetch, verify, move into place
     record = {}
     for path in download(repo, files, ours):
-        record[path.name] = {"size": files[path].size, "sha256": files[path].sha256 or sha256_of(path)}
+        record[path.name] = {"size": files[path].size, "sha256": sha256_of(path)}
 
     # 5. Record where it came from
     write_json(

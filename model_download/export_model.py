@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(check_model(settings.MODEL)).resolve()
     if not folder.is_dir():
         raise UserError(f"{settings.MODEL} is no folder; finished folders are exported")
-    quiet_offline(settings.MODEL)
+    quiet_offline()
     name = settings.NAME or (folder.parent.name if folder.name == "merged" else folder.name)
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(f"--name: wanted letters, digits, - _ and ., got {name!r}")

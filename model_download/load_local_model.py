@@ -58,11 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     chatting = check_settings(settings)
 
     # 2. Which model: checked before torch is imported, which takes seconds
-    folders = [settings.MODEL or choose_model(ask=chatting), settings.BESIDE_MODEL]
-    folders = [folder for folder in folders if folder]
-    for folder in folders:
-        check_model(folder)
-    quiet_offline(*folders)
+    models = [settings.MODEL or choose_model(ask=chatting), settings.BESIDE_MODEL]
+    folders = [check_model(model) for model in models if model]
+    quiet_offline()
 
     # 3. Load it
     loading(" and ".join(map(show_path, folders)))

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare_folder(settings.OUTPUT_DIR)
 
     # 2. Invent a world: statements about all of it, questions about a part; and new copying exercises and small talk for every pass
-    quiet_offline(settings.OUTPUT_DIR)
+    quiet_offline()
     import torch
 
     from model_download import tiny_recipe

@@ -67,7 +67,7 @@ def main(argv=None):
     # 1. Find the models and the tests
     folders = models_to_compare(settings)
     tests, left_out = load_tests(settings)
-    quiet_offline(*folders.values())
+    quiet_offline()
     settings.show()
     prepare_folder(settings.OUTPUT_DIR)
 
@@ -117,7 +117,7 @@ def main(argv=None):
 
 
 def models_to_compare(settings):
-    """{short name: folder or Hub id}: the given ones, or the base and what is finished under trainer_output/, oldest first."""
+    """{short name: folder}: the given ones, or the base and what is finished under trainer_output/, oldest first."""
     runs = []
     if not settings.MODELS:
         for folder in reversed(find_models()):
@@ -127,12 +127,13 @@ def models_to_compare(settings):
                 runs.append(folder)
     named = {}
     for number, given in enumerate(settings.MODELS or [settings.BASE_MODEL, *map(str, runs)]):
-        folder = Path(check_model(given)).resolve()
+        model = check_model(given)
+        folder = Path(model).resolve()
         inside = folder.name == "merged" or folder.name.startswith("checkpoint-")
         name = f"{folder.parent.name}/{folder.name}" if inside else folder.name
         is_base = number == 0 and not (folder / "run.json").is_file()
         name = "base" if is_base else name.replace("_finetuned", "")
-        named[name if name not in named else f"{name} ({number + 1})"] = given
+        named[name if name not in named else f"{name} ({number + 1})"] = model
     return named
 
 

@@ -61,9 +61,9 @@ def main(argv=None):
     for path in filter(None, (settings.TRAIN_FILE, settings.EVAL_FILE)):
         require_file(path, "python data_prepare/build_preference_pairs.py")
         next(read_jsonl(path, ["id", "prompt", "chosen", "rejected"]))
-    check_model(settings.MODEL)
+    settings.MODEL = check_model(settings.MODEL)
     settings.show()
-    quiet_offline(settings.MODEL)
+    quiet_offline()
 
     import torch
     from transformers import set_seed

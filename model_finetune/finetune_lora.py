@@ -22,7 +22,7 @@ from utils.settings import read_settings
 
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--learning-rate 1e-5) ----
-MODEL = "model_download/Qwen3-0.6B"     # base model: a folder, or a Hub id
+MODEL = "model_download/Qwen3-0.6B"     # base model: a folder, or the Hub id of one that was downloaded
 TRAIN_FILE = "data_prepare/qwen3/sft_train.jsonl"   # conversations to learn from
 EVAL_FILE = "data_prepare/qwen3/sft_eval.jsonl"     # conversations that are only measured on
 OUTPUT_DIR = "trainer_output/lora_finetuned"        # the run: adapter, merged/ model, checkpoints, curve, log
@@ -59,9 +59,9 @@ def main(argv=None):
     for path in filter(None, (settings.TRAIN_FILE, settings.EVAL_FILE)):
         require_file(path, "python data_prepare/convert_to_qwen3_format.py")
         next(read_jsonl(path, ["id", "messages"]))
-    check_model(settings.MODEL)
+    settings.MODEL = check_model(settings.MODEL)
     settings.show()
-    quiet_offline(settings.MODEL)
+    quiet_offline()
 
     from transformers import set_seed
 

@@ -53,8 +53,8 @@ class FakeHub:
     def fault(self, where, times=10**9, **action):
         """Misbehave on the next `times` requests whose path matches the regex `where`. Actions, one or more:
 
-        status=503 (with headers={...}, body=b"..."); stall=seconds before the answer; cut=n: n bytes of the body, then FIN, or with rst=True a reset, with hang=seconds silence, with short=True nothing amiss (the length is what was sent);
-        corrupt=True: one byte flipped; ignore_range=True: the whole file.
+        status=503 (with headers={...}, body=b"..."); stall=seconds before the answer; cut=n: n bytes of the body, then FIN, or with rst=True a reset, with
+        hang=seconds silence; corrupt=True: one byte flipped; ignore_range=True: the whole file.
         """
         self.faults.append({"where": where, "times": times, **action})
 
@@ -153,10 +153,8 @@ def _handler(hub):
             if "cut" not in self.act:
                 return self.answer(206 if headers else 200, data[start:], headers)
             self.close_connection = True
-            promised = {} if self.act.get("short") else {"Content-Length": len(data) - start}
-            self.answer(
-                206 if headers else 200, data[start : start + self.act["cut"]], {**headers, **promised}
-            )
+            headers["Content-Length"] = len(data) - start
+            self.answer(206 if asked else 200, data[start : start + self.act["cut"]], headers)
             # Let the client read what was sent.
             sleep(self.act.get("hang", 0.1 if self.act.get("rst") else 0))
             if self.act.get("rst"):

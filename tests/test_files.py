@@ -9,8 +9,9 @@ import jinja2
 import pytest
 from conftest import ROOT
 
+from utils import files
 from utils.errors import UserError
-from utils.files import read_json, read_jsonl, render, sample_by_id, write_json
+from utils.files import missing, read_json, read_jsonl, render, sample_by_id, write_json
 
 KILLED = """
 import os, sys
@@ -78,3 +79,23 @@ def test_a_template_shows_values_as_text(tmp_path):
     assert render(text, rows=["麻黄 <b>"]) == "麻黄 <b>\n"
     with pytest.raises(jinja2.UndefinedError):
         render(text)
+
+
+def test_a_missing_path_is_told_with_where_it_is_or_what_was_meant(tmp_path, monkeypatch):
+    """It may lie in the other of two folders: that of the project, and the one that the user stands in."""
+    project, here = tmp_path / "project", tmp_path / "here"
+    (project / "runs/sft_finetuned").mkdir(parents=True)
+    here.mkdir()
+    (project / "rows.jsonl").touch()
+    (here / "own.jsonl").touch()
+    monkeypatch.setattr(files, "ROOT", project)
+    monkeypatch.chdir(here)
+    elsewhere = f"looked in {here} for rows.jsonl; it is in {project}: {project / 'rows.jsonl'}"
+    assert str(missing("rows.jsonl", "make it")) == elsewhere
+    assert f"it is in {here}" in str(missing(project / "own.jsonl", "make it"))
+    for wrong in ("sft_finetune", "stf_finetuned"):
+        assert str(missing(project / "runs" / wrong)).endswith("; did you mean runs/sft_finetuned?")
+    assert (
+        str(missing(project / "runs/dpo_finetuned", "make it"))
+        == "runs/dpo_finetuned does not exist; make it"
+    )

@@ -104,7 +104,7 @@ def test_libraries_are_told_to_report_nothing(run_script, tmp_path):
     """Whatever trackers are installed, nothing is reported to them, and the Hub is out of reach for a model on disk."""
     (tmp_path / "ask.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        f"from utils.model.folder import quiet_offline\nquiet_offline({str(tmp_path)!r})\n"
+        f"from utils.model.folder import quiet_offline\nquiet_offline()\n"
         "from huggingface_hub import constants\nprint(constants.HF_HUB_DISABLE_TELEMETRY, constants.HF_HUB_OFFLINE)\n",
         encoding="utf-8",
     )

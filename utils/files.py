@@ -1,6 +1,7 @@
 """Files: UTF-8 JSON lines in and out, and writing that never leaves half a file under its real name."""
 
 import contextlib
+import difflib
 import glob
 import hashlib
 import json
@@ -34,8 +35,23 @@ def require_file(path: str | Path, command: str) -> Path:
     if path.is_dir():
         raise UserError(f"{show_path(path)} is a folder, wanted a file")
     if not path.is_file():
-        raise UserError(f"{show_path(path)} does not exist; make it with: {command}")
+        raise missing(path, f"make it with: {command}")
     return path
+
+
+def missing(path: Path, mend: str = "") -> UserError:
+    """The error for a path that is not there: it lies in the other folder, or a name is nearly the same, or else `mend`.
+
+    A path in the script is meant from the repository on, and one on the command line from the folder that the user stands in.
+    """
+    path = Path.cwd() / path
+    for base, other in ((Path.cwd(), ROOT), (ROOT, Path.cwd())):
+        if path.is_relative_to(base) and (there := other / path.relative_to(base)).exists():
+            return UserError(f"looked in {base} for {path.relative_to(base)}; it is in {other}: {there}")
+    entries = [entry.name for entry in path.parent.glob("*")]
+    for near in difflib.get_close_matches(path.name, entries, 1, 0.85):
+        mend = f"did you mean {show_path(path.with_name(near))}?"
+    return UserError("; ".join(filter(None, (f"{show_path(path)} does not exist", mend))))
 
 
 def read_jsonl(path: str | Path, wanted: Sequence[str] = ()) -> Iterator[dict]:

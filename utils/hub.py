@@ -1,8 +1,8 @@
 """The Hugging Face Hub: what a repository holds at one commit, and its files brought to disk whole or not at all.
 
 Built on `http_get` and `http_backoff` of huggingface_hub 2.4.0. Its `hf_hub_download` begins a file again after a kill, compares
-sizes but no sha256, and brings large files through Xet, which goes around mirrors. `http_get` goes on at `resume_size`; answers
-of 500 and above and connections that were reset are repeated here. After a redirect to another host the token is not sent.
+sizes but no sha256, and brings large files through Xet, which goes around mirrors. `http_get` goes on at `resume_size` and repeats
+what may pass. After a redirect to another host the token is not sent.
 """
 
 import contextlib
@@ -12,20 +12,17 @@ import hashlib
 import os
 import re
 import shutil
-import sys
-import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
 from utils.errors import RunError, UserError
-from utils.files import atomic_write, read_json, sha256_of, show_path
+from utils.files import read_json, sha256_of, show_path
 from utils.text import bar, format_bytes, say
 
 HOME = "https://huggingface.co"
 COMMIT = re.compile(r"[0-9a-f]{40}")
-WAITS = (2, 4, 8, 16, 30)  # seconds, before a request for a file is repeated
 SPARE_BYTES = 64 << 20  # to leave free on the disk
 # What transformers needs of a model, and the licence.
 MODEL_FILES = """config.json generation_config.json tokenizer*.json tokenizer.model special_tokens_map.json added_tokens.json
@@ -43,16 +40,11 @@ REFUSALS = {
 
 
 class HubFile(NamedTuple):
-    """A file as the Hub lists it: `sha256` for the large ones (LFS), else "" and only `blob`, the git blob id, counts."""
+    """A file as the Hub lists it. `digest`: the sha256 (64 digits) of a large file (LFS), the git blob id (40) of a small one."""
 
     path: str
     size: int
-    blob: str
-    sha256: str
-
-    @property
-    def digest(self) -> str:
-        return self.sha256 or self.blob
+    digest: str
 
 
 class Repo(NamedTuple):
@@ -86,11 +78,11 @@ def look_up(kind: str, repo_id: str, revision: str) -> Repo:
         licence = next((tag[8:] for tag in info.get("tags") or [] if tag.startswith("license:")), None)
         files = {}
         for entry in (entry for page in _pages(f"{api}/tree/{commit}?recursive=true") for entry in page):
-            sha256 = (entry.get("lfs") or {}).get("oid", "")
-            if not COMMIT.fullmatch(entry["oid"]) or not re.fullmatch("([0-9a-f]{64})?", sha256):
+            digest = (entry.get("lfs") or entry)["oid"]
+            if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", digest):
                 raise ValueError(entry)
             if entry["type"] == "file":
-                files[entry["path"]] = HubFile(entry["path"], entry["size"], entry["oid"], sha256)
+                files[entry["path"]] = HubFile(entry["path"], entry["size"], digest)
     return Repo(kind, repo_id, commit, licence, files)
 
 
@@ -98,31 +90,33 @@ def _pages(url):
     """The JSON at `url` and on the pages that follow it. Mirrors pass on the Hub's own links: only their query counts, so that
     neither pages nor the token go to another server than the endpoint."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import hf_raise_for_status, http_backoff
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
     place, timeout = url.partition("?")[0], constants.HF_HUB_DOWNLOAD_TIMEOUT
     while url:
         waits = {"max_retries": 2, "base_wait_time": 0.5}  # seconds: 0.5 and 1, also without any network
-        response = http_backoff("GET", url, headers=_headers(), timeout=timeout, **waits)
+        response = http_backoff("GET", url, headers=build_hf_headers(), timeout=timeout, **waits)
         hf_raise_for_status(response)
         yield response.json()
         link = response.links.get("next", {}).get("url")
         url = link and f"{place}?{urlsplit(link).query}"
 
 
-def _headers():
-    from huggingface_hub.utils import build_hf_headers
-
-    try:
-        return build_hf_headers()
-    except OSError:  # a home folder that cannot be read holds no token
-        return build_hf_headers(token=False)
+def model_files(repo: Repo) -> dict[str, HubFile]:
+    """{name: HubFile} of what transformers needs. UserError if there are no safetensors weights or no config."""
+    wanted = re.compile("|".join(map(fnmatch.translate, MODEL_FILES.split())))
+    plain = [name for name in repo.files if not set(name) & set("/\\:")]
+    files = {name: repo.files[name] for name in plain if wanted.match(name)}
+    if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
+        lacks = f"{repo.id} holds no config.json with *.safetensors weights, and other kinds are not fetched"
+        raise UserError(f"{lacks} (it holds {', '.join(sorted(repo.files)[:8])}); see {repo.page}/tree/main")
+    return files
 
 
 # ---- Files
 
 
-def download(repo: Repo, wanted: Mapping[Path, HubFile], ours: Collection[Path] = ()) -> Iterator[Path]:
+def download(repo: Repo, wanted: Mapping[Path, HubFile], ours: Collection[Path]) -> Iterator[Path]:
     """Put `wanted` ({path on disk: HubFile}) in place and yield each path as soon as it is whole and the listed one.
 
     A file that is there is kept if it is the right one, replaced if an earlier run brought it (`ours`) and it was damaged
@@ -160,49 +154,37 @@ def _fetch(repo, file, path):
         if other != part:  # what is left of this file at another commit
             other.unlink()
     with _errors_told(repo):
-        _transfer(repo, file, part)
-    # Another run of the same command may have moved the part into place.
-    arrived = part if part.exists() else path
-    if problem := damage(arrived, file):
-        arrived.unlink()
+        import httpx2
+        from huggingface_hub import constants, hf_hub_url
+        from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils import build_hf_headers
+
+        url = hf_hub_url(repo.id, file.path, repo_type=repo.kind, revision=repo.commit, endpoint=_endpoint())
+        # identity: a compressed answer would have neither the listed size nor ranges of the file itself
+        headers = build_hf_headers() | {"Accept-Encoding": "identity"}
+        # 10 MiB, on a slow line, are minutes without a sign, and lost by a kill.
+        constants.DOWNLOAD_CHUNK_SIZE = 64 << 10
+        while (done := _size(part)) < file.size or not part.exists():
+            if done:
+                say(
+                    f"  {file.path}: going on at {format_bytes(done)} of {format_bytes(file.size)}",
+                    flush=True,
+                )
+            try:
+                with open(part, "ab") as out:
+                    named = {"displayed_filename": file.path, "tqdm_class": bar}
+                    http_get(url, out, resume_size=done, headers=headers, **named)
+                    out.flush()
+                    os.fsync(out.fileno())
+                break
+            except httpx2.ReadError:  # a connection that was reset, which http_get does not repeat
+                if _size(part) == done:
+                    raise
+    if problem := damage(part, file):
+        part.unlink()
         what = f"{file.path} of {repo.id} arrived damaged from {_endpoint()} ({problem})"
         raise RunError(f"{what}; run this again, or choose another mirror in HF_ENDPOINT")
-    os.replace(arrived, path)
-
-
-def _transfer(repo, file, part):
-    """Bring `part` from the size it has to its full size. Failures that may pass are repeated."""
-    import httpx2
-    from huggingface_hub import constants, errors, hf_hub_url
-    from huggingface_hub.file_download import http_get
-
-    url = hf_hub_url(repo.id, file.path, repo_type=repo.kind, revision=repo.commit, endpoint=_endpoint())
-    # identity: a compressed answer would have neither the listed size nor ranges of the file itself
-    options = {"headers": _headers() | {"Accept-Encoding": "identity"}, "expected_size": file.size}
-    options |= {"displayed_filename": file.path, "tqdm_class": bar}
-    # 10 MiB, on a slow line, are minutes without a sign, and lost by a kill.
-    constants.DOWNLOAD_CHUNK_SIZE = 64 << 10
-    for wait in (*WAITS, None):
-        done = min(_size(part), file.size)
-        if done:
-            say(f"  {file.path}: going on at {format_bytes(done)} of {format_bytes(file.size)}", flush=True)
-        try:
-            part.touch()
-            with open(part, "r+b") as out:  # two runs at once write the same bytes to the same places
-                out.seek(done)
-                http_get(url, out, resume_size=done, **options)
-                out.flush()
-                return os.fsync(out.fileno())
-        except (errors.HfHubHTTPError, httpx2.HTTPError, OSError) as error:
-            status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
-            if status == 416:  # the server cannot go on there
-                part.unlink()
-            # An OSError without a number is http_get's word for a wrong size.
-            broken = not status and (isinstance(error, httpx2.HTTPError) or not error.errno)
-            if wait is None or not (status >= 500 or status == 416 or broken):
-                raise
-            say(f"  {file.path}: {_cause(error)}; again in {wait} s", flush=True)
-            time.sleep(wait)
+    os.replace(part, path)
 
 
 def damage(path: Path, file: HubFile) -> str:
@@ -210,7 +192,7 @@ def damage(path: Path, file: HubFile) -> str:
     if _size(path) != file.size:
         return f"{_size(path):,} bytes, wanted {file.size:,}"
     kind, found = "sha256", sha256_of(path)
-    if not file.sha256:
+    if COMMIT.fullmatch(file.digest):
         kind, content = "git blob id", path.read_bytes()
         found = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
     return "" if found == file.digest else f"{kind} {found[:12]}..., wanted {file.digest[:12]}..."
@@ -223,6 +205,18 @@ def _part(path, file):
 
 def _size(path):
     return path.stat().st_size if path.exists() else 0
+
+
+def read_record(path: Path, **origin: str) -> dict[str, Any]:
+    """A source.json as a dict; {} if there is none. UserError if it is of another `origin` (repo, revision, file)."""
+    record = read_json(path) if path.exists() else {}
+    if not isinstance(record, dict) or not isinstance(record.get("files", {}), dict):
+        raise UserError(f"{show_path(path)} is not a record of a download; delete it and run this again")
+    there = {name: str(record.get(name)) for name in origin}
+    if record and there != origin:
+        holds = f"{show_path(path)} is of {' '.join(there.values())}, not {' '.join(origin.values())}"
+        raise UserError(f"{holds}; delete that download, or choose another folder with --output-dir")
+    return record
 
 
 # ---- What a failure means, in one line
@@ -256,18 +250,16 @@ def _errors_told(repo):
         if refusal := next((REFUSALS[name] for name in REFUSALS if name in names), ""):
             about = {**repo._asdict(), "page": repo.page, "endpoint": endpoint, "cause": _cause(error)}
             raise UserError(refusal.format(**about)) from None
-        mend = (
-            "wait some minutes, or set HF_TOKEN"
-            if status == 429
-            else "try later, or another mirror in HF_ENDPOINT"
-        )
+        mend = "try later, or another mirror in HF_ENDPOINT"
+        if status == 429:
+            mend = "wait some minutes, or set HF_TOKEN"
         raise RunError(f"{_cause(error)}; {mend}{again}") from None
     except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, httpx2.LocalProtocolError, ImportError) as error:
         check = "check HF_ENDPOINT, HF_TOKEN and the proxy"
         raise UserError(f"no request to {endpoint} can be made ({error}); {check}") from None
     except httpx2.HTTPError as error:
         raise RunError(f"{_cause(error)}; check the network and HF_ENDPOINT ({endpoint}){again}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         check = "check HF_ENDPOINT and the network's login page"
         raise RunError(f"{endpoint} does not answer as the Hub does; {check}") from None
 
@@ -277,69 +269,8 @@ def _cause(error):
     if response := getattr(error, "response", None):
         reason = response.headers.get("X-Error-Message") or response.reason_phrase
         return f"{response.url.host} answered {response.status_code} ({reason})"
-    host = urlsplit(_endpoint()).hostname if isinstance(error, OSError) else error.request.url.host
     connecting = type(error).__name__ in ("ConnectError", "ProxyError")
     text = (str(error) or type(error).__name__).splitlines()[0]
-    return f"{'cannot connect to' if connecting else 'the connection broke:'} {host} ({text})"
-
-
-# ---- Records of downloads, and models in the Hub's own cache
-
-
-def read_record(path: Path, **origin: str) -> dict[str, Any]:
-    """A source.json as a dict; {} if there is none. UserError if it is of another `origin` (repo, revision, file)."""
-    record = read_json(path) if path.exists() else {}
-    if not isinstance(record, dict) or not isinstance(record.get("files", {}), dict):
-        raise UserError(f"{show_path(path)} is not a record of a download; delete it and run this again")
-    there = {name: str(record.get(name)) for name in origin}
-    if record and there != origin:
-        holds = f"{show_path(path)} is of {' '.join(there.values())}, not {' '.join(origin.values())}"
-        raise UserError(f"{holds}; delete that download, or choose another folder with --output-dir")
-    return record
-
-
-def model_files(repo: Repo) -> dict[str, HubFile]:
-    """{name: HubFile} of what transformers needs. UserError if there are no safetensors weights or no config."""
-    wanted = re.compile("|".join(map(fnmatch.translate, MODEL_FILES.split())))
-    plain = [name for name in repo.files if not set(name) & set("/\\:")]
-    files = {name: repo.files[name] for name in plain if wanted.match(name)}
-    if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
-        lacks = f"{repo.id} holds no config.json with *.safetensors weights, and other kinds are not fetched"
-        raise UserError(f"{lacks} (it holds {', '.join(sorted(repo.files)[:8])}); see {repo.page}/tree/main")
-    return files
-
-
-def cached_model(model: str) -> Path | None:
-    """The folder of a model in huggingface_hub's cache, at the commit that main meant when it was brought; None without one."""
-    reference = _cache_of(model) / "refs" / "main"
-    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else ""
-    folder = _cache_of(model) / "snapshots" / commit
-    return folder if COMMIT.fullmatch(commit) and folder.is_dir() else None
-
-
-def local_folder(model: str) -> str:
-    """The folder of a model: itself, or where the cache holds what a Hub id names. UserError if it does not."""
-    folder = model if Path(model).is_dir() else cached_model(model)
-    if folder is None:
-        get = f"python model_download/download_model.py --model {model}"
-        raise UserError(f"{model} is not on this machine; get it with: {get}")
-    return str(folder)
-
-
-def fetch_model(model: str) -> Path:
-    """Bring a model into huggingface_hub's cache, every file verified, and return its folder; other programs find it there, too."""
-    with contextlib.redirect_stdout(sys.stderr):  # chat's stdout holds answers and nothing else
-        repo = look_up("model", model, "main")
-        folder = _cache_of(model) / "snapshots" / repo.commit
-        files = {folder / name: file for name, file in model_files(repo).items()}
-        for _ in download(repo, files, files):
-            pass
-    with atomic_write(_cache_of(model) / "refs" / "main") as file:
-        file.write(repo.commit)
-    return folder
-
-
-def _cache_of(model):
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}"
+    return (
+        f"{'cannot connect to' if connecting else 'the connection broke:'} {error.request.url.host} ({text})"
+    )

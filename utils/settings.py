@@ -35,20 +35,20 @@ from utils.errors import UserError, complain, explain
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST = 2**32 - 1  # if a rule names no last number; numpy takes no larger seed
-# A number's rule: where it begins, whether that is excluded or -1 is allowed too, whole or not, and where it ends.
+# A number's rule: -1 is allowed too, the least is excluded, the least, whole numbers only, the most.
 RULE = re.compile(
     r"(-1 or )?(> )?(-?[\d.]+)((?:, -?\d+)*, \.\.\.)?(?: or more)?(?:(?: to|, at most|) ([\d.]+))?"
 )
 WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}
 WANTED[list] = "a list of texts"
-BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+BOOLEANS = {"true": True, "false": False}
 
 
 class Settings:
     """The resolved constants as attributes. `overridden` names those that the command line gave."""
 
-    def __init__(self, values: dict[str, Any], overridden: set[str], verbose: bool = False):
-        vars(self).update(values, overridden=overridden, verbose=verbose)
+    def __init__(self, values: dict[str, Any], overridden: set[str]):
+        vars(self).update(values, overridden=overridden)
 
     def __getattr__(self, name):
         """Only asked for what is not there: a constant that was misspelt, or left out, at the top of the script."""
@@ -61,16 +61,11 @@ class Settings:
         return {name: _plain(value) for name, value in vars(self).items() if name.isupper()}
 
     def show(self) -> None:
-        """Print MODEL and the settings that the command line gave; with --verbose all, those marked with a star."""
-        words = ["settings:"]
-        for name, value in self.as_dict().items():
-            if self.verbose or name in {"MODEL", *self.overridden}:
-                words.append(f"{name}={value!r}{'*' * (self.verbose and name in self.overridden)} ")
-        rest = (
-            "(* from the command line)" if self.verbose else "the rest as in the script (--verbose shows all)"
-        )
+        """Print MODEL and the settings that the command line gave."""
+        shown = [name for name in self.as_dict() if name in {"MODEL", *self.overridden}]
+        words = [f"{name}={self.as_dict()[name]!r} " for name in shown]
         form = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
-        print(textwrap.fill(" ".join([*words, rest]), 118, **form))
+        print(textwrap.fill(" ".join(["settings:", *words, "the rest as in the script"]), 118, **form))
 
 
 def read_settings(namespace: dict[str, Any], argv: list[str] | None = None, positional: str = "") -> Settings:
@@ -96,21 +91,17 @@ def read_settings(namespace: dict[str, Any], argv: list[str] | None = None, posi
         form["metavar"] = {bool: "true|false", int: "N", float: "X"}.get(kinds[name], "TEXT")
         form["type"] = functools.partial(_from_text, kinds[name])
         parser.add_argument(flag_of(name), dest=name, help=told, **form)
-    parser.add_argument("--verbose", action="store_true", help="print every setting at the start")
     words = sys.argv[1:] if argv is None else argv
     if positional:
         parser.add_argument(positional, nargs="?", help=argparse.SUPPRESS)
         switches = [flag_of(name) for name, kind in kinds.items() if kind is bool]
-        pairs = zip(words, [*words[1:], ""])  # the word after a switch may be the one without a flag
-        words = [
-            f"{one}=true" if one in switches and two.lower() not in BOOLEANS else one for one, two in pairs
-        ]
+        for at, (word, after) in enumerate(zip(words, [*words[1:], ""])):
+            if word in switches and after.lower() not in BOOLEANS:
+                words = [*words[:at], f"{word}=true", *words[at + 1 :]]  # or it would take the word after it
     given, unknown = parser.parse_known_args(words)
     if unknown:
-        near = _nearest(unknown[0].split("=")[0], [flag_of(name) for name in (*constants, "verbose")])
+        near = _nearest(unknown[0].split("=")[0], [flag_of(name) for name in constants])
         raise UserError(f"unknown argument {unknown[0]}{near or f'; {parser.prog} --help lists the flags'}")
-    given = vars(given)
-    verbose = given.pop("verbose", False)
     try:
         here = Path.cwd()
     except FileNotFoundError:
@@ -118,10 +109,11 @@ def read_settings(namespace: dict[str, Any], argv: list[str] | None = None, posi
         raise UserError(gone) from None
     values = {}
     for name, (line, rule, _) in constants.items():
-        label = flag_of(name) if name in given else f"{_plain(script)}, line {line}: {name}"
-        value = _checked(label, given.get(name, namespace[name]), kinds[name], rule)
-        values[name] = _resolve(name, value, here if name in given else ROOT)
-    return Settings(values, set(given), verbose)
+        label, value, base = f"{_plain(script)}, line {line}: {name}", namespace[name], ROOT
+        if name in given:
+            label, value, base = flag_of(name), getattr(given, name), here
+        values[name] = _resolve(name, _checked(label, value, kinds[name], rule), base)
+    return Settings(values, set(vars(given)))
 
 
 def command(script: str, **values: str | Path) -> str:
@@ -222,25 +214,17 @@ def _checked(label, value, kind, rule):
 
 def _resolve(name, value, base):
     """A value with its paths made whole, from the folder `base` on."""
-
-    def folder_or_id(text):
-        path = base / os.path.expanduser(text)
-        return str(path) if text and path.exists() else text
-
-    if name.endswith("MODELS"):
-        return [folder_or_id(item) for item in value]
-    if name.endswith("_FILES"):
-        return [base / os.path.expanduser(item) for item in value]
+    if name.endswith(("MODELS", "_FILES")):
+        return [_resolve(name[:-1], item, base) for item in value]
+    if not name.endswith(("MODEL", "_DIR", "_FILE")) or not value:
+        return None if name.endswith(("_DIR", "_FILE")) else value
+    path = base / os.path.expanduser(value)
     if name.endswith("MODEL"):
-        return folder_or_id(value)
-    if not name.endswith(("_DIR", "_FILE")):
-        return value
-    path = base / os.path.expanduser(value) if value else None
-    if path and name.endswith("_DIR"):
+        return str(path) if path.exists() else value
+    if name.endswith("_DIR"):
         for part in (path, *path.parents):
-            if part.is_file() or part.is_symlink() and not part.exists():
-                kind = "a file" if part.is_file() else "a link to something that is not there"
-                raise UserError(f"{flag_of(name)}: {part} is {kind}, wanted a folder")
+            if part.is_file():
+                raise UserError(f"{flag_of(name)}: {part} is a file, wanted a folder")
     return path
 
 

@@ -130,7 +130,7 @@ def test_report_counts_tokens_as_the_trainer_does(tmp_path, capsys):
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda folder: folder / "missing.jsonl", ["does not exist", "download_tcm_data.py"]),
+        (lambda folder: folder / "missing.jsonl", ["missing.jsonl does not exist"]),
         (lambda folder: folder, ["no data file", "download_tcm_data.py"]),
         pytest.param(
             lambda folder: (

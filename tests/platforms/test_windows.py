@@ -123,5 +123,5 @@ def test_a_path_that_is_not_there_is_no_hub_id(name):
 def test_names_in_a_listing_stay_in_their_folder():
     """Windows takes a backslash for a separator and what stands before a colon for a drive."""
     names = "config.json model.safetensors ..\\..\\evil.safetensors C:evil.safetensors ../evil.safetensors".split()
-    listed = {name: HubFile(name, 1, "0" * 40, "") for name in names}
+    listed = {name: HubFile(name, 1, "0" * 40) for name in names}
     assert list(model_files(Repo("model", "a/b", "0" * 40, None, listed))) == names[:2]

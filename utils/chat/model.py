@@ -86,8 +86,8 @@ class ChatModel:
     """A loaded model folder, ready to answer. `record`: the run.json of its training, {} if it has none."""
 
     def __init__(self, folder: str, device: Device):
-        check_model(folder)
-        self.name = show_path(folder) if Path(folder).is_dir() else folder
+        folder = check_model(folder)
+        self.name = show_path(folder)
         self.tokenizer = load_tokenizer(folder)
         try:
             self.model = load_for_answers(folder, device)

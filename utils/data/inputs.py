@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from utils.errors import UserError
-from utils.files import show_path
+from utils.files import missing, show_path
+from utils.settings import ROOT
 
 TEXT_ENDINGS = (".jsonl", ".json", ".csv", ".tsv")
 DATA_ENDINGS = (*TEXT_ENDINGS, ".parquet", ".arrow", ".xlsx")
@@ -91,7 +92,7 @@ def find_input_files(
     found, skipped, endings = {}, [], ", ".join(DATA_ENDINGS)
     for given in inputs:
         if not given.exists():
-            raise UserError(f"{show_path(given)} does not exist; make it with: {made_by}")
+            raise missing(given, f"make it with: {made_by}" if given == ROOT / "data_prepare/raw" else "")
         for name, path, member in _listed(given, "" if given.is_dir() else given.name):
             if SURROGATES.search(name):
                 raise UserError(f"{ascii(name)}: the file's name is not UTF-8; rename it and run this again")

@@ -313,8 +313,8 @@ def sample_answers(rows: list[dict], sampling: Sampling, kept: Path) -> list[lis
     from utils.model.generate import Decoding, generate_answers
     from utils.text import progress
 
-    check_model(sampling.model)
-    quiet_offline(sampling.model)
+    sampling = sampling._replace(model=check_model(sampling.model))
+    quiet_offline()
     ids = [row["id"] for row in rows]
     identity = sampling._asdict() | {"model": model_sha256(sampling.model), "ids": ids}
     if read_kept(kept / "identity.json", identity) is None:

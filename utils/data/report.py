@@ -28,7 +28,7 @@ def count_tokens(model: str, examples: list[dict]) -> list[int]:
     """The tokens of each example as a trainer sees it (the longest turn, with all before it); [] if `model` is no folder."""
     if not model or not Path(model).is_dir() or not examples:
         return []
-    quiet_offline(model)
+    quiet_offline()
     tokenizer = load_tokenizer(model)
     turns = (encode_turns(tokenizer, example["messages"]) for example in examples)
     return [max(len(prompt) + len(answer) for prompt, answer in pairs) for pairs in turns]

@@ -22,7 +22,6 @@ from utils.evaluation.exams import choices_by_letter, choices_by_text, choices_o
 from utils.evaluation.metrics import Results
 from utils.evaluation.questions import ExamQuestion, Tests, kind_of
 from utils.files import read_jsonl, sample_by_id, sha256_of, show_path
-from utils.hub import local_folder
 from utils.kept import digest, read_kept, write_kept
 from utils.model.chat_format import encode_answer, encode_prompt, encode_turns
 from utils.model.export.source import training_history
@@ -48,7 +47,7 @@ def measured_or_kept(folder: str, tests: Tests, settings: Settings, device: Devi
             by_content = name.endswith("_FILE") and value and value.is_file()
             identity[name] = f"sha256 {sha256_of(value)}" if by_content else str(value)
     parts = [folder, adapter_base(folder)] if (Path(folder) / "adapter_config.json").is_file() else [folder]
-    decoding = Path(local_folder(folder)) / "generation_config.json"  # its end tokens
+    decoding = Path(folder) / "generation_config.json"  # its end tokens
     identity |= {
         "model": [model_sha256(part) for part in parts],
         "generation_config": sha256_of(decoding) if decoding.is_file() else "",
@@ -85,7 +84,7 @@ def seen_in_training(folders: dict[str, str], tests: Tests) -> list[str]:
     warnings = []
     for name, folder in folders.items():
         mine = set()
-        for run in training_history(Path(local_folder(folder)))[0]:
+        for run in training_history(Path(folder))[0]:
             path, then = ROOT / str(run["settings"].get("TRAIN_FILE")), run["identity"].get("TRAIN_FILE")
             if path.is_file() and f"sha256 {sha256_of(path)}" == then:
                 if then not in seen:

@@ -14,10 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
-from utils.files import read_json, sha256_of, show_path, write_json
-from utils.hub import cached_model, fetch_model, local_folder
+from utils.files import missing, read_json, sha256_of, show_path, write_json
 from utils.model.chat_format import DECODING, generation_settings, with_default_mode
-from utils.model.folder_checks import INDEX, adapter_base, cannot_load, check_files, told_in_one_line
+from utils.model.folder_checks import (
+    INDEX,
+    adapter_base,
+    cannot_load,
+    check_files,
+    read_object,
+    told_in_one_line,
+)
 from utils.settings import ROOT
 
 if TYPE_CHECKING:  # a wrong folder is refused before these are imported
@@ -36,13 +42,11 @@ MADE_BY = {
 
 
 def check_model(model: str) -> str:
-    """Return `model` (a folder as text, or a Hub id) if it can be a causal language model; UserError otherwise.
+    """The folder, as text, of `model` (a folder or a Hub id) if it can be a causal language model; UserError otherwise.
 
     Looks at names only, so that a wrong folder is refused before torch is imported.
     """
-    folder, weights = Path(model), "*.safetensors"
-    if not folder.exists():
-        return _hub_id(model)
+    folder, weights = _find(model), "*.safetensors"
     if not folder.is_dir():
         inside = (folder.parent / "config.json").is_file()
         hint = f"; did you mean {show_path(folder.parent)}?" if inside else ""
@@ -70,20 +74,22 @@ def check_model(model: str) -> str:
         raise UserError(
             f"{show_path(folder)} has no tokenizer; copy tokenizer*.json and chat_template.jinja from its base"
         )
-    return model
+    return str(folder)
 
 
-def _hub_id(model: str) -> str:
-    """`model`, which is no folder here, if it can be a Hub id such as Qwen/Qwen3-0.6B: not C:/models, ~/models or ./models."""
-    known = Path(ROOT, model).resolve().as_posix()
-    for place, command in MADE_BY.items():
-        if known == (ROOT / place).as_posix():
-            raise UserError(f"the model folder {model} does not exist; make it with: {command}")
+def _find(model: str) -> Path:
+    """The path `model`, or the folder that download_model.py made of a Hub id such as Qwen/Qwen3-0.6B; UserError without it."""
+    path, downloaded = Path(model), ROOT / "model_download" / model.rpartition("/")[2]
+    if path.exists():
+        return path
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) and not (ROOT / model).parent.is_dir():
-        return model
-    raise UserError(
-        f"the model folder {model} does not exist; download one: python model_download/download_model.py"
-    )
+        source = downloaded / "source.json"
+        if source.is_file() and read_object(downloaded, source.name).get("repo") == model:
+            return downloaded
+        get = f"python model_download/download_model.py --model {model}"
+        raise UserError(f"the model {model} is not on this machine; get it with: {get}")
+    command = MADE_BY.get(show_path(ROOT / model), "python model_download/download_model.py")
+    raise missing(path if (ROOT / model).exists() else ROOT / model, f"make it with: {command}")
 
 
 def find_models() -> list[Path]:
@@ -109,27 +115,19 @@ def written_at(folder: Path) -> float:
 
 
 def model_sha256(model: str | Path) -> str:
-    """One sha256 over the weights, config and tokenizer of a model folder, or of the one that a Hub id has in the cache."""
+    """One sha256 over the weights, config and tokenizer of a model folder."""
     kinds = (".safetensors", ".jinja")
     names = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", INDEX)
-    files = Path(local_folder(str(model))).iterdir()
+    files = Path(model).iterdir()
     digests = {path.name: sha256_of(path) for path in files if path.suffix in kinds or path.name in names}
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
-def quiet_offline(*models: str) -> None:
-    """Before transformers is imported: no usage pings, and models named by a Hub id are brought to this machine and checked.
-
-    After that nothing asks the Hub. UserError or RunError, in one line, where such a model cannot be had.
-    """
+def quiet_offline() -> None:
+    """Before transformers is imported: no usage pings, and nothing asks the Hub."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Threads and forks do not mix, and we batch anyway.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for model in models:
-        if not Path(model).is_dir():
-            if not (folder := cached_model(model)) or not _loads(folder):
-                check_files(fetch_model(model))
-            check_model(local_folder(model))
     os.environ["HF_HUB_OFFLINE"] = "1"
     # peft asks transformers for this under its old name; nothing that a user could change
     old_name = "`is_gradient_checkpointing` is deprecated"
@@ -140,19 +138,20 @@ def quiet_offline(*models: str) -> None:
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, adapter folder or Hub id."""
+    """The tokenizer of a model folder or adapter folder."""
     from transformers import AutoTokenizer
 
-    folder = Path(local_folder(model))
+    folder = Path(model)
     check_files(folder)
     with told_in_one_line(model, "tokenizer.json or tokenizer_config.json"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(tokenizer.chat_template, str) or "<|im_end|>" not in tokenizer.get_vocab():
         raise UserError(f"{model} is no Qwen chat model: its tokenizer has no chat template with <|im_end|>")
     while (folder / "adapter_config.json").is_file():
-        try:
-            folder = Path(local_folder(adapter_base(folder)))
-        except UserError:  # an exported adapter's base may not be here; whoever loads the weights is told
+        folder = Path(adapter_base(folder))
+        if (
+            not folder.is_dir()
+        ):  # an exported adapter's base may not be here; whoever loads the weights is told
             return tokenizer
         check_files(folder)
     size, last = read_json(folder / "config.json")["vocab_size"], max(tokenizer.get_vocab().values())
@@ -163,7 +162,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(model: str, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The causal language model of a folder or Hub id in `dtype`; a LoRA adapter comes merged into its base.
+    """The causal language model of a folder in `dtype`; a LoRA adapter comes merged into its base.
 
     The merge is done in float32 and rounded once, as for a merged/ folder, so that both give the same answers.
     """
@@ -197,7 +196,7 @@ def load_model(model: str, dtype: torch.dtype | str) -> PreTrainedModel:
 
 
 def load_for_lora(model: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a folder or Hub id with frozen weights, for adapters.
+    """The model of a folder with frozen weights, for adapters.
 
     Linear layers and embeddings are held in `dtype`, in which their products are computed anyway: with bfloat16 half the memory,
     and no copy of them in every step. The norms stay float32.
@@ -215,7 +214,7 @@ def load_for_lora(model: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def load_for_answers(model: str, device: Device) -> PreTrainedModel:
-    """The model of a folder or Hub id on `device`, its weights in the device's form for answers."""
+    """The model of a folder on `device`, its weights in the device's form for answers."""
     from utils.model.qwen3_answer import hold_weights
 
     adapter = (Path(model) / "adapter_config.json").is_file()
@@ -229,14 +228,13 @@ def load_for_answers(model: str, device: Device) -> PreTrainedModel:
 def _load_whole(model, dtype):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = local_folder(model)
-    check_files(Path(folder))
+    check_files(Path(model))
     with told_in_one_line(model, "config.json"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         config._attn_implementation = "sdpa"  # a name in config.json would be fetched as a kernel
     with told_in_one_line(model, "config.json or *.safetensors"):
         loaded, report = AutoModelForCausalLM.from_pretrained(
-            folder,
+            model,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,

@@ -9,7 +9,6 @@ import torch
 
 from utils.errors import RunError, UserError
 from utils.files import read_json, show_path, write_json
-from utils.hub import local_folder
 from utils.model.chat_format import with_default_mode
 from utils.model.folder import (
     adapter_base,
@@ -65,7 +64,7 @@ def refuse_what_is_lost(folder: Path, form: str) -> None:
     """UserError that names what the format, or the exporter, does not write: without it the model would answer otherwise."""
     above = folder
     while (above / "adapter_config.json").is_file():
-        above = Path(local_folder(adapter_base(above)))
+        above = Path(adapter_base(above))
     config, tokenizer = read_json(above / "config.json"), read_json(folder / "tokenizer.json")
     lost = {
         "quantised weights (quantization_config)": config.get("quantization_config"),
