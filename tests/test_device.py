@@ -1,8 +1,9 @@
-"""Which device and number format are chosen, on machines that are not here: their signs are faked."""
+"""Which device and number format are chosen, and the memory of a process, on machines that are not here: their signs are faked."""
 
 import gc
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,3 +158,44 @@ def test_collections_are_rare_until_the_libraries_are_imported():
 
     assert run(main) == 0
     assert during[0] > OWN_THRESHOLDS == gc.get_threshold() and gc.get_freeze_count()
+
+
+# ---- Memory
+
+
+@pytest.mark.parametrize(
+    "group, files",
+    [
+        ("0::/a/b\n", ["a/b/memory.max", "a/memory.max", "memory.max"]),
+        ("3:cpu,memory:/a\n2:cpuset:/\n", ["memory/a/memory.limit_in_bytes", "memory/memory.limit_in_bytes"]),
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_the_limits_of_a_control_group_and_of_those_above_it_hold(tmp_path, monkeypatch, group, files):
+    limits = {tmp_path / name: str(12345678 + number) for number, name in enumerate(reversed(files))}
+    read = device.Path.read_text
+    monkeypatch.setattr(device, "CGROUPS", tmp_path)
+    monkeypatch.setattr(
+        device.Path, "read_text", lambda path, **how: group if path.name == "cgroup" else read(path, **how)
+    )
+    free = device.memory_for_process()
+    for number, (path, limit) in enumerate(limits.items()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(limit, encoding="ascii")
+        assert device.memory_for_process() == 12345678, number
+    path.write_text("max\n", encoding="ascii")
+    assert device.memory_for_process() == 12345678 < free
+
+
+def test_ulimit_and_the_other_processes_of_a_machine_limit_the_memory(monkeypatch):
+    resource = pytest.importorskip("resource")
+    used = SimpleNamespace(rss=2**30, vms=5 * 2**30)
+    monkeypatch.setattr(device.psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: used))
+    monkeypatch.setattr(device.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**34))
+    monkeypatch.setattr(device, "_limit_files", lambda: [])
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (resource.RLIM_INFINITY,) * 2)
+    assert device.memory_for_process() == 2**34 + used.rss
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert device.memory_for_process() == 2**32 + used.rss
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (8 * 2**30, 8 * 2**30))
+    assert device.memory_for_process() == 4 * 2**30

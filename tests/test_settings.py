@@ -191,7 +191,7 @@ def test_help_is_fast_and_tells_every_setting_and_other_flags_are_refused(script
 
 def test_utils_import_nothing_heavy(tmp_path, run_script):
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import utils.hub, utils.kept, utils.model.folder; "
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import utils.device, utils.hub, utils.model.folder; "
         "print([m for m in ('torch', 'transformers', 'numpy', 'matplotlib') if m in sys.modules])"
     )
     (tmp_path / "script.py").write_text(code, encoding="utf-8")

@@ -1,5 +1,8 @@
-"""The device and number format to compute with, and the reason: CUDA, else Apple MPS, else CPU."""
+"""The device and number format to compute with, and the reason: CUDA, else Apple MPS, else CPU; and the memory of a CPU."""
 
+from __future__ import annotations
+
+import contextlib
 import ctypes
 import os
 import platform
@@ -7,13 +10,19 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+import psutil
 
 from utils.errors import UserError, imports_are_done
 
+if TYPE_CHECKING:  # the conversion asks for memory, and does not wait for it
+    import torch
+
 INDEX = "https://download.pytorch.org/whl"  # of torch's builds: cu130 and others
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # numbers of malloc.h
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -33,10 +42,14 @@ class Device:
     @property
     def dtype(self) -> torch.dtype:
         """The number format for inference: torch.bfloat16, torch.float16 or torch.float32."""
+        import torch
+
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
     def autocast(self) -> torch.autocast:
         """The context in which matrix products run in the device's number format for training and scoring."""
+        import torch
+
         dtype = torch.float16 if self.fp16 else torch.bfloat16
         return torch.autocast(self.name, dtype, enabled=self.bf16 or self.fp16)
 
@@ -66,6 +79,8 @@ def pick_device(name: str = "auto", precision: str = "auto", answering: bool = F
     that each token reads. A GPU that is there and cannot be used is told in one line. Raises UserError for a device that is not
     there and for another precision. On a CPU, memory is held from now on.
     """
+    import torch
+
     imports_are_done()
     known = ("auto", "bf16", "fp16", "fp32", *(["int8"] if answering else []))
     if precision not in known:
@@ -114,6 +129,8 @@ def pick_device(name: str = "auto", precision: str = "auto", answering: bool = F
 
 def _processor():
     """(whether it multiplies bfloat16 matrices, its description)"""
+    import torch
+
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False, f"{platform.machine()} processor"
     if torch.cpu._is_amx_tile_supported():
@@ -125,6 +142,8 @@ def _processor():
 
 def _unused_gpu() -> str:
     """Why an NVIDIA GPU that is there cannot be used, with what helps; "" if it can, or if there is none."""
+    import torch
+
     build = f"is not used: torch {torch.__version__}"
     if torch.version.hip or "CUDA_VISIBLE_DEVICES" in os.environ and not torch.cuda.is_available():
         return ""
@@ -157,23 +176,52 @@ def _unused_gpu() -> str:
 # ---- Memory of a CPU
 
 
+def memory_for_process() -> int:
+    """Bytes of main memory that this process has or could still get.
+
+    The limits of its control groups (containers) and of `ulimit -v` hold. Processes that train together on one machine
+    (LOCAL_WORLD_SIZE) share what is free.
+    """
+    used = psutil.Process().memory_info()
+    limits = [psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + used.rss]
+    for file in _limit_files():
+        with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
+            limits.append(int(file.read_text(encoding="ascii")))
+    if os.name == "posix":
+        import resource
+
+        address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if address_space != resource.RLIM_INFINITY:
+            limits.append(max(0, address_space - used.vms + used.rss))
+    return min(limits)
+
+
+def _limit_files():
+    """The files that limit the memory of this process's control group, and of the groups above it: any of them holds."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return []
+    files = []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        own = Path(path.lstrip("/"))
+        if not controllers:  # version 2
+            files += [CGROUPS / place / "memory.max" for place in (own, *own.parents)]
+        elif "memory" in controllers.split(","):  # version 1
+            files += [CGROUPS / "memory" / place / "memory.limit_in_bytes" for place in (own, *own.parents)]
+    return files
+
+
 def hold_memory() -> None:
     """Keep the memory of freed tensors for the next ones; only on glibc.
 
-    By default glibc gives large blocks back to the system at once, and every training step pays for having each page of them
-    zeroed and mapped again (full fine-tuning of 0.6 B parameters: 20 tokens/s so, 27 with this).
+    By default glibc gives large blocks back at once, and every step pays for having their pages zeroed and mapped again (full
+    fine-tuning of 0.6 B parameters: 20 tokens/s so, 27 with this).
     """
     if libc := _glibc():
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
         libc.mallopt(M_TOP_PAD, 64 * 2**20)  # bytes asked for at a time
-
-
-def limit_kernels() -> None:
-    """Before the first product: let oneDNN keep 256 kernels instead of 1,024. It makes some for every new shape of a product, about
-    2.6 MiB for each new length of a document. An environment that says otherwise is obeyed."""
-    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(cache, "256")
 
 
 def release_memory() -> None:
@@ -185,3 +233,10 @@ def release_memory() -> None:
 def _glibc():
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     return libc if hasattr(libc, "mallopt") else None  # musl has none
+
+
+def limit_kernels() -> None:
+    """Before the first product: oneDNN keeps 256 kernels, not 1,024, unless the environment says otherwise. It makes some for
+    every new shape of a product, about 2.6 MiB for each new length of a document."""
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "256")

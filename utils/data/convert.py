@@ -14,9 +14,9 @@ from utils.data.messages import Reject
 from utils.data.readers import Place, Raw
 from utils.data.schemas import OUTPUT_FILES, ConvertedRow, RowOptions, convert_rows
 from utils.data.texts import is_courtesy, normalize, text_key, without_filler
+from utils.device import memory_for_process
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.memory import memory_for_process
 from utils.text import bar, format_bytes
 
 LONG_ANSWER = 20  # characters: two rows do not share such an answer by chance

@@ -14,8 +14,7 @@ import psutil
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from utils.device import Device
-from utils.memory import memory_for_process
+from utils.device import Device, memory_for_process
 from utils.model.lm_head import CHUNK
 from utils.model.packing import ROUNDED, collate, model_inputs, padding_for
 
