@@ -1,6 +1,6 @@
 """Chat with a model folder: the base model, a finetuned or merged one, a LoRA adapter, a checkpoint, or a Hub id.
 
-    python model_download/load_local_model.py                                  # choose from the newest finished runs
+    python model_download/load_local_model.py                                  # the newest finished run
     python model_download/load_local_model.py trainer_output/sft_finetuned     # /help lists the commands, Ctrl-D leaves
     python model_download/load_local_model.py trainer_output/sft_finetuned --prompt "四君子汤由哪些药组成？"
     python model_download/load_local_model.py trainer_output/sft_finetuned --json < questions.txt > answers.jsonl
@@ -10,6 +10,7 @@ With --prompt or piped questions (one a line, each a conversation of its own) st
 Nothing is written but what /save FILE.jsonl appends in a chat: the conversation, as a row to train on.
 """
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,17 +18,17 @@ from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.chat.terminal import choose_model, loading, note, prepare_terminal
+from utils.chat.terminal import LOOPBACK, AnswerPrinter, loading, note, prepare_terminal
 from utils.errors import UserError, run
 from utils.files import show_path
 from utils.model.chat_format import THINKING_MODES
-from utils.model.folder import check_model, quiet_offline
+from utils.model.folder import check_model, find_models, quiet_offline
 from utils.settings import Settings, read_settings
 from utils.text import localized
 
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--max-new-tokens 512) ----
-MODEL = ""                # model folder or Hub id, also without the flag; empty: choose from what is here
+MODEL = ""                # model folder or Hub id, also without the flag; empty: the newest that is here
 PROMPT = ""               # answer this one question and leave; empty: the questions on stdin, or a chat
 JSON = False              # one object a line: question, answer, tokens, seconds
 SYSTEM = "auto"           # system text in front of every conversation; auto: the one that the rows of its training shared
@@ -51,6 +52,8 @@ PRECISION = "auto"        # [auto | bf16 | fp16 | fp32 | int8] auto: bf16 where 
 # ----
 # fmt: on
 
+NO_ADVICE = ("For study and research only, not medical advice.", "仅供学习和研究，不能代替医生的诊断和建议。")
+
 
 def main(argv: list[str] | None = None) -> None:
     # 1. Settings
@@ -58,42 +61,55 @@ def main(argv: list[str] | None = None) -> None:
     chatting = check_settings(settings)
 
     # 2. Which model: checked before torch is imported, which takes seconds
-    models = [settings.MODEL or choose_model(ask=chatting), settings.BESIDE_MODEL]
+    models = [settings.MODEL or choose_model(), settings.BESIDE_MODEL]
     folders = [check_model(model) for model in models if model]
     quiet_offline()
 
     # 3. Load it
     loading(" and ".join(map(show_path, folders)))
     from utils.chat.model import ChatModel
-    from utils.chat.session import TYPED, Chat, answer_once, greet, trained_system
+    from utils.chat.session import TYPED, Chat
     from utils.device import pick_device
 
     options = make_options(settings)
-    if settings.SERVE:
-        from utils.chat.serve import Serving, check_address, serve
-
-        check_address(settings.HOST, settings.API_KEY)
     device = pick_device(settings.DEVICE, settings.PRECISION, answering=True)
-    models = [ChatModel(folder, device) for folder in folders]
-    greet(models, options, device)
     system = None if settings.SYSTEM == "auto" else settings.SYSTEM
+
+    def load(folder):
+        return ChatModel(folder, device, system)
+
+    note(localized(*NO_ADVICE))
 
     # 4. Chat
     if chatting:
         prepare_terminal(TYPED)
+        chat = Chat(load(folders[0]), options, load)
         note(localized("/help lists the commands, Ctrl-D leaves.", "/help 列出命令，Ctrl-D 离开。"))
-        Chat(models[0], options, system, lambda other: ChatModel(other, device)).run()
-        return
+        return chat.run()
 
     # 5. Or answer over HTTP, or the questions given
-    systems = [trained_system(model) if system is None else system for model in models]
+    models = [load(folder) for folder in folders]
+    for model in models:
+        note(model.introduce(options))
     if settings.SERVE:
-        serving = Serving(models, systems, options, settings.API_KEY, settings.FILE_PAGES)
-        serve(serving, settings.HOST, settings.PORT)
+        from utils.chat.serve import make_server, serve
+
+        place = settings.HOST, settings.PORT
+        return serve(
+            make_server(models, options, *place, settings.API_KEY, settings.FILE_PAGES), settings.HOST
+        )
     questions = [("--prompt", settings.PROMPT)] if settings.PROMPT else read_questions(sys.stdin.buffer)
     for place, question in questions:
-        options.apply("seed", settings.SEED)  # each as if it were the only one
-        answer_once(models[0], options, systems[0], place, question, settings.JSON)
+        answer_once(models[0], options, place, question, settings.JSON)
+
+
+def choose_model() -> str:
+    """The newest finished run of trainer_output/, else a folder of model_download/, which is said."""
+    found = find_models()
+    if not found:
+        raise UserError("no model is here yet; download one with: python model_download/download_model.py")
+    note(f"no model named, taking {show_path(found[0])} (/model lists all)")
+    return str(found[0])
 
 
 def check_settings(settings: Settings) -> bool:
@@ -103,6 +119,9 @@ def check_settings(settings: Settings) -> bool:
     if "PROMPT" in settings.overridden and not settings.PROMPT.strip():
         raise UserError("--prompt: wanted a question, got an empty text")
     if settings.SERVE:
+        if settings.HOST not in LOOPBACK and not settings.API_KEY:
+            others = f"--host {settings.HOST}: others could ask there"
+            raise UserError(f"{others}; a key is wanted too: --api-key TEXT")
         if settings.PROMPT or settings.JSON or settings.SEED >= 0:
             raise UserError("--serve takes no --prompt, --json or --seed: a request brings its own")
         return False
@@ -118,14 +137,11 @@ def make_options(settings: Settings):
     """The settings that hold for every answer, as utils/chat/model.py:Options."""
     from utils.chat.model import Options
 
-    options = Options(THINKING_MODES[settings.THINKING], settings.MAX_NEW_TOKENS, settings.SHOW_THINKING)
-    for name in ("TEMPERATURE", "TOP_P", "TOP_K", "REPETITION_PENALTY"):
-        if getattr(settings, name) != -1:
-            options.apply(name.lower(), getattr(settings, name))
+    names = "TEMPERATURE TOP_P TOP_K REPETITION_PENALTY SEED MAX_NEW_TOKENS".split()
+    numbers = {name.lower(): getattr(settings, name) for name in names if getattr(settings, name) != -1}
     if settings.GREEDY:
-        options.apply("temperature", 0)
-    options.apply("seed", settings.SEED)
-    return options
+        numbers["temperature"] = 0
+    return Options(THINKING_MODES[settings.THINKING], settings.SHOW_THINKING, numbers=numbers)
 
 
 def read_questions(stream: BinaryIO) -> Iterator[tuple[str, str]]:
@@ -143,6 +159,27 @@ def read_questions(stream: BinaryIO) -> Iterator[tuple[str, str]]:
         raise UserError(
             'no question on stdin, wanted one a line; or ask with --prompt "...", or chat at a terminal'
         )
+
+
+def answer_once(chat_model, options, place: str, question: str, as_json: bool) -> None:
+    """Answer one question that came from `place` by itself, its cache new: on stdout the answer and nothing else."""
+    chat_model.stream.reset()
+    system = [{"role": "system", "content": chat_model.system}] if chat_model.system else []
+    prompt = chat_model.encode([*system, {"role": "user", "content": question}], options)
+    try:
+        chat_model.check_length(prompt)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+    reply = chat_model.answer(prompt, options, AnswerPrinter(options.show_thinking, show_answer=not as_json))
+    if reply.stopped:
+        raise KeyboardInterrupt
+    if as_json:
+        row = {"question": question, "answer": reply.content, "tokens": reply.tokens}
+        print(json.dumps(row | {"seconds": round(reply.seconds, 3)}, ensure_ascii=False), flush=True)
+    else:
+        print(flush=True)
+    cut = "" if reply.ended else f"; cut at the limit of {options.limit} tokens (--max-new-tokens)"
+    note(f"[{place}: {reply.speed()}{cut}]")
 
 
 if __name__ == "__main__":

@@ -33,17 +33,12 @@ def damaged(folder, where, **changes):
     return where
 
 
-class Echo:
+class Echo(ChatModel):
     """Stands in for a ChatModel: answers with the number of the question; a question that holds a word below behaves so."""
 
-    name = "echo"
-
-    def __init__(self, chat_model, context=4096, record=None):
-        self.tokenizer, self.model = chat_model.tokenizer, chat_model.model
-        self.context, self.record, self.seen = context, record or {}, []
-
-    encode, check_length = ChatModel.encode, ChatModel.check_length
-    decoding, describe, thinks = ChatModel.decoding, ChatModel.describe, ChatModel.thinks
+    def __init__(self, chat_model, name="echo", context=4096, record=None, system=""):
+        self.tokenizer, self.model, self.device = chat_model.tokenizer, chat_model.model, CPU
+        self.name, self.context, self.record, self.system, self.seen = name, context, record or {}, system, []
 
     def answer(self, prompt, options, show):
         text = self.tokenizer.decode(prompt)
@@ -61,4 +56,4 @@ def talk(chat, *lines):
 
 
 def plain(chat):
-    return [(turn.question, turn.answer) for turn in chat.history.turns]
+    return [(turn.question, turn.answer) for turn in chat.turns]

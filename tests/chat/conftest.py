@@ -15,4 +15,5 @@ def english(monkeypatch):
 
 @pytest.fixture
 def chat(chat_model):
-    return Chat(Echo(chat_model), Options(False, 64), "", lambda name: ChatModel(name, CPU))
+    options = Options(False, numbers={"max_new_tokens": 64})
+    return Chat(Echo(chat_model), options, lambda name: ChatModel(name, CPU))

@@ -22,8 +22,8 @@ class Speaker(Echo):
     """Stands in for a ChatModel: answers a question with the text after the mark @ in it, piece by piece until `held` is set."""
 
     def __init__(self, chat_model, name="speaker", **more):
-        super().__init__(chat_model, **more)
-        self.name, self.go_on, self.left = name, threading.Event(), threading.Event()
+        super().__init__(chat_model, name, **more)
+        self.go_on, self.left = threading.Event(), threading.Event()
         self.go_on.set()
 
     def answer(self, prompt, options, show):
@@ -195,19 +195,15 @@ def test_settings_reach_the_model(page, chat_model):
     browser.run("think.value = 'on'; think.onchange()")
     assert ask(browser, "甘草 @甘") == ["speaker：甘"]
     [options] = asked
-    assert (
-        options.decoding["temperature"] == 0.3
-        and options.decoding["top_k"] == 7
-        and options.max_new_tokens == 9
-    )
-    assert options.generator.initial_seed() == 5 and options.thinking and "你是中医师。" in speaker.seen[0]
+    assert options.numbers == {"temperature": 0.3, "top_k": 7, "max_new_tokens": 9, "seed": 5}
+    assert options.thinking and "你是中医师。" in speaker.seen[0]
     assert browser.run("return document.querySelector('details').open") is False  # folded
     browser.click("details summary")
     assert "先想一想" in browser.text("details")
 
 
 def test_saved_rows(page, chat_model, downloads):
-    browser = page(Speaker(chat_model), system="你是中医师。")
+    browser = page(Speaker(chat_model, system="你是中医师。"))
     for question in ("甘草 @甘", "long @未完", "麻黄 @麻"):
         ask(browser, question)
     browser.click(".model button")

@@ -16,7 +16,6 @@ from chat_helpers import QUESTIONS, prompts_of, reference
 from conftest import ROOT
 from small_runs import arguments, make_place
 
-from utils.chat.terminal import choose_model
 from utils.errors import UserError
 from utils.model.chat_format import DECODING
 from utils.model.folder import find_models
@@ -35,10 +34,10 @@ def script():
     return module
 
 
-def test_models_are_offered_newest_first(tiny_folder, tmp_path, monkeypatch, capsys):
+def test_the_newest_model_is_taken_where_none_is_named(script, tiny_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("utils.model.folder.ROOT", tmp_path)
     with pytest.raises(UserError, match="download_model.py"):
-        choose_model(ask=False)
+        script.choose_model()
     places = (
         "model_download/tiny model_download/Qwen3-0.6B trainer_output/demo/new trainer_output/old".split()
     )
@@ -47,11 +46,8 @@ def test_models_are_offered_newest_first(tiny_folder, tmp_path, monkeypatch, cap
         os.utime(tmp_path / name / "model.safetensors", (1e9 - age, 1e9 - age))
     (tmp_path / "trainer_output/unfinished/checkpoint-5").mkdir(parents=True)
     assert [path.name for path in find_models()] == ["new", "old", "Qwen3-0.6B", "tiny"]
-    assert choose_model(ask=False) == str(tmp_path / "trainer_output/demo/new")
-    answers = iter(["7", "x", "2"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
-    assert choose_model(ask=True) == str(tmp_path / "trainer_output/old")
-    assert "3  " in capsys.readouterr().err
+    assert script.choose_model() == str(tmp_path / "trainer_output/demo/new")
+    assert "demo/new (/model lists all)" in capsys.readouterr().err
 
 
 def test_prompt_prints_the_answer_and_nothing_else(script, tiny_folder, chat_model, capsys):

@@ -19,7 +19,7 @@ from conftest import ROOT
 
 from utils.chat import serve
 from utils.chat.model import Options, before_stop
-from utils.chat.serve import Serving, make_server
+from utils.chat.serve import make_server
 from utils.errors import RunError
 from utils.model.chat_format import encode_prompt
 from utils.model.generate import read_answer
@@ -28,9 +28,10 @@ ASKED = {"messages": [{"role": "user", "content": QUESTIONS[0]}], "temperature":
 
 
 @contextlib.contextmanager
-def serving(*models, system="", key="", file_pages=False):
-    served = Serving(list(models), [system] * len(models), Options(None, 64), key, file_pages)
-    with make_server(served, "127.0.0.1", 0) as server:
+def serving(*models, key="", file_pages=False):
+    with make_server(
+        models, Options(numbers={"max_new_tokens": 64}), "127.0.0.1", 0, key, file_pages
+    ) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         try:
@@ -99,12 +100,13 @@ def test_an_answer_piece_by_piece(port, chat_model):
     assert events[-1]["choices"][0]["finish_reason"] == "length"
 
 
-def test_several_turns_parts_system_and_thinking(chat_model):
+def test_several_turns_parts_system_and_thinking(chat_model, monkeypatch):
     system = [{"role": "system", "content": "你是中医。"}]
     parts = [{"type": "text", "text": "甘"}, {"type": "text", "text": "草"}]
     turns = [{"role": "assistant", "content": "甘。"}, {"role": "user", "content": "合谷"}]
     turns, plain = [{"role": "user", "content": parts}, *turns], [{"role": "user", "content": "甘草"}, *turns]
-    with serving(chat_model, system=system[0]["content"]) as port:
+    monkeypatch.setattr(chat_model, "system", system[0]["content"])
+    with serving(chat_model) as port:
         assert content(said(port, messages=turns)) == expected(chat_model, system + plain)[1]
         own, same = [{"role": role, "content": "x"} for role in ("developer", "system")]
         for more, thinking in (
@@ -405,7 +407,7 @@ def test_three_clients_at_once(port, chat_model):
 
 def test_an_address_that_is_taken(chat_model, port):
     with pytest.raises(RunError, match="cannot be used .*; choose another --port"):
-        make_server(Serving([chat_model], [""], Options()), "127.0.0.1", port)
+        make_server([chat_model], Options(), "127.0.0.1", port)
 
 
 @pytest.mark.slow

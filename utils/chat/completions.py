@@ -9,31 +9,23 @@ import time
 import uuid
 from dataclasses import asdict, replace
 
-import torch
-
 from utils.chat.model import RULES, ChatModel, Options, Reply
 from utils.errors import UserError
 from utils.files import is_text
 from utils.settings import read_number
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-# Settings that a request may change: the name in the request, and ours.
-SETTINGS = {name: name for name in RULES} | {
-    "max_tokens": "max_new_tokens",
-    "max_completion_tokens": "max_new_tokens",
-}
-INSIDE = (
-    "stream_options",
-    "chat_template_kwargs",
-)  # objects, whose fields are read as stream_options.include_usage
+# Numbers that a request may set: the name in the request, and ours.
+NUMBERS = {name: name for name in RULES}
+NUMBERS |= {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
 THINKING = ("enable_thinking", "chat_template_kwargs.enable_thinking")
-FLAGS = {"stream", "stream_options.include_usage", *THINKING}
+FLAGS = ("stream", "stream_options.include_usage", *THINKING)  # what is inside an object is named so
 # Who asks, and what is to be kept or measured beside an answer: these change none.
-WITHOUT_EFFECT = set(
+WITHOUT_EFFECT = (
     "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention parallel_tool_calls "
-    "cache_prompt timings_per_token id chat_id session_id stream_options.include_obfuscation".split()
-)
-KNOWN = {"model", "messages", "stop"} | SETTINGS.keys() | FLAGS | WITHOUT_EFFECT
+    "cache_prompt timings_per_token id chat_id session_id stream_options.include_obfuscation"
+).split()
+KNOWN = {"model", "messages", "stop", *NUMBERS, *FLAGS, *WITHOUT_EFFECT}
 IN_MESSAGES = {"role", "content", "name", "reasoning_content", "reasoning", "refusal"}
 # Values with which a field that is not done asks for nothing; so do null, {} and [].
 NEUTRAL = {
@@ -56,26 +48,27 @@ def read_request(body: bytes, options: Options) -> tuple[dict, list[dict], Optio
         raise UserError("the body is not JSON") from None
     if not isinstance(request, dict) or not isinstance(request.get("messages"), list):
         raise UserError('wanted {"messages": [...]}')
-    for name in INSIDE:
+    for name in ("stream_options", "chat_template_kwargs"):
         if isinstance(request.get(name), dict):
             request |= {f"{name}.{inner}": value for inner, value in request.pop(name).items()}
+    request = {name: value for name, value in request.items() if value is not None}
     _refuse_unknown(request, KNOWN)
-    for name in FLAGS:
-        if not isinstance(request.get(name), bool | None):
-            raise UserError(f"{name}: wanted true or false")
     messages = [_read_message(message) for message in request["messages"]]
     if not messages or messages[-1]["role"] != "user":
         raise UserError("the last message has to be the user's")
-    own = replace(options, decoding=dict(options.decoding), generator=torch.Generator())
-    own.apply("seed", -1)  # another one every time, unless the request brings its own
-    for name, ours in SETTINGS.items():
-        if request.get(name) is not None:
-            own.apply(ours, read_number(name, request[name], RULES[ours]))
-    stops = [request["stop"]] if isinstance(request.get("stop"), str) else request.get("stop") or []
+    own = replace(options, numbers=dict(options.numbers))
+    for name, value in request.items():
+        if name in NUMBERS:
+            own.numbers[NUMBERS[name]] = read_number(name, value, RULES[NUMBERS[name]])
+        elif name in FLAGS and not isinstance(value, bool):
+            raise UserError(f"{name}: wanted true or false")
+        elif name in THINKING:
+            own.thinking = value
+    stops = request.get("stop", [])
+    stops = [stops] if isinstance(stops, str) else stops
     if not isinstance(stops, list) or not all(is_text(stop) and stop for stop in stops):
         raise UserError("stop: wanted a text, or a list of texts")
     own.stop = tuple(stops)
-    own.thinking = next((request[name] for name in THINKING if request.get(name) is not None), own.thinking)
     return request, messages, own
 
 
@@ -95,9 +88,8 @@ def _read_message(message):
         texts = [part.get("text") for part in parts]
         content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
     if not is_text(content):
-        raise UserError(
-            'every message is wanted as {"role": "system", "user" or "assistant", "content": text}'
-        )
+        wanted = '{"role": "system", "user" or "assistant", "content": text}'
+        raise UserError(f"every message is wanted as {wanted}")
     _refuse_unknown(message, IN_MESSAGES)
     return {"role": role, "content": content}
 
@@ -113,31 +105,43 @@ class Answer:
         reasoning = {"reasoning_content": reply.reasoning} if reply.reasoning else {}
         message = {"role": "assistant", "content": reply.content, **reasoning}
         choice = {"index": 0, "message": message, "finish_reason": self.reason(reply)}
-        return self._about("chat.completion", [choice], usage=self.usage(reply))
+        return self._about("chat.completion", [choice]) | self.usage(reply)
 
-    def event(self, delta: dict | None, **more) -> bytes:
-        """One event of a stream: what comes next of the message, if anything, and why it has ended, or the usage."""
-        reason = more.pop("finish_reason", None)
-        choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": reason}]
-        event = self._about("chat.completion.chunk", choices, **more)
-        return f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
+    def event(self, delta: dict, reason: str | None = None) -> bytes:
+        """One event of a stream: what comes next of the message, and why it has ended if it has."""
+        choice = {"index": 0, "delta": delta, "finish_reason": reason}
+        return as_event(self._about("chat.completion.chunk", [choice]))
 
-    def _about(self, kind, choices, **more):
-        about = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-        return {**about, "choices": choices, **more}
+    def last_event(self, reply: Reply) -> bytes:
+        """The event that tells the usage."""
+        return as_event(self._about("chat.completion.chunk", []) | self.usage(reply))
+
+    def _about(self, kind, choices):
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
 
     def usage(self, reply: Reply) -> dict:
         tokens = {"prompt_tokens": self.prompt_tokens, "completion_tokens": reply.tokens}
-        return {**tokens, "total_tokens": self.prompt_tokens + reply.tokens}
+        return {"usage": {**tokens, "total_tokens": self.prompt_tokens + reply.tokens}}
 
     def reason(self, reply: Reply) -> str:
         return "stop" if reply.ended else "length"
 
 
-def describe_model(chat_model: ChatModel, options: Options, system: str) -> dict:
+def as_event(value: dict) -> bytes:
+    """A server-sent event."""
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+
+
+def describe_model(chat_model: ChatModel, options: Options) -> dict:
     """An entry of the list of models. `meta` is for the page: the values that hold unless a request sets others."""
     meta = asdict(chat_model.decoding(options))
     meta["temperature"] *= meta["do_sample"]
-    meta |= {"thinking": chat_model.thinks(options), "max_tokens": options.max_new_tokens, "system": system}
-    meta["single_questions"] = chat_model.record.get("conversations") == "single"
+    meta |= {"thinking": chat_model.thinks(options), "max_tokens": options.limit}
+    meta |= {"system": chat_model.system, "single_questions": chat_model.single}
     return {"id": chat_model.name, "object": "model", "created": 0, "owned_by": "local", "meta": meta}

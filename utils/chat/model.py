@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ from utils.model.generate import (
     stop_tokens,
     thinks_by_default,
 )
+from utils.text import localized, shorten
 
 # What /set and a request may change, by the rules of utils/settings.py.
 RULES = {
@@ -39,27 +41,26 @@ COLDEST = 0.01  # least temperature: below it scores overflow, and the likeliest
 
 @dataclass
 class Options:
-    """Options of every answer. `thinking`: True, False or None (the folder's own mode); `stop`: texts that end an answer;
-    `decoding`: changes to the folder's generation_config, by name."""
+    """How to answer. `thinking`: True, False or None (the folder's own mode); `stop`: texts that end an answer; `numbers`: those
+    of RULES that are set, by name; the rest is as in the folder's generation_config."""
 
     thinking: bool | None = None
-    max_new_tokens: int = 2048
     show_thinking: bool = True
     stop: tuple[str, ...] = ()
-    decoding: dict = field(default_factory=dict)
-    generator: torch.Generator = field(default_factory=torch.Generator)
+    numbers: dict[str, Any] = field(default_factory=dict)
 
-    def apply(self, name: str, value: float) -> None:
-        """Change one setting to a value that its rule allows, or the seed to -1: any."""
-        if name == "max_new_tokens":
-            self.max_new_tokens = value
-        elif name == "seed":
-            self.generator.seed() if value < 0 else self.generator.manual_seed(value)
-        elif name == "temperature":
-            greedy = value < COLDEST
-            self.decoding |= {"do_sample": False} if greedy else {"do_sample": True, "temperature": value}
-        else:
-            self.decoding[name] = value
+    @property
+    def limit(self) -> int:
+        """The longest answer in tokens."""
+        return self.numbers.get("max_new_tokens", 2048)
+
+    def generator(self) -> torch.Generator:
+        """What an answer is drawn by: the same for the same seed, another one every time without."""
+        generator = torch.Generator()
+        if "seed" in self.numbers:
+            return generator.manual_seed(self.numbers["seed"])
+        generator.seed()
+        return generator
 
 
 @dataclass
@@ -76,19 +77,23 @@ class Reply:
 
     def speed(self) -> str:
         """Tokens and speed, in words."""
-        after_first = self.seconds - self.first
-        measured = self.tokens > 1 and after_first > 0
-        rate = f"{(self.tokens - 1) / after_first:.1f} tokens/s, " if measured else ""
+        rate, after_first = "", self.seconds - self.first
+        if self.tokens > 1 and after_first > 0:
+            rate = f"{(self.tokens - 1) / after_first:.1f} tokens/s, "
         return f"{self.tokens} tokens, {rate}first after {self.first:.2f} s"
 
 
 class ChatModel:
-    """A loaded model folder, ready to answer. `record`: the run.json of its training, {} if it has none."""
+    """A loaded model folder, ready to answer.
 
-    def __init__(self, folder: str, device: Device):
+    `record`: the run.json of its training, {} if it has none; `system`: the system text in front of conversations, None for
+    the one that nearly all rows of its training shared.
+    """
+
+    def __init__(self, folder: str, device: Device, system: str | None = None):
         folder = check_model(folder)
         self.name = show_path(folder)
-        self.tokenizer = load_tokenizer(folder)
+        self.device, self.tokenizer = device, load_tokenizer(folder)
         try:
             self.model = load_for_answers(folder, device)
         except torch.OutOfMemoryError:
@@ -97,6 +102,12 @@ class ChatModel:
         self.context = self.model.config.max_position_embeddings
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers only
             self.record = usable_record(run_folder(Path(folder))) or {}
+        self.system = self.record.get("system") or "" if system is None else system
+
+    @property
+    def single(self) -> bool:
+        """Tell whether it was trained on single questions only."""
+        return self.record.get("conversations") == "single"
 
     def encode(self, messages: list[dict], options: Options) -> list[int]:
         """The ids that ask for an answer to `messages`."""
@@ -105,16 +116,26 @@ class ChatModel:
     def check_length(self, prompt: list[int]) -> None:
         """UserError if the ids `prompt` leave no room for an answer."""
         if len(prompt) >= self.context:
-            raise UserError(
-                f"the question has {len(prompt)} tokens with its frame; the context window takes {self.context}"
-            )
+            length = f"the question has {len(prompt)} tokens with its frame"
+            raise UserError(f"{length}; the context window takes {self.context}")
 
     def decoding(self, options: Options) -> Decoding:
-        return replace(decoding_for(self.model, self.tokenizer, options.thinking), **options.decoding)
+        usual = decoding_for(self.model, self.tokenizer, options.thinking)
+        numbers = {name: value for name, value in options.numbers.items() if hasattr(usual, name)}
+        if numbers.get("temperature", COLDEST) < COLDEST:
+            return replace(usual, **numbers | {"do_sample": False, "temperature": 1.0})
+        return replace(usual, **numbers, do_sample=usual.do_sample or "temperature" in numbers)
 
     def thinks(self, options: Options) -> bool:
         """Tell whether it thinks before it answers."""
         return thinks_by_default(self.tokenizer) if options.thinking is None else options.thinking
+
+    def introduce(self, options: Options) -> str:
+        """What is going to answer, and how, in two or three lines."""
+        device = self.device
+        told = f"{self.name} on {device.name}, {device.answers} ({device.reason})\n{self.describe(options)}"
+        system = f"\n{localized('system text', '系统提示')}: {shorten(self.system)}"
+        return told + system if self.system else told
 
     def describe(self, options: Options) -> str:
         """How the model is going to answer, in one line."""
@@ -126,7 +147,7 @@ class ChatModel:
                 how += f", {name} {getattr(decoding, name)}"
         mode = "on" if self.thinks(options) else "off"
         mode += " (the folder's own mode)" if options.thinking is None else ""
-        return f"thinking {mode}; {how}; at most {options.max_new_tokens} tokens an answer"
+        return f"thinking {mode}; {how}; at most {options.limit} tokens an answer"
 
     def answer(self, prompt: list[int], options: Options, show: Callable[[str, bool], None]) -> Reply:
         """Answer the ids `prompt`, handing the text on as it comes to show(text, thinking); Ctrl-C ends it."""
@@ -135,16 +156,16 @@ class ChatModel:
 
         def hand_on(text, last=False):
             nonlocal shown, found
-            if options.stop and not reader.thinking:
-                before = shown
+            if not reader.thinking:
+                before = len(shown)
                 shown, found = before_stop(reader.content, options.stop, last)
-                text = shown[len(before) :]
+                text = shown[before:]
             show(text, reader.thinking)
 
-        limit = min(options.max_new_tokens, self.context - len(prompt))
+        limit = min(options.limit, self.context - len(prompt))
         start = time.perf_counter()
         try:
-            for token in self.stream.answer(prompt, self.decoding(options), limit, options.generator):
+            for token in self.stream.answer(prompt, self.decoding(options), limit, options.generator()):
                 tokens += 1
                 first = first or time.perf_counter() - start
                 hand_on(reader.feed(token))
@@ -154,8 +175,7 @@ class ChatModel:
         except KeyboardInterrupt:
             stopped = True
         seconds, ended = time.perf_counter() - start, found or token in self.stream.stop
-        content = shown if options.stop else reader.content
-        return Reply(content, reader.reasoning, tokens, seconds, first, ended, stopped)
+        return Reply(shown, reader.reasoning, tokens, seconds, first, ended, stopped)
 
 
 def before_stop(text: str, stops: tuple[str, ...], last: bool) -> tuple[str, bool]:
@@ -166,6 +186,8 @@ def before_stop(text: str, stops: tuple[str, ...], last: bool) -> tuple[str, boo
     places = [text.find(stop) for stop in stops if stop in text]
     if places:
         return text[: min(places)], True
-    ends = () if last else range(max(len(text) - max(map(len, stops)), 0), len(text))
-    begun = (place for place in ends if any(stop.startswith(text[place:]) for stop in stops))
-    return text[: next(begun, len(text))], False
+    longest = 0 if last else max(map(len, stops), default=0)
+    for place in range(max(len(text) - longest, 0), len(text)):
+        if any(stop.startswith(text[place:]) for stop in stops):
+            return text[:place], False
+    return text, False

@@ -16,59 +16,36 @@ import secrets
 import select
 import socket
 import threading
-from dataclasses import dataclass
 from http import HTTPStatus
 from http.client import HTTPMessage
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from utils.chat.completions import Answer, describe_model, read_request
+from utils.chat.completions import Answer, as_event, describe_model, read_request
 from utils.chat.model import ChatModel, Options
-from utils.chat.terminal import note
-from utils.errors import RunError, UserError, explain, explain_os_error
+from utils.chat.terminal import LOOPBACK, note
+from utils.errors import RunError, explain, explain_os_error
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LARGEST_BODY = 8 << 20  # bytes of a request
 LONGEST_LINE = 1000  # bytes, between the chunks of a body
 SILENCE = 60  # seconds that a client may take between two bytes
 PAGE = Path(__file__).with_name("page.html")
 
 
-@dataclass
-class Serving:
-    """What answers, and whom. `systems`: the system text of each model, for requests without their own; `key`: the bearer token
-    that each request has to bring, "" for none; `file_pages`: pages that were opened from a file may ask."""
-
-    models: list[ChatModel]
-    systems: list[str]
-    options: Options
-    key: str = ""
-    file_pages: bool = False
-
-
 class Refused(Exception):
     """A request that is not answered: the HTTP status, and why."""
 
 
-def check_address(host: str, key: str) -> None:
-    """UserError for an address that others could ask at without a key."""
-    if host not in LOOPBACK and not key:
-        raise UserError(f"--host {host}: others could ask there; a key is wanted too: --api-key TEXT")
+def make_server(
+    models: list[ChatModel], options: Options, host: str, port: int, key: str = "", file_pages: bool = False
+) -> ThreadingHTTPServer:
+    """The server, bound to its address; RunError if that is taken.
 
-
-def serve(serving: Serving, host: str, port: int) -> None:
-    """Answer requests until Ctrl-C."""
-    with make_server(serving, host, port) as server:
-        address = f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}"
-        note(f"{address}/ is a page to talk to it; Ctrl-C stops it")
-        note(f"{address}/v1 answers as OpenAI's chat completions do")
-        server.serve_forever()
-
-
-def make_server(serving: Serving, host: str, port: int) -> ThreadingHTTPServer:
-    """The server, bound to its address. RunError if that is taken."""
-    handler = type("Handler", (_Handler,), {"serving": serving, "one_at_a_time": threading.Lock()})
+    `key`: the bearer token that each request has to bring, "" for none; `file_pages`: pages opened from a file may ask.
+    """
+    shared = {"models": models, "options": options, "key": key, "file_pages": file_pages}
+    handler = type("Handler", (_Handler,), {**shared, "one_at_a_time": threading.Lock()})
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     server = type("Server", (ThreadingHTTPServer,), {"address_family": family})
     try:
@@ -78,8 +55,17 @@ def make_server(serving: Serving, host: str, port: int) -> ThreadingHTTPServer:
         raise RunError(why) from None
 
 
+def serve(server: ThreadingHTTPServer, host: str) -> None:
+    """Say where the server is, and answer requests until Ctrl-C."""
+    with server:
+        address = f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}"
+        note(f"{address}/ is a page to talk to it; Ctrl-C stops it")
+        note(f"{address}/v1 answers as OpenAI's chat completions do")
+        server.serve_forever()
+
+
 class _Handler(BaseHTTPRequestHandler):
-    """One connection. make_server's subclass holds `serving` and `one_at_a_time`."""
+    """One connection. make_server's subclass holds what is common to all: the arguments of make_server, and `one_at_a_time`."""
 
     protocol_version = "HTTP/1.1"
     timeout = SILENCE
@@ -89,7 +75,25 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.streaming = False
         try:
-            self._answer()
+            path = unquote(urlsplit(self.path).path)
+            body = self._read_body() if self.command == "POST" else b""
+            # A browser that opens the page, or asks what it may send, brings no key; the page asks for it.
+            self._check_asker(needs_key=path != "/" and self.command != "OPTIONS")
+            match self.command, path.removeprefix("/v1").rstrip("/"):
+                case "OPTIONS", _:
+                    asked = " ".join(self.headers.get("Access-Control-Request-Headers", "").split())
+                    allowed = {"Methods": "GET, POST", "Headers": asked or "authorization, content-type"}
+                    headers = {f"Access-Control-Allow-{name}": text for name, text in allowed.items()}
+                    self._send(HTTPStatus.NO_CONTENT, b"", headers)
+                case "GET", "" if path == "/":
+                    self._send_page()
+                case "GET", "/models":
+                    models = [describe_model(model, self.options) for model in self.models]
+                    self._send_json(HTTPStatus.OK, {"object": "list", "data": models})
+                case "POST", "/chat/completions":
+                    self._chat(*read_request(body, self.options))
+                case _:
+                    raise Refused(HTTPStatus.NOT_FOUND, "wanted /, /v1/models or /v1/chat/completions")
         except Refused as refusal:
             self._refuse(*refusal.args)
         except OSError:  # the client has left, and its answer ends here
@@ -100,28 +104,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_POST = do_OPTIONS = do_GET
 
-    def _answer(self):
-        serving, path = self.serving, unquote(urlsplit(self.path).path)
-        body = self._read_body() if self.command == "POST" else b""
-        # A browser that opens the page, or asks what it may send, brings no key; the page asks for it.
-        self._check_asker(needs_key=path != "/" and self.command != "OPTIONS")
-        match self.command, path.removeprefix("/v1").rstrip("/"):
-            case "OPTIONS", _:
-                asked = " ".join(self.headers.get("Access-Control-Request-Headers", "").split())
-                allowed = {"Methods": "GET, POST", "Headers": asked or "authorization, content-type"}
-                headers = {f"Access-Control-Allow-{name}": text for name, text in allowed.items()}
-                self._send(HTTPStatus.NO_CONTENT, b"", headers)
-            case "GET", "" if path == "/":
-                self._send_page()
-            case "GET", "/models":
-                pairs = zip(serving.models, serving.systems)
-                models = [describe_model(model, serving.options, system) for model, system in pairs]
-                self._send_json(HTTPStatus.OK, {"object": "list", "data": models})
-            case "POST", "/chat/completions":
-                self._chat(*read_request(body, serving.options))
-            case _:
-                raise Refused(HTTPStatus.NOT_FOUND, "wanted /, /v1/models or /v1/chat/completions")
-
     def _read_body(self):
         """The bytes of a request, sent as a whole or in chunks (RFC 9112, section 7.1)."""
         length, coding = self.headers.get("Content-Length"), self.headers.get("Transfer-Encoding")
@@ -129,15 +111,17 @@ class _Handler(BaseHTTPRequestHandler):
             return self._read(length, 10)
         if coding.strip().lower() != "chunked" or length is not None:
             raise Refused(HTTPStatus.BAD_REQUEST, "wanted a Content-Length, or Transfer-Encoding: chunked")
-        body, line = b"", None
-        while line != b"0":
-            line = self.rfile.readline(LONGEST_LINE).split(b";")[0].strip()
-            body += self._read(line.decode("latin-1"), 16, len(body))
-            if line != b"0" and self.rfile.readline(LONGEST_LINE).strip():
+        body = b""
+        while chunk := self._read(self._line().split(";")[0].strip(), 16, len(body)):
+            body += chunk
+            if self._line().strip():
                 raise Refused(HTTPStatus.BAD_REQUEST, "a chunk is not as long as it says")
-        while self.rfile.readline(LONGEST_LINE).strip():
-            """Fields after the last chunk, which no client needs."""
+        while self._line().strip():
+            pass  # fields after the last chunk, which no client needs
         return body
+
+    def _line(self):
+        return self.rfile.readline(LONGEST_LINE).decode("latin-1")
 
     def _read(self, length, base, before=0):
         """As many bytes as `length` says, a text in base 10 or 16; `before` bytes were there already."""
@@ -148,14 +132,12 @@ class _Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(length, base))
 
     def _chat(self, request, messages, options):
-        serving, name = self.serving, request.get("model")
-        names = [model.name for model in serving.models]
-        if name not in ("", None, *names) and len(names) > 1:
+        names, name = [model.name for model in self.models], request.get("model") or self.models[0].name
+        if name not in names and len(names) > 1:
             raise Refused(HTTPStatus.NOT_FOUND, f"no model {name} here; wanted {' or '.join(names)}")
-        place = names.index(name) if name in names else 0
-        chat_model, system = serving.models[place], serving.systems[place]
-        if system and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system}, *messages]
+        chat_model = self.models[names.index(name) if name in names else 0]
+        if chat_model.system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": chat_model.system}, *messages]
         prompt = chat_model.encode(messages, options)
         chat_model.check_length(prompt)
         answer, stream = Answer(chat_model, prompt), request.get("stream")
@@ -177,9 +159,9 @@ class _Handler(BaseHTTPRequestHandler):
         note(f"[{chat_model.name}: {reply.speed()}]" if len(names) > 1 else f"[{reply.speed()}]")
         if not stream:
             return self._send_json(HTTPStatus.OK, answer.whole(reply))
-        self._send_chunk(answer.event({}, finish_reason=answer.reason(reply)))
+        self._send_chunk(answer.event({}, answer.reason(reply)))
         if request.get("stream_options.include_usage"):
-            self._send_chunk(answer.event(None, usage=answer.usage(reply)))
+            self._send_chunk(answer.last_event(reply))
         self._send_chunk(b"data: [DONE]\n\n")
         self._send_chunk(b"")
 
@@ -194,20 +176,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _check_asker(self, needs_key):
         """Without a key only this machine may ask, and of the pages in its browser only those that it serves itself: a page from
         anywhere can send requests to the loopback. Refused otherwise."""
-        key, given = self.serving.key, self.headers.get("Authorization", "")
+        key, given = self.key, self.headers.get("Authorization", "")
         if key and needs_key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
             raise Refused(HTTPStatus.UNAUTHORIZED, "wrong or no key; wanted Authorization: Bearer KEY")
         if not key and not (_is_local(f"//{self.headers.get('Host', '')}") and self._origin_is_allowed()):
-            hint = (
-                "for pages from a file start it with --file-pages true, for others with --host and --api-key"
-            )
+            hint = "for pages from a file start it with --file-pages, for others with --host and --api-key"
             raise Refused(HTTPStatus.FORBIDDEN, f"only for this machine; {hint}")
 
     def _origin_is_allowed(self):
-        origin, serving = self.headers.get("Origin"), self.serving
-        if origin is None or serving.key:
+        origin = self.headers.get("Origin")
+        if origin is None or self.key:
             return True
-        return serving.file_pages if origin == "null" else _is_local(origin)
+        return self.file_pages if origin == "null" else _is_local(origin)
 
     # ---- sending
 
@@ -231,9 +211,9 @@ class _Handler(BaseHTTPRequestHandler):
         once = secrets.token_hex(16)
         body = PAGE.read_bytes().replace(b"<script>", f'<script nonce="{once}">'.encode(), 1)
         rules = (
-            f"default-src 'none'; script-src 'nonce-{once}'; style-src 'unsafe-inline'; connect-src 'self'"
+            f"default-src 'none'; script-src 'nonce-{once}'; style-src 'unsafe-inline'; connect-src 'self'; "
         )
-        rules += "; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        rules += "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         headers = {"Content-Security-Policy": rules, "Cache-Control": "no-store"}
         self._send(HTTPStatus.OK, body, headers, "text/html; charset=utf-8")
 
@@ -245,7 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):  # it may have left
             if not self.streaming:
                 return self._send_json(status, error)
-            self._send_chunk(f"data: {json.dumps(error, ensure_ascii=False)}\n\n".encode())
+            self._send_chunk(as_event(error))
             self._send_chunk(b"")
 
     def send_error(self, code, message=None, explain=None):

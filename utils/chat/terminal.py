@@ -7,19 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from utils.errors import UserError
 from utils.files import show_path
-from utils.model.folder import find_models, written_at
+from utils.model.folder import written_at
 from utils.text import printable
 
 QUOTES = '"""'
+LOOPBACK = ("127.0.0.1", "localhost", "::1")  # addresses of this machine alone
 
 
 def prepare_terminal(commands: Sequence[str]) -> None:
-    """Switch on line editing (arrow keys, history, whole pastes) where Python has readline; Windows edits by itself.
-
-    Tab completes `commands`, such as "/help".
-    """
+    """Switch on line editing (arrow keys, history, whole pastes) where Python has readline; Windows edits by itself. Tab
+    completes `commands`, such as "/help"."""
     try:
         import readline
     except ImportError:
@@ -32,28 +30,20 @@ def prepare_terminal(commands: Sequence[str]) -> None:
 
 
 def completions(begun: str, commands: Sequence[str]) -> list[str]:
-    """The commands that begin so; none for text that is no command."""
+    """The commands that begin so."""
     return [command for command in commands if begun.startswith("/") and command.startswith(begun)]
 
 
 def read_message() -> str:
-    """One message; EOFError at Ctrl-D. It goes on after a line that ends in a backslash, and until quotes are closed.
+    """One message, of several lines until the quotes that begin it are closed; EOFError at Ctrl-D.
 
     The prompts hold no colour codes, so that readline counts their width right.
     """
     text = input("> ")
-    while goes_on(text):
-        text = (text if text.lstrip().startswith(QUOTES) else text[:-1]) + "\n" + input("... ")
+    while (begun := text.strip()).startswith(QUOTES) and not (len(begun) >= 6 and begun.endswith(QUOTES)):
+        text += "\n" + input("... ")
     typed = text.encode("utf-8", "surrogateescape")  # a character may be half deleted
     return typed.decode("utf-8", "replace").strip()
-
-
-def goes_on(text: str) -> bool:
-    """Tell whether a message needs another line."""
-    begun = text.strip()
-    if begun.startswith(QUOTES):
-        return len(begun) < 2 * len(QUOTES) or not begun.endswith(QUOTES)
-    return text.endswith("\\")
 
 
 def dim(text: str, stream: TextIO) -> str:
@@ -78,24 +68,6 @@ def show_models(found: list[Path]) -> None:
     for number, folder in enumerate(found, 1):
         finished = time.strftime("%Y-%m-%d %H:%M", time.localtime(written_at(folder)))
         note(f"  {number}  {show_path(folder):<40} {finished}")
-
-
-def choose_model(ask: bool) -> str:
-    """A folder (str) from trainer_output/ or model_download/: asked for at the terminal, else the first of the list."""
-    found = find_models()
-    if not found:
-        raise UserError("no model is here yet; download one with: python model_download/download_model.py")
-    if not ask:
-        note(f"no model named, taking {show_path(found[0])}")
-        return str(found[0])
-    show_models(found)
-    while True:
-        try:
-            answer = input(f"Which model? [1-{len(found)}, Enter for 1] ").strip() or "1"
-        except EOFError:
-            raise UserError("no model chosen") from None
-        if answer.isdecimal() and 1 <= int(answer) <= len(found):
-            return str(found[int(answer) - 1])
 
 
 class AnswerPrinter:
