@@ -9,7 +9,7 @@ Held-out loss, exam (by option text and by option letter; true or false, and sev
 pairs, facts stated (alone, and as second and fourth question of a conversation), cautions, a control set of general questions,
 sample answers. Writes comparison.md, comparison.json and
 comparison.png to OUTPUT_DIR, every item's scores to OUTPUT_DIR/comparison/, the training curves of the folders that have one to
-curves.png and curves.svg, and report.html in each training folder. A model measured before is not measured again.
+curves.png, and report.html in each training folder. A model measured before is not measured again.
 """
 
 import re
@@ -106,7 +106,7 @@ def main(argv=None):
     comparison = make_comparison(measured, settings, device, left_out, warnings)
 
     # 4. Write and print
-    curves = ", curves.png, curves.svg" if draw_curves(folders, settings.OUTPUT_DIR) else ""
+    curves = ", curves.png" if draw_curves(folders, settings.OUTPUT_DIR) else ""
     write_report(comparison, settings.OUTPUT_DIR)
     pages = write_pages(folders, comparison, settings.OUTPUT_DIR)
     print("\n" + "\n".join(terminal_lines(comparison)))

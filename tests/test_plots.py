@@ -3,7 +3,7 @@
 import pytest
 
 from utils import plots
-from utils.plots import Run, plot_runs, plot_training, smooth
+from utils.plots import Panel, Run, plot_comparison, plot_runs, plot_training, smooth
 
 
 def log_of(steps, evaluations, preference=False):
@@ -54,13 +54,6 @@ def test_runs_of_any_length_can_be_drawn(tmp_path, figures, preference, panels, 
     assert len(figures[0].axes) == panels
 
 
-def test_the_numbers_lie_beside_the_picture(tmp_path):
-    plot_training(log_of(3, {0, 3}), tmp_path / "loss_curve.png", "SFT", 3)
-    assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
-    first, *_, last = (tmp_path / "loss_curve.csv").read_text(encoding="utf-8").splitlines()[1:]
-    assert (first, last) == ("0,4.0,,", "3,1.0,1.0,1e-05")  # training and evaluation of a step on one line
-
-
 def test_the_smoothed_curve_is_a_centred_mean():
     assert list(smooth(plots.numpy.array([0.0, 3.0, 6.0, 0.0]))) == [1.5, 3.0, 3.0, 3.0]
 
@@ -79,9 +72,15 @@ def test_several_runs_in_one_picture(tmp_path, figures):
     assert figures[1].axes[0].get_xlabel() == "optimizer step"
 
 
-def test_several_runs_are_written_as_png_and_svg(tmp_path):
-    plot_runs([Run("sft", log_of(5, {0, 5}), 0)], tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").is_file() and (tmp_path / "curves.svg").is_file()
+def test_shares_are_drawn_to_100_percent_with_their_values_in_the_panel(tmp_path, figures):
+    share = Panel("exam", [1.0, 0.97, 0.5, 0.0], [[0.99, 1.0], [0.9, 0.99], [0.4, 0.6], [0.0, 0.02]], True)
+    plot_comparison([share], ["a", "b", "c", "d"], tmp_path / "comparison.png")
+    axis = figures[0].axes[0]
+    assert axis.get_xlim() == (0, 1) and axis.get_xticks()[-1] == 1
+    axis.figure.canvas.draw()
+    for text in axis.texts:
+        box = text.get_window_extent()
+        assert axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1, text.get_text()
 
 
 @pytest.mark.parametrize("limit, marked", [(100, True), (140, True), (1024, False)])

@@ -3,9 +3,7 @@
 Labels are English, and what comes from elsewhere is put into ASCII: no font has to hold Chinese.
 """
 
-import csv
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -18,6 +16,7 @@ SMOOTHING = 0.05  # the smoothed curve averages over about this share of the run
 MOST_VALUES = 12  # evaluations with their values beside them; of more, only the first, the best and the last have theirs
 NEAR = 1.5  # MAX_LENGTH is drawn up to so many times the longest text, and else told in words
 LONGEST_NAME = 24  # characters of a model's name beside its bars
+INSIDE = 0.82  # a share whose interval ends beyond this has its value inside the bar: the axis ends at 100 %
 TEXT = {"font.size": 13, "axes.titlesize": 14, "legend.fontsize": 12}  # readable on a slide
 
 Entry = dict[str, Any]  # a line of training_log.jsonl
@@ -32,7 +31,7 @@ class Run(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One measure of the comparison, with one value and its 95 % interval per model. A share is drawn from 0 to 100 %.
+    """One measure of the comparison: per model a value and its 95 % interval. A share is drawn from 0 to 100 %.
 
     `chance`: the share that guessing gets; 0: none is drawn.
     """
@@ -63,15 +62,12 @@ def label_text(text: str, instead: str = "") -> str:
     return shown.replace("$", r"\$")
 
 
-def save_figure(
-    pyplot: ModuleType, figure: Any, path: Path, dpi: int = 120, more: Sequence[Path] = ()
-) -> None:
-    """Write a figure to `path` and to the paths in `more`, each whole and in the format of its name, and let go of it."""
+def save_figure(pyplot: ModuleType, figure: Any, path: Path, dpi: int = 120) -> None:
+    """Write a figure to `path`, whole, and let go of it."""
     if figure.get_layout_engine() is None:
         figure.tight_layout()
-    for target in (path, *more):
-        with atomic_write(target, "wb") as file:
-            figure.savefig(file, format=target.suffix[1:], dpi=dpi)
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=dpi)
     pyplot.close(figure)
 
 
@@ -120,15 +116,18 @@ def _draw_bars(axis, panel, names):
     above = [max(0.0, high - value) for value, (_, high) in zip(panel.values, ends)]
     axis.barh(places, panel.values, color=[f"C{place}" for place in places], alpha=0.8)
     axis.errorbar(panel.values, places, xerr=[below, above], fmt="none", ecolor="black", capsize=4)
-    beside = {"textcoords": "offset points", "va": "center", "fontsize": 9}
-    for place, value, (_, high) in zip(places, panel.values, ends):
+    for place, value, (low, high) in zip(places, panel.values, ends):
         text = f"{value:.1%}" if panel.is_share else f"{value:.3f}"
-        axis.annotate(text, (max(high, value), place), (5, 0), **beside)
+        at, offset, side = max(high, value), 5, "left"
+        if panel.is_share and at > INSIDE:
+            at, offset, side = min(low, value), -5, "right"
+        form = {"textcoords": "offset points", "va": "center", "ha": side, "fontsize": 9}
+        axis.annotate(text, (at, place), (offset, 0), **form)
     axis.set_yticks(places, names)
     axis.invert_yaxis()  # the first model on top
     axis.margins(x=0.18)
     if panel.is_share:
-        axis.set_xlim(0, 1.17)
+        axis.set_xlim(0, 1)
         axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
     chance = ""
     if panel.chance:
@@ -141,34 +140,32 @@ def _draw_bars(axis, panel, names):
 
 
 def plot_training(log: list[Entry], path: Path, title: str, best_step: int | None = None) -> None:
-    """Draw a run from its log (entries as in training_log.jsonl) to a PNG at `path`, and its numbers beside it as CSV.
+    """Draw a run from its log (entries as in training_log.jsonl) to a PNG at `path`.
 
-    SFT and LoRA: training loss, each step and smoothed; evaluations as points with their values, that of `best_step` ringed; the
-    learning rate below. DPO runs have three more panels: the share of pairs told apart, the reward margin, and the
-    log-probabilities of the chosen and the rejected answers.
+    Training loss, each step and smoothed; evaluations as points with their values, that of `best_step` ringed; the learning
+    rate below. DPO has three more panels: pairs told apart, the reward margin, and the log-probabilities of both answers.
     """
     pyplot = load_pyplot()
-    mosaic, drawn = [["loss"], ["rate"]], [("loss", "loss", "C0")]
-    titles = {"loss": "loss"}
-    if any("reward_margin" in entry for entry in log):
+    mosaic, heights, size = [["loss"], ["rate"]], [5, 1], (11, 6.2)
+    drawn = [("loss", "loss", "loss", "C0")]  # panel, its title, quantity, colour
+    if is_preference(log):
         mosaic = [["loss", "accuracy"], ["margin", "logps"], ["rate", "rate"]]
-        drawn += [("accuracy", "reward_accuracy", "C0"), ("margin", "reward_margin", "C0")]
-        drawn += [("logps", "chosen_logps", "C0"), ("logps", "rejected_logps", "C3")]
-        titles |= {"accuracy": "share of pairs with a margin above 0", "margin": "reward margin"}
-        titles["logps"] = "log-probability of the answers: chosen blue, rejected red"
-    size, heights = ((16, 9), [5, 5, 1.4]) if len(mosaic) == 3 else ((11, 6.2), [5, 1])
+        heights, size = [5, 5, 1.4], (16, 9)
+        both = "log-probability of the answers: chosen blue, rejected red"
+        drawn += [("accuracy", "share of pairs with a margin above 0", "reward_accuracy", "C0")]
+        drawn += [("margin", "reward margin", "reward_margin", "C0")]
+        drawn += [("logps", both, "chosen_logps", "C0"), ("logps", both, "rejected_logps", "C3")]
     first, last = log[0]["step"], log[-1]["step"]
-    room = max(0.04 * (last - first), 0.5)  # for the values beside the outermost points
+    room = max(0.05 * (last - first), 0.5)  # for the values beside the outermost points
     with pyplot.rc_context(TEXT):
         figure = pyplot.figure(figsize=size, layout="constrained")
         panels = figure.subplot_mosaic(mosaic, height_ratios=heights)
-        for panel, quantity, colour in drawn:
+        for panel, its_title, quantity, colour in drawn:
             _draw_quantity(panels[panel], log, quantity, best_step, colour)
-            panels[panel].set_title(titles[panel], loc="left")
+            panels[panel].set_title(its_title, loc="left")
         if "accuracy" in panels:
             panels["accuracy"].set_ylim(-0.05, 1.1)
-        steps, rates = points(log, "learning_rate")
-        panels["rate"].plot(steps, rates, color="grey", linewidth=1.5, **_dots(len(steps)))
+        _draw_line(panels["rate"], *points(log, "learning_rate"), color="grey", linewidth=1.5)
         panels["rate"].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         panels["rate"].set_ylim(bottom=0)
         panels["rate"].set_ylabel("rate")
@@ -179,7 +176,6 @@ def plot_training(log: list[Entry], path: Path, title: str, best_step: int | Non
         figure.legend(*panels["loss"].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         figure.suptitle(label_text(title))
         save_figure(pyplot, figure, path)
-    write_curve_csv(log, path.with_suffix(".csv"))
 
 
 def _draw_quantity(axis, log, name, best_step, colour):
@@ -188,8 +184,7 @@ def _draw_quantity(axis, log, name, best_step, colour):
         log = [entry for entry in log if entry["step"] > ("loss" in entry)]
     steps, values = points(log, name)
     axis.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8, label="training, each step")
-    smooth_line = {"color": colour, "linewidth": 2.2, "label": "training, smoothed"}
-    axis.plot(steps, smooth(values), **smooth_line, **_dots(len(steps)))
+    _draw_line(axis, steps, smooth(values), color=colour, linewidth=2.2, label="training, smoothed")
     steps, values = points(log, f"eval_{name}")
     points_colour = colour if "logps" in name else "black"
     axis.plot(steps, values, "o", color=points_colour, markersize=6, label="held-out rows", zorder=4)
@@ -201,17 +196,22 @@ def _draw_quantity(axis, log, name, best_step, colour):
     last = len(steps) - 1
     for index in range(len(steps)) if last < MOST_VALUES else sorted({0, *best, last}):
         text = f"{values[index]:.3g}" if abs(values[index]) >= 100 else f"{values[index]:.3f}"
-        _write_beside(axis, steps[index], values[index], text, (0, 11), points_colour)
+        _write_above(axis, steps[index], values[index], text, 11, points_colour)
 
 
-def _write_beside(axis, x, y, text, offset, colour):
+def _draw_line(axis, steps, values, **form):
+    """A line, with its points where they are a handful: a line through one point is nothing to see."""
+    axis.plot(steps, values, marker="." if len(steps) < 4 else "", markersize=8, **form)
+
+
+def _write_above(axis, x, y, text, distance, colour):
     place = {"textcoords": "offset points", "ha": "center", "fontsize": 11, "color": colour, "zorder": 6}
-    axis.annotate(text, (x, y), offset, **place)
+    axis.annotate(text, (x, y), (0, distance), **place)
 
 
-def _dots(count):
-    """A line through one point is nothing to see: then, and for a handful, the points are drawn as well."""
-    return {"marker": ".", "markersize": 8} if count < 4 else {}
+def is_preference(log: list[Entry]) -> bool:
+    """Tell whether it is the log of a DPO run, whose loss is another quantity than that of SFT and LoRA."""
+    return any("reward_margin" in entry for entry in log)
 
 
 def points(log: list[Entry], name: str) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -223,57 +223,39 @@ def points(log: list[Entry], name: str) -> tuple[numpy.ndarray, numpy.ndarray]:
 def smooth(values: numpy.ndarray) -> numpy.ndarray:
     """A centred moving mean, which does not lag behind, over SMOOTHING of all values; at the ends over what there is."""
     reach = max(1, round(SMOOTHING * len(values) / 2))
-    sums = numpy.concatenate([[0.0], numpy.cumsum(values)])
-    first = numpy.maximum(numpy.arange(len(values)) - reach, 0)
-    last = numpy.minimum(numpy.arange(len(values)) + reach + 1, len(values))
-    return (sums[last] - sums[first]) / (last - first)
-
-
-def write_curve_csv(log: list[Entry], path: Path) -> None:
-    """The log as a table for a spreadsheet: one line per step, the held-out figures beside those of training."""
-    steps: dict[int, Entry] = {}
-    for entry in log:
-        steps.setdefault(entry["step"], {}).update(entry)
-    names = list(dict.fromkeys(name for entry in log for name in entry))
-    with atomic_write(path) as file:
-        table = csv.DictWriter(file, names, lineterminator="\n")
-        table.writeheader()
-        table.writerows(steps.values())
+    around = [values[max(0, index - reach) : index + reach + 1] for index in range(len(values))]
+    return numpy.array([part.mean() for part in around])
 
 
 def plot_runs(runs: list[Run], path: Path) -> None:
-    """Draw the losses of several runs over one another, to `path` (a .png) and as SVG beside it.
+    """Draw the losses of several runs over one another, those of DPO in a panel of their own.
 
-    Against tokens trained on if every run tells how many, else against optimizer steps. DPO's loss is another quantity than
-    that of SFT and LoRA: if both are there, each has a panel.
+    Against tokens trained on if every run tells how many, else against optimizer steps.
     """
     pyplot = load_pyplot()
-    panels: dict[str, list] = {}
-    for number, run in enumerate(runs):
-        preference = any("reward_margin" in entry for entry in run.entries)
-        panels.setdefault("DPO loss" if preference else "loss (SFT, LoRA)", []).append((number, run))
     by_tokens = all(run.tokens_per_step for run in runs)
+    titles = ["DPO loss" if is_preference(run.entries) else "loss (SFT, LoRA)" for run in runs]
     with pyplot.rc_context(TEXT):
+        panels = sorted(set(titles), reverse=True)
         form = {"figsize": (9 * len(panels), 6), "squeeze": False, "layout": "constrained"}
         figure, [axes] = pyplot.subplots(1, len(panels), **form)
-        for axis, title in zip(axes, sorted(panels, reverse=True)):
-            for number, run in panels[title]:
-                _draw_run(axis, run, number, run.tokens_per_step if by_tokens else 1)
+        for number, (run, title) in enumerate(zip(runs, titles)):
+            axis, colour = (
+                axes[panels.index(title)],
+                f"C{number + 1}",
+            )  # as in comparison.png, where the base comes first
+            scale, name = run.tokens_per_step if by_tokens else 1, label_text(run.name, f"model {number + 1}")
+            steps, values = points(run.entries, "loss")
+            _draw_line(axis, steps * scale, smooth(values), color=colour, linewidth=2, label=name)
+            steps, values = points(run.entries, "eval_loss")
+            axis.plot(steps * scale, values, "o", color=colour, markersize=6, markeredgecolor="black")
+            if len(steps):
+                height = 10 + 12 * (number % 3)
+                _write_above(axis, steps[-1] * scale, values[-1], f"{values[-1]:.3f}", height, colour)
+        for axis, title in zip(axes, panels):
             axis.set_title(title, loc="left")
             axis.set_xlabel("tokens trained on" if by_tokens else "optimizer step")
             axis.grid(alpha=0.3)
-            axis.legend(loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2, frameon=False)
+            axis.legend(loc="upper left", bbox_to_anchor=(0, -0.14), ncols=3, frameon=False)
         figure.suptitle("Lines: training loss, smoothed. Points: held-out rows of each run")
-        save_figure(pyplot, figure, path, more=[path.with_suffix(".svg")])
-
-
-def _draw_run(axis, run, number, scale):
-    name, colour = label_text(run.name, f"model {number + 1}"), f"C{number}"
-    steps, values = points(run.entries, "loss")
-    axis.plot(steps * scale, smooth(values), color=colour, linewidth=2, label=name, **_dots(len(steps)))
-    steps, values = points(run.entries, "eval_loss")
-    axis.plot(steps * scale, values, "o", color=colour, markersize=6, markeredgecolor="black")
-    if len(steps):
-        _write_beside(
-            axis, steps[-1] * scale, values[-1], f"{values[-1]:.3f}", (0, 10 + 12 * (number % 3)), colour
-        )
+        save_figure(pyplot, figure, path)

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from model_download.download_model import TINY_DIR as TINY
 from utils.errors import UserError
 from utils.evaluation.report import draw_curves, write_pages
 from utils.files import read_json, write_json, write_jsonl
@@ -128,6 +129,10 @@ def test_a_damaged_record_costs_its_page_and_no_more(folder, compared, tmp_path,
     write_json(folder / "run.json", read_json(folder / "run.json") | odd)
     assert write_pages({"sft": str(folder)}, *compared) == [] and draw_curves({"sft": str(folder)}, tmp_path)
     assert "left out: " in capsys.readouterr().out
+
+
+def test_the_pre_training_of_the_base_is_no_curve(tmp_path):
+    assert (TINY / "training_log.jsonl").is_file() and not draw_curves({"base": str(TINY)}, tmp_path)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

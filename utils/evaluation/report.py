@@ -68,11 +68,14 @@ def write_report(comparison: dict[str, Any], place: Path) -> None:
 
 
 def draw_curves(folders: dict[str, str], place: Path) -> bool:
-    """Draw the curves of the training folders among {name: folder} to curves.png and curves.svg; False if there is none."""
+    """Draw the curves of the training runs among {name: folder} to curves.png; False if there is none.
+
+    The tiny base, whose folder holds the log of its pre-training, is no run: it has no run.json.
+    """
     runs = []
     for name, folder in folders.items():
         log = Path(folder) / "training_log.jsonl"
-        if entries := read_log(log) if log.is_file() else []:
+        if entries := read_log(log) if log.is_file() and log.with_name("run.json").is_file() else []:
             results = (usable_record(folder) or {}).get("results", {})
             try:
                 runs.append(Run(name, entries, results["tokens"] / results["steps"]))
