@@ -53,7 +53,7 @@ def test_code_in_a_model_folder_is_not_run(place, tmp_path, kind, loads):
         load_tokenizer(check_model(str(folder)))
         load_model(str(folder), torch.float32)
     else:
-        with pytest.raises(UserError, match="code from a model is not run here"):
+        with pytest.raises(UserError, match="is a own model; wanted Qwen3"):
             load_model(check_model(str(folder)), torch.float32)
     assert not (tmp_path / "trace").exists()
 

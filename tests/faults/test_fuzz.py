@@ -17,7 +17,7 @@ import torch
 from utils.errors import UserError
 from utils.files import read_log, write_json, write_jsonl
 from utils.kept import is_kept, read_kept, seal, write_kept
-from utils.model.folder import RECORD_FIELDS, check_model, load_model, load_tokenizer, read_record
+from utils.model.folder import check_model, load_model, load_tokenizer, read_record
 
 VALUES = (None, True, -1, 0, 10**30, 1e308, math.nan, "", "x" * 300, "(a+)+$", "../x", [], {}, [[]], [None], {"a": 1})  # fmt: skip
 TEXTS = ("", "\0", "[]", "3", "null", "{", '"text"', "[" * 50_000, "9" * 5000, '{"a": 1}', "\ufeff{}")
@@ -62,7 +62,7 @@ def targets(tmp_path_factory, tiny_folder):
     place = tmp_path_factory.mktemp("fuzz")
     model, run = shutil.copytree(tiny_folder, place / "model"), place / "run"
     adapter = make_adapter(tiny_folder, run / "checkpoint-1")
-    record = {"status": "finished", "identity": {"MODEL": "x"}, "settings": {}, "results": {}}
+    record = {"status": "finished", "identity": {"MODEL": "x"}, "settings": {"MODEL": "x"}, "results": {}}
     write_json(run / "run.json", record)
     log = [{"step": n, "loss": 1.5, "learning_rate": 1e-5} for n in range(5)]
     write_jsonl(run / "training_log.jsonl", log)
@@ -77,7 +77,7 @@ def targets(tmp_path_factory, tiny_folder):
     return [
         *((model / name, lambda: load(model), None) for name in MODEL_FILES),
         (adapter / "adapter_config.json", lambda: load(adapter), None),
-        (run / "run.json", lambda: read_record(run, RECORD_FIELDS), None),
+        (run / "run.json", lambda: read_record(run), None),
         (run / "run.json", lambda: load(adapter), None),
         (run / "training_log.jsonl", lambda: read_log(run / "training_log.jsonl"), None),
         (run / "kept.json", lambda: read_kept(run / "kept.json", IDENTITY), KEPT),

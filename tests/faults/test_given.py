@@ -7,7 +7,7 @@ pytestmark = pytest.mark.slow
 
 FILE = "photo.png is a file, wanted a folder"
 MAKE = "does not exist; make it with: python data_prepare/"
-NO_BASE = "orphan is a LoRA adapter for /gone/base, which is not there"
+NO_BASE = "orphan is an adapter for /gone/base, which is not there"
 GIVEN = [  # a command, and words of the line
     # wrong folders
     ("sample --tables-dir {w}/nowhere", "nowhere/wordings.json"),

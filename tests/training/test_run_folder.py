@@ -8,7 +8,6 @@ import pytest
 from small_runs import same_weights, train
 
 from utils.files import read_json, write_json
-from utils.model.folder import write_record
 
 
 def test_a_finished_run_says_so_and_is_left_alone(runs, place, capsys):
@@ -94,7 +93,7 @@ def stopped(runs, tmp_path):
     def copy(method):
         output = tmp_path / "stopped"
         shutil.copytree(runs(method), output)
-        write_record(output, read_json(output / "run.json") | {"status": "running"})
+        write_json(output / "run.json", read_json(output / "run.json") | {"status": "running"})
         newest = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         shutil.rmtree(newest)
         return output
@@ -129,7 +128,7 @@ def test_a_manifest_that_lists_no_whole_checkpoint(stopped, place, capsys, manif
 def test_a_damaged_record_is_told_by_its_field(runs, place, tmp_path, capsys, field):
     output = tmp_path / "out"
     shutil.copytree(runs("sft"), output)
-    write_record(output, read_json(output / "run.json") | {field: 5})
+    write_json(output / "run.json", read_json(output / "run.json") | {field: 5})
     assert train("sft", place, output) == 2
     said = capsys.readouterr().err
     assert f"run.json is damaged: its {field} is no" in said and said.count("\n") == 1

@@ -1,29 +1,26 @@
-"""Model folders: find, check, load and save them, and read and write a run's run.json.
+"""Model folders: find, check, load and save them, and read a run's run.json.
 
 Safetensors only, no remote code, and no network once the models are on disk.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import textwrap
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.errors import UserError
+from safetensors import SafetensorError, safe_open
+
+from utils.errors import NO_MEMORY, UserError
 from utils.files import missing, read_json, sha256_of, show_path, write_json
 from utils.model.chat_format import DECODING, generation_settings, with_default_mode
-from utils.model.folder_checks import (
-    INDEX,
-    adapter_base,
-    cannot_load,
-    check_files,
-    read_object,
-    told_in_one_line,
-)
 from utils.settings import ROOT
 
 if TYPE_CHECKING:  # a wrong folder is refused before these are imported
@@ -32,13 +29,20 @@ if TYPE_CHECKING:  # a wrong folder is refused before these are imported
 
     from utils.device import Device
 
-# The commands that make the folders which settings name.
-MADE_BY = {
+MADE_BY = {  # the commands that make the folders which settings name
     "model_download/Qwen3-0.6B": "python model_download/download_model.py",
     "trainer_output/sft_finetuned": "python model_finetune/finetune_sft.py",
     "trainer_output/lora_finetuned": "python model_finetune/finetune_lora.py",
     "trainer_output/dpo_finetuned": "python model_finetune/finetune_dpo.py",
 }
+INDEX = "model.safetensors.index.json"
+RECORD = "run.json"
+TOKENS_OF_CONFIG = ("bos_token_id", "pad_token_id")  # in config.json as well as in generation_config.json
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """True if a model folder holds a LoRA adapter, not a whole model."""
+    return (Path(folder) / "adapter_config.json").is_file()
 
 
 def check_model(model: str) -> str:
@@ -47,32 +51,26 @@ def check_model(model: str) -> str:
     Looks at names only, so that a wrong folder is refused before torch is imported.
     """
     folder, weights = _find(model), "*.safetensors"
+    shown = show_path(folder)
     if not folder.is_dir():
-        inside = (folder.parent / "config.json").is_file()
-        hint = f"; did you mean {show_path(folder.parent)}?" if inside else ""
-        raise UserError(f"{show_path(folder)} is a file, wanted a model folder{hint}")
-    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{shown} is a file, wanted a model folder; did you mean {show_path(folder.parent)}?")
+    if is_adapter(folder):
         weights = "adapter_model.safetensors"  # peft would go on with a pickled adapter_model.bin
         base = adapter_base(folder)
         if not Path(base).is_dir():
-            missing = f"is a LoRA adapter for {base}, which is not there"
-            raise UserError(f"{show_path(folder)} {missing}; use its merged/ folder")
-        if Path(base).resolve() == folder.resolve():
-            raise cannot_load(folder, "adapter_config.json", "names itself as its base")
+            raise UserError(f"{shown} is an adapter for {base}, which is not there; use its merged/ folder")
         check_model(base)
     elif not (folder / "config.json").is_file():
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
         nested = [*folder.glob("*/config.json"), *folder.glob("*/adapter_config.json")]
-        hint = "a model has config.json and *.safetensors"
-        if nested:
-            newest = max(nested, key=lambda path: path.stat().st_mtime)
-            hint = f"did you mean {show_path(newest.parent)}?"
-        raise UserError(f"{show_path(folder)} is not a model folder (it holds {found}); {hint}")
+        newest = max(nested, key=lambda path: path.stat().st_mtime, default=None)
+        hint = f"did you mean {show_path(newest.parent)}?" if newest else "a model has config.json"
+        raise UserError(f"{shown} is not a model folder (it holds {found}); {hint}")
     if not list(folder.glob(weights)):
-        raise UserError(f"{show_path(folder)} holds no *.safetensors weights; other formats are not loaded")
+        raise UserError(f"{shown} holds no *.safetensors weights; other formats are not loaded")
     if not (folder / "tokenizer.json").is_file():
         raise UserError(
-            f"{show_path(folder)} has no tokenizer; copy tokenizer*.json and chat_template.jinja from its base"
+            f"{shown} has no tokenizer; copy tokenizer*.json and chat_template.jinja from its base"
         )
     return str(folder)
 
@@ -92,12 +90,62 @@ def _find(model: str) -> Path:
     raise missing(path if (ROOT / model).exists() else ROOT / model, f"make it with: {command}")
 
 
+def check_files(folder: Path) -> None:
+    """UserError, in one line that names the file, unless the folder holds a Qwen3 or a LoRA adapter in safetensors.
+
+    The folder may be a stranger's: nothing in it is run, no file outside it is read. Shapes are compared when it is loaded.
+    """
+    if is_adapter(folder):
+        if read_object(folder, "adapter_config.json").get("peft_type") != "LORA":
+            raise cannot_load(folder, "adapter_config.json", "is of no LoRA adapter")
+        return
+    config, names = read_object(folder, "config.json"), ["model.safetensors"]
+    if config.get("model_type") != "qwen3":
+        kind = str(config.get("model_type"))[:40]
+        raise UserError(f"{show_path(folder)} is a {kind} model; wanted Qwen3")
+    for name in ("quantization_config", "transformers_weights", "attention_bias"):
+        if config.get(name):
+            raise cannot_load(folder, "config.json", f"asks for {name}, which is not supported here")
+    if not (folder / "model.safetensors").is_file():
+        places = read_object(folder, INDEX).get("weight_map")
+        names = sorted(set(map(str, places.values()))) if isinstance(places, dict) else [""]
+    for name in names:
+        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name) or not (folder / name).is_file():
+            raise cannot_load(folder, INDEX, f"names {name[:60]!r}; wanted *.safetensors of the folder")
+        try:
+            with safe_open(folder / name, "numpy"):  # compares the header with the file's size
+                pass
+        except (OSError, SafetensorError) as error:
+            raise cannot_load(folder, name, f"is not whole, or no safetensors file ({error})") from None
+
+
+def read_object(folder: Path, name: str) -> dict:
+    """The JSON object in a small file of a model folder."""
+    found = read_json(folder / name)
+    if not isinstance(found, dict):
+        raise cannot_load(folder, name, "holds no JSON object")
+    return found
+
+
+def cannot_load(folder: str | Path, name: str, problem: str) -> UserError:
+    return UserError(f"{show_path(folder)} cannot be loaded: {name} {problem}")
+
+
+def adapter_base(folder: str | Path) -> str:
+    """The base model that a LoRA adapter folder names: a path (relative ones are to the repository) or a Hub id."""
+    base = read_object(Path(folder), "adapter_config.json").get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
+        raise cannot_load(folder, "adapter_config.json", "names no base model (base_model_name_or_path)")
+    if base.startswith(("//", "\\\\")):  # Windows would log in at a server of the adapter's choice
+        raise cannot_load(folder, "adapter_config.json", "names a base model on another machine")
+    return str(ROOT / base) if (ROOT / base).is_dir() else base
+
+
 def find_models() -> list[Path]:
     """Folders that load: finished runs, the newest first, then downloaded models, Qwen3-0.6B before the tiny one."""
     output = ROOT / "trainer_output"
-    runs = filter(_loads, (*output.glob("*/"), *output.glob("demo/*/")))
-    bases = filter(_loads, (ROOT / "model_download").glob("*/"))
-    return sorted(runs, key=written_at, reverse=True) + sorted(bases)
+    runs = sorted(filter(_loads, (*output.glob("*/"), *output.glob("demo/*/"))), key=written_at, reverse=True)
+    return runs + sorted(filter(_loads, (ROOT / "model_download").glob("*/")))
 
 
 def _loads(folder: Path) -> bool:
@@ -116,18 +164,19 @@ def written_at(folder: Path) -> float:
 
 def model_sha256(model: str | Path) -> str:
     """One sha256 over the weights, config and tokenizer of a model folder."""
-    kinds = (".safetensors", ".jinja")
     names = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", INDEX)
     files = Path(model).iterdir()
-    digests = {path.name: sha256_of(path) for path in files if path.suffix in kinds or path.name in names}
+    counted = [path for path in files if path.suffix in (".safetensors", ".jinja") or path.name in names]
+    digests = {path.name: sha256_of(path) for path in counted}
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def quiet_offline() -> None:
     """Before transformers is imported: no usage pings, and nothing asks the Hub."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # Threads and forks do not mix, and we batch anyway.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # threads and forks do not mix, and we batch anyway
     os.environ["HF_HUB_OFFLINE"] = "1"
     # peft asks transformers for this under its old name; nothing that a user could change
     old_name = "`is_gradient_checkpointing` is deprecated"
@@ -135,6 +184,18 @@ def quiet_offline() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # "Loading weights" bars of a fraction of a second
+
+
+@contextlib.contextmanager
+def told_in_one_line(model: str, name: str) -> Iterator[None]:
+    """Turn what the libraries raise for damaged or foreign files (any Exception) into a UserError of one line that names the file."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY):
+            raise
+        why = textwrap.shorten(str(error) or type(error).__name__, 300)
+        raise UserError(f"{model} cannot be loaded: {name} is damaged or foreign ({why})") from None
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -147,28 +208,24 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(tokenizer.chat_template, str) or "<|im_end|>" not in tokenizer.get_vocab():
         raise UserError(f"{model} is no Qwen chat model: its tokenizer has no chat template with <|im_end|>")
-    while (folder / "adapter_config.json").is_file():
+    while is_adapter(folder):
         folder = Path(adapter_base(folder))
-        if (
-            not folder.is_dir()
-        ):  # an exported adapter's base may not be here; whoever loads the weights is told
+        if not folder.is_dir():  # the base may not be here; whoever loads the weights is told
             return tokenizer
-        check_files(folder)
-    size, last = read_json(folder / "config.json")["vocab_size"], max(tokenizer.get_vocab().values())
-    if last >= size:
-        problem = f"is of another model: it has token {last:,}, and the model knows {size:,}"
-        raise cannot_load(model, "tokenizer.json", problem)
+    size, last = read_object(folder, "config.json").get("vocab_size"), max(tokenizer.get_vocab().values())
+    if not isinstance(size, int) or last >= size:
+        raise cannot_load(model, "tokenizer.json", f"has token {last:,}, and config.json vocab_size {size}")
     return tokenizer
 
 
 def load_model(model: str, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The causal language model of a folder in `dtype`; a LoRA adapter comes merged into its base.
+    """The causal language model of a folder in `dtype`, an adapter merged into its base.
 
-    The merge is done in float32 and rounded once, as for a merged/ folder, so that both give the same answers.
+    The merge is done in float32 and rounded once, as for a merged/ folder: both give the same answers.
     """
     import torch
 
-    if not (Path(model) / "adapter_config.json").is_file():
+    if not is_adapter(model):
         return _load_whole(model, dtype)
     from peft import PeftModel
     from transformers import GenerationConfig
@@ -177,13 +234,11 @@ def load_model(model: str, dtype: torch.dtype | str) -> PreTrainedModel:
     check_files(Path(model))
     path, base = Path(model), adapter_base(model)
     # A checkpoint belongs to the run in the folder above it.
-    record = read_record(path, {"identity": dict}) or read_record(path.parent, {"identity": dict})
+    record = read_record(path) or read_record(path.parent)
     trained_on = record and record["identity"].get("MODEL")
     if trained_on and trained_on != f"sha256 {model_sha256(base)}":
-        raise UserError(
-            f"{show_path(path)} was trained on other weights than {show_path(base)} holds now; "
-            "use its merged/ folder, or bring that base model back"
-        )
+        other = f"was trained on other weights than {show_path(base)} holds now"
+        raise UserError(f"{show_path(path)} {other}; use its merged/ folder, or bring that base model back")
     base = load_model(base, torch.float32)
     with told_in_one_line(model, "adapter_config.json or adapter_model.safetensors"):
         merged = PeftModel.from_pretrained(base, model).merge_and_unload()
@@ -195,17 +250,33 @@ def load_model(model: str, dtype: torch.dtype | str) -> PreTrainedModel:
     return merged
 
 
-def load_for_lora(model: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a folder with frozen weights, for adapters.
+def _load_whole(model, dtype):
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    Linear layers and embeddings are held in `dtype`, in which their products are computed anyway: with bfloat16 half the memory,
-    and no copy of them in every step. The norms stay float32.
+    check_files(Path(model))
+    with told_in_one_line(model, "config.json or *.safetensors"):
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config._attn_implementation = "sdpa"  # a name in config.json would be fetched as a kernel
+        how = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+        loaded, report = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, config=config, **how)
+    if set(loaded.config.layer_types) != {"full_attention"}:
+        raise cannot_load(model, "config.json", "asks for sliding windows, which are not supported here")
+    # transformers would go on with random numbers for those that are missing, and without those that it does not expect
+    for name, keys in (("lacks", report["missing_keys"]), ("does not expect", report["unexpected_keys"])):
+        if keys:
+            raise cannot_load(model, "config.json", f"{name} {sorted(keys)[0]}")
+    return loaded
+
+
+def load_for_lora(model: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a folder with frozen weights, for adapters; its norms stay float32.
+
+    Linear layers and embeddings are held in `dtype`, in which their products are computed anyway: no copy of them in every step.
     """
     import torch
     from torch import nn
 
-    adapter = (Path(model) / "adapter_config.json").is_file()
-    loaded = load_model(model, torch.float32 if adapter else "auto")
+    loaded = load_model(model, torch.float32 if is_adapter(model) else "auto")
     for module in loaded.modules():
         held = dtype if isinstance(module, nn.Linear | nn.Embedding) else torch.float32
         for weight in module.parameters(recurse=False):
@@ -217,39 +288,11 @@ def load_for_answers(model: str, device: Device) -> PreTrainedModel:
     """The model of a folder on `device`, its weights in the device's form for answers."""
     from utils.model.qwen3_answer import hold_weights
 
-    adapter = (Path(model) / "adapter_config.json").is_file()
     # Weights that are packed anyway are not widened to float32 before.
-    dtype = device.dtype if device.weights == "plain" or adapter else "auto"
+    dtype = device.dtype if device.weights == "plain" or is_adapter(model) else "auto"
     loaded = load_model(model, dtype).to(device.name).eval()
     hold_weights(loaded, device.weights)
     return loaded
-
-
-def _load_whole(model, dtype):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    check_files(Path(model))
-    with told_in_one_line(model, "config.json"):
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-        config._attn_implementation = "sdpa"  # a name in config.json would be fetched as a kernel
-    with told_in_one_line(model, "config.json or *.safetensors"):
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            model,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            config=config,
-        )
-    if set(loaded.config.layer_types) != {"full_attention"}:
-        raise UserError(f"{model} is a qwen3 model; wanted Qwen3, without sliding windows")
-    missing = sorted(report["missing_keys"])
-    if missing:  # transformers would go on with random numbers in their place
-        raise UserError(f"{model} is not whole: its weights lack {', '.join(missing[:3])} ...")
-    return loaded
-
-
-TOKENS_OF_CONFIG = ("bos_token_id", "pad_token_id")  # in config.json as well as in generation_config.json
 
 
 def remember_mode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, thinking: bool) -> None:
@@ -273,13 +316,6 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     model.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)  # an adapter's save_pretrained leaves it out
     tokenizer.save_pretrained(folder)
-    path = Path(folder) / "adapter_config.json"
-    if path.is_file():  # PEFT writes its sets of names in an order that differs from run to run
-        config = read_json(path)
-        for value in config.values():
-            if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
-                value.sort()
-        write_json(path, config)
     write_config_for_other_tools(Path(folder))
 
 
@@ -312,8 +348,8 @@ def write_config_for_other_tools(folder: Path) -> None:
 def save_adapter_and_merged(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save the adapter of a PeftModel at the root of `folder`, the merged model in merged/. `model` is of no use afterwards.
 
-    The base is read from its folder once more, in float32: in training it may have been held in bfloat16, and the merged
-    weights are to be rounded no further than those of a base that was not.
+    The base is read from its folder once more, in float32: training may have held it in bfloat16, which would round the merged
+    weights further.
     """
     import torch
 
@@ -329,46 +365,32 @@ def save_adapter_and_merged(model: torch.nn.Module, tokenizer: PreTrainedTokeniz
     save_model(merged, tokenizer, folder / "merged")
 
 
-RECORD = "run.json"
-# The fields that a run needs to go on, and of what type they are.
-RECORD_FIELDS: dict[str, type] = {"status": str, "identity": dict, "settings": dict}
-
-
-def read_record(folder: str | Path, fields: dict[str, type] | None = None) -> dict[str, Any] | None:
-    """The record of a training folder; None where it has none. UserError where it is damaged or lacks one of `fields`."""
+def read_record(folder: str | Path) -> dict[str, Any] | None:
+    """The record of a training folder: status, identity, settings, results if it is finished. None without one, UserError if damaged."""
     path = Path(folder) / RECORD
     if not path.is_file():
         return None
-    record, wanted = read_json(path), dict(fields or {})
-    if not isinstance(record, dict):
-        raise UserError(f"{show_path(path)} is damaged: it holds no object")
-    if fields and record.get("status") == "finished":
-        wanted["results"] = dict
-    for name, kind in wanted.items():
+    record = read_object(path.parent, RECORD)
+    finished = {"results": dict} if record.get("status") == "finished" else {}
+    for name, kind in {"status": str, "identity": dict, "settings": dict, **finished}.items():
         if not isinstance(record.get(name), kind):
             problem = f"its {name} is no {kind.__name__}; restore the file, or start over with --fresh"
             raise UserError(f"{show_path(path)} is damaged: {problem}")
+    if not isinstance(record["settings"].get("MODEL"), str):
+        raise UserError(f"{show_path(path)} is damaged: it names no MODEL")
     return record
+
+
+def usable_record(folder: str | Path) -> dict[str, Any] | None:
+    """The record of a training folder; None if it has none, or a damaged one, which is said: for what can do without."""
+    try:
+        return read_record(folder)
+    except UserError as problem:
+        print(f"left out: {problem}")
+        return None
 
 
 def run_folder(folder: Path) -> Path:
     """The training folder that a model folder belongs to: itself, or the one above merged/ or a checkpoint."""
     inside = folder.name == "merged" or folder.name.startswith("checkpoint-")
     return folder.parent if inside and not (folder / RECORD).is_file() else folder
-
-
-def usable_record(folder: str | Path) -> dict[str, Any] | None:
-    """The record of a training folder; None if it has none, or a damaged one, which is said: for what can do without."""
-    try:
-        record = read_record(folder, RECORD_FIELDS)
-        if record and not isinstance(record["settings"].get("MODEL"), str):
-            raise UserError(f"{show_path(Path(folder) / RECORD)} is damaged: it names no MODEL")
-        return record
-    except UserError as problem:
-        print(f"left out: {problem}")
-        return None
-
-
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write the record of a training folder."""
-    write_json(folder / RECORD, record)

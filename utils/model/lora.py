@@ -21,8 +21,10 @@ def add_lora(model, settings) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, config)
+    config = adapted.peft_config["default"]
     # inside the repository: relative to it, so that adapter and base can move together
-    adapted.peft_config["default"].base_model_name_or_path = settings.as_dict()["MODEL"]
+    config.base_model_name_or_path = settings.as_dict()["MODEL"]
+    config.target_modules = sorted(config.target_modules)  # a set's order differs from process to process
     for layer in adapted.modules():
         if isinstance(layer, peft_lora.Linear) and layer.base_layer.bias is None:
             layer.__class__ = LoraLinear

@@ -36,7 +36,7 @@ def write_page(
     `comparison`: the content of a comparison.json that this run is part of under `name`; its figures and answers come into the
     page, and the pictures beside it, which lie in the folder `pictures`.
     """
-    record = read_record(folder, {"settings": dict})
+    record = read_record(folder)
     if record is None:
         raise UserError(f"{show_path(folder)} holds no run.json: it is no training folder")
     settings, results = record["settings"], record.get("results", {})

@@ -29,7 +29,7 @@ from utils.device import Device
 from utils.errors import RunError, UserError
 from utils.files import read_json, sha256_of, show_path, write_folder, write_json
 from utils.kept import damage, seal
-from utils.model.folder import RECORD_FIELDS, adapter_base, model_sha256, read_record, write_record
+from utils.model.folder import RECORD, adapter_base, model_sha256, read_record
 from utils.text import duration, format_bytes
 from utils.training.log import RunLog, best_of
 from utils.training.memory import StepPlan
@@ -79,7 +79,7 @@ class Run:
             self._open(identity)
 
     def _open(self, identity):
-        record, place = read_record(self.folder, RECORD_FIELDS), show_path(self.folder)
+        record, place = read_record(self.folder), show_path(self.folder)
         self.finished = bool(record) and record["status"] == "finished"
         checkpoints = list_checkpoints(self.folder)
         if not record and (checkpoints or any(self.folder.glob("*.safetensors"))):
@@ -119,7 +119,7 @@ class Run:
 
     def write(self) -> None:
         if self.main:
-            write_record(self.folder, self.record)
+            write_json(self.folder / RECORD, self.record)
 
     def way(self, step: int) -> StepPlan:
         """How the step that follows `step` finished ones is computed: the plan has a new entry from where memory ran out."""
