@@ -41,14 +41,10 @@ NO_MEMORY = (
     "can't start new thread",
     "returned NULL without setting an exception",
 )
-# Libraries (safetensors, torch) report these without an OSError, in these words.
-SIGNS = {
-    "No space left on device": FULL,
-    "Disk quota exceeded": FULL,
-    "File too large": TOO_LARGE,
-    **dict.fromkeys(NO_MEMORY, MORE_MEMORY),
-}
-# EDQUOT is missing on Windows, which has its own words for the others.
+# In these words libraries (safetensors, torch) report what is no OSError for them.
+SIGNS = {"No space left on device": FULL, "Disk quota exceeded": FULL, "File too large": TOO_LARGE}
+SIGNS |= dict.fromkeys(NO_MEMORY, MORE_MEMORY)
+# Windows has other words for these, and no EDQUOT.
 CODES = {errno.ENOSPC: FULL, errno.EFBIG: TOO_LARGE, errno.ENOMEM: MORE_MEMORY}
 CODES[getattr(errno, "EDQUOT", errno.ENOSPC)] = FULL
 OWN_THRESHOLDS = gc.get_threshold()  # Python's
@@ -69,19 +65,14 @@ def run(main: Callable[[], int | None]) -> int:
     prepare_streams()
     # The imports make a million objects that stay: looking for garbage among them took a fifth of their time.
     gc.set_threshold(100_000)  # until imports_are_done
-    # GCC's OpenMP reads this when torch is imported: by default its threads wait for one another at full speed, which took most
-    # of the time beside other programs. 20,000 are about 0.1 ms.
+    # By default the threads of GCC's OpenMP wait for one another at full speed, which took most of the time beside other
+    # programs. torch's import reads this; 20,000 are about 0.1 ms.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     first, code = int(os.environ.get("RANK", 0)) == 0, None
     try:
-        with contextlib.ExitStack() as stack:
-            if not first:
-                stack.enter_context(contextlib.redirect_stdout(open(os.devnull, "w", encoding="utf-8")))
-            try:
-                code = main() or 0
-            except SystemExit as end:  # --help was shown
-                code = end.code
+        with contextlib.redirect_stdout(sys.stdout if first else open(os.devnull, "w", encoding="utf-8")):
+            code = main() or 0
         sys.stdout.flush()
         return code
     except (Exception, KeyboardInterrupt) as error:
@@ -131,8 +122,6 @@ def explain_os_error(error: OSError) -> str:
 
 def prepare_streams() -> None:
     """Make stdin, stdout and stderr usable for Chinese text, whatever started this process."""
-    if sys.getfilesystemencoding() == "ascii":  # LANG=C with PYTHONUTF8=0: file names could not be Chinese
-        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller (cron, `>&-`): a data file would get its number
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 from utils.errors import UserError
 from utils.settings import ROOT
 from utils.text import printable
@@ -79,9 +81,9 @@ def read_jsonl(path: str | Path, wanted: Sequence[str] = ()) -> Iterator[dict]:
 
 def _problem_of(row, wanted):
     """Why a row is not one of ours, or ""."""
-    missing = [name for name in wanted if name not in row] if isinstance(row, dict) else ["at all"]
-    if missing:
-        return f"no field {', '.join(missing)}"
+    lacking = [name for name in wanted if name not in row] if isinstance(row, dict) else ["at all"]
+    if lacking:
+        return f"no field {', '.join(lacking)}"
     for name in wanted:
         value = row[name]
         if name in TEXTS and not is_text(value):
@@ -97,8 +99,8 @@ def _problem_of(row, wanted):
 def _are_messages(value):
     if not value or not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         return False
-    texts = [text for one in value for text in (one.get("role"), one.get("content"))]
-    return all(map(is_text, [*texts, *(one.get("reasoning_content") or "" for one in value)]))
+    texts = [[one.get("role"), one.get("content"), one.get("reasoning_content") or ""] for one in value]
+    return all(is_text(text) for three in texts for text in three)
 
 
 def is_text(value: object) -> bool:
@@ -115,11 +117,8 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        import psutil  # here: most writings find nothing to ask about
-
-        number = left.name.split(".")[-2]
-        if number.isdecimal() and left.is_file() and not psutil.pid_exists(int(number[:9])):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.part"):
+        if not psutil.pid_exists(int(left.suffixes[-2][1:])):
             left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
@@ -218,12 +217,11 @@ def render(template: Path, **values: Any) -> str:
 
 def id_key(identifier: str) -> int:
     """A 64-bit number from the sha256 of a row's id, the same in every run."""
-    digest = hashlib.sha256(identifier.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big")
+    return int.from_bytes(hashlib.sha256(identifier.encode("utf-8", "surrogatepass")).digest()[:8])
 
 
 def sample_by_id(rows: Iterable[dict], count: int) -> list[dict]:
     """`count` of the rows (0: all), in their order: those with the lowest id_key, the same ones whatever their order."""
     rows = list(rows)
-    by_key = sorted(range(len(rows)), key=lambda index: id_key(rows[index]["id"])) if count else []
-    return [rows[index] for index in sorted(by_key[:count])] if count else rows
+    by_key = sorted(range(len(rows)), key=lambda index: id_key(rows[index]["id"]))
+    return [rows[index] for index in sorted(by_key[: count or len(rows)])]

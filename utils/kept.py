@@ -37,10 +37,10 @@ def read_kept(path: Path, identity: dict[str, Any]) -> Any | None:
     if not path.is_file():
         return None
     record = _read_record(path)
-    whole = record.get("sha256") == digest(record.get("value"))
-    return (
-        record["value"] if _is_of_use(path, _not_for(identity, record) or "damaged" * (not whole)) else None
-    )
+    why = _not_for(identity, record)
+    if not why and record.get("sha256") != digest(record.get("value")):
+        why = "damaged"
+    return record["value"] if _is_of_use(path, why) else None
 
 
 def seal(path: Path, identity: dict[str, Any]) -> None:
@@ -54,8 +54,7 @@ def seal(path: Path, identity: dict[str, Any]) -> None:
 
 def is_kept(path: Path, identity: dict[str, Any]) -> bool:
     """Tell whether `path` is there, whole, and was made for `identity`. One line says why what is there is of no use."""
-    finished = record_path(path).is_file()
-    return finished and _is_of_use(path, damage(path, identity))
+    return record_path(path).is_file() and _is_of_use(path, damage(path, identity))
 
 
 def damage(path: Path, identity: dict[str, Any]) -> str:

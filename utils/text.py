@@ -14,8 +14,7 @@ from typing import Any
 PLAIN_SECONDS = 15  # between two lines of progress, off a terminal
 QUIET_SECONDS = 2  # shorter work is not mentioned
 
-# Control characters would move the cursor or change the terminal, and bidirectional ones show letters in another order than
-# they are in: all are shown as U+FFFD.
+# Control characters would change the terminal, bidirectional ones the order of letters: all are shown as U+FFFD.
 _CONTROLS = (*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _SHOWN_AS = dict.fromkeys(_CONTROLS, "\ufffd")
 
@@ -47,10 +46,9 @@ def say_next(command: str) -> None:
 
 def localized(english: str, chinese: str) -> str:
     """Whichever of two texts is in the language that the environment asks for: Chinese or else English."""
-    named = os.environ.get("LC_ALL") or os.environ.get("LC_MESSAGES") or os.environ.get("LANG")
-    return (
-        chinese if (named or locale.getlocale()[0] or "").lower().startswith(("zh", "chinese")) else english
-    )
+    named = [os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG")]
+    language = next(filter(None, [*named, locale.getlocale()[0]]), "")
+    return chinese if language.lower().startswith(("zh", "chinese")) else english
 
 
 def text_width(text: str) -> int:
@@ -97,8 +95,7 @@ def progress(label: str, unit: str = "batches") -> Callable[..., Iterator]:
     """
 
     def watch(steps, count=None):
-        total = len(steps) if count is None else count
-        shown = bar(steps, label, unit=f" {unit}", total=total)
+        shown = bar(steps, label, unit=f" {unit}", total=len(steps) if count is None else count)
         return iter(shown)  # once: tqdm itself would begin anew, and lose items, with every islice over it
 
     return watch
@@ -110,8 +107,7 @@ def bar(steps: Iterable | None = None, desc: str = "", **options: Any) -> Any:
 
     tqdm.monitor_interval = 0  # no thread that writes at other times
     if sys.stdout.isatty():
-        # A terminal that does not tell its size has 80 columns here; tqdm would take it to have none, and print nothing.
-        columns = shutil.get_terminal_size().columns - 1
+        columns = shutil.get_terminal_size().columns - 1  # 80 if unknown: tqdm would then print nothing
         place = {"ncols": columns, "nrows": 20, "mininterval": 0.2, "file": sys.stdout}
     else:
         form = "{desc}: {n_fmt} of {total_fmt}{unit} ({percentage:.0f}%), {elapsed} so far, {remaining} left"
