@@ -46,7 +46,6 @@ def test_names_of_evaluation(name, says):
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
         ("a.xlsx", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
         ("a.jsonl.gz", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
-        ("a.jsonl.gz", gzip.compress(b"<html>"), "a web page"),
         ("a.zip", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
         ("a.jsonl", b"\n<!DOCTYPE html>\n<html>", "a web page, not the file"),
         ("a.csv", b"<html><head>", "a web page, not the file"),
@@ -216,7 +215,7 @@ def test_a_list_of_turns_is_a_conversation(tmp_path, convert):
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.zip"])
 def test_damaged_archives_are_one_line(tmp_path, convert, name):
     (tmp_path / name).write_bytes(FORMS[name][: len(FORMS[name]) // 2])
-    with pytest.raises(UserError, match="cannot be unpacked|not a whole .zip"):
+    with pytest.raises(UserError, match="not a whole .(gz|zip) file"):
         convert(tmp_path / name)
 
 

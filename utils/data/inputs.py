@@ -1,14 +1,14 @@
-"""Finds the input files in the folders given, and tells their split by their names and their form by their first bytes.
+"""Finds the data files among the paths given: a file's name tells its split, its first bytes tell if it is what its name says.
 
 A file may be packed (.gz, .zip). An InputFile is one file of rows: a plain file, or one inside an archive.
 """
 
+import contextlib
 import gzip
 import itertools
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -18,8 +18,9 @@ from utils.settings import ROOT
 
 TEXT_ENDINGS = (".jsonl", ".json", ".csv", ".tsv")
 DATA_ENDINGS = (*TEXT_ENDINGS, ".parquet", ".arrow", ".xlsx")
+OLD_EXCEL = "an old Excel file: save it as .xlsx"
 PLAIN_TEXT = "plain text: continued pre-training is not done here"
-NOT_READ = {".txt": PLAIN_TEXT, ".md": "a text for people", ".xls": "an old Excel file: save it as .xlsx"}
+NOT_READ = {".txt": PLAIN_TEXT, ".md": "a text for people", ".xls": OLD_EXCEL}
 ENCODING_LINES = 1000  # non-ASCII lines looked at to tell UTF-8 from GB18030
 BOM = b"\xef\xbb\xbf"
 SURROGATES = re.compile("[\udc80-\udcff]")  # stand for bytes that could not be decoded
@@ -29,24 +30,33 @@ FIRST_BYTES = (
     (rb"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull` where it was cloned", ()),
     (rb"\s*<(?i:!doctype html|html|head)", "a web page, not the file: sign in where it lies and download it again", ()),
     (rb"\s*<\?xml|%PDF", "XML or a PDF: save its rows as .jsonl or .csv", ()),
-    (rb"\xd0\xcf\x11\xe0", "an old Excel file: save it as .xlsx", ()),
+    (rb"\xd0\xcf\x11\xe0", OLD_EXCEL, ()),
     (rb"\xff\xfe|\xfe\xff", "UTF-16: save it as UTF-8", ()),
     (rb"PK\x03\x04", "a .zip or .xlsx file under another name: rename it", (".zip", ".xlsx")),
     (rb"PAR1", "a .parquet file under another name: rename it", (".parquet",)),
     (rb"ARROW1", "an .arrow file under another name: rename it", (".arrow",)),
-    (rb"\x1f\x8b", "a .gz file under another name: rename it", ()),
+    (rb"\x1f\x8b", "a .gz file under another name: rename it", (".gz",)),
 )  # fmt: skip
 
-EVALUATION = (
-    "test testset valid validation validset val dev devset eval evalset evaluation heldout holdout".split()
+# Words of names: of an evaluation split, of training, and those beside them, as in test_set.
+EVALUATION = re.compile(
+    "^(?:(?:test|valid|val|dev|eval)(?:set)?|validation|evaluation|heldout|holdout)$"
+    "|(?:测试|验证|评测|测评|评估|开发(?=集))(?:集|数据|数据集|样本|题|题目)?$"
 )
-_EVALUATION_CHINESE = re.compile("(?:测试|验证|评测|测评|评估|开发(?=集))(?:集|数据|数据集|样本|题|题目)?$")
-_TRAINING = re.compile("^train|^训练|训练集?$")
-# Words beside the one that tells the split: test_set, 测试_数据, test-B.
-_BESIDE = set("set data dataset split file part final".split())
+TRAINING = re.compile("^train|^训练|训练集?$")
+BESIDE = set("set data dataset split file part final".split())
 
-# Errors of a damaged archive; a locked one raises RuntimeError, one of an unknown packing NotImplementedError.
-DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, RuntimeError, NotImplementedError)
+# Errors of archives, books and Parquet files that are damaged, locked or packed in an unknown way.
+DAMAGED = (
+    ArithmeticError,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class InputFile(NamedTuple):
@@ -61,8 +71,7 @@ class InputFile(NamedTuple):
     @property
     def ending(self) -> str:
         """The ending that says how it is read."""
-        name = self.member or self.path.name.lower().removesuffix(".gz")
-        return Path(name).suffix.lower()
+        return Path(self.member or self.path.name.lower().removesuffix(".gz")).suffix.lower()
 
     @property
     def size(self) -> int:
@@ -112,20 +121,16 @@ def find_input_files(
     return [file._replace(encoding=detect_encoding(file)) for file in found.values()], skipped
 
 
-def _listed(path, name, depth=0) -> Iterator[tuple[str, Path, str]]:
+def _listed(path, name, depth=0):
     """(name, path, member of a .zip or "") of a file; of what lies in a folder, and in a folder there that is named as a split."""
     if path.is_dir() and (not depth or depth == 1 and (says_evaluation(path.name) or path.name == "train")):
         for inside in sorted(path.iterdir()):
             if not inside.name.startswith(".") and not inside.name.endswith(".source.json"):
-                whole = f"{name}{inside.name}{'/' if inside.is_dir() else ''}"
-                yield from _listed(inside, whole, depth + 1)
+                yield from _listed(inside, f"{name}{inside.name}{'/' * inside.is_dir()}", depth + 1)
     elif path.suffix.lower() == ".zip":
-        refuse_other_bytes(InputFile(path, path.name))
-        try:
-            with zipfile.ZipFile(path) as archive:
-                members = archive.namelist()
-        except zipfile.BadZipFile as error:
-            raise UserError(f"{show_path(path)} is not a whole .zip file ({error})") from None
+        _refuse_other_bytes(path)
+        with told_if_damaged(path), zipfile.ZipFile(path) as archive:
+            members = archive.namelist()
         members = [name for name in members if not re.match(r"__MACOSX/|(.*/)?\.|.*/$", name)]
         yield from ((f"{name}/{member}", path, member) for member in members)
     else:
@@ -138,8 +143,7 @@ def _not_data(path, member):
     ending = Path(name.removesuffix(".gz")).suffix
     if path.is_dir():
         return "a folder in the folder: name it after --input-files too"
-    described = name in ("dataset_info.json", "state.json") and any(path.parent.glob("*.arrow"))
-    if described or name == "dataset_dict.json":
+    if name in ("dataset_dict.json", "dataset_info.json", "state.json"):
         return "describes a data set, holds no rows"
     if ending not in (*DATA_ENDINGS, ".zip"):
         return NOT_READ.get(ending, f"cannot read {Path(name).suffix or 'a file without extension'}")
@@ -152,22 +156,29 @@ def says_evaluation(name: str) -> bool:
     while Path(name).suffix.lower() in (*DATA_ENDINGS, ".gz", ".zip"):
         name = Path(name).stem
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+|[\u4e00-\u9fff]+", name)
-    words = [word for word in map(str.lower, words) if word not in _BESIDE and (len(word) > 1 or word > "z")]
-    if not words or any(map(_TRAINING.search, words)):
+    words = [word for word in map(str.lower, words) if word not in BESIDE and (len(word) > 1 or word > "z")]
+    if not words or any(map(TRAINING.search, words)):
         return False
-    return any(word in EVALUATION or _EVALUATION_CHINESE.search(word) for word in (words[0], words[-1]))
+    return bool(EVALUATION.search(words[0]) or EVALUATION.search(words[-1]))
 
 
-def refuse_other_bytes(file: InputFile) -> None:
+def _refuse_other_bytes(path):
     """UserError where the first bytes of a file say that it is something else than its name says."""
-    with open(file.path, "rb") as opened:
+    with open(path, "rb") as opened:
         start = opened.read(64)
-    if file.member or file.path.suffix.lower() == ".gz" and start.startswith(b"\x1f\x8b"):
-        with file.open_bytes() as opened:
-            start = opened.read(64)
     for pattern, what, endings in FIRST_BYTES:
-        if re.match(pattern, start) and (file.member or file.ending not in endings):
-            raise UserError(f"{show_path(file.path)} is {what}; then run the same command again")
+        if re.match(pattern, start) and path.suffix.lower() not in endings:
+            raise UserError(f"{show_path(path)} is {what}; then run the same command again")
+
+
+@contextlib.contextmanager
+def told_if_damaged(path: Path):
+    """One of DAMAGED becomes a UserError."""
+    try:
+        yield
+    except DAMAGED as error:
+        why = str(error).partition("\n")[0]
+        raise UserError(f"{show_path(path)} is not a whole {path.suffix.lower()} file ({why})") from None
 
 
 def detect_encoding(file: InputFile) -> str:
@@ -176,14 +187,11 @@ def detect_encoding(file: InputFile) -> str:
     A UTF-8 file with damaged lines stays UTF-8: GB18030 is chosen only where most non-ASCII lines are not UTF-8 and more of
     them are GB18030 (which accepts most byte pairs, so it cannot be asked first).
     """
-    try:
-        refuse_other_bytes(file)
-        if file.ending not in TEXT_ENDINGS:
-            return file.ending[1:]
-        with file.open_bytes() as lines:
-            seen = list(itertools.islice((line for line in lines if not line.isascii()), ENCODING_LINES))
-    except DAMAGED as error:
-        raise UserError(f"{show_path(file.path)} cannot be unpacked ({error})") from None
+    _refuse_other_bytes(file.path)
+    if file.ending not in TEXT_ENDINGS:
+        return file.ending[1:]
+    with told_if_damaged(file.path), file.open_bytes() as lines:
+        seen = list(itertools.islice((line for line in lines if not line.isascii()), ENCODING_LINES))
     if seen and seen[0].startswith(BOM):
         return "utf-8-sig"
     damaged = {"utf-8": 0, "gb18030": 0}

@@ -49,17 +49,10 @@ ALIASES = by_alias(
 )
 TURN_ALIASES = ALIASES | by_alias({"role": "from speaker", "content": "value text sentence utterance"})
 
-# Fields of a turn or row that say whether it is learnt.
+# Fields of a turn or row that say if it is learnt, and what they say; of MASKS it is not known what is meant.
 LEARNT_MARKS = ("loss", "train", "trainable", "loss_mask", "weight", "loss_weight")
-MASKS = ("mask", "masked", "ignore")  # the same, of which it is not known what is meant
-SIGNS = {
-    "false": False,
-    "0": False,
-    "0.0": False,
-    "true": True,
-    "1": True,
-    "1.0": True,
-}  # what such a field says
+MASKS = ("mask", "masked", "ignore")
+SIGNS = {"false": False, "0": False, "0.0": False, "true": True, "1": True, "1.0": True}
 
 EMPTY_TEXTS = {"", *"nan none null n/a #n/a <na> <noinput> noinput <nooutput> [] {}".split()}
 
@@ -213,37 +206,33 @@ def _turn(turn, place):
     text = text_of(turn, "content", "answer" if role == "assistant" else "question", role == "system")
     if role == "assistant":
         reasoning = text_of(turn, "reasoning", "reasoning", optional=True)
-        return [assistant_message(text, reasoning) | not_learnt(turn, place)]
+        return [assistant_message(text, reasoning) | not_learnt(turn, f"{place}: ")]
     turn.used |= {turn.field(mark) for mark in LEARNT_MARKS if _sign(turn, mark) is False}
     return [{"role": role, "content": text}] if text else []
 
 
-def not_learnt(turn: Fields, place: str) -> dict[str, int]:
-    """{"weight": 0} of an answer that has this weight, else {}; Reject where it is not to be learnt in another way."""
+def not_learnt(row: Fields, place: str, turns: Sequence[dict] = ()) -> dict[str, int]:
+    """{"weight": 0} of a row or turn that has this weight, else {}; Reject if it is not to be learnt in another way.
+
+    A row may hold a list of signs, one for each of its `turns`: those of its answers count.
+    """
     for mark in (*LEARNT_MARKS, *MASKS):
-        sign = _sign(turn, mark)
+        value, sign = row.peek(mark), _sign(row, mark)
+        if turns and isinstance(value, list):
+            learnt = [mine for mine, turn in zip(value, turns) if turn["role"] == "assistant"]
+            sign = len(value) == len(turns) and all(learnt)
         if sign is not None:
-            turn.get(mark)
+            row.get(mark)
         if sign is False and mark == "weight":
             return {"weight": 0}
-        if sign is False or mark in MASKS and turn.peek(mark) is not None:
-            raise Reject("marked as not to be learnt", f"{place}: {turn.field(mark)} is {turn.peek(mark)!r}")
+        if sign is False or mark in MASKS and value is not None:
+            raise Reject("marked as not to be learnt", f"{place}{row.field(mark)} is {value!r}")
     return {}
 
 
-def _sign(turn, mark):
-    value = turn.peek(mark)
-    return value if value is None else SIGNS.get(str(value).strip().lower())
-
-
-def refuse_masked(row: Fields, turns: list[dict], given: int) -> None:
-    """Reject where the row has a list of signs, one per turn of the `given` ones, by which an answer is not learnt."""
-    for mark in (*LEARNT_MARKS, *MASKS):
-        if isinstance(mask := row.peek(mark), list):
-            row.get(mark)
-            learnt = [sign for sign, turn in zip(mask[-len(turns) :], turns) if turn["role"] == "assistant"]
-            if mark in MASKS or len(mask) != given or not all(learnt):
-                raise Reject("marked as not to be learnt", f"{row.field(mark)} is {mask}")
+def _sign(row, mark):
+    """True or False if the field says it, else None."""
+    return SIGNS.get(str(row.peek(mark)).strip().lower())
 
 
 def marked_turns(text: str, both: bool = True) -> list[dict]:

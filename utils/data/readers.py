@@ -1,6 +1,6 @@
 """Reads any data file row by row, and names the place of every row that cannot be read.
 
-A row leaves the reader as `(place, raw)`. `place` is the line where it starts (in Parquet, Arrow and columns of lists its
+A row leaves `read_rows` as `(place, raw)`. `place` is the line where it starts (in Parquet, Arrow and columns of lists its
 number); of several rows that start in line 1, the third has "1#3", and row 4 of one of several sheets has "Sheet2!4". `raw` is
 the JSON text of one row (bytes or str), the dict of one table row, or a Reject that already knows why the row cannot be used;
 `parse_row` makes a dict of it.
@@ -12,10 +12,9 @@ import io
 import itertools
 import json
 import re
-import zipfile
 from collections.abc import Iterator
 
-from utils.data.inputs import BOM, DAMAGED, SURROGATES, InputFile, says_evaluation
+from utils.data.inputs import BOM, SURROGATES, InputFile, says_evaluation, told_if_damaged
 from utils.data.messages import Reject
 from utils.errors import UserError
 from utils.files import show_path
@@ -32,47 +31,45 @@ LONGEST_NAME = 20  # characters of a field's name in a table
 ROW_LISTS = set(
     "messages conversations options option choices history chosen rejected prompt completion 选项 content tools qa_pairs".split()
 )
-
-_SPACE = re.compile(r"\s*")
-_BETWEEN = re.compile(r"[\s,]*")
-_LENIENT = json.JSONDecoder(strict=False, parse_int=str)  # finds where an element ends; parse_row judges it
+_SPACE, _BETWEEN = re.compile(r"\s*"), re.compile(r"[\s,]*")
 
 
 def read_rows(file: InputFile) -> Iterator[tuple[Place, Raw]]:
     """Yield `(place, raw)` for every row of a file, blank lines left out; UserError where the file is broken."""
-    try:
+    with told_if_damaged(file.path):
         yield from _READERS[file.ending](file)
-    except DAMAGED as error:
-        raise UserError(f"{show_path(file.path)} cannot be unpacked ({error})") from None
 
 
 def parse_row(raw: Raw, encoding: str) -> dict:
     """The dict of one raw row; raises Reject where it is none."""
-    if isinstance(raw, Reject):
-        raise raw
     if isinstance(raw, dict):
         return raw
-    if isinstance(raw, bytes):
-        try:
-            raw = raw.decode(encoding)
-        except UnicodeDecodeError as error:
-            text = raw.decode(encoding, "backslashreplace")
-            raise Reject("undecodable bytes", f"byte {error.start + 1} is not {encoding}", text) from None
-    elif not raw.isascii() and SURROGATES.search(raw):
-        text = raw.encode(encoding, "surrogateescape").decode(encoding, "backslashreplace")
-        raise Reject("undecodable bytes", f"not {encoding}", text)
-    try:
-        row = _DECODER.decode(raw)
-    except Reject as problem:
-        problem.row = raw
-        raise
-    except RecursionError:
-        raise Reject("not JSON", "nested too deep", raw) from None
-    except ValueError as error:  # JSONDecodeError, and numbers of more than 4,300 digits
-        raise Reject("not JSON", str(error), raw) from None
+    row = _decoded(raw, encoding)
     if not isinstance(row, dict):
         raise Reject("not an object", f"the line holds a {type(row).__name__}", row)
     return row
+
+
+def _decoded(raw, encoding):
+    """The value of a JSON text; raises Reject."""
+    if isinstance(raw, Reject):
+        raise raw
+    text = raw.decode(encoding, "surrogateescape") if isinstance(raw, bytes) else raw
+    if not text.isascii() and SURROGATES.search(text):
+        raise Reject("undecodable bytes", f"not {encoding}", _escaped(text, encoding))
+    try:
+        return _DECODER.decode(text)
+    except Reject as problem:
+        problem.row = text
+        raise
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, and numbers of more than 4,300 digits
+        why = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise Reject("not JSON", why, text) from None
+
+
+def _escaped(text, encoding):
+    """A text with the bytes that could not be decoded as \\x escapes."""
+    return text.encode(encoding, "surrogateescape").decode(encoding, "backslashreplace")
 
 
 def _unique_keys(pairs):
@@ -85,21 +82,18 @@ def _unique_keys(pairs):
 
 # NaN and Infinity, which are no JSON, are what pandas writes for an empty field.
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=lambda name: None)
-
-
-def _open_text(file, newline):
-    return io.TextIOWrapper(file.open_bytes(), file.encoding, "surrogateescape", newline)
+_LENIENT = json.JSONDecoder(strict=False, parse_int=str)  # finds where a value ends; parse_row judges it
 
 
 def _json_rows(file):
-    """JSON lines, an array, or an object of arrays, whatever the file's name says."""
+    """The rows of JSON lines, of an array, or of an object of arrays, whatever the file's name says."""
     with file.open_bytes() as opened:
-        lines = (line.removeprefix(BOM).strip() for line in opened)
-        first, second = itertools.islice(itertools.chain(filter(None, lines), [b"", b""]), 2)
-    if re.match(rb"\[\s*([\[{\"\]]|$)", first):
+        lines = filter(None, (line.removeprefix(BOM).strip() for line in opened))
+        first, second = next(lines, b""), next(lines, b"")
+    if first.startswith(b"["):
         whole = not second or not first.endswith(b"]")
     else:  # an object in one line that has another below it is a row, however damaged
-        whole = first.startswith(b"{") and (first.endswith((b"{", b"[", b",", b":")) or not second)
+        whole = first.startswith(b"{") and (not second or first.endswith((b"{", b"[", b",", b":")))
     return _whole_json(file) if whole else _json_lines(file)
 
 
@@ -116,7 +110,7 @@ def _json_lines(file):
 
 def _whole_json(file):
     """The rows of a JSON text that is not one row a line. An array takes twice its bytes of memory, an object four times."""
-    with _open_text(file, "\n") as opened:
+    with io.TextIOWrapper(file.open_bytes(), file.encoding, "surrogateescape", "\n") as opened:
         text = opened.read()
     line, counted, shown = 1, 0, 0
     try:
@@ -127,52 +121,49 @@ def _whole_json(file):
     except json.JSONDecodeError as error:
         where = f"{show_path(file.path)}: broken JSON at line {error.lineno}, column {error.colno}"
         raise UserError(f"{where} ({error.msg}); mend that place, or get the file again") from None
-    except RecursionError:
-        raise UserError(f"{show_path(file.path)}: JSON nested too deep") from None
 
 
 def _values(text, file):
-    """(start, raw row) of every row in the JSON values that stand in a text one after the other."""
-    at = _SPACE.match(text).end()
-    while at < len(text):
-        if text[at] == "[":
-            at = _SPACE.match(text, at + 1).end()
-            while text[at : at + 1] != "]":
-                start, (_, at) = at, _LENIENT.raw_decode(text, at)
-                rows = _rows_of(text[start:at], file) if text[start] == "[" else [text[start:at]]
-                yield from ((start, raw) for raw in rows)
-                end, at = _SPACE.match(text, at).end(), _BETWEEN.match(text, at).end()
-                if text[end : end + 1] not in (",", "]"):
-                    raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
-            at += 1
+    """(start, raw row) of every row in the JSON values of a text; the elements of an array are values of their own."""
+    inside, at = False, _BETWEEN.match(text).end()  # `inside` an array
+    while at < len(text) or inside:
+        if text[at : at + 1] == ("]" if inside else "["):
+            inside, at = not inside, at + 1
         else:
             start, (_, at) = at, _LENIENT.raw_decode(text, at)
-            yield from ((start, raw) for raw in _rows_of(text[start:at], file))
+            raw = text[start:at]
+            rows = [raw] if inside and raw.startswith("{") else _rows_of(raw, file)
+            yield from ((start, row) for row in rows)
+            end = _SPACE.match(text, at).end()
+            if inside and text[end : end + 1] not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
         at = _BETWEEN.match(text, at).end()
 
 
 def _rows_of(text, file):
     """The rows in the text of a list or an object; the text, if it is a row itself, or damaged."""
     try:
-        decoded = text.decode(file.encoding) if isinstance(text, bytes) else text
-        value = None if SURROGATES.search(decoded) else _DECODER.decode(decoded)
-    except (ValueError, RecursionError, Reject):
+        value = _decoded(text, file.encoding)
+    except Reject:
         return [text]
-    if isinstance(value, list):
-        return _rows_of_list(value) or [text]
-    return isinstance(value, dict) and _rows_in(value, file) or [text]
+    rows = _rows_of_object(value, file) if isinstance(value, dict) else _rows_of_list(value)
+    return rows or [text]
 
 
-def _rows_of_list(rows):
-    """The rows in a list: objects are a row each, turns or texts one conversation; [] where it holds anything else."""
-    if rows and all(isinstance(row, str) for row in rows):
-        return [{"messages": rows}]
-    if not all(isinstance(row, dict) for row in rows):
+def _rows_of_list(values):
+    """The rows in a list: objects are a row each, turns or texts one conversation; [] of anything else."""
+    if not isinstance(values, list) or not values:
         return []
-    return [{"messages": rows}] if rows and all("role" in row or "from" in row for row in rows) else rows
+    if all(isinstance(value, list) for value in values):
+        found = [_rows_of_list(value) for value in values]
+        return list(itertools.chain(*found)) if all(found) else []
+    if all(isinstance(value, dict) for value in values):
+        turns = all("role" in value or "from" in value for value in values)
+        return [{"messages": values}] if turns else values
+    return [{"messages": values}] if all(isinstance(value, str) for value in values) else []
 
 
-def _rows_in(value, file):
+def _rows_of_object(value, file):
     """The rows of {"data": [...]} (those under "test" say their split with that), of columns ({"question": [...], ...}, as
     pandas writes them also by row number), of rows by name, and of splits that are such objects; [] of a row."""
 
@@ -181,28 +172,27 @@ def _rows_in(value, file):
 
     lists = {key: part for key, part in value.items() if isinstance(part, list) and part}
     lists = {key: part for key, part in lists.items() if all(isinstance(row, dict | list) for row in part)}
-    if lists and not set(map(str.lower, lists)) & ROW_LISTS:
-        found = []
-        for key, part in lists.items():
-            for rows in part if all(isinstance(row, list) for row in part) else [part]:
-                found.append(of_split(key, _rows_of_list(rows)))
-        return [row for rows in found for row in rows] if all(found) else []
-    columns = list(value.values())
-    if len(columns) < 2:
+    if lists and ROW_LISTS.isdisjoint(map(str.lower, lists)):
+        found = [of_split(key, _rows_of_list(part)) for key, part in lists.items()]
+        return list(itertools.chain(*found)) if all(found) else []
+    parts = list(value.values())
+    if len(parts) < 2:
         return []
-    if all(isinstance(column, list) for column in columns) and len(set(map(len, columns))) == 1:
-        return [dict(zip(value, cells)) for cells in zip(*columns)]
-    if not all(isinstance(column, dict) for column in columns):
+    if all(isinstance(part, list) for part in parts) and len(set(map(len, parts))) == 1:
+        return [dict(zip(value, cells)) for cells in zip(*parts)]
+    if not all(isinstance(part, dict) for part in parts):
         return []
     if any(map(says_evaluation, value)):
-        return [row for key, part in value.items() for row in of_split(key, _rows_in(part, file) or [part])]
-    if len(set(map(tuple, columns))) > 1 or not all(map(str.isdecimal, columns[0])):
-        return columns if len(set(map(tuple, columns))) == 1 else []
-    return [{name: column[number] for name, column in value.items()} for number in columns[0]]
+        found = (of_split(key, _rows_of_object(part, file) or [part]) for key, part in value.items())
+        return list(itertools.chain(*found))
+    alike = len(set(map(tuple, parts))) == 1
+    if alike and all(map(str.isdecimal, parts[0])):
+        return [{name: column[number] for name, column in value.items()} for number in parts[0]]
+    return parts if alike else []
 
 
 def _csv_rows(file):
-    with _open_text(file, "") as opened:
+    with io.TextIOWrapper(file.open_bytes(), file.encoding, "surrogateescape", "") as opened:
         signs = "\t,;" if file.ending == ".tsv" else ",\t;"  # the first that the header has
         header = next((line for line in opened if re.search(f"[{signs}]", line)), "")
         delimiter = next((sign for sign in signs if sign in header), signs[0])
@@ -246,20 +236,17 @@ def _csv_records(opened, delimiter, delimiters):
 def _xlsx_rows(file):
     """The rows of all sheets, each under the first row of its sheet."""
     import openpyxl
-    from openpyxl.utils.exceptions import InvalidFileException
 
     def records(sheet):
         sheet.reset_dimensions()  # WPS writes a size of its sheets that may be wrong
         for number, cells in enumerate(sheet.iter_rows(values_only=True), 1):
             cells = ["" if cell is None else str(cell) for cell in cells]
-            filled = max((at for at, cell in enumerate(cells, 1) if cell), default=0)
-            if filled:
-                yield f"{sheet.title}!{number}" if len(book.worksheets) > 1 else number, cells[:filled]
+            while cells and not cells[-1]:
+                cells.pop()
+            if cells:
+                yield f"{sheet.title}!{number}" if len(book.worksheets) > 1 else number, cells
 
-    try:
-        book = openpyxl.load_workbook(file.path, read_only=True, data_only=True)
-    except (zipfile.BadZipFile, InvalidFileException, KeyError, ValueError, OSError) as error:
-        raise UserError(f"{show_path(file.path)} is not a whole .xlsx file ({error})") from None
+    book = openpyxl.load_workbook(file.path, read_only=True, data_only=True)
     for sheet in book.worksheets:
         yield from _under_names(records(sheet), file)
 
@@ -273,9 +260,9 @@ def _under_names(records, file):
         head = head if any(map(looks_like_data, head[titles][1])) else head[titles:]
     if not head:
         return
-    names = head[0][1]
+    line, names = head[0]
     if isinstance(names, Reject):
-        raise UserError(f"{show_path(file.path)}, line {head[0][0]}: {names.reason} in the names of columns")
+        raise UserError(f"{show_path(file.path)}, line {line}: {names.reason} in the names of columns")
     # Columns without a name get one, except the first of them, which pandas writes for its row numbers.
     unnamed = [at for at, name in enumerate(names) if not name.strip()][1:]
     names = [f"column {at + 1}" if at in unnamed else name for at, name in enumerate(names)]
@@ -299,9 +286,8 @@ def _table_row(names, cells, file):
     if len(cells) != len(names):
         return Reject("not a table row", f"{len(cells)} cells under {len(names)} columns", cells)
     if any(not cell.isascii() and SURROGATES.search(cell) for cell in cells):
-        cells = [cell.encode(file.encoding, "surrogateescape") for cell in cells]
-        cells = [cell.decode(file.encoding, "backslashreplace") for cell in cells]
-        return Reject("undecodable bytes", f"not {file.encoding}", dict(zip(names, cells)))
+        shown = dict(zip(names, (_escaped(cell, file.encoding) for cell in cells)))
+        return Reject("undecodable bytes", f"not {file.encoding}", shown)
     return dict(zip(names, cells))
 
 
@@ -310,19 +296,13 @@ def _arrow_rows(file):
     import pyarrow
     import pyarrow.parquet
 
-    try:
-        with pyarrow.OSFile(str(file.path)) as opened:
-            if file.ending == ".parquet":
-                batches = pyarrow.parquet.ParquetFile(opened).iter_batches(batch_size=PARQUET_ROWS)
-            else:  # a stream, as `datasets` writes it
-                batches = pyarrow.ipc.open_stream(opened)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-    except (pyarrow.ArrowInvalid, OSError, ValueError, ArithmeticError) as error:  # also of a year after 9999
-        why = str(error).splitlines()[0]
-        raise UserError(f"{show_path(file.path)} is not a whole {file.ending} file ({why})") from None
+    with pyarrow.OSFile(str(file.path)) as opened:
+        if file.ending == ".parquet":
+            batches = pyarrow.parquet.ParquetFile(opened).iter_batches(batch_size=PARQUET_ROWS)
+        else:  # a stream, as `datasets` writes it
+            batches = pyarrow.ipc.open_stream(opened)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
 
 
-_READERS = {
-    **{".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".tsv": _csv_rows},
-    **{".parquet": _arrow_rows, ".arrow": _arrow_rows, ".xlsx": _xlsx_rows},
-}
+_TEXT = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".tsv": _csv_rows}
+_READERS = {**_TEXT, ".parquet": _arrow_rows, ".arrow": _arrow_rows, ".xlsx": _xlsx_rows}

@@ -25,7 +25,6 @@ from utils.data.messages import (
     not_learnt,
     plain_names,
     question_of,
-    refuse_masked,
     text_of,
     trimmed,
     turns_of,
@@ -319,7 +318,7 @@ def _history_of(row):
 def _read_conversation(row, schema, options, name):
     value = row.get(name)
     turns = turns_of([value] if isinstance(value, str) else value, name, row)
-    refuse_masked(row, turns, len(value))
+    not_learnt(row, "", turns)
     messages = _with_system(row, turns)
     kept = in_order(trimmed(messages), "assistant")
     item = exam_in(row, kept[-2]["content"], kept[-1]["content"])
@@ -337,7 +336,7 @@ def _trained_or_bad(row, schema, messages, columns=""):
     """The conversation to train on; a pair where the row has a rejected answer too; or a bad answer where the row (KTO) or
     its last turn (weight 0) is marked as one. `columns`: the setting that would read the row whatever judges its answer."""
     weights = [turn.pop("weight", 1) for turn in messages if turn["role"] == "assistant"]
-    if 0 in weights[:-1] or not_learnt(row, "the row"):
+    if 0 in weights[:-1] or not_learnt(row, "the row: "):
         raise Reject("marked as not to be learnt", "the row, or an answer that is not its last, has weight 0")
     if row.peek("rejected") is not None:
         return _pair(row, schema, messages[:-1], messages[-1:], _answer_turns(row, "rejected"))
