@@ -123,6 +123,7 @@ READ = [
     ({"data": ["Q: 问", "A: 答"]}, ASKED, []),
     ({"instruction": "问：问", "output": "答：答"}, ASKED, []),
     ({"instruction": "问：问", "output": "答案"}, turns("问：问", "答案"), []),
+    ({"instruction": "答：问", "output": "答案"}, turns("答：问", "答案"), []),
     ({"conversations": [[{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]]}, ASKED, []),
     ({"instruction": "问", "input": "N/A", "output": "答", "systemPrompt": "医"}, turns("问", "答", system="医"), []),
     ({"Instruction": "问", "Reasoning-Content": "想", "Output": "答"}, REASONED, []),

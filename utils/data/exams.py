@@ -80,11 +80,11 @@ def letters_alone(answer: str) -> str:
     return letters if len(letters) == len(set(letters)) else ""
 
 
-def exam_item(row: Fields, first_option: int | None = None) -> dict:
+def exam_item(row: Fields) -> dict:
     """{"question", "options": {letter: text}, "answer", "subject"} and, unless it is single choice, "kind".
 
-    It reads the forms of CMMLU, C-Eval, MMLU, CMB, CMExam, MedQA, ARC, MedMCQA, and options as a text. `first_option`: the
-    number of the first option where answers are numbers (None: not known; then 0 for a number that belongs to a list, else 1).
+    It reads the forms of CMMLU, C-Eval, MMLU, CMB, CMExam, MedQA, ARC, MedMCQA, and options as a text. Where the row's
+    `first_option` is not known, a number that belongs to a list is counted from 0, any other from 1.
     """
     question = question_of(row, QUESTIONS)
     options, lettered = _options(row)
@@ -103,6 +103,7 @@ def exam_item(row: Fields, first_option: int | None = None) -> dict:
     given = row.get(name)
     if name in COUNTED_FROM_0:
         row.get("answer")  # the same answer as a text
+    first_option = row.first_option
     if first_option is None:
         number, known = type(given) in (int, float), name in COUNTED_FROM_0
         row.guessed = number and not (known or lettered or given == 0)

@@ -113,7 +113,9 @@ class Fields:
     def __init__(self, row: dict, names: dict[str, tuple] | None = None, of_turn: bool = False):
         self.row, self.names = row, names or plain_names(tuple(row), of_turn)
         self.used, self.unused_in_turns = set(), {}
-        self.guessed = False  # whether the number of an exam's answer was counted from 0 by default
+        self.trimmed = False  # turns at an end of a conversation were left out
+        self.first_option = None  # the number of the first option of an exam, if it is known
+        self.guessed = False  # the number of an exam's answer was counted from 0 by default
 
     def field(self, name: str) -> object:
         """The row's own name of the field: of several the first that is not empty."""
@@ -246,7 +248,7 @@ def marked_turns(text: str, both: bool = True) -> list[dict]:
         if not speakers.match(text):
             continue
         marks = list(speakers.finditer(text))
-        if both and not any(mark["assistant"] for mark in marks):
+        if both and len({mark.lastgroup for mark in marks}) < 2:
             continue
         ends = [mark.start() for mark in marks[1:]] + [len(text)]
         texts = [(mark.lastgroup, text[mark.end() : end].strip()) for mark, end in zip(marks, ends)]

@@ -3,7 +3,7 @@
 `convert_row` returns a ConvertedRow: a conversation to train on ("sft"), a preference pair ("dpo"), an exam item ("exam") or
 an answer that is marked as bad ("bad"); or it raises Reject with the reason. To add a schema of questions and answers, add a
 line to QUESTION_ANSWER; to add another name for a field, one to ALIASES in messages.py; to add a kind of row, a line to
-OUTPUT_FILES and a reader: it takes the row's Fields, its schema's name and RowOptions, and returns (kind, schema, body).
+OUTPUT_FILES and a reader: it takes the row's Fields and its schema's name, and returns (kind, schema, body).
 """
 
 import contextlib
@@ -49,13 +49,11 @@ GUESSED = "exam with answers counted from 0 by default"  # the schema of rows in
 
 
 class OutputFiles(NamedTuple):
-    """The output files, less .jsonl."""
+    """The output files, less .jsonl. `dealt`: a share is held out; rows of other kinds are never trained on, or follow a row."""
 
     trained: str
     held_out: str
-    dealt: (
-        bool  # whether a share is held out; other rows are never trained on, or follow rows of another kind
-    )
+    dealt: bool
 
 
 OUTPUT_FILES = {
@@ -88,9 +86,9 @@ class RowOptions(NamedTuple):
     columns: tuple = ()  # pairs (role, field) for an unknown schema
     system: str = ""  # the system text of rows that have none
     max_characters: int | None = None  # of a row
-    explained: bool = False  # whether exam items with an explanation become conversations with reasoning
+    explained: bool = False  # exam items with an explanation become conversations with reasoning
     first_option: int | None = (
-        None  # the number of the first option where exam answers are numbers; None: unknown
+        None  # the number of the first option if exam answers are numbers; None: unknown
     )
 
 
@@ -122,7 +120,7 @@ def convert_rows(
     raws = read_rows(file)
     ahead = list(itertools.islice(raws, EVIDENCE_ROWS))
     if options.first_option is None:
-        options = options._replace(first_option=_first_option([raw for _, raw in ahead], file.encoding))
+        options = options._replace(first_option=_first_option([raw for _, raw in ahead], file, options))
     for place, raw in itertools.chain(ahead, raws):
         row = None
         try:
@@ -133,17 +131,14 @@ def convert_rows(
             yield place, raw, row, problem
 
 
-def _first_option(raws, encoding):
-    """0 or 1 where an answer of these rows fits only one of the two, else None."""
+def _first_option(raws, file, options):
+    """0 or 1 if an answer of these rows fits only one of the two, else None."""
     for raw in raws:
         fits = []
         for first in (0, 1):
             with contextlib.suppress(Reject):
-                row = parse_row(raw, encoding)
-                fields = Fields(row, _recognise(tuple(row), ())[2])
-                if "options" in fields.names or "option A" in fields.names:
-                    exam_item(fields, first)
-                    fits.append(first)
+                convert_row(parse_row(raw, file.encoding), options._replace(first_option=first))
+                fits.append(first)
         if len(fits) == 1:
             return fits[0]
     return None
@@ -162,8 +157,8 @@ def convert_row(row: dict, options: RowOptions = PLAIN) -> ConvertedRow:
         raise Reject("unknown split", f"{told!r}; wanted one of {', '.join(filter(None, SPLITS))}")
     if fields.peek("tools") is not None:
         raise Reject("tool calls are not trained", f"field {fields.field('tools')}")
-    kind, schema, body = read(fields, schema, options)
-    was_trimmed = body.pop("trimmed", False)
+    fields.first_option = options.first_option
+    kind, schema, body = read(fields, schema)
     if kind == "exam" and options.explained and fields.peek("explanation") is not None:
         kind, schema = "sft", "exam with explanation"
         body = {"messages": as_conversation(body, text_of(fields, "explanation", "explanation"))}
@@ -175,16 +170,17 @@ def convert_row(row: dict, options: RowOptions = PLAIN) -> ConvertedRow:
             prompt.insert(0, {"role": "system", "content": options.system})
         turns = prompt + body.get("chosen", []) + body.get("rejected", [])
         questions = [turn["content"] for turn in turns if turn["role"] == "user"]
-        first = next(number for number, turn in enumerate(turns) if turn["role"] == "user")
-        later = turns[:first] + turns[first + 1 :]
-        others = [text for turn in later for text in (turn.get("reasoning_content"), turn["content"]) if text]
+        others = [text for turn in turns for text in (turn.get("reasoning_content"), turn["content"]) if text]
+        others.remove(questions[0])
     rest = "\n".join(others)
     for text in (questions[0], rest, body.get("subject", ""), body.get("kind", "")):
         check_text(text)
     characters = len(questions[0]) + len(rest)
     if options.max_characters and characters > options.max_characters:
         raise Reject("too long", f"{characters:,} characters")
-    return ConvertedRow(kind, schema, body, questions, rest, split, characters, was_trimmed, fields.unused())
+    return ConvertedRow(
+        kind, schema, body, questions, rest, split, characters, fields.trimmed, fields.unused()
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -260,18 +256,18 @@ def _unknown(row, options):
     return Reject("fields not recognised", f"fields: {', '.join(map(str, row.row)) or 'none'}")
 
 
-def _read_exam(row, schema, options):
+def _read_exam(row, schema):
     listed = any(row.peek(name) is not None for name in ("options", "option A", "option B"))
     if listed or "判断" in str(row.peek("question_type") or ""):
-        item = exam_item(row, options.first_option)
+        item = exam_item(row)
         return "exam", GUESSED if row.guessed and schema == "exam" else schema, item
     named = _question_answer_names(set(row.names))  # a question of an exam that is no choice
     if not named:
         raise Reject("missing or empty options", "0 options")
-    return _read_question_answer(row, "/".join(filter(None, named)), options, named)
+    return _read_question_answer(row, "/".join(filter(None, named)), named)
 
 
-def _read_question_answer(row, schema, options, named):
+def _read_question_answer(row, schema, named):
     question, context, answer = named
     value = row.peek(question)
     if isinstance(value, list) and all(isinstance(turn, dict) and "type" not in turn for turn in value):
@@ -315,7 +311,7 @@ def _history_of(row):
     return turns_of(history, "history", row) if history else []
 
 
-def _read_conversation(row, schema, options, name):
+def _read_conversation(row, schema, name):
     value = row.get(name)
     turns = turns_of([value] if isinstance(value, str) else value, name, row)
     not_learnt(row, "", turns)
@@ -328,8 +324,8 @@ def _read_conversation(row, schema, options, name):
         return "exam", "exam in the question", item
     if "reasoning_content" not in kept[-1] and row.peek("reasoning") is not None:
         kept[-1]["reasoning_content"] = text_of(row, "reasoning", "reasoning")
-    kind, schema, body = _trained_or_bad(row, schema or name, kept)
-    return kind, schema, body | {"trimmed": len(kept) < len(messages)}
+    row.trimmed = len(kept) < len(messages)
+    return _trained_or_bad(row, schema or name, kept)
 
 
 def _trained_or_bad(row, schema, messages, columns=""):
@@ -356,7 +352,7 @@ def _trained_or_bad(row, schema, messages, columns=""):
     return "sft", schema, {"messages": messages}
 
 
-def _read_preference(row, schema, options):
+def _read_preference(row, schema):
     """TRL: prompt/chosen/rejected as text or messages, the prompt explicit or shared; LLaMA-Factory: both its forms."""
     chosen, rejected = _answer_turns(row, "chosen"), _answer_turns(row, "rejected")
     own = next((name for name in ("messages", "prompt") if isinstance(row.peek(name), list)), "")
