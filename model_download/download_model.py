@@ -11,6 +11,8 @@ weights and the licence, no pickled weights and no code.
 """
 
 import datetime
+import fnmatch
+import re
 import sys
 from pathlib import Path
 
@@ -18,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.errors import RunError, UserError, run
 from utils.files import sha256_of, show_path, write_json
-from utils.hub import COMMIT, Repo, download, look_up, model_files, read_record
+from utils.hub import COMMIT, HubFile, Repo, download, look_up, read_record
 from utils.kept import changed_file
 from utils.model.folder import check_model
 from utils.settings import ROOT, read_settings
@@ -33,6 +35,9 @@ OUTPUT_DIR = ""                 # folder for the files; empty: model_download/<n
 # fmt: on
 
 TINY_DIR = ROOT / "model_download" / "tiny_qwen3_tcm"
+# What transformers needs of a model, and the licence.
+MODEL_FILES = """config.json generation_config.json tokenizer*.json tokenizer.model special_tokens_map.json added_tokens.json
+vocab.json vocab.txt merges.txt chat_template.jinja chat_template.json *.safetensors *.safetensors.index.json LICENSE* NOTICE*"""
 
 # What the default model is, whatever a mirror lists: sha256 of the large files, git blob id of the small ones.
 PINNED_MODEL, PINNED_COMMIT = "Qwen/Qwen3-0.6B", "c1899de289a04d12100db370d81485cdf75e47ca"
@@ -84,6 +89,17 @@ def check_pinned(repo: Repo) -> None:
                 f"the server lists another {name} for {repo.id} than this script knows ({listed[:12]}, wanted "
                 f"{digest[:12]}); it does not serve the original: choose another mirror in HF_ENDPOINT"
             )
+
+
+def model_files(repo: Repo) -> dict[str, HubFile]:
+    """{name: HubFile} of what transformers needs. UserError if there are no safetensors weights or no config."""
+    wanted = re.compile("|".join(map(fnmatch.translate, MODEL_FILES.split())))
+    plain = [name for name in repo.files if not set(name) & set("/\\:")]
+    files = {name: repo.files[name] for name in plain if wanted.match(name)}
+    if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
+        lacks = f"{repo.id} holds no config.json with *.safetensors weights, and other kinds are not fetched"
+        raise UserError(f"{lacks} (it holds {', '.join(sorted(repo.files)[:8])}); see {repo.page}/tree/main")
+    return files
 
 
 def main(argv: list[str] | None = None) -> None:

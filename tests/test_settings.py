@@ -141,9 +141,9 @@ def test_the_next_command_carries_what_is_not_the_default_there(tmp_path):
 
 
 def test_settings_are_shown_in_short(script, capsys):
-    for words, shown in (([], ""), (["--steps", "4"], "STEPS=4  ")):
+    for words, shown in (([], ""), (["--steps", "4"], "STEPS=4, ")):
         read_settings(script(), words).show()
-        told = f"settings: MODEL='model_download'  {shown}the rest as in the script\n"
+        told = f"settings: MODEL='model_download', {shown}the rest as in the script\n"
         assert capsys.readouterr().out == told
 
 

@@ -1,12 +1,11 @@
 """The Hugging Face Hub: what a repository holds at one commit, and its files brought to disk whole or not at all.
 
-Built on `http_get` and `http_backoff` of huggingface_hub 2.4.0. Its `hf_hub_download` begins a file again after a kill, compares
-sizes but no sha256, and brings large files through Xet, which goes around mirrors. `http_get` goes on at `resume_size` and repeats
-what may pass. After a redirect to another host the token is not sent.
+Built on `http_get` and `http_backoff` of huggingface_hub 2.4.0, which repeat what may pass. Its `hf_hub_download` begins a file again
+after a kill, compares sizes but no sha256, and brings large files through Xet, which goes around mirrors. After a redirect to
+another host the token is not sent.
 """
 
 import contextlib
-import fnmatch
 import glob
 import hashlib
 import os
@@ -24,9 +23,6 @@ from utils.text import bar, format_bytes, say
 HOME = "https://huggingface.co"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SPARE_BYTES = 64 << 20  # to leave free on the disk
-# What transformers needs of a model, and the licence.
-MODEL_FILES = """config.json generation_config.json tokenizer*.json tokenizer.model special_tokens_map.json added_tokens.json
-vocab.json vocab.txt merges.txt chat_template.jinja chat_template.json *.safetensors *.safetensors.index.json LICENSE* NOTICE*"""
 # What the client's errors mean; the first that fits.
 REFUSALS = {
     "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it",
@@ -74,7 +70,7 @@ def look_up(kind: str, repo_id: str, revision: str) -> Repo:
         [info] = _pages(f"{api}/revision/{quote(revision, safe='')}")
         commit = info["sha"]
         if not COMMIT.fullmatch(commit) or COMMIT.fullmatch(revision) and revision != commit:
-            raise RunError(f"{_endpoint()} gives commit {commit} for {repo_id} at {revision}")
+            raise RunError(f"{_endpoint()} gives commit {commit[:40]} for {repo_id} at {revision}")
         licence = next((tag[8:] for tag in info.get("tags") or [] if tag.startswith("license:")), None)
         files = {}
         for entry in (entry for page in _pages(f"{api}/tree/{commit}?recursive=true") for entry in page):
@@ -100,17 +96,6 @@ def _pages(url):
         yield response.json()
         link = response.links.get("next", {}).get("url")
         url = link and f"{place}?{urlsplit(link).query}"
-
-
-def model_files(repo: Repo) -> dict[str, HubFile]:
-    """{name: HubFile} of what transformers needs. UserError if there are no safetensors weights or no config."""
-    wanted = re.compile("|".join(map(fnmatch.translate, MODEL_FILES.split())))
-    plain = [name for name in repo.files if not set(name) & set("/\\:")]
-    files = {name: repo.files[name] for name in plain if wanted.match(name)}
-    if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
-        lacks = f"{repo.id} holds no config.json with *.safetensors weights, and other kinds are not fetched"
-        raise UserError(f"{lacks} (it holds {', '.join(sorted(repo.files)[:8])}); see {repo.page}/tree/main")
-    return files
 
 
 # ---- Files

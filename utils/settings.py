@@ -18,14 +18,13 @@ user stands in as a flag. A name that ends in MODEL(S) may be a folder or a Hub 
 """
 
 import argparse
+import contextlib
 import difflib
-import functools
 import io
 import os
 import re
 import shlex
 import sys
-import textwrap
 import tokenize
 import traceback
 from pathlib import Path
@@ -62,10 +61,9 @@ class Settings:
 
     def show(self) -> None:
         """Print MODEL and the settings that the command line gave."""
-        shown = [name for name in self.as_dict() if name in {"MODEL", *self.overridden}]
-        words = [f"{name}={self.as_dict()[name]!r} " for name in shown]
-        form = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
-        print(textwrap.fill(" ".join(["settings:", *words, "the rest as in the script"]), 118, **form))
+        shown = {name: value for name, value in self.as_dict().items() if name in {"MODEL", *self.overridden}}
+        words = [f"{name}={value!r}, " for name, value in shown.items()]
+        print(f"settings: {''.join(words)}the rest as in the script")
 
 
 def read_settings(namespace: dict[str, Any], argv: list[str] | None = None, positional: str = "") -> Settings:
@@ -87,9 +85,8 @@ def read_settings(namespace: dict[str, Any], argv: list[str] | None = None, posi
     )
     for name, (_, rule, comment) in constants.items():
         told = f"{f'[{rule}] ' if rule else ''}{comment} ({namespace[name]!r})".replace("%", "%%")
-        form = {bool: {"nargs": "?", "const": True}, list: {"nargs": "+"}}.get(kinds[name], {})
+        form = {bool: {"nargs": "?", "const": "true"}, list: {"nargs": "+"}}.get(kinds[name], {})
         form["metavar"] = {bool: "true|false", int: "N", float: "X"}.get(kinds[name], "TEXT")
-        form["type"] = functools.partial(_from_text, kinds[name])
         parser.add_argument(flag_of(name), dest=name, help=told, **form)
     words = sys.argv[1:] if argv is None else argv
     if positional:
@@ -102,16 +99,11 @@ def read_settings(namespace: dict[str, Any], argv: list[str] | None = None, posi
     if unknown:
         near = _nearest(unknown[0].split("=")[0], [flag_of(name) for name in constants])
         raise UserError(f"unknown argument {unknown[0]}{near or f'; {parser.prog} --help lists the flags'}")
-    try:
-        here = Path.cwd()
-    except FileNotFoundError:
-        gone = "the folder that this was started in has been deleted; go to one that is there, with cd"
-        raise UserError(gone) from None
     values = {}
     for name, (line, rule, _) in constants.items():
         label, value, base = f"{_plain(script)}, line {line}: {name}", namespace[name], ROOT
         if name in given:
-            label, value, base = flag_of(name), getattr(given, name), here
+            label, value, base = flag_of(name), _from_text(kinds[name], getattr(given, name)), Path.cwd()
         values[name] = _resolve(name, _checked(label, value, kinds[name], rule), base)
     return Settings(values, set(vars(given)))
 
@@ -152,7 +144,7 @@ def read_constants(source: str) -> dict[str, tuple[int, str, str]]:
 def read_number(label: str, value: object, rule: str) -> Any:
     """A number, or the text of one, by a rule such as "0 to 1" or "0, 1, ..."; UserError, which names `label`, for any other."""
     kind = _kind("", rule, 0)
-    return _checked(label, _from_text(kind, value) if isinstance(value, str) else value, kind, rule)
+    return _checked(label, _from_text(kind, value), kind, rule)
 
 
 def flag_of(name: str) -> str:
@@ -166,11 +158,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _from_text(kind, text):
-    """A flag's text in its type. It stays a text if it is no number or truth value: _checked refuses it then."""
-    try:
-        return BOOLEANS[text.lower()] if kind is bool else kind(text) if kind in (int, float) else text
-    except (ValueError, KeyError):
-        return text
+    """A flag's text in its type. It stays as it is if it is no number or truth value: _checked refuses it then."""
+    if kind is bool and isinstance(text, str):
+        return BOOLEANS.get(text.lower(), text)
+    with contextlib.suppress(ValueError):
+        return kind(text) if kind in (int, float) and isinstance(text, str) else text
+    return text
 
 
 def _nearest(word, known):
@@ -232,8 +225,7 @@ def _plain(value):
     """A value for printing and run.json: a path inside the repository is written relative to it."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    inside = isinstance(value, str | Path) and str(value).startswith(str(ROOT))
-    if inside and Path(value).is_relative_to(ROOT):
+    if isinstance(value, str | Path) and Path(value).is_relative_to(ROOT):
         return Path(value).relative_to(ROOT).as_posix()
     return str(value) if isinstance(value, Path) else value
 

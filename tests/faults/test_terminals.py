@@ -23,12 +23,6 @@ def test_started_from_the_repository_through_a_link(world, hub, tmp_path, name):
     assert_same(world, name, output)
 
 
-def test_started_from_a_folder_that_is_gone(world, tmp_path):
-    (tmp_path / "gone").mkdir()
-    script = start(world, "convert", cwd=tmp_path / "gone", before=[(os.rmdir, tmp_path / "gone")])
-    assert_told(script, 2, "the folder that this was started in has been deleted; go to one that is there")
-
-
 @pytest.mark.parametrize("name", ["sample", "data", "convert", "pairs", "model"])
 def test_locale_without_utf8(world, hub, tmp_path, name):
     """Chinese in the path, in the data and on the way to the terminal."""

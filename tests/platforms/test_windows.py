@@ -6,10 +6,11 @@ import pytest
 from conftest import ROOT
 from small_runs import arguments, make_place, same_weights
 
+from model_download.download_model import model_files
 from utils import errors
 from utils.errors import UserError, run
 from utils.files import write_jsonl
-from utils.hub import HubFile, Repo, model_files
+from utils.hub import HubFile, Repo
 from utils.model.folder import check_model
 from utils.training import log as log_module
 
