@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` is found from any folder
 
-from utils.errors import RunError, UserError, run
+from utils.errors import RunError, run
 from utils.files import prepare_folder, read_jsonl, require_file, sample_by_id, show_path
 from utils.model.folder import check_model, find_models, quiet_offline, usable_record
 from utils.settings import ROOT, read_settings
@@ -138,24 +138,25 @@ def models_to_compare(settings):
 
 
 def load_tests(settings):
-    """(utils.evaluation.measure.Tests, {reason: rows of the exam file left out}); UserError for files that are not as wanted."""
+    """(utils.evaluation.questions.Tests, {reason: rows of the exam file left out}); UserError for files that are not as wanted."""
     from utils.data.texts import Terms
     from utils.evaluation.questions import Tests, read_exam
-    from utils.model.chat_format import THINKING_MODES
 
-    if settings.THINKING not in THINKING_MODES:
-        raise UserError(f"--thinking: wanted auto, on or off, got {settings.THINKING!r}")
     eval_file = require_file(settings.EVAL_FILE, MADE_BY["EVAL_FILE"])
     heldout = sample_by_id(read_jsonl(eval_file, ["id", "messages"]), settings.EVAL_ROWS)
     exam, left_out = read_exam(settings.EXAM_FILE) if is_there(settings, "EXAM_FILE") else ([], {})
     for reason, count in left_out.items():
         print(f"{show_path(settings.EXAM_FILE)}: {count:,} rows left out: {reason}")
     pairs = optional_rows(settings, "PAIRS_FILE", ["id", "prompt", "chosen", "rejected"])
+    general = optional_rows(settings, "GENERAL_FILE", ["id", "question", "answer", "accept"])
+    for row in general:
+        pair = ("user", row["question"]), ("assistant", row["answer"])
+        row["messages"] = [{"role": role, "content": text} for role, text in pair]
     return Tests(
         heldout=heldout,
         exam=sample_by_id(exam, settings.EXAM_ROWS),
         pairs=sample_by_id(pairs, settings.EVAL_ROWS),
-        general=optional_rows(settings, "GENERAL_FILE", ["id", "question", "answer", "accept"]),
+        general=general,
         terms=Terms(require_file(settings.TERMS_FILE, MADE_BY["TERMS_FILE"])),
     ), left_out
 

@@ -1,4 +1,4 @@
-"""For tests of the evaluation: ten questions, files of them, and scores computed the slow way, one sequence at a time."""
+"""For tests of the evaluation: questions, files of them, and scores computed the slow way, one sequence at a time."""
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,31 @@ EXAM = [
     }
     for n, name in enumerate(NAMES)
 ]
+
+
+HERBS = {"A": "麻黄", "B": "桂枝", "C": "石膏", "D": "细辛", "E": "黄连"}
+SEVERAL = [
+    {"id": f"several {n}", "question": f"下列药物中{asked}的有？", "options": HERBS, "answer": answer, "subject": "", "kind": "multiple"}
+    for n, (asked, answer) in enumerate([("性温", "ABD"), ("性寒", "CE"), ("归肺经", "ABCD")])
+]  # fmt: skip
+JUDGED = [
+    {"id": f"judged {n}", "question": f"{herb}性温。", "options": dict(zip("AB", words)), "answer": answer, "subject": "中药",
+     "kind": "true_false"}
+    for n, (herb, words, answer) in enumerate([("麻黄", "对错", "A"), ("石膏", ("正确", "错误"), "B")])
+]  # fmt: skip
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+# A question to which one answer brings a caution.
+ASKED = [user("麻黄有哪些功效？")]
+WITH, WITHOUT = "麻黄的功效是发汗解表。使用注意：孕妇慎用。", "麻黄的功效是发汗解表。"
 
 
 # ---- An independent path: one sequence at a time, full logits, no packing, prompts written out here
@@ -68,23 +93,33 @@ def letters_alone(tokenizer, model, item):
 
 
 def make_arguments(folder):
-    """Ten held-out rows, questions and pairs as files in `folder`; the arguments that name them."""
-
-    def say(role, text):
-        return {"role": role, "content": text}
-
+    """Ten held-out rows, questions of all kinds and pairs as files in `folder`; the arguments that name them."""
     rows, pairs = [], []
     for item in EXAM:
-        question, answer = say("user", item["question"]), say("assistant", "药性是温。")
+        question, answer = user(item["question"]), assistant("药性是温。")
         rows.append({"id": item["id"], "messages": [question, answer]})
-        sides = {"prompt": [question], "chosen": [answer], "rejected": [say("assistant", "寒。")]}
-        pairs.append({"id": item["id"], **sides, "kind": "facts"})
-    for name, lines in (("sft_eval", rows), ("exam", EXAM), ("dpo_eval", pairs)):
+        pairs.append(([question], "药性是温。", "寒。"))
+    pairs += [(ASKED, WITH, WITHOUT), (ASKED, WITHOUT, WITH)]
+    pairs = [
+        {
+            "id": str(n),
+            "prompt": prompt,
+            "chosen": [assistant(good)],
+            "rejected": [assistant(bad)],
+            "kind": "",
+        }
+        for n, (prompt, good, bad) in enumerate(pairs)
+    ]
+    exam = [*EXAM, *SEVERAL, *JUDGED]
+    arguments = ["--output-dir", folder / "out", *"--max-new-tokens 6 --device cpu --precision fp32".split()]
+    for flag, name, lines in (
+        ("eval", "sft_eval", rows),
+        ("exam", "exam", exam),
+        ("pairs", "dpo_eval", pairs),
+    ):
         write_jsonl(folder / f"{name}.jsonl", lines)
-    names = {"--eval-file": "sft_eval.jsonl", "--exam-file": "exam.jsonl", "--pairs-file": "dpo_eval.jsonl"}
-    files = [word for flag, name in names.items() for word in (flag, folder / name)]
-    flags = "--max-new-tokens 6 --device cpu --precision fp32".split()
-    return [*files, "--output-dir", folder / "out", *flags]
+        arguments += [f"--{flag}-file", folder / f"{name}.jsonl"]
+    return arguments
 
 
 def compare(*arguments):

@@ -1,72 +1,141 @@
-"""The script: what it writes and prints, what it compares by default, what it refuses."""
+"""The script: every result agrees with a plain loop, what it writes and prints, what it compares by default, what it refuses."""
 
+import json
 import math
 import shutil
 
 import pytest
-from evaluation_files import compare, make_arguments
+from evaluation_files import (
+    EXAM,
+    SEVERAL,
+    alone,
+    compare,
+    letters_alone,
+    load_plain,
+    make_arguments,
+    prompt_of,
+)
 from tiny_model import make_tiny_model
 
 from model_finetune import compare_models
-from utils.files import read_json, write_json
+from utils.evaluation import report
+from utils.files import read_json
+
+KINDS = "exam exam_letter exam_true_false exam_true_false_letter exam_multiple preference".split()
 
 
-@pytest.fixture
-def arguments(tmp_path):
-    return make_arguments(tmp_path)
+@pytest.fixture(scope="module")
+def comparison(folder, tmp_path_factory):
+    """(the place of the files, the panels of the picture): two models compared in all that there is."""
+    place, drawn = tmp_path_factory.mktemp("comparison"), []
+    other = make_tiny_model(place / "sft_finetuned", seed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        draw = report.plot_comparison
+        patch.setattr(
+            report, "plot_comparison", lambda panels, *more: (drawn.extend(panels), draw(panels, *more))
+        )
+        assert compare("--models", folder, other, *make_arguments(place), "--follow-ups", 5) == 0
+    return place / "out", drawn
 
 
 @pytest.mark.slow
-def test_the_comparison_is_written_and_printed(folder, arguments, tmp_path, capsys):
-    other = make_tiny_model(tmp_path / "sft_finetuned", seed=1)
-    assert compare("--models", folder, other, *arguments) == 0
-    written = read_json(tmp_path / "out/comparison.json")
+def test_the_comparison_is_written(comparison):
+    place, drawn = comparison
+    written = read_json(place / "comparison.json")
     assert list(written["models"]) == ["base", "sft"]
-    wanted = "heldout_loss exam_accuracy exam_n preference_accuracy exam_letter_accuracy general_loss ended_share repetition mean_tokens"
+    counts = dict.fromkeys(("exam", "exam_letter", "heldout_loss"), 10) | {"preference": 12, "answers": 90}
+    counts |= {"exam_true_false": 2, "exam_multiple": 3, "second": 5, "fourth": 5, "caution": 1}
     for found in written["models"].values():
-        assert {*wanted.split(), "tokens_per_second"} <= found.keys() and found["exam_n"] == 10
+        assert {name: found[f"{name}_n"] for name in counts} == counts
+        assert {f"{name}_accuracy" for name in KINDS} <= found.keys() and "tokens_per_second" in found
         assert found["exam_interval"][0] <= found["exam_accuracy"] <= found["exam_interval"][1]
+        assert found["exam_chance"] == 0.25 and found["exam_multiple_chance"] == pytest.approx(1 / 31)
         assert found["perplexity"] == pytest.approx(math.exp(found["heldout_loss"]))
     [pair] = written["differences"]
-    assert (pair["from"], pair["to"]) == ("base", "sft") and 0 <= pair["exam_letter"]["p"] <= 1
-    said, told = capsys.readouterr().out, (tmp_path / "out/comparison.md").read_text(encoding="utf-8")
-    for text in (said, told):
-        assert "| exam by option letter" in text and "麻黄" in text and "sft against base" in text
-    assert "sft - base" in told and "McNemar" in told and "comparison.png" in told
-    assert (tmp_path / "out/comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert (pair["from"], pair["to"]) == ("base", "sft") and pair.keys() >= {*KINDS, "heldout_loss", "second"}
+    assert 0 <= pair["exam_letter"]["p"] <= 1
+    told = (place / "comparison.md").read_text(encoding="utf-8")
+    for text in (
+        "sft - base",
+        "McNemar",
+        "comparison.png",
+        "- 5 of the held-out questions once more",
+        "sft against base",
+    ):
+        assert text in told
+    for label in (
+        "exam by option letter",
+        "exam, several answers",
+        "second question",
+        "caution where not asked",
+    ):
+        assert f"| {label}" in told
+    titles = {panel.title for panel in drawn}
+    assert titles >= {
+        "exam by option text, n = 10",
+        "exam, several answers, n = 3",
+        "true or false, by text, n = 2",
+    }
+    assert (place / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_every_item_is_kept_and_agrees_with_a_plain_loop(comparison, folder):
+    [path] = (comparison[0] / "comparison").glob("tiny-*.json")
+    items, (tokenizer, model), of = read_json(path)["value"]["items"], load_plain(folder), {}
+    for item in items:
+        of.setdefault(item["test"], []).append(item)
+    assert {test: len(found) for test, found in of.items()} == {
+        "heldout": 10, "general": 80, "exam": 15, "preference": 12, "answer": 90, "follow_up": 10, "caution": 2
+    }  # fmt: skip
+    answers = [tokenizer(text + "<|im_end|>")["input_ids"] for text in ("药性是温。", "寒。")]
+    for row, loss, pair, exam in zip(EXAM, of["heldout"], of["preference"], of["exam"]):
+        logps = [alone(model, prompt_of(tokenizer, row["question"]), answer) for answer in answers]
+        assert loss["loss"] == pytest.approx(-logps[0], rel=1e-4) and loss["tokens"] == len(answers[0])
+        assert [pair["chosen"], pair["rejected"]] == pytest.approx(logps, rel=1e-4)
+        rotations = [pytest.approx(rotation, abs=1e-3) for rotation in letters_alone(tokenizer, model, row)]
+        assert exam["rotations"] == rotations and set(exam["text"]) == set("ABCD")
+        assert exam["text_choice"] == max(exam["text"], key=exam["text"].get)
+    several = [item for item in of["exam"] if item.get("kind") == "multiple"]
+    assert [(item["id"], item["answer"]) for item in several] == [
+        (item["id"], item["answer"]) for item in SEVERAL
+    ]
+    assert all("said" in item and "text_choice" not in item for item in several)
+    assert of["heldout"][0]["id"] == "0" and {item["tokens"] for item in of["answer"]} <= set(range(1, 7))
+
+
+def test_only_what_was_asked_for_is_compared(folder, tmp_path, capsys):
+    arguments = [*make_arguments(tmp_path), "--pairs-file", "", "--general-file", "", "--generate", 0]
+    assert compare("--models", folder, *arguments, "--letter-rows", -1, "--precision", "bf16") == 0
+    found = read_json(tmp_path / "out/comparison.json")["models"]["base"]
+    assert found["exam_multiple_n"] == 3 and "exam_letter_n" not in found
+    said = capsys.readouterr().out
+    assert "| exam, several answers" in said and "preference" not in said
+    assert compare("--models", folder, *arguments, "--exam-file", "") == 0
+    found = read_json(tmp_path / "out/comparison.json")["models"]["base"]
+    names = "folder weights heldout_loss heldout_loss_interval heldout_loss_n perplexity seconds"
+    assert found.keys() == set(names.split())
 
 
 def test_the_default_is_the_base_and_every_finished_run(folder, tmp_path, monkeypatch, capsys):
-
     monkeypatch.setattr("utils.model.folder.ROOT", tmp_path)
     monkeypatch.setattr(compare_models, "ROOT", tmp_path)
-    for name, status in (
-        ("sft_finetuned", "finished"),
-        ("sft_finetuned.20261129-214800", "finished"),  # set aside by --fresh
-        ("my_run", "finished"),
-        ("dpo_finetuned", "running"),
-        ("copied", None),
-    ):
-        shutil.copytree(folder, tmp_path / "trainer_output" / name)
-        if status:
-            record = {"status": status, "identity": {}, "settings": {"MODEL": "x"}, "results": {}}
-            write_json(tmp_path / "trainer_output" / name / "run.json", record)
-    for number, damaged in enumerate(("{", "[]", '{"status": "finished"}', '{"status": 3, "settings": []}')):
-        place = shutil.copytree(folder, tmp_path / f"trainer_output/damaged{number}")
-        (place / "run.json").write_text(damaged, encoding="utf-8")
+    record = {"identity": {}, "settings": {"MODEL": "x"}, "results": {}}
+    records = {"sft_finetuned": record | {"status": "finished"}, "my_run": record | {"status": "finished"}}
+    records["sft_finetuned.20261129-214800"] = record | {"status": "finished"}  # set aside by --fresh
+    records |= {"dpo_finetuned": record | {"status": "running"}, "copied": None}
+    damaged = ["{", [], {"status": "finished"}, {"status": 3, "settings": []}]
+    records |= {f"damaged{number}": content for number, content in enumerate(damaged)}
+    for name, content in records.items():
+        place = shutil.copytree(folder, tmp_path / "trainer_output" / name)
+        if content is not None:
+            text = content if content == "{" else json.dumps(content)
+            (place / "run.json").write_text(text, encoding="utf-8")
     settings = compare_models.read_settings(vars(compare_models), ["--base-model", str(folder)])
     named = compare_models.models_to_compare(settings)
     assert set(named) == {"base", "sft", "my_run"} and list(named)[0] == "base"
     said = capsys.readouterr().out
     assert all(f"damaged{number}/run.json" in said for number in range(4)) and said.count("left out: ") == 4
-
-
-def test_only_what_was_asked_for_is_compared(folder, arguments, tmp_path):
-    no_files = [word for name in ("exam", "pairs", "general") for word in (f"--{name}-file", "")]
-    assert compare("--models", folder, *arguments, *no_files, "--generate", 0) == 0
-    found = read_json(tmp_path / "out/comparison.json")["models"]["base"]
-    names = "folder weights heldout_loss heldout_loss_interval heldout_loss_n perplexity seconds"
-    assert found.keys() == set(names.split())
 
 
 @pytest.mark.parametrize(
@@ -78,7 +147,7 @@ def test_only_what_was_asked_for_is_compared(folder, arguments, tmp_path):
         (["--thinking", "maybe"], "--thinking is 'maybe', wanted auto | on | off"),
     ],
 )
-def test_wrong_input_is_one_line(folder, arguments, capsys, changes, message):
-    assert compare("--models", folder, *arguments, *changes) == 2
+def test_wrong_input_is_one_line(folder, tmp_path, capsys, changes, message):
+    assert compare("--models", folder, *make_arguments(tmp_path), *changes) == 2
     errors = capsys.readouterr().err
     assert message in errors and len(errors.splitlines()) == 1

@@ -1,30 +1,46 @@
-"""Exams: choices agree with a plain transformers loop, letters are not favoured, files are read as they are."""
+"""Exams: choices agree with a plain transformers loop, letters are not favoured and read as they stand, files are read as they are."""
 
 import json
 import re
 import sys
 import zipfile
+from dataclasses import replace
 
 import openpyxl
 import pytest
+import torch
 from conftest import ROOT
-from evaluation_files import CPU, EXAM, alone, letters_alone, load_packed, load_plain, prompt_of
+from evaluation_files import (
+    CPU,
+    EXAM,
+    HERBS,
+    JUDGED,
+    SEVERAL,
+    alone,
+    letters_alone,
+    load_packed,
+    load_plain,
+    prompt_of,
+)
 from transformers import AutoTokenizer
 
 from utils.errors import UserError
 from utils.evaluation import exams
+from utils.evaluation.exams import letters_in
+from utils.evaluation.measure import letter_choices
 from utils.evaluation.questions import read_exam
 from utils.files import read_jsonl, write_json, write_jsonl
+from utils.model.generate import stop_tokens
 
 SAMPLE, TINY = ROOT / "data_prepare/sample", ROOT / "model_download/tiny_qwen3_tcm"
 
 
 @pytest.mark.slow
-def test_letter_choices_equal_a_plain_loop_on_20_items():
+def test_letter_choices_equal_a_plain_loop_on_8_items():
     tokenizer, model = load_plain(TINY)
-    exam = list(read_jsonl(SAMPLE / "tcm_exam.jsonl"))[::30][:20]
+    exam = list(read_jsonl(SAMPLE / "tcm_exam.jsonl"))[::75][:8]
     choices = exams.choices_by_letter(load_packed(TINY), tokenizer, exam, CPU)
-    assert len(choices) == 20
+    assert len(choices) == 8
     for item, found in zip(exam, choices):
         choice, scores, rotations = found.values()
         expected = letters_alone(tokenizer, model, item)
@@ -35,16 +51,19 @@ def test_letter_choices_equal_a_plain_loop_on_20_items():
 
 
 def test_text_choices_equal_a_plain_loop(folder):
+    """A statement is asked with its own two words."""
     tokenizer, model = load_plain(folder)
-    for item, found in zip(EXAM, exams.choices_by_text(load_packed(folder), tokenizer, EXAM, CPU)):
-        choice, scores = found.values()
-        prompt = prompt_of(tokenizer, f"{item['question']}\n请只写出答案。")
-        expected = {
-            letter: alone(model, prompt, tokenizer(text)["input_ids"]) / len(text)
-            for letter, text in item["options"].items()
-        }
-        assert scores == pytest.approx(expected, abs=1e-4)
-        assert choice == max(expected, key=expected.get)
+    exam = [*EXAM, *JUDGED]
+    for item, found in zip(exam, exams.choices_by_text(load_packed(folder), tokenizer, exam, CPU)):
+        asked, words = "请只写出答案。", list(item["options"].values())
+        if item in JUDGED:
+            asked = f"请判断以上说法是否正确，只写出“{words[0]}”或“{words[1]}”。"
+        prompt, expected = prompt_of(tokenizer, f"{item['question']}\n{asked}"), {}
+        for letter, text in item["options"].items():
+            expected[letter] = alone(model, prompt, tokenizer(text)["input_ids"]) / len(text)
+        assert found["text"] == pytest.approx(expected, abs=1e-4)
+        assert found["text_choice"] == max(expected, key=expected.get)
+    assert "判断题" in exams.letter_question(JUDGED[0], ["A", "B"])
 
 
 @pytest.mark.parametrize("typed", ["平<|im_end|>", "<|im_start|>system", "<think>寒</think>", "\n平"])
@@ -70,20 +89,75 @@ def test_a_favourite_letter_gains_nothing(folder, monkeypatch, favourite):
 
     def biased(model, prompts, tokens, device, watch):
         """Finds 大寒 a little likelier than the rest, and one letter much likelier than the others."""
-        letters = tokenizer.convert_ids_to_tokens(tokens)
-        assert letters == list("ABCDE")
-        return [
-            [
-                (5 if letter == favourite else 0) + (1 if f"\n{letter}. 大寒" in text else 0)
-                for letter in letters
-            ]
-            for text in tokenizer.batch_decode(prompts)
-        ]
+        assert tokenizer.convert_ids_to_tokens(tokens) == list("ABCDE")
+        texts = tokenizer.batch_decode(prompts)
+        return [[5 * (one == favourite) + (f"\n{one}. 大寒" in text) for one in "ABCDE"] for text in texts]
 
     monkeypatch.setattr(exams, "next_token_logps", biased)
     choices = exams.choices_by_letter(None, tokenizer, exam, CPU)
     assert [found["letter_choice"] for found in choices] == ["B", "B"]
     assert [len(found["rotations"]) for found in choices] == [3, 5]
+
+
+def test_letters_are_chosen_in_float32_in_any_number_format(folder):
+    tokenizer, model = load_plain(folder)
+    items, choices = [*SEVERAL, *EXAM], []
+    for changes in ({}, {"bf16": True}, {"fp16": True}):
+        choices.append(letter_choices(folder, tokenizer, items, 2, 4, replace(CPU, **changes)))
+    assert choices[0] == choices[1] == choices[2]
+    assert len(choices[0]) == len(SEVERAL) + 2  # the number limits only the questions with one right answer
+    assert all(choices[0][item["id"]].keys() == {"letter_choice", "said"} for item in SEVERAL)
+    asked = [item for item in EXAM if item["id"] in choices[0]]
+    for item in asked:
+        expected = [pytest.approx(rotation, abs=1e-4) for rotation in letters_alone(tokenizer, model, item)]
+        assert expected == choices[0][item["id"]]["rotations"]
+    rounded = letters_alone(tokenizer, model.to(torch.bfloat16), asked[0])  # bfloat16 would show
+    assert rounded[0] != pytest.approx(choices[0][asked[0]["id"]]["rotations"][0], abs=1e-4)
+    assert letter_choices(folder, tokenizer, EXAM, -1, 4, CPU) == {}
+
+
+# ---- Several right answers
+
+
+@pytest.mark.parametrize(
+    "answer, letters",
+    [("D、B、A", "ABD"), ("ＡＢＤ。", "ABD"), ("A. 麻黄\nB. 桂枝\nD. 细辛", "ABD"), ("题目问A还是C。答案是：A, B和D。", "ABD"),
+     ("AABD", "ABD"), ("ABF", "ABF"), ("麻黄、桂枝、细辛", ""), ("DNA, B12, Abd", ""), ("", "")],
+)  # fmt: skip
+def test_letters_are_read_from_an_answer(answer, letters):
+    assert letters_in(answer, HERBS.values()) == letters
+
+
+def test_letters_in_the_text_of_an_option_name_nothing():
+    assert letters_in("A. 维生素 C\nB. 维生素 D", ["维生素 C", "维生素 D", "维生素 E"]) == "AB"
+    assert letters_in("AB", ["AB", "CD"]) == "AB"
+
+
+def test_sets_are_what_transformers_generates(folder):
+    tokenizer, model = load_plain(folder)
+    stop = stop_tokens(model, tokenizer)
+    found = exams.choices_of_several(model, tokenizer, SEVERAL, stop, 2)
+    for item, choice in zip(SEVERAL, found):
+        options = "\n".join(f"{letter}. {text}" for letter, text in HERBS.items())
+        asked = "以下是关于中医中药的多项选择题，请直接给出正确答案的选项。\n\n题目："
+        prompt = prompt_of(tokenizer, f"{asked}{item['question']}\n{options}\n答案是：")
+        limits = {"do_sample": False, "max_new_tokens": exams.LONGEST_SET, "eos_token_id": sorted(stop)}
+        ids = model.generate(torch.tensor([prompt]), **limits)[0, len(prompt) :].tolist()
+        ids = ids[:-1] if ids[-1] in stop else ids
+        assert choice["said"] == tokenizer.decode(ids, skip_special_tokens=True).lstrip("\n")
+        assert choice["letter_choice"] == letters_in(choice["said"], HERBS.values())
+
+
+def test_letters_are_those_of_the_question_as_it_was_asked(folder, monkeypatch):
+    """The item has no option C: its D and E are asked as C and D, and an E was never there."""
+    tokenizer = load_plain(folder)[0]
+    item = {**SEVERAL[0], "options": {letter: HERBS[letter] for letter in "ABDE"}}
+    for said, letters in (("D、B、A", "ABE"), ("ABC", "ABD"), ("ABE", "AB?"), ("不知道", "")):
+        monkeypatch.setattr(
+            exams, "generate_tokens", lambda *_, ids=tokenizer(said)["input_ids"], **__: [ids]
+        )
+        [choice] = exams.choices_of_several(None, tokenizer, [item], set(), 1)
+        assert choice == {"letter_choice": letters, "said": said}
 
 
 # ---- Exam files
@@ -92,32 +166,30 @@ QUESTIONS = [
     ("下列药物中性温的是？", ["麻黄", "石膏", "黄连", "知母"], "A"),
     ("四君子汤的君药是？", ["白术", "人参", "茯苓", "甘草"], "B"),
 ]
-
-
-SEVERAL = (*QUESTIONS[0][:2], "AB")
+TWO = (*QUESTIONS[0][:2], "AB")
 CMMLU = [
     f"{n},{question},{','.join(options)},{answer}" for n, (question, options, answer) in enumerate(QUESTIONS)
 ]
-EXAMS = {
+FILES = {
     "cmmlu.csv": "\ufeff" + "\r\n".join([",Question,A,B,C,D,Answer", *CMMLU, ""]),
     "cmb.json": [
         {"exam_subject": "中医", "question": q, "answer": a, "question_type": "单项选择题", "option": dict(zip("ABCDE", [*o, ""]))}
-        for q, o, a in [*QUESTIONS, SEVERAL]
+        for q, o, a in [*QUESTIONS, TWO]
     ],
     "cmexam.json": [
         {"Question": q, "Answer": a, "Options": [{"key": key, "value": text} for key, text in zip("ABCD", o)]}
-        for q, o, a in [*QUESTIONS, SEVERAL]
+        for q, o, a in [*QUESTIONS, TWO]
     ],
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", EXAMS)
+@pytest.mark.parametrize("name", FILES)
 def test_exam_files_are_read_as_they_are(tmp_path, name):
-    given = EXAMS[name] if name.endswith("csv") else json.dumps(EXAMS[name], ensure_ascii=False)
+    given = FILES[name] if name.endswith("csv") else json.dumps(FILES[name], ensure_ascii=False)
     (tmp_path / name).write_text(given, encoding="utf-8")
     exam, left_out = read_exam(tmp_path / name)
     found = [(item["question"], list(item["options"].values()), item["answer"]) for item in exam]
-    assert found == [*QUESTIONS, *([] if name.endswith("csv") else [SEVERAL])] and not left_out
+    assert found == [*QUESTIONS, *([] if name.endswith("csv") else [TWO])] and not left_out
     assert [item["kind"] for item in exam[2:]] == ["multiple"] * (len(exam) - 2)
     assert len({item["id"] for item in exam}) == len(exam)
 
@@ -139,8 +211,6 @@ def test_every_item_of_an_archive_a_book_and_an_array_is_read(tmp_path):
         for name, some in (("甲.csv", rows[:4]), ("in/乙.csv", rows[4:])):
             archive.writestr(name, "\n".join(map(",".join, [header, *some])))
     write_json(tmp_path / "c.json", [dict(zip(header, row)) for row in rows])
-    one_line = (tmp_path / "c.json").read_text(encoding="utf-8").replace("\n", "")
-    (tmp_path / "c.json").write_text(one_line, encoding="utf-8")
     for name in ("a.xlsx", "b.zip", "c.json"):
         exam, left_out = read_exam(tmp_path / name)
         assert [item["question"] for item in exam] == [row[0] for row in rows] and not left_out

@@ -6,7 +6,7 @@ question with several right answers the model writes the letters.
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from utils.data.exams import LETTERS, MULTIPLE, SINGLE, TRUE_FALSE
@@ -15,6 +15,7 @@ from utils.evaluation.questions import ExamQuestion, kind_of
 from utils.model.chat_format import encode_prompt, encode_text
 from utils.model.generate import generate_tokens, read_answer
 from utils.model.logprobs import answer_logps, next_token_logps, pack_for_scoring
+from utils.text import progress
 
 # By option text: the options are not listed, and the instruction asks for the bare fact that they are. A statement alone does not
 # say that it is to be judged, nor in which of the usual pairs of words (对 and 错, 正确 and 错误): these are named.
@@ -28,9 +29,7 @@ LETTER_PROMPT = (
 )
 KIND_NAMES = {SINGLE: "单项选择题", TRUE_FALSE: "判断题", MULTIPLE: "多项选择题"}
 SUBJECT = "中医中药"
-LONGEST_SET = (
-    64  # tokens of an answer that names several options: enough to write the texts of most beside the letters
-)
+LONGEST_SET = 64  # tokens of an answer that names several options: enough for most of their texts, too
 
 
 def prompt_texts() -> list[Any]:
@@ -38,16 +37,15 @@ def prompt_texts() -> list[Any]:
     return [TEXT_PROMPT, INSTRUCTION, JUDGE_INSTRUCTION, LETTER_PROMPT, KIND_NAMES, SUBJECT, LONGEST_SET]
 
 
-def choices_by_text(
-    model, tokenizer, exam: list[ExamQuestion], device: Device, watch: Callable = iter
-) -> list[dict]:
+def choices_by_text(model, tokenizer, exam: list[ExamQuestion], device: Device) -> list[dict]:
     """{"text_choice": the best option's letter, "text": {letter: score}} of each question.
 
-    The score is the log-probability of an option's text as the answer, divided by its length in characters. It is what
-    lm-evaluation-harness calls acc_norm, with one difference: the harness moves white space at the end of a prompt into every
-    option. Qwen3's prompt ends in two line breaks, so their log-probability and length count in its acc_norm, and not here.
+    The score is the log-probability of an option's text as the answer, divided by its length in characters: acc_norm of
+    lm-evaluation-harness, but for the two line breaks at the end of Qwen3's prompt, which the harness counts with the option.
     """
-    items = []
+    if not exam:
+        return []
+    items, watch = [], progress(f"exam by option text, {len(exam):,} questions")
     for item in exam:
         instruction = INSTRUCTION
         if kind_of(item) == TRUE_FALSE:
@@ -63,17 +61,16 @@ def choices_by_text(
     return choices
 
 
-def choices_by_letter(
-    model, tokenizer, exam: list[ExamQuestion], device: Device, watch: Callable = iter
-) -> list[dict]:
+def choices_by_letter(model, tokenizer, exam: list[ExamQuestion], device: Device) -> list[dict]:
     """{"letter_choice": the best option's letter, "letter": {letter: score}, "rotations": [...]} of each question.
 
-    The options are listed in the question, and the model's answer is the letter that it finds likeliest. This is asked for
-    every rotation of the options, so that each stands once under every letter; `rotations` holds the log-probabilities of the
-    letters by the options' own letters. The score is their mean: what a model gives to a letter, whatever stands under it, adds
-    the same to every option.
+    The options are listed, and the model's answer is the likeliest letter. This is asked for every rotation of the options, so
+    that each stands once under every letter; `rotations` holds the log-probabilities by the options' own letters. The score is
+    their mean: what a model gives to a letter, whatever stands under it, adds the same to every option.
     """
-    asked = []
+    if not exam:
+        return []
+    asked, watch = [], progress(f"exam by option letter, {len(exam):,} questions, every rotation")
     for item in exam:
         own = list(item["options"])
         asked.append([own[start:] + own[:start] for start in range(len(own))])
@@ -103,21 +100,21 @@ def letter_question(item: ExamQuestion, order: list[str]) -> str:
 
 
 def choices_of_several(
-    model, tokenizer, exam: list[ExamQuestion], stop: set[int], batch_size: int, watch: Callable = iter
+    model, tokenizer, exam: list[ExamQuestion], stop: set[int], batch_size: int
 ) -> list[dict]:
-    """{"letter_choice": "ABD", "said": the whole answer} of each question with several right answers, answered greedily.
+    """{"letter_choice": "ABD", "said": the whole answer} of each question with several right answers, answered greedily as in
+    CMB (Wang et al. 2023). "" names no option, "?" one that is not there.
 
-    As CMB asks such questions (Wang et al. 2023): a set is right if it is exactly the answer's; "" names none, "?" one that is
-    not there. `model` as loaded, not prepared for packed rows; `stop`: the ids that end an answer.
+    `model` as loaded, not prepared for packed rows; `stop`: the ids that end an answer.
     """
+    watch = progress(f"exam, {len(exam):,} questions with several right answers")
     prompts = [_prompt(tokenizer, letter_question(item, list(item["options"]))) for item in exam]
     answers = generate_tokens(model, prompts, stop, LONGEST_SET, batch_size=batch_size, watch=watch)
     choices = []
     for item, prompt, ids in zip(exam, prompts, answers):
         said = read_answer(tokenizer, prompt, ids).content
-        asked = dict(
-            zip(LETTERS, item["options"])
-        )  # a file may leave out an empty option: A, B, D are asked as A, B, C
+        # a file may leave out an empty option: A, B, D are asked as A, B, C
+        asked = dict(zip(LETTERS, item["options"]))
         letters = letters_in(said, item["options"].values())
         choices.append({"letter_choice": "".join(asked.get(letter, "?") for letter in letters), "said": said})
     return choices

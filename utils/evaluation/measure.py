@@ -4,7 +4,7 @@ A result is a dict with "test" and "id":
     heldout, general   loss (nats, the sum over an answer), tokens
     exam               the question; text_choice, text, letter_choice, letter, rotations, said: see utils/evaluation/exams.py
     preference         kind; chosen, rejected: the log-probabilities of both answers
-    answer, follow_up, caution     see judge() in utils/evaluation/answers.py
+    answer, follow_up, caution     see judge() in utils/evaluation/questions.py
 """
 
 import time
@@ -17,16 +17,23 @@ import torch
 
 from utils.data.exams import MULTIPLE
 from utils.device import Device
-from utils.evaluation.answers import generated_answers
 from utils.evaluation.exams import choices_by_letter, choices_by_text, choices_of_several, prompt_texts
 from utils.evaluation.metrics import Results
-from utils.evaluation.questions import ExamQuestion, Tests, kind_of
+from utils.evaluation.questions import (
+    ExamQuestion,
+    Tests,
+    ask_in_conversations,
+    caution_questions,
+    first_questions,
+    judge,
+    kind_of,
+)
 from utils.files import read_jsonl, sample_by_id, sha256_of, show_path
 from utils.kept import digest, read_kept, write_kept
-from utils.model.chat_format import encode_answer, encode_prompt, encode_turns
+from utils.model.chat_format import THINKING_MODES, encode_answer, encode_prompt, encode_turns
 from utils.model.export.source import training_history
 from utils.model.folder import adapter_base, load_model, load_tokenizer, model_sha256
-from utils.model.generate import stop_tokens
+from utils.model.generate import generate_tokens, read_answer, stop_tokens
 from utils.model.logprobs import answer_logps, pack_for_scoring
 from utils.model.qwen3_train import prepare_packed
 from utils.settings import ROOT, Settings
@@ -91,60 +98,70 @@ def seen_in_training(folders: dict[str, str], tests: Tests) -> list[str]:
                     seen[then] = asked & {question_of(row) for row in read_jsonl(path, ["id"])}
                 mine |= seen[then]
         if mine:
-            counts = (
-                f"{len(mine):,} of {len(asked):,} held-out questions are among the training rows of {name}"
-            )
-            warnings.append(f"{counts}: its answers to them tell what it learned by heart")
+            share = f"{len(mine):,} of {len(asked):,} held-out questions"
+            warnings.append(f"{share} are among the training rows of {name}: it knows their answers by heart")
     return warnings
 
 
 def measure(folder: str, tests: Tests, settings: Settings, device: Device) -> tuple[float, list[Any]]:
     """(seconds of generating, the results of all tests) of a model folder. `settings`: those of compare_models.py."""
     tokenizer = load_tokenizer(folder)
-    by_letter = letter_choices(
-        folder, tokenizer, tests.exam, settings.LETTER_ROWS, settings.BATCH_SIZE, device
-    )
+    chosen = letter_choices(folder, tokenizer, tests.exam, settings.LETTER_ROWS, settings.BATCH_SIZE, device)
     model = load_model(folder, device.dtype).to(device.name).eval()
     # answers first: prepare_packed changes how the model computes
     seconds, results = generated_answers(model, tokenizer, tests, settings)
     prepare_packed(model)
-    roles = {"user": "question", "assistant": "answer"}
-    general = [
-        {**row, "messages": [{"role": role, "content": row[field]} for role, field in roles.items()]}
-        for row in tests.general
-    ]
-    for test, rows in (("heldout", tests.heldout), ("general", general)):
+
+    def scores(documents, label):
+        """[log-probabilities of the answers, ...] for lists of (prompt, answer) that are packed together."""
+        if not documents:
+            return []
+        packed = pack_for_scoring([{"documents": each} for each in documents])
+        return answer_logps(model, packed, device, progress(label))
+
+    for test, rows in (("heldout", tests.heldout), ("general", tests.general)):
         turns = [(row["id"], turn) for row in rows for turn in encode_turns(tokenizer, row["messages"])]
-        documents = [[turn] for _, turn in turns]
-        logps = _scores(model, documents, device, f"loss on {len(turns):,} {test} answers")
+        logps = scores([[turn] for _, turn in turns], f"loss on {len(turns):,} {test} answers")
         for (row_id, (_, answer)), [logp] in zip(turns, logps):
             results.append({"test": test, "id": row_id, "loss": -logp, "tokens": len(answer)})
-    asked, by_text = [item for item in tests.exam if kind_of(item) != MULTIPLE], {}
-    if asked:
-        watch = progress(f"exam by option text, {len(asked):,} questions")
-        choices = choices_by_text(model, tokenizer, asked, device, watch)
-        by_text = {item["id"]: choice for item, choice in zip(asked, choices)}
-    for item in tests.exam:
-        found = by_text.get(item["id"], {}) | by_letter.get(item["id"], {})
-        results.append({**item, "test": "exam", **found})
+    asked = [item for item in tests.exam if kind_of(item) != MULTIPLE]
+    for item, choice in zip(asked, choices_by_text(model, tokenizer, asked, device)):
+        chosen[item["id"]] = choice | chosen.get(item["id"], {})
+    results += [{**item, "test": "exam", **chosen.get(item["id"], {})} for item in tests.exam]
     documents = []
     for pair in tests.pairs:
         prompt = encode_prompt(tokenizer, pair["prompt"], bool(pair["chosen"][-1].get("reasoning_content")))
         sides = (pair["chosen"][-1], pair["rejected"][-1])
         documents.append([(prompt, encode_answer(tokenizer, message)) for message in sides])
-    logps = _scores(model, documents, device, f"{len(documents):,} preference pairs")
-    for pair, (good, bad) in zip(tests.pairs, logps):
+    for pair, (good, bad) in zip(tests.pairs, scores(documents, f"{len(documents):,} preference pairs")):
         about = {"test": "preference", "id": pair["id"], "kind": pair.get("kind", "")}
         results.append({**about, "chosen": good, "rejected": bad})
     return seconds, results
 
 
-def _scores(model, documents, device, label):
-    """[log-probabilities of the answers, ...] for lists of (prompt, answer) that are packed together."""
-    if not documents:
-        return []
-    packed = pack_for_scoring([{"documents": each} for each in documents])
-    return answer_logps(model, packed, device, progress(label))
+def generated_answers(model, tokenizer, tests: Tests, settings: Settings) -> tuple[float, list[dict]]:
+    """(seconds of generating first answers, results), always the likeliest token: some held-out questions and the general ones,
+    some of the former again in conversations, and the questions of preference pairs about cautions."""
+    if not settings.GENERATE:
+        return 0.0, []
+    stop, thinking = stop_tokens(model, tokenizer), THINKING_MODES[settings.THINKING]
+
+    def ask(questions, label):
+        prompts = [encode_prompt(tokenizer, asked.messages, thinking) for asked in questions]
+        limits = {"max_new_tokens": settings.MAX_NEW_TOKENS, "batch_size": settings.BATCH_SIZE}
+        watch, results = progress(f"{len(prompts):,} {label}"), []
+        answers = generate_tokens(model, prompts, stop, **limits, watch=watch)
+        for asked, prompt, ids in zip(questions, prompts, answers):
+            text, ended = read_answer(tokenizer, prompt, ids).content, ids[-1] in stop
+            results.append(judge(asked, text, ids[:-1] if ended else ids, ended, tests.terms))
+        return results
+
+    questions, began = first_questions(tests, settings.GENERATE, settings.SEED), time.monotonic()
+    answers = ask(questions, "answers in full")
+    seconds = round(time.monotonic() - began, 3)
+    follow_ups = ask_in_conversations(ask, questions, answers, settings.FOLLOW_UPS)
+    cautions = ask(caution_questions(tests.pairs)[: settings.GENERATE], "answers about cautions")
+    return seconds, [*answers, *follow_ups, *cautions]
 
 
 def letter_choices(
@@ -161,14 +178,8 @@ def letter_choices(
     asked = sample_by_id(single, count) if count >= 0 else []
     if not several and not asked:
         return {}
-    model, choices = load_model(folder, torch.float32).to(device.name).eval(), []
-    if several:
-        watch = progress(f"exam, {len(several):,} questions with several right answers")
-        choices += choices_of_several(
-            model, tokenizer, several, stop_tokens(model, tokenizer), batch_size, watch
-        )
-    if asked:
-        watch = progress(f"exam by option letter, {len(asked):,} questions, every rotation")
-        exact = replace(device, bf16=False)
-        choices += choices_by_letter(prepare_packed(model), tokenizer, asked, exact, watch)
+    model = load_model(folder, torch.float32).to(device.name).eval()
+    choices = choices_of_several(model, tokenizer, several, stop_tokens(model, tokenizer), batch_size)
+    exact = replace(device, bf16=False, fp16=False)
+    choices += choices_by_letter(prepare_packed(model), tokenizer, asked, exact)
     return {item["id"]: choice for item, choice in zip([*several, *asked], choices)}

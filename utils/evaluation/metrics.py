@@ -12,23 +12,19 @@ from utils.evaluation.questions import kind_of
 
 Z = 1.96  # a normal distribution holds 95 % within this many standard deviations
 
-Judge = Callable[
-    [Any], bool | None
-]  # of a result: is the answer right? None: the metric is not of such results
+# Of a result: is the answer right? None: the metric is not of such results.
+Judge = Callable[[Any], bool | None]
 
 
 class Results(NamedTuple):
-    """`items`: one dict per item (utils/evaluation/measure.py); seconds: in all, and of generating first answers; `weights`: the
-    sha256 of the model that was measured."""
+    """seconds: in all, and of first answers; `items`: one dict per item (utils/evaluation/measure.py);
+    `weights`: the sha256 of the model that was measured."""
 
     folder: str
     seconds: float
     generation_seconds: float
     items: list[Any]
     weights: str = ""
-
-    def of(self, test: str) -> list[Any]:
-        return [item for item in self.items if item["test"] == test]
 
 
 class Metric(NamedTuple):
@@ -85,10 +81,6 @@ def _answers(about: str, field: str = "right", if_alone: bool = False) -> Judge:
     return right
 
 
-def _prefers(item):
-    return item["chosen"] > item["rejected"] if item["test"] == "preference" else None
-
-
 # fmt: off
 SHARE, BOTH = "{:.1%}", "panel card"
 METRICS = [
@@ -112,7 +104,7 @@ METRICS = [
     Metric("exam_multiple_named", "answers naming options", "{:.0%}", "share of the answers to these that name any option by its letter; the "
            "others count as wrong"),
     Metric("preference_accuracy", "preference pairs", SHARE, "held-out pairs of which the better answer is the likelier one; chance is 50%", BOTH,
-           _prefers, chance=0.5),
+           lambda item: item["chosen"] > item["rejected"] if item["test"] == "preference" else None, chance=0.5),
     Metric("facts_accuracy", "facts stated right", SHARE, "generated answers that state exactly the terms (herbs, actions, channels, ...) of the "
            "reference, about what the question names, where the reference repeats that name", BOTH, _answers("heldout")),
     Metric("names_accuracy", "names right", SHARE, "of the answers that have to repeat a name of the question, such as a herb's, those that do; "
@@ -148,12 +140,6 @@ COMPARED = {
 }
 
 
-def guessed_right(item: Any) -> float:
-    """The probability that an exam item is guessed: one option of n, or one of the 2^n - 1 sets that hold an option; else 0."""
-    count = len(item.get("options", ()))
-    return 0 if not count else 1 / (2**count - 1) if kind_of(item) == MULTIPLE else 1 / count
-
-
 def metrics(results: Results) -> dict[str, Any]:
     """The figures of one model, as in comparison.json; a test that was not made is missing. Losses are nats a token, intervals
     95 %."""
@@ -171,16 +157,25 @@ def metrics(results: Results) -> dict[str, Any]:
         found[name], found[f"{name}_interval"] = mean_per_token(sums, tokens)
         found[f"{name}_n"] = len(sums)
     found["perplexity"] = math.exp(found["heldout_loss"])
-    if several := [item for item in results.of("exam") if kind_of(item) == MULTIPLE]:
+    several = [item for item in results.items if item["test"] == "exam" and kind_of(item) == MULTIPLE]
+    if several:
         found["exam_multiple_named"] = sum(bool(item["letter_choice"]) for item in several) / len(several)
-    if answers := results.of("answer"):
-        tokens_in_all = sum(item["tokens"] for item in answers)
+    if answers := [item for item in results.items if item["test"] == "answer"]:
+        tokens = sum(item["tokens"] for item in answers)
         found["ended_share"] = sum(item["ended"] for item in answers) / len(answers)
         found["repetition"] = sum(item["repetition"] for item in answers) / len(answers)
-        found["mean_tokens"] = tokens_in_all / len(answers)
-        found["tokens_per_second"] = tokens_in_all / results.generation_seconds
+        found["mean_tokens"] = tokens / len(answers)
+        found["tokens_per_second"] = tokens / results.generation_seconds
         found["answers_n"] = len(answers)
     return found | {"seconds": results.seconds}
+
+
+def guessed_right(item: Any) -> float:
+    """The probability that an exam item is guessed: one option of n, or one of the 2^n - 1 sets that hold an option; else 0."""
+    count = len(item.get("options", ()))
+    if not count:
+        return 0
+    return 1 / (2**count - 1) if kind_of(item) == MULTIPLE else 1 / count
 
 
 def shares(results: Results) -> dict[str, list[bool]]:
@@ -188,39 +183,35 @@ def shares(results: Results) -> dict[str, list[bool]]:
     found = {}
     for metric in METRICS:
         judged = [metric.right(item) for item in results.items] if metric.right else []
-        found[metric.name] = [right for right in judged if right is not None]
-    return {name: right for name, right in found.items() if right}
+        if right := [right for right in judged if right is not None]:
+            found[metric.name] = right
+    return found
 
 
 def losses(results: Results) -> dict[str, tuple[list[float], list[int]]]:
     """{metric: (the sum of losses, the tokens) of each item}; a test that was not made is missing."""
-    found = {f"{test}_loss": results.of(test) for test in ("heldout", "general")}
-    return {
-        name: ([item["loss"] for item in items], [item["tokens"] for item in items])
-        for name, items in found.items()
-        if items
-    }
-
-
-# ---- Differences
+    found = {}
+    for test in ("heldout", "general"):
+        if items := [item for item in results.items if item["test"] == test]:
+            found[f"{test}_loss"] = [item["loss"] for item in items], [item["tokens"] for item in items]
+    return found
 
 
 def differences(one: Results, other: Results) -> dict[str, dict[str, Any]]:
-    """{metric: {"difference", "interval", of shares also "p" (McNemar, exact)}}, `other` minus `one`, on the same items.
+    """{metric: {"difference", "interval", of shares also "p"}}, `other` minus `one`, on the same items.
 
     Losses a token of two models with different tokenizers cannot be compared: left out.
     """
     found: dict[str, dict[str, Any]] = {}
     ours, theirs = shares(one), shares(other)
     for name in [name for name in ours if name in theirs and name in COMPARED]:
-        change, interval = share_difference(ours[name], theirs[name])
-        found[name] = {"difference": change, "interval": interval, "p": mcnemar(ours[name], theirs[name])}
+        found[name] = share_difference(ours[name], theirs[name])
     before, after = losses(one), losses(other)
     for name in [name for name in before if name in after]:
         (sums, tokens), (other_sums, other_tokens) = before[name], after[name]
         if tokens == other_tokens:
-            mean, spread = mean_per_token([b - a for a, b in zip(sums, other_sums)], tokens)
-            found[name] = {"difference": mean, "interval": spread}
+            mean, interval = mean_per_token([b - a for a, b in zip(sums, other_sums)], tokens)
+            found[name] = {"difference": mean, "interval": interval}
     return found
 
 
@@ -256,26 +247,20 @@ def mean_per_token(sums: list[float], tokens: list[int]) -> tuple[float, list[fl
     return mean, [mean - half, mean + half]
 
 
-def _only_one_right(one, other):
-    """(items that only `one` has right, items that only `other` has right), for the same items."""
-    pairs = list(zip(one, other, strict=True))
-    return sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+def share_difference(one: list[bool], other: list[bool]) -> dict[str, Any]:
+    """The difference of two shares of the same items, `other` minus `one`.
 
-
-def mcnemar(one: list[bool], other: list[bool]) -> float:
-    """p, two-sided and exact, that two models with such answers to the same items are equally good (McNemar 1947)."""
-    first, second = _only_one_right(one, other)
-    total = first + second
-    return min(1.0, 2 * sum(math.comb(total, k) for k in range(min(first, second) + 1)) / 2**total)
-
-
-def share_difference(one: list[bool], other: list[bool]) -> tuple[float, list[float]]:
-    """(share of `other` - share of `one`, [low, high]) for the same items (Agresti and Min 2005).
-
-    The interval adds half an item to each of the four cells, so that it has a width where no item differs.
+    interval: [low, high], with half an item added to each of the four cells, so that it has a width where no item differs
+    (Agresti and Min 2005). p: two-sided and exact, that two models with such answers are equally good (McNemar 1947).
     """
-    first, second = _only_one_right(one, other)
-    total = len(one) + 2
+    pairs = list(zip(one, other, strict=True))
+    first, second = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+    total, either = len(one) + 2, first + second
     centre = (second - first) / total
-    half = Z * math.sqrt((first + second + 1) / total - centre**2) / math.sqrt(total)
-    return (second - first) / len(one), [centre - half, centre + half]
+    half = Z * math.sqrt((either + 1) / total - centre**2) / math.sqrt(total)
+    p = 2 * sum(math.comb(either, k) for k in range(min(first, second) + 1)) / 2**either
+    return {
+        "difference": (second - first) / len(one),
+        "interval": [centre - half, centre + half],
+        "p": min(1.0, p),
+    }

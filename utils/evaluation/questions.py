@@ -1,6 +1,9 @@
-"""The questions that models are asked: the tests, and files of exam questions. Without torch, so that a wrong file is told at once."""
+"""The questions that models are asked, and what counts as right in an answer. Without torch, so that a wrong file is told at once."""
 
+import random
+import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,23 +15,49 @@ from utils.data.texts import Terms
 from utils.errors import UserError
 from utils.files import show_path
 
+# Begins the caution of an answer, which goes to its end (data_prepare/sample/texts.py).
+CAUTION = "使用注意："
+DIGITS = "0-9一二三四五六七八九十百千"
+
 # {"id", "question", "options": {letter: text}, "answer": the right letters in order, "subject", "kind" unless it is SINGLE}
 ExamQuestion = dict[str, Any]
 
 
-def kind_of(item: ExamQuestion) -> str:
-    """SINGLE, TRUE_FALSE or MULTIPLE."""
-    return item.get("kind", SINGLE)
-
-
 class Tests(NamedTuple):
-    """The questions that every model is asked: rows of the project's files (no rows: this test is left out)."""
+    """The questions that every model is asked: rows of the project's files (no rows: this test is left out). Of general ones the
+    question and the answer are messages, too."""
 
     heldout: list[dict]
     exam: list[ExamQuestion]
     pairs: list[dict]
     general: list[dict]
     terms: Terms
+
+
+class Question(NamedTuple):
+    """One that is answered in full.
+
+    `test` and `about`: answer: heldout or general; follow_up: second, third or fourth; caution: wanted or unasked. `accept`:
+    texts one of which the answer has to hold; None: the facts of `reference`. `alone`: was it answered right by itself?
+    """
+
+    test: str
+    about: str
+    id: str
+    messages: list[dict]
+    reference: str
+    accept: list[str] | None = None
+    alone: bool | None = None
+
+
+Ask = Callable[
+    [list[Question], str], list[dict]
+]  # (questions, a label for the progress) -> what judge() says
+
+
+def kind_of(item: ExamQuestion) -> str:
+    """SINGLE, TRUE_FALSE or MULTIPLE."""
+    return item.get("kind", SINGLE)
 
 
 def read_exam(path: Path) -> tuple[list[ExamQuestion], Counter[str]]:
@@ -52,3 +81,131 @@ def read_exam(path: Path) -> tuple[list[ExamQuestion], Counter[str]]:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in left_out.items()) or "it is empty"
         raise UserError(f"{show_path(path)}: no exam question in it ({reasons})")
     return list(exam.values()), left_out
+
+
+# ---- Questions answered in full
+
+
+def first_questions(tests: Tests, count: int, seed: int) -> list[Question]:
+    """`count` of the held-out questions, drawn with this seed, and the general ones."""
+    heldout, questions = random.Random(seed).sample(tests.heldout, min(count, len(tests.heldout))), []
+    for about, rows in (("heldout", heldout), ("general", tests.general)):
+        for row in rows:
+            *messages, answer = row["messages"]
+            accept = row.get("accept")
+            questions.append(Question("answer", about, row["id"], messages, answer["content"], accept))
+    return questions
+
+
+def ask_in_conversations(ask: Ask, questions: list[Question], answers: list[dict], count: int) -> list[dict]:
+    """The first `count` held-out questions once more, each as the second and as the fourth of a conversation, as in chat.
+
+    Conversation i is about questions i - 1 and i, then about i - 3 to i (counted in a circle); every answer in it is the
+    model's own at that place. Questions that came with a conversation of their own are left out.
+    """
+    alone = []
+    for asked, found in zip(questions, answers):
+        if asked.about == "heldout" and all(message["role"] != "assistant" for message in asked.messages):
+            alone.append((asked, found))
+    del alone[count:]
+    if len(alone) < 4:  # no three others
+        return []
+    talks, said, results = [asked.messages for asked, _ in alone], [found["answer"] for _, found in alone], []
+    for place in ("second", "third", "fourth"):
+        turns = []
+        for i, (asked, found) in enumerate(alone):
+            talk = [*talks[i - 1], {"role": "assistant", "content": said[i - 1]}, asked.messages[-1]]
+            turns.append(asked._replace(test="follow_up", about=place, messages=talk, alone=found["right"]))
+        found = ask(turns, f"answers to {place} questions")
+        talks, said = [turn.messages for turn in turns], [each["answer"] for each in found]
+        results += found if place != "third" else []
+    return results
+
+
+def caution_questions(pairs: list[dict]) -> list[Question]:
+    """The questions of preference pairs of which just one answer brings a caution: the better one (wanted) or the worse one
+    (unasked)."""
+    questions = []
+    for pair in pairs:
+        chosen, rejected = (pair[side][-1]["content"] for side in ("chosen", "rejected"))
+        if (CAUTION in chosen) != (CAUTION in rejected):
+            about = "wanted" if CAUTION in chosen else "unasked"
+            questions.append(Question("caution", about, pair["id"], pair["prompt"], chosen))
+    return questions
+
+
+# ---- What is right
+
+
+def judge(asked: Question, answer: str, said: list[int], ended: bool, terms: Terms) -> dict[str, Any]:
+    """The result of one answer: its text, the ids `said` (less the end token), and `ended`: it ended by itself.
+
+    right: None if it cannot be told; named: does it name what the reference names of the question? kind: of the fact asked for.
+    A caution that the reference has not is not held against an answer's facts: it is judged by itself.
+    """
+    question, (facts, caution) = asked.messages[-1]["content"], parts_of(answer)
+    named, right, kind = None, None, ""
+    if asked.test == "caution":
+        right = caution == parts_of(asked.reference)[1] if CAUTION in asked.reference else None
+    elif asked.accept:
+        right = states_one_of(answer, asked.accept)
+    elif asked.accept is None:
+        facts = answer if CAUTION in asked.reference else facts
+        named, right = states_facts(terms, asked.reference, facts, question)
+        stated = [term for _, _, term in terms.find(asked.reference) if term not in question]
+        kind = terms.kinds[stated[0]][0] if stated else ""
+    return {
+        "test": asked.test,
+        "about": asked.about,
+        "id": asked.id,
+        "alone": asked.alone,
+        "kind": kind,
+        "before": [message["content"] for message in asked.messages[:-1] if message["role"] == "user"],
+        "question": question,
+        "reference": asked.reference,
+        "answer": answer,
+        "tokens": len(said) + ended,
+        "ended": ended,
+        "repetition": repetition(said),
+        "right": right,
+        "named": named,
+        "caution": CAUTION in answer,
+    }
+
+
+def parts_of(answer: str) -> tuple[str, str]:
+    """("麻黄的功效是发汗解表。", "孕妇慎用") of "麻黄的功效是发汗解表。使用注意：孕妇慎用。"; no caution is ""."""
+    facts, _, caution = answer.partition(CAUTION)
+    return facts, caution.strip().rstrip("。")
+
+
+def states_facts(terms: Terms, reference: str, answer: str, question: str) -> tuple[bool | None, bool | None]:
+    """Does `answer` hold the names of the question that `reference` repeats, such as the herb's? Does it hold them and state
+    exactly the terms that `reference` states beyond the question's? None where the reference holds none.
+
+    A term counts if it is part of a name in the question: 麻黄 is an ingredient of 麻黄汤.
+    """
+    asked, wanted, stated = (
+        {term for _, _, term in terms.find(text)} for text in (question, reference, answer)
+    )
+    names = {term for term in asked & wanted if len(term) > 1}
+    named = names <= stated if names else None
+    right = stated - asked == wanted - asked if wanted - asked else None
+    return named, False if right and named is False else right
+
+
+def states_one_of(answer: str, accept: list[str]) -> bool:
+    """Is one of the texts in `accept` in the answer? A number has to stand by itself: no 2 in 1024."""
+    for text in accept:
+        pattern = re.escape(text)
+        if re.search(f"[{DIGITS}]", text):
+            pattern = f"(?<![{DIGITS}]){pattern}(?![{DIGITS}])"
+        if re.search(pattern, answer, re.IGNORECASE):
+            return True
+    return False
+
+
+def repetition(ids: list[int], n: int = 4) -> float:
+    """The share of an answer's runs of `n` tokens that it has said before (seq-rep-4 of Welleck et al. 2019)."""
+    runs = list(zip(*(ids[start:] for start in range(n))))
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0

@@ -10,7 +10,7 @@ from utils.evaluation.metrics import COMPARED, METRICS, Results, differences, is
 from utils.files import atomic_write, read_log, render, show_path, write_json
 from utils.model.folder import usable_record
 from utils.plots import Panel, Run, plot_comparison, plot_runs
-from utils.text import printable, text_width
+from utils.text import printable, shorten, text_width
 from utils.training.page import write_page
 
 LONGEST = 300  # characters of a sample answer that are shown
@@ -51,8 +51,17 @@ def make_comparison(
 
 def write_report(comparison: dict[str, Any], place: Path) -> None:
     """comparison.png, comparison.md and comparison.json in `place`."""
-    models = comparison["models"]
-    plot_comparison(_panels(models), list(models), place / "comparison.png")
+    models, panels = comparison["models"], []
+    for metric in METRICS:
+        shown = [figures for figures in models.values() if metric.key in figures]
+        if "panel" in metric.shown and shown:
+            count = max(figures.get(f"{metric.name}_n", 0) for figures in shown)
+            title = f"{metric.label}{' (lower is better)' if metric.lower else ''}, n = {count:,}"
+            values = [figures.get(metric.key, 0.0) for figures in models.values()]
+            intervals = [figures.get(f"{metric.name}_interval") for figures in models.values()]
+            chance = shown[0].get(f"{metric.name}_chance", metric.chance)
+            panels.append(Panel(title, values, intervals, bool(metric.right), chance))
+    plot_comparison(panels, list(models), place / "comparison.png")
     text = render(
         TEMPLATE,
         **comparison,
@@ -77,10 +86,7 @@ def draw_curves(folders: dict[str, str], place: Path) -> bool:
         log = Path(folder) / "training_log.jsonl"
         if entries := read_log(log) if log.is_file() and log.with_name("run.json").is_file() else []:
             results = (usable_record(folder) or {}).get("results", {})
-            try:
-                runs.append(Run(name, entries, results["tokens"] / results["steps"]))
-            except (KeyError, TypeError, ZeroDivisionError):
-                runs.append(Run(name, entries, 0))
+            runs.append(Run(name, entries, results.get("tokens", 0) / (results.get("steps") or 1)))
     if runs:
         plot_runs(runs, place / "curves.png")
     return bool(runs)
@@ -111,21 +117,6 @@ def terminal_lines(comparison: dict[str, Any]) -> list[str]:
             lines += [f"  {name}{' ' * (width - text_width(name))}  {text}"]
         lines += [""]
     return lines
-
-
-def _panels(models):
-    """The panels of comparison.png."""
-    panels = []
-    for metric in METRICS:
-        shown = [figures for figures in models.values() if metric.key in figures]
-        if "panel" in metric.shown and shown:
-            count = max(figures.get(f"{metric.name}_n", 0) for figures in shown)
-            title = f"{metric.label}{' (lower is better)' if metric.lower else ''}, n = {count:,}"
-            values = [figures.get(metric.key, 0.0) for figures in models.values()]
-            intervals = [figures.get(f"{metric.name}_interval") for figures in models.values()]
-            chance = shown[0].get(f"{metric.name}_chance", metric.chance)
-            panels.append(Panel(title, values, intervals, bool(metric.right), chance))
-    return panels
 
 
 def _figures_table(comparison):
@@ -183,25 +174,21 @@ def _samples(measured, count):
     `count` held-out questions that ask for as many kinds of fact as there are, and one of each of OTHERS that was asked.
     """
     answers = {name: [item for item in found.items if "about" in item] for name, found in measured.items()}
-    some, heldout, before = next(iter(answers.values())), [], Counter()
-    for number, item in enumerate(some):
+    heldout, others, before = [], {}, Counter()
+    for number, item in enumerate(next(iter(answers.values()))):
         if item["about"] == "heldout":  # the first of every kind come before the second ones
             heldout.append((before[item["kind"]], number))
             before[item["kind"]] += 1
+        others.setdefault(item["about"], number)
     chosen = [number for _, number in sorted(heldout)[:count]]
-    for about in OTHERS if count else ():
-        chosen += [number for number, item in enumerate(some) if item["about"] == about][:1]
+    chosen += [others[about] for about in OTHERS if count and about in others]
     samples = []
     for number in chosen:
-        asked = some[number]
+        shown = {name: items[number] for name, items in answers.items()}
+        asked = next(iter(shown.values()))
         earlier = asked["before"] if asked["test"] == "follow_up" else []
-        texts = {"reference": asked["reference"]}
-        texts |= {name: items[number]["answer"] for name, items in answers.items()}
-        shown = {name: _one_line(text) for name, text in texts.items()}
-        samples.append({"question": _one_line(" / ".join([*earlier, asked["question"]])), "answers": shown})
+        texts = {"reference": asked["reference"], **{name: item["answer"] for name, item in shown.items()}}
+        texts = {name: printable(shorten(text, LONGEST)) for name, text in texts.items()}
+        question = " / ".join([*earlier, asked["question"]])
+        samples.append({"question": printable(shorten(question, LONGEST)), "answers": texts})
     return samples
-
-
-def _one_line(text):
-    text = printable(" ".join(text.split()))
-    return text if len(text) <= LONGEST else text[:LONGEST] + " ..."

@@ -5,39 +5,29 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
-from evaluation_files import EXAM, compare, make_arguments
+from evaluation_files import ASKED, EXAM, WITH, WITHOUT, assistant, user
 
 from utils.data.texts import Terms
-from utils.evaluation.answers import (
+from utils.evaluation.measure import generated_answers, seen_in_training
+from utils.evaluation.metrics import Results, differences, metrics
+from utils.evaluation.questions import (
     Question,
     ask_in_conversations,
     caution_questions,
-    generated_answers,
     judge,
     parts_of,
     repetition,
-    same_facts,
-    same_names,
+    states_facts,
     states_one_of,
 )
-from utils.evaluation.measure import seen_in_training
-from utils.evaluation.metrics import Results, differences, metrics
-from utils.evaluation.questions import Tests
+from utils.evaluation.questions import Tests as AllTests
 from utils.evaluation.report import make_comparison
-from utils.files import read_json, sha256_of, write_json, write_jsonl
+from utils.files import read_jsonl, sha256_of, write_json, write_jsonl
 from utils.model.chat_format import encode_prompt
 from utils.model.folder import load_model, load_tokenizer
 from utils.model.generate import stop_tokens
 
 TERMS = Terms(ROOT / "data_prepare/sample/terms.jsonl")
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
 
 
 def question(number, *before):
@@ -61,14 +51,20 @@ def test_conversations_hold_the_answers_that_the_model_gave_in_them():
         {"answer": f"1 {first.messages[-1]['content']}", "right": n == 3} for n, first in enumerate(firsts)
     ]
     results = ask_in_conversations(ask, [*firsts, later], [*alone, {}], 9)
-    assert [turn.about for turns in asked for turn in turns] == ["second"] * 5 + ["third"] * 5 + [
-        "fourth"
-    ] * 5
-    texts = [EXAM[number]["question"] for number in range(5)]
-    talk = asked[2][3]
-    assert [message["content"] for message in talk.messages] == [
-        *("简短。", texts[0], f"1 {texts[0]}", texts[1], f"4 {texts[1]}", texts[2], f"6 {texts[2]}", texts[3])
+    places = [turn.about for turns in asked for turn in turns]
+    assert places == ["second"] * 5 + ["third"] * 5 + ["fourth"] * 5
+    texts, talk = [EXAM[number]["question"] for number in range(5)], asked[2][3]
+    said = [
+        "简短。",
+        texts[0],
+        f"1 {texts[0]}",
+        texts[1],
+        f"4 {texts[1]}",
+        texts[2],
+        f"6 {texts[2]}",
+        texts[3],
     ]
+    assert [message["content"] for message in talk.messages] == said
     assert talk.id == EXAM[3]["id"] and talk.alone is True and asked[2][0].alone is False
     assert len(results) == 10  # the third answers are only on the way
     assert ask_in_conversations(ask, firsts[:3], alone, 9) == []
@@ -79,15 +75,8 @@ def test_the_second_answer_is_what_transformers_generates(folder):
     rows = [
         {"id": item["id"], "messages": [user(item["question"]), assistant("药性是温。")]} for item in EXAM[:4]
     ]
-    limits = {
-        "GENERATE": 4,
-        "FOLLOW_UPS": 4,
-        "SEED": 0,
-        "MAX_NEW_TOKENS": 5,
-        "BATCH_SIZE": 3,
-        "THINKING": "off",
-    }
-    tests = Tests(rows, [], [], [], TERMS)
+    limits = dict(GENERATE=4, FOLLOW_UPS=4, SEED=0, MAX_NEW_TOKENS=5, BATCH_SIZE=3, THINKING="off")
+    tests = AllTests(rows, [], [], [], TERMS)
     _, results = generated_answers(model, tokenizer, tests, SimpleNamespace(**limits))
     said = {item["question"]: item["answer"] for item in results if item["about"] == "heldout"}
     second = [item for item in results if item["about"] == "second"]
@@ -103,54 +92,40 @@ def test_the_second_answer_is_what_transformers_generates(folder):
 
 # ---- Cautions
 
-WITH, WITHOUT = "麻黄的功效是发汗解表。使用注意：孕妇慎用。", "麻黄的功效是发汗解表。"
-ASKED = [user("麻黄有哪些功效？")]
 
-
-@pytest.mark.parametrize(
-    "answer, said, right",
-    [
+def test_the_caution_is_judged_word_for_word():
+    asked = Question("caution", "wanted", "0", ASKED, WITH)
+    for answer, said, right in (
         (WITH, True, True),
         (WITHOUT, False, False),
         ("发汗。使用注意：孕妇忌用。", True, False),
         ("使用注意：", True, False),
-    ],
-)
-def test_the_caution_is_judged_word_for_word(answer, said, right):
-    asked = Question("caution", "wanted", "0", ASKED, WITH)
-    found = judge(asked, answer, [1], True, TERMS)
-    assert (found["caution"], found["right"]) == (said, right)
+    ):
+        found = judge(asked, answer, [1], True, TERMS)
+        assert (found["caution"], found["right"]) == (said, right)
 
 
 def test_facts_are_counted_fairly_where_a_caution_is_there():
     asked = Question("answer", "heldout", "0", ASKED, WITHOUT)
-    assert (
-        judge(asked, WITHOUT, [1], True, TERMS)["right"]
-        is judge(asked, WITH, [1], True, TERMS)["right"]
-        is True
-    )
-    assert judge(asked, "麻黄的功效是清热。使用注意：孕妇慎用。", [1], True, TERMS)["right"] is False
-    # a row whose own answer holds one asks for it
-    asked = asked._replace(reference=WITH.replace("孕妇慎用", "阴虚有火者忌服"))
-    assert judge(asked, WITHOUT, [1], True, TERMS)["right"] is False
+    # a row whose own answer holds a caution asks for it
+    own = asked._replace(reference=WITH.replace("孕妇慎用", "阴虚有火者忌服"))
+    for one, answer, right in (
+        (asked, WITHOUT, True),
+        (asked, WITH, True),
+        (asked, "麻黄的功效是清热。使用注意：孕妇慎用。", False),
+        (own, WITHOUT, False),
+    ):
+        assert judge(one, answer, [1], True, TERMS)["right"] is right
     assert parts_of(WITH) == (WITHOUT, "孕妇慎用") and parts_of(WITHOUT) == (WITHOUT, "")
 
 
 def test_questions_about_cautions_are_those_of_pairs_that_differ_in_one():
-    def pair(number, chosen, rejected):
+    pairs = []
+    for chosen, rejected in ((WITH, WITHOUT), (WITHOUT, WITH), (WITHOUT, "温。"), (WITH, WITH)):
         answers = {"chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
-        return {"id": number, "prompt": ASKED, **answers}
-
-    pairs = [
-        pair("0", WITH, WITHOUT),
-        pair("1", WITHOUT, WITH),
-        pair("2", WITHOUT, "温。"),
-        pair("3", WITH, WITH),
-    ]
-    assert [(found.id, found.about) for found in caution_questions(pairs)] == [
-        ("0", "wanted"),
-        ("1", "unasked"),
-    ]
+        pairs.append({"id": str(len(pairs)), "prompt": ASKED, **answers})
+    found = [(one.id, one.about) for one in caution_questions(pairs)]
+    assert found == [("0", "wanted"), ("1", "unasked")]
 
 
 # ---- In the table
@@ -160,71 +135,45 @@ def answered(about, test="follow_up", **fields):
     return {"test": test, "about": about, "right": False, "alone": None, "caution": False, **fields}
 
 
+LOSS = {"test": "heldout", "id": "0", "loss": 1.0, "tokens": 2}
+
+
 def test_what_stays_right_is_of_what_was_right_alone():
-    loss = {"test": "heldout", "id": "0", "loss": 1.0, "tokens": 2}
     cases = [(True, True), (False, True), (True, False), (True, None)]
     items = [answered("second", right=right, alone=alone) for right, alone in cases]
     items += [answered("wanted", "caution", right=right, caution=True) for right in (True, False)]
     items += [
         answered("unasked", "caution", right=None, caution=said) for said in (True, False, False, False)
     ]
-    one = Results("x", 1.0, 1.0, [*items, loss])
+    one = Results("x", 1.0, 1.0, [*items, LOSS])
     found = metrics(one)
     assert (found["second_accuracy"], found["second_n"]) == (0.75, 4)
     assert (found["second_kept_accuracy"], found["second_kept_n"]) == (0.5, 2)
     assert (found["caution_said"], found["caution_accuracy"], found["caution_unasked"]) == (1.0, 0.5, 0.25)
     assert found["caution_n"] == 2 and found["caution_unasked_n"] == 4 and "fourth_accuracy" not in found
-    other = Results("y", 1.0, 1.0, [*(item | {"alone": True} for item in items), loss])
+    other = Results("y", 1.0, 1.0, [*(item | {"alone": True} for item in items), LOSS])
     assert "second" in differences(one, other) and "second_kept" not in differences(one, other)
 
 
 def test_samples_are_the_first_of_each_kind():
     def heldout(number, kind):
-        texts = {"question": f"问{number}", "reference": "答", "answer": f"说{number}", "before": []}
-        return answered(
-            "heldout", "answer", kind=kind, tokens=1, ended=True, repetition=0, named=None, **texts
-        )
+        texts = {
+            "question": f"问{number}",
+            "reference": "答",
+            "answer": f"说{number}",
+            "before": [],
+            "named": None,
+        }
+        return answered("heldout", "answer", kind=kind, tokens=1, ended=True, repetition=0, **texts)
 
     kinds = ["herb.nature", "herb.nature", "herb.actions", "formula", "herb.nature"]
     items = [heldout(number, kind) for number, kind in enumerate(kinds)]
     follow_up = heldout(9, "") | {"test": "follow_up", "about": "second", "before": ["问8"]}
-    loss = {"test": "heldout", "id": "0", "loss": 1.0, "tokens": 2}
-    measured = {"base": Results("x", 1.0, 1.0, [*items, follow_up, loss])}
-
-    def questions(show):
+    measured = {"base": Results("x", 1.0, 1.0, [*items, follow_up, LOSS])}
+    for show, wanted in ((4, ["问0", "问2", "问3", "问1", "问8 / 问9"]), (0, [])):
         settings = SimpleNamespace(SHOW=show, as_dict=dict)
-        return [
-            sample["question"] for sample in make_comparison(measured, settings, "cpu", {}, [])["samples"]
-        ]
-
-    assert questions(4) == ["问0", "问2", "问3", "问1", "问8 / 问9"] and questions(0) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_conversations_and_cautions_are_in_the_report(folder, tmp_path, capsys, precision):
-    arguments = make_arguments(tmp_path)
-    answers = [(WITH, WITHOUT), (WITHOUT, WITH)]
-    write_jsonl(
-        tmp_path / "dpo_eval.jsonl",
-        [
-            {
-                "id": f"{n}",
-                "prompt": ASKED,
-                "chosen": [assistant(good)],
-                "rejected": [assistant(bad)],
-                "kind": "",
-            }
-            for n, (good, bad) in enumerate(answers)
-        ],
-    )
-    assert compare("--models", folder, *arguments, "--follow-ups", 5, "--precision", precision) == 0
-    found = read_json(tmp_path / "out/comparison.json")["models"]["base"]
-    assert (found["second_n"], found["fourth_n"], found["caution_n"], found["answers_n"]) == (5, 5, 1, 90)
-    told = (tmp_path / "out/comparison.md").read_text(encoding="utf-8")
-    for text in (capsys.readouterr().out, told):
-        assert "| second question" in text and "| caution where not asked" in text
-    assert "- 5 of the held-out questions once more" in told
+        samples = make_comparison(measured, settings, "cpu", {}, [])["samples"]
+        assert [sample["question"] for sample in samples] == wanted
 
 
 # ---- Rows that a model has seen
@@ -261,25 +210,37 @@ def test_a_number_in_an_answer_stands_by_itself():
         assert not states_one_of(answer, accept)
 
 
+def test_general_questions_are_not_about_chinese_medicine_and_do_not_give_the_answer_away():
+    terms = [term for term in TERMS.kinds if len(term) > 1]
+    path = ROOT / "data_prepare/sample/general_questions.jsonl"
+    rows = list(read_jsonl(path, ["id", "question", "answer", "accept"]))
+    assert len(rows) >= 60
+    assert len({row["question"] for row in rows}) == len({row["id"] for row in rows}) == len(rows)
+    for row in rows:
+        assert states_one_of(row["answer"], row["accept"]), row
+        assert not states_one_of(row["question"], row["accept"]), row
+        assert not [term for term in terms if term in row["question"] + row["answer"]], row
+
+
 def test_repetition_is_the_share_of_runs_said_before():
     assert repetition([1, 2, 3, 4, 5]) == repetition([1, 2, 3]) == repetition([]) == 0
     assert repetition([1] * 8) == 1 - 1 / 5
 
 
 @pytest.mark.parametrize(
-    "question, reference, answer, named, facts",
+    "question, reference, answer, named, right",
     [
         ("麻黄的药性是什么？", "麻黄的药性是温。", "麻黄性温。", True, True),
-        # no term: facts alone let it pass
-        ("麻黄的药性是什么？", "麻黄的药性是温。", "麻桂的药性是温。", False, True),
+        ("麻黄的药性是什么？", "麻黄的药性是温。", "麻桂的药性是温。", False, False),  # 麻桂 is no term
         ("麻黄的药性是什么？", "麻黄的药性是温。", "黄芩的药性是温。", False, False),
-        ("麻黄的药性是什么？", "麻黄的药性是温。", "温。", False, True),
+        ("麻黄的药性是什么？", "麻黄的药性是温。", "温。", False, False),
         ("麻黄的药性是什么？\n请只写出答案。", "温。", "温。", None, True),
-        ("麻黄汤由哪些药组成？", "麻黄汤由麻黄、桂枝组成。", "麻黄由麻黄、桂枝组成。", False, True),
+        ("麻黄汤由哪些药组成？", "麻黄汤由麻黄、桂枝组成。", "麻黄由麻黄、桂枝组成。", False, False),
         ("麻黄汤由哪些药组成？", "麻黄汤由麻黄、桂枝组成。", "麻黄汤由桂枝组成。", True, False),
+        ("麻黄汤由哪些药组成？", "麻黄汤由麻黄、桂枝组成。", "麻黄汤由麻黄、桂枝组成。", True, True),
         ("麻黄的药性偏寒还是偏温？", "麻黄性温。", "麻黄性寒。", True, False),
+        ("麻黄好吗？", "好。", "好。", None, None),
     ],
 )
-def test_an_answer_has_to_name_what_the_reference_names(question, reference, answer, named, facts):
-    assert same_names(TERMS, reference, answer, question) is named
-    assert same_facts(TERMS, reference, answer, question) is facts
+def test_an_answer_states_the_facts_and_names_of_the_reference(question, reference, answer, named, right):
+    assert states_facts(TERMS, reference, answer, question) == (named, right)
