@@ -153,9 +153,8 @@ def test_letters_are_those_of_the_question_as_it_was_asked(folder, monkeypatch):
     tokenizer = load_plain(folder)[0]
     item = {**SEVERAL[0], "options": {letter: HERBS[letter] for letter in "ABDE"}}
     for said, letters in (("D、B、A", "ABE"), ("ABC", "ABD"), ("ABE", "AB?"), ("不知道", "")):
-        monkeypatch.setattr(
-            exams, "generate_tokens", lambda *_, ids=tokenizer(said)["input_ids"], **__: [ids]
-        )
+        ids = tokenizer(said)["input_ids"]
+        monkeypatch.setattr(exams, "generate_tokens", lambda *_, ids=ids, **__: [ids])
         [choice] = exams.choices_of_several(None, tokenizer, [item], set(), 1)
         assert choice == {"letter_choice": letters, "said": said}
 
