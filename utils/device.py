@@ -94,58 +94,58 @@ def pick_device(name: str = "auto", precision: str = "auto", answering: bool = F
     if unused:
         print(unused, flush=True)
     name = here[0] if name == "auto" else name
-    auto, weights, flash = precision == "auto", "plain", False
-    has_bf16, has_fp16 = False, name == "mps"  # the hardware multiplies matrices in that format
-    fbgemm = name == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
+    best, flash = "fp32", False  # the format that the hardware is fastest in
     if name == "cuda":
         major, minor = torch.cuda.get_device_capability()
-        has_bf16, has_fp16 = major >= 8, major >= 7
-        flash = (
-            has_bf16 and torch.backends.cuda.is_flash_attention_available()
-        )  # builds for Windows have none
+        best = "bf16" if major >= 8 else "fp16" if major >= 7 else "fp32"
+        flash = major >= 8 and torch.backends.cuda.is_flash_attention_available()  # not in builds for Windows
         reason = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
-        if precision == "bf16" and not has_bf16:
+        if precision == "bf16" and major < 8:
             print(f"{reason}: this GPU emulates bf16 and is slower with it than with fp16", flush=True)
     elif name == "mps":
         reason, macos = "Apple GPU; bf16 would save memory, not time", platform.mac_ver()[0]
         if precision == "bf16" and macos and int(macos.partition(".")[0]) < 14:
-            needs = f"needs macOS 14, and this is {macos}"
-            raise UserError(f"--precision bf16 on an Apple GPU {needs}; take fp32")
+            raise UserError(
+                f"--precision bf16 on an Apple GPU needs macOS 14, and this is {macos}; take fp32"
+            )
     else:
         hold_memory()
         limit_kernels()
-        has_bf16, reason = _processor()
+        best, reason = _processor()
+    fbgemm = name == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
     if precision == "int8" and not fbgemm:
         raise UserError("--precision int8 is for x86 CPUs with AVX2; here, take auto")
-    bf16 = precision == "bf16" or auto and has_bf16
-    fp16 = precision == "fp16" or auto and name == "cuda" and has_fp16 and not has_bf16
-    if precision == "int8" or fp16 or auto and name == "mps":
-        weights = precision if precision == "int8" else "fp16"
-    elif auto and fbgemm and not bf16:
+    chosen, weights = {"auto": best, "int8": "fp32"}.get(precision, precision), "plain"
+    if precision == "int8":
+        weights = "int8"
+    elif chosen == "fp16" or precision == "auto" and name == "mps":
+        weights = "fp16"
+    elif precision == "auto" and chosen == "fp32" and fbgemm:
         weights = "half"
-    reason = reason if auto else f"{precision} as asked for; {reason}"
-    return Device(name, bf16, reason, weights, fp16, name != "cpu" and not (flash and (bf16 or fp16)))
+    if precision != "auto":
+        reason = f"{precision} as asked for; {reason}"
+    equal_rows = name != "cpu" and not (flash and chosen != "fp32")
+    return Device(name, chosen == "bf16", reason, weights, chosen == "fp16", equal_rows)
 
 
 def _processor():
-    """(whether it multiplies bfloat16 matrices, its description)"""
+    """(the format that it multiplies matrices in, its description)"""
     import torch
 
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        return False, f"{platform.machine()} processor"
+        return "fp32", f"{platform.machine()} processor"
     if torch.cpu._is_amx_tile_supported():
-        return True, "x86 processor with AMX"
+        return "bf16", "x86 processor with AMX"
     if torch.cpu._is_avx512_bf16_supported():
-        return True, "x86 processor with AVX512-BF16"
-    return False, "x86 processor without bf16 instructions"
+        return "bf16", "x86 processor with AVX512-BF16"
+    return "fp32", "x86 processor without bf16 instructions"
 
 
-def _unused_gpu() -> str:
+def _unused_gpu():
     """Why an NVIDIA GPU that is there cannot be used, with what helps; "" if it can, or if there is none."""
     import torch
 
-    build = f"is not used: torch {torch.__version__}"
-    if torch.version.hip or "CUDA_VISIBLE_DEVICES" in os.environ and not torch.cuda.is_available():
+    if torch.version.hip:
         return ""
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
@@ -155,8 +155,11 @@ def _unused_gpu() -> str:
             same = int(generation) == major or kind == "compute"
             if same and (int(generation), int(number)) <= (major, minor):
                 return ""
-        name = f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
-        return f"{name} {build} has code for {', '.join(code)}; other builds are at {INDEX}, such as cu126"
+        gpu = f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
+        why = f"has code for {', '.join(code)}; other builds are at {INDEX}, such as cu126"
+        return f"{gpu} is not used: torch {torch.__version__} {why}"
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return ""
     try:
         found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=10).stdout
     except (OSError, subprocess.TimeoutExpired):  # no such program
@@ -164,13 +167,12 @@ def _unused_gpu() -> str:
     gpu = re.search(r"GPU \d+: ([^(\n]*)", found.decode("utf-8", "replace"))
     if not gpu:
         return ""
-    build = f"{gpu[1].strip()} {build} is built"
-    if torch.version.cuda:
-        return f"{build} for CUDA {torch.version.cuda}, and the driver is too old; update it (CUDA 13 needs R580 or newer)"
-    pip = (
-        f"{sys.executable} -m pip install --force-reinstall torch=={str(torch.__version__).partition('+')[0]}"
-    )
-    return f"{build} without CUDA; mend it with: {pip} --index-url {INDEX}/cu130"
+    why = f"built for CUDA {torch.version.cuda}, and the driver is too old; update it (CUDA 13 needs R580 or newer)"
+    if not torch.version.cuda:
+        version = torch.__version__.partition("+")[0]
+        pip = f"{sys.executable} -m pip install --force-reinstall torch=={version} --index-url {INDEX}/cu130"
+        why = f"built without CUDA; mend it with: {pip}"
+    return f"{gpu[1].strip()} is not used: torch {torch.__version__} is {why}"
 
 
 # ---- Memory of a CPU
