@@ -83,9 +83,9 @@ def main(argv=None):
         write_pages,
         write_report,
     )
-    from utils.model.prove import prove
+    from utils.model.prove import prove, prove_answers
 
-    device = prove(pick_device(settings.DEVICE, settings.PRECISION))
+    device = prove_answers(prove(pick_device(settings.DEVICE, settings.PRECISION)))
     print(f"device: {device}")
     warnings = seen_in_training(folders, tests)
     for warning in warnings:

@@ -89,7 +89,7 @@ def main(argv=None):
     from utils.training.run import Run
 
     # 1. Load the model (float32 master weights) and its tokenizer
-    device = prove(pick_device(settings.DEVICE, settings.PRECISION))
+    device = prove(pick_device(settings.DEVICE, settings.PRECISION), settings if settings.LORA else None)
     print(f"device: {device}")
     tokenizer = load_tokenizer(settings.MODEL)
     load = functools.partial(load_pairs, tokenizer=tokenizer, max_length=settings.MAX_LENGTH)

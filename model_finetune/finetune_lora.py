@@ -83,7 +83,7 @@ def main(argv=None):
     from utils.training.run import Run
 
     # 1. Load the model, frozen, and its tokenizer with adapters
-    device = prove(pick_device(settings.DEVICE, settings.PRECISION))
+    device = prove(pick_device(settings.DEVICE, settings.PRECISION), settings)
     print(f"device: {device}")
     tokenizer = load_tokenizer(settings.MODEL)
     load = functools.partial(load_conversations, tokenizer=tokenizer, max_length=settings.MAX_LENGTH)

@@ -98,7 +98,7 @@ def count(method, layers, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "method, launches, gigabytes", [("sft", 2_100, 70), ("lora", 4_200, 60), ("dpo", 2_300, 80)]
+    "method, launches, gigabytes", [("sft", 1_900, 70), ("lora", 2_600, 60), ("dpo", 2_150, 80)]
 )
 def test_a_step_on_cuda(method, launches, gigabytes, monkeypatch):
     few, more = (count(method, layers, monkeypatch) for layers in (2, 3))

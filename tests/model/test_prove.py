@@ -1,6 +1,7 @@
 """Forms that fail, differ or hang are left for the next one before a run, in one line; forms that compute rightly are taken."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,50 +9,73 @@ from cuda_on_cpu import cuda_forms
 
 from utils.device import Device
 from utils.errors import RunError
-from utils.model import attention, mixed, prove
+from utils.model import attention, mixed, prove, qwen3_answer, qwen3_train
+
+ENDED = threading.Event()  # the test is over
+LORA = SimpleNamespace(RANK=16, ALPHA=48, as_dict=lambda: {"MODEL": "base"})
 
 
 class Fake(Device):
     """A GPU by name, whose tensors are the CPU's."""
 
     def autocast(self):
-        return torch.autocast(
-            "cpu", torch.float16 if self.fp16 else torch.bfloat16, enabled=self.bf16 or self.fp16
-        )
+        dtype = torch.float16 if self.fp16 else torch.bfloat16
+        return torch.autocast("cpu", dtype, enabled=self.bf16 or self.fp16)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """gpu(...) -> Device; what it computes, a CPU does in the forms for CUDA."""
-    results = prove._results
-    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)
+    """gpu(...) -> Device; what it computes, a CPU does in the forms for CUDA. In the end no form computes any more."""
+    before = set(threading.enumerate())
+    ENDED.clear()
+    to, full = torch.Tensor.to, torch.full
     monkeypatch.setattr("utils.model.qwen3_train.to_device", lambda batch, device: batch)
-    full = torch.full
     monkeypatch.setattr(torch, "full", lambda *given, device=None, **named: full(*given, **named))
 
-    def on_cpu(device):
-        if mixed.DEVICES != ("cuda",) or device.name == "cpu":
-            return results(device)
-        with cuda_forms():
-            return results(device)
+    def on_cpu(tensor, *given, **named):
+        return to(tensor, *("cpu" if str(part) == "cuda" else part for part in given), **named)
 
-    monkeypatch.setattr(prove, "_results", on_cpu)
+    def in_forms(compute):
+        def computed(device, *more):
+            if mixed.DEVICES != ("cuda",) or device.name == "cpu":
+                return compute(device, *more)
+            with cuda_forms():
+                return compute(device, *more)
+
+        return computed
+
+    monkeypatch.setattr(torch.Tensor, "to", on_cpu)
+    for name in ("training", "answers"):
+        monkeypatch.setattr(prove, name, in_forms(getattr(prove, name)))
     monkeypatch.setattr(mixed, "DEVICES", ("cuda",))
-    return lambda *given, **named: Fake("cuda", *given, **named)
+    yield lambda bf16, **named: Fake("cuda", bf16, "test", **named)
+    ENDED.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
 
 
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize(
     "bf16, fp16, equal_rows",
     [(True, False, False), (False, True, False), (False, False, True), (True, False, True)],
 )
-def test_forms_that_compute_rightly_are_taken(gpu, capsys, bf16, fp16, equal_rows):
-    device = gpu(bf16, "test", fp16=fp16, equal_rows=equal_rows)
-    assert prove.prove(device) == device and capsys.readouterr().out == "" and mixed.DEVICES == ("cuda",)
+def test_forms_of_training_that_compute_rightly_are_taken(gpu, capsys, bf16, fp16, equal_rows, lora):
+    device = gpu(bf16, fp16=fp16, equal_rows=equal_rows)
+    assert prove.prove(device, lora) == device
+    assert capsys.readouterr().err == "" and mixed.DEVICES == ("cuda",)
+
+
+@pytest.mark.parametrize("bf16, weights", [(True, "plain"), (False, "fp16"), (False, "plain")])
+def test_forms_of_answers_that_compute_rightly_are_taken(gpu, capsys, bf16, weights):
+    device = gpu(bf16, fp16=weights == "fp16", weights=weights)
+    assert prove.prove_answers(device) == device
+    assert capsys.readouterr().err == "" and mixed.DEVICES == ("cuda",)
 
 
 def test_a_cpu_needs_no_proof(monkeypatch):
-    monkeypatch.setattr(prove, "_results", pytest.fail)
-    assert prove.prove(Device("cpu", True, "test")).name == "cpu"
+    monkeypatch.setattr(prove, "_problem", pytest.fail)
+    device = Device("cpu", True, "test")
+    assert prove.prove(device) == prove.prove_answers(device) == device
 
 
 def fails(*given, **named):
@@ -59,14 +83,13 @@ def fails(*given, **named):
 
 
 def differs(query, key, value, *given, **named):
-    key, value = (
-        part.repeat_interleave(query.shape[1] // part.shape[1], 1)[: len(query)] for part in (key, value)
-    )
-    return (query + key) * 0 + value
+    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
+    return (query + key[: len(query)]) * 0 + value[: len(query)]
 
 
 def hangs(*given, **named):
-    threading.Event().wait(1.5)
+    prove.SECONDS = 60  # for the next form
+    ENDED.wait(60)
 
 
 @pytest.mark.parametrize(
@@ -74,29 +97,35 @@ def hangs(*given, **named):
     [
         (fails, "fails here (USE_FLASH"),
         (differs, "differs from float32 by "),
-        (hangs, "does not end within 1 s"),
+        (hangs, "does not end within "),
     ],
 )
 def test_the_next_form_is_taken_and_told(gpu, monkeypatch, capsys, form, words):
     monkeypatch.setattr("cuda_on_cpu.varlen_as_documented", form)
     monkeypatch.setattr(prove, "SECONDS", 1 if form is hangs else 60)
-    device = gpu(True, "test")
+    device = gpu(True)
     assert not device.equal_rows and prove.prove(device).equal_rows and mixed.DEVICES == ("cuda",)
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     assert told.count("\n") == 1 and words in told and "attention by one mask is tried" in told
 
 
-def test_fused_forms_that_fail_are_left_too(gpu, monkeypatch, capsys):
-    monkeypatch.setattr(mixed.FusedRMSNorm, "forward", fails)
-    assert prove.prove(gpu(True, "test")).equal_rows and mixed.DEVICES == ()
-    assert "torch's own operations with one mask is tried" in capsys.readouterr().out
+def test_fused_forms_that_fail_are_left_too_and_not_tried_again(gpu, monkeypatch, capsys):
+    monkeypatch.setattr(qwen3_train._FusedRMSNorm, "forward", fails)
+    assert prove.prove(gpu(True)).equal_rows and mixed.DEVICES == ()
+    assert "torch's own operations with one mask is tried" in capsys.readouterr().err
+    assert prove.prove_answers(gpu(True)).bf16 and mixed.DEVICES == () and not capsys.readouterr().err
+    right = prove.training(prove.CPU)
     monkeypatch.setattr(attention, "by_document", fails)
     monkeypatch.setattr(attention, "by_mask", fails)
-    prove_results = prove._results
+    training = prove.training
     monkeypatch.setattr(
-        prove,
-        "_results",
-        lambda device: {"loss": torch.ones(())} if device.name == "cpu" else prove_results(device),
+        prove, "training", lambda device, _: right if device is prove.CPU else training(device)
     )
-    with pytest.raises(RunError, match="train with --device cpu"):
-        prove.prove(gpu(True, "test"))
+    with pytest.raises(RunError, match="take --device cpu"):
+        prove.prove(gpu(True))
+
+
+def test_answers_in_a_format_that_fails_are_computed_in_float32(gpu, monkeypatch, capsys):
+    monkeypatch.setitem(qwen3_answer.FORMS, "fp16", fails)
+    device = prove.prove_answers(gpu(False, fp16=True, weights="fp16"))
+    assert device.answers == "fp32" and capsys.readouterr().err.count("\n") == 2

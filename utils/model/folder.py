@@ -285,9 +285,11 @@ def load_for_lora(model: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def load_for_answers(model: str, device: Device) -> PreTrainedModel:
-    """The model of a folder on `device`, its weights in the device's form for answers."""
+    """The model of a folder on `device`, its weights in the device's form for answers, which is proved first on a GPU."""
+    from utils.model.prove import prove_answers
     from utils.model.qwen3_answer import hold_weights
 
+    device = prove_answers(device)
     # Weights that are packed anyway are not widened to float32 before.
     dtype = device.dtype if device.weights == "plain" or is_adapter(model) else "auto"
     loaded = load_model(model, dtype).to(device.name).eval()

@@ -3,8 +3,10 @@
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora as peft_lora
+from torch import nn
 
 from utils.model.lm_head import matmul_dtype
+from utils.model.mixed import Linear, products, reduced_dtype
 
 
 def add_lora(model, settings) -> PeftModel:
@@ -25,19 +27,31 @@ def add_lora(model, settings) -> PeftModel:
     # inside the repository: relative to it, so that adapter and base can move together
     config.base_model_name_or_path = settings.as_dict()["MODEL"]
     config.target_modules = sorted(config.target_modules)  # a set's order differs from process to process
-    for layer in adapted.modules():
+    return prepare_adapters(adapted)
+
+
+def prepare_adapters(model: PeftModel) -> PeftModel:
+    """Let the adapted layers of `model`, which prepare_packed has prepared, compute as LoraLinear, and return it."""
+    for layer in model.modules():
         if isinstance(layer, peft_lora.Linear) and layer.base_layer.bias is None:
             layer.__class__ = LoraLinear
-    return adapted
+            for part in layer.parts[1:]:
+                part.__class__ = Linear
+    return model
 
 
 class LoraLinear(peft_lora.Linear):
     """peft's layer, whose forward pass is one product with the frozen weight and its adapter."""
 
+    @property
+    def parts(self) -> tuple[nn.Linear, ...]:
+        return self.base_layer, self.lora_A["default"], self.lora_B["default"]
+
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """states (..., in features) -> (..., out features)."""
-        down, up = self.lora_A["default"].weight, self.lora_B["default"].weight
-        return _LoraLinear.apply(states, self.base_layer.weight, down, up, self.scaling["default"])
+        if reduced_dtype(states) is not None:
+            return products(states, self)[0]
+        return _LoraLinear.apply(states, *(part.weight for part in self.parts), self.scaling["default"])
 
 
 class _LoraLinear(torch.autograd.Function):

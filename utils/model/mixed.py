@@ -39,45 +39,103 @@ class Linear(nn.Linear):
 
     rounded: Tensor | None = None
 
+    @property
+    def parts(self) -> tuple[nn.Linear, ...]:
+        """The layers whose weights make the product: this one, or a frozen one and the two of its adapter (utils/model/lora.py)."""
+        return (self,)
+
     def forward(self, states: Tensor) -> Tensor:
         """states (..., in features) -> (..., out features)."""
         if reduced_dtype(states) is None:
             return F.linear(states, self.weight)
-        return _Product.apply(states, self.weight, self.rounded)
+        return products(states, self)[0]
 
 
 def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give every Linear of `model` its `rounded` copy for one pass; a weight that is held in `dtype` is its own copy."""
-    linears = [module for module in model.modules() if isinstance(module, Linear)]
-    for linear in linears:
-        linear.rounded = linear.weight.detach() if linear.weight.dtype == dtype else None
-    wanting = [linear for linear in linears if linear.rounded is None]
-    for linear in wanting:  # once the copies of the pass before are gone
-        linear.rounded = torch.empty_like(linear.weight, dtype=dtype, requires_grad=False)
-    if wanting:
-        copies, weights = ([getattr(linear, name) for linear in wanting] for name in ("rounded", "weight"))
+    """Give every module that has `rounded` its copy for one pass; a weight that is held in `dtype` is its own copy.
+
+    Copies of one shape lie in one memory, in the order of their modules.
+    """
+    wanting = []
+    for module in model.modules():
+        if hasattr(module, "rounded"):
+            held = module.weight.dtype == dtype
+            module.rounded = module.weight.detach() if held else None
+            wanting += [] if held else [module]
+    if wanting:  # now that the copies of the pass before are gone
+        wanting.sort(key=lambda module: module.weight.shape)
+        weights = [module.weight for module in wanting]
+        sizes = [weight.numel() for weight in weights]
+        memory = torch.empty(sum(sizes), dtype=dtype, device=weights[0].device)
+        copies = [part.view_as(weight) for part, weight in zip(memory.split(sizes), weights)]
         with torch.no_grad():
             torch._foreach_copy_(copies, weights)
+        for module, copy in zip(wanting, copies):
+            module.rounded = copy
 
 
-class _Product(torch.autograd.Function):
-    """states (..., I) times the transposed weight (O, I), of which `rounded` is a copy in the states' format."""
+def products(states: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """The results (..., out features) of linear layers that take the same states (..., in features)."""
+    if reduced_dtype(states) is None:
+        return [layer(states) for layer in layers]
+    # The layers' own weights, then, of adapters, all `down` and all `up`.
+    parts = [part for kind in zip(*(layer.parts for layer in layers)) for part in kind]
+    scaling = layers[0].scaling["default"] if len(parts) > len(layers) else 1.0
+    copies, weights = [part.rounded for part in parts], [part.weight for part in parts]
+    return _Products.apply(states, len(layers), scaling, copies, *weights)
+
+
+class _Products(torch.autograd.Function):
+    """states (..., I) times the transposed weights (O, I) of `count` layers, and with adapters, down (R, I) and up (O, R), the
+    states times down, times scaling, times up. Products take the copies of the weights in the states' format.
+
+    The adapters' `down` copies are one matrix, and an adapter's share is added by the product itself.
+    """
 
     @staticmethod
-    def forward(ctx, states, weight, rounded):
-        ctx.save_for_backward(states, rounded)
-        ctx.weight = weight
-        return F.linear(states, rounded)
+    def forward(ctx, states, count, scaling, copies, *weights):
+        ctx.weights, ctx.scaling, ctx.adapted = weights[:count], scaling, len(copies) > count
+        copies, downs, ups = copies[:count], copies[count : 2 * count], copies[2 * count :]
+        results = [F.linear(states, copy) for copy in copies]
+        down = small = None
+        if ctx.adapted:
+            # They lie one behind the other: round_weights has put them there.
+            down = downs[0].as_strided((sum(map(len, downs)), states.shape[-1]), downs[0].stride())
+            small = _scaled(states.flatten(0, -2), down.T, scaling)
+            for result, part, up in zip(results, small.split(len(downs[0]), 1), ups):
+                result.flatten(0, -2).addmm_(part, up.T)
+        ctx.save_for_backward(states, down, small, *copies, *ups)
+        return tuple(results)
 
     @staticmethod
-    def backward(ctx, upstream):
-        states, rounded = ctx.saved_tensors
-        flat, d_states, d_weight = upstream.flatten(0, -2), None, None
+    def backward(ctx, *upstream):
+        states, down, small, *copies = ctx.saved_tensors
+        count, needed = len(upstream), ctx.needs_input_grad[4:]
+        upstream, flat, d_states = [part.flatten(0, -2) for part in upstream], states.flatten(0, -2), None
+        d_weights = [
+            weight_gradient(weight, part.T, flat) if need else None
+            for weight, part, need in zip(ctx.weights, upstream, needed)
+        ]
         if ctx.needs_input_grad[0]:
-            d_states = (flat @ rounded).view_as(states)
-        if ctx.needs_input_grad[1]:
-            d_weight = weight_gradient(ctx.weight, flat.T, states.flatten(0, -2))
-        return d_states, d_weight, None
+            d_states = upstream[0] @ copies[0]
+            for part, copy in zip(upstream[1:], copies[1:]):
+                d_states.addmm_(part, copy)
+        if ctx.adapted:
+            along, rank = torch.empty_like(small), small.shape[1] // count
+            for part, up, one in zip(upstream, copies[count:], along.split(rank, 1)):
+                _scaled(part, up, ctx.scaling, one)
+            if d_states is not None:
+                d_states.addmm_(along, down)
+            d_weights += torch.mm(along.T, flat, out_dtype=torch.float32).split(rank)
+            for part, one in zip(upstream, small.split(rank, 1)):
+                d_weights.append(torch.mm(part.T, one, out_dtype=torch.float32))
+        return None if d_states is None else d_states.view_as(states), None, None, None, *d_weights
+
+
+def _scaled(left: Tensor, right: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
+    """left (T, I) x right (I, R) x scaling, in one product."""
+    out = left.new_empty(len(left), right.shape[1]) if out is None else out
+    return torch.addmm(out, left, right, beta=0, alpha=scaling, out=out)
 
 
 def weight_gradient(weight: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
@@ -89,30 +147,6 @@ def weight_gradient(weight: Tensor, left: Tensor, right: Tensor) -> Tensor | Non
         return torch.mm(left, right, out_dtype=torch.float32)
     torch.addmm(weight.grad, left, right, out_dtype=torch.float32, out=weight.grad)
     return None
-
-
-class FusedRMSNorm(torch.autograd.Function):
-    """RMSNorm by torch's kernel, given in `dtype`; with cos and sin (1, T, head_dim), heads are rotated by `rotate` after it."""
-
-    @staticmethod
-    def forward(ctx, states, weight, epsilon, cos, sin, dtype, rotate):
-        given = weight.to(states.dtype)
-        normed, factor = torch.ops.aten._fused_rms_norm(states, given.shape, given, epsilon)
-        ctx.save_for_backward(states, factor, given, cos, sin)
-        ctx.rotate, ctx.weight_dtype = rotate, weight.dtype
-        normed = normed.to(dtype)
-        return normed if cos is None else rotate(normed, cos, sin)
-
-    @staticmethod
-    def backward(ctx, upstream):
-        states, factor, weight, cos, sin = ctx.saved_tensors
-        if cos is not None:
-            upstream = ctx.rotate(upstream, cos, sin, back=True)
-        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1]]
-        d_states, d_weight = torch.ops.aten._fused_rms_norm_backward(
-            upstream.to(states.dtype), states, weight.shape, factor, weight, wanted
-        )
-        return d_states, d_weight.to(ctx.weight_dtype) if wanted[1] else None, None, None, None, None, None
 
 
 class FoldedStep:

@@ -20,7 +20,7 @@ from utils.device import Device
 from utils.model import mixed
 from utils.model.attention import Attention, plan_attention
 from utils.model.lm_head import CHUNK, matmul_dtype
-from utils.model.mixed import FusedRMSNorm, Linear, on_cuda, reduced_dtype, round_weights
+from utils.model.mixed import Linear, on_cuda, products, reduced_dtype, round_weights
 from utils.model.packing import ROUNDED, GroupShape, PackedBatch, model_inputs, to_device
 
 Turn = tuple[Tensor, Tensor]  # cosines and sines (1, T, head_dim) of the rotary angles
@@ -29,11 +29,14 @@ Turn = tuple[Tensor, Tensor]  # cosines and sines (1, T, head_dim) of the rotary
 class RMSNorm(modeling_qwen3.Qwen3RMSNorm):
     """states / root mean square x weight; with `turn`, heads are rotated to their positions afterwards. On CUDA in `dtype`, if given."""
 
+    rounded: Tensor | None = None  # utils.model.mixed.round_weights
+
     def forward(self, states: Tensor, turn: Turn = (None, None), dtype: torch.dtype | None = None) -> Tensor:
-        if on_cuda(states):
-            given = (self.weight, self.variance_epsilon, *turn)
-            return FusedRMSNorm.apply(states, *given, dtype or states.dtype, _rotate)
-        return _RMSNorm.apply(states, self.weight, self.variance_epsilon, *turn)
+        given = self.weight, self.variance_epsilon, *turn
+        if not on_cuda(states):
+            return _RMSNorm.apply(states, *given)
+        copy = self.weight.detach() if self.weight.dtype == states.dtype else self.rounded
+        return _FusedRMSNorm.apply(states, *given, copy, dtype or states.dtype)
 
 
 class SelfAttention(modeling_qwen3.Qwen3Attention):
@@ -41,10 +44,9 @@ class SelfAttention(modeling_qwen3.Qwen3Attention):
 
     def forward(self, states: Tensor, turn: Turn, attention: Attention, wanted: Tensor | None) -> Tensor:
         heads = (*states.shape[:-1], -1, self.head_dim)
-        query = self.q_norm(self.q_proj(states).view(heads), turn)
-        key = self.k_norm(self.k_proj(states).view(heads), turn)
-        value = self.v_proj(states).view(heads)
-        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        query, key, value = products(states, self.q_proj, self.k_proj, self.v_proj)
+        query, key = self.q_norm(query.view(heads), turn), self.k_norm(key.view(heads), turn)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value.view(heads)))
         attended = attention(query, key, value, self.scaling).flatten(2)
         return self.o_proj(attended if wanted is None else attended.index_select(1, wanted))
 
@@ -53,7 +55,7 @@ class MLP(modeling_qwen3.Qwen3MLP):
     """SwiGLU between two projections up and one down."""
 
     def forward(self, states: Tensor) -> Tensor:
-        return self.down_proj(_SwiGLU.apply(self.gate_proj(states), self.up_proj(states)))
+        return self.down_proj(_SwiGLU.apply(*products(states, self.gate_proj, self.up_proj)))
 
 
 class Layer(modeling_qwen3.Qwen3DecoderLayer):
@@ -161,6 +163,29 @@ class _RMSNorm(torch.autograd.Function):
         along = (both @ weight / weight.shape[0]).view(factor.shape)
         gradient = (upstream * weight).addcmul_(normed, along, value=-1).mul_(factor)
         return gradient, both.sum(0) if ctx.needs_input_grad[1] else None, None, None, None
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """The same by torch's kernel for CUDA, from a copy of the weight in the states' format to a result in `dtype`."""
+
+    @staticmethod
+    def forward(ctx, states, weight, epsilon, cos, sin, copy, dtype):
+        normed, factor = torch.ops.aten._fused_rms_norm(states, copy.shape, copy, epsilon)
+        ctx.save_for_backward(states, factor, copy, cos, sin)
+        ctx.weight_dtype = weight.dtype
+        normed = normed.to(dtype)
+        return normed if cos is None else _rotate(normed, cos, sin)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        states, factor, copy, cos, sin = ctx.saved_tensors
+        if cos is not None:
+            upstream = _rotate(upstream, cos, sin, back=True)
+        upstream, wanted = upstream.to(states.dtype), list(ctx.needs_input_grad[:2])
+        d_states, d_weight = torch.ops.aten._fused_rms_norm_backward(
+            upstream, states, copy.shape, factor, copy, wanted
+        )
+        return d_states, d_weight.to(ctx.weight_dtype) if wanted[1] else None, *[None] * 5
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
