@@ -135,7 +135,7 @@ def test_the_default_is_the_base_and_every_finished_run(folder, tmp_path, monkey
     named = compare_models.models_to_compare(settings)
     assert set(named) == {"base", "sft", "my_run"} and list(named)[0] == "base"
     said = capsys.readouterr().out
-    assert all(f"damaged{number}/run.json" in said for number in range(4)) and said.count("left out: ") == 4
+    assert all(f"damaged{number}" in said for number in range(4)) and said.count("left out: ") == 4
 
 
 @pytest.mark.parametrize(
