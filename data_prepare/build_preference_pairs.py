@@ -18,9 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` is found from any folder
 
 from utils.data import pairs
-from utils.data.texts import Terms
 from utils.errors import UserError, run
 from utils.files import (
+    id_key,
     prepare_folder,
     read_json,
     read_jsonl,
@@ -63,7 +63,7 @@ def main(argv=None):
         print(f"kind {kind}: {settings.MODEL} is {'' if kind == 'model' else 'not '}a finished run")
     place = settings.OUTPUT_DIR
     prepare_folder(place)
-    terms = Terms(require_file(settings.TERMS_FILE, "python data_prepare/sample/make_sample.py"))
+    terms = pairs.Terms(require_file(settings.TERMS_FILE, "python data_prepare/sample/make_sample.py"))
 
     # 1. Read the SFT rows of both splits; a small set may have no evaluation rows
     rows = {}
@@ -85,7 +85,7 @@ def main(argv=None):
         more = "" if kind == "mismatch" else "; try --kind mismatch"
         raise UserError(f"no pair could be made from {source} ({dict(reasons['train'])}){more}")
     if not made.get("eval"):
-        made["train"], made["eval"] = pairs.hold_out(made["train"])
+        made["train"], made["eval"] = hold_out(made["train"])
         print(f"eval: no pair of its own; {len(made['eval']):,} of the training rows' pairs are held out")
 
     # 3. Write the pairs, and say what could not be paired
@@ -103,7 +103,7 @@ def main(argv=None):
 
 
 def is_finished(model):
-    """Whether a model folder is a finished run of training."""
+    """True if a model folder is a finished run of training."""
     record = Path(model) / "run.json"
     return record.is_file() and read_json(record).get("status") == "finished"
 
@@ -112,12 +112,14 @@ def pair_up(kind, rows, terms, settings, split):
     """(pairs, {reason: number of rows}) of `rows`."""
     able = [row for row in rows if not pairs.ends_in_courtesy(row)]
     made, reasons = [], Counter({"its last turn is a courtesy": len(rows) - len(able)})
-    for row, worse in zip(able, worse_answers(kind, able, terms, settings, split)):
-        pair = pairs.make_pair(row, worse, kind)
-        if pair:
-            made.append(pair)
-        else:
-            reasons[worse.reason or "the worse answer is the same"] += 1
+    for row, (worse, reason) in zip(able, worse_answers(kind, able, terms, settings, split)):
+        prompt, answer = pairs.split_row(row)
+        if worse is None or worse == answer["content"]:
+            reasons[reason or "the worse answer is the same"] += 1
+            continue
+        rejected = {**answer, "content": worse}
+        pair = {"id": row["id"], "prompt": prompt, "chosen": [answer], "rejected": [rejected], "kind": kind}
+        made.append(pair)
     return made, +reasons
 
 
@@ -128,9 +130,15 @@ def worse_answers(kind, rows, terms, settings, split):
         return pairs.swapped_facts(rows, terms, rng)
     if kind == "mismatch":
         return pairs.mismatched(rows, terms, rng)
-    names = ("MODEL", "SAMPLES", "TEMPERATURE", "MAX_NEW_TOKENS", "BATCH_SIZE", "SEED")
-    sampling = pairs.Sampling(*(getattr(settings, name) for name in names))
-    return pairs.sampled(rows, terms, sampling, settings.OUTPUT_DIR / f"sampled_{split}")
+    return pairs.sampled(rows, terms, settings, settings.OUTPUT_DIR / f"sampled_{split}")
+
+
+def hold_out(made):
+    """(training pairs, evaluation pairs): a twentieth of the questions, of few pairs a fifth, 20 at most, never all of them."""
+    questions = sorted({pair["prompt"][-1]["content"] for pair in made}, key=id_key)
+    drawn = set(questions[: max(len(questions) // 20, min(20, len(questions) // 5))])
+    trained = [pair for pair in made if pair["prompt"][-1]["content"] not in drawn]
+    return trained, [pair for pair in made if pair["prompt"][-1]["content"] in drawn]
 
 
 def summary(rows, made, reasons):

@@ -49,7 +49,7 @@ def main(argv=None):
     settings = read_settings(globals(), argv)
     options = row_options(settings)
     settings.show()
-    from utils.data import advice, convert, dedup, exam_leaks, report  # numpy, which --help does not need
+    from utils.data import convert, dedup, exam_leaks, report  # numpy, which --help does not need
     from utils.plots import draw_lengths
 
     # 1. Find the files, tell their encodings and the splits that their names say
@@ -59,7 +59,7 @@ def main(argv=None):
 
     # 2. Recognise every row; its text waits in a temporary file, only keys of it stay in memory
     found = convert.recognise(sources, options, settings.OUTPUT_DIR)
-    problem = advice.refusal(sources, found, settings.COLUMNS)
+    problem = report.refusal(sources, found, settings.COLUMNS)
     if problem:
         raise UserError(problem)
 
@@ -73,7 +73,6 @@ def main(argv=None):
 
     # 4. Write every row to its file
     outputs = convert.write_outputs(found, sources, settings.OUTPUT_DIR)
-    convert.remove_stale(settings.OUTPUT_DIR, outputs)
 
     # 5. Measure, report, and say what comes next
     examples = report.sample_examples(found, settings.TOKEN_ROWS, settings.SEED)
@@ -84,7 +83,7 @@ def main(argv=None):
     draw_lengths(settings.OUTPUT_DIR / "lengths.png", lengths, tokens, settings.MAX_LENGTH)
     report.show(summary, found)
     print(f"\nwritten to {show_path(settings.OUTPUT_DIR)}; what was set aside, and why: set_aside.jsonl")
-    for note in (*advice.notes(sources, found, settings.COLUMNS), *old_files(settings.OUTPUT_DIR, outputs)):
+    for note in (*report.notes(sources, found, settings.COLUMNS), *old_files(settings.OUTPUT_DIR, outputs)):
         print(f"note: {note}")
     say_next(next_command(settings.OUTPUT_DIR, outputs))
     return 0

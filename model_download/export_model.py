@@ -11,6 +11,7 @@ and is read back: its greedy answers and next-token probabilities are compared w
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,6 +25,7 @@ from utils.files import (
     sample_by_id,
     show_path,
     write_folder,
+    write_jsonl,
 )
 from utils.model.folder import check_model, quiet_offline
 from utils.settings import ROOT, Settings, read_settings
@@ -96,13 +98,60 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def export_training_data(settings: Settings) -> None:
-    """Write the rows of DATA_DIR in the form FORM."""
-    from utils.data.other_tools import save_training_data
-
+    """Write the rows of DATA_DIR in the form FORM: one row per assistant turn, in the context that chat would give it."""
+    names = [f"{kind}_{split}.jsonl" for kind in ("sft", "dpo") for split in ("train", "eval")]
+    found = [settings.DATA_DIR / name for name in names if (settings.DATA_DIR / name).is_file()]
+    data = show_path(settings.DATA_DIR)
+    if not found:
+        make = "make them with: python data_prepare/convert_to_qwen3_format.py"
+        raise UserError(f"{data} holds no sft_*.jsonl or dpo_*.jsonl; {make}")
+    modes = {bool(replies[0].get("reasoning_content")) for path in found for _, replies in read_turns(path)}
+    if settings.FORM == "messages" and len(modes) > 1:
+        raise UserError(
+            f"{data} has rows with reasoning and rows without, and a tool trains all messages in one thinking mode; "
+            "--form prompt-completion (TRL) keeps each row's own"
+        )
     place = export_folder(settings, f"training-data-{settings.FORM}")
-    for path in save_training_data(settings.DATA_DIR, place, settings.FORM):
-        print(f"written: {show_path(path)}")
+    for path in found:
+        write_jsonl(place / path.name, (row_of(settings.FORM, *turn) for turn in read_turns(path)))
+        print(f"written: {show_path(place / path.name)}")
     print("the lines of configuration for LLaMA-Factory, Axolotl, mlx-lm and TRL: docs/other_tools.md")
+
+
+def read_turns(path: Path) -> Iterator[tuple[list[dict], list[dict]]]:
+    """(messages up to a question, [its answer] or [chosen, rejected]), one for every turn that is trained.
+
+    Earlier answers carry no reasoning, as in Qwen3's own history.
+    """
+
+    def plain(messages):
+        return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+    for row in read_jsonl(path, ["id"]):
+        if "messages" not in row:
+            yield plain(row["prompt"]), [row["chosen"][-1], row["rejected"][-1]]
+        for index, message in enumerate(row.get("messages", [])):
+            if message["role"] == "assistant":
+                yield plain(row["messages"][:index]), [message]
+
+
+def row_of(form: str, prompt: list[dict], replies: list[dict]) -> dict:
+    """A row of `form`: messages, of which the one with "train" is trained on, or prompt and completion with the thinking mode
+    for the chat template; of a pair the context, and the two answers beside it."""
+    names = ("completion",) if len(replies) == 1 else ("chosen", "rejected")
+    if form == "prompt-completion":
+        thinks = bool(replies[0].get("reasoning_content"))
+        modes = {"enable_thinking": thinks, "force_thinking": thinks}
+        answers = {name: [reply] for name, reply in zip(names, replies)}
+        return {"prompt": prompt, **answers, "chat_template_kwargs": modes}
+    told = []
+    for reply in replies:  # the reasoning in the tags that the template would put around it
+        reasoning, text = reply.get("reasoning_content", "").strip("\n"), reply["content"].lstrip("\n")
+        text = f"<think>\n{reasoning}\n</think>\n\n{text}" if reasoning else text
+        told.append({"role": "assistant", "content": text})
+    if len(replies) == 1:
+        return {"messages": [*prompt, told[0] | {"train": True}]}
+    return {"messages": prompt, **dict(zip(names, told))}
 
 
 def export_folder(settings: Settings, name: str) -> Path:

@@ -21,7 +21,7 @@ from data_prepare.sample.entities import Entity, Wordings
 from data_prepare.sample.invented import Names, copy_exercises, invent_world
 from data_prepare.sample.talk import LINES, TURNS, join, one_turn, small_talk
 from data_prepare.sample.texts import rows_of, statements_of
-from utils.data.texts import Terms
+from utils.data.pairs import Terms
 from utils.errors import run
 from utils.files import (
     prepare_folder,

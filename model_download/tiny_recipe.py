@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from data_prepare.sample.entities import TABLES
-from utils.data.texts import Terms
+from utils.data.pairs import Terms
 from utils.device import Device
 from utils.model.chat_format import generation_settings
 from utils.model.lm_head import cross_entropy_sum

@@ -139,7 +139,7 @@ def models_to_compare(settings):
 
 def load_tests(settings):
     """(utils.evaluation.questions.Tests, {reason: rows of the exam file left out}); UserError for files that are not as wanted."""
-    from utils.data.texts import Terms
+    from utils.data.pairs import Terms
     from utils.evaluation.questions import Tests, read_exam
 
     eval_file = require_file(settings.EVAL_FILE, MADE_BY["EVAL_FILE"])

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from data_prepare.sample.entities import TABLES, Entity, Wordings
 from data_prepare.sample.talk import one_turn
-from utils.data.texts import Terms
+from utils.data.pairs import Terms
 
 LOOK_ALIKES = 0.5  # share of the fresh names that differ little from a real one: each syllable has to be read
 

@@ -30,7 +30,7 @@ SCRIPT = ROOT / "data_prepare" / "convert_to_qwen3_format.py"
 WITH_DATASETS = """
 import sys
 import datasets
-from utils.data.texts import normalize, text_key
+from utils.data.convert import normalize, text_key
 
 source, cache, output, form = sys.argv[1:]
 datasets.disable_progress_bars()

@@ -3,7 +3,7 @@
 import pytest
 from data_rows import write_lines
 
-from utils.data.advice import columns_or_form
+from utils.data.report import columns_or_form
 from utils.data.schemas import convert_row
 from utils.errors import UserError
 

@@ -5,23 +5,19 @@ import random
 import pytest
 from data_rows import CASE, turns, write_lines
 
-from utils.data.convert import Recognised
+from utils.data.convert import EVAL, EXAM, TRAIN, Recognised, Row, is_courtesy, normalize
 from utils.data.dedup import (
-    EVAL,
-    EXAM,
-    TRAIN,
     Joined,
-    Row,
     assign_splits,
     candidate_pairs,
     differ_in_fact,
     overlap,
     set_repeats_aside,
+    shingles,
     signatures,
 )  # fmt: skip
 from utils.data.report import sample_examples
 from utils.data.schemas import OUTPUTS
-from utils.data.texts import is_courtesy, normalize
 
 WORDS = (
     "麻黄桂枝芍药甘草生姜大枣石膏知母粳米人参半夏黄芩柴胡厚朴枳实大黄芒硝茯苓白术泽泻猪苓附子干姜细辛五味子"
@@ -84,7 +80,7 @@ def test_signatures_find_what_overlaps():
     texts = ["".join(chance.choices(WORDS, k=60)) for _ in range(300)]
     texts += [text[:57] + "金木水" for text in texts[:100]]
     pairs = [(one, other) for one in range(400) for other in range(one + 1, 400)]
-    close = {pair for pair in pairs if overlap(*(texts[number] for number in pair)) >= 0.85}
+    close = {pair for pair in pairs if overlap(*(shingles(texts[number]) for number in pair)) >= 0.85}
     marks = signatures(texts)
     assert (marks == signatures(texts[:7] + texts[7:])).all()
     found = set(map(tuple, candidate_pairs(marks, 0.85).tolist()))

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -9,7 +10,7 @@ from tiny_model import make_tiny_model
 
 from data_prepare import build_preference_pairs
 from utils.data import pairs
-from utils.data.texts import Terms
+from utils.data.pairs import Terms
 from utils.errors import run
 from utils.files import read_json, read_jsonl, write_json, write_jsonl
 from utils.model import generate as pairs_generate
@@ -169,9 +170,9 @@ def test_a_mismatch_never_names_the_same_syndrome():
         as_row(n, f"病例{n}应辨为何证？", f"此为{name}证。")
         for n, name in enumerate(["肝胃不和", "脾虚湿困"] * 20)
     ]
-    for row, worse in zip(rows, pairs.mismatched(rows, TERMS, random.Random(0))):
+    for row, (worse, _) in zip(rows, pairs.mismatched(rows, TERMS, random.Random(0))):
         good = row["messages"][1]["content"]
-        assert worse.answer is not None and worse.answer != good
+        assert worse is not None and worse != good
 
 
 def test_agreement():
@@ -197,7 +198,10 @@ def test_answers_of_a_model_that_knows_nothing_are_worse(data, model, capsys):
 @pytest.mark.slow
 def test_sampling_goes_on_where_it_was_stopped(tmp_path, model, monkeypatch, capsys):
     rows = [as_row(n, f"问题{n}？", "答") for n in range(12)]
-    sampling, kept = pairs.Sampling(str(model), 2, 1.0, 4, 8, 0), tmp_path / "sampled"
+    sampling = SimpleNamespace(
+        MODEL=model, SAMPLES=2, TEMPERATURE=1.0, MAX_NEW_TOKENS=4, BATCH_SIZE=8, SEED=0
+    )
+    kept = tmp_path / "sampled"
     monkeypatch.setattr(pairs, "CHUNK", 4)
     whole = pairs.sample_answers(rows, sampling, kept)
     assert [len(answers) for answers in whole] == [2] * 12
@@ -208,15 +212,15 @@ def test_sampling_goes_on_where_it_was_stopped(tmp_path, model, monkeypatch, cap
     generate, begun = pairs_generate.generate_answers, []
 
     def counting(*args, seed, **how):
-        begun.append(seed - sampling.seed)
+        begun.append(seed - sampling.SEED)
         return generate(*args, seed=seed, **how)
 
     monkeypatch.setattr(pairs_generate, "generate_answers", counting)
     assert pairs.sample_answers(rows, sampling, kept) == whole and begun == [4, 8]
     assert pairs.sample_answers(rows, sampling, kept) == whole and begun == [4, 8]
-    sampling = sampling._replace(seed=1)
+    sampling.SEED = 1
     pairs.sample_answers(rows, sampling, kept)
-    assert begun == [4, 8, 0, 4, 8] and "identity.json is of other seed" in capsys.readouterr().out
+    assert begun == [4, 8, 0, 4, 8] and "identity.json is of other SEED" in capsys.readouterr().out
     pairs.sample_answers(rows[:11], sampling, kept)
     assert begun[5:] == [0, 4, 8] and len(list(kept.iterdir())) == 4
 
@@ -225,13 +229,13 @@ def test_worst_of_the_sampled_answers_by_its_facts(monkeypatch, tmp_path):
     row = as_row(0, "麻黄的功效是什么？", "发汗解表、宣肺平喘。")
     answers = ["宣肺平喘、发汗解表。", "发汗解表、清热泻火。", "清热泻火、补中益气。", "短"]
     monkeypatch.setattr(pairs, "sample_answers", lambda *_: [answers])
-    assert list(pairs.sampled([row], TERMS, None, tmp_path)) == [pairs.Worse("清热泻火、补中益气。")]
+    assert list(pairs.sampled([row], TERMS, None, tmp_path)) == [("清热泻火、补中益气。", "")]
     for some, reason in (
         (answers[:1], "every sampled answer is right"),
         (answers[3:], "no sampled answer of similar length"),
     ):
         monkeypatch.setattr(pairs, "sample_answers", lambda *_, some=some: [some])
-        assert list(pairs.sampled([row], TERMS, None, tmp_path)) == [pairs.Worse(None, reason)]
+        assert list(pairs.sampled([row], TERMS, None, tmp_path)) == [(None, reason)]
 
 
 def test_the_default_kind_follows_the_model(data, tmp_path, capsys):
@@ -296,7 +300,7 @@ def test_pairs_of_the_training_rows_are_held_out_if_the_others_yield_none(data, 
 
 def test_of_cases_with_the_same_signs_each_has_its_own_right_answer():
     rows = [as_row(n, *case) for n, case in enumerate(CASES)]
-    assert all(worse.answer for worse in pairs.swapped_facts(rows, TERMS, random.Random(0)))
+    assert all(worse for worse, _ in pairs.swapped_facts(rows, TERMS, random.Random(0)))
     rare = [("头晕而咳嗽者用何药？", "麻黄。"), ("咳嗽头晕可用何药？", "桂枝。"), ("水肿用何药？", "麻黄。")]
     right = pairs._right_about([pairs.Question(*row) for row in rare], TERMS)
     assert [{"麻黄", "桂枝"} & known for known in right] == [{"麻黄", "桂枝"}] * 2 + [{"麻黄"}]

@@ -11,7 +11,7 @@ from data_prepare.sample import make_sample
 from data_prepare.sample.entities import load_entities
 from data_prepare.sample.exam import too_close
 from data_prepare.sample.talk import join, small_talk
-from utils.data.texts import Terms
+from utils.data.pairs import Terms
 from utils.files import read_json, read_jsonl
 
 SAMPLE = ROOT / "data_prepare/sample"

@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT
 from evaluation_files import ASKED, EXAM, WITH, WITHOUT, assistant, user
 
-from utils.data.texts import Terms
+from utils.data.pairs import Terms
 from utils.evaluation.measure import generated_answers, seen_in_training
 from utils.evaluation.metrics import Results, differences, metrics
 from utils.evaluation.questions import (

@@ -14,7 +14,7 @@ from data_prepare.sample.invented import Names, copy_exercises, invent_world
 from data_prepare.sample.texts import statements_of
 from model_download import pretrain_tiny_model, tiny_recipe
 from model_finetune import finetune_sft
-from utils.data.texts import Terms
+from utils.data.pairs import Terms
 from utils.device import pick_device
 from utils.evaluation.exams import choices_by_text
 from utils.files import read_json, read_jsonl

@@ -1,45 +1,130 @@
-"""The stages of the conversion: recognise every row, and once each row's fate is known, write its line where it belongs."""
+"""The stages of the conversion: recognise every row, and once each row's fate is known, write its line where it belongs.
 
+Texts are compared by their letters and digits, whatever the width, case, spacing and punctuation they came in; traditional
+characters count as simplified ones by OpenCC's table (one character for one: both texts go through the same table).
+"""
+
+import functools
+import hashlib
+import importlib.util
 import json
+import re
 import sys
 import tempfile
+import unicodedata
 from collections import Counter
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-from utils.data.dedup import EVAL, LONG, Row
 from utils.data.inputs import InputFile
 from utils.data.messages import Reject
-from utils.data.readers import Place, Raw
-from utils.data.schemas import OUTPUT_FILES, ConvertedRow, RowOptions, convert_rows
-from utils.data.texts import is_courtesy, normalize, text_key, without_filler
+from utils.data.schemas import OUTPUT_FILES, RowOptions, convert_rows
 from utils.device import memory_for_process
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.text import bar, format_bytes
 
+TRAIN, EVAL, EXAM = "train", "eval", "exam"  # the splits
+
+LONG = 40  # characters without filler: as long as a case description, too long for a name in a template
 LONG_ANSWER = 20  # characters: two rows do not share such an answer by chance
 SHORTEST_LATER_TURN = 8  # characters: later turns such as "请继续" are no question of their own
 BYTES_A_ROW = 1000  # of memory
 FORECAST_ROWS = 50_000  # rows after which the memory is forecast for the first time
 SYSTEMS = 1000  # system texts counted: one that nearly all rows share is among the first
 UNKNOWN_ROWS, UNKNOWN_CHARACTERS = 200, 300  # kept of a file to suggest columns by: rows, and of each text
+COURTESY_LEFT = 0.15  # of a turn's characters, beside words of courtesy
+
+_COMMON_MARKS = "，。、？；：（）！“”\n "  # signs of nearly every Chinese text
+_NOISE = re.compile(r"(?<!\d)(?:[^\w<>=+%±≤≥]|_)+|(?:[^\w<>=+%±≤≥]|_)+(?!\d)")
+_FILLER = re.compile(
+    "请问|您好|你好|谢谢|是什么|有哪些|是哪些|有什么|什么是|分别|一下|医生|大夫|怎么办|[请吗呢呀啊的了]"
+)
+# Greetings, thanks and good wishes; words that go with them; and words that make a question of their own beside them.
+_COURTESY = re.compile(
+    "你好|您好|大家好|hello|hi(?![a-z])|哈喽|早上好|上午好|中午好|下午好|晚上好|早安|晚安|在吗|在不在|在线吗|有人吗|打扰|麻烦|辛苦(?=[了您你医])"
+    "|感谢|谢谢|谢了|多谢|不用谢|不谢|不客气|不用客气|没关系|没事|不用担心|明白|知道了|了解|清楚了|收到|好的|再见|拜拜|请教|咨询"
+    "|早日康复|恢复健康|身体健康|健康|平安|顺利|愉快|thankyou|thanks|bye"
+)
+_BESIDE_COURTESY = re.compile(
+    "医生|大夫|医师|老师|专家|主任|先生|女士|朋友|非常|十分|太|真的|真是|祝愿?|希望|如果?有|有|问题|疑问|疑惑|需要|随时|联系|告诉|告知"
+    "|找我|问我|欢迎|可以|一定|注意|解答|回答|回复|帮助|建议|耐心|指导|支持|信任|配合|按时|其他|别的|任何|早日|恢复|身体|生活|您|你|我们?"
+    "|一下|想问|请问|问|个|些|会|请|祝|再|那|就|也|都|很|的|了|吧|啊|哦|嗯|呀|哈|呢|好|去|来|给|这|为|对|向|是|应该|知道|想|再次|一些|还|其"
+)
+ASKS = re.compile("什么|怎|如何|哪|多少|为何|是否|能不能|可不可以|几|吗$|呢$")
 
 
-class UnknownRow(NamedTuple):
-    """A row whose fields are not recognised, its texts shortened."""
-
-    line: Place
-    row: dict
+# ---- Texts as they are compared
 
 
-class FirstReject(NamedTuple):
-    """The first row of a file that cannot be used."""
+def normalize(text: str) -> str:
+    """The letters and digits of a text, NFKC and case-folded. A sign between two digits stays (1.5 is not 15)."""
+    letters = text
+    for mark in _COMMON_MARKS:
+        letters = letters.replace(mark, "")
+    if letters.isalpha():  # NFKC is quick if nothing has to change; signs count between digits only
+        text = letters
+    text = unicodedata.normalize("NFKC", text).casefold().translate(_simplified())
+    return text if text.isalnum() else _NOISE.sub("", text)
 
-    line: Place
-    reason: str
-    detail: str
+
+@functools.cache
+def _simplified():
+    """{code of a traditional character: the simplified one}."""
+    package = importlib.util.find_spec("opencc").submodule_search_locations[0]
+    lines = (Path(package) / "dictionary" / "TSCharacters.txt").read_text(encoding="utf-8-sig").splitlines()
+    pairs = (line.split("\t") for line in lines if "\t" in line)
+    return {ord(old): simplified.split()[0] for old, simplified in pairs if len(old) == 1}
+
+
+def without_filler(normalised: str) -> str:
+    """A normalised question without the words that do not change what is asked (itself, if nothing else would be left)."""
+    return _FILLER.sub("", normalised) or normalised
+
+
+def is_courtesy(text: str) -> bool:
+    """True if a turn of a dialogue is nothing but a greeting, thanks or good wishes."""
+    text = normalize(text)
+    left = _COURTESY.sub("", text)
+    if len(left) == len(text) or ASKS.search(left):
+        return False
+    return len(_BESIDE_COURTESY.sub("", left)) <= COURTESY_LEFT * len(text)
+
+
+def text_key(text: str) -> int:
+    """A 64-bit key of a text, the same in every run. A million texts share one by chance with probability 3e-8."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+# ---- The first pass
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One row of the input as it is compared with the others: numbers only, its text waits in a file."""
+
+    file: int  # number of its source
+    line: int | str  # as Place in readers.py
+    at: int  # where its output line begins in the file of texts
+    size: int  # bytes of that line; of a row that cannot be used, of the detail of its reason
+    original: int = 0  # bytes of the row as it was given, which follows
+    kind: str = ""  # of OUTPUT_FILES; "" if the row cannot be used
+    told: str = ""  # the split that the row says it belongs to, or ""
+    content: int = 0  # text_key of the whole row, from which its id is written
+    questions: tuple[int, ...] = ()  # text_key of each, normalised; what the row is about comes first
+    rest: int = 0  # text_key of all text after the first question, normalised
+    long_rest: bool = False  # True if that is too long to be shared by chance
+    characters: int = 0
+    reasoning: bool = False
+    split: str = ""  # TRAIN, EVAL or EXAM, as decided
+    reason: str = ""  # why the row is set aside, or ""
+    of: "Row | None" = None  # the row that it repeats or leaks; of a bad answer, the row of the good one
+
+    def set_aside(self, reason: str, of: "Row | None") -> None:
+        """Note why the row is not kept."""
+        self.reason, self.of = reason, of
 
 
 class Recognised:
@@ -49,7 +134,6 @@ class Recognised:
         self.rows: list[Row] = []
         self.texts = tempfile.TemporaryFile(dir=folder)
         self.end = 0  # of the texts written so far, in bytes
-        self.given = 0  # bytes of the rows so far, as they were given
         self.long_questions: dict[int, tuple[int, int]] = {}  # {text_key: where its text begins, its bytes}
         self.schemas: Counter[str] = Counter()  # names of schemas
         self.reasons: Counter[str] = Counter()  # why rows cannot be used
@@ -57,8 +141,10 @@ class Recognised:
         self.fields: Counter[tuple] = Counter()  # {(schema, a row's fields, those not used): rows}
         self.unused: dict[tuple[str, str], object] = {}  # {(schema, field not used): the first value of it}
         self.systems: Counter[str] = Counter()  # {system text: conversations}, SYSTEMS of them at most
-        self.rejects: dict[int, FirstReject] = {}  # {file: its first row that cannot be used}
-        self.unknown: dict[int, list[UnknownRow]] = {}  # {file: its first rows with fields not recognised}
+        # {file: (place, reason, detail) of its first row that cannot be used}
+        self.rejects: dict[int, tuple[int | str, str, str]] = {}
+        # {file: (place, row, its texts shortened) of its first rows with fields not recognised}
+        self.unknown: dict[int, list[tuple[int | str, dict]]] = {}
 
     def write(self, text: bytes) -> int:
         """Write a text to the temporary file; where it begins there."""
@@ -75,84 +161,69 @@ class Recognised:
         """The line of output that a row makes; of a row that cannot be used, the detail of its reason."""
         return self.read(row.at, row.size)
 
-    def original(self, row: Row) -> bytes:
-        """The row as it was given, as JSON in one line."""
-        return self.read(row.at + row.size, row.original)
-
     def long_question(self, key: int) -> str:
         """The text of a long question, as it is compared."""
         return self.read(*self.long_questions[key]).decode("utf-8", "surrogatepass")
 
 
-def recognise(sources: list[InputFile], options: RowOptions, folder: Path) -> Recognised:
-    """Read and recognise every row."""
-    size, forecast_at = sum(source.size for source in sources), FORECAST_ROWS
+def recognise(files: list[InputFile], options: RowOptions, folder: Path) -> Recognised:
+    """Read and recognise every row; UserError if they would not fit into the memory."""
+    size, given, forecast_at = sum(file.size for file in files), 0, FORECAST_ROWS
     found = Recognised(folder)
     with bar(desc="rows recognised", total=size, unit="B", unit_scale=True) as meter:
-        for file, source in enumerate(sources):
-            for place, raw, row, item in convert_rows(source, options):
-                _add_row(found, file, source, place, raw, row, item)
+        for number, file in enumerate(files):
+            for place, raw, row, item in convert_rows(file, options):
                 if isinstance(item, Reject):
+                    _add_reject(found, number, place, item)
                     strange = item.reason == "fields not recognised"
                 else:
+                    _add_row(found, number, file, place, raw, row, item)
                     strange = options.columns and item.schema != "--columns"
-                if strange and len(unknown := found.unknown.setdefault(file, [])) < UNKNOWN_ROWS:
+                if strange and len(unknown := found.unknown.setdefault(number, [])) < UNKNOWN_ROWS:
                     texts = {name: value for name, value in row.items() if isinstance(value, str)}
                     shown = {name: text[:UNKNOWN_CHARACTERS] for name, text in texts.items()}
-                    unknown.append(UnknownRow(place, row | shown))
+                    unknown.append((place, row | shown))
                 # About: the same rows take more or less as tables and arrays than as JSON lines.
-                done = min(found.given, size - 1)
-                if len(found.rows) >= forecast_at:
-                    _refuse_too_many(len(found.rows), done / size)
+                given = min(given + found.rows[-1].original, size - 1)
+                if len(found.rows) == forecast_at:
+                    _refuse_too_many(len(found.rows) * size / given)
                     forecast_at *= 2
                 if len(found.rows) % 1000 == 0:
-                    meter.update(done - meter.n)
+                    meter.update(given - meter.n)
         meter.update(size - meter.n)
     return found
 
 
-def _refuse_too_many(rows, share):
-    """UserError with the forecast if all rows, of which `rows` are this share, would not fit into the memory."""
-    needed, free = BYTES_A_ROW * rows / share, memory_for_process()
+def _refuse_too_many(rows):
+    needed, free = BYTES_A_ROW * rows, memory_for_process()
     if needed > free:
         raise UserError(
-            f"about {rows / share:,.0f} rows are to be compared with one another, which takes {format_bytes(needed)} of memory "
+            f"about {rows:,.0f} rows are to be compared with one another, which takes {format_bytes(needed)} of memory "
             f"({BYTES_A_ROW} bytes a row); {format_bytes(free)} are free, enough for {free / BYTES_A_ROW:,.0f} rows: "
             "convert the files in parts, each to its own --output-dir"
         )
 
 
-def _add_row(
-    found: Recognised,
-    file: int,
-    source: InputFile,
-    place: Place,
-    raw: Raw,
-    row: dict,
-    item: ConvertedRow | Reject,
-) -> None:
-    """Take in one row; of a row that cannot be used, the detail of its reason stands in place of an output line."""
-    if isinstance(item, Reject):
-        text, original = _encoded(item.detail), _encoded(item.row)
-        mine = Row(file, place, found.write(text + original), len(text), len(original))
-        mine.reason = sys.intern(item.reason)
-        found.reasons[item.reason] += 1
-        found.rejects.setdefault(file, FirstReject(place, item.reason, item.detail))
-    else:
-        mine = _usable_row(found, file, source, place, raw, row, item)
-    found.given += mine.original
-    found.rows.append(mine)
+def _add_reject(found, file, place, reject):
+    """Take in a row that cannot be used; the detail of its reason stands in place of an output line."""
+    text, original = _encoded(reject.detail), _encoded(reject.row)
+    row = Row(file, place, found.write(text + original), len(text), len(original))
+    row.reason = sys.intern(reject.reason)
+    found.reasons[reject.reason] += 1
+    found.rejects.setdefault(file, (place, reject.reason, reject.detail))
+    found.rows.append(row)
 
 
-def _usable_row(found, file, source, place, raw, row, item):
+def _add_row(found, number, file, place, raw, row, item):
     key = text_key("\x1f".join([item.kind, *item.questions, "\x1e", item.rest]))
-    fields = {"id": f"{key:016x}", **item.body, "source": f"{source.name}:{place}"}
-    text, original = _encoded(fields) + b"\n", _as_json(raw, source.encoding)
+    fields = {"id": f"{key:016x}", **item.body, "source": f"{file.name}:{place}"}
+    text, original = _encoded(fields) + b"\n", _as_json(raw, file.encoding)
     rest = normalize(item.rest)
-    mine = Row(file, place, found.write(text + original), len(text), len(original))
-    mine.kind, mine.told, mine.content = sys.intern(item.kind), item.split or source.split, key
+    mine = Row(number, place, found.write(text + original), len(text), len(original))
+    mine.kind, mine.told, mine.content = sys.intern(item.kind), item.split or file.split, key
     mine.rest, mine.long_rest, mine.characters = text_key(rest), len(rest) >= LONG_ANSWER, item.characters
     mine.questions = tuple(_question_keys(found, item.questions))
+    found.rows.append(mine)
     found.schemas[item.schema] += 1
     found.trimmed += item.trimmed
     found.fields[item.schema, tuple(row), tuple(item.unused)] += 1
@@ -164,7 +235,6 @@ def _usable_row(found, file, source, place, raw, row, item):
         system = first["content"] if first["role"] == "system" else ""
         if system in found.systems or len(found.systems) < SYSTEMS:
             found.systems[system] += 1
-    return mine
 
 
 def _question_keys(found, questions):
@@ -199,15 +269,22 @@ def _encoded(value):
         return json.dumps(value, default=str).encode()
 
 
+# ---- Once each row's fate is known
+
+
 def pair_bad_answers(found: Recognised) -> None:
     """Give every bad answer that is left the good one to the same prompt and its split, or set it aside."""
+
+    def key_of(messages):
+        return text_key("\x1f".join(message["content"] for message in messages))
+
     bad = [row for row in found.rows if row.kind == "bad" and not row.reason]
     good: dict[int, Row] = {}  # {prompt: the first row that answers it well}
     for row in found.rows if bad else ():
         if row.kind == "sft" and not row.reason:
-            good.setdefault(_prompt_key(json.loads(found.line(row))["messages"][:-1]), row)
+            good.setdefault(key_of(json.loads(found.line(row))["messages"][:-1]), row)
     for row in bad:
-        partner = good.get(_prompt_key(json.loads(found.line(row))["prompt"]))
+        partner = good.get(key_of(json.loads(found.line(row))["prompt"]))
         if partner is None:
             row.set_aside("marked as a bad answer, no good one", None)
         elif partner.rest == row.rest:
@@ -216,27 +293,26 @@ def pair_bad_answers(found: Recognised) -> None:
             row.of, row.split = partner, partner.split
 
 
-def _prompt_key(messages):
-    return text_key("\x1f".join(message["content"] for message in messages))
+def write_outputs(found: Recognised, files: list[InputFile], folder: Path) -> Counter:
+    """Write every line to its file, and what is set aside to the ledger. {output file: its rows}.
 
-
-def write_outputs(found: Recognised, sources: list[InputFile], folder: Path) -> Counter:
-    """Write every line to its file, and what is set aside to the ledger. {output file: its rows}."""
+    An evaluation file of an earlier run that the new training file does not belong to is removed.
+    """
     outputs: Counter[str] = Counter()
     with ExitStack() as stack:
-        files = {"set_aside": stack.enter_context(atomic_write(folder / "set_aside.jsonl", "wb"))}
+        opened = {"set_aside": stack.enter_context(atomic_write(folder / "set_aside.jsonl", "wb"))}
         for row in found.rows:
-            name, line = "set_aside", b""
             if row.reason:
-                line = _ledger_line(row, found, sources)
-            else:
-                kind = OUTPUT_FILES[row.kind]
-                name = kind.held_out if row.split == EVAL else kind.trained
-                line = _pair_line(row, found) if row.kind == "bad" else found.line(row)
-                outputs[name] += 1
-            if name not in files:
-                files[name] = stack.enter_context(atomic_write(folder / f"{name}.jsonl", "wb"))
-            files[name].write(line)
+                opened["set_aside"].write(_ledger_line(row, found, files))
+                continue
+            name = OUTPUT_FILES[row.kind].held_out if row.split == EVAL else OUTPUT_FILES[row.kind].trained
+            if name not in opened:
+                opened[name] = stack.enter_context(atomic_write(folder / f"{name}.jsonl", "wb"))
+            opened[name].write(_pair_line(row, found) if row.kind == "bad" else found.line(row))
+            outputs[name] += 1
+    for kind in OUTPUT_FILES.values():
+        if outputs[kind.trained] and not outputs[kind.held_out]:
+            (folder / f"{kind.held_out}.jsonl").unlink(missing_ok=True)
     return outputs
 
 
@@ -247,16 +323,10 @@ def _pair_line(row, found):
     return _encoded({"id": pair["id"], **turns, "kind": "given", "source": pair["source"]}) + b"\n"
 
 
-def _ledger_line(row, found, sources):
+def _ledger_line(row, found, files):
     """The ledger's line of a row that cannot be used, that repeats or leaks another, or that is a bad answer alone."""
-    detail = f"of {sources[row.of.file].name}:{row.of.line}" if row.of else ""
+    detail = f"of {files[row.of.file].name}:{row.of.line}" if row.of else ""
     detail = detail if row.kind else json.loads(found.line(row))
-    entry = {"file": sources[row.file].name, "line": row.line, "reason": row.reason, "detail": detail}
-    return _encoded(entry)[:-1] + b', "row": ' + found.original(row) + b"}\n"
-
-
-def remove_stale(folder: Path, outputs: Counter) -> None:
-    """Remove the evaluation file of an earlier run that the new training file does not belong to."""
-    for kind in OUTPUT_FILES.values():
-        if outputs[kind.trained] and not outputs[kind.held_out]:
-            (folder / f"{kind.held_out}.jsonl").unlink(missing_ok=True)
+    entry = {"file": files[row.file].name, "line": row.line, "reason": row.reason, "detail": detail}
+    original = found.read(row.at + row.size, row.original)
+    return _encoded(entry)[:-1] + b', "row": ' + original + b"}\n"

@@ -12,29 +12,27 @@ text (a passage). Long questions that may overlap are found by MinHash signature
 """
 
 import functools
+import itertools
 import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
 
 import numpy
 
+from utils.data.convert import EVAL, EXAM, LONG, TRAIN, Row
 from utils.data.schemas import OUTPUT_FILES
 from utils.text import progress
 
-TRAIN, EVAL, EXAM = "train", "eval", "exam"  # the splits
-
-LONG = 40  # characters without filler: as long as a case description, too long for a name in a template
 SHINGLE = 3  # characters
 HASHES = 32  # in 8 bands of 4: of pairs that overlap by 0.85, 0.3 % share no band
 NEIGHBOURS = 4  # rows of one bucket compared with each row, so that a large bucket costs linear time
-TEXTS = 1000  # whose signatures are made together
+TEXTS = 1000  # whose signatures are made together, or whose pieces are kept
 
 FAMILY = 5  # questions: more than this that differ in a word are a template, and may go to two splits
 PASSAGE = 0.6  # of the shingles of the shorter question: two that share so many are about one passage
 PASSAGE_TRIES = (
-    4  # failed comparisons, after which a question is compared no more: a template costs linear time
+    4  # failed comparisons after which a question is compared no more: a template costs linear time
 )
 # Pieces in more than both a number and a share of the long questions are of an instruction and no passage.
 INSTRUCTION = ((4, 0.25), (100, 0.1))
@@ -48,37 +46,13 @@ LARGEST_GROUP = 1 / 3  # of the rows, which a group may have that is held out be
 _NUMBERS = re.compile(r"\d+(?:[.,:/%-]\d+)*|[零〇一二三四五六七八九十百千万两半]+")
 _DECIDING = re.compile("[无不未非否没伴有男女左右上下升降增减高低轻重阴阳寒热虚实浮沉迟数滑涩弦细]")
 
+_FACTORS = numpy.array([0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35], dtype=numpy.uint32)
 _random = random.Random(0)
 _XOR = numpy.array([_random.getrandbits(32) for _ in range(HASHES)], dtype=numpy.uint32)
 _ODD = numpy.array([_random.getrandbits(32) | 1 for _ in range(HASHES)], dtype=numpy.uint32)
 
 
-@dataclass(slots=True, eq=False)
-class Row:
-    """One row of the input as it is compared with the others: numbers only, its text waits in a file."""
-
-    file: int  # number of its source
-    line: int | str  # as Place in readers.py
-    at: int  # where its output line begins in the file of texts
-    size: int  # bytes of that line; of a row that cannot be used, of the detail of its reason
-    original: int = 0  # bytes of the row as it was given, which follows
-    kind: str = ""  # of OUTPUT_FILES; "" if the row cannot be used
-    told: str = ""  # the split that the row says it belongs to, or ""
-    content: int = 0  # text_key of the whole row, from which its id is written
-    questions: tuple[
-        int, ...
-    ] = ()  # text_key of each question, normalised; what the row is about comes first
-    rest: int = 0  # text_key of all text after the first question, normalised
-    long_rest: bool = False  # whether that is too long to be shared by chance
-    characters: int = 0
-    reasoning: bool = False
-    split: str = ""  # TRAIN, EVAL or EXAM, as decided
-    reason: str = ""  # why the row is set aside, or ""
-    of: "Row | None" = None  # the row that it repeats or leaks; of a bad answer, the row of the good one
-
-    def set_aside(self, reason: str, of: "Row | None") -> None:
-        """Note why the row is not kept."""
-        self.reason, self.of = reason, of
+# ---- The fate of each row
 
 
 def decide(
@@ -95,7 +69,10 @@ def decide(
     that asks an exam question. `shares`: as in assign_splits. The result depends on the rows and the seed, not on the order of
     the rows, except that of two equal rows the first is kept.
     """
-    _put_openers_last(rows)
+    opened, (least, share) = Counter(row.questions[0] for row in rows if len(row.questions) > 1), OPENER
+    for row in rows:  # a dialogue that many others open alike ("我想请您看看") counts by its next question
+        if len(row.questions) > 1 and opened[row.questions[0]] > max(least, share * len(rows)):
+            row.questions = row.questions[1:] + row.questions[:1]
     same, family, together = group_questions(rows, sorted(long_questions), text_of, threshold)
     assign_splits(rows, together, **shares)
     _set_leaks_aside(rows, family, EVAL, "evaluation leak")
@@ -112,15 +89,6 @@ def decide(
     usable = [row for row in usable if not row.reason]
     # The longest is kept: it has the punctuation.
     set_repeats_aside(usable, "near-duplicate", said, lambda row: (-row.characters, row.content))
-
-
-def _put_openers_last(rows):
-    """Let a dialogue that many others open alike ("我想请您看看") count by its next question."""
-    opened = Counter(row.questions[0] for row in rows if len(row.questions) > 1)
-    least, share = OPENER
-    for row in rows:
-        if len(row.questions) > 1 and opened[row.questions[0]] > max(least, share * len(rows)):
-            row.questions = row.questions[1:] + row.questions[:1]
 
 
 def _set_leaks_aside(rows, family, held_out, reason):
@@ -147,119 +115,6 @@ def set_repeats_aside(
     for row in rows:
         if (other := kept[key(row)]) is not row:
             row.set_aside(reason, other)
-
-
-def group_questions(
-    rows: list[Row], keys: list[int], text_of: Callable[[int], str], threshold: float
-) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
-    """(same, family, together): groups of questions, {key: key that names its group} for those that are not alone in theirs.
-
-    `same`: one question; `family`: they differ in a word at most; `together`: they go to one split. `keys`: the long questions.
-    """
-    marks = _signatures_of(keys, text_of)
-    pairs = candidate_pairs(marks, threshold)
-    close = {keys[number] for number in numpy.unique(pairs).tolist()}
-    answers = defaultdict(set)  # {question: keys of its long answers}
-    for row in rows if close else ():
-        for question in close.intersection(row.questions) if row.long_rest else ():
-            answers[question].add(row.rest)
-
-    def may_be_one(one, other):
-        return answers[one] & answers[other] or sorted(text_of(one)) == sorted(text_of(other))
-
-    same, family = Joined(), Joined()
-    for one, other in _each(pairs, keys, "comparing long questions"):
-        if family.group(one) == family.group(other) and not may_be_one(one, other):
-            continue  # nothing would change: a template of many rows is done soon
-        texts = text_of(one), text_of(other)
-        if overlap(*texts) >= threshold:
-            family.join(one, other)
-            if may_be_one(one, other) and not differ_in_fact(*texts):
-                same.join(one, other)
-    same_of, family_of = same.groups(), family.groups()
-    members = Counter(family_of[key] for key in family_of if same_of.get(key, key) == key)
-    for key, group in family_of.items():
-        if members[group] > FAMILY:
-            family_of[key] = same_of.get(key, key)
-    return same_of, family_of, _join_passages(keys, marks, family_of, text_of)
-
-
-def _each(pairs, keys, label):
-    """The keys of every pair, with a bar of progress; an array of pairs takes a tenth of the memory of a list."""
-    for start in progress(label, f"x {TEXTS:,} pairs")(range(0, len(pairs), TEXTS)):
-        for one, other in pairs[start : start + TEXTS].tolist():
-            yield keys[one], keys[other]
-
-
-def differ_in_fact(one: str, other: str) -> bool:
-    """Whether two questions that are alike have other numbers, or more or fewer of the words that decide."""
-    if _NUMBERS.findall(one) != _NUMBERS.findall(other):
-        return True
-    return Counter(_DECIDING.findall(one)) != Counter(_DECIDING.findall(other))
-
-
-def _join_passages(keys, marks, family, text_of):
-    """{question: group} as Groups.together: the families, those joined that share a passage."""
-    keys, marks, text_of = _without_instructions(keys, marks, text_of)
-    joined, failed = Joined(), Counter()
-    pairs = candidate_pairs(marks, PASSAGE, band=2, neighbours=1)
-    for one, other in _each(pairs, keys, "looking for shared passages"):
-        groups = [joined.group(family.get(key, key)) for key in (one, other)]
-        if failed[one] >= PASSAGE_TRIES or groups[0] == groups[1]:
-            continue
-        if containment(text_of(one), text_of(other)) >= PASSAGE:
-            joined.join(*groups)
-        else:
-            failed[one] += 1
-    together = joined.groups()
-    return together | {key: together.get(group, group) for key, group in family.items()}
-
-
-def _without_instructions(keys, marks, text_of):
-    """(keys, signatures, text_of) of the long questions without the pieces that many of them share, as far as they stay long."""
-    counted = keys[:: len(keys) // COUNTED + 1]
-    counts = Counter(piece for key in counted for piece in shingles(text_of(key)))
-    scale = len(keys) / max(len(counted), 1)
-    limits = [max(least, share * len(keys)) for least, share in INSTRUCTION]
-    common = {piece for piece, count in counts.items() if scale * count > min(limits)}
-    if not common:
-        return keys, marks, text_of
-
-    @functools.lru_cache(maxsize=COUNTED)
-    def own_text(key):
-        text, own, end = text_of(key), [], 0
-        for at, character in enumerate(text):
-            if text[at : at + SHINGLE] in common:
-                end = at + SHINGLE
-            if at >= end:
-                own.append(character)
-        return "".join(own)
-
-    keys = [key for key in keys if len(own_text(key)) >= LONG]
-    return keys, _signatures_of(keys, own_text), own_text
-
-
-class Joined:
-    """Groups that grow by joining two members, each named by its smallest member (union-find)."""
-
-    def __init__(self):
-        self.parents: dict[int, int] = {}
-
-    def group(self, member: int) -> int:
-        """The name of the group that `member` is in."""
-        while (parent := self.parents.get(member, member)) != member:
-            self.parents[member] = self.parents[parent]  # the way is shorter the next time
-            member = parent
-        return member
-
-    def join(self, one: int, other: int) -> None:
-        """Make one group of those of two members."""
-        one, other = self.group(one), self.group(other)
-        self.parents[min(one, other)] = self.parents[max(one, other)] = min(one, other)
-
-    def groups(self) -> dict[int, int]:
-        """{member: its group} of all that were joined."""
-        return {member: self.group(member) for member in self.parents}
 
 
 def assign_splits(
@@ -319,33 +174,143 @@ def mixed(key: int, seed: int) -> int:
     return key ^ key >> 31
 
 
-def _signatures_of(keys, text_of):
-    """The signatures of the texts of `keys`, array (len(keys), HASHES), made TEXTS at a time."""
-    starts = range(0, len(keys), TEXTS)
-    parts = [signatures([text_of(key) for key in keys[start : start + TEXTS]]) for start in starts]
-    return numpy.concatenate([signatures([]), *parts])
+# ---- Long questions that are alike
 
 
-def signatures(texts: list[str]) -> numpy.ndarray:
-    """MinHash signatures of texts of at least SHINGLE characters: uint16 array (len(texts), HASHES)."""
-    result = numpy.empty((len(texts), HASHES), dtype=numpy.uint16)
-    if not texts:
-        return result
-    lengths = numpy.array([len(text) for text in texts])
-    codes = numpy.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype=numpy.uint32)
-    factors = numpy.array([0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35], dtype=numpy.uint32)
-    hashes = codes[:-2] * factors[0] ^ codes[1:-1] * factors[1] ^ codes[2:] * factors[2]
-    inside = numpy.ones(len(hashes), dtype=bool)
-    ends = numpy.cumsum(lengths)[:-1]
-    inside[ends - 1] = inside[ends - 2] = False  # no shingle reaches from one text into the next
-    hashes = hashes[inside]
-    hashes = (hashes ^ hashes >> numpy.uint32(15)) * numpy.uint32(0x2C1B3C6D)
-    hashes ^= hashes >> numpy.uint32(13)
-    starts = numpy.concatenate(([0], numpy.cumsum(lengths - SHINGLE + 1)[:-1]))
-    for index in range(HASHES):
-        least = numpy.minimum.reduceat((hashes ^ _XOR[index]) * _ODD[index], starts)
-        result[:, index] = (least * numpy.uint32(0x9E3779B1)) >> numpy.uint32(16)
-    return result
+def group_questions(
+    rows: list[Row], keys: list[int], text_of: Callable[[int], str], threshold: float
+) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
+    """(same, family, together): groups of questions, {key: key that names its group} for those that are not alone in theirs.
+
+    `same`: one question; `family`: they differ in a word at most; `together`: they go to one split. `keys`: the long questions.
+    """
+    pieces = functools.lru_cache(maxsize=TEXTS)(lambda key: shingles(text_of(key)))
+    pairs = candidate_pairs(signatures(map(text_of, keys)), threshold)
+    close = {keys[number] for number in numpy.unique(pairs).tolist()}
+    answers = defaultdict(set)  # {question: keys of its long answers}
+    for row in rows if close else ():
+        for question in close.intersection(row.questions) if row.long_rest else ():
+            answers[question].add(row.rest)
+
+    def may_be_one(one, other):
+        return answers[one] & answers[other] or sorted(text_of(one)) == sorted(text_of(other))
+
+    same, family = Joined(), Joined()
+    for one, other in _each(pairs, keys, "comparing long questions"):
+        if family.group(one) == family.group(other) and not may_be_one(one, other):
+            continue  # nothing would change: a template of many rows is done soon
+        if overlap(pieces(one), pieces(other)) >= threshold:
+            family.join(one, other)
+            if may_be_one(one, other) and not differ_in_fact(text_of(one), text_of(other)):
+                same.join(one, other)
+    same_of, family_of = same.groups(), family.groups()
+    members = Counter(family_of[key] for key in family_of if same_of.get(key, key) == key)
+    for key, group in family_of.items():
+        if members[group] > FAMILY:
+            family_of[key] = same_of.get(key, key)
+    return same_of, family_of, _join_passages(keys, family_of, text_of)
+
+
+def _join_passages(keys, family, text_of):
+    """{question: group}: the families, those joined that share a passage. Pieces of instructions do not count."""
+    counted = keys[:: len(keys) // COUNTED + 1]
+    counts = Counter(piece for key in counted for piece in shingles(text_of(key)))
+    scale = len(keys) / max(len(counted), 1)
+    limit = min(max(least, share * len(keys)) for least, share in INSTRUCTION)
+    instruction = {piece for piece, count in counts.items() if scale * count > limit}
+
+    @functools.lru_cache(maxsize=COUNTED)
+    def own_text(key):
+        text, own, end = text_of(key), [], 0
+        for at, sign in enumerate(text):
+            end = at + SHINGLE if text[at : at + SHINGLE] in instruction else end
+            own += [sign] if at >= end else []
+        return "".join(own)
+
+    compared = own_text if instruction else text_of
+    keys = [key for key in keys if len(compared(key)) >= LONG]
+    joined, failed = Joined(), Counter()
+    pairs = candidate_pairs(signatures(map(compared, keys)), PASSAGE, band=2, neighbours=1)
+    for one, other in _each(pairs, keys, "looking for shared passages"):
+        groups = [joined.group(family.get(key, key)) for key in (one, other)]
+        if failed[one] >= PASSAGE_TRIES or groups[0] == groups[1]:
+            continue
+        own, others = shingles(compared(one)), shingles(compared(other))
+        if len(own & others) >= PASSAGE * min(len(own), len(others)):
+            joined.join(*groups)
+        else:
+            failed[one] += 1
+    together = joined.groups()
+    return together | {key: together.get(group, group) for key, group in family.items()}
+
+
+def _each(pairs, keys, label):
+    """The keys of every pair, with a bar of progress; an array of pairs takes a tenth of the memory of a list."""
+    for start in progress(label, f"x {TEXTS:,} pairs")(range(0, len(pairs), TEXTS)):
+        for one, other in pairs[start : start + TEXTS].tolist():
+            yield keys[one], keys[other]
+
+
+class Joined:
+    """Groups that grow by joining two members, each named by its smallest member (union-find)."""
+
+    def __init__(self):
+        self.parents: dict[int, int] = {}
+
+    def group(self, member: int) -> int:
+        """The name of the group that `member` is in."""
+        while (parent := self.parents.get(member, member)) != member:
+            self.parents[member] = self.parents[parent]  # the way is shorter the next time
+            member = parent
+        return member
+
+    def join(self, one: int, other: int) -> None:
+        """Make one group of those of two members."""
+        one, other = self.group(one), self.group(other)
+        self.parents[min(one, other)] = self.parents[max(one, other)] = min(one, other)
+
+    def groups(self) -> dict[int, int]:
+        """{member: its group} of all that were joined."""
+        return {member: self.group(member) for member in self.parents}
+
+
+def shingles(text: str) -> set[str]:
+    """All pieces of SHINGLE characters of a text."""
+    return {text[at : at + SHINGLE] for at in range(len(text) - SHINGLE + 1)}
+
+
+def overlap(own: set[str], others: set[str]) -> float:
+    """The Jaccard similarity of two sets of shingles, 0 to 1."""
+    return len(own & others) / len(own | others)
+
+
+def differ_in_fact(one: str, other: str) -> bool:
+    """True if two questions that are alike have other numbers, or more or fewer of the words that decide."""
+    if _NUMBERS.findall(one) != _NUMBERS.findall(other):
+        return True
+    return Counter(_DECIDING.findall(one)) != Counter(_DECIDING.findall(other))
+
+
+# ---- MinHash
+
+
+def signatures(texts: Iterable[str]) -> numpy.ndarray:
+    """MinHash signatures of texts of at least SHINGLE characters: uint16 array (texts, HASHES), made TEXTS at a time."""
+    texts, parts = iter(texts), [numpy.empty((0, HASHES), dtype=numpy.uint16)]
+    while some := list(itertools.islice(texts, TEXTS)):
+        lengths = numpy.array([len(text) for text in some])
+        codes = numpy.frombuffer("".join(some).encode("utf-32-le", "surrogatepass"), dtype=numpy.uint32)
+        hashes = codes[:-2] * _FACTORS[0] ^ codes[1:-1] * _FACTORS[1] ^ codes[2:] * _FACTORS[2]
+        inside = numpy.ones(len(hashes), dtype=bool)
+        ends = numpy.cumsum(lengths)[:-1]
+        inside[ends - 1] = inside[ends - 2] = False  # no shingle reaches from one text into the next
+        hashes = hashes[inside]
+        hashes = (hashes ^ hashes >> numpy.uint32(15)) * numpy.uint32(0x2C1B3C6D)
+        hashes ^= hashes >> numpy.uint32(13)
+        starts = numpy.concatenate(([0], numpy.cumsum(lengths - SHINGLE + 1)[:-1]))
+        least = [numpy.minimum.reduceat((hashes ^ xor) * odd, starts) for xor, odd in zip(_XOR, _ODD)]
+        parts.append((numpy.stack(least, axis=1) * _FACTORS[0] >> numpy.uint32(16)).astype(numpy.uint16))
+    return numpy.concatenate(parts)
 
 
 def candidate_pairs(
@@ -369,22 +334,6 @@ def candidate_pairs(
             likely = (marks[one] == marks[other]).mean(axis=1) >= threshold - 0.2
             low, high = numpy.minimum(one, other)[likely], numpy.maximum(one, other)[likely]
             found.append(low * len(marks) + high)
-        pairs = numpy.unique(numpy.concatenate(found))
+        pairs = numpy.sort(numpy.concatenate(found))
+        pairs = pairs[numpy.diff(pairs, prepend=-1) > 0]
     return numpy.stack(divmod(pairs, max(len(marks), 1)), axis=1, dtype=numpy.int32, casting="unsafe")
-
-
-def overlap(one: str, other: str) -> float:
-    """The Jaccard similarity of the shingles of two texts, 0 to 1."""
-    own, others = shingles(one), shingles(other)
-    return len(own & others) / len(own | others)
-
-
-def containment(one: str, other: str) -> float:
-    """The share of the shingles of that text that has fewer which the other has too, 0 to 1."""
-    own, others = shingles(one), shingles(other)
-    return len(own & others) / min(len(own), len(others))
-
-
-def shingles(text: str) -> set[str]:
-    """All pieces of SHINGLE characters of a text."""
-    return {text[at : at + SHINGLE] for at in range(len(text) - SHINGLE + 1)}

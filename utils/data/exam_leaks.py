@@ -8,8 +8,8 @@ A training row leaks an exam item in three cases:
 - It asks the stem and lists no options at all, no other item of the exam has that stem, and the stem says enough to be asked
   alone: it is LONG_STEM characters or longer, or all that is asked, or the row's answer names the right option.
 
-The third case leaves rows alone that list other options under the same stem ("下列药物中，性温的是"): those are other questions. Of
-each stem a few short pieces, the rarest, are looked for in all rows; what has one is compared whole.
+Rows that list other options under the same stem ("下列药物中，性温的是") are other questions. Of each stem a few short pieces, the
+rarest, are looked for in all rows; a row that has one is compared whole.
 """
 
 import functools
@@ -20,10 +20,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from utils.data.convert import Recognised
-from utils.data.dedup import EXAM, SHINGLE, Row, differ_in_fact, shingles
+from utils.data.convert import EXAM, Recognised, Row, normalize, without_filler
+from utils.data.dedup import SHINGLE, differ_in_fact, shingles
 from utils.data.exams import options_in
-from utils.data.texts import normalize, without_filler
 from utils.text import progress
 
 PIECES = 4  # looked for of each stem, apart from one another, so that a changed character leaves one whole
@@ -34,14 +33,13 @@ EDIT = 8  # characters of a stem for each that may have been changed
 LEFT = 2 / 3  # of a stem that was cut before its end
 
 _TAG = re.compile(r"</?[A-Za-z][^<>]{0,200}>")
-_TRAILING = re.compile(
-    "(?:是指|是|为|有|包括|属于|哪项|哪一项|以下|下列)+$"
-)  # ends a stem if the options follow
+# What ends a stem if the options follow.
+_TRAILING = re.compile("(?:是指|是|为|有|包括|属于|哪项|哪一项|以下|下列)+$")
 # Words that may stand around a stem without asking something else.
 _FRAME = re.compile(
     "中医药?|考试|选择|单选|多选|单项|题目?|问题?|回答|答案?|解释|什么|哪[一个项些味]*|何谓|[是指为即何叫个项第一二三]"
 )
-_NEGATION = re.compile("[不非未没]")
+_NEGATION = "[不非未没]"
 _OPTIONS = re.compile("$|\n|[a-j]")
 _LETTER = re.compile("(?:本题|正确|答案|应|该|选|是|为)*([a-j])(?![a-z])")
 # Letters one after the other, or three things in a row.
@@ -61,7 +59,7 @@ class ExamItem(NamedTuple):
     stem: str  # its core: without filler, and without "是" and the like at its end
     options: list[str]
     right: list[str]
-    alone: bool  # whether no other item has this stem
+    alone: bool  # True if no other item has this stem
 
 
 class RowText:
@@ -85,7 +83,7 @@ class RowText:
     @functools.cached_property
     def listed(self) -> list[dict[str, str]]:
         """{letter: option} of the options that the question lists by letters, and of those that its answer lists."""
-        found = options_in(self.asked)[1], options_in(self.answered)[1]
+        found = (options_in(text)[1] for text in (self.asked, self.answered))
         return [{letter: normalize(option) for letter, option in options.items()} for options in found]
 
     def answer_of(self, item: ExamItem) -> str:
@@ -169,14 +167,14 @@ def _lists(text, item):
 
 def _holds(text, stem):
     """True if a text holds a stem, and does not go on with a negation: "...的方剂" is part of "...的方剂不是"."""
-    return stem in text and bool(re.search(re.escape(stem) + "(?![不非未没])", text))
+    return stem in text and bool(re.search(f"{re.escape(stem)}(?!{_NEGATION})", text))
 
 
 def _is_similar(row, item):
     """True if the row holds the item's stem with a few changed characters, or cut before its end."""
     stem, text, answer = item.stem, row.plain, row.answer_of(item)
     for length, start, stop, edits in _alignments(stem, text):
-        if differ_in_fact(stem[:length], text[start:stop]) or _NEGATION.match(text, stop):
+        if differ_in_fact(stem[:length], text[start:stop]) or re.match(_NEGATION, text[stop:]):
             continue
         if length == len(stem):
             # A character of a short stem is much (心 or 肝 in "心的生理功能"), if the options are not all the same.

@@ -1,7 +1,7 @@
 """Worse answers for preference pairs: swapped facts, another question's answer, or what a model itself says wrongly.
 
-Each maker takes SFT rows and yields for each of them a Worse: a rejected answer, or the reason why there is none. An answer that
-says the same as the good one is no worse answer.
+Each maker takes SFT rows and yields for each of them (a worse answer, "") or (None, the reason why there is none). An answer
+that says the same as the good one is no worse answer.
 
 Facts are swapped so that only the question tells: a substitute that is rare, that cuts a longer word in two, or that changes the
 length gives the wrong answer away, and that is what a model then learns. So terms are swapped whole, between borders, and the
@@ -14,18 +14,17 @@ import random
 import re
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.data.texts import ASKS, Terms, is_courtesy, normalize
-from utils.files import id_key
+from utils.data.convert import ASKS, is_courtesy, normalize
+from utils.files import read_jsonl
 from utils.kept import read_kept, write_kept
+from utils.settings import Settings
 
 LENGTH_TOLERANCE = 0.2  # a rejected answer is at most this much longer or shorter: DPO shall not learn length
-SAME = (
-    0.8  # of the characters' pairs: answers that agree by this much say the same, if no facts tell them apart
-)
+SAME = 0.8  # agreement from which on answers without known facts say the same
 DRAWS, NAME_DRAWS = 12, 30  # substitutes looked at; of names more, to find one that looks alike
 COMMON = (5, 0.1)  # questions, and share of them: signs in more than both do not tell one case from another
 OTHERS = 8  # answers to other questions that are looked at
@@ -33,11 +32,54 @@ CHUNK = 64  # rows whose answers are sampled, and kept, at a time
 FOLDS = 5  # of the pairs, to measure how well they are told apart
 MEASURED = 20_000  # pairs looked at for that
 
+# A single character (a channel such as 肺, a nature such as 温) is a term only if one of these, or nothing, is beside it.
+ALONE_LEFT, ALONE_RIGHT = "性味归入属为是、，：。", "经、，。；"
 # What may stand beside a whole term, other than a sign, a digit, a letter or the end of the text.
 LEFT, RIGHT = "是为归入属于由能和与及或味性", "经和与及或一"
 NAME_LEFT, NAME_RIGHT = LEFT + "用", RIGHT + "的是归入属有能由主可为在味性要穴"
 # Such as 肝胃不和证, whether it is a known term or not.
 _SYNDROME = re.compile(r"[\u4e00-\u9fff]{2,4}证(?![\u4e00-\u9fff])")
+
+Worse = tuple[str | None, str]
+
+
+class Terms:
+    """The terms of a file of {"kind", "term"[, "near": terms that mean nearly the same]}: data_prepare/sample/terms.jsonl."""
+
+    def __init__(self, path: Path):
+        self.kinds: dict[str, list[str]] = {}
+        self.near: dict[tuple[str, str], set[str]] = {}
+        self.by_kind: dict[str, list[str]] = {}
+        for row in read_jsonl(path, wanted=["kind", "term"]):
+            self.kinds.setdefault(row["term"], []).append(row["kind"])
+            self.near[row["kind"], row["term"]] = set(row.get("near", []))
+            self.by_kind.setdefault(row["kind"], []).append(row["term"])
+        self.by_first = defaultdict(list)  # {first character: terms, longest first}
+        for term in sorted(self.kinds, key=len, reverse=True):
+            self.by_first[term[0]].append(term)
+
+    def find(self, text: str) -> list[tuple[int, int, str]]:
+        """[(start, end, term), ...] in order, longest terms first, without overlaps."""
+        found, at, by_first = [], 0, self.by_first
+        while at < len(text):
+            for term in by_first.get(text[at], ()):
+                if text.startswith(term, at) and (len(term) > 1 or _stands_alone(text, at)):
+                    found.append((at, at + len(term), term))
+                    at += len(term)
+                    break
+            else:
+                at += 1
+        return found
+
+    def stated(self, answer: str, question: str) -> set[str]:
+        """The set of terms that `answer` states and `question` does not already name."""
+        return {term for _, _, term in self.find(answer) if term not in question}
+
+
+def _stands_alone(text, at):
+    after = text[at + 1 : at + 2]
+    left = not at or text[at - 1] in ALONE_LEFT
+    return left and (not after or after in ALONE_RIGHT or text[at + 1 :] == "\n")
 
 
 class Question(NamedTuple):
@@ -45,27 +87,6 @@ class Question(NamedTuple):
 
     text: str
     answer: str
-
-
-class Worse(NamedTuple):
-    """A worse answer, or None and why there is none."""
-
-    answer: str | None
-    reason: str = ""
-
-
-class Sampling(NamedTuple):
-    """How answers are sampled from a model: `samples` of each question, of at most `max_new_tokens`, `batch_size` at a time.
-
-    `temperature`: 1 draws as likely as the model thinks a token, less draws likelier ones.
-    """
-
-    model: str | Path
-    samples: int
-    temperature: float
-    max_new_tokens: int
-    batch_size: int
-    seed: int
 
 
 class Slot(NamedTuple):
@@ -76,15 +97,13 @@ class Slot(NamedTuple):
     term: str
     kind: str
     is_name: bool  # of what the question asks about
-    beside: tuple  # the characters before and after it
+    after: str  # the character after it, and that before it
+    before: str
 
-
-# Where a substitute may come from, the nearest first. It is always as long: a sum of small differences would tell, too.
-PLACES: tuple[Callable[[Slot], tuple], ...] = (
-    lambda slot: (slot.is_name, slot.kind, len(slot.term), slot.beside),
-    lambda slot: (slot.is_name, slot.kind, len(slot.term), slot.beside[1]),
-    lambda slot: (slot.is_name, slot.kind, len(slot.term)),
-)
+    def places(self) -> list[tuple]:
+        """Where a substitute may come from, the nearest first. It is always as long: many small differences would tell, too."""
+        place = (self.is_name, self.kind, len(self.term), self.after, self.before)
+        return [place, place[:4], place[:3]]
 
 
 def split_row(row: dict) -> tuple[list[dict], dict]:
@@ -100,7 +119,7 @@ def question_of(row: dict) -> Question:
 
 
 def ends_in_courtesy(row: dict) -> bool:
-    """Whether the last turns are nothing but thanks, a greeting or good wishes."""
+    """True if the last turns are nothing but thanks, a greeting or good wishes."""
     question, answer = question_of(row)
     return is_courtesy(question) or is_courtesy(answer) and not ASKS.search(question)
 
@@ -109,7 +128,7 @@ def ends_in_courtesy(row: dict) -> bool:
 
 
 def similar_length(good: str, bad: str) -> bool:
-    """Whether `bad` is within LENGTH_TOLERANCE of the length of `good` (always one character of leeway)."""
+    """True if `bad` is within LENGTH_TOLERANCE of the length of `good` (always one character of leeway)."""
     return abs(len(good) - len(bad)) <= max(1, LENGTH_TOLERANCE * len(good))
 
 
@@ -126,7 +145,7 @@ def facts_of(answer: str, question: str, terms: Terms) -> set[str]:
 
 
 def says_the_same(good: str, other: str, question: str, terms: Terms) -> bool:
-    """Whether another answer is right, too: it is part of the good one or holds it, or states all its facts of the same thing.
+    """True if another answer is right, too: it is part of the good one or holds it, or states all its facts of the same thing.
 
     If the good one states no known fact, an answer that hardly differs is right.
     """
@@ -157,42 +176,43 @@ def swapped_facts(rows: list[dict], terms: Terms, rng: random.Random) -> Iterato
         for slots in slots_of
     ]
     # Substitutes come from the chosen slots: they are as common among the wrong terms as the right terms that they replace.
-    places: list[dict[tuple, list[str]]] = [defaultdict(list) for _ in PLACES]
+    pools: dict[tuple, list[str]] = defaultdict(list)
     for slot in (slot for slots in chosen for slot in slots):
-        for place, terms_there in zip(PLACES, places):
-            terms_there[place(slot)].append(slot.term)
-    common = _common_characters(terms)
+        for place in slot.places():
+            pools[place].append(slot.term)
+    common = {}  # {kind: the characters that at least half of its terms have}, such as 经
+    for kind, kin in terms.by_kind.items():
+        counts = Counter(character for term in kin for character in set(term))
+        common[kind] = {character for character, count in counts.items() if 2 * count >= len(kin)}
     for question, slots, mine, right in zip(questions, slots_of, chosen, _right_about(questions, terms)):
         swapped: dict[Slot, str] = {}
         for slot in mine:
             # A wrong name is wrong even if the term is right of what is asked about; a wrong fact has to be none of those.
             not_these = {*swapped.values(), *(() if slot.is_name else right)}
-            if other := _substitute(slot, question, not_these, places, terms, common, rng):
+            if other := _substitute(slot, question, not_these, pools, terms, common, rng):
                 swapped[slot] = other
-        if not swapped:
-            why = (
-                "no other answer has a term to swap with"
-                if slots
-                else "no known term between borders in the answer"
-            )
-            yield Worse(None, why)
-            continue
         text = question.answer
         for slot in sorted(swapped, reverse=True):  # from the end, so that the places before it stay
             text = text[: slot.start] + swapped[slot] + text[slot.stop :]
-        yield Worse(text)
+        if swapped:
+            yield text, ""
+        elif slots:
+            yield None, "no other answer has a term to swap with"
+        else:
+            yield None, "no known term between borders in the answer"
 
 
 def _slots(question, terms):
     """The slots of an answer: its names, if it has any, else its facts. On both sides of a slot is a border."""
     names, facts = [], []
     for start, stop, term in terms.find(question.answer):
-        beside = question.answer[start - 1 : start] if start else "", question.answer[stop : stop + 1]
+        before, after = question.answer[start - 1 : start] if start else "", question.answer[stop : stop + 1]
         is_name = len(term) > 1 and term in question.text
         words = (NAME_LEFT, NAME_RIGHT) if is_name else (LEFT, RIGHT)
-        between = all(not "\u4e00" <= sign <= "\u9fff" or sign in word for sign, word in zip(beside, words))
+        signs = zip((before, after), words)
+        between = all(not "\u4e00" <= sign <= "\u9fff" or sign in word for sign, word in signs)
         if between and (is_name or term not in question.text):
-            slot = Slot(start, stop, term, terms.kinds[term][0], is_name, beside)
+            slot = Slot(start, stop, term, terms.kinds[term][0], is_name, after, before)
             (names if is_name else facts).append(slot)
     return names or facts
 
@@ -220,14 +240,24 @@ def _right_about(questions, terms):
         yield set().union(*(stated[number] for number in same))
 
 
-def _substitute(slot, question, not_these, places, terms, common, rng):
-    """A term from another answer for the place of the slot's own, or None."""
-    for place, terms_there in zip(PLACES, places):
-        pool = terms_there[place(slot)]
-        drawn = [rng.choice(pool) for _ in range(NAME_DRAWS if slot.is_name else DRAWS)]
-        fits = [
-            term for term in drawn if term not in not_these and _is_wrong(slot, term, question, terms, common)
-        ]
+def _substitute(slot, question, not_these, pools, terms, common, rng):
+    """A term from another answer for the place of the slot's own that makes a wrong answer which looks like a right one, or None.
+
+    It is in neither the question nor the answer, means nothing near the original, and shares no character with it but those
+    that most of their kind share.
+    """
+
+    def is_wrong(term):
+        if term in not_these or term in question.text or term in question.answer:
+            return False
+        if not slot.is_name and (set(slot.term) & set(term)) - common[slot.kind]:
+            return False
+        near = terms.near[slot.kind, slot.term]
+        return term not in near and slot.term not in terms.near.get((slot.kind, term), ())
+
+    for place in slot.places():
+        drawn = [rng.choice(pools[place]) for _ in range(NAME_DRAWS if slot.is_name else DRAWS)]
+        fits = list(filter(is_wrong, drawn))
         if fits and slot.is_name:  # the one that looks most like the right name
             return max(fits, key=lambda term: len(set(slot.term) & set(term)) + (slot.term[0] == term[0]))
         if fits:
@@ -235,35 +265,12 @@ def _substitute(slot, question, not_these, places, terms, common, rng):
     return None
 
 
-def _common_characters(terms):
-    """{kind: the characters that at least half of its terms have}, such as 经."""
-    common = {}
-    for kind, kin in terms.by_kind.items():
-        counts = Counter(character for term in kin for character in set(term))
-        common[kind] = {character for character, count in counts.items() if 2 * count >= len(kin)}
-    return common
-
-
-def _is_wrong(slot, term, question, terms, common):
-    """Whether `term` in the place of the slot's own makes a wrong answer that looks like a right one.
-
-    It is in neither the question nor the answer, means nothing near the original, and shares no character with it but those
-    that most of their kind share.
-    """
-    if term in question.text or term in question.answer:
-        return False
-    if not slot.is_name and (set(slot.term) & set(term)) - common[slot.kind]:
-        return False
-    near, near_term = terms.near[slot.kind, slot.term], terms.near.get((slot.kind, term), ())
-    return term not in near and slot.term not in near_term
-
-
 # ---- Another question's answer
 
 
 def mismatched(rows: list[dict], terms: Terms, rng: random.Random) -> Iterator[Worse]:
     """Another row's answer, of similar length, that shares no more than a few facts with the good one, and no syndrome."""
-    by_length = sorted({split_row(row)[1]["content"] for row in rows}, key=lambda text: (len(text), text))
+    by_length = sorted({question_of(row).answer for row in rows}, key=lambda text: (len(text), text))
     lengths = [len(text) for text in by_length]
     for row in rows:
         question, good = question_of(row)
@@ -271,40 +278,35 @@ def mismatched(rows: list[dict], terms: Terms, rng: random.Random) -> Iterator[W
         start = bisect.bisect_left(lengths, len(good) - leeway)
         near = range(start, bisect.bisect_right(lengths, len(good) + leeway))
         facts = facts_of(good, question, terms)
-        others = (by_length[index] for index in rng.sample(near, min(len(near), OTHERS)))
-        shared = ((other, facts & facts_of(other, question, terms)) for other in others)
-        fits = (
-            other
-            for other, same in shared
-            if 2 * len(same) <= len(facts)
-            and not any(map(_SYNDROME.search, same))
-            and not says_the_same(good, other, question, terms)
-        )
-        other = next(fits, None)
-        yield Worse(other, "" if other else "no other answer of similar length that says something else")
+        for other in (by_length[index] for index in rng.sample(near, min(len(near), OTHERS))):
+            shared = facts & facts_of(other, question, terms)
+            few = 2 * len(shared) <= len(facts) and not any(map(_SYNDROME.search, shared))
+            if few and not says_the_same(good, other, question, terms):
+                yield other, ""
+                break
+        else:
+            yield None, "no other answer of similar length that says something else"
 
 
 # ---- What a model says
 
 
-def sampled(rows: list[dict], terms: Terms, sampling: Sampling, kept: Path) -> Iterator[Worse]:
+def sampled(rows: list[dict], terms: Terms, settings: Settings, kept: Path) -> Iterator[Worse]:
     """The worst of several answers sampled from a model: fewest of the good one's facts, then least agreement with it."""
-    for row, answers in zip(rows, sample_answers(rows, sampling, kept)):
+    for row, answers in zip(rows, sample_answers(rows, settings, kept)):
         question, good = question_of(row)
         fits = [text for text in map(str.strip, answers) if text and similar_length(good, text)]
         wrong = [text for text in fits if not says_the_same(good, text, question, terms)]
         facts = facts_of(good, question, terms)
+        faults = [(len(facts & facts_of(text, question, terms)), agreement(text, good)) for text in wrong]
         if wrong:
-            faults = [(len(facts & facts_of(text, question, terms)), agreement(text, good)) for text in wrong]
-            yield Worse(wrong[faults.index(min(faults))])
+            yield wrong[faults.index(min(faults))], ""
         else:
-            yield Worse(
-                None, "every sampled answer is right" if fits else "no sampled answer of similar length"
-            )
+            yield None, "every sampled answer is right" if fits else "no sampled answer of similar length"
 
 
-def sample_answers(rows: list[dict], sampling: Sampling, kept: Path) -> list[list[str]]:
-    """For each row, `samples` answers of the model.
+def sample_answers(rows: list[dict], settings: Settings, kept: Path) -> list[list[str]]:
+    """For each row, SAMPLES answers of MODEL, drawn at TEMPERATURE.
 
     The folder `kept` takes them as they come, CHUNK rows a file: the same command goes on where it was stopped.
     """
@@ -313,53 +315,28 @@ def sample_answers(rows: list[dict], sampling: Sampling, kept: Path) -> list[lis
     from utils.model.generate import Decoding, generate_answers
     from utils.text import progress
 
-    sampling = sampling._replace(model=check_model(sampling.model))
+    folder = check_model(settings.MODEL)
     quiet_offline()
-    ids = [row["id"] for row in rows]
-    identity = sampling._asdict() | {"model": model_sha256(sampling.model), "ids": ids}
+    names = ("SAMPLES", "TEMPERATURE", "MAX_NEW_TOKENS", "BATCH_SIZE", "SEED")
+    identity = {name: getattr(settings, name) for name in names}
+    identity |= {"model": model_sha256(folder), "ids": [row["id"] for row in rows]}
     if read_kept(kept / "identity.json", identity) is None:
         shutil.rmtree(kept, ignore_errors=True)
         kept.mkdir(parents=True)
         write_kept(kept / "identity.json", identity, True)
-    parts = {
-        start: read_kept(kept / f"{start}.json", {"first": start}) for start in range(0, len(rows), CHUNK)
-    }
-    missing = [start for start, answers in parts.items() if answers is None]
+    starts = range(0, len(rows), CHUNK)
+    parts = {start: read_kept(kept / f"{start}.json", {"first": start}) for start in starts}
+    missing = [start for start in starts if parts[start] is None]
     if missing:
-        tokenizer, model = load_tokenizer(sampling.model), load_for_answers(sampling.model, pick_device())
-    decoding = Decoding(do_sample=True, temperature=sampling.temperature)
+        tokenizer, model = load_tokenizer(folder), load_for_answers(folder, pick_device())
+    decoding, count = Decoding(do_sample=True, temperature=settings.TEMPERATURE), settings.SAMPLES
     for start in progress("sampling answers", f"parts of {CHUNK} questions")(missing):
-        prompts = [split_row(row)[0] for row in rows[start : start + CHUNK] for _ in range(sampling.samples)]
-        how = {"batch_size": sampling.batch_size, "seed": sampling.seed + start}
-        answers = generate_answers(model, tokenizer, prompts, sampling.max_new_tokens, decoding, **how)
-        parts[start] = [
-            answers[at : at + sampling.samples] for at in range(0, len(answers), sampling.samples)
-        ]
+        prompts = [split_row(row)[0] for row in rows[start : start + CHUNK] for _ in range(count)]
+        how = {"batch_size": settings.BATCH_SIZE, "seed": settings.SEED + start}
+        answers = generate_answers(model, tokenizer, prompts, settings.MAX_NEW_TOKENS, decoding, **how)
+        parts[start] = [answers[at : at + count] for at in range(0, len(answers), count)]
         write_kept(kept / f"{start}.json", {"first": start}, parts[start])
     return [answers for part in parts.values() for answers in part]
-
-
-# ---- Pairs
-
-
-def make_pair(row: dict, worse: Worse, kind: str) -> dict | None:
-    """The preference row of an SFT row and its worse answer; None if there is no answer that differs."""
-    prompt, answer = split_row(row)
-    if worse.answer is None or worse.answer == answer["content"]:
-        return None
-    rejected = {**answer, "content": worse.answer}
-    return {"id": row["id"], "prompt": prompt, "chosen": [answer], "rejected": [rejected], "kind": kind}
-
-
-def hold_out(pairs: list[dict]) -> tuple[list[dict], list[dict]]:
-    """(training pairs, evaluation pairs): a twentieth of the questions, of few pairs a fifth, 20 at most, never all of them."""
-    questions = sorted({pair["prompt"][-1]["content"] for pair in pairs}, key=id_key)
-    count = max(len(questions) // 20, min(20, len(questions) // 5))
-    drawn = set(questions[:count])
-    sides = [
-        [pair for pair in pairs if (pair["prompt"][-1]["content"] in drawn) == held] for held in (False, True)
-    ]
-    return sides[0], sides[1]
 
 
 def told_apart(pairs: list[dict]) -> float:
@@ -369,9 +346,12 @@ def told_apart(pairs: list[dict]) -> float:
     the same words are good in one pair and bad in another, the share falls below 0.5: the other parts lack the pair's own
     good answer.
     """
-    texts = [
-        [_character_pairs(pair[side][0]["content"]) for side in ("chosen", "rejected")] for pair in pairs
-    ]
+
+    def character_pairs(messages):
+        text = messages[0]["content"]
+        return [one + other for one, other in zip(f"\n{text}", f"{text}\n")]
+
+    texts = [[character_pairs(pair[side]) for side in ("chosen", "rejected")] for pair in pairs]
     random.Random(0).shuffle(texts)
     texts = texts[:MEASURED]
     right = 0.0
@@ -381,15 +361,7 @@ def told_apart(pairs: list[dict]) -> float:
             if number % FOLDS != fold:
                 good.update(chosen)
                 bad.update(rejected)
-        for chosen, rejected in texts[fold::FOLDS]:
-            margin = _log_odds(chosen, good, bad) - _log_odds(rejected, good, bad)
-            right += 0.5 if margin == 0 else margin > 0
+        for both in texts[fold::FOLDS]:
+            odds = [sum(math.log((good[pair] + 0.5) / (bad[pair] + 0.5)) for pair in text) for text in both]
+            right += 0.5 if odds[0] == odds[1] else odds[0] > odds[1]
     return right / len(texts)
-
-
-def _character_pairs(text):
-    return [one + other for one, other in zip(f"\n{text}", f"{text}\n")]
-
-
-def _log_odds(answer, good, bad):
-    return sum(math.log((good[pair] + 0.5) / (bad[pair] + 0.5)) for pair in answer)

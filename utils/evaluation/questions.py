@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from utils.data.exams import SINGLE
 from utils.data.inputs import find_input_files
 from utils.data.messages import Reject
+from utils.data.pairs import Terms
 from utils.data.schemas import convert_rows
-from utils.data.texts import Terms
 from utils.errors import UserError
 from utils.files import show_path
 
