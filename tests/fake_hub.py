@@ -24,11 +24,11 @@ TOKEN = "hf_right"
 
 
 class FakeHub:
-    """`log` holds one (path, headers) a request; `url` is what HF_ENDPOINT has to be."""
+    """`log` holds one (path, headers) per request; `url` is what HF_ENDPOINT has to be."""
 
     def __init__(self):
         self.repos, self.storage, self.faults, self.log = {}, {}, [], []
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.port = self.server.server_port
         self.url = f"http://127.0.0.1:{self.port}"
@@ -53,8 +53,8 @@ class FakeHub:
     def fault(self, where, times=10**9, **action):
         """Misbehave on the next `times` requests whose path matches the regex `where`. Actions, one or more:
 
-        status=503 (with headers={...}, body=b"..."); stall=seconds before the answer; cut=n: n bytes of the body, then FIN, or with rst=True a reset, with
-        hang=seconds silence; corrupt=True: one byte flipped; ignore_range=True: the whole file.
+        status=503 (with headers={...}, body=b"..."); stall=seconds before the answer; cut=n: n bytes of the body, then FIN, or with
+        rst=True a reset, with hang=seconds silence; corrupt=True: one byte flipped; ignore_range=True: the whole file.
         """
         self.faults.append({"where": where, "times": times, **action})
 
@@ -74,91 +74,78 @@ class FakeHub:
         self.server.server_close()
 
 
-def _handler(hub):
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
 
-        def log_message(self, *_):
-            pass
+    def log_message(self, *_):
+        pass
 
-        def do_GET(self):
-            path = unquote(urlsplit(self.path).path)
-            hub.log.append((path, self.headers))
-            self.act = hub.next_fault(path)
-            try:
-                sleep(self.act.get("stall", 0))
-                if "status" in self.act:
-                    return self.answer(
-                        self.act["status"], self.act.get("body", b""), self.act.get("headers", {})
-                    )
+    def do_GET(self):
+        path = unquote(urlsplit(self.path).path)
+        self.hub.log.append((path, self.headers))
+        self.act = self.hub.next_fault(path)
+        try:
+            sleep(self.act.get("stall", 0))
+            if "status" in self.act:
+                self.answer(self.act["status"], self.act.get("body", b""), self.act.get("headers", {}))
+            elif stored := re.fullmatch(r"/storage/(\w+)", path):
+                self.send_file(self.hub.storage[stored[1]])
+            else:
                 self.route(path)
-            except (BrokenPipeError, ConnectionResetError):
-                self.close_connection = True
-
-        def answer(self, status, body, headers):
-            self.send_response(status)
-            for name, value in {"Content-Length": len(body), **headers}.items():
-                self.send_header(name, str(value))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def refuse(self, status, code, message):
-            self.answer(status, b"", {"X-Error-Code": code, "X-Error-Message": message})
-
-        def route(self, path):
-            if stored := re.fullmatch(r"/storage/(\w+)", path):
-                return self.send_file(hub.storage[stored[1]])
-            found = re.fullmatch(
-                r"/api/(models|datasets)/([^/]+/[^/]+)/(revision|tree)/([^/]+)()", path
-            ) or re.fullmatch(r"/(datasets|)/?([^/]+/[^/]+)/(resolve)/([^/]+)/(.+)", path)
-            if not found:
-                return self.refuse(404, "", "")
-            kind, repo_id, action, revision, name = found.groups()
-            token = self.headers.get("Authorization")
-            if token not in (None, f"Bearer {TOKEN}"):
-                return self.refuse(401, "", "Invalid credentials in Authorization header")
-            repo = hub.repos.get((kind or "models", repo_id))
-            if repo is None:  # as the Hub answers: a guest is not told what exists
-                return self.refuse(404 if token else 401, "RepoNotFound", "Repository not found")
-            if revision not in ("main", repo["commit"]):
-                return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-            if action == "revision":
-                info = {"id": repo_id, "sha": repo["commit"], "tags": ["license:apache-2.0"]}
-                return self.answer(200, json.dumps(info).encode(), {})
-            if repo["gated"] and not token:
-                return self.refuse(401, "GatedRepo", "Access is restricted")
-            if action == "tree":
-                start = int(re.search(r"cursor=(\d+)|$", self.path)[1] or 0)
-                end = start + repo["page_size"]
-                more = f'<{hub.url}{path}?recursive=true&cursor={end}>; rel="next"'
-                headers = {"Link": more} if end < len(repo["entries"]) else {}
-                return self.answer(200, json.dumps(repo["entries"][start:end]).encode(), headers)
-            if name not in repo["files"]:
-                return self.refuse(404, "EntryNotFound", "Entry not found")
-            data = repo["files"][name]
-            if len(data) >= LARGE:
-                place = f"http://localhost:{hub.port}/storage/{hashlib.sha256(data).hexdigest()}"
-                return self.answer(302, b"", {"Location": place})
-            self.send_file(data)
-
-        def send_file(self, data):
-            if self.act.get("corrupt"):
-                middle = len(data) // 2
-                data = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
-            start, headers = 0, {}
-            asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-            if asked and not self.act.get("ignore_range"):
-                start = int(asked[1])
-                headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            if "cut" not in self.act:
-                return self.answer(206 if headers else 200, data[start:], headers)
+        except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
-            headers["Content-Length"] = len(data) - start
-            self.answer(206 if asked else 200, data[start : start + self.act["cut"]], headers)
-            # Let the client read what was sent.
-            sleep(self.act.get("hang", 0.1 if self.act.get("rst") else 0))
-            if self.act.get("rst"):
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.connection.close()
 
-    return Handler
+    def answer(self, status, body, headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def refuse(self, status, code, message):
+        self.answer(status, b"", {"X-Error-Code": code, "X-Error-Message": message})
+
+    def route(self, path):
+        api = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/(revision|tree)/([^/]+)()", path)
+        found = api or re.fullmatch(r"/(datasets|)/?([^/]+/[^/]+)/(resolve)/([^/]+)/(.+)", path)
+        kind, repo_id, action, revision, name = found.groups()
+        token, repo = self.headers.get("Authorization"), self.hub.repos.get((kind or "models", repo_id))
+        if token not in (None, f"Bearer {TOKEN}"):
+            return self.refuse(401, "", "Invalid credentials in Authorization header")
+        if repo is None:  # as the Hub answers: a guest is not told what exists
+            return self.refuse(404 if token else 401, "RepoNotFound", "Repository not found")
+        if revision not in ("main", repo["commit"]):
+            return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        if action == "revision":
+            info = {"id": repo_id, "sha": repo["commit"], "tags": ["license:apache-2.0"]}
+            return self.answer(200, json.dumps(info).encode(), {})
+        if repo["gated"] and not token:
+            return self.refuse(401, "GatedRepo", "Access is restricted")
+        if action == "tree":
+            start = int(re.search(r"cursor=(\d+)|$", self.path)[1] or 0)
+            end = start + repo["page_size"]
+            more = {"Link": f'<{self.hub.url}{path}?recursive=true&cursor={end}>; rel="next"'}
+            page = json.dumps(repo["entries"][start:end]).encode()
+            return self.answer(200, page, more if end < len(repo["entries"]) else {})
+        data = repo["files"][name]
+        if len(data) >= LARGE:
+            place = f"http://localhost:{self.hub.port}/storage/{hashlib.sha256(data).hexdigest()}"
+            return self.answer(302, b"", {"Location": place})
+        self.send_file(data)
+
+    def send_file(self, data):
+        if self.act.get("corrupt"):
+            data = bytes([data[0] ^ 1]) + data[1:]
+        start, status, headers = 0, 200, {}
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if asked and not self.act.get("ignore_range"):
+            start, status = int(asked[1]), 206
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        headers["Content-Length"] = len(data) - start
+        self.close_connection = "cut" in self.act
+        self.answer(status, data[start:][: self.act.get("cut")], headers)
+        if self.close_connection:  # let the client read what was sent
+            sleep(self.act.get("hang", 0.1 if self.act.get("rst") else 0))
+        if self.act.get("rst"):
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()

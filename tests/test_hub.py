@@ -1,6 +1,5 @@
 """Downloads, against a stand-in for the Hub on the loopback: whole and verified, or one line that tells the cause."""
 
-import errno
 import hashlib
 import json
 import os
@@ -37,26 +36,21 @@ ROWS = "".join(
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A FakeHub with one model and one data set, as HF_ENDPOINT; `hub.waits` holds the waits instead of waiting."""
+    """A FakeHub with one model and one data set, as HF_ENDPOINT; nothing waits before it asks again."""
     import huggingface_hub
 
     fake = FakeHub()
     fake.commit = fake.add("model", "tcm/small", MODEL)
     fake.add("dataset", "tcm/rows", {"train.json": ROWS, "README.md": b"card", "dataset_infos.json": b"{}"})
-    fake.waits = []
     for name in list(os.environ):
         if name.upper().endswith("_PROXY") or name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HF_ENDPOINT", fake.url)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # put back after the test, whatever sets it
-    for name, value in {
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DOWNLOAD_TIMEOUT": 1.0,
-        "HF_TOKEN_PATH": str(tmp_path / "no-token"),
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-    }.items():
-        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
-    monkeypatch.setattr(time, "sleep", fake.waits.append)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     yield fake
     huggingface_hub.close_session()
     fake.stop()
@@ -137,24 +131,18 @@ def test_data_set_keeps_its_bytes_and_records_rows(hub, get):
 
 
 def test_data_files_of_two_folders_stay_apart_and_clashes_are_refused(hub, get):
-    hub.add("dataset", "tcm/many", {"zh/a.jsonl": b"{}\n", "en/a.jsonl": b"{}\n{}\n", "b.csv": b"q,a\n"})
+    """Rows are counted in JSON lines only, which may have any name: not in an array, an object over many lines, or a table."""
+    files = {"zh/a.jsonl": b'{"a": 1}\n\n{"a": 2}', "en/a.jsonl": b"{}\n", "b.csv": b"q,a\n"}
+    files |= {"c.json": b'{"a": 1}\n{"a": 2}', "d.json": b'[{"a": 1},\n{"a": 2}]', "e.json": b'{\n"a": 1\n}'}
+    hub.add("dataset", "tcm/many", files)
     assert get(download_tcm_data, "--dataset", "tcm/many")[0] == 0
-    names = {"many-zh-a.jsonl", "many-en-a.jsonl", "many-b.csv"}
-    assert {path.name for path in get.folder.glob("*[lv]")} == names
-    assert json.loads((get.folder / "many-b.source.json").read_text(encoding="utf-8"))["rows"] is None
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in get.folder.glob("many-*.source.json")]
+    found = {record["file"]: record["rows"] for record in records}
+    assert found == dict(zip(files, (2, 1, None, 2, None, None)))
+    assert (get.folder / "many-zh-a.jsonl").read_bytes() == files["zh/a.jsonl"]
     hub.add("dataset", "tcm/clash", {"a.csv": b"", "A.tsv": b""})
     code, _, err = get(download_tcm_data, "--dataset", "tcm/clash")
     assert code == 2 and "A.tsv, a.csv would get the same name here; choose with --files" in err
-
-
-def test_rows_are_counted_in_json_lines_only(tmp_path):
-    for content, rows in (
-        (b'{"a": 1}\n\n{"a": 2}', 2),
-        (b'[{"a": 1},\n{"a": 2}]', None),
-        (b'{\n"a": 1\n}', None),
-    ):
-        (tmp_path / "x.json").write_bytes(content)
-        assert download_tcm_data.count_rows(tmp_path / "x.json") == rows
 
 
 def test_sample_and_tiny_model_are_offline(get, tmp_path, monkeypatch):
@@ -201,7 +189,8 @@ def test_the_token_and_the_pages_stay_with_the_endpoint(hub, get, monkeypatch):
         ("/revision/", {"times": 2, "status": 503}, ""),
         ("/storage/", {"times": 1, "cut": 1_000_000, "rst": True}, "going on at "),
         ("/storage/", {"times": 1, "cut": 1_000_000}, ""),
-        ("/storage/", {"times": 1, "cut": 1_000_000, "hang": 3}, ""),
+        ("/storage/", {"times": 1, "cut": 1_000_000, "hang": 1.5}, ""),
+        ("/storage/", {"times": 2, "cut": 2_000_000, "ignore_range": True}, ""),
     ],
 )
 def test_faults_that_pass(hub, get, where, fault, told):
@@ -211,13 +200,6 @@ def test_faults_that_pass(hub, get, where, fault, told):
     assert_whole(get.folder)
     ranges = [headers["Range"] for _, headers in hub.asked("/storage/") if "Range" in headers]
     assert bool(ranges) == ("cut" in fault)  # what arrived is kept
-
-
-def test_a_server_that_cannot_go_on(hub, get):
-    hub.fault("/storage/", times=1, cut=1_000_000, rst=True)
-    hub.fault("/storage/", ignore_range=True)
-    assert get.model()[0] == 0
-    assert_whole(get.folder)
 
 
 def test_killed_download_goes_on(hub, get, tmp_path):
@@ -259,7 +241,7 @@ def test_part_of_another_commit_is_not_mixed_in(hub, get):
         ("/revision/", {"status": 503}, 1, "127.0.0.1 answered 503 (Service Unavailable); try later, or another mirror"),
         ("/storage/", {"status": 503}, 1, "localhost answered 503 (Service Unavailable); try later, or another mirror"),
         ("/storage/", {"status": 429}, 1, "localhost answered 429 (Too Many Requests); wait some minutes, or set HF_TOKEN"),
-        ("/revision/", {"stall": 2}, 1, "the connection broke: 127.0.0.1 (timed out); check the network"),
+        ("/revision/", {"stall": 1}, 1, "the connection broke: 127.0.0.1 (timed out); check the network"),
         ("/revision/", {"status": 403}, 2, "reading tcm/small is not allowed (127.0.0.1 answered 403 (Forbidden))"),
         ("/resolve/.*config", {"status": 404, "headers": {"X-Error-Code": "EntryNotFound"}}, 2, "lacks a file that was listed (127.0.0.1 answered 404"),
         ("/revision/", {"status": 200}, 1, "does not answer as the Hub does; check HF_ENDPOINT and the network's login page"),
@@ -298,7 +280,7 @@ def test_what_the_user_can_mend_is_told(hub, get, monkeypatch, environment, argu
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     code, _, err = get(download_model, "--model", "tcm/small", *arguments)
-    assert code == 2 and told in err and not hub.waits
+    assert code == 2 and told in err
 
 
 def test_files_of_other_names_and_other_originals_are_refused(hub, get):
@@ -310,32 +292,14 @@ def test_files_of_other_names_and_other_originals_are_refused(hub, get):
     assert not hub.asked("/resolve/")
 
 
-def test_no_network(hub, get, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    code, _, err = get.model()
-    assert code == 1 and "refused" in err and "HF_ENDPOINT (http://127.0.0.1:9)" in err
-
-
-def test_disks_that_are_or_become_full(hub, get, monkeypatch):
+def test_too_little_disk_and_no_network(hub, get, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
         code, _, err = get.model()
     assert code == 1 and "2.9 MiB to fetch, but only 976.6 KiB free in" in err and not hub.asked("/resolve/")
-
-    def full(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     code, _, err = get.model()
-    assert code == 1 and "the disk is full; free some space and run the same command again" in err
-
-
-def test_proxy_is_used(hub, get, monkeypatch):
-    monkeypatch.setenv("HTTP_PROXY", hub.url)
-    monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
-    hub.add("dataset", "tcm/rows", {"train.json": b"{}\n"})  # small: no storage elsewhere
-    assert get.data()[0] == 0
-    assert {headers["Host"] for _, headers in hub.asked("/api/")} == {"hub.invalid"}
+    assert code == 1 and "refused" in err and "HF_ENDPOINT (http://127.0.0.1:9)" in err
 
 
 def test_a_hub_id_stands_for_the_folder_of_its_download(hub, get, monkeypatch, tmp_path):

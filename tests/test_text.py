@@ -1,21 +1,25 @@
-"""What people read: nothing printed controls the terminal, bytes and lines as they are meant."""
+"""What people read: nothing printed controls the terminal, commands and bytes as they are meant, and how far something is."""
 
 import os
+import re
+import sys
+import time
 
 import pytest
 from conftest import ROOT
 
+from utils import text
 from utils.chat.terminal import note
 from utils.errors import UserError, complain, run
 from utils.files import show_path
-from utils.text import format_bytes, say
+from utils.text import bar, format_bytes, progress, say
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e甘草"
 
 
-def shown_by_an_error(text):
+def shown_by_an_error(told):
     def main():
-        raise UserError(text)
+        raise UserError(told)
 
     run(main)
 
@@ -23,13 +27,12 @@ def shown_by_an_error(text):
 @pytest.mark.parametrize(
     "show",
     [
-        lambda text: complain(text, 1),
+        lambda told: complain(told, 1),
         shown_by_an_error,
         note,
         say,
-        lambda text: print(show_path(f"/tmp/{text}")),
+        lambda told: print(show_path(f"/tmp/{told}")),
     ],
-    ids=["complain", "error", "note", "say", "show_path"],
 )
 def test_text_from_elsewhere_does_not_control_the_terminal(show, capsys):
     show(HOSTILE)
@@ -46,19 +49,61 @@ def test_commands_name_the_environment_unless_it_is_activated(monkeypatch, capsy
     said = "make it with: python model_download/download_model.py; python3 and python are other words"
     complain(said, 2)
     monkeypatch.setattr("sys.prefix", str(ROOT / ".venv"))
-    monkeypatch.setenv("VIRTUAL_ENV", str(ROOT / ".venv"))
-    complain(said, 2)
-    monkeypatch.setenv("VIRTUAL_ENV", "/another")
-    complain(said, 2)
+    for activated in (str(ROOT / ".venv"), "/another"):
+        monkeypatch.setenv("VIRTUAL_ENV", activated)
+        complain(said, 2)
     first, second, third = capsys.readouterr().err.splitlines()
     assert first == second == f"error: {said}"
     python = ".venv\\Scripts\\python.exe" if os.name == "nt" else ".venv/bin/python"
     assert third == f"error: {said}".replace("python model", f"{python} model")
 
 
-@pytest.mark.parametrize(
-    "count, text",
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (5 << 20, "5.0 MiB"), (1503300328, "1.40 GiB")],
-)
-def test_bytes_have_one_unit(count, text):
-    assert format_bytes(count) == text
+def test_bytes_have_one_unit():
+    sizes = {0: "0 B", 1023: "1023 B", 1024: "1.0 KiB", 5 << 20: "5.0 MiB", 1503300328: "1.40 GiB"}
+    assert {size: format_bytes(size) for size in sizes} == sizes
+
+
+# ---- Progress
+
+
+def test_off_a_terminal_there_is_a_plain_line_now_and_then(capsys, monkeypatch):
+    monkeypatch.setattr(text, "QUIET_SECONDS", 0.1)
+    monkeypatch.setattr(text, "PLAIN_SECONDS", 0.3)
+    watch = progress("tokenizing 行.jsonl", "rows")
+    assert [time.sleep(0.2) or step for step in watch(iter("abcd"), 4)] == [*"abcd"]
+    first, *_, last = lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"  tokenizing 行\.jsonl: [12] of 4 rows \(\d+%\), 00:00 so far, 00:00 left", first)
+    assert last.startswith("  tokenizing 行.jsonl: 4 of 4 rows (100%)") and 2 <= len(lines) <= 4
+
+
+def test_what_is_soon_over_is_not_mentioned_and_bytes_have_units(capsys):
+    assert list(progress("evaluation")([1, 2, 3])) == [1, 2, 3] and capsys.readouterr().out == ""
+    options = {"total": 3 << 20, "initial": 1 << 20, "unit": "B", "unit_scale": True, "delay": 0}
+    with bar(desc="model\x1b.safetensors", **options) as meter:
+        meter.update(2 << 20)
+    assert "  model\ufffd.safetensors: 3.00M of 3.00MB (100%)" in capsys.readouterr().out
+
+
+TERMINAL = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from utils import text
+text.QUIET_SECONDS = 0.1
+for unit, seconds in (("quick", 0), ("slow", 0.1)):
+    for _ in text.progress("evaluation", unit)(range(8)):
+        time.sleep(seconds)
+"""
+
+
+@pytest.mark.slow
+def test_a_terminal_gets_a_bar_with_the_time_left():
+    pty = pytest.importorskip("pty")
+    shown = []
+
+    def keep(descriptor):
+        shown.append(os.read(descriptor, 4096))
+        return shown[-1]
+
+    assert pty.spawn([sys.executable, "-c", TERMINAL], keep) == 0
+    told = b"".join(shown).decode()
+    assert re.search(r"evaluation: +[1-9]\d%.*\d/8 \[.*<.* slow/s\]", told) and "quick" not in told
