@@ -51,7 +51,7 @@ def missing(path: Path, mend: str = "") -> UserError:
         if path.is_relative_to(base) and (there := other / path.relative_to(base)).exists():
             return UserError(f"looked in {base} for {path.relative_to(base)}; it is in {other}: {there}")
     entries = [entry.name for entry in path.parent.glob("*")]
-    for near in difflib.get_close_matches(path.name, entries, 1, 0.85):
+    for near in difflib.get_close_matches(path.name, entries, 1, 0.82):
         mend = f"did you mean {show_path(path.with_name(near))}?"
     return UserError("; ".join(filter(None, (f"{show_path(path)} does not exist", mend))))
 

@@ -20,7 +20,7 @@ GIVEN = [  # a command, and words of the line
     ("pairs --input-dir {w}/raw", f"raw/sft_train.jsonl {MAKE}convert"),
     ("pairs --kind model --model {w}/nowhere", "nowhere does not exist"),
     ("pretrain --statements-file {w}/nowhere", f"nowhere {MAKE}sample/"),
-    ("sft --model {w}/nowhere", "nowhere does not exist; make it with: python model_download/"),
+    ("sft --model {w}/nowhere", "nowhere does not exist; get the base model with: python model_download/"),
     ("sft --model {w}", "is not a model folder"),
     ("lora --train-file {w}/nowhere.jsonl", f"nowhere.jsonl {MAKE}convert"),
     ("dpo --eval-file {w}/nowhere.jsonl", f"nowhere.jsonl {MAKE}build_pref"),

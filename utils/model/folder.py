@@ -86,8 +86,13 @@ def _find(model: str) -> Path:
             return downloaded
         get = f"python model_download/download_model.py --model {model}"
         raise UserError(f"the model {model} is not on this machine; get it with: {get}")
-    command = MADE_BY.get(show_path(ROOT / model), "python model_download/download_model.py")
-    raise missing(path if (ROOT / model).exists() else ROOT / model, f"make it with: {command}")
+    name, mend = show_path(ROOT / model), "get the base model with: python model_download/download_model.py"
+    if name in MADE_BY:
+        mend = f"make it with: {MADE_BY[name]}"
+    for place in ("trainer_output", "model_download"):
+        if (ROOT / place / model).is_dir():
+            mend = f"did you mean {place}/{model}?"
+    raise missing(path if (ROOT / model).exists() else ROOT / model, mend)
 
 
 def check_files(folder: Path) -> None:
