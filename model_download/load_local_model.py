@@ -92,12 +92,10 @@ def main(argv: list[str] | None = None) -> None:
     for model in models:
         note(model.introduce(options))
     if settings.SERVE:
-        from utils.chat.serve import make_server, serve
+        from utils.chat.serve import Server
 
         place = settings.HOST, settings.PORT
-        return serve(
-            make_server(models, options, *place, settings.API_KEY, settings.FILE_PAGES), settings.HOST
-        )
+        return Server(models, options, *place, settings.API_KEY, settings.FILE_PAGES).run()
     questions = [("--prompt", settings.PROMPT)] if settings.PROMPT else read_questions(sys.stdin.buffer)
     for place, question in questions:
         answer_once(models[0], options, place, question, settings.JSON)

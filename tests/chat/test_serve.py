@@ -19,7 +19,7 @@ from conftest import ROOT
 
 from utils.chat import serve
 from utils.chat.model import Options, before_stop
-from utils.chat.serve import make_server
+from utils.chat.serve import Server
 from utils.errors import RunError
 from utils.model.chat_format import encode_prompt
 from utils.model.generate import read_answer
@@ -29,9 +29,7 @@ ASKED = {"messages": [{"role": "user", "content": QUESTIONS[0]}], "temperature":
 
 @contextlib.contextmanager
 def serving(*models, key="", file_pages=False):
-    with make_server(
-        models, Options(numbers={"max_new_tokens": 64}), "127.0.0.1", 0, key, file_pages
-    ) as server:
+    with Server(models, Options(numbers={"max_new_tokens": 64}), "127.0.0.1", 0, key, file_pages) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         try:
@@ -407,7 +405,7 @@ def test_three_clients_at_once(port, chat_model):
 
 def test_an_address_that_is_taken(chat_model, port):
     with pytest.raises(RunError, match="cannot be used .*; choose another --port"):
-        make_server([chat_model], Options(), "127.0.0.1", port)
+        Server([chat_model], Options(), "127.0.0.1", port, "", False)
 
 
 @pytest.mark.slow

@@ -37,35 +37,36 @@ class Refused(Exception):
     """A request that is not answered: the HTTP status, and why."""
 
 
-def make_server(
-    models: list[ChatModel], options: Options, host: str, port: int, key: str = "", file_pages: bool = False
-) -> ThreadingHTTPServer:
+class Server(ThreadingHTTPServer):
     """The server, bound to its address; RunError if that is taken.
 
     `key`: the bearer token that each request has to bring, "" for none; `file_pages`: pages opened from a file may ask.
     """
-    shared = {"models": models, "options": options, "key": key, "file_pages": file_pages}
-    handler = type("Handler", (_Handler,), {**shared, "one_at_a_time": threading.Lock()})
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    server = type("Server", (ThreadingHTTPServer,), {"address_family": family})
-    try:
-        return server((host, port), handler)
-    except OSError as error:
-        why = f"{host}:{port} cannot be used ({explain_os_error(error)}); choose another --port"
-        raise RunError(why) from None
 
+    def __init__(
+        self, models: list[ChatModel], options: Options, host: str, port: int, key: str, file_pages: bool
+    ):
+        self.models, self.options, self.key, self.file_pages = models, options, key, file_pages
+        self.one_at_a_time = threading.Lock()
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            super().__init__((host, port), _Handler)
+        except OSError as error:
+            why = f"{host}:{port} cannot be used ({explain_os_error(error)}); choose another --port"
+            raise RunError(why) from None
 
-def serve(server: ThreadingHTTPServer, host: str) -> None:
-    """Say where the server is, and answer requests until Ctrl-C."""
-    with server:
-        address = f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}"
-        note(f"{address}/ is a page to talk to it; Ctrl-C stops it")
-        note(f"{address}/v1 answers as OpenAI's chat completions do")
-        server.serve_forever()
+    def run(self) -> None:
+        """Say where it is, and answer requests until Ctrl-C."""
+        host, port = self.server_address[:2]
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        with self:
+            note(f"{address}/ is a page to talk to it; Ctrl-C stops it")
+            note(f"{address}/v1 answers as OpenAI's chat completions do")
+            self.serve_forever()
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One connection. make_server's subclass holds what is common to all: the arguments of make_server, and `one_at_a_time`."""
+    """One connection."""
 
     protocol_version = "HTTP/1.1"
     timeout = SILENCE
@@ -88,10 +89,10 @@ class _Handler(BaseHTTPRequestHandler):
                 case "GET", "" if path == "/":
                     self._send_page()
                 case "GET", "/models":
-                    models = [describe_model(model, self.options) for model in self.models]
+                    models = [describe_model(model, self.server.options) for model in self.server.models]
                     self._send_json(HTTPStatus.OK, {"object": "list", "data": models})
                 case "POST", "/chat/completions":
-                    self._chat(*read_request(body, self.options))
+                    self._chat(*read_request(body, self.server.options))
                 case _:
                     raise Refused(HTTPStatus.NOT_FOUND, "wanted /, /v1/models or /v1/chat/completions")
         except Refused as refusal:
@@ -132,10 +133,13 @@ class _Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(length, base))
 
     def _chat(self, request, messages, options):
-        names, name = [model.name for model in self.models], request.get("model") or self.models[0].name
+        names, name = (
+            [model.name for model in self.server.models],
+            request.get("model") or self.server.models[0].name,
+        )
         if name not in names and len(names) > 1:
             raise Refused(HTTPStatus.NOT_FOUND, f"no model {name} here; wanted {' or '.join(names)}")
-        chat_model = self.models[names.index(name) if name in names else 0]
+        chat_model = self.server.models[names.index(name) if name in names else 0]
         if chat_model.system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": chat_model.system}, *messages]
         prompt = chat_model.encode(messages, options)
@@ -147,7 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
             delta = {"reasoning_content" if thinking else "content": text}
             self._send_chunk(answer.event(delta) if text else b": \n\n")
 
-        with self.one_at_a_time:
+        with self.server.one_at_a_time:
             self._check_client()  # it may have left while another was answered
             if stream:
                 headers = {"Transfer-Encoding": "chunked", "Cache-Control": "no-store"}
@@ -176,7 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _check_asker(self, needs_key):
         """Without a key only this machine may ask, and of the pages in its browser only those that it serves itself: a page from
         anywhere can send requests to the loopback. Refused otherwise."""
-        key, given = self.key, self.headers.get("Authorization", "")
+        key, given = self.server.key, self.headers.get("Authorization", "")
         if key and needs_key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
             raise Refused(HTTPStatus.UNAUTHORIZED, "wrong or no key; wanted Authorization: Bearer KEY")
         if not key and not (_is_local(f"//{self.headers.get('Host', '')}") and self._origin_is_allowed()):
@@ -185,9 +189,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _origin_is_allowed(self):
         origin = self.headers.get("Origin")
-        if origin is None or self.key:
+        if origin is None or self.server.key:
             return True
-        return self.file_pages if origin == "null" else _is_local(origin)
+        return self.server.file_pages if origin == "null" else _is_local(origin)
 
     # ---- sending
 

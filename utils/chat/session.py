@@ -64,9 +64,7 @@ class Chat:
 
     def _talk_to(self, chat_model):
         """Go on with this model. What the user has not set is as in the model's training."""
-        note(
-            chat_model.introduce(self.options)
-        )  # renders its template: a broken one is told now, not at every question
+        note(chat_model.introduce(self.options))  # a template that is broken is told here, once
         self.chat_model = chat_model
         if "system" not in self.given:
             self.system = chat_model.system
@@ -89,30 +87,22 @@ class Chat:
 
     def handle(self, line: str) -> bool:
         """Do what one message asks for; False when that is to leave. Whatever goes wrong, the chat goes on."""
-        if line.startswith("／"):  # as Chinese input methods type it
-            line = f"/{line[1:]}"
+        if line in ("exit", "quit", "/exit", "／exit"):
+            return False
         try:
-            if line in ("exit", "quit", "/exit"):
-                return False
-            if line.startswith("/"):
-                self._command(line)
-                return True
-            if line.startswith(QUOTES):
-                line = line.removeprefix(QUOTES).removesuffix(QUOTES).strip()
-            if line:
-                self.ask(line)
+            if line.startswith(("/", "／")):  # the second as Chinese input methods type it
+                name, _, text = line[1:].partition(" ")
+                if name not in COMMANDS:
+                    near = difflib.get_close_matches(f"/{name}", TYPED, n=1)
+                    hint = f"did you mean {near[0]}?" if near else "/help lists them"
+                    raise UserError(f"no command /{name}; {hint}")
+                getattr(self, f"_{name}")(text.strip())
+            elif question := line.removeprefix(QUOTES).removesuffix(QUOTES).strip():
+                self.ask(question)
         except Exception as error:
             unforeseen = f"that failed: {type(error).__name__}: {shorten(str(error), 300)}"
             complain(*(explain(error) or (unforeseen, 1)))
         return True
-
-    def _command(self, line):
-        name, _, text = line[1:].partition(" ")
-        if name not in COMMANDS:
-            near = difflib.get_close_matches(f"/{name}", TYPED, n=1)
-            hint = f"did you mean {near[0]}?" if near else "/help lists them"
-            raise UserError(f"no command /{name}; {hint}")
-        getattr(self, f"_{name}")(text.strip())
 
     def ask(self, question: str) -> None:
         """Answer `question`, and keep both."""
@@ -145,8 +135,8 @@ class Chat:
             return render(count)
         if not fits(self.start):
             self.start = bisect.bisect_left(range(count), True, lo=self.start, key=fits)
-            full = f"the context window of {context} tokens is full"
-            note(f"({full}: the oldest {self.start} of {count} turns are left out)")
+            left_out = f"the oldest {self.start} of {count} turns are left out"
+            note(f"(the context window of {context} tokens is full: {left_out})")
         return render(self.start)
 
     # ---- commands: each takes the text after its name
