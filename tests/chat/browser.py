@@ -33,13 +33,7 @@ class Browser:
             if found := re.search(r"successfully on port (\d+)", line):
                 break
         self.address = f"http://127.0.0.1:{found[1]}/session"
-        arguments = [
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-dev-shm-usage",
-            "--force-color-profile=srgb",
-        ]
+        arguments = "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage".split()
         arguments += [f"--window-size={width},{height}", f"--lang={language}", f"--accept-lang={language}"]
         preferences = {"intl.accept_languages": language, "download.default_directory": str(downloads)}
         options = {"binary": CHROMIUM, "args": arguments, "prefs": preferences}
@@ -96,14 +90,8 @@ class Browser:
         return self._call("POST", "/element", {"using": "css selector", "value": selector})[ELEMENT]
 
     def resize(self, width: int, height: int) -> None:
-        self._call(
-            "POST",
-            "/goog/cdp/execute",
-            {
-                "cmd": "Emulation.setDeviceMetricsOverride",
-                "params": {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600},
-            },
-        )
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self._call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": size})
 
     def picture(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self._call("GET", "/screenshot")))

@@ -14,6 +14,7 @@ from utils.chat.model import Reply
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
 SCRIPT = "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
+PLACES = "return [...document.querySelectorAll('.answer')].map((one) => one.getBoundingClientRect().x)"
 ANSWERS = "[...document.querySelectorAll('.answer')].map((one) => one.querySelector('.text').innerText)"
 DONE = "document.querySelectorAll('.answer').length && !document.querySelector('.writing') && !stopping"
 
@@ -85,11 +86,9 @@ def test_questions_and_answers(page, chat_model):
     assert ask(browser, "麻黄 @第一行") == ["speaker：甘", "speaker：第一行"]
     assert "speaker：甘<|im_end|>" in speaker.seen[-1]  # the second question is asked with the first
     assert browser.run("return document.activeElement.id") == "question"
-    browser.click(".turn:last-child > .under button:last-child")  # retry
+    browser.click(".turn:last-child .under button")  # retry
     browser.wait(f"{DONE} && true")
     assert len(speaker.seen) == 3 and speaker.seen[2] == speaker.seen[1]
-    browser.click(".turn:first-child > .under button:first-child")  # edit
-    assert browser.run("return question.value") == "甘草 @甘" and browser.run("return turns.length") == 0
     browser.click("#new")
     assert browser.text(".start") and browser.run("return turns.length") == 0
 
@@ -116,36 +115,26 @@ def test_what_a_model_says_is_never_html(page, chat_model):
     said = SCRIPT + " **粗** `<b>` &lt;"
     [answer] = ask(browser, f"{SCRIPT} @{said}")
     assert answer == f"speaker：{SCRIPT} 粗 <b> &lt;" and browser.run("return document.title") == "TCM chat"
-    found = "return document.querySelectorAll('#log script, #log img, #log b').length"
-    assert (
-        browser.run(found) == 0
-        and browser.text(".text strong") == "粗"
-        and SCRIPT in browser.text(".question")
-    )
-    browser.run(
-        "document.querySelector('#log').innerHTML = arguments[0]", SCRIPT
-    )  # and if it were, nothing would run
+    assert browser.run("return document.querySelectorAll('#log script, #log img, #log b').length") == 0
+    assert browser.text(".text strong") == "粗" and SCRIPT in browser.text(".question")
+    # and if it were, nothing would run
+    browser.run("document.querySelector('#log').innerHTML = arguments[0]", SCRIPT)
     time.sleep(0.3)
     assert browser.run("return document.title") == "TCM chat"
 
 
-@pytest.mark.parametrize(
-    "text, made",
-    [
+def test_markdown(page, chat_model):
+    browser = page(Speaker(chat_model))
+    script = "const box = document.createElement('div'); box.append(...formatted(arguments[0])); return box.innerHTML"
+    lists = '<h3>功效</h3><ul><li>补气</li><li>健脾</li></ul><ol start="1"><li>人参</li><li>白术</li></ol>'
+    for text, made in (
         ("一\n二\n\n三", "<p>一\n二</p><p>三</p>"),
-        (
-            "# 功效\n- 补气\n- 健脾\n\n1. 人参\n2. 白术",
-            '<h3>功效</h3><ul><li>补气</li><li>健脾</li></ul><ol start="1"><li>人参</li><li>白术</li></ol>',
-        ),
+        ("# 功效\n- 补气\n- 健脾\n\n1. 人参\n2. 白术", lists),
         ("前\n```py\n<b>\n\n**x**\n```\n后", "<p>前</p><pre><code>&lt;b&gt;\n\n**x**</code></pre><p>后</p>"),
         ("```\n没有结束", "<pre><code>没有结束</code></pre>"),
         ("2 * 3 ** 4 `a` **甘**草", "<p>2 * 3 ** 4 <code>a</code> <strong>甘</strong>草</p>"),
-    ],
-)
-def test_markdown(page, chat_model, text, made):
-    browser = page(Speaker(chat_model))
-    script = "const box = document.createElement('div'); box.append(...formatted(arguments[0])); return box.innerHTML"
-    assert browser.run(script, text) == made
+    ):
+        assert browser.run(script, text) == made
 
 
 def test_errors_are_shown(page, chat_model, capsys):
@@ -167,9 +156,7 @@ def test_two_models_side_by_side(page, chat_model):
     browser = page(one, two)
     assert "each question starts afresh" in browser.text(".start").lower()
     assert ask(browser, "甘草 @甘") == ["before：甘", "after：甘"]
-    left, right = browser.run(
-        "return [...document.querySelectorAll('.answer')].map((one) => one.getBoundingClientRect().x)"
-    )
+    left, right = browser.run(PLACES)
     assert right > left + 300
     browser.run("document.querySelector('#history').value = 'on'")
     ask(browser, "麻黄 @麻")
@@ -184,13 +171,8 @@ def test_settings_reach_the_model(page, chat_model):
     speaker.answer = lambda prompt, options, show: (asked.append(options), answer(prompt, options, show))[1]
     browser = page(speaker)
     browser.click("#open-settings")
-    for name, value in {
-        "temperature": 0.3,
-        "top_k": 7,
-        "max_tokens": 9,
-        "seed": 5,
-        "system": "你是中医师。",
-    }.items():
+    settings = {"temperature": 0.3, "top_k": 7, "max_tokens": 9, "seed": 5, "system": "你是中医师。"}
+    for name, value in settings.items():
         browser.type(f"#{name}", str(value))
     browser.run("think.value = 'on'; think.onchange()")
     assert ask(browser, "甘草 @甘") == ["speaker：甘"]
@@ -229,24 +211,13 @@ def test_a_phone_and_the_keyboard(page, chat_model):
     browser.resize(360, 640)
     ask(browser, "甘草 @" + "甘草味甘性平" * 20 + "https://" + "x" * 200)
     assert browser.run("return document.documentElement.scrollWidth <= 360")
-    left, right = browser.run(
-        "return [...document.querySelectorAll('.answer')].map((one) => one.getBoundingClientRect().x)"
-    )
+    left, right = browser.run(PLACES)
     assert left == right  # one above the other
     reached = set()
     for _ in range(30):
         browser.press("Tab")
         reached.add(browser.run("const e = document.activeElement; return e.id || e.textContent"))
-    assert {
-        "which",
-        "new",
-        "open-settings",
-        "question",
-        "Retry",
-        "Edit",
-        "Copy",
-        "Save as training rows",
-    } <= reached
+    assert reached >= {"which", "new", "open-settings", "question", "Retry", "Save as training rows"}
     browser.resize(1200, 820)
 
 

@@ -74,9 +74,9 @@ def expected(chat_model, messages=ASKED["messages"], length=12):
 # ---- Answers
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/chat/completions"])
-def test_an_answer_as_a_whole(port, chat_model, path):
-    answer = json.loads(ask(port, ASKED, path=path)[2])
+def test_an_answer_as_a_whole(port, chat_model):
+    answer, same = (json.loads(ask(port, ASKED, path=f"{base}/chat/completions")[2]) for base in ("/v1", ""))
+    assert answer["choices"] == same["choices"]
     prompt, text = expected(chat_model)
     assert answer["object"] == "chat.completion" and answer["model"] == chat_model.name
     assert content(answer) == text and answer["choices"][0]["finish_reason"] == "length"
@@ -107,20 +107,17 @@ def test_several_turns_parts_system_and_thinking(chat_model, monkeypatch):
     with serving(chat_model) as port:
         assert content(said(port, messages=turns)) == expected(chat_model, system + plain)[1]
         own, same = [{"role": role, "content": "x"} for role in ("developer", "system")]
-        for more, thinking in (
-            ({}, None),
-            ({"enable_thinking": False}, False),
-            ({"chat_template_kwargs": {"enable_thinking": False}}, False),
-        ):
+        kwargs = {"chat_template_kwargs": {"enable_thinking": False}}
+        for more, thinking in (({}, None), ({"enable_thinking": False}, False), (kwargs, False)):
             tokens = said(port, messages=[own, *turns], **more)["usage"]["prompt_tokens"]
             assert tokens == len(encode_prompt(chat_model.tokenizer, [same, *plain], thinking))
 
 
 def test_settings_of_a_request(port):
-    first, again, other = (content(said(port, temperature=1, seed=seed)) for seed in (7, 7, 8))
-    assert first == again != other and content(said(port, temperature=1)) != content(
-        said(port, temperature=1)
-    )
+    texts = [
+        content(said(port, temperature=1, **more)) for more in ({"seed": 7}, {"seed": 7}, {"seed": 8}, {}, {})
+    ]
+    assert texts[0] == texts[1] != texts[2] and texts[3] != texts[4]
     plain = content(said(port, max_tokens=40))
     for more in ({"presence_penalty": 2}, {"frequency_penalty": 2}, {"repetition_penalty": 1.5}):
         assert content(said(port, max_tokens=40, **more)) != plain
@@ -134,17 +131,15 @@ def test_a_stop_text_ends_an_answer(port, chat_model):
         answer = said(port, stop=stop)
         assert content(answer) == whole[: whole.index(middle)]
         assert answer["choices"][0]["finish_reason"] == "stop"
-        events = re.findall(
-            "^data: ({.*)$", ask(port, {**ASKED, "stop": stop, "stream": True})[2], re.MULTILINE
-        )
+        streamed = ask(port, {**ASKED, "stop": stop, "stream": True})[2]
+        events = re.findall("^data: ({.*)$", streamed, re.MULTILINE)
         choices = [json.loads(event)["choices"][0] for event in events]
         assert "".join(choice["delta"].get("content", "") for choice in choices) == content(answer)
         assert choices[-1]["finish_reason"] == "stop"
 
 
-@pytest.mark.parametrize(
-    "text, stops, last, before, found",
-    [
+def test_what_may_begin_a_stop_is_held_back():
+    for text, stops, last, before, found in (
         ("abcd", ("bc",), False, "a", True),
         ("ab", ("bc",), False, "a", False),  # b may begin it
         ("ab", ("bc",), True, "ab", False),
@@ -152,10 +147,9 @@ def test_a_stop_text_ends_an_answer(port, chat_model):
         ("aaa", ("aab",), False, "a", False),
         ("abcd", ("d", "bc"), False, "a", True),
         ("ab", ("xyz", "b"), False, "a", True),
-    ],
-)
-def test_what_may_begin_a_stop_is_held_back(text, stops, last, before, found):
-    assert before_stop(text, stops, last) == (before, found)
+        ("ab", (), False, "ab", False),
+    ):
+        assert before_stop(text, stops, last) == (before, found)
 
 
 def test_fields_that_ask_for_nothing(port, chat_model):
@@ -172,48 +166,45 @@ NOT_DONE = {
     "logprobs": True,
     "logit_bias": {"100": -100},
     "min_p": 0.1,
+}
+NOT_DONE |= {
     "reasoning_effort": "high",
     "tools": [{"type": "function"}],
     "chat_template_kwargs": 3,
     "something_new": "x",
 }
-IMAGE = [{"type": "image_url", "image_url": {"url": "x"}}]
-CALL = [{"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}]
+IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+CALL = {"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}
+WRONG = [
+    (b"{", "not JSON"),
+    (b"[" * 100_000, "not JSON"),
+    (b"[]", "wanted {"),
+    ({"messages": [3]}, "every message"),
+    ({"messages": [{"role": "tool", "content": "a"}]}, "every message"),
+    ({"messages": [{"role": "user", "content": None}]}, "every message"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, "every message"),
+    ({"messages": []}, "the last message"),
+    ({"messages": [{"role": "assistant", "content": "a"}]}, "the last message"),
+    ({"messages": [IMAGE]}, "parts of type 'image_url' are not supported"),
+    ({"messages": [CALL]}, "tool_calls is not supported"),
+    ({"messages": [{"role": "user", "content": "长" * 9000}]}, "the context window takes 4096"),
+    *[({**ASKED, name: value}, f"{name} is not supported") for name, value in NOT_DONE.items()],
+    ({**ASKED, "chat_template_kwargs": {"thinking_budget": 9}}, "chat_template_kwargs.thinking_budget is"),
+    ({**ASKED, "enable_thinking": "yes"}, "enable_thinking: wanted true or false"),
+    ({**ASKED, "stream": 1}, "stream: wanted true or false"),
+    ({**ASKED, "stop": [""]}, "stop: wanted a text, or"),
+    ({**ASKED, "stop": {"a": 1}}, "stop: wanted a text, or"),
+    ({**ASKED, "temperature": 11}, "temperature is 11.0, wanted a number: 0 to 10"),
+    ({**ASKED, "temperature": "warm"}, "temperature is 'warm', wanted"),
+    ({**ASKED, "max_tokens": [1]}, "max_tokens is [1], wanted"),
+]
 
 
-@pytest.mark.parametrize(
-    "body, told",
-    [
-        (b"{", "not JSON"),
-        (b"[" * 100_000, "not JSON"),
-        (b"[]", "wanted {"),
-        *[({"messages": [message]}, "every message") for message in (3, {"role": "tool", "content": "a"})],
-        *[({"messages": [{"role": "user", "content": text}]}, "every message") for text in (None, "\ud800")],
-        *[
-            ({"messages": messages}, "the last message")
-            for messages in ([], [{"role": "assistant", "content": "a"}])
-        ],
-        *[({**ASKED, name: value}, f"{name} is not supported") for name, value in NOT_DONE.items()],
-        (
-            {**ASKED, "chat_template_kwargs": {"thinking_budget": 9}},
-            "chat_template_kwargs.thinking_budget is",
-        ),
-        ({**ASKED, "enable_thinking": "yes"}, "enable_thinking: wanted true or false"),
-        ({**ASKED, "stream": 1}, "stream: wanted true or false"),
-        *[({**ASKED, "stop": stop}, "stop: wanted a text, or") for stop in ([""], {"a": 1})],
-        ({**ASKED, "temperature": 11}, "temperature is 11.0, wanted a number: 0 to 10"),
-        ({**ASKED, "temperature": "warm"}, "temperature is 'warm', wanted"),
-        ({**ASKED, "max_tokens": [1]}, "max_tokens is [1], wanted"),
-        ({"messages": [{"role": "user", "content": IMAGE}]}, "parts of type 'image_url' are not supported"),
-        ({"messages": CALL}, "tool_calls is not supported"),
-        ({"messages": [{"role": "user", "content": "长" * 9000}]}, "the context window takes 4096"),
-    ],
-    ids=lambda value: repr(value)[:40],
-)
-def test_what_cannot_be_answered(port, body, told, capsys):
-    status, _, text = ask(port, body)
-    assert status == 400 and told in json.loads(text)["error"]["message"]
-    assert capsys.readouterr().err.count("refused (400) POST") == 1
+def test_what_cannot_be_answered(port, capsys):
+    for body, told in WRONG:
+        status, _, text = ask(port, body)
+        assert status == 400 and told in json.loads(text)["error"]["message"], (body, text)
+        assert capsys.readouterr().err.count("refused (400) POST") == 1
     assert ask(port, ASKED)[0] == 200
 
 
@@ -250,9 +241,8 @@ def test_a_body_in_chunks(port, chat_model):
     assert content(json.loads(answer.partition("\r\n\r\n")[2])) == expected(chat_model)[1]
 
 
-@pytest.mark.parametrize(
-    "head, status",
-    [
+def test_a_body_that_is_broken_or_too_large(port, capsys):
+    for head, status in (
         (b"Transfer-Encoding: chunked\r\n\r\nx\r\n", 400),
         (b"Transfer-Encoding: chunked\r\n\r\n-5\r\n", 400),
         (b"Transfer-Encoding: chunked\r\n\r\n2\r\nabcd\r\n", 400),
@@ -262,11 +252,9 @@ def test_a_body_in_chunks(port, chat_model):
         (b"Content-Length: 1099511627776\r\n\r\n", 413),
         (b"Content-Length: -1\r\n\r\n", 400),
         (b"\r\n", 400),
-    ],
-)
-def test_a_body_that_is_broken_or_too_large(port, head, status, capsys):
-    assert f"HTTP/1.1 {status} " in send(port, HEAD + head)
-    assert capsys.readouterr().err.count(f"refused ({status}) POST /v1/chat/completions") == 1
+    ):
+        assert f"HTTP/1.1 {status} " in send(port, HEAD + head)
+        assert capsys.readouterr().err.count(f"refused ({status}) POST /v1/chat/completions") == 1
     assert ask(port, ASKED)[0] == 200
 
 
@@ -304,14 +292,12 @@ def test_the_page_runs_nothing_but_its_own_script(port):
     assert not re.findall(r"(?:src|href)=\"(?!data:)|innerHTML|https?://|eval\(", text)
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["/page.html", "/../serve.py", "//etc/passwd", "/v1/../etc/passwd", "/%2e%2e/serve.py", "/v1/nothing"],
-)
-def test_no_file_of_the_machine_is_reached(port, path):
-    for method, body in (("GET", None), ("POST", ASKED)):
-        status, _, text = ask(port, body, method, path)
-        assert status == 404 and list(json.loads(text)) == ["error"]
+def test_no_file_of_the_machine_is_reached(port):
+    paths = "/page.html /../serve.py //etc/passwd /v1/../etc/passwd /%2e%2e/serve.py /v1/nothing".split()
+    for path in paths:
+        for method, body in (("GET", None), ("POST", ASKED)):
+            status, _, text = ask(port, body, method, path)
+            assert status == 404 and list(json.loads(text)) == ["error"]
 
 
 def test_a_bug_is_an_error_of_the_server(port, chat_model, monkeypatch):
@@ -319,9 +305,8 @@ def test_a_bug_is_an_error_of_the_server(port, chat_model, monkeypatch):
     assert ask(port, ASKED)[0] == 500
 
 
-@pytest.mark.parametrize(
-    "headers, status",
-    [
+def test_only_pages_of_this_machine_may_ask(port):
+    for headers, status in (
         ({}, 200),
         ({"Origin": "http://localhost:3000"}, 200),
         ({"Origin": "http://127.0.0.1"}, 200),
@@ -329,14 +314,12 @@ def test_a_bug_is_an_error_of_the_server(port, chat_model, monkeypatch):
         ({"Origin": "null"}, 403),
         ({"Host": "example.com"}, 403),
         ({"Host": "localhost:8000"}, 200),
-    ],
-)
-def test_only_pages_of_this_machine_may_ask(port, headers, status):
-    got, sent, _ = ask(port, ASKED, **headers)
-    assert got == status
-    allowed = sent.get("Access-Control-Allow-Origin")
-    assert allowed == (headers.get("Origin") if status == 200 else None)
-    assert ask(port, None, "OPTIONS", **headers)[0] == (204 if status == 200 else 403)
+    ):
+        got, sent, _ = ask(port, ASKED, **headers)
+        assert got == status
+        allowed = sent.get("Access-Control-Allow-Origin")
+        assert allowed == (headers.get("Origin") if status == 200 else None)
+        assert ask(port, None, "OPTIONS", **headers)[0] == (204 if status == 200 else 403)
 
 
 def test_a_key_is_asked_for(chat_model):
@@ -410,14 +393,8 @@ def test_an_address_that_is_taken(chat_model, port):
 
 @pytest.mark.slow
 def test_the_script_serves_until_ctrl_c(tiny_folder, tmp_path):
-    command = [
-        sys.executable,
-        ROOT / "model_download/load_local_model.py",
-        tiny_folder,
-        "--serve",
-        "--port",
-        "0",
-    ]
+    script = ROOT / "model_download/load_local_model.py"
+    command = [sys.executable, script, tiny_folder, "--serve", "--port", "0"]
     streams = dict(stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, encoding="utf-8")
     server = subprocess.Popen(command, cwd=tmp_path, **streams)
     for line in server.stderr:
@@ -426,9 +403,8 @@ def test_the_script_serves_until_ctrl_c(tiny_folder, tmp_path):
     assert ask(int(found[1]), ASKED)[0] == 200
     if curl := shutil.which("curl"):
         words = ["-s", f"http://127.0.0.1:{found[1]}/v1/chat/completions", "-H", "Transfer-Encoding: chunked"]
-        done = subprocess.run(
-            [curl, *words, "-d", "@-"], input=json.dumps(ASKED).encode(), stdout=subprocess.PIPE
-        )
+        body = json.dumps(ASKED).encode()
+        done = subprocess.run([curl, *words, "-d", "@-"], input=body, stdout=subprocess.PIPE)
         assert json.loads(done.stdout)["usage"]["completion_tokens"] == 12
     server.send_signal(signal.SIGINT)
     assert server.wait(20) == 130 and "stopped by Ctrl-C" in server.stderr.read()
