@@ -121,24 +121,17 @@ def test_a_gpu_that_is_there_and_not_used_is_told(
     assert pick_device("cpu").name == "cpu" and not capsys.readouterr().out  # asked for: nothing to tell
 
 
-def test_bf16_on_a_gpu_that_emulates_it_is_told(machine, capsys):
+def test_bf16_on_a_gpu_that_emulates_it_is_told_and_on_apple_s_needs_macos_14(machine, monkeypatch, capsys):
     for capability, told in (((7, 5), True), ((8, 0), False)):
         machine(cuda=capability)
         assert pick_device("cuda", "bf16").bf16
         assert ("this GPU emulates bf16" in capsys.readouterr().out) == told
-
-
-def test_bf16_on_an_apple_gpu_needs_macos_14(machine, monkeypatch):
     machine(mps=True)
-    for version in ("13.6.1", "14.0", "15.2"):
-        monkeypatch.setattr(
-            device.platform, "mac_ver", lambda version=version: (version, ("", "", ""), "arm64")
-        )
-        if version == "13.6.1":
-            with pytest.raises(UserError, match="needs macOS 14, and this is 13.6.1; take fp32"):
-                pick_device("mps", "bf16")
-        else:
-            assert pick_device("mps", "bf16").bf16
+    monkeypatch.setattr(device.platform, "mac_ver", lambda: ("13.6.1", ("", "", ""), "arm64"))
+    with pytest.raises(UserError, match="needs macOS 14, and this is 13.6.1; take fp32"):
+        pick_device("mps", "bf16")
+    monkeypatch.setattr(device.platform, "mac_ver", lambda: ("14.0", ("", "", ""), "arm64"))
+    assert pick_device("mps", "bf16").bf16
 
 
 def test_kernels_are_limited_unless_the_environment_says_otherwise(monkeypatch):

@@ -15,18 +15,8 @@ from utils.settings import flag_of, read_constants
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 CHINESE = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
-PAGES = [
-    "README.md",
-    "README.zh-CN.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    *sorted(os.listdir(ROOT / "docs")),
-]
-PAGES = [
-    ROOT / ("docs" if (ROOT / "docs" / name).is_file() else "") / name
-    for name in PAGES
-    if name.endswith("md")
-]
+PAGES = [ROOT / name for name in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 
 
 def commands(text):
@@ -57,24 +47,15 @@ def copy(tmp_path_factory):
     return place
 
 
-def test_the_chinese_readme_has_the_same_commands():
+def test_both_readmes_are_short_and_have_the_same_commands_which_exist():
+    powershell = r"^    ((?:py -3\.11|\.venv\\|\$env:).*?)(?:  .*)?$"
     assert commands(TEXT) == commands(CHINESE)
-
-
-def test_the_commands_of_make_and_tasks_exist():
+    assert re.findall(powershell, TEXT, re.MULTILINE) == re.findall(powershell, CHINESE, re.MULTILINE)
+    scripts = re.findall(r"^    \.venv\\\S+ (\S+)", TEXT, re.MULTILINE)
+    assert scripts and all((ROOT / script).is_file() for script in scripts)
     named = re.findall(r"^    (?:make|py -3.11 tasks.py) (.*?)(?:  .*)?$", TEXT, re.MULTILINE)
     assert named.count("demo") == named.count("test") == 2 and set(named) <= set(tasks.TASKS)
-
-
-def test_the_commands_for_powershell_are_those_for_other_shells():
-    """The same in both languages; scripts that exist, started by the environment's own Python; nothing to activate."""
-    lines, chinese = (
-        re.findall(r"^    ((?:py -3\.11|\.venv\\|\$env:).*?)(?:  .*)?$", text, re.MULTILINE)
-        for text in (TEXT, CHINESE)
-    )
-    assert lines == chinese
-    scripts = [line.split()[1] for line in lines if line.startswith(".venv")]
-    assert scripts and all((ROOT / script).is_file() for script in scripts)
+    assert max(len(TEXT.encode()), len(CHINESE.encode())) <= 11 << 10
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -93,11 +74,6 @@ def test_every_file_setting_and_flag_that_is_named_exists(page):
     )
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", ours))
     assert flags - {"--workers", "--help", "--multi"} <= {flag_of(name) for name in settings}
-
-
-@pytest.mark.parametrize("text", [TEXT, CHINESE], ids=["README.md", "README.zh-CN.md"])
-def test_a_readme_is_short(text):
-    assert len(text.encode()) <= 11 << 10
 
 
 def test_the_tree_of_utils_names_every_module():
@@ -129,8 +105,9 @@ def test_the_commands_run_one_after_another(copy, tmp_path):
         assert "Traceback" not in script.err, line
         ran.append(line)
     assert len(ran) >= 9
-    made = (
-        "sft_finetuned/model.safetensors lora_finetuned/merged/model.safetensors dpo_finetuned/loss_curve.png"
-    )
-    for path in (*made.split(), "comparison.md"):
+    for path in (
+        "sft_finetuned/model.safetensors",
+        "lora_finetuned/merged/model.safetensors",
+        "comparison.md",
+    ):
         assert (copy / "trainer_output" / path).is_file()

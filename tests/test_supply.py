@@ -102,14 +102,13 @@ def test_a_download_tells_nobody_the_token_and_the_hub_nothing_of_this_machine(r
 
 def test_libraries_are_told_to_report_nothing(run_script, tmp_path):
     """Whatever trackers are installed, nothing is reported to them, and the Hub is out of reach for a model on disk."""
+    ask = "from utils.model.folder import quiet_offline\nquiet_offline()\nfrom huggingface_hub import constants\n"
+    ask += "print(constants.HF_HUB_DISABLE_TELEMETRY, constants.HF_HUB_OFFLINE)\n"
     (tmp_path / "ask.py").write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        f"from utils.model.folder import quiet_offline\nquiet_offline()\n"
-        "from huggingface_hub import constants\nprint(constants.HF_HUB_DISABLE_TELEMETRY, constants.HF_HUB_OFFLINE)\n",
-        encoding="utf-8",
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{ask}", encoding="utf-8"
     )
     kept = [name for name in os.environ if not name.startswith(("HF_", "DO_NOT", "DISABLE_TELEMETRY"))]
-    environment = {name: os.environ[name] for name in kept}
-    assert run_script(tmp_path / "ask.py", env=environment).stdout.split() == ["True", "True"]
+    done = run_script(tmp_path / "ask.py", env={name: os.environ[name] for name in kept})
+    assert done.stdout.split() == ["True", "True"]
     for script in ROOT.glob("model_finetune/finetune_*.py"):
         assert 'TRACKER = "none"' in script.read_text(encoding="utf-8")
