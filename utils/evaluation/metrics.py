@@ -12,8 +12,7 @@ from utils.evaluation.questions import kind_of
 
 Z = 1.96  # a normal distribution holds 95 % within this many standard deviations
 
-# Of a result: is the answer right? None: the metric is not of such results.
-Judge = Callable[[Any], bool | None]
+Judge = Callable[[Any], bool | None]  # is this result right? None: the metric is not of such results
 
 
 class Results(NamedTuple):
@@ -157,9 +156,9 @@ def metrics(results: Results) -> dict[str, Any]:
         found[name], found[f"{name}_interval"] = mean_per_token(sums, tokens)
         found[f"{name}_n"] = len(sums)
     found["perplexity"] = math.exp(found["heldout_loss"])
-    several = [item for item in results.items if item["test"] == "exam" and kind_of(item) == MULTIPLE]
+    several = [bool(item["letter_choice"]) for item in results.items if kind_of(item) == MULTIPLE]
     if several:
-        found["exam_multiple_named"] = sum(bool(item["letter_choice"]) for item in several) / len(several)
+        found["exam_multiple_named"] = sum(several) / len(several)
     if answers := [item for item in results.items if item["test"] == "answer"]:
         tokens = sum(item["tokens"] for item in answers)
         found["ended_share"] = sum(item["ended"] for item in answers) / len(answers)
@@ -173,9 +172,8 @@ def metrics(results: Results) -> dict[str, Any]:
 def guessed_right(item: Any) -> float:
     """The probability that an exam item is guessed: one option of n, or one of the 2^n - 1 sets that hold an option; else 0."""
     count = len(item.get("options", ()))
-    if not count:
-        return 0
-    return 1 / (2**count - 1) if kind_of(item) == MULTIPLE else 1 / count
+    sets = 2**count - 1 if kind_of(item) == MULTIPLE else count
+    return 1 / sets if count else 0
 
 
 def shares(results: Results) -> dict[str, list[bool]]:
@@ -204,11 +202,12 @@ def differences(one: Results, other: Results) -> dict[str, dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     ours, theirs = shares(one), shares(other)
-    for name in [name for name in ours if name in theirs and name in COMPARED]:
-        found[name] = share_difference(ours[name], theirs[name])
-    before, after = losses(one), losses(other)
-    for name in [name for name in before if name in after]:
-        (sums, tokens), (other_sums, other_tokens) = before[name], after[name]
+    for name in COMPARED:
+        if name in ours and name in theirs:
+            found[name] = share_difference(ours[name], theirs[name])
+    theirs = losses(other)
+    for name, (sums, tokens) in losses(one).items():
+        other_sums, other_tokens = theirs.get(name, ([], []))
         if tokens == other_tokens:
             mean, interval = mean_per_token([b - a for a, b in zip(sums, other_sums)], tokens)
             found[name] = {"difference": mean, "interval": interval}
@@ -217,9 +216,8 @@ def differences(one: Results, other: Results) -> dict[str, dict[str, Any]]:
 
 def is_clear(found: dict[str, Any]) -> bool:
     """Chance alone is an unlikely reason for this difference."""
-    if "p" in found:
-        return found["p"] < 0.05
-    return bool(found["interval"]) and found["interval"][0] * found["interval"][1] > 0
+    low, high = found["interval"] or (0, 0)
+    return found["p"] < 0.05 if "p" in found else low * high > 0
 
 
 # ---- How sure a figure is
@@ -236,8 +234,7 @@ def wilson(right: int, total: int) -> list[float]:
 def mean_per_token(sums: list[float], tokens: list[int]) -> tuple[float, list[float] | None]:
     """(mean, [low, high]) of sum(sums) / sum(tokens), one of each per item (ratio estimate, Cochran 1977).
 
-    Items count as independent; the tokens of one answer are not. One item alone says nothing of the spread: its interval is
-    None.
+    Items count as independent; the tokens of one answer are not. The interval of one item alone is None.
     """
     mean, count = sum(sums) / sum(tokens), len(sums)
     if count < 2:
@@ -259,8 +256,5 @@ def share_difference(one: list[bool], other: list[bool]) -> dict[str, Any]:
     centre = (second - first) / total
     half = Z * math.sqrt((either + 1) / total - centre**2) / math.sqrt(total)
     p = 2 * sum(math.comb(either, k) for k in range(min(first, second) + 1)) / 2**either
-    return {
-        "difference": (second - first) / len(one),
-        "interval": [centre - half, centre + half],
-        "p": min(1.0, p),
-    }
+    difference = (second - first) / len(one)
+    return {"difference": difference, "interval": [centre - half, centre + half], "p": min(1.0, p)}
