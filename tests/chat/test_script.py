@@ -1,5 +1,6 @@
 """The chat script: which model it offers, answers for other programs, wrong arguments."""
 
+import functools
 import importlib.util
 import io
 import json
@@ -16,7 +17,7 @@ from chat_helpers import QUESTIONS, prompts_of, reference
 from conftest import ROOT
 from small_runs import arguments, make_place
 
-from utils.errors import UserError
+from utils.errors import UserError, run
 from utils.model.chat_format import DECODING
 from utils.model.folder import find_models
 from utils.model.generate import Decoding, TokenStream, read_answer
@@ -88,10 +89,8 @@ def test_questions_from_a_pipe(script, tiny_folder, chat_model, monkeypatch, cap
     assert [row["question"] for row in rows] == QUESTIONS
     assert all(list(row) == ["question", "answer", "tokens", "seconds"] for row in rows)
     for row, prompt in zip(rows, prompts_of(chat_model)):  # each as if it were the only one
-        stream, random = (
-            TokenStream(chat_model.model, chat_model.stream.stop),
-            torch.Generator().manual_seed(4),
-        )
+        stream = TokenStream(chat_model.model, chat_model.stream.stop)
+        random = torch.Generator().manual_seed(4)
         ids = list(stream.answer(prompt, Decoding(**DECODING[True]), 12, random))
         answer = read_answer(chat_model.tokenizer, prompt, ids).content
         assert (row["answer"], row["tokens"]) == (answer, len(ids)) and row["seconds"] > 0
@@ -105,9 +104,9 @@ def test_a_trained_folder_answers_the_same_through_the_code_in_the_docs(
     # The trainer's handlers of Ctrl-C are its script's.
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     trainer = importlib.import_module(f"model_finetune.finetune_{method}")
-    assert trainer.main(
-        arguments(method, make_place(tmp_path), tmp_path / "trained", "--rows-per-step", "4", "--epochs", "4")
-    ) in (None, 0)
+    place = make_place(tmp_path)
+    flags = arguments(method, place, tmp_path / "trained", "--rows-per-step", "4", "--epochs", "4")
+    assert trainer.main(flags) in (None, 0)
     page = (ROOT / "docs/other_tools.md").read_text(encoding="utf-8")
     [code] = re.findall(r"```python\n(from transformers import .*?)```", page, re.DOTALL)
     assert len([line for line in code.splitlines() if line]) <= 10
@@ -132,40 +131,36 @@ def test_a_trained_folder_answers_the_same_through_the_code_in_the_docs(
         (b" \n\n", "no question on stdin"),
     ],
 )
-def test_questions_that_cannot_be_answered(script, tiny_folder, monkeypatch, capsys, lines, message):
+def test_questions_that_cannot_be_answered(script, tiny_folder, monkeypatch, lines, message):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
     with pytest.raises(UserError, match=message):
         script.main([str(tiny_folder), "--max-new-tokens", "2", "--precision", "fp32"])
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["no/such/tiny_folder/at/all", "--prompt", "x"], "does not exist"),
-        (["--prompt", " "], "--prompt"),
-        (["--thinking", "maybe", "--prompt", "x"], "--thinking"),
-        (["--max-new-tokens", "0"], "--max-new-tokens"),
-        (["--temperature", "11"], "--temperature is 11.0, wanted a number: -1 or 0 to 10"),
-        (["--top-p", "2"], "--top-p is 2.0, wanted a number: -1 or > 0, at most 1"),
-        (["--repetition-penalty", "0"], "--repetition-penalty is 0.0, wanted"),
-        ([TINY, "--serve", "--host", "0.0.0.0"], "a key is wanted too: --api-key TEXT"),
-        (["--serve", "--prompt", "甘草"], "--serve takes no --prompt"),
-        (["--serve", "--port", "70000"], "--port is 70000, wanted a whole number: 0, 1, ... 65535"),
-        (["--greedy", "--temperature", "0.5"], "--greedy and --temperature 0.5 exclude each other"),
-        ([str(ROOT / "utils"), "--prompt", "x"], "is not a model folder"),
-        (["--promt", "x"], "did you mean --prompt?"),
-    ],
-)
-def test_wrong_arguments_are_refused_in_one_line(run_script, arguments, message):
-    result = run_script(SCRIPT, *arguments)
-    assert result.returncode == 2 and result.stdout == ""
-    assert message in result.stderr and len(result.stderr.splitlines()) == 1
+WRONG = [
+    (["no/such/tiny_folder/at/all", "--prompt", "x"], "does not exist"),
+    (["--prompt", " "], "--prompt: wanted a question"),
+    (["--thinking", "maybe", "--prompt", "x"], "--thinking is 'maybe'"),
+    (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
+    (["--temperature", "11"], "--temperature is 11.0, wanted a number: -1 or 0 to 10"),
+    (["--top-p", "2"], "--top-p is 2.0, wanted a number: -1 or > 0, at most 1"),
+    (["--repetition-penalty", "0"], "--repetition-penalty is 0.0, wanted"),
+    ([TINY, "--serve", "--host", "0.0.0.0"], "a key is wanted too: --api-key TEXT"),
+    (["--serve", "--prompt", "甘草"], "--serve takes no --prompt"),
+    (["--serve", "--port", "70000"], "--port is 70000, wanted a whole number: 0, 1, ... 65535"),
+    (["--greedy", "--temperature", "0.5"], "--greedy and --temperature 0.5 exclude each other"),
+    ([str(ROOT / "utils"), "--prompt", "x"], "is not a model folder"),
+    (["--promt", "x"], "did you mean --prompt?"),
+    ([TINY, "--prompt", "x", "--device", "abacus"], "--device is 'abacus'"),
+    ([TINY, "--prompt", "x", "--precision", "fp8"], "--precision is 'fp8'"),
+]
 
 
-def test_wrong_device(script, tiny_folder):
-    for flag, value in (("--device", "abacus"), ("--precision", "fp8")):
-        with pytest.raises(UserError, match=value):
-            script.main([str(tiny_folder), "--prompt", "x", flag, value])
+def test_wrong_arguments_are_refused_in_one_line(script, capsys):
+    for words, message in WRONG:
+        assert run(functools.partial(script.main, words)) == 2, words
+        printed = capsys.readouterr()
+        assert message in printed.err and len(printed.err.splitlines()) == 1 and printed.out == ""
 
 
 def test_help_needs_no_torch():
@@ -174,7 +169,6 @@ def test_help_needs_no_torch():
         f"try: runpy.run_path({str(ROOT / SCRIPT)!r}, run_name='__main__')\n"
         "except SystemExit: print('torch' in sys.modules or 'transformers' in sys.modules)"
     )
-    output = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8"
-    ).stdout
+    command, form = [sys.executable, "-c", code], {"text": True, "encoding": "utf-8"}
+    output = subprocess.run(command, capture_output=True, **form).stdout
     assert "--show-thinking" in output and output.endswith("False\n")
