@@ -101,7 +101,8 @@ def plot_comparison(panels: list[Panel], models: list[str], path: Path) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     names = [label_text(name, f"model {n}") for n, name in enumerate(models, 1)]
-    names = [name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..." for name in names]
+    half = LONGEST_NAME // 2  # names of like runs differ at their ends
+    names = [name if len(name) <= LONGEST_NAME else f"{name[:half]}...{name[-half:]}" for name in names]
     for axis, panel in zip(axes.flat, panels):
         _draw_bars(axis, panel, names)
     figure.suptitle("Black: 95 % interval")

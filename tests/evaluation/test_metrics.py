@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from utils import plots
 from utils.evaluation.metrics import Results, differences, mean_per_token, metrics, share_difference, wilson
-from utils.plots import Panel, plot_comparison
 
 LOSS = {"test": "heldout", "id": "0", "loss": 1.0, "tokens": 2}
 
@@ -60,12 +60,21 @@ def test_kinds_of_question_are_told_apart():
     assert found["exam_true_false_chance"] == 0.5 and "exam_accuracy" not in found
 
 
-@pytest.mark.parametrize("right", [0, 401])
-def test_shares_of_none_and_all_can_be_drawn(tmp_path, right):
-    share = Panel("pairs", [right / 401] * 2, [wilson(right, 401)] * 2, True, 0.5)
-    loss = Panel("loss", [1.0, 1.0], [None, None], False)
-    plot_comparison([share, loss], ["base", "中医"], tmp_path / "comparison.png")
-    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+def test_shares_of_none_and_all_can_be_drawn_and_names_stay_apart(tmp_path, monkeypatch):
+    drawn, save = [], plots.save_figure
+    monkeypatch.setattr(
+        plots,
+        "save_figure",
+        lambda _, figure, *more, **form: (drawn.append(figure), save(_, figure, *more, **form)),
+    )
+    models = ["base", "中医", "lora_rank_8_of_all_layers_at_1e-4", "lora_rank_8_of_all_layers_at_2e-4"]
+    for right in (0, 401):
+        share = plots.Panel("pairs", [right / 401] * 4, [wilson(right, 401)] * 4, True, 0.5)
+        loss = plots.Panel("loss", [1.0] * 4, [None] * 4, False)
+        plots.plot_comparison([share, loss], models, tmp_path / "comparison.png")
+        assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    names = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
+    assert names == ["base", "model 2", "lora_rank_8_...yers_at_1e-4", "lora_rank_8_...yers_at_2e-4"]
 
 
 # ---- How sure a figure is
