@@ -1,19 +1,17 @@
 """The one path from a conversation to token ids, used by training, scoring and chat alike.
 
-Because all of them build the prompt here, the ids that a row is trained on up to its answer are the ids that chat feeds
-for the same conversation. Qwen3's template has two modes: thinking on (the prompt ends after `<|im_start|>assistant\n`)
-and thinking off (an empty think block ends the prompt). A row with reasoning is trained with thinking on, any other with
-thinking off; earlier assistant turns carry no think block, as in Qwen3's own rendering of the history.
+All build the prompt here, so the ids that a row is trained on up to its answer are those that chat feeds for the same
+conversation. Qwen3's template has two modes: thinking on (the prompt ends after `<|im_start|>assistant\n`) and thinking off
+(an empty think block ends it). A row with reasoning is trained with thinking on, any other with thinking off; earlier assistant
+turns carry no think block, as in Qwen3's own rendering of the history.
 
-What people write is text: a control token that is typed, `<|im_end|>` or `</think>`, is encoded as the characters it has and
-ends no turn.
+A control token that somebody types, `<|im_end|>` or `</think>`, is encoded as the characters it has and ends no turn.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from utils.errors import UserError
@@ -35,15 +33,13 @@ DECODING = {
     False: {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20},
 }
 
-# Put in front of a chat template: the mode that holds where nobody asks for another. llama.cpp's server and mlx-lm ask every
-# template that names enable_thinking for True, so that a model trained with thinking off has to take that for no wish at all;
-# who means it sets force_thinking as well, as encode_prompt does.
+# Put in front of a chat template: the mode that holds unless another is asked for. llama.cpp's server and mlx-lm ask every
+# template that names enable_thinking for True, so a model trained with thinking off takes that for no wish at all; who means
+# it sets force_thinking as well, as encode_prompt does.
 _DEFAULT_MODE = {
     True: "{%- if enable_thinking is not defined %}{%- set enable_thinking = true %}{%- endif %}",
     False: "{%- set enable_thinking = force_thinking is defined and force_thinking %}",
 }
-# The third form stands in folders that earlier versions saved.
-_ANY_DEFAULT_MODE = [*_DEFAULT_MODE.values(), _DEFAULT_MODE[True].replace("true", "false")]
 
 
 def encode_prompt(
@@ -59,21 +55,20 @@ def encode_prompt(
 def prompt_pieces(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict], thinking: bool | None = None
 ) -> list[str]:
-    """The text of a prompt, cut where control tokens were typed: what encode_pieces takes."""
+    """The text of a prompt, cut where control tokens were typed: what encode_pieces takes.
+
+    UserError if the template, which came with the model, refuses the conversation or runs into any error.
+    """
     mode = {} if thinking is None else {"enable_thinking": thinking, "force_thinking": thinking}
     messages, mark = _mark_controls(tokenizer, messages)
-    return _cut(_render(tokenizer, messages, mode), mark)
-
-
-def _render(tokenizer, messages, mode):
-    """The text of a prompt. A template that came with a model may refuse a conversation, or run into any error."""
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **mode)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **mode)
     except MemoryError:
         raise
     except Exception as error:
         refusal = f"the chat template of {tokenizer.name_or_path} does not render this conversation"
         raise UserError(f"{refusal} ({shorten(str(error), 200)})") from None
+    return text.split(mark)
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, message: dict) -> list[int]:
@@ -91,22 +86,17 @@ def answer_pieces(tokenizer: PreTrainedTokenizerBase, message: dict) -> list[str
     if message.get("reasoning_content"):
         reasoning = message["reasoning_content"].strip("\n")
         text = f"<think>\n{reasoning}\n</think>\n\n{text}"
-    return _cut(text + END_OF_TURN, mark)
+    return (text + END_OF_TURN).split(mark)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text by itself; control tokens and tags typed in it stay text, as in what a user says."""
     [message], mark = _mark_controls(tokenizer, [{"role": "user", "content": text}])
-    return encode_pieces(tokenizer, [_cut(message["content"], mark)])[0]
-
-
-def _cut(text, mark):
-    """The pieces of a rendered text, cut at every `mark` ("" for none)."""
-    return text.split(mark) if mark else [text]
+    return encode_pieces(tokenizer, [message["content"].split(mark)])[0]
 
 
 def encode_pieces(tokenizer: PreTrainedTokenizerBase, texts: list[list[str]]) -> list[list[int]]:
-    """Token ids of texts that are given in pieces. Many at a time cost less each, and share the cores (token_cache.py)."""
+    """Token ids of texts that are given in pieces. Many at a time cost less each, and share the cores."""
     flat = [piece for pieces in texts for piece in pieces]
     encoded = tokenizer(flat, add_special_tokens=False, return_attention_mask=False, verbose=False)
     ids = iter(encoded["input_ids"])
@@ -115,17 +105,17 @@ def encode_pieces(tokenizer: PreTrainedTokenizerBase, texts: list[list[str]]) ->
 
 
 def _mark_controls(tokenizer, messages):
-    """(messages, mark): `mark` is put behind the first character of every control token in a text; it is "" if there is no such token.
+    """(messages, mark): `mark`, which no text holds, is put behind the first character of every control token in a text.
 
     A text that is cut there is encoded without that token. An answer's think and tool tags stay: models write them as tokens.
     """
     every, special = _control_patterns(tokenizer)
     texts = [message[name] for message in messages for name in TEXTS if message.get(name)]
-    if not any(map(every.search, texts)):
-        return messages, ""
     mark = MARK
     while any(mark in text for text in texts):
         mark += MARK
+    if not any(map(every.search, texts)):
+        return messages, mark
     marked = [dict(message) for message in messages]
     for message in marked:
         for name in TEXTS:
@@ -139,14 +129,15 @@ def _mark_controls(tokenizer, messages):
 def _control_patterns(tokenizer):
     """Two patterns: the tokenizer's control tokens (special ones and tags), and the special ones alone."""
     added = tokenizer.added_tokens_decoder.values()
-    tags = [token.content for token in added if re.fullmatch("<.+>", token.content) and not token.special]
     special = [token.content for token in added if token.special]
-    return _any_of(special + tags), _any_of(special)
-
-
-def _any_of(texts: Sequence[str]) -> re.Pattern:
-    longest_first = sorted(texts, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")  # (?!) is found nowhere
+    tags = [token.content for token in added if re.fullmatch("<.+>", token.content) and not token.special]
+    patterns = []
+    for texts in (special + tags, special):
+        longest_first = sorted(texts, key=len, reverse=True)
+        patterns.append(
+            re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        )  # (?!) is found nowhere
+    return patterns
 
 
 def encode_turns(
@@ -154,8 +145,7 @@ def encode_turns(
 ) -> list[tuple[list[int], list[int]]]:
     """[(prompt_ids, answer_ids), ...]: one pair for each assistant turn, in the context that chat would give it.
 
-    Qwen3 renders an answer differently once it has become history (its think block is dropped), so the turns of one
-    conversation cannot share a sequence; every turn becomes its own example and is trained on once.
+    Qwen3 drops the think block of an answer that has become history, so the turns of a conversation cannot share a sequence.
     """
     turns = []
     for index, message in enumerate(messages):
@@ -172,7 +162,7 @@ def with_default_mode(template: str, thinking: bool) -> str:
 
 def without_modes(template: str) -> str:
     """The chat template as published, without what with_default_mode put in front of it."""
-    for mode in _ANY_DEFAULT_MODE:
+    for mode in _DEFAULT_MODE.values():
         template = template.replace(mode, "")
     return template
 

@@ -5,7 +5,6 @@ every turn. `generate_answers` answers many conversations in batches. Both choos
 """
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -15,10 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.errors import RunError
 from utils.model.chat_format import DECODING, END_OF_TURN, encode_prompt
-from utils.model.mixed import on_gpu
 from utils.model.qwen3_answer import CachedModel
 
-TIES = 64  # equally likely tokens beyond top_k that a GPU keeps
+TIES = 64  # tokens beyond top_k that are kept if they are as likely as the last one
 NOT_NUMBERS = "the model's scores are not numbers (NaN): its training diverged, or its weights are damaged"
 
 
@@ -26,8 +24,7 @@ NOT_NUMBERS = "the model's scores are not numbers (NaN): its training diverged, 
 class Decoding:
     """How the next token is chosen; names, defaults and order of application are those of transformers.
 
-    The presence and frequency penalties are OpenAI's (https://platform.openai.com/docs/api-reference/chat/create): subtracted
-    from the scores of the tokens that the answer has already, once and once for each time.
+    Presence and frequency penalty are OpenAI's: subtracted from the scores of tokens that the answer has, once and for each time.
     """
 
     do_sample: bool = False
@@ -78,27 +75,21 @@ def choose(
     Raises RunError where the logits are not numbers, as those of a diverged model are.
     """
     finite = torch.isfinite(logits).all()
-    if not on_gpu(logits) and not finite:
-        raise RunError(NOT_NUMBERS)
     logits = penalized(logits, decoding, seen, answered)
     if decoding.do_sample:
         ids, probabilities = candidates(logits.float(), decoding)
-        tokens = ids.gather(1, _draw(probabilities, generator))[:, 0]
+        chance = torch.rand(len(ids), 1, generator=generator).to(ids.device)
+        sums = probabilities.cumsum(
+            -1
+        )  # the first candidate whose sum exceeds the chance, which is below 1, is drawn
+        place = (sums <= chance * sums[:, -1:]).sum(-1, keepdim=True)
+        tokens = ids.gather(1, place)[:, 0]
     else:
         tokens = logits.argmax(-1)
     chosen = torch.where(finite, tokens, -1).tolist()
     if -1 in chosen:
         raise RunError(NOT_NUMBERS)
     return chosen
-
-
-def _draw(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """The place (rows, 1) of one candidate per row, drawn by the generator on the CPU."""
-    if not on_gpu(probabilities):
-        return torch.multinomial(probabilities, 1, generator=generator)
-    chance = torch.rand(len(probabilities), 1, generator=generator).to(probabilities.device)
-    sums = probabilities.cumsum(-1)  # the first candidate whose sum exceeds the chance is drawn
-    return (sums <= chance * sums[:, -1:]).sum(-1, keepdim=True).clamp_(max=sums.shape[1] - 1)
 
 
 def penalized(
@@ -112,15 +103,11 @@ def penalized(
         return logits
     logits = logits.float().clone()
     for row, tokens, count in zip(logits, seen, answered, strict=True):
-        ids = torch.tensor(sorted(set(tokens)), device=row.device)
-        scores = row[ids]
-        row[ids] = torch.where(scores < 0, scores * penalty, scores / penalty)
-        times = Counter(tokens[len(tokens) - count :])
-        ids, counts = (
-            torch.tensor(numbers, device=row.device) for numbers in (list(times), list(times.values()))
-        )
-        if times:
-            row[ids] -= frequency * counts + presence
+        ids = torch.tensor(tokens, device=row.device).unique()
+        row[ids] = torch.where(row[ids] < 0, row[ids] * penalty, row[ids] / penalty)
+        said = torch.tensor(tokens[len(tokens) - count :], dtype=torch.int64, device=row.device)
+        ids, times = said.unique(return_counts=True)
+        row[ids] -= frequency * times + presence
     return logits
 
 
@@ -128,20 +115,13 @@ def candidates(logits: torch.Tensor, decoding: Decoding) -> tuple[torch.Tensor, 
     """(ids, probabilities), both (rows, candidates), of what a sampled token is drawn from, after temperature, top_k and top_p, in that
     order. `logits`: (rows, vocabulary).
 
-    Sorting only the top_k saves about 10 ms a token on a vocabulary of 152 thousand. Tokens as likely as the last one stay in, as in
-    transformers; on a GPU up to TIES of them, whose number the host does not ask for.
+    Sorting only the top_k saves about 10 ms a token on a vocabulary of 152 thousand. As in transformers, tokens as likely as the
+    last one stay in, but no more than TIES of them: how many there are, a GPU would have to be asked.
     """
     logits = logits / decoding.temperature
     if 0 < decoding.top_k < logits.shape[1]:
-        width = decoding.top_k
-        kept, ids = logits.topk(min(width + TIES, logits.shape[1]) if on_gpu(logits) else width)
-        lowest = kept[:, width - 1 : width]
-        if not on_gpu(logits):
-            width = int((logits >= lowest).sum(-1).max())
-            if width > decoding.top_k:
-                kept, ids = logits.topk(width)
-        if kept.shape[1] > decoding.top_k:
-            kept = kept.masked_fill(kept < lowest, -torch.inf)
+        kept, ids = logits.topk(min(decoding.top_k + TIES, logits.shape[1]))
+        kept = kept.masked_fill(kept < kept[:, decoding.top_k - 1, None], -torch.inf)
     else:
         kept, ids = logits.sort(descending=True)
     if decoding.top_p < 1:
@@ -180,26 +160,20 @@ class TokenStream:
         self.cached.keep(shared)
         del self.ids[shared:]
         new, seen = prompt_ids[shared:], list(prompt_ids)
-        for _ in range(max_new_tokens):
-            answered = len(seen) - len(prompt_ids)
-            [token] = choose(self._logits(new)[None], decoding, [seen], generator, [answered])
+        for answered in range(max_new_tokens):
+            try:
+                logits = self.cached.feed(new)
+            except torch.OutOfMemoryError:
+                self.reset()
+                long = f"a conversation of {len(seen)} tokens; start a shorter one"
+                raise RunError(f"not enough GPU memory for {long}") from None
+            self.ids += new
+            [token] = choose(logits[None], decoding, [seen], generator, [answered])
             yield token
             if token in self.stop:
                 return
             new = [token]
             seen.append(token)
-
-    def _logits(self, new):
-        try:
-            logits = self.cached.feed(new)
-        except torch.OutOfMemoryError:
-            length = len(self.ids) + len(new)
-            self.reset()
-            raise RunError(
-                f"not enough GPU memory for a conversation of {length} tokens; start a shorter one"
-            ) from None
-        self.ids += new
-        return logits
 
 
 def generate_answers(
@@ -249,9 +223,19 @@ def generate_tokens(
 
 @torch.inference_mode()
 def _generate_batch(model, prompts, stop, max_new_tokens, decoding, generator):
-    answers = [[] for _ in prompts]
-    cached, logits = _read_prompts(model, prompts)
-    going = list(range(len(prompts)))  # the answers that have not ended: the batch shrinks to them
+    def tensor(numbers):
+        return torch.tensor(numbers, device=model.device)
+
+    places = {}  # a prompt that stands several times, because several answers are wanted, is computed once
+    rows = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
+    width = max(map(len, places))
+    padding = [width - len(prompt) for prompt in places]  # on the left, so that all answers begin at once
+    cached = CachedModel(model, tensor(padding))
+    logits = cached.feed_rows(tensor([[0] * pad + [*prompt] for pad, prompt in zip(padding, places)]))
+    if len(places) < len(prompts):
+        logits = logits[tensor(rows)]
+        cached.keep_rows(tensor(rows))
+    answers, going = [[] for _ in prompts], list(range(len(prompts)))  # the batch shrinks to those that go on
     for left in reversed(range(max_new_tokens)):
         seen = [prompts[row] + answers[row] for row in going]
         tokens = choose(logits, decoding, seen, generator, [len(answers[row]) for row in going])
@@ -261,27 +245,10 @@ def _generate_batch(model, prompts, stop, max_new_tokens, decoding, generator):
         if not kept or not left:
             break
         if len(kept) < len(going):
-            cached.keep_rows(torch.tensor(kept, device=model.device))
+            cached.keep_rows(tensor(kept))
         going = [going[place] for place in kept]
-        logits = cached.feed_rows(torch.tensor([[tokens[place]] for place in kept], device=model.device))
+        logits = cached.feed_rows(tensor([[tokens[place]] for place in kept]))
     return answers
-
-
-def _read_prompts(model, prompts):
-    """A CachedModel that has read `prompts`, and the logits (rows, vocabulary) after each. One that stands several times, because
-    several answers are wanted, is computed once."""
-    places = {}
-    rows = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
-    width = max(map(len, places))
-    padding = [width - len(prompt) for prompt in places]  # on the left, so that all answers begin at once
-    cached = CachedModel(model, torch.tensor(padding, device=model.device))
-    fed = torch.tensor([[0] * pad + [*prompt] for pad, prompt in zip(padding, places)], device=model.device)
-    logits = cached.feed_rows(fed)
-    if len(places) < len(prompts):
-        rows = torch.tensor(rows, device=model.device)
-        logits = logits[rows]
-        cached.keep_rows(rows)
-    return cached, logits
 
 
 class AnswerReader:
@@ -295,12 +262,13 @@ class AnswerReader:
         self.start, self.end = (tokenizer.convert_tokens_to_ids(tag) for tag in ("<think>", "</think>"))
         self.thinking = self.start in prompt_ids[-2:]  # templates of thinking-only models end in "<think>\n"
         self.reasoning = self.content = ""
-        self._begin_text()
+        # `held`: ids that the stream holds back, because they may be half a character
+        self.stream, self.held = DecodeStream(skip_special_tokens=True), []
 
     def feed(self, token: int) -> str:
         """Take one token id; return the text that became whole with it ("" often: a rare character takes three tokens)."""
         if token in (self.start, self.end):
-            rest = self._add(self._held_text())
+            rest = self._flush()
             self.thinking = token == self.start
             return rest
         self.held.append(token)
@@ -312,18 +280,14 @@ class AnswerReader:
 
     def finish(self) -> str:
         """The answer has ended: return what is left of a cut character, as U+FFFD."""
-        rest = self._add(self._held_text())
+        rest = self._flush()
         self.reasoning = self.reasoning.rstrip("\n")
         return rest
 
-    def _begin_text(self):
-        self.stream = DecodeStream(skip_special_tokens=True)
-        self.held = []  # ids that the stream holds back, because they may be half a character
-
-    def _held_text(self):
+    def _flush(self):
         text = self.tokenizer.decode(self.held, skip_special_tokens=True)
-        self._begin_text()
-        return text
+        self.stream, self.held = DecodeStream(skip_special_tokens=True), []
+        return self._add(text)
 
     def _add(self, text):
         part = "reasoning" if self.thinking else "content"

@@ -27,9 +27,8 @@ def answer_logps(model, rows: PackedRows, device: Device, watch: Callable = iter
     for row, hidden, batch in _hidden_states(model, rows, device, watch):
         logps = _token_logps(model, hidden, batch["targets"], device)
         counts = [len(rows.items[index]["documents"]) for index in row]
-        answers = torch.zeros(sum(counts), dtype=logps.dtype).index_add_(
-            0, batch["label_documents"].cpu(), logps
-        )
+        answers = torch.zeros(sum(counts), dtype=logps.dtype)
+        answers.index_add_(0, batch["label_documents"].cpu(), logps)
         results.update(zip(row, (part.tolist() for part in answers.split(counts))))
     return [results[index] for index in range(len(rows.items))]
 

@@ -1,10 +1,9 @@
 """Packing: many short documents in one row of tokens, without padding and without one seeing another.
 
-A *document* is one sequence (a prompt and its answer). An *item* is what must stay together: one document for SFT, the
-chosen and the rejected one for DPO, the options of an exam question. The documents of an item that answer the same prompt
-form one *shared-prefix group*: its branches see the prompt and themselves, not one another. Items are packed once, before
-training, into rows of at most `max_length` tokens, so that every epoch costs the same and a resumed run finds the same rows.
-The trainer shuffles rows, never their content.
+A *document* is a prompt and its answer. An *item* is what must stay together: one document for SFT, the chosen and the rejected
+one for DPO, the options of an exam question. The documents of an item that answer the same prompt form one *shared-prefix
+group*: its branches see the prompt and themselves, not one another. Items are packed once, before training, into rows of at
+most `max_length` tokens, so that a resumed run finds the same rows. The trainer shuffles rows, never their content.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ GroupShape = tuple[int, ...]  # tokens of a group's shared prefix, then tokens o
 
 
 class Item(TypedDict):
-    """Documents that must stay together in a row. Numbers for the loss, such as "reference_chosen", may stand beside these fields."""
+    """Numbers for the loss, such as "reference_chosen", may stand beside these fields."""
 
     documents: list[Document]
     id: NotRequired[str]  # for messages
 
 
 class PackedBatch(TypedDict):
-    """The rows of one forward pass, joined into one sequence of T tokens with N labels. Further numbers of the items, such as
-    "reference_chosen", are there under their own names as float32 tensors (items,)."""
+    """The rows of one forward pass, joined into one sequence of T tokens with N labels. Further numbers of the items are float32
+    tensors (items,) under their own names."""
 
     input_ids: torch.Tensor  # (1, T) int64
     position_ids: torch.Tensor  # (1, T) int64, from 0 in each document
@@ -47,15 +46,11 @@ class PackedBatch(TypedDict):
     ids: list[str | None]
 
 
-INPUTS = ("input_ids", "position_ids", "label_positions", "layout", "row_length")  # of the model's forward
-
-
 def pack(lengths: Sequence[int] | numpy.ndarray, max_length: int, seed: int = 0) -> list[list[int]]:
     """Pack items of these lengths (tokens, each at most max_length) into rows: lists of item numbers.
 
-    The items come in a random order that `seed` fixes, and each goes to the fullest row that still holds it; of equally full ones,
-    to the one that was filled last. Packing the longest first would fill a little better, but it makes rows of items of one length,
-    which is one kind: the model learns far less from the same tokens.
+    In a random order that `seed` fixes, each goes to the fullest row that still holds it; of equally full ones, to the one that
+    was filled last. Longest first would fill a little better, but then a row holds one kind: the model learns far less from it.
     """
     order = random.Random(seed).sample(range(len(lengths)), len(lengths))
     lengths = numpy.asarray(lengths).tolist()
@@ -85,15 +80,14 @@ def measure_items(items: Iterable[Item]) -> Sizes:
     """The Sizes of items that are in memory."""
     rows = []
     for item in items:
-        trained = sum(len(answer) for _, answer in item["documents"])
-        rows.append(
-            (item_length(item), trained + sum(len(prompt) for prompt, _ in item["documents"]), trained)
-        )
+        prompts, answers = zip(*item["documents"])
+        trained = sum(map(len, answers))
+        rows.append((item_length(item), trained + sum(map(len, prompts)), trained))
     return Sizes(*numpy.array(rows, dtype=numpy.int32).reshape(-1, 3).T)
 
 
 class Chosen(Sequence):
-    """Some items of a sequence, those of the numbers `indices`, in that order; each is read when it is asked for."""
+    """The items of the numbers `indices` of a sequence, in that order; each is read when it is asked for."""
 
     def __init__(self, items: Sequence[Item], indices: numpy.ndarray):
         self.items, self.indices = items, indices
@@ -106,10 +100,9 @@ class Chosen(Sequence):
 
 
 class PackedRows(torch.utils.data.Dataset):
-    """Rows of packed items; an element is the list of items of one row.
+    """Rows of packed items; an element is the list of items of one row, read when it is asked for.
 
-    Tokens are read when a row is asked for: `items` may be a list, or anything else that gives an Item for a number. `tokens` and
-    `trained_tokens` count over all documents, each by itself. `numbers`: further numbers of the items for the loss,
+    `tokens` and `trained_tokens` count over all documents, each by itself. `numbers`: further numbers of the items for the loss,
     {"reference_chosen": (items,) array, ...}.
     """
 
@@ -132,8 +125,9 @@ class PackedRows(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> list[Item]:
+        numbers = self.numbers.items()
         return [
-            self.items[item] | {name: float(values[item]) for name, values in self.numbers.items()}
+            self.items[item] | {name: float(values[item]) for name, values in numbers}
             for item in self.rows[index]
         ]
 
@@ -153,16 +147,12 @@ class PackedRows(torch.utils.data.Dataset):
         return chosen
 
     def even_out(self, count: int) -> None:
-        """Split the rows of most items until the number of rows is a multiple of `count`, as several processes need.
-
-        UserError if there are not as many items.
-        """
+        """Split the rows of most items until `count` processes can share them. UserError if there are not as many items."""
         while len(self.rows) % count:
             longest = max(self.rows, key=len)
             if len(longest) == 1:
-                raise UserError(
-                    f"{len(self.items)} examples cannot be shared out evenly among {count} processes; use fewer"
-                )
+                examples = f"{len(self.items)} examples"
+                raise UserError(f"{examples} cannot be shared out evenly among {count} processes; use fewer")
             self.rows.append(longest[len(longest) // 2 :])
             del longest[len(longest) // 2 :]
 
@@ -175,7 +165,7 @@ class PackedRows(torch.utils.data.Dataset):
 def shared_prefix_groups(item: Item) -> Iterator[tuple[list[int], list[Document]]]:
     """The item's documents as (shared ids, [(rest of the prompt, answer), ...]), in their order.
 
-    If all have the same prompt, all but its last token is shared: the last one predicts another token in each branch.
+    Of one prompt for all, all but the last token is shared: the last one predicts another token in each branch.
     """
     documents = item["documents"]
     prompt = documents[0][0]
@@ -204,8 +194,7 @@ class Padding(NamedTuple):
 def padding_for(device: Device, max_length: int) -> Padding:
     """The padding of rows of at most `max_length` tokens on a device.
 
-    Lengths are rounded up if rows are joined: tensors of few different sizes find their memory again, and fewer kernels have to be
-    made, for about a hundredth more tokens.
+    Joined rows are rounded up: tensors of few different sizes find their memory again, for a hundredth more tokens.
     """
     return Padding(row_length=max_length) if device.equal_rows else Padding(multiple=ROUNDED)
 
@@ -238,9 +227,7 @@ def collate(rows: list[list[Item]], padding: Padding = Padding()) -> PackedBatch
     ids: list[int] = []
     positions: list[int] = []
     layout: list[GroupShape] = []
-    labels: list[
-        tuple[int, list[int], int]
-    ] = []  # (position of the first one, answer, number of the document)
+    labels: list[tuple[int, list[int], int]] = []  # (position of the first, answer, number of the document)
     for groups in groups_of_rows:
         for shape, first, shared, branches in sorted(groups, key=lambda group: group[:2]):
             layout.append(shape)
@@ -282,4 +269,5 @@ def to_device(batch: PackedBatch, device: Device) -> PackedBatch:
 
 def model_inputs(batch: PackedBatch) -> dict:
     """What the forward of a model takes that `prepare_packed` has prepared."""
-    return {name: batch[name] for name in INPUTS}
+    names = ("input_ids", "position_ids", "label_positions", "layout", "row_length")
+    return {name: batch[name] for name in names}
