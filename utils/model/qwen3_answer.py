@@ -3,18 +3,16 @@
 It saves transformers' own Python in every layer and its copy of the whole cache for every token. bfloat16 is rounded where
 transformers rounds it; utils/model/qwen3_train.py, for training, rounds less often.
 
-Every token reads every weight once, and on a CPU reading is what takes the time. So an attention layer's query, key and value are
-one product here, and so are the gate and up of its MLP. The weights are held in one of four forms:
+Every token reads every weight once, which on a CPU takes most of the time. So query, key and value of an attention layer are one
+product here, and so are gate and up of an MLP. The weights are held in one of four forms:
 
     plain   as the model has them. Joined weights share the model's memory.
     fp16    float16, as are the states that they are multiplied with, for Apple GPUs. The residual stream and the norms stay float32,
             so that large activations do not overflow.
-    half    float16, for x86 CPUs without bfloat16 instructions. Products and sums stay float32. A bfloat16 weight, as Qwen3 is
-            published, keeps its value; only one below 8e-6 moves, by 3e-8 at most. A float32 weight of a finished training is
-            rounded to 11 bits, where bfloat16 would keep 8.
-    int8    8 bits, with a scale for each row of a matrix, multiplied as integers. States are split into two 8-bit numbers each: the
-            second holds what the first has rounded off, so that next to nothing of them is lost. It costs no time, since the
-            product takes as long for two rows as for one.
+    half    float16, for x86 CPUs without bfloat16 instructions. Products and sums stay float32. A bfloat16 weight keeps its value
+            (one below 8e-6 moves by 3e-8 at most); a float32 weight is rounded to 11 bits, where bfloat16 would keep 8.
+    int8    8 bits, with a scale for each row of a matrix. States are split into two 8-bit numbers each: the second holds what the
+            first has rounded off. It costs no time, since the product takes as long for two rows as for one.
 """
 
 import warnings
@@ -55,7 +53,7 @@ class AnswerWeights(NamedTuple):
 
 
 class CachedModel:
-    """`model` (Qwen3ForCausalLM) and the keys and values of the `length` tokens it has seen: of one conversation, or of several.
+    """A model and the keys and values of the `length` tokens it has seen, of one conversation or of several.
 
     `padding`: (rows,) tokens that stand before the beginning of each conversation, so that all end together.
     """
@@ -66,8 +64,7 @@ class CachedModel:
         self.model, self.weights, self.config = model, model.answer_weights, model.config
         self.padding, self.length = padding, 0
         self.dtype = self.weights.dtype or model.model.norm.weight.dtype  # of keys, values and attention
-        # keys and values of each layer in turn: (rows, heads, capacity, head_dim) each
-        self.cache: list[torch.Tensor] = []
+        self.cache: list[torch.Tensor] = []  # keys and values in turn: (rows, heads, capacity, head_dim) each
 
     def keep(self, count: int) -> None:
         """Forget all but the first `count` tokens."""
@@ -96,7 +93,9 @@ class CachedModel:
         positions = columns[None, self.length :]
         if self.padding is not None:
             positions = (positions - self.padding[:, None]).clamp(min=0)
-        turn = _turns(*model.rotary_emb(states, positions))
+        cos, sin = (part[:, :, None] for part in model.rotary_emb(states, positions))
+        first, second = sin.chunk(2, dim=-1)
+        turn = cos, torch.cat((-first, second), dim=-1)
         seen = [part[:, :, :end] for part in self.cache]
         with _for_rows(rows * count):
             for number, layer in enumerate(self.weights.layers):
@@ -114,29 +113,29 @@ class CachedModel:
     def _attention(self, layer: LayerWeights, states, shape, turn, keys, values, mask):
         """states (rows x count, hidden) of `shape` (rows, count). Writes their keys and values into the cache's views of this layer."""
         queries, kv = self.config.num_attention_heads, self.config.num_key_value_heads
-        states = layer.qkv(states).view(*shape, queries + 2 * kv, -1)
-        turned = _rotate(self._norm(states[:, :, :-kv], layer.qk_norm), *turn).transpose(1, 2)
+        states, cos, sin = layer.qkv(states).view(*shape, queries + 2 * kv, -1), *turn
+        turned = self._norm(states[:, :, :-kv], layer.qk_norm)
+        turned = (turned * cos + turned.roll(turned.shape[-1] // 2, -1) * sin).transpose(1, 2)
         keys[:, :, self.length :] = turned[:, queries:]
         values[:, :, self.length :] = states[:, :, -kv:].transpose(1, 2)
         query = turned[:, :queries].to(self.dtype)
-        if (
-            shape[1] == 1
-        ):  # the heads that share a key become the queries of one head: a sixth of the time in bfloat16
+        if shape[1] == 1:
+            # the heads that share a key become the queries of one head: a sixth of the time in bfloat16
             query = query.unflatten(1, (kv, -1))[:, :, :, 0]
             output = F.scaled_dot_product_attention(query, keys, values, mask).flatten(1, 2)
         else:
-            if shared := on_gpu(
+            shared = on_gpu(
                 query
-            ):  # with a mask, CUDA has only the slow math kernel for heads that share a key
+            )  # with a mask, CUDA has only the slow math kernel for heads that share a key
+            if shared:
                 keys, values = (part.repeat_interleave(queries // kv, dim=1) for part in (keys, values))
-            output = F.scaled_dot_product_attention(
-                query, keys, values, mask, is_causal=mask is None, enable_gqa=not shared
-            ).transpose(1, 2)
+            how = {"is_causal": mask is None, "enable_gqa": not shared}
+            output = F.scaled_dot_product_attention(query, keys, values, mask, **how).transpose(1, 2)
         return layer.output(output.reshape(shape[0] * shape[1], -1))
 
     def _mask(self, columns, count):
-        """The tokens (..., end) that each new one (count, 1) sees. None if attention needs no mask: one new token sees all, and the
-        tokens of a first pass see one another causally."""
+        """The tokens (..., end) that each new one (count, 1) sees; None if one new token sees all, or those of a first pass see one
+        another causally."""
         if self.padding is None and (count == 1 or not self.length):
             return None
         itself = columns[self.length :, None]
@@ -157,10 +156,9 @@ class CachedModel:
         return weight * F.rms_norm(states, weight.shape[-1:], None, self.config.rms_norm_eps)
 
     def _reserve(self, rows, end):
-        """Make room for `end` tokens and half as many more, so that the cache is seldom copied. It grows layer by layer: never are there
-        two of it.
+        """Make room for `end` tokens and half as many more, layer by layer, so that the cache is seldom copied and never there twice.
 
-        One conversation gets room for 256 more at least. Many get less each: their cache is copied anyway whenever one ends.
+        One conversation gets room for 256 more at least; the cache of many is copied anyway whenever one ends.
         """
         config = self.config
         if len(self.cache) == 2 * config.num_hidden_layers and end <= self.cache[-1].shape[2]:
@@ -173,17 +171,6 @@ class CachedModel:
                 self.cache[place] = grown
             else:
                 self.cache.append(grown)
-
-
-def _turns(cos, sin):
-    """Rotary cosines and sines (rows, count, head_dim) for _rotate: for every head, the sines of the first half negative."""
-    first, second = sin.chunk(2, dim=-1)
-    return cos[:, :, None], torch.cat((-first, second), dim=-1)[:, :, None]
-
-
-def _rotate(states, cos, sin):
-    """Rotary positions: states (rows, count, heads, head_dim), cos and sin of _turns."""
-    return states * cos + states.roll(states.shape[-1] // 2, -1) * sin
 
 
 @contextmanager
@@ -204,7 +191,6 @@ def hold_weights(model: Qwen3ForCausalLM, form: str) -> None:
     A matrix that a form cannot hold, such as one of a diverged training (NaN), stays plain. Half and int8 take seconds for 0.6 B
     parameters: a matrix is packed on one core, so threads share the layers.
     """
-    hold = FORMS[form]
     if form != "plain":
         for name, weight in model.named_parameters():
             if name.endswith("norm.weight"):
@@ -213,83 +199,66 @@ def hold_weights(model: Qwen3ForCausalLM, form: str) -> None:
         # Quantized tensors are to leave a later torch. The one that is pinned here has no other product as fast for one row.
         warnings.filterwarnings("ignore", message=".*quantized tensor creation functions")
         with ThreadPoolExecutor(1 if form == "plain" else torch.get_num_threads()) as threads:
-            head = threads.submit(_hold, hold, model.lm_head)  # the largest comes first
-            layers = threads.map(lambda layer: _layer_weights(hold, layer), model.model.layers)
+            head = threads.submit(_hold, form, model.lm_head)  # the largest comes first
+            layers = list(threads.map(lambda layer: _layer_weights(form, layer), model.model.layers))
             dtype = torch.float16 if form == "fp16" else None
-            model.answer_weights = AnswerWeights(list(layers), head.result(), dtype)
+            model.answer_weights = AnswerWeights(layers, head.result(), dtype)
 
 
-@torch.no_grad()  # torch keeps this setting in each thread by itself
-def _layer_weights(hold, layer):
+def _layer_weights(form, layer):
     attention, mlp, config = layer.self_attn, layer.mlp, layer.self_attn.config
-    query_norm = attention.q_norm.weight.expand(config.num_attention_heads, -1)
-    key_norm = attention.k_norm.weight.expand(config.num_key_value_heads, -1)
+    query_norm = attention.q_norm.weight.detach().expand(config.num_attention_heads, -1)
+    key_norm = attention.k_norm.weight.detach().expand(config.num_key_value_heads, -1)
     return LayerWeights(
         input_norm=layer.input_layernorm.weight,
-        qkv=_hold(hold, attention.q_proj, attention.k_proj, attention.v_proj),
+        qkv=_hold(form, attention.q_proj, attention.k_proj, attention.v_proj),
         qk_norm=torch.cat([query_norm, key_norm]),
-        output=_hold(hold, attention.o_proj),
+        output=_hold(form, attention.o_proj),
         mlp_norm=layer.post_attention_layernorm.weight,
-        gate_up=_hold(hold, mlp.gate_proj, mlp.up_proj),
-        down=_hold(hold, mlp.down_proj),
+        gate_up=_hold(form, mlp.gate_proj, mlp.up_proj),
+        down=_hold(form, mlp.down_proj),
     )
 
 
-@torch.no_grad()
-def _hold(hold, *layers):
+@torch.no_grad()  # torch keeps this setting in each thread by itself
+def _hold(form, *layers):
     """The product with the weights of linear layers, one below the other. The layers lose weights that are held in another form."""
     weight = layers[0].weight
     if len(layers) > 1:
         weight = torch.cat([layer.weight for layer in layers])
         for layer, part in zip(layers, weight.split([layer.out_features for layer in layers])):
             layer.weight.data = part  # a part of the joined matrix from now on
-    product = hold(weight)
-    if product is None:
-        return _plain(weight.float())
-    if hold is not _plain:
-        for layer in layers:
-            del layer.weight
-        del weight
-        release_memory()
+    if form == "plain":
+        return _product(form, weight)
+    # FBGEMM would make 65504 of what is too large for float16, or NaN.
+    limit = torch.finfo(torch.float32 if form == "int8" else torch.float16).max
+    if not max(abs(end.item()) for end in torch.aminmax(weight)) <= limit:
+        return _product("plain", weight.float())
+    product = _product(form, weight)
+    for layer in layers:
+        del layer.weight
+    del weight
+    release_memory()
     return product
 
 
-def _plain(weight):
-    return lambda states: F.linear(states.to(weight.dtype), weight)
+def _product(form, weight):
+    """states -> states times a weight (out, in) that is held in a form.
 
-
-def _fits_float16(weight):
-    """False if a weight is too large for float16, of which FBGEMM would make 65504, or NaN."""
-    return max(abs(end) for end in torch.aminmax(weight)) <= torch.finfo(torch.float16).max
-
-
-def _fp16(weight):
-    """The product in float16; None if a weight does not fit."""
-    if not _fits_float16(weight):
-        return None
-    rounded = weight.half()
-    return lambda states: F.linear(states.half(), rounded)
-
-
-def _half(weight):
-    """The product with float16 weights and float32 states; None if a weight does not fit."""
-    if not _fits_float16(weight):
-        return None
-    packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
-    return lambda states: torch.ops.quantized.linear_dynamic_fp16(states, packed)
-
-
-def _int8(weight):
-    """The product with int8 weights; None if a weight is no finite number.
-
-    A row of the weight is scale x whole numbers of -127 to 127. A state is size x (upper + lower / (2 x largest)), where upper and
-    lower are whole numbers of -largest to largest: two rows of one product.
+    In int8, a row of the weight is scale x whole numbers of -127 to 127, and a state is size x (upper + lower / (2 x largest)),
+    where upper and lower are whole numbers of -largest to largest: two rows of one product.
     """
-    weight = weight.float()
-    scales = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    if not torch.isfinite(scales).all():
-        return None
-    whole = (weight / scales[:, None]).round().to(torch.int8)
+    if form == "plain":
+        return lambda states: F.linear(states.to(weight.dtype), weight)
+    if form == "fp16":
+        rounded = weight.half()
+        return lambda states: F.linear(states.half(), rounded)
+    exact = weight.float()
+    if form == "half":
+        packed = torch.ops.quantized.linear_prepack_fp16(exact, None)
+        return lambda states: torch.ops.quantized.linear_dynamic_fp16(states, packed)
+    scales = exact.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    whole = (exact / scales[:, None]).round().to(torch.int8)
     zeros = torch.zeros(len(scales), dtype=torch.int64)
     matrix = torch._make_per_channel_quantized_tensor(whole, scales.double(), zeros, 0)
     packed = torch.ops.quantized.linear_prepack(matrix, None)
@@ -308,6 +277,3 @@ def _int8(weight):
         return upper.add_(lower, alpha=0.5 / largest).mul_(size)
 
     return product
-
-
-FORMS = {"plain": _plain, "fp16": _fp16, "half": _half, "int8": _int8}
