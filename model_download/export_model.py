@@ -63,37 +63,32 @@ def main(argv: list[str] | None = None) -> None:
     questions = read_questions(settings)
 
     # 2. Load the finished model, an adapter merged
-    from utils.model.export import FORMAT_MODULES
+    from utils.model.export import FORMATS
     from utils.model.export.agreement import compare_with_export
     from utils.model.export.card import model_card
-    from utils.model.export.source import Export, load_source
+    from utils.model.export.folders import load_source
 
-    kind = FORMAT_MODULES[settings.FORMAT]
-    export = Export(name, settings.PRECISION or kind.PRECISIONS[0], settings.BASE, place)
-    if export.precision not in kind.PRECISIONS:
-        known = " or ".join(kind.PRECISIONS) or "none"
-        raise UserError(f"--precision: wanted {known}, got {export.precision!r}")
-    kind.check(folder, export.base)
+    export = FORMATS[settings.FORMAT](name, settings.PRECISION, settings.BASE, place)
+    export.check(folder)
     prepare_folder(place)
     print(f"exporting {show_path(folder)} to {show_path(place)}", flush=True)
     source = load_source(folder, settings.FORMAT)
 
     # 3. Write the export, each file whole or not at all
-    write_folder(place, lambda partial: kind.save(source, export, partial))
+    write_folder(place, lambda partial: export.save(source, partial))
 
     # 4. Read it as another tool would: what did it cost?
     cost = []
-    if questions and (found := kind.read(source, export)):
+    if questions and (found := export.read(source)):
         cost = [compare_with_export(source, *found, questions, settings.MAX_NEW_TOKENS)]
     elif questions:
-        cost = [
-            f"not tried: {export.base} is not on this machine under that name, so nothing shows that the adapter fits it"
-        ]
+        where = "is not on this machine under that name"
+        cost = [f"not tried: {export.base} {where}, so nothing shows that the adapter fits it"]
 
     # 5. The model card, and what to do next
     with atomic_write(place / "README.md") as file:
-        file.write(model_card(source, export, [*cost, *kind.commands(export, ".")]))
-    print("\n".join([*cost, *kind.commands(export, show_path(place))]))
+        file.write(model_card(source, export, [*cost, *export.commands(".")]))
+    print("\n".join([*cost, *export.commands(show_path(place))]))
     print(f"give it away (nothing is uploaded here): `hf upload YOUR-NAME/{name} {show_path(place)}`")
 
 

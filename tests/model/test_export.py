@@ -13,9 +13,11 @@ from model_download import export_model
 from model_finetune import finetune_dpo, finetune_lora, finetune_sft
 from utils.errors import run
 from utils.files import read_json, write_json, write_jsonl
+from utils.model.export import FolderExport
 from utils.model.folder import model_sha256
 
 pytestmark = pytest.mark.slow  # three trainings first
+OTHER_PROMPT = "makes another prompt than the folder's"
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,32 @@ def export(place, tmp_path):
     return export
 
 
+@pytest.fixture
+def gguf():
+    return pytest.importorskip("gguf", reason="optional: pip install gguf")
+
+
+def change(path, **fields):
+    """Set fields of a JSON file; "gone" takes one away."""
+    write_json(path, {name: value for name, value in (read_json(path) | fields).items() if value != "gone"})
+
+
+def change_weights(folder, new):
+    """Put `new`(weights) in the place of a folder's weights."""
+    path = folder / "model.safetensors"
+    save_file(new(load_file(path)), path, {"format": "pt"})
+
+
+def one_line(capsys):
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    return said
+
+
+def copy(folder, to):
+    return shutil.copytree(folder, to, ignore=shutil.ignore_patterns("best", "checkpoint*"))
+
+
 @pytest.mark.parametrize("model", ["sft", "lora", "dpo"])
 def test_a_folder_in_bfloat16_answers_as_the_run_does(export, place, model, capsys):
     output = export(model)
@@ -51,10 +79,8 @@ def test_a_folder_in_bfloat16_answers_as_the_run_does(export, place, model, caps
     assert finished.keys() == weights.keys()
     assert all(torch.equal(finished[name].bfloat16(), weights[name]) for name in weights)
     config = read_json(output / "config.json")
-    assert (
-        config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1_000_000 and config["use_cache"]
-    )
-    assert AutoModelForCausalLM.from_pretrained(output).dtype == torch.bfloat16
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1_000_000
+    assert config["use_cache"] and AutoModelForCausalLM.from_pretrained(output).dtype == torch.bfloat16
 
 
 def test_a_folder_in_float32_costs_nothing(export, place, capsys):
@@ -77,25 +103,19 @@ def test_the_tokenizer_is_the_published_one_where_it_is_unchanged(export, place)
 
 
 def test_the_adapter_names_its_base_as_asked(export, place, capsys):
-    assert "12 of 12" in (export("lora", "--format", "adapter"), capsys.readouterr().out)[1]
     config = read_json(export("lora", "--format", "adapter") / "adapter_config.json")
-    assert config["base_model_name_or_path"] == str(place / "base")
+    assert config["base_model_name_or_path"] == str(place / "base") and "12 of 12" in capsys.readouterr().out
     output = export("lora", "--format", "adapter", "--base", "Qwen/Qwen3-0.6B")
     assert read_json(output / "adapter_config.json")["base_model_name_or_path"] == "Qwen/Qwen3-0.6B"
     assert "base_model: Qwen/Qwen3-0.6B" in (output / "README.md").read_text(encoding="utf-8")
-    exported, trained = (
-        load_file(folder / "adapter_model.safetensors") for folder in (output, place / "lora")
-    )
+    file = "adapter_model.safetensors"
+    exported, trained = (load_file(folder / file) for folder in (output, place / "lora"))
     assert all(torch.equal(exported[name], trained[name]) for name in trained)
+    gives_nothing_away(output, place)
 
 
-@pytest.mark.parametrize(
-    "model, arguments",
-    [("dpo", []), ("lora", ["--format", "adapter", "--base", "Qwen/Qwen3-0.6B"])],
-    ids=["folder", "adapter"],
-)
-def test_no_path_of_this_machine_is_given_away(export, place, model, arguments):
-    output = export(model, *arguments)
+def gives_nothing_away(output, place):
+    """No path of this machine is in the export."""
     for path in output.iterdir():
         assert str(place.parent).encode() not in path.read_bytes(), path.name
         assert str(output.parent).encode() not in path.read_bytes(), path.name
@@ -106,12 +126,11 @@ def test_the_card_tells_how_the_model_was_made(export, place):
     source = {"repo": "someone/rows", "revision": "f00", "licence": "MIT", "sha256": "5a1e"}
     write_json(place.parent / "raw/rows.source.json", source)
     write_json(place / "report.json", {"files": [{"file": "rows.jsonl", "rows": 68, "sha256": "5a1e"}]})
-    card = (export("dpo") / "README.md").read_text(encoding="utf-8")
-    assert (
-        "SFT from base: LEARNING_RATE 0.003, EPOCHS 2" in card
-        and "DPO from sft:" in card
-        and "BETA 0.1" in card
-    )
+    output = export("dpo")
+    gives_nothing_away(output, place)
+    card = (output / "README.md").read_text(encoding="utf-8")
+    for said in ("SFT from base: LEARNING_RATE 0.003, EPOCHS 2", "DPO from sft:", "BETA 0.1"):
+        assert said in card
     assert read_json(place / "dpo/run.json")["identity"]["TRAIN_FILE"].removeprefix("sha256 ") in card
     assert "someone/rows at f00, licence: MIT; 68 rows, sha256 `5a1e`" in card
     assert "not medical advice" in card and "greedy answers the same" in card
@@ -130,22 +149,15 @@ def test_the_card_shows_scores_of_these_very_weights_only(export, place):
     models = {"base": {"weights": "0"}, "sft": {"weights": model_sha256(place / "sft")}}
     write_json(place / "comparison.json", {"models": models, "table": table})
     card = (export("sft") / "README.md").read_text(encoding="utf-8")
-    assert (
-        "|  | base | sft |\n|---|---|---|\n| exam by option text (n = 12) | 25.0% | 50.0% (25.0 to 75.0) |\n\nOn"
-        in card
-    )
-    assert "tokens/s" not in card
-    for damaged in (
-        {"models": models | {"sft": {"weights": "other"}}, "table": table},
-        {"models": {"sft": {}}},
-        [],
-    ):
+    row = "| exam by option text (n = 12) | 25.0% | 50.0% (25.0 to 75.0) |"
+    assert f"|  | base | sft |\n|---|---|---|\n{row}\n\nOn" in card and "tokens/s" not in card
+    other = {"models": models | {"sft": {"weights": "other"}}, "table": table}
+    for damaged in (other, {"models": {"sft": {}}}, []):
         write_json(place / "comparison.json", damaged)
         assert "have not been compared" in (export("sft") / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_gguf_file_holds_weights_tokens_and_template(export, place, capsys):
-    gguf = pytest.importorskip("gguf", reason="optional: pip install gguf")
+def test_a_gguf_file_holds_weights_tokens_and_template(export, place, gguf, capsys):
     for precision, most in (("f16", 1e-3), ("bf16", 8e-3), ("q8_0", 2e-2)):
         output = export("sft", "--format", "gguf", "--precision", precision)
         reader = gguf.GGUFReader(output / f"sft-{precision}.gguf")
@@ -161,32 +173,17 @@ def test_a_gguf_file_holds_weights_tokens_and_template(export, place, capsys):
     assert capsys.readouterr().out.count("of 12 greedy answers the same") == 3
     modelfile = (output / "Modelfile").read_text(encoding="utf-8")
     assert modelfile.startswith("FROM ./sft-q8_0.gguf\n") and 'PARAMETER stop "<|im_end|>"' in modelfile
-    assert (
-        '<|im_start|>assistant\n<think>\n\n</think>\n\n"""' in modelfile
-        and "PARAMETER top_p 0.8" in modelfile
-    )
+    assert '<|im_start|>assistant\n<think>\n\n</think>\n\n"""' in modelfile
+    assert "PARAMETER top_p 0.8" in modelfile
 
 
-def test_a_tokenizer_that_llama_cpp_cannot_follow_is_refused(export, place, tmp_path, capsys):
-    pytest.importorskip("gguf", reason="optional: pip install gguf")
-    other = shutil.copytree(place / "sft", tmp_path / "other")
+def test_a_tokenizer_that_llama_cpp_cannot_follow_is_refused(export, place, tmp_path, gguf, capsys):
+    other = copy(place / "base", tmp_path / "other")
     tokenizer = read_json(other / "tokenizer.json")
     tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{L}"
     write_json(other / "tokenizer.json", tokenizer)
     export(other, "--format", "gguf", code=2)
     assert "llama.cpp cannot split words as this tokenizer does" in capsys.readouterr().err
-
-
-def change(path, **fields):
-    write_json(
-        path, {name: value for name, value in {**read_json(path), **fields}.items() if value != "gone"}
-    )
-
-
-def drop_tensor(folder):
-    weights = load_file(folder / "model.safetensors")
-    del weights["model.norm.weight"]
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 def ask_otherwise(folder):
@@ -195,13 +192,12 @@ def ask_otherwise(folder):
     path.write_text(text, encoding="utf-8")
 
 
-def other_weights(folder):
-    weights = load_file(folder / "model.safetensors")
-    save_file(
-        {name: weight * 1.5 for name, weight in weights.items()},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
+def drop_norm(weights):
+    return {name: weight for name, weight in weights.items() if name != "model.norm.weight"}
+
+
+def enlarge(weights):
+    return {name: weight * 1.5 for name, weight in weights.items()}
 
 
 @pytest.mark.parametrize(
@@ -211,17 +207,15 @@ def other_weights(folder):
         (lambda folder: change(folder / "config.json", rope_theta="gone"), "rope_parameters is read as"),
         (lambda folder: change(folder / "config.json", rms_norm_eps=1e-5), "rms_norm_eps is read as"),
         (lambda folder: change(folder / "config.json", tie_word_embeddings=False), "lacks lm_head.weight"),
-        (drop_tensor, "lacks model.norm.weight"),
-        (other_weights, "the export is not what the folder is: "),
-        (ask_otherwise, "makes another prompt than the folder's"),
+        (lambda folder: change_weights(folder, drop_norm), "lacks model.norm.weight"),
+        (lambda folder: change_weights(folder, enlarge), "the export is not what the folder is: "),
+        (ask_otherwise, OTHER_PROMPT),
     ],
     ids=["rope base", "epsilon", "untied", "tensor", "weights", "template"],
 )
 def test_a_wrong_folder_is_found(export, monkeypatch, capsys, damage, message):
-    from utils.model.export import folder
-
-    save = folder.save
-    monkeypatch.setattr(folder, "save", lambda *given: (save(*given), damage(given[2])))
+    save = FolderExport.save
+    monkeypatch.setattr(FolderExport, "save", lambda *given: (save(*given), damage(given[2])))
     export("sft", code=1)
     assert message in capsys.readouterr().err
 
@@ -232,17 +226,12 @@ def test_a_wrong_folder_is_found(export, monkeypatch, capsys, damage, message):
         ("add_rope_freq_base", lambda value: 10_000.0, "rope_parameters is read as"),
         ("add_block_count", lambda value: value - 1, "holds weights that no tool would read: blk."),
         ("add_eos_token_id", lambda value: value + 1, "another end token"),
-        ("add_token_merges", lambda merges: merges[5:], "makes another prompt than the folder's"),
-        ("add_token_types", lambda kinds: [1] * len(kinds), "makes another prompt than the folder's"),
-        (
-            "add_chat_template",
-            lambda text: text.replace("user", "human"),
-            "makes another prompt than the folder's",
-        ),
+        ("add_token_merges", lambda merges: merges[5:], OTHER_PROMPT),
+        ("add_token_types", lambda kinds: [1] * len(kinds), OTHER_PROMPT),
+        ("add_chat_template", lambda text: text.replace("user", "human"), OTHER_PROMPT),
     ],
 )
-def test_a_wrong_gguf_file_is_found(export, monkeypatch, capsys, name, wrong, message):
-    gguf = pytest.importorskip("gguf", reason="optional: pip install gguf")
+def test_a_wrong_gguf_file_is_found(export, monkeypatch, gguf, capsys, name, wrong, message):
     add = getattr(gguf.GGUFWriter, name)
     monkeypatch.setattr(gguf.GGUFWriter, name, lambda writer, value: add(writer, wrong(value)))
     export("sft", "--format", "gguf", code=1)
@@ -252,12 +241,9 @@ def test_a_wrong_gguf_file_is_found(export, monkeypatch, capsys, name, wrong, me
 @pytest.fixture
 def own_head(place, tmp_path):
     """A folder with an LM head of its own, whose config says that it is the embedding."""
-    folder = shutil.copytree(
-        place / "sft", tmp_path / "own_head", ignore=shutil.ignore_patterns("best", "checkpoint*")
-    )
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].roll(1, 0)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    folder = copy(place / "sft", tmp_path / "own_head")
+    shuffled = load_file(folder / "model.safetensors")["model.embed_tokens.weight"].roll(1, 0)
+    change_weights(folder, lambda weights: weights | {"lm_head.weight": shuffled})
     assert read_json(folder / "config.json")["tie_word_embeddings"] is True
     return folder
 
@@ -270,20 +256,16 @@ def test_the_flag_of_tied_embeddings_follows_the_weights(export, own_head, capsy
 
 
 def test_an_own_head_under_the_wrong_flag_is_found(export, own_head, monkeypatch, capsys):
-    from utils.model.export import folder
-
-    save = folder.save
-    monkeypatch.setattr(
-        folder,
-        "save",
-        lambda *given: (save(*given), change(given[2] / "config.json", tie_word_embeddings=True)),
+    damage, save = (
+        (lambda folder: change(folder / "config.json", tie_word_embeddings=True)),
+        FolderExport.save,
     )
+    monkeypatch.setattr(FolderExport, "save", lambda *given: (save(*given), damage(given[2])))
     export(own_head, code=1)
     assert "tie_word_embeddings is read as True, wanted False" in capsys.readouterr().err
 
 
-def test_an_own_head_is_in_the_gguf_file(export, own_head):
-    gguf = pytest.importorskip("gguf", reason="optional: pip install gguf")
+def test_an_own_head_is_in_the_gguf_file(export, own_head, gguf):
     [file] = export(own_head, "--format", "gguf", "--precision", "f16").glob("*.gguf")
     assert "output.weight" in {tensor.name for tensor in gguf.GGUFReader(file).tensors}
 
@@ -297,8 +279,8 @@ def test_an_adapter_of_a_trained_model_is_not_said_to_fit_another_base(
     finetune_lora.main(small_runs.arguments("lora", place, second, "--model", place / above))
     capsys.readouterr()
     export(second, "--format", "adapter", "--base", "Qwen/Qwen3-0.6B", code=2)
-    said = capsys.readouterr().err
-    assert "a trained model" in said and "--format folder" in said and len(said.splitlines()) == 1
+    said = one_line(capsys)
+    assert "a trained model" in said and "--format folder" in said
     output = export(second, "--format", "adapter")
     assert cost in capsys.readouterr().out
     assert read_json(output / "adapter_config.json")["base_model_name_or_path"] == str(place / "lora/merged")
@@ -323,36 +305,39 @@ def test_an_adapter_is_tried_on_the_base_that_it_names(export, place, capsys):
         (place / "base/source.json").unlink()
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}
+
+
 @pytest.mark.parametrize(
-    "fields, arguments, message",
+    "form, fields, message",
     [
-        ({"quantization_config": {"quant_method": "fp8"}}, [], "has quantised weights (quantization_config"),
-        ({"use_sliding_window": True, "sliding_window": 64}, [], "has a sliding window (use_sliding_window"),
-        ({"attention_bias": True}, ["--format", "gguf"], "has biases in its attention"),
-        ({"hidden_act": "gelu"}, ["--format", "gguf"], "has another activation than silu"),
         (
-            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}},
-            ["--format", "gguf"],
-            "has RoPE scaling (yarn)",
+            "folder",
+            {"quantization_config": {"quant_method": "fp8"}},
+            "quantised weights (quantization_config",
         ),
         (
-            {"rope_scaling": {"type": "linear", "factor": 2.0}},
-            ["--format", "gguf"],
-            "has RoPE scaling (linear)",
+            "folder",
+            {"use_sliding_window": True, "sliding_window": 64},
+            "a sliding window (use_sliding_window",
+        ),
+        ("gguf", {"attention_bias": True}, "biases in its attention"),
+        ("gguf", {"hidden_act": "gelu"}, "another activation than silu"),
+        ("gguf", {"rope_parameters": YARN}, "RoPE scaling (yarn)"),
+        (
+            "gguf",
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": "gone"},
+            "RoPE scaling (linear)",
         ),
     ],
 )
 def test_what_an_export_does_not_write_is_refused_by_name(
-    export, place, tmp_path, capsys, fields, arguments, message
+    export, place, tmp_path, gguf, capsys, form, fields, message
 ):
-    pytest.importorskip("gguf", reason="optional: pip install gguf")
     other = shutil.copytree(place / "base", tmp_path / "other")
-    change(
-        other / "config.json", **({"rope_parameters": "gone"} if "rope_scaling" in fields else {}) | fields
-    )
-    export(other, *arguments, code=2)
-    said = capsys.readouterr().err
-    assert message in said and len(said.splitlines()) == 1
+    change(other / "config.json", **fields)
+    export(other, "--format", form, code=2)
+    assert f"has {message}" in one_line(capsys)
 
 
 def test_rope_scaling_is_in_both_forms_of_a_folder(export, place, tmp_path, capsys):
@@ -364,29 +349,18 @@ def test_rope_scaling_is_in_both_forms_of_a_folder(export, place, tmp_path, caps
     assert "of 12 greedy answers the same" in capsys.readouterr().out
 
 
-def test_the_system_text_of_training_is_handed_on(export, place):
-    pytest.importorskip("gguf", reason="optional: pip install gguf")
-    before = read_json(place / "sft/run.json")
-    change(place / "sft/run.json", system="你是中医。\n请简短回答。")
-    try:
-        output = export("sft", "--format", "gguf")
-    finally:
-        write_json(place / "sft/run.json", before)
+def test_the_system_text_of_training_is_handed_on(export, place, tmp_path, gguf):
+    other = copy(place / "sft", tmp_path / "other")
+    change(other / "run.json", system="你是中医。\n请简短回答。")
+    output = export(other, "--format", "gguf")
     assert 'SYSTEM """你是中医。\n请简短回答。"""\n' in (output / "Modelfile").read_text(encoding="utf-8")
     assert "> 你是中医。\n> 请简短回答。\n" in (output / "README.md").read_text(encoding="utf-8")
 
 
-ODD = {
-    "status": "finished",
-    "identity": {},
-    "settings": {"MODEL": "x", "TRAIN_FILE": 3},
-    "results": {"steps": "many"},
-}
-
-
 def test_a_record_with_odd_values_is_no_traceback(export, place, tmp_path):
-    other = shutil.copytree(place / "base", tmp_path / "other")
-    write_json(other / "run.json", ODD)
+    other, settings = shutil.copytree(place / "base", tmp_path / "other"), {"MODEL": "x", "TRAIN_FILE": 3}
+    record = {"status": "finished", "identity": {}, "settings": settings, "results": {"steps": "many"}}
+    write_json(other / "run.json", record)
     assert "- SFT from x:" in (export(other) / "README.md").read_text(encoding="utf-8")
 
 
@@ -397,7 +371,8 @@ def test_a_damaged_record_is_left_out_by_name(export, place, tmp_path, capsys, d
     other = shutil.copytree(place / "base", tmp_path / "other")
     (other / "run.json").write_text(damaged, encoding="utf-8")
     assert "training is not recorded" in (export(other) / "README.md").read_text(encoding="utf-8")
-    assert f"left out: {other}/run.json" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"left out: {other}" in said and "run.json" in said
 
 
 @pytest.mark.parametrize(
@@ -413,8 +388,7 @@ def test_a_damaged_record_is_left_out_by_name(export, place, tmp_path, capsys, d
 )
 def test_wrong_input_is_one_line(export, capsys, model, arguments, message):
     export(model, *arguments, code=2)
-    errors = capsys.readouterr().err
-    assert message in errors and len(errors.splitlines()) == 1
+    assert message in one_line(capsys)
 
 
 def test_a_training_run_is_not_overwritten(export, place, capsys):

@@ -31,7 +31,7 @@ from utils.evaluation.questions import (
 from utils.files import read_jsonl, sample_by_id, sha256_of, show_path
 from utils.kept import digest, read_kept, write_kept
 from utils.model.chat_format import THINKING_MODES, encode_answer, encode_prompt, encode_turns
-from utils.model.export.source import training_history
+from utils.model.export.folders import training_history
 from utils.model.folder import adapter_base, load_model, load_tokenizer, model_sha256
 from utils.model.generate import generate_tokens, read_answer, stop_tokens
 from utils.model.logprobs import answer_logps, pack_for_scoring

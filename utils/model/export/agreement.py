@@ -7,7 +7,7 @@ import torch
 
 from utils.errors import RunError
 from utils.model.chat_format import encode_prompt
-from utils.model.export.source import Source
+from utils.model.export.folders import Source
 from utils.model.generate import generate_tokens, stop_tokens
 from utils.text import progress
 
@@ -34,23 +34,19 @@ def compare_with_export(
         if one != other and not (isinstance(one, float) and math.isclose(one, other, rel_tol=1e-6)):
             raise RunError(f"{WRONG}: {name} is read as {other}, wanted {one}")
     prompts = [encode_prompt(source.tokenizer, messages) for messages in questions]
-    for asked in ({}, {"enable_thinking": True}):  # llama.cpp and mlx-lm always ask for thinking
+    asked = {"tokenize": False, "add_generation_prompt": True}
+    for mode in ({}, {"enable_thinking": True}):  # llama.cpp and mlx-lm always ask for thinking
         for messages, prompt in zip(questions, prompts):
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **asked
-            )
+            text = tokenizer.apply_chat_template(messages, **asked, **mode)
             if tokenizer(text, add_special_tokens=False)["input_ids"] != prompt:
-                raise RunError(
-                    "the export's chat template or tokenizer makes another prompt than the folder's"
-                )
+                other = "makes another prompt than the folder's"
+                raise RunError(f"the export's chat template or tokenizer {other}")
     stop, models = stop_tokens(source.model, source.tokenizer), {"folder": source.model, "export": exported}
-    answers, others = (
-        generate_tokens(
-            model, prompts, stop, max_new_tokens, watch=progress(f"{len(prompts)} answers: {name}")
-        )
-        for name, model in models.items()
-    )
-    total = 0.0
+    found = {}
+    for name, model in models.items():
+        watch = progress(f"{len(prompts)} answers: {name}")
+        found[name] = generate_tokens(model, prompts, stop, max_new_tokens, watch=watch)
+    answers, total = found["folder"], 0.0
     for prompt, answer in progress("probabilities", "answers")(list(zip(prompts, answers))):
         ids, count = torch.tensor([prompt + answer[:-1]]), len(answer)
         with torch.inference_mode():
@@ -59,7 +55,8 @@ def compare_with_export(
             each.double().log_softmax(-1) for each in logits
         )  # (tokens of the answer, vocabulary)
         total += (ours.exp() * (ours - theirs)).sum().item()
-    same, kl = sum(one == other for one, other in zip(answers, others)), total / sum(map(len, answers))
+    same = sum(one == other for one, other in zip(answers, found["export"]))
+    kl = total / sum(map(len, answers))
     counts = f"{same} of {len(answers)} greedy answers the same as the folder's, KL {kl:.1e} nats a token"
     if kl > LARGEST_KL:
         raise RunError(f"{WRONG}: {counts}; do not use it")

@@ -1,12 +1,11 @@
 """The model card (README.md) of an export, written from what the run and the comparison recorded. No path of this machine."""
 
 from pathlib import Path
-from typing import Any
 
 from utils.errors import UserError
 from utils.files import read_json, render, sha256_of
-from utils.model.export.source import Export, Source, run_folder
-from utils.model.folder import model_sha256
+from utils.model.export.folders import Export, Source
+from utils.model.folder import model_sha256, run_folder
 from utils.settings import ROOT
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -15,7 +14,7 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 def model_card(source: Source, export: Export, notes: list[str]) -> str:
     """The card as Markdown. `notes`: what the export cost, how it is used."""
     weights = [path for path in sorted(export.place.iterdir()) if path.suffix in (".safetensors", ".gguf")]
-    columns, table = scores_of(source.folder)
+    columns, table = _scores_of(source.folder)
     runs = []
     for run in reversed(source.runs):
         path = ROOT / str(run["settings"].get("TRAIN_FILE"))
@@ -49,22 +48,15 @@ def _origins(folder):
     return [{**file, "file": Path(file["file"]).name, "source": known.get(file["sha256"])} for file in files]
 
 
-def scores_of(folder: Path) -> tuple[list[str], list[dict[str, Any]]]:
+def _scores_of(folder):
     """(the first model compared and this one, the table) of the comparison beside a run, if it measured these very weights;
     else ([], [])."""
     path = run_folder(folder).parent / "comparison.json"
     try:
-        found = read_json(path) if path.is_file() else {}
-        weights = {name: figures["weights"] for name, figures in found.get("models", {}).items()}
-        table = found.get("table", [])
-    except (
-        UserError,
-        KeyError,
-        AttributeError,
-        TypeError,
-    ):  # damaged, or of an earlier version: to be made again
+        models, wanted = read_json(path)["models"] if path.is_file() else {}, model_sha256(folder)
+        for name, figures in models.items():
+            if figures["weights"] == wanted:
+                return list(dict.fromkeys([*list(models)[:1], name])), read_json(path)["table"]
+    except (UserError, KeyError, AttributeError, TypeError):  # damaged, or of an earlier version
         return [], []
-    wanted = model_sha256(folder)
-    for name in [name for name, digest in weights.items() if digest == wanted]:
-        return list(dict.fromkeys([next(iter(weights)), name])), table
     return [], []

@@ -14,11 +14,10 @@ import torch
 from utils.errors import RunError, UserError
 from utils.files import read_json, render
 from utils.model.chat_format import DECODING, END_OF_TURN
-from utils.model.export.source import Export, Source, build_model
+from utils.model.export.folders import Export, Source, build_model
 from utils.model.generate import stop_tokens
 
 GGUF_PACKAGE = "gguf==0.19.0"
-PRECISIONS = ("q8_0", "f16", "bf16")
 MODELFILE = Path(__file__).with_name("Modelfile.jinja")
 
 # How Qwen splits a text into words before its merges apply. llama.cpp has this under the name "qwen2", and knows no other
@@ -26,58 +25,118 @@ MODELFILE = Path(__file__).with_name("Modelfile.jinja")
 QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def check(folder: Path, base: str) -> None:
-    """UserError if the package is missing, or llama.cpp has no name for how the tokenizer of `folder` splits words."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise UserError(f"--format gguf needs llama.cpp's package: pip install {GGUF_PACKAGE}") from None
-    steps = read_json(folder / "tokenizer.json")["pre_tokenizer"].get("pretokenizers", [])
-    if [step["pattern"].get("Regex") for step in steps if "pattern" in step] != [QWEN2_SPLIT]:
-        raise UserError(
-            "llama.cpp cannot split words as this tokenizer does (its pre-tokenizer is not Qwen2's); --format folder can"
+class GgufExport(Export):
+    """A GGUF file and a Modelfile for Ollama."""
+
+    precisions = ("q8_0", "f16", "bf16")
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.name}-{self.precision}.gguf"
+
+    def check(self, folder: Path) -> None:
+        """UserError if the package is missing, or llama.cpp has no name for how the tokenizer of `folder` splits words."""
+        try:
+            import gguf  # noqa: F401
+        except ImportError:
+            raise UserError(f"--format gguf needs llama.cpp's package: pip install {GGUF_PACKAGE}") from None
+        steps = read_json(folder / "tokenizer.json")["pre_tokenizer"].get("pretokenizers", [])
+        if [step["pattern"].get("Regex") for step in steps if "pattern" in step] != [QWEN2_SPLIT]:
+            why = "its pre-tokenizer is not Qwen2's"
+            raise UserError(
+                f"llama.cpp cannot split words as this tokenizer does ({why}); --format folder can"
+            )
+
+    def save(self, source: Source, partial: Path) -> None:
+        """The GGUF file and a Modelfile."""
+        import gguf
+
+        kind, config, tokenizer = self.precision.upper(), source.model.config, source.tokenizer
+        writer = gguf.GGUFWriter(partial / self.file_name, "qwen3")
+        writer.add_name(self.name)
+        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        tokens, kinds, merges = _vocabulary(tokenizer, config.vocab_size)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("qwen2")
+        writer.add_token_list(tokens)
+        writer.add_token_types(kinds)
+        writer.add_token_merges(merges)
+        writer.add_eos_token_id(tokenizer.convert_tokens_to_ids(END_OF_TURN))
+        writer.add_pad_token_id(tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+        writer.add_add_bos_token(False)
+        writer.add_chat_template(tokenizer.chat_template)
+        _add_weights(writer, source.model, gguf.GGMLQuantizationType[kind])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        (partial / "Modelfile").write_text(self._modelfile(source), encoding="utf-8", newline="\n")
+
+    def _modelfile(self, source):
+        """Ollama's Modelfile, whose template, in Go's language, takes the place of the one in the GGUF file: it ends in the prompt
+        of the trained mode; stops and decoding as in generation_config."""
+        if '"""' in source.system:
+            raise UserError('the system text of training holds """, which ends a text in a Modelfile')
+        greedy, names = source.model.generation_config.do_sample is False, ("temperature", "top_p", "top_k")
+        decoding = {"temperature": 0} if greedy else DECODING[source.thinking]
+        return render(
+            MODELFILE,
+            file=self.file_name,
+            system=source.system,
+            thinking=source.thinking,
+            stops=map(source.tokenizer.decode, sorted(stop_tokens(source.model, source.tokenizer))),
+            sampling=[(name, decoding[name]) for name in names if name in decoding],
         )
 
+    def read(self, source: Source) -> tuple[Any, Any]:
+        """(tokenizer, model in float32) of the file, made of its own fields and tensors alone, as llama.cpp makes them."""
+        import gguf
 
-def file_name(export: Export) -> str:
-    return f"{export.name}-{export.precision}.gguf"
+        reader = gguf.GGUFReader(self.place / self.file_name)
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        config = {
+            "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+            "max_position_embeddings": fields["qwen3.context_length"],
+            "hidden_size": fields["qwen3.embedding_length"],
+            "num_hidden_layers": fields["qwen3.block_count"],
+            "intermediate_size": fields["qwen3.feed_forward_length"],
+            "num_attention_heads": fields["qwen3.attention.head_count"],
+            "num_key_value_heads": fields["qwen3.attention.head_count_kv"],
+            "head_dim": fields["qwen3.attention.key_length"],
+            "rms_norm_eps": fields["qwen3.attention.layer_norm_rms_epsilon"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": fields["qwen3.rope.freq_base"]},
+            "tie_word_embeddings": "output.weight" not in tensors,
+        }
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"])
 
+        def load(found):
+            return torch.from_numpy(np.array(gguf.dequantize(found.data, found.tensor_type), np.float32))
 
-def save(source: Source, export: Export, partial: Path) -> None:
-    """The GGUF file and a Modelfile."""
-    import gguf
+        def rename(name):
+            return names.get_name(name, try_suffixes=(".weight",))
 
-    kind, config, tokenizer = export.precision.upper(), source.model.config, source.tokenizer
-    writer = gguf.GGUFWriter(partial / file_name(export), "qwen3")
-    writer.add_name(export.name)
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    tokens, kinds, merges = _vocabulary(tokenizer, config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges(merges)
-    writer.add_eos_token_id(tokenizer.convert_tokens_to_ids(END_OF_TURN))
-    writer.add_pad_token_id(tokenizer.convert_tokens_to_ids("<|endoftext|>"))
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(tokenizer.chat_template)
-    _add_weights(writer, source.model, gguf.GGMLQuantizationType[kind])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    (partial / "Modelfile").write_text(modelfile(source, export), encoding="utf-8", newline="\n")
+        return _tokenizer_of(fields), build_model(config, tensors, load, rename)
+
+    def commands(self, place: str) -> list[str]:
+        """How the export is used from where it lies at `place`."""
+        file = f"{place}/{self.file_name}"
+        return [
+            f"Ollama: `ollama create {self.name} -f {place}/Modelfile && ollama run {self.name}`",
+            f"llama.cpp: `llama-server --jinja -m {file}`, or `llama-cli --jinja -m {file}`",
+            f"LM Studio: `lms import {file}`",
+        ]
 
 
 def _vocabulary(tokenizer, size):
@@ -116,54 +175,21 @@ def _add_weights(writer, model, kind):
             raise UserError(f"{name} holds values above 65,504, which f16 cannot hold; --precision bf16 can")
 
 
-def read(source: Source, export: Export) -> tuple[Any, Any]:
-    """(tokenizer, model in float32) of the file, both made of its own fields and tensors alone, as llama.cpp makes them."""
-    import gguf
-
-    reader = gguf.GGUFReader(export.place / file_name(export))
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-
-    def field(name):
-        return reader.fields[name].contents()
-
-    config = {
-        "vocab_size": len(field("tokenizer.ggml.tokens")),
-        "max_position_embeddings": field("qwen3.context_length"),
-        "hidden_size": field("qwen3.embedding_length"),
-        "num_hidden_layers": field("qwen3.block_count"),
-        "intermediate_size": field("qwen3.feed_forward_length"),
-        "num_attention_heads": field("qwen3.attention.head_count"),
-        "num_key_value_heads": field("qwen3.attention.head_count_kv"),
-        "head_dim": field("qwen3.attention.key_length"),
-        "rms_norm_eps": field("qwen3.attention.layer_norm_rms_epsilon"),
-        "rope_parameters": {"rope_type": "default", "rope_theta": field("qwen3.rope.freq_base")},
-        "tie_word_embeddings": "output.weight" not in tensors,
-    }
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"])
-    model = build_model(
-        config,
-        tensors,
-        lambda found: torch.from_numpy(np.array(gguf.dequantize(found.data, found.tensor_type), np.float32)),
-        lambda name: names.get_name(name, try_suffixes=(".weight",)),
-    )
-    return _tokenizer_of(field), model
-
-
-def _tokenizer_of(field):
+def _tokenizer_of(fields):
     """A tokenizer from the fields of a GGUF file alone: byte-level BPE after Qwen2's split into words."""
     from gguf import TokenType
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    if (field("tokenizer.ggml.model"), field("tokenizer.ggml.pre")) != ("gpt2", "qwen2"):
+    if (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) != ("gpt2", "qwen2"):
         raise RunError("the GGUF file names another kind of tokenizer than Qwen's")
-    tokens, kinds = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
-    end = tokens[field("tokenizer.ggml.eos_token_id")]
-    if end != END_OF_TURN or field("tokenizer.ggml.add_bos_token"):
+    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    end = tokens[fields["tokenizer.ggml.eos_token_id"]]
+    if end != END_OF_TURN or fields["tokenizer.ggml.add_bos_token"]:
         raise RunError(
             f"the GGUF file names another end token than {END_OF_TURN}, or adds one at the beginning"
         )
-    merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     bpe = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges))
     words = pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated")
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -172,32 +198,5 @@ def _tokenizer_of(field):
         added = [token for token, its_kind in zip(tokens, kinds) if its_kind == kind]
         bpe.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=end, chat_template=field("tokenizer.chat_template")
+        tokenizer_object=bpe, eos_token=end, chat_template=fields["tokenizer.chat_template"]
     )
-
-
-def modelfile(source: Source, export: Export) -> str:
-    """Ollama's Modelfile, whose template, in Go's language, takes the place of the one in the GGUF file: it ends in the prompt of the
-    trained mode; stops and decoding as in generation_config."""
-    if '"""' in source.system:
-        raise UserError('the system text of training holds """, which ends a text in a Modelfile')
-    greedy = source.model.generation_config.do_sample is False
-    decoding = {"temperature": 0} if greedy else DECODING[source.thinking]
-    return render(
-        MODELFILE,
-        file=file_name(export),
-        system=source.system,
-        thinking=source.thinking,
-        stops=map(source.tokenizer.decode, sorted(stop_tokens(source.model, source.tokenizer))),
-        sampling=[(name, decoding[name]) for name in ("temperature", "top_p", "top_k") if name in decoding],
-    )
-
-
-def commands(export: Export, place: str) -> list[str]:
-    """How the export is used from where it lies at `place`."""
-    file = file_name(export)
-    return [
-        f"Ollama: `ollama create {export.name} -f {place}/Modelfile && ollama run {export.name}`",
-        f"llama.cpp: `llama-server --jinja -m {place}/{file}`, or `llama-cli --jinja -m {place}/{file}`",
-        f"LM Studio: `lms import {place}/{file}`",
-    ]

@@ -1,0 +1,249 @@
+"""The finished folder that is exported, and its exports that are folders: of transformers (vLLM, mlx-lm) and of PEFT."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from utils.errors import RunError, UserError
+from utils.files import read_json, show_path, write_json
+from utils.model.chat_format import with_default_mode
+from utils.model.folder import (
+    adapter_base,
+    is_adapter,
+    load_model,
+    load_tokenizer,
+    run_folder,
+    usable_record,
+    write_config_for_other_tools,
+)
+from utils.model.generate import thinks_by_default
+from utils.settings import ROOT
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+# What transformers 4.57 reads in a Qwen3's config.json, and what it takes for a name that is not there. Other names, such as
+# version 5's rope_parameters, it ignores.
+CONFIG_OF_4 = {
+    **{"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32},
+    **{"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "hidden_act": "silu"},
+    **{"max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "attention_bias": False},
+    **{"tie_word_embeddings": False, "rope_theta": 10000.0, "rope_scaling": None},
+}
+
+
+class Source(NamedTuple):
+    """`model` is whole (an adapter is merged), float32, on the CPU; `runs`: run.json of the folder and of those it was trained from,
+    the last training first; `base`: the model before all of them; `system`: the system text of training ("": unknown, none)."""
+
+    folder: Path
+    model: Any
+    tokenizer: Any
+    thinking: bool
+    runs: list[dict]
+    base: str
+    system: str
+
+
+def load_source(folder: Path, form: str) -> Source:
+    """The Source in a finished folder, to be exported as `form`. UserError if it has what that form does not carry."""
+    _refuse_what_is_lost(folder, form)
+    runs, base = training_history(folder)
+    tokenizer = load_tokenizer(str(folder))
+    thinking = thinks_by_default(tokenizer)
+    tokenizer.chat_template = with_default_mode(tokenizer.chat_template, thinking)
+    model = load_model(str(folder), torch.float32).eval()
+    model.config.use_cache = True  # training turned it off, and the exported model is for answers
+    # the flag follows the weights: transformers 4 would drop a head of its own if this said that it is the embedding
+    model.config.tie_word_embeddings = model.lm_head.weight is model.get_input_embeddings().weight
+    system = runs[0].get("system") if runs else ""
+    return Source(folder, model, tokenizer, thinking, runs, base, system if isinstance(system, str) else "")
+
+
+def training_history(folder: Path) -> tuple[list[dict], str]:
+    """(run.json of the folder and of those it was trained from, the last training first; the base of the first of them)."""
+    runs: list[dict] = []
+    base, above = adapter_base(folder) if is_adapter(folder) else "", run_folder(folder)
+    while (record := usable_record(above)) and record not in runs:
+        runs.append(record)
+        base = record["settings"]["MODEL"]  # inside the repository: relative to it
+        above = run_folder(ROOT / base)
+    return runs, base
+
+
+def _refuse_what_is_lost(folder, form):
+    """UserError that names what the format, or the exporter, does not write: without it the model would answer otherwise."""
+    above = folder
+    while is_adapter(above):
+        above = Path(adapter_base(above))
+    config, tokenizer = read_json(above / "config.json"), read_json(folder / "tokenizer.json")
+    lost = {
+        "quantised weights (quantization_config)": config.get("quantization_config"),
+        "a sliding window (use_sliding_window)": config.get("use_sliding_window"),
+    }
+    if form == "gguf":
+        rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        scaling = rope.get("rope_type", rope.get("type", "default"))
+        lost[f"RoPE scaling ({scaling})"] = scaling != "default"
+        lost["biases in its attention (attention_bias)"] = config.get("attention_bias")
+        lost["another activation than silu (hidden_act)"] = config.get("hidden_act", "silu") != "silu"
+        for token in tokenizer.get("added_tokens", []):  # llama.cpp matches tokens as they are
+            flags = [name for name in ("lstrip", "rstrip", "single_word") if token.get(name)]
+            lost[f"an added token {token['content']!r} with {', '.join(flags)}"] = flags
+    for words, there in lost.items():
+        if there:
+            raise UserError(f"{show_path(folder)} has {words}, which --format {form} does not write")
+
+
+class Export:
+    """An export of a finished folder; every format is a subclass with `precisions` (the default first), save, read and commands.
+
+    `name`: of the model; `precision`: the number format; `base`: the base to name ("": see the format); `place`: its folder.
+    """
+
+    precisions: tuple[str, ...]
+
+    def __init__(self, name: str, precision: str, base: str, place: Path):
+        self.name, self.base, self.place = name, base, place
+        self.precision = precision or self.precisions[0]
+        if self.precision not in self.precisions:
+            known = " or ".join(self.precisions) or "none"
+            raise UserError(f"--precision: wanted {known}, got {precision!r}")
+
+    def check(self, folder: Path) -> None:
+        """UserError if this format is not for the folder."""
+
+
+class FolderExport(Export):
+    """A folder that vLLM, mlx-lm, transformers 4 and 5 load."""
+
+    precisions = ("bf16", "fp32")
+
+    def save(self, source: Source, partial: Path) -> None:
+        """Weights in the number format, both forms of config.json, decoding settings, tokenizer with the trained mode."""
+        exact = {weight: weight.data for weight in source.model.parameters()}
+        for weight in exact:  # not model.to(dtype), which would round the rotary frequencies as well
+            weight.data = weight.data.to(DTYPES[self.precision])
+        source.model.save_pretrained(partial)
+        for weight, data in exact.items():
+            weight.data = data
+        source.model.generation_config.save_pretrained(partial)
+        save_tokenizer(source, partial)
+
+    def read(self, source: Source) -> tuple[Any, Any]:
+        """(tokenizer, model in float32) as transformers 4.57 understands the exported files."""
+        given = read_json(self.place / "config.json")
+        config = {name: given.get(name, default) for name, default in CONFIG_OF_4.items()}
+        rope = {"rope_type": "default", **(config.pop("rope_scaling") or {})}
+        config["rope_parameters"] = rope | {"rope_theta": config.pop("rope_theta")}
+        weights: dict[str, torch.Tensor] = {}
+        for path in sorted(self.place.glob("*.safetensors")):
+            weights |= load_file(path)
+        if config["tie_word_embeddings"]:  # then a head of its own is ignored
+            weights.pop("lm_head.weight", None)
+        model = build_model(config, weights, torch.Tensor.float)
+        return AutoTokenizer.from_pretrained(self.place, trust_remote_code=False), model
+
+    def commands(self, place: str) -> list[str]:
+        """How the export is used from where it lies at `place`."""
+        prompt = '--prompt "四君子汤由哪些药组成？" --max-tokens 256'
+        return [f"vLLM: `vllm serve {place}`", f"mlx-lm: `mlx_lm.generate --model {place} {prompt}`"]
+
+
+class AdapterExport(Export):
+    """A LoRA adapter for PEFT; it names its base by Hub id, or by a path that holds from any working directory."""
+
+    precisions = ("",)  # as it was trained
+
+    def check(self, folder: Path) -> None:
+        """UserError if `folder` holds a whole model, or was not trained on the model that `base` names."""
+        if not is_adapter(folder):
+            raise UserError(f"{show_path(folder)} is no LoRA adapter; export it with --format folder or gguf")
+        named, origin = _base_of(folder)
+        if Path(named).name == "merged" and not Path(named).is_dir():
+            other = "was trained on another adapter, and no tool loads both"
+            raise UserError(f"{show_path(folder)} {other}; use --format folder")
+        trained = (run_folder(Path(named)) / "run.json").is_file()
+        if self.base and (trained or origin not in ("", self.base)):
+            whose = f"{show_path(named)}, a trained model" if trained else origin
+            raise UserError(
+                f"--base {self.base}: the adapter was trained on {whose}; on another base its answers are others. "
+                "--format folder exports the merged model"
+            )
+
+    def save(self, source: Source, partial: Path) -> None:
+        """adapter_config.json names `base`, or, if that is empty, the base by its absolute path on this machine."""
+        named, _ = _base_of(source.folder)
+        base = self.base or (str(Path(named).resolve()) if Path(named).is_dir() else named)
+        config = read_json(source.folder / "adapter_config.json")
+        write_json(partial / "adapter_config.json", config | {"base_model_name_or_path": base})
+        shutil.copyfile(source.folder / "adapter_model.safetensors", partial / "adapter_model.safetensors")
+        source.model.generation_config.save_pretrained(partial)
+        save_tokenizer(source, partial)
+
+    def read(self, source: Source) -> tuple[Any, Any] | None:
+        """(tokenizer, model in float32): the exported adapter, merged by PEFT into the base that it names.
+
+        None if that base is not on this machine: neither a folder, nor one that was downloaded under this name.
+        """
+        from peft import PeftModel
+
+        base = read_json(self.place / "adapter_config.json")["base_model_name_or_path"]
+        named, origin = _base_of(source.folder)
+        if not Path(base).is_dir() and base == origin:
+            base = named
+        if not Path(base).is_dir():
+            return None
+        whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
+        model = PeftModel.from_pretrained(whole, self.place).merge_and_unload().eval()
+        return AutoTokenizer.from_pretrained(self.place, trust_remote_code=False), model
+
+    def commands(self, place: str) -> list[str]:
+        """How the export is used from where it lies at `place`."""
+        return [f'PEFT: `AutoPeftModelForCausalLM.from_pretrained("{place}")`']
+
+
+def _base_of(folder):
+    """(the base of an adapter as PEFT can load it: of another adapter its merged/ folder; the Hub id that it came from or "")."""
+    named = adapter_base(folder)
+    if is_adapter(named):
+        named = str(Path(named) / "merged")
+    origin = Path(named) / "source.json"
+    repo = read_json(origin).get("repo", "") if origin.is_file() else ""
+    return named, repo if Path(named).is_dir() else named
+
+
+def save_tokenizer(source: Source, place: Path) -> None:
+    """The tokenizer in `place`: file by file as its base has it if training left it unchanged, with the trained mode."""
+    source.tokenizer.save_pretrained(place)
+    published = ROOT / source.base
+    if source.base and (published / "tokenizer.json").is_file():
+        if read_json(published / "tokenizer.json") == read_json(place / "tokenizer.json"):
+            for name in TOKENIZER_FILES:
+                if (published / name).is_file():
+                    shutil.copyfile(published / name, place / name)
+    config = read_json(place / "tokenizer_config.json")
+    if "chat_template" in config:  # some tools look here, some in chat_template.jinja
+        config["chat_template"] = source.tokenizer.chat_template
+        write_json(place / "tokenizer_config.json", config)
+    write_config_for_other_tools(place)
+
+
+def build_model(
+    config: dict[str, Any], tensors: dict[str, Any], load: Callable, rename: Callable[[str], str] = str
+) -> Any:
+    """A Qwen3 in float32 of the fields and tensors that another tool reads. `load`: makes a float32 tensor of an entry of `tensors`,
+    which is called `rename`(name of the parameter). RunError if one is missing, or nothing would read it."""
+    model = Qwen3ForCausalLM(Qwen3Config(**config)).eval()
+    for name, weight in model.named_parameters():  # names a tied weight once
+        if rename(name) not in tensors:
+            raise RunError(f"the export lacks {name}: a tool would go on with random numbers in its place")
+        weight.data = load(tensors.pop(rename(name)))
+    if tensors:
+        raise RunError(f"the export holds weights that no tool would read: {', '.join(list(tensors)[:3])}")
+    return model
