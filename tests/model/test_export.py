@@ -1,7 +1,6 @@
 """Exports: what they hold, that they answer as the folder does, that they hold no path of this machine, what is refused."""
 
 import shutil
-import sys
 
 import pytest
 import small_runs
@@ -399,6 +398,6 @@ def test_a_training_run_is_not_overwritten(export, place, capsys):
 
 
 def test_a_missing_gguf_package_is_named_and_leaves_nothing(export, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setattr("utils.model.export.gguf_file.gguf", None)
     export("sft", "--format", "gguf", code=2)
     assert "pip install gguf==" in capsys.readouterr().err and not (tmp_path / "exported").exists()

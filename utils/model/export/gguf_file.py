@@ -1,7 +1,6 @@
 """Export as GGUF, the one-file format of llama.cpp, Ollama and LM Studio, and the Modelfile that Ollama wants beside it.
 
-Needs the package `gguf`, which is llama.cpp's own. Names and metadata follow its architecture "qwen3" (gguf-py/gguf/constants.py
-in the repository ggml-org/llama.cpp).
+Names and metadata follow the architecture "qwen3" of llama.cpp's package `gguf` (gguf-py/gguf/constants.py in ggml-org/llama.cpp).
 """
 
 import json
@@ -10,12 +9,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from utils.errors import RunError, UserError
 from utils.files import read_json, render
 from utils.model.chat_format import DECODING, END_OF_TURN
 from utils.model.export.folders import Export, Source, build_model
 from utils.model.generate import stop_tokens
+
+try:
+    import gguf
+except ImportError:  # it is optional
+    gguf = None
 
 GGUF_PACKAGE = "gguf==0.19.0"
 MODELFILE = Path(__file__).with_name("Modelfile.jinja")
@@ -36,10 +42,8 @@ class GgufExport(Export):
 
     def check(self, folder: Path) -> None:
         """UserError if the package is missing, or llama.cpp has no name for how the tokenizer of `folder` splits words."""
-        try:
-            import gguf  # noqa: F401
-        except ImportError:
-            raise UserError(f"--format gguf needs llama.cpp's package: pip install {GGUF_PACKAGE}") from None
+        if gguf is None:
+            raise UserError(f"--format gguf needs llama.cpp's package: pip install {GGUF_PACKAGE}")
         steps = read_json(folder / "tokenizer.json")["pre_tokenizer"].get("pretokenizers", [])
         if [step["pattern"].get("Regex") for step in steps if "pattern" in step] != [QWEN2_SPLIT]:
             why = "its pre-tokenizer is not Qwen2's"
@@ -49,8 +53,6 @@ class GgufExport(Export):
 
     def save(self, source: Source, partial: Path) -> None:
         """The GGUF file and a Modelfile."""
-        import gguf
-
         kind, config, tokenizer = self.precision.upper(), source.model.config, source.tokenizer
         writer = gguf.GGUFWriter(partial / self.file_name, "qwen3")
         writer.add_name(self.name)
@@ -101,8 +103,6 @@ class GgufExport(Export):
 
     def read(self, source: Source) -> tuple[Any, Any]:
         """(tokenizer, model in float32) of the file, made of its own fields and tensors alone, as llama.cpp makes them."""
-        import gguf
-
         reader = gguf.GGUFReader(self.place / self.file_name)
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -141,16 +141,14 @@ class GgufExport(Export):
 
 def _vocabulary(tokenizer, size):
     """(tokens, their types, merges) as GGUF wants them, padded to the `size` of the embedding."""
-    from gguf import TokenType
-
     tokens, kinds, added = [], [], tokenizer.added_tokens_decoder
     for number in range(size):
         token = added[number].content if number in added else tokenizer.convert_ids_to_tokens(number)
-        kind = TokenType.NORMAL
+        kind = gguf.TokenType.NORMAL
         if number in added:
-            kind = TokenType.CONTROL if added[number].special else TokenType.USER_DEFINED
+            kind = gguf.TokenType.CONTROL if added[number].special else gguf.TokenType.USER_DEFINED
         elif token is None:  # the weights have more rows than the tokenizer has tokens
-            token, kind = f"[PAD{number}]", TokenType.UNUSED
+            token, kind = f"[PAD{number}]", gguf.TokenType.UNUSED
         tokens.append(token)
         kinds.append(kind)
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
@@ -159,44 +157,31 @@ def _vocabulary(tokenizer, size):
 
 def _add_weights(writer, model, kind):
     """Matrices in the format `kind`, vectors in float32. Tied embeddings are written once, as llama.cpp expects them."""
-    import gguf
-
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, model.config.num_hidden_layers)
     for name, weight in model.named_parameters():  # names a tied weight once
         values = weight.detach().to(torch.float32).numpy()
         gguf_name = names.get_name(name, try_suffixes=(".weight",))
-        if values.ndim == 1:
-            writer.add_tensor(gguf_name, values)
-        elif kind != gguf.GGMLQuantizationType.F16:
-            writer.add_tensor(gguf_name, gguf.quantize(values, kind), raw_dtype=kind)
-        elif np.abs(values).max() <= np.finfo(np.float16).max:
-            writer.add_tensor(gguf_name, values.astype(np.float16))
-        else:
+        form = gguf.GGMLQuantizationType.F32 if values.ndim == 1 else kind
+        if form == gguf.GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:
             raise UserError(f"{name} holds values above 65,504, which f16 cannot hold; --precision bf16 can")
+        writer.add_tensor(gguf_name, gguf.quantize(values, form), raw_dtype=form)
 
 
 def _tokenizer_of(fields):
     """A tokenizer from the fields of a GGUF file alone: byte-level BPE after Qwen2's split into words."""
-    from gguf import TokenType
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     if (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) != ("gpt2", "qwen2"):
         raise RunError("the GGUF file names another kind of tokenizer than Qwen's")
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     end = tokens[fields["tokenizer.ggml.eos_token_id"]]
     if end != END_OF_TURN or fields["tokenizer.ggml.add_bos_token"]:
-        raise RunError(
-            f"the GGUF file names another end token than {END_OF_TURN}, or adds one at the beginning"
-        )
+        raise RunError(f"the GGUF file names another end token than {END_OF_TURN}, or adds one at the start")
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     bpe = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges))
     words = pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated")
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Sequence([words, bytes_]), decoders.ByteLevel()
-    for kind, special in ((TokenType.CONTROL, True), (TokenType.USER_DEFINED, False)):
+    for kind, special in ((gguf.TokenType.CONTROL, True), (gguf.TokenType.USER_DEFINED, False)):
         added = [token for token, its_kind in zip(tokens, kinds) if its_kind == kind]
         bpe.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=end, chat_template=fields["tokenizer.chat_template"]
-    )
+    template = fields["tokenizer.chat_template"]
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, chat_template=template)
