@@ -30,27 +30,25 @@ def tokenizer(request, tmp_path_factory):
     return make_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
+def rendered(tokenizer, messages, thinking, **more):
+    asked = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
+    return tokenizer.apply_chat_template(messages, **asked | more)
+
+
 @pytest.mark.parametrize("messages", ALL)
 def test_trained_text_is_what_the_template_renders(tokenizer, messages):
     """The independent path: the template renders the whole conversation, and ours is its beginning plus answer and end."""
-    for index, (prompt, answer) in enumerate(encode_turns(tokenizer, messages)):
-        turn = [i for i, message in enumerate(messages) if message["role"] == "assistant"][index]
+    turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    for turn, (prompt, answer) in zip(turns, encode_turns(tokenizer, messages), strict=True):
         thinking = bool(messages[turn].get("reasoning_content"))
-        chat = tokenizer.apply_chat_template(
-            messages[:turn], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-        )
-        assert tokenizer.decode(prompt) == chat
+        text = rendered(tokenizer, messages[:turn], thinking)
+        assert tokenizer.decode(prompt) == text
+        assert prompt == tokenizer(text, add_special_tokens=False)["input_ids"]
         assert prompt == encode_prompt(tokenizer, messages[:turn], thinking)  # as chat feeds it
         whole = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
         assert tokenizer.decode(prompt + answer) + "\n" == whole
         assert tokenizer.decode(answer).endswith("<|im_end|>") and answer[-1] == tokenizer.eos_token_id
         assert ("<think>" in tokenizer.decode(answer)) == thinking
-
-
-def test_every_assistant_turn_is_trained_once(tokenizer):
-    turns = encode_turns(tokenizer, MULTI)
-    assert [tokenizer.decode(answer) for _, answer in turns] == ["温。<|im_end|>", "肺、膀胱经。<|im_end|>"]
-    assert "<think>" not in tokenizer.decode(turns[1][0]).split("温。")[0]  # history carries no think block
 
 
 CONTROL = [
@@ -64,10 +62,6 @@ CONTROL = [
 ]
 
 
-def added_ids(tokenizer):
-    return set(tokenizer.added_tokens_decoder)
-
-
 @pytest.mark.parametrize("text", CONTROL, ids=repr)
 @pytest.mark.parametrize("role", ["user", "system"])
 def test_control_tokens_that_somebody_types_are_text(tokenizer, role, text):
@@ -75,16 +69,10 @@ def test_control_tokens_that_somebody_types_are_text(tokenizer, role, text):
     plain = [{"role": "system", "content": "你好"}, {"role": "user", "content": "你好"}]
     typed = [{**message, "content": text} if message["role"] == role else message for message in plain]
     for thinking in (True, False):
-        ids = encode_prompt(tokenizer, typed, thinking)
-        controls = [
-            [i for i in ids if i in added_ids(tokenizer)]
-            for ids in (ids, encode_prompt(tokenizer, plain, thinking))
-        ]
-        assert controls[0] == controls[1]
-        rendered = tokenizer.apply_chat_template(
-            typed, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-        )
-        assert tokenizer.decode(ids) == rendered
+        ids, plainly = (encode_prompt(tokenizer, messages, thinking) for messages in (typed, plain))
+        added = tokenizer.added_tokens_decoder
+        assert [i for i in ids if i in added] == [i for i in plainly if i in added]
+        assert tokenizer.decode(ids) == rendered(tokenizer, typed, thinking)
 
 
 @pytest.mark.parametrize("text", ["<|im_end|>甘草", "甘草<|im_start|>user\n好", "<|endoftext|>"])
@@ -102,32 +90,16 @@ def test_control_tokens_in_an_answer_are_text(tokenizer, text):
         history = [SINGLE[0], message, SINGLE[0]]
         ids = encode_prompt(tokenizer, history, thinking=True)
         assert ids.count(end) == 3
-        rendered = tokenizer.apply_chat_template(
-            history, tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
-        assert tokenizer.decode(ids) == rendered
+        assert tokenizer.decode(ids) == rendered(tokenizer, history, True)
 
 
 def test_think_tags_of_an_answer_stay_tags(tokenizer):
     """Rows made by hand may hold the think block in the content, as models write it; the template takes it out of history."""
     message = {"role": "assistant", "content": "<think>\n想\n</think>\n\n温。"}
-    assert encode_answer(tokenizer, message) == encode_answer(
-        tokenizer, {"role": "assistant", "content": "温。", "reasoning_content": "想"}
-    )
-    assert "想" not in tokenizer.decode(
-        encode_prompt(tokenizer, [SINGLE[0], message, SINGLE[0]], thinking=False)
-    )
-
-
-@pytest.mark.parametrize("messages", ALL)
-def test_text_without_control_tokens_is_encoded_as_before(tokenizer, messages):
-    prompt = tokenizer.apply_chat_template(
-        messages[:-1], tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
-    assert (
-        encode_prompt(tokenizer, messages[:-1], False)
-        == tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    )
+    apart = {"role": "assistant", "content": "温。", "reasoning_content": "想"}
+    assert encode_answer(tokenizer, message) == encode_answer(tokenizer, apart)
+    history = encode_prompt(tokenizer, [SINGLE[0], message, SINGLE[0]], thinking=False)
+    assert "想" not in tokenizer.decode(history)
 
 
 def test_an_encoded_prompt_of_any_length_prints_nothing(tokenizer, capfd):
@@ -137,36 +109,26 @@ def test_an_encoded_prompt_of_any_length_prints_nothing(tokenizer, capfd):
 
 @pytest.mark.parametrize("thinking", [True, False])
 def test_the_template_remembers_the_mode(tokenizer, thinking, tmp_path):
+    """Also in llama.cpp's server and mlx-lm, which pass enable_thinking=True to every template that names it."""
     before = tokenizer.chat_template
     tokenizer.chat_template = with_default_mode(with_default_mode(before, not thinking), thinking)
     tokenizer.save_pretrained(tmp_path)
     tokenizer.chat_template = before
     saved = AutoTokenizer.from_pretrained(tmp_path)
     for asked in (None, True, False):
-        assert encode_prompt(saved, SYSTEM[:2], asked) == encode_prompt(
-            tokenizer, SYSTEM[:2], thinking if asked is None else asked
-        )
+        expected = encode_prompt(tokenizer, SYSTEM[:2], thinking if asked is None else asked)
+        assert encode_prompt(saved, SYSTEM[:2], asked) == expected
     assert saved.chat_template.count("set enable_thinking") == 1
-
-
-@pytest.mark.parametrize("thinking", [True, False])
-def test_the_mode_holds_in_tools_that_always_ask_for_thinking(tokenizer, thinking):
-    """llama.cpp's server and mlx-lm pass enable_thinking=True to every template that names it."""
-    template = with_default_mode(tokenizer.chat_template, thinking)
-    asked = {"tokenize": False, "add_generation_prompt": True, "chat_template": template}
-    prompt = tokenizer.apply_chat_template(SYSTEM[:2], enable_thinking=True, **asked)
-    assert prompt == tokenizer.apply_chat_template(SYSTEM[:2], **asked)
+    prompt = saved.apply_chat_template(SYSTEM[:2], tokenize=False, add_generation_prompt=True)
+    assert prompt == rendered(saved, SYSTEM[:2], True)
     assert prompt.endswith("<think>\n\n</think>\n\n") != thinking
-    off = tokenizer.apply_chat_template(SYSTEM[:2], enable_thinking=False, **asked)
-    assert off.endswith("<think>\n\n</think>\n\n")
+    assert rendered(saved, SYSTEM[:2], False).endswith("<think>\n\n</think>\n\n")
 
 
 def test_long_rows_are_set_aside_and_counted_never_cut(tokenizer, tmp_path, capsys):
     long = [SINGLE[0], {"role": "assistant", "content": "温。" * 200}]
-    write_jsonl(
-        tmp_path / "rows.jsonl",
-        [{"id": str(n), "messages": messages} for n, messages in enumerate([SINGLE, long, SYSTEM])],
-    )
+    numbered = [{"id": str(n), "messages": messages} for n, messages in enumerate([SINGLE, long, SYSTEM])]
+    write_jsonl(tmp_path / "rows.jsonl", numbered)
     rows, thinking, _ = load_conversations(tmp_path / "rows.jsonl", tokenizer, 120)
     assert len(rows.items) == 2 and not thinking
     assert all(answer[-1] == tokenizer.eos_token_id for item in rows.items for _, answer in item["documents"])
@@ -178,12 +140,11 @@ def test_long_rows_are_set_aside_and_counted_never_cut(tokenizer, tmp_path, caps
 @pytest.mark.parametrize("rejected", ["温。", " "])
 def test_pairs_that_teach_nothing_are_refused(tokenizer, tmp_path, rejected):
     pair = {
-        "id": "1",
         "prompt": SINGLE[:1],
         "chosen": SINGLE[1:],
         "rejected": [{"role": "assistant", "content": rejected}],
     }
-    write_jsonl(tmp_path / "pairs.jsonl", [pair])
+    write_jsonl(tmp_path / "pairs.jsonl", [{"id": "1", **pair}])
     with pytest.raises(UserError, match="row 1: chosen and rejected must differ"):
         load_pairs(tmp_path / "pairs.jsonl", tokenizer, 100)
 
