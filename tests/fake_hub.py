@@ -34,20 +34,20 @@ class FakeHub:
         self.url = f"http://127.0.0.1:{self.port}"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
-    def add(self, kind, repo_id, files, commit=None, gated=False, page_size=1000):
+    def add(self, kind, repo_id, files, commit=None, gated=False):
         """Publish a repository with one commit, on the branch main; returns the commit's id."""
         entries = []
         for path, data in files.items():
             blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-            entry = {"type": "file", "path": path, "size": len(data), "oid": blob}
+            entry = {"rfilename": path, "size": len(data), "blobId": blob}
             if len(data) >= LARGE:
                 sha256 = hashlib.sha256(data).hexdigest()
-                entry["lfs"] = {"oid": sha256, "size": len(data), "pointerSize": 130}
+                entry["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 130}
                 self.storage[sha256] = data
             entries.append(entry)
         commit = commit or hashlib.sha1(json.dumps(entries).encode()).hexdigest()
-        repo = {"files": dict(files), "entries": entries, "commit": commit}
-        self.repos[f"{kind}s", repo_id] = {**repo, "gated": gated, "page_size": page_size}
+        info = {"id": repo_id, "sha": commit, "tags": ["license:apache-2.0"], "siblings": entries}
+        self.repos[f"{kind}s", repo_id] = {"files": dict(files), "info": info, "gated": gated}
         return commit
 
     def fault(self, where, times=10**9, **action):
@@ -106,27 +106,20 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(status, b"", {"X-Error-Code": code, "X-Error-Message": message})
 
     def route(self, path):
-        api = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/(revision|tree)/([^/]+)()", path)
-        found = api or re.fullmatch(r"/(datasets|)/?([^/]+/[^/]+)/(resolve)/([^/]+)/(.+)", path)
-        kind, repo_id, action, revision, name = found.groups()
+        api = re.fullmatch(r"/(api)/(models|datasets)/([^/]+/[^/]+)/revision/([^/]+)()", path)
+        found = api or re.fullmatch(r"()/(datasets|)/?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        _, kind, repo_id, revision, name = found.groups()
         token, repo = self.headers.get("Authorization"), self.hub.repos.get((kind or "models", repo_id))
         if token not in (None, f"Bearer {TOKEN}"):
             return self.refuse(401, "", "Invalid credentials in Authorization header")
         if repo is None:  # as the Hub answers: a guest is not told what exists
             return self.refuse(404 if token else 401, "RepoNotFound", "Repository not found")
-        if revision not in ("main", repo["commit"]):
+        if revision not in ("main", repo["info"]["sha"]):
             return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        if action == "revision":
-            info = {"id": repo_id, "sha": repo["commit"], "tags": ["license:apache-2.0"]}
-            return self.answer(200, json.dumps(info).encode(), {})
+        if api:
+            return self.answer(200, json.dumps(repo["info"]).encode(), {})
         if repo["gated"] and not token:
             return self.refuse(401, "GatedRepo", "Access is restricted")
-        if action == "tree":
-            start = int(re.search(r"cursor=(\d+)|$", self.path)[1] or 0)
-            end = start + repo["page_size"]
-            more = {"Link": f'<{self.hub.url}{path}?recursive=true&cursor={end}>; rel="next"'}
-            page = json.dumps(repo["entries"][start:end]).encode()
-            return self.answer(200, page, more if end < len(repo["entries"]) else {})
         data = repo["files"][name]
         if len(data) >= LARGE:
             place = f"http://localhost:{self.hub.port}/storage/{hashlib.sha256(data).hexdigest()}"

@@ -29,6 +29,7 @@ MODEL = {
     "modeling.py": b"code",
     "mlx/model.safetensors": b"other",
 }
+BROKEN = b'{"id": "tcm/small", "sha": "%s", "siblings": [{"rfilename": "config.json"}]}' % (b"0" * 40)
 ROWS = "".join(
     json.dumps({"query": f"问{n}", "response": "答" * 20}, ensure_ascii=False) + "\n" for n in range(2000)
 ).encode()
@@ -160,20 +161,16 @@ def test_sample_and_tiny_model_are_offline(get, tmp_path, monkeypatch):
     assert code == 2 and "the built-in model is missing; get it back with: git checkout" in err
 
 
-def test_the_token_and_the_pages_stay_with_the_endpoint(hub, get, monkeypatch):
-    """A `next` link to another server is asked of the endpoint, and a redirect of a file loses the token."""
+def test_the_token_stays_with_the_endpoint(hub, get, monkeypatch):
+    """A redirect of a file to another host loses it."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     other = FakeHub()
     other.add("model", "tcm/small", MODEL)
-    hub.add("model", "tcm/small", MODEL, gated=True, page_size=3)
-    page = f'<{other.url}/api/models/tcm/small/tree/{hub.commit}?recursive=true&cursor=3>; rel="next"'
-    entries = json.dumps(hub.repos["models", "tcm/small"]["entries"][:3]).encode()
-    hub.fault("/tree/", times=1, status=200, body=entries, headers={"Link": page})
+    hub.add("model", "tcm/small", MODEL, gated=True)
     location = f"{other.url}/tcm/small/resolve/main/config.json"
     hub.fault("/resolve/.*config.json", status=302, headers={"Location": location})
     assert get.model()[0] == 0
     assert_whole(get.folder)
-    assert len(hub.asked("/tree/")) == 3
     assert all("Authorization" in headers for _, headers in hub.asked("/api/"))
     assert [path for path, _ in other.log] == ["/tcm/small/resolve/main/config.json"]
     assert not any("Authorization" in headers for _, headers in [*other.log, *hub.asked("/storage/")])
@@ -186,7 +183,6 @@ def test_the_token_and_the_pages_stay_with_the_endpoint(hub, get, monkeypatch):
 @pytest.mark.parametrize(
     "where, fault, told",
     [
-        ("/revision/", {"times": 2, "status": 503}, ""),
         ("/storage/", {"times": 1, "cut": 1_000_000, "rst": True}, "going on at "),
         ("/storage/", {"times": 1, "cut": 1_000_000}, ""),
         ("/storage/", {"times": 1, "cut": 1_000_000, "hang": 1.5}, ""),
@@ -199,7 +195,7 @@ def test_faults_that_pass(hub, get, where, fault, told):
     assert code == 0 and told in out
     assert_whole(get.folder)
     ranges = [headers["Range"] for _, headers in hub.asked("/storage/") if "Range" in headers]
-    assert bool(ranges) == ("cut" in fault)  # what arrived is kept
+    assert ranges  # what arrived is kept
 
 
 def test_killed_download_goes_on(hub, get, tmp_path):
@@ -245,8 +241,8 @@ def test_part_of_another_commit_is_not_mixed_in(hub, get):
         ("/revision/", {"status": 403}, 2, "reading tcm/small is not allowed (127.0.0.1 answered 403 (Forbidden))"),
         ("/resolve/.*config", {"status": 404, "headers": {"X-Error-Code": "EntryNotFound"}}, 2, "lacks a file that was listed (127.0.0.1 answered 404"),
         ("/revision/", {"status": 200}, 1, "does not answer as the Hub does; check HF_ENDPOINT and the network's login page"),
-        ("/revision/", {"status": 200, "body": b'{"sha": "../x"}'}, 1, "gives commit ../x for tcm/small"),
-        ("/tree/", {"status": 200, "body": b'[{"type": "file"}]'}, 1, "does not answer as the Hub does"),
+        ("/revision/", {"status": 200, "body": b'{"id": "tcm/small", "sha": "../x"}'}, 1, "gives commit ../x for tcm/small"),
+        ("/revision/", {"status": 200, "body": BROKEN}, 1, "does not answer as the Hub does"),
         ("/resolve/", {"status": 302, "headers": {"Location": "/tcm/small/resolve/main/config.json"}}, 1, "redirect"),
     ],
 )  # fmt: skip

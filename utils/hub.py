@@ -1,8 +1,8 @@
 """The Hugging Face Hub: what a repository holds at one commit, and its files brought to disk whole or not at all.
 
-Built on `http_get` and `http_backoff` of huggingface_hub 2.4.0, which repeat what may pass. Its `hf_hub_download` begins a file again
-after a kill, compares sizes but no sha256, and brings large files through Xet, which goes around mirrors. After a redirect to
-another host the token is not sent.
+Built on `repo_info` and `http_get` of huggingface_hub 2.4.0. Its `hf_hub_download` begins a file again after a kill, compares sizes
+but no sha256, and brings large files through Xet, which goes around mirrors. After a redirect to another host the token is not
+sent.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote, urlsplit
 
 from utils.errors import RunError, UserError
 from utils.files import read_json, sha256_of, show_path
@@ -65,37 +64,21 @@ def look_up(kind: str, repo_id: str, revision: str) -> Repo:
     """The Repo that `revision` (commit, branch or tag) means now. UserError if it is not there or not allowed."""
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id):
         raise UserError(f"{repo_id!r} is not the name of a {kind} on the Hub, wanted owner/name")
-    api = f"{_endpoint()}/api/{kind}s/{repo_id}"
     with _errors_told(Repo(kind, repo_id, revision, None, {})):
-        [info] = _pages(f"{api}/revision/{quote(revision, safe='')}")
-        commit = info["sha"]
-        if not COMMIT.fullmatch(commit) or COMMIT.fullmatch(revision) and revision != commit:
-            raise RunError(f"{_endpoint()} gives commit {commit[:40]} for {repo_id} at {revision}")
-        licence = next((tag[8:] for tag in info.get("tags") or [] if tag.startswith("license:")), None)
+        from huggingface_hub import HfApi, constants
+
+        wanted = {"repo_type": kind, "revision": revision, "files_metadata": True}
+        info = HfApi(_endpoint()).repo_info(repo_id, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, **wanted)
+        if not COMMIT.fullmatch(info.sha) or COMMIT.fullmatch(revision) and revision != info.sha:
+            raise RunError(f"{_endpoint()} gives commit {info.sha[:40]} for {repo_id} at {revision}")
+        licence = next((tag[8:] for tag in info.tags or [] if tag.startswith("license:")), None)
         files = {}
-        for entry in (entry for page in _pages(f"{api}/tree/{commit}?recursive=true") for entry in page):
-            digest = (entry.get("lfs") or entry)["oid"]
+        for entry in info.siblings:
+            digest = entry.lfs.sha256 if entry.lfs else entry.blob_id
             if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", digest):
                 raise ValueError(entry)
-            if entry["type"] == "file":
-                files[entry["path"]] = HubFile(entry["path"], entry["size"], digest)
-    return Repo(kind, repo_id, commit, licence, files)
-
-
-def _pages(url):
-    """The JSON at `url` and on the pages that follow it. Mirrors pass on the Hub's own links: only their query counts, so that
-    neither pages nor the token go to another server than the endpoint."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
-
-    place, timeout = url.partition("?")[0], constants.HF_HUB_DOWNLOAD_TIMEOUT
-    while url:
-        waits = {"max_retries": 2, "base_wait_time": 0.5}  # seconds: 0.5 and 1, also without any network
-        response = http_backoff("GET", url, headers=build_hf_headers(), timeout=timeout, **waits)
-        hf_raise_for_status(response)
-        yield response.json()
-        link = response.links.get("next", {}).get("url")
-        url = link and f"{place}?{urlsplit(link).query}"
+            files[entry.rfilename] = HubFile(entry.rfilename, entry.size, digest)
+    return Repo(kind, repo_id, info.sha, licence, files)
 
 
 # ---- Files
