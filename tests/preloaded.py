@@ -9,7 +9,7 @@ import peft
 import transformers.models.qwen3.modeling_qwen3
 
 import utils.training.loop
-import utils.training.reference
+import utils.training.losses
 import utils.training.rows
 
 gc.freeze()  # a million objects of the imports: the collections of a small run take half of its time with them

@@ -31,13 +31,15 @@ def show_path(path: str | Path) -> str:
     return printable(path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path))
 
 
-def require_file(path: str | Path, command: str) -> Path:
-    """Return `path` if it is a file, else raise UserError naming `command`, the one that makes it."""
+def require_file(path: str | Path, command: str, fields: Sequence[str] = ()) -> Path:
+    """Return `path` if it is a file, else raise UserError naming `command`, the one that makes it. `fields`: of its first line."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{show_path(path)} is a folder, wanted a file")
     if not path.is_file():
         raise missing(path, f"make it with: {command}")
+    if fields:
+        next(read_jsonl(path, fields))
     return path
 
 

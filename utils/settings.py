@@ -25,6 +25,7 @@ import os
 import re
 import shlex
 import sys
+import time
 import tokenize
 import traceback
 from pathlib import Path
@@ -44,10 +45,10 @@ BOOLEANS = {"true": True, "false": False}
 
 
 class Settings:
-    """The resolved constants as attributes. `overridden` names those that the command line gave."""
+    """The resolved constants as attributes. `overridden` names those that the command line gave; `began` is the time, monotonic."""
 
     def __init__(self, values: dict[str, Any], overridden: set[str]):
-        vars(self).update(values, overridden=overridden)
+        vars(self).update(values, overridden=overridden, began=time.monotonic())
 
     def __getattr__(self, name):
         """Only asked for what is not there: a constant that was misspelt, or left out, at the top of the script."""

@@ -11,7 +11,7 @@ from model_download.download_model import TINY_DIR as TINY
 from utils.errors import UserError
 from utils.evaluation.report import draw_curves, write_pages
 from utils.files import read_json, write_json, write_jsonl
-from utils.training.page import write_page
+from utils.training.log import write_page
 
 HOSTILE = "<script>alert(1)</script><img src=http://evil.example/x.png>&\x1b[31m"
 PNG = base64.b64decode(
@@ -88,8 +88,8 @@ def compared(folder, tmp_path):
 def test_a_run_on_one_page(folder):
     page = Page(write_page(folder).read_text(encoding="utf-8"))
     cells = page.cells
-    for name, value in (("rows_in", "1,234"), ("eval_loss", None), ("NOTE", None)):
-        assert value is None or cells[cells.index(name) + 1] == value
+    for name, value in (("rows read", "1,234"), ("loss of the finished model", "0.5000"), ("steps", "20")):
+        assert cells[cells.index(name) + 1] == value
     row = cells.index("memory")
     assert cells[row + 1 : row + 3] == ["1.00 GiB", "1.50 GiB"]
     time = cells.index("time, start to end")
@@ -110,7 +110,7 @@ def test_nothing_on_the_page_can_run_or_load(folder, compared):
     assert "url(" not in text and "@import" not in text and "\x1b" not in text
     hostile = HOSTILE.replace("\x1b", "\ufffd")
     assert page.cells.count(hostile) == 2  # shown as it is: the setting, the answer of the base
-    assert f"set_aside: {hostile}" in page.cells
+    assert f"set aside: {hostile}" in page.cells
 
 
 def test_a_comparison_comes_with_answers_before_and_after(folder, compared):
@@ -133,6 +133,25 @@ def test_a_damaged_record_costs_its_page_and_no_more(folder, compared, tmp_path,
 
 def test_the_pre_training_of_the_base_is_no_curve(tmp_path):
     assert (TINY / "training_log.jsonl").is_file() and not draw_curves({"base": str(TINY)}, tmp_path)
+
+
+def test_the_page_of_dpo_has_its_pairs_and_its_warnings(folder, tmp_path):
+    record = read_json(folder / "run.json")
+    record["settings"]["BETA"], record["told"] = 0.1, ["kept: step 9", "warning: at chance"]
+    record["results"] |= {"eval_reward_accuracy": 0.736, "measured_on": "dpo_eval.jsonl"}
+    write_json(folder / "run.json", record)
+    lengths = {"chosen": 11.3, "rejected": 11.2}
+    split = {"rows": 60, "pairs": 56, "not_paired": {"too short": 4}, "mean_characters": lengths}
+    write_json(tmp_path / "dpo_report.json", {"train": {**split, "told_apart": 0.44}})
+    text = write_page(folder).read_text(encoding="utf-8")
+    cells = Page(text).cells
+    for name, value in (
+        ("train: pairs", "56"),
+        ("train, not paired: too short", "4"),
+        ("measured on", "dpo_eval.jsonl"),
+    ):
+        assert cells[cells.index(name) + 1] == value
+    assert "73.6%" in cells and "rows read" not in cells and "<p>warning: at chance</p>" in text
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

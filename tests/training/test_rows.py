@@ -18,7 +18,7 @@ from utils.files import read_jsonl, sample_by_id, write_jsonl
 from utils.model.chat_format import encode_answer, encode_prompt
 from utils.model.packing import PackedRows, item_length
 from utils.training import rows as rows_module
-from utils.training.rows import load_conversations, load_pairs
+from utils.training.rows import load_conversations, load_pairs, tell_shared_rows
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def kept(path):
 def test_tokens_are_those_of_chat(tokenizer, path, made):
     """The first time and later, for several batches of rows, and whatever is typed in them."""
     for times in (1, 0):
-        rows, thinking, _ = load_conversations(path, tokenizer, 4096)
+        rows, thinking, *_ = load_conversations(path, tokenizer, 4096)
         assert made() == times
         assert items_of(rows) == direct(path, tokenizer)
         assert thinking == (
@@ -268,7 +268,7 @@ def single_rows(count):
 
 
 @pytest.mark.parametrize("join", [0.0, 0.3, 1.0])
-def test_single_questions_are_put_behind_others(tokenizer, path, capsys, join):
+def test_single_questions_are_put_behind_others(tokenizer, path, join):
     """Every answer is trained once, in its own place; a share of the questions has one to three other rows before it, whole."""
     rows = single_rows(200)
     write_jsonl(path, rows)
@@ -292,11 +292,6 @@ def test_single_questions_are_put_behind_others(tokenizer, path, capsys, join):
             other = rows[int(question.removeprefix("问"))]
             assert answer.startswith(other["messages"][1]["content"]) and other["id"] != str(number)
     assert counts == ({1, 2, 3} if join else set())
-    if join:
-        more = sum(len(item["documents"][0][0]) for item in joined) - sum(
-            len(item["documents"][0][0]) for item in alone
-        )
-        assert f"which costs {more:,} tokens" in capsys.readouterr().out
     again = items_of(load_conversations(path, tokenizer, 4096, join=join).rows)
     assert again == joined
 
@@ -312,3 +307,18 @@ def test_rows_that_are_tied_to_a_place_stay_there_and_none_gets_too_long(tokeniz
     longest = max(item_length(item) for item in direct(path, tokenizer))
     loaded = load_conversations(path, tokenizer, longest, join=1.0)
     assert items_of(loaded.rows) == direct(path, tokenizer) and loaded.conversations == "single"
+
+
+def test_rows_to_evaluate_on_that_are_trained_are_counted_by_what_they_say(tokenizer, tmp_path, capsys):
+    def load(name, *numbers):
+        rows = [{**single_rows(12)[number], "id": f"{name}{number}"} for number in numbers]
+        write_jsonl(tmp_path / name, rows)
+        return tmp_path / name, load_conversations(tmp_path / name, tokenizer, 4096)
+
+    train = load("train", *range(9))
+    tell_shared_rows(*train, *load("eval", 7, 8, 9, 10))
+    assert "note: 2 of the rows of" in capsys.readouterr().out
+    tell_shared_rows(*train, *load("other", 9, 10, 11))
+    assert not capsys.readouterr().out
+    tell_shared_rows(*train, *train)
+    assert "no evaluation file: the loss is measured on rows that are trained" in capsys.readouterr().out

@@ -56,15 +56,6 @@ def test_fresh_moves_nothing_that_the_run_reads(place, tmp_path, capsys, name):
     assert (output / name).exists()
 
 
-def test_a_checkpoint_of_an_earlier_version_is_told(stopped, place, capsys):
-    output = stopped("sft")
-    (checkpoint,) = output.glob("checkpoint-*")
-    (checkpoint / "trainer_state.json").write_text("{}", encoding="utf-8")
-    assert train("sft", place, output) == 2
-    said = capsys.readouterr().err
-    assert "is of an earlier version of these scripts" in said and said.count("\n") == 1
-
-
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(runs, place, capsys):
     output = place / "damaged"
     shutil.copytree(runs("sft"), output)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.training.schedule import Schedule, plan_evaluations
+from utils.training.plan import Schedule, plan_evaluations
 
 
 def rates(total, warmup):

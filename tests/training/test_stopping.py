@@ -91,7 +91,7 @@ def test_half_an_epoch_is_half_an_epoch(place, tmp_path):
 def test_few_steps_are_warned_of_with_what_gives_more(place, tmp_path, capsys, settings, advice):
     assert train("sft", place, tmp_path / "out", *settings, "--estimate") == 0
     said = capsys.readouterr().out
-    assert "optimizer steps, too few to learn much; " in said and advice in said
+    assert "warning: too few optimizer steps to learn much; " in said and advice in said
 
 
 def test_enough_steps_are_not_warned_of(place, tmp_path, capsys):

@@ -11,7 +11,7 @@ from utils.files import atomic_write, read_log, render, show_path, write_json
 from utils.model.folder import usable_record
 from utils.plots import Panel, Run, plot_comparison, plot_runs
 from utils.text import printable, shorten, text_width
-from utils.training.page import write_page
+from utils.training.log import write_page
 
 LONGEST = 300  # characters of a sample answer that are shown
 OTHERS = ("second", "wanted", "unasked", "general")  # `about` of the answers of which one sample is shown

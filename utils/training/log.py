@@ -1,31 +1,108 @@
-"""What a run shows while it trains: a line of progress, training_log.jsonl, and a loss curve that is redrawn."""
+"""What a run shows: a line of progress, training_log.jsonl, a loss curve that is redrawn, and report.html at its end."""
 
+import base64
+import datetime
 import json
+import math
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from utils.files import atomic_write, read_log, show_path
+from utils.errors import UserError
+from utils.files import atomic_write, read_json, read_log, render, show_path
+from utils.model.folder import read_record
 from utils.plots import plot_training
-from utils.text import PLAIN_SECONDS, duration
-from utils.training.schedule import SETTLED, Clock, done_at
+from utils.settings import ROOT
+from utils.text import PLAIN_SECONDS, duration, format_bytes
 
+STEPS = 50  # the time of a step is averaged over about so many
+ENDING = 2.0  # seconds: the last picture, run.json, the interpreter's end
+AIM = 0.99  # share of HOURS that is planned with
+DISK = 200e6  # bytes written per second, with their checksum, until a checkpoint was timed
 LONG = 60  # seconds left from which on the time of day is worth telling
 REDRAW_SECONDS = 30  # the PNG takes about half a second to draw
-MUCH_SLOWER, BUSY = (
-    1.5,
-    0.25,
-)  # times the planned seconds of a step; share of the cores that other programs use
-CLEARLY, CLEARLY_FEWER = (
-    0.02,
-    0.03,
-)  # a loss higher by this share, an accuracy lower by so much, is clearly worse
+WORSE_LOSS, WORSE_ACCURACY = 0.02, 0.03  # a loss higher by this share, or an accuracy lower by so much
 CHANCE, ENOUGH_PAIRS = 0.5, 100  # of preferring the chosen answer; pairs from which on that says something
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+RESULTS = (  # of run.json: the field, its name for people, its form
+    ("eval_loss_before", "loss before training", "{:.4f}"),
+    ("eval_loss", "loss of the finished model", "{:.4f}"),
+    ("eval_loss_last", "loss after the last step", "{:.4f}"),
+    ("eval_reward_accuracy", "pairs in which the chosen answer gained more than the rejected one", "{:.1%}"),
+    ("measured_on", "measured on", "{}"),
+    ("kept_step", "step of the finished model", "{:,}"),
+    ("best_step", "best step", "{:,}"),
+    ("steps", "steps", "{:,}"),
+    ("tokens", "tokens trained on", "{:,}"),
+    ("tokens_per_second", "tokens a second", "{:,.0f}"),
+)
 
 Entry = dict[str, Any]  # a line of training_log.jsonl
+
+
+class Clock:
+    """The time that a run has taken, in this process and in those before it (`before`), and the `seconds` that its parts take.
+
+    began: when the process began, in monotonic seconds; hours: given to the run, 0: no limit; checkpoint_minutes: between two
+    checkpoints, 0: no limit; checkpoint, model: bytes of a checkpoint and of the finished model.
+    """
+
+    def __init__(self, began: float, hours: float, checkpoint_minutes: float, checkpoint: int, model: int):
+        self.began, self.before, self.limit = began, 0.0, AIM * 3600 * hours or math.inf
+        self.seconds = {"step": 0.0, "evaluation": 0.0, "checkpoint": checkpoint / DISK}
+        self.saving, self.between_checkpoints = model / checkpoint, 60 * checkpoint_minutes or math.inf
+        self.steps, self.last_step = 0, 0.0  # steps of this process, and seconds of the latest
+        self.mark = self.last_save = time.monotonic()
+
+    def elapsed(self) -> float:
+        """Seconds that the run has run."""
+        return self.before + time.monotonic() - self.began
+
+    def start(self) -> None:
+        """What comes next is timed from now on."""
+        self.mark = time.monotonic()
+
+    def ended(self, part: str) -> None:
+        """A step, an evaluation or a checkpoint has ended. It took the time since the one before."""
+        now = time.monotonic()
+        seconds, self.mark = now - self.mark, now
+        if part == "checkpoint":
+            self.last_save = now
+        if part == "step":
+            # The first step of a process also makes kernels and buffers: the second one replaces it.
+            self.steps, self.last_step = self.steps + 1, seconds
+            weight = max(1 / max(self.steps - 1, 1), 1 / STEPS)
+            seconds = self.seconds["step"] + weight * (seconds - self.seconds["step"])
+        self.seconds[part] = seconds
+
+    @property
+    def checkpoint_due(self) -> bool:
+        return time.monotonic() - self.last_save > self.between_checkpoints
+
+    def ending(self) -> float:
+        """Seconds from the last step to the end of the process, but for the last evaluation."""
+        return (1 + self.saving) * self.seconds["checkpoint"] + ENDING
+
+    def progress(self) -> float:
+        """The share of the time that is over; 1 if no further step fits in. 0 without a limit."""
+        training = self.limit - self.seconds["evaluation"] - self.ending()
+        full = self.elapsed() + max(self.seconds["step"], self.last_step) > training
+        return 1.0 if full else self.elapsed() / training
+
+    def seconds_left(self, schedule, step: int, progress: float) -> float:
+        """Seconds until the process ends: the steps after `step`, evaluations, a checkpoint, and the finished model."""
+        evaluations = schedule.evaluations - schedule.evaluations_due(progress)
+        each = self.seconds["step"] * (1 + self.seconds["checkpoint"] / self.between_checkpoints)
+        left = (schedule.steps - step) * each + evaluations * self.seconds["evaluation"] + self.ending()
+        return min(left, max(0.0, self.limit - self.elapsed()))
+
+
+def done_at(seconds: float) -> str:
+    """The time of day in so many seconds; with the date if that is not today."""
+    now = datetime.datetime.now()
+    then = now + datetime.timedelta(seconds=seconds)
+    return f"{then:%H:%M}" if then.date() == now.date() else f"{then:%H:%M on %Y-%m-%d}"
 
 
 class RunLog:
@@ -40,8 +117,7 @@ class RunLog:
         """Training begins after `step` steps. Later entries are dropped, as those steps are done again: they are returned."""
         found = read_log(self.path) if step and self.path.is_file() else []
         self.entries = [entry for entry in found if entry["step"] <= step]
-        self.clock, self.plan, self.first_step = clock, plan, step
-        self.step_seconds, self.since, self.busy = 0.0, time.monotonic(), _busy_seconds()
+        self.clock, self.plan, self.first_step, self.step_seconds = clock, plan, step, 0.0
         if self.main:
             with atomic_write(self.path) as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in self.entries)
@@ -59,16 +135,12 @@ class RunLog:
         if "loss" in entry:
             self._show_step(entry, progress)
         else:
-            more = (
-                f", margin > 0 in {entry['eval_reward_accuracy']:.1%}"
-                if "eval_reward_accuracy" in entry and entry["step"]  # margins are 0 before training
-                else ""
-            )
+            accuracy = entry.get("eval_reward_accuracy") if entry["step"] else None  # 0 before training
+            more = "" if accuracy is None else f", margin > 0 in {accuracy:.1%}"
             self.tell(f"evaluation after step {entry['step']}: loss {entry['eval_loss']:.4f}{more}")
             if chosen_fell(self.entries):
-                self.tell(
-                    "warning: the chosen answers are losing probability as well; lower LEARNING_RATE, or raise SFT_WEIGHT"
-                )
+                advice = "lower LEARNING_RATE, or raise SFT_WEIGHT"
+                self.tell(f"warning: the chosen answers are losing probability as well; {advice}")
         if time.monotonic() - self.last_drawn > REDRAW_SECONDS:
             self.draw()
 
@@ -105,31 +177,16 @@ class RunLog:
             self.last_line = time.monotonic()
 
     def _show_step(self, entry, progress):
-        step, steps, rate = entry["step"], self.plan.schedule.steps, self.tokens_per_second()
-        left = self.clock.seconds_left(self.plan.schedule, step, progress)
-        if step == self.first_step + SETTLED:
-            if left > LONG:
-                self.tell(f"about {duration(left)} to go, done at {done_at(left)}")
-            own, everyone = (now - before for now, before in zip(_busy_seconds(), self.busy))
-            others = (everyone - own) / max(time.monotonic() - self.since, 1e-9)  # cores
-            if rate * MUCH_SLOWER < self.plan.train_rate and others > BUSY * psutil.cpu_count():
-                self.tell(
-                    f"steps are {self.plan.train_rate / rate:.1f} times as slow as planned: other programs use "
-                    f"{others:.1f} of {psutil.cpu_count()} cores"
-                )
         pause = 1 if sys.stdout.isatty() else PLAIN_SECONDS
-        if progress >= 1 or time.monotonic() - self.last_line >= pause:
-            of = (
-                f"/{steps}" if progress <= step / steps else f" ({progress:.0%})"
-            )  # with HOURS nobody knows the last
-            text = f"step {step}{of}  loss {entry['loss']:.4f}  {rate:,.0f} tokens/s  {duration(left)} left"
-            self.tell(text, progress >= 1)
-
-
-def _busy_seconds() -> tuple[float, float]:
-    """Seconds that cores have computed so far: for this process, and for all."""
-    own, everyone = psutil.Process().cpu_times(), psutil.cpu_times()
-    return own.user + own.system, sum(everyone) - everyone.idle - getattr(everyone, "iowait", 0.0)
+        if progress < 1 and time.monotonic() - self.last_line < pause:
+            return
+        step, schedule = entry["step"], self.plan.schedule
+        left = self.clock.seconds_left(schedule, step, progress)
+        # With HOURS nobody knows the number of the last step.
+        of = f"/{schedule.steps}" if progress <= step / schedule.steps else f" ({progress:.0%})"
+        end = f", done at {done_at(left)}" if left > LONG else ""
+        text = f"step {step}{of}  loss {entry['loss']:.4f}  {self.tokens_per_second():,.0f} tokens/s"
+        self.tell(f"{text}  {duration(left)} left{end}", progress >= 1)
 
 
 def best_of(evaluations: list[Entry]) -> Entry:
@@ -146,43 +203,90 @@ def chosen_fell(entries: list[Entry]) -> bool:
 def verdict(
     start: Entry, evaluations: list[Entry], losses: list[float], kept: Entry, count: int
 ) -> list[str]:
-    """The step that the finished model is of, in words, and warnings if the run should have been another.
+    """The step that the finished model is of, in words, and a warning if the run should have been another.
 
     start: the evaluation before training; evaluations: those after it; kept: that of the finished model; losses: of the training
     steps; count: examples that were evaluated on. From fewer than 100 pairs follows nothing.
     """
     best, last = best_of(evaluations), evaluations[-1]
-    preference = "eval_reward_accuracy" in last
+    pairs = "eval_reward_accuracy" in last
 
-    def value(entry: Entry) -> str:
-        loss = f"{entry['eval_loss']:.4f}"
-        return f"{entry['eval_reward_accuracy']:.1%} of held-out pairs, loss {loss}" if preference else loss
+    def told(name: str, entry: Entry) -> str:
+        share = f"{entry['eval_reward_accuracy']:.1%} of the pairs, loss " if pairs else ""
+        return f"{name}: step {entry['step']}, {share}{entry['eval_loss']:.4f}"
 
-    others = {"best": best, "last": last}
-    others = "".join(
-        f"; {name}: step {entry['step']}, {value(entry)}"
-        for name, entry in others.items()
-        if entry is not kept
-    )
-    lines = [f"kept: step {kept['step']}, {value(kept)}{others}"]
-    if preference and count < ENOUGH_PAIRS:
+    others = [told(name, entry) for name, entry in (("best", best), ("last", last)) if entry is not kept]
+    lines = ["; ".join([told("kept", kept), *others])]
+    if pairs and count < ENOUGH_PAIRS:
         return lines
-    worse = last["eval_loss"] > (1 + CLEARLY) * best["eval_loss"]
-    no_better = best["eval_loss"] >= start["eval_loss"]
-    if preference:
-        worse = last["eval_reward_accuracy"] < best["eval_reward_accuracy"] - CLEARLY_FEWER
-        no_better = best["eval_reward_accuracy"] <= CHANCE
+    if pairs:
+        worse = last["eval_reward_accuracy"] < best["eval_reward_accuracy"] - WORSE_ACCURACY
+        no_better, than = best["eval_reward_accuracy"] <= CHANCE, "at chance"
+    else:
+        worse = last["eval_loss"] > (1 + WORSE_LOSS) * best["eval_loss"]
+        no_better, than = best["eval_loss"] >= start["eval_loss"], "no better than before training"
     few = max(1, len(losses) // 10)
     if no_better:
         change = "the training loss did not fall either: try another LEARNING_RATE (a tenth first), then more EPOCHS"
         if sum(losses[-few:]) < sum(losses[:few]):
             change = "the training loss fell, so it learns the training rows by heart: lower LEARNING_RATE, or give it more rows"
-        than = "at chance" if preference else "no better than before training"
-        lines.append(f"warning: the best evaluation is {than} ({value(best)}); {change}")
+        lines.append(f"warning: the best evaluation is {than}; {change}")
     elif worse:
         take = "" if kept is best else ", or take --keep best"
-        lines.append(
-            f"warning: the last step is clearly worse than the best: the run was too long or too fast; "
-            f"lower EPOCHS or LEARNING_RATE{take}"
-        )
+        why = "the run was too long or too fast; lower EPOCHS or LEARNING_RATE"
+        lines.append(f"warning: the last step is clearly worse than the best: {why}{take}")
     return lines
+
+
+# ---- report.html: a run on one page that needs nothing else: no network, no scripts, pictures inside
+
+
+def write_page(
+    folder: Path, comparison: dict[str, Any] | None = None, name: str = "", pictures: Path | None = None
+) -> Path:
+    """Write report.html of a run folder and return its path. UserError if it is no run, or run.json is damaged.
+
+    `comparison`: the content of a comparison.json that this run is part of under `name`, with its pictures in the folder
+    `pictures`. The template escapes whatever comes from elsewhere: names, settings, rows, answers.
+    """
+    record = read_record(folder)
+    if record is None:
+        raise UserError(f"{show_path(folder)} holds no run.json: it is no training folder")
+    settings, results = record["settings"], record.get("results", {})
+    data = Path(str(settings.get("TRAIN_FILE")))
+    report = ROOT / data.parent / ("dpo_report.json" if "BETA" in settings else "report.json")
+    sizes = [record.get("memory_forecast_bytes"), results.get("peak_memory_bytes")]
+    forecasts = [("memory", *(format_bytes(size) if size else "-" for size in sizes))]
+    if record.get("started") and record.get("finished"):
+        began, ended = (datetime.datetime.fromisoformat(record[name]) for name in ("started", "finished"))
+        planned = settings.get("HOURS", 0) * 3600 or record.get("time_forecast_seconds")
+        taken = duration((ended - began).total_seconds())
+        forecasts.append(("time, start to end", duration(planned) if planned else "-", taken))
+    models = list(comparison["models"]) if comparison else []
+    text = render(
+        TEMPLATE,
+        title=f"{folder.resolve().name}: {Path(str(settings.get('MODEL'))).name} trained on {data.name}",
+        record=[(key, record.get(key)) for key in ("status", "started", "finished")],
+        results=[(label, form.format(results[key])) for key, label, form in RESULTS if key in results],
+        told=[str(line) for line in record.get("told", [])],
+        curve=_picture(folder / "loss_curve.png"),
+        files=[(name, settings.get(name)) for name in ("TRAIN_FILE", "EVAL_FILE")],
+        report=read_json(report) if report.is_file() else {},
+        forecasts=forecasts,
+        settings=[(key, str(value)) for key, value in settings.items()],
+        versions=[("device", record.get("device")), *record.get("versions", {}).items()],
+        comparison=comparison,
+        models=models,
+        columns=list(dict.fromkeys([*models[:1], name])),
+        bars=_picture(pictures / "comparison.png") if pictures else "",
+        curves=_picture(pictures / "curves.png") if pictures else "",
+    )
+    path = folder / "report.html"
+    with atomic_write(path) as file:
+        file.write(text)
+    return path
+
+
+def _picture(path):
+    """The bytes of a picture as base64; "" if there is none."""
+    return base64.b64encode(path.read_bytes()).decode() if path.is_file() else ""

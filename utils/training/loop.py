@@ -310,17 +310,20 @@ def _results(run: Run, model, plan: Plan, step: int) -> dict[str, Any]:
     """Put the weights to keep into the model; tell which those are; the results for run.json."""
     log, kept = run.log, run.load_best(model)
     evaluations, start = log.evaluations(), log.entries[0]  # the evaluation before training
-    for line in verdict(start, evaluations, log.losses(), kept, len(plan.eval_rows.items)):
-        print(line)
+    run.record["told"] = verdict(start, evaluations, log.losses(), kept, len(plan.eval_rows.items))
+    print("\n".join(run.record["told"]))
+    accuracy = "eval_reward_accuracy"
     return {
         "steps": step,
         "kept_step": kept["step"],
         "best_step": best_of(evaluations)["step"],
         "tokens": round(plan.tokens_per_step * step),
         "train_loss": log.losses()[-1],
+        "measured_on": run.settings.EVAL_FILE.name,
         "eval_loss_before": start["eval_loss"],
         "eval_loss": kept["eval_loss"],
         "eval_loss_last": evaluations[-1]["eval_loss"],
+        **({accuracy: kept[accuracy]} if accuracy in kept else {}),
         "seconds": round(run.clock.elapsed(), 1),
         "tokens_per_second": round(log.tokens_per_second(), 1),
         "peak_memory_bytes": peak_memory(run.device),

@@ -17,20 +17,48 @@ import torch
 from utils.device import Device
 from utils.errors import UserError
 from utils.files import show_path
+from utils.model.folder import read_record
 from utils.model.lm_head import cross_entropy_sum
 from utils.model.packing import ROUNDED, PackedRows, collate, padding_for
 from utils.model.qwen3_train import forward
 from utils.text import duration, format_bytes
+from utils.training.log import DISK, ENDING, done_at
 from utils.training.memory import FLOAT, StepPlan, free_memory, margin, measure_costs, memory_parts, ways
-from utils.training.rows import tell_shared_rows
+from utils.training.rows import Loaded, tell_shared_rows
 from utils.training.run import Run
-from utils.training.schedule import DISK, ENDING, Schedule, done_at, plan_evaluations
 
 # Tokens in one pass from which on more bring no speed: products of the CPU are near their peak at 1,024 already.
 ENOUGH_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 32768}
 FEW_STEPS = 30  # a run of fewer is hardly more than its warm-up
-MARGIN = 1.25  # more pairs than should fit into HOURS
+PAIRS_MORE = 1.25  # times the pairs that should fit into HOURS
 TIMED_ITEMS = 4  # that a CPU is timed on
+SHARE_OF_EVALUATIONS = 0.05  # of the run's time, at most
+FORWARD = 0.5  # time of a token in an evaluation against one in training: a third for SFT, a half for LoRA
+EVAL_ROWS = (50, 500)  # below the first, evaluations become fewer instead; above the second, more say little
+
+
+class Schedule(NamedTuple):
+    """The course of one run, as it stands in run.json. It follows from the run's progress, which grows from 0 to 1: the larger of
+    the share of the steps that are done and the share of HOURS that is over."""
+
+    steps: int  # at most: HOURS may end the run earlier
+    warmup: int  # steps with a rising learning rate
+    evaluations: int  # beside the one before training
+    warmup_share: float = 0.0  # with HOURS: progress at which the warm-up ends at the latest
+
+    def rate(self, step: int, progress: float) -> float:
+        """The learning rate of the step that follows `step` finished ones, as a share of the peak: above 0 for each.
+
+        It rises evenly over the warm-up, and a cosine over the whole run brings it down to zero.
+        """
+        rising = min(1.0, (step + 1) / (self.warmup + 1))
+        if self.warmup_share:  # the number of steps was only judged
+            rising = max(rising, min(1.0, progress / self.warmup_share))
+        return rising * (1 + math.cos(math.pi * progress)) / 2
+
+    def evaluations_due(self, progress: float) -> int:
+        """The number of evaluations that are due by then, the one before training not counted."""
+        return math.floor(progress * self.evaluations + 1e-9)
 
 
 class Plan(NamedTuple):
@@ -45,59 +73,81 @@ class Plan(NamedTuple):
     weights: tuple[int, int]  # bytes of a checkpoint and of the finished model
 
 
-def plan_run(
-    run: Run, model, train_rows: PackedRows, load_eval: Callable[[int], PackedRows], conversations: str
-) -> Plan:
+def plan_run(run: Run, model, train: Loaded, load_eval: Callable[[int], Loaded]) -> Plan:
     """Plan memory, steps, evaluations and hours, and print all of it. UserError, with the numbers, if something does not fit.
 
-    load_eval(count): so many rows to evaluate on; conversations: "single" or "several" questions in a row. With HOURS, DPO takes the
-    pairs that can be trained on in that time: the reference of each costs a forward pass before training.
+    load_eval(count): so many rows to evaluate on. With HOURS, DPO takes the pairs that can be trained on in that time: the reference
+    of each costs a forward pass before training.
     """
-    settings, pairs = run.settings, "BETA" in vars(run.settings)
-    tell_shared_rows(settings.TRAIN_FILE, settings.EVAL_FILE, ["prompt", "chosen"] if pairs else ["messages"])
-    way = plan_step(run, model, train_rows)
-    (rate,) = run.agree(forward_rate(run, model, train_rows, way))  # of a forward pass
+    settings, rows, pairs = run.settings, train.rows, "BETA" in vars(run.settings)
+    way = plan_step(run, model, rows)
+    (rate,) = run.agree(forward_rate(run, model, rows, way))  # of a forward pass
     rate *= run.processes
     trained = [weight.numel() for weight in model.parameters() if weight.requires_grad]
     trained, stored = FLOAT * sum(trained), FLOAT * sum(weight.numel() for weight in model.parameters())
-    passes = (
-        3 if 2 * trained > stored else 2
-    )  # in forward passes: the backward one takes as long as two, or as one
+    passes = 3 if 2 * trained > stored else 2  # a step, in forward passes: the backward one takes one or two
     if pairs and settings.HOURS:
-        train_rows = draw_in_time(run, train_rows, rate / (1 + passes))
+        rows = draw_in_time(run, rows, rate / (1 + passes))
     rows_per_step = way.rows_at_once * way.passes * run.processes
     if run.processes > 1:
-        train_rows.even_out(rows_per_step)
-    steps_per_epoch = math.ceil(len(train_rows) / rows_per_step)
+        rows.even_out(rows_per_step)
+    steps_per_epoch = math.ceil(len(rows) / rows_per_step)
     steps = settings.MAX_STEPS or math.ceil(steps_per_epoch * settings.EPOCHS)
-    print(
-        f"training: {len(train_rows.items):,} examples, {train_rows.tokens:,} tokens ({train_rows.trained_tokens:,} trained) in "
-        f"{len(train_rows):,} packed rows; {steps:,} steps"
-        + (f" on {run.processes} processes" if run.processes > 1 else "")
-    )
-    if steps < FEW_STEPS and not settings.MAX_STEPS:
-        rows = len(train_rows) * settings.EPOCHS
-        advice = f"lower ROWS_PER_STEP to {max(1, int(rows // FEW_STEPS))}"
-        if rows < FEW_STEPS:
-            advice = f"ROWS_PER_STEP 1 and EPOCHS {math.ceil(FEW_STEPS / len(train_rows))} give {FEW_STEPS}; more rows are better"
-        print(f"warning: only {steps} optimizer steps, too few to learn much; {advice}")
+    _tell_training(run, rows, steps)
+
     train_rate = rate / passes * (3 / 4 if way.recompute else 1)
-    tokens_per_step = train_rows.tokens / steps_per_epoch
+    tokens_per_step = rows.tokens / steps_per_epoch
     fits = max(1, int(3600 * settings.HOURS * train_rate / tokens_per_step))
     planned = min(steps, fits) if settings.HOURS else steps
-    tokens, per_row = planned * tokens_per_step, train_rows.tokens / len(train_rows.items)
-    count, evaluations = plan_evaluations(settings.EVAL_ROWS, settings.EVALUATIONS, tokens, per_row)
-    eval_rows = load_eval(run.keep("eval_rows", count))
+    per_row = rows.tokens / len(rows.items)
+    count, evaluations = plan_evaluations(
+        settings.EVAL_ROWS, settings.EVALUATIONS, planned * tokens_per_step, per_row
+    )
+    held_out = load_eval(run.keep("eval_rows", count))
+    tell_shared_rows(settings.TRAIN_FILE, train, settings.EVAL_FILE, held_out)
     share = settings.WARMUP if settings.HOURS else 0.0
     schedule = Schedule(steps, math.ceil(settings.WARMUP * planned), evaluations, share)
     schedule = Schedule(*run.keep("schedule", list(schedule)))
-    run.keep("conversations", conversations)
+    several = [train.conversations]
+    if pairs:  # of single questions do not take away that a model knows conversations
+        several.append((read_record(settings.MODEL) or {}).get("conversations"))
+    run.keep("conversations", "several" if "several" in several else "single")
     check_disk(run, trained, stored)
-    plan = Plan(
-        train_rows, eval_rows, schedule, steps_per_epoch, tokens_per_step, train_rate, (3 * trained, stored)
-    )
+    weights = 3 * trained, stored
+    plan = Plan(rows, held_out.rows, schedule, steps_per_epoch, tokens_per_step, train_rate, weights)
     _tell_hours(run, plan, planned, rate, pairs)
     return plan
+
+
+def plan_evaluations(rows: int, evaluations: int, tokens: float, tokens_per_row: float) -> tuple[int, int]:
+    """(rows of an evaluation, evaluations after the one before training).
+
+    rows: as the user said, or with 0 so many that all evaluations take 5 % of the time of training on `tokens` tokens at most: 50 to
+    500, of a short run fewer evaluations, and only of one that cannot afford two evaluations of 50 rows fewer rows.
+    """
+    if rows:
+        return rows, evaluations
+    affordable = SHARE_OF_EVALUATIONS * tokens / (FORWARD * tokens_per_row)  # rows, over all evaluations
+    fewest, most = EVAL_ROWS
+    each = affordable / (evaluations + 1)  # the one before training counts
+    rows = round(max(8, min(most, max(each, min(fewest, affordable / 2)))))
+    return rows, max(1, min(evaluations, math.floor(affordable / rows) - 1))
+
+
+def _tell_training(run, rows, steps):
+    """Print what is trained on, and a warning with what would help if the steps are few."""
+    settings, count = run.settings, len(rows)
+    processes = f" on {run.processes} processes" if run.processes > 1 else ""
+    print(
+        f"training: {len(rows.items):,} examples, {rows.tokens:,} tokens ({rows.trained_tokens:,} trained) in "
+        f"{count:,} packed row{'s' * (count > 1)}; {steps:,} step{'s' * (steps > 1)}{processes}"
+    )
+    if steps < FEW_STEPS and not settings.MAX_STEPS:
+        advice = f"lower ROWS_PER_STEP to {max(1, int(count * settings.EPOCHS // FEW_STEPS))}"
+        if count * settings.EPOCHS < FEW_STEPS:
+            epochs = math.ceil(FEW_STEPS / count)
+            advice = f"ROWS_PER_STEP 1 and EPOCHS {epochs} give {FEW_STEPS}; more rows are better"
+        print(f"warning: too few optimizer steps to learn much; {advice}")
 
 
 # ---- Memory and disk
@@ -189,7 +239,7 @@ def draw_in_time(run: Run, train_rows: PackedRows, rate: float) -> PackedRows:
 
     They are those with the lowest hashes of their ids, so that what fits in one hour is part of what fits in eight.
     """
-    tokens = MARGIN * 3600 * run.settings.HOURS * rate
+    tokens = PAIRS_MORE * 3600 * run.settings.HOURS * rate
     order = numpy.argsort(train_rows.keys, kind="stable")
     fits = int(numpy.searchsorted(numpy.cumsum(train_rows.sizes.tokens[order]), tokens)) + 1
     fits = run.keep("pairs_in_time", min(fits, len(order)))
@@ -239,16 +289,14 @@ def _tell_hours(run: Run, plan: Plan, planned: int, rate: float, pairs: bool) ->
     }
     total = sum(parts.values())
     run.keep("time_forecast_seconds", round(total, 1))
-    times = f"before training and {schedule.evaluations} times in it"
-    if schedule.evaluations == 1:
-        times = "before and after training"
+    times = f"before training and {schedule.evaluations} time{'s' * (schedule.evaluations > 1)} in it"
+    share = f"about {parts['evaluations'] / total:.1%} of the time"
     print(
-        f"evaluation: {len(plan.eval_rows.items):,} examples of {settings.EVAL_FILE.name}, {times}: about {parts['evaluations'] / total:.1%} of the time"
+        f"evaluation: {len(plan.eval_rows.items):,} examples of {settings.EVAL_FILE.name}, {times}: {share}"
     )
     if settings.HOURS:
         epochs = planned / plan.steps_per_epoch
         print(f"hours: {settings.HOURS:g} h given, about {planned:,} steps or {epochs:.2g} epochs")
     named = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds)
-    print(
-        f"time: about {duration(total)}, done at {done_at(total)} ({named}; judged by a forward pass, the first steps will tell better)"
-    )
+    judged = "judged by a forward pass, the first steps will tell better"
+    print(f"time: about {duration(total)}, done at {done_at(total)} ({named}; {judged})")

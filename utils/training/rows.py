@@ -6,6 +6,7 @@ and memory does not grow with the rows. The file is sealed (utils/kept.py) with 
 
 import hashlib
 import itertools
+import json
 import os
 import random
 import sys
@@ -24,17 +25,15 @@ from pyarrow import compute
 
 from utils.errors import RunError, UserError
 from utils.files import atomic_write, id_key, prepare_folder, read_jsonl, sha256_of, show_path
-from utils.kept import digest, is_kept, read_kept, record_path, seal, write_kept
+from utils.kept import digest, is_kept, record_path, seal
 from utils.model.chat_format import answer_pieces, encode_pieces, prompt_pieces, without_modes
 from utils.model.packing import Chosen, Item, PackedRows, Sizes
 from utils.text import printable, progress
 
 # Raise it with every change after which the same data would give other tokens (utils/model/chat_format.py, the functions below)
 # or other columns: tokens that were kept before it are then made again.
-FORMAT = 3
-ROWS_AT_ONCE = (
-    1000  # of the data file; 256,000 tokens of usual rows, which take some 50 MB while they are made
-)
+FORMAT = 4
+ROWS_AT_ONCE = 1000  # of the data file; 256,000 tokens of usual rows, which take some 50 MB as they are made
 MOST_BEFORE = 3  # questions that JOIN_SINGLE puts before another one, at most
 FEW = 0.02  # answers with an earlier question, as a share: with fewer, a model is trained on single questions
 TOKENS = pyarrow.list_(pyarrow.int32())
@@ -43,9 +42,9 @@ SCHEMA = pyarrow.schema(
         "line": pyarrow.int64(),  # of the data file, from 0
         "id": pyarrow.string(),
         "key": pyarrow.uint64(),  # id_key(id)
+        "content": pyarrow.uint64(),  # the same of the row's messages
         "thinking": pyarrow.bool_(),
         "later": pyarrow.bool_(),  # the answer has an earlier question before its own
-        "joined": pyarrow.int32(),  # tokens that JOIN_SINGLE has put before it
         "prompt": TOKENS,
         "answers": pyarrow.list_(TOKENS),  # SFT: one; DPO: chosen, rejected
     }
@@ -56,7 +55,7 @@ class Turn(NamedTuple):
     """One item before it is tokens: what stands before the answers, and the answers (SFT: one; DPO: chosen, rejected)."""
 
     line: int
-    id: str
+    row: dict
     before: list[dict]  # messages
     answers: list[dict]  # messages
 
@@ -65,6 +64,7 @@ class Loaded(NamedTuple):
     rows: PackedRows
     thinking: bool  # most of the answers carry reasoning
     conversations: str  # "single" questions, or "several" in a row
+    contents: numpy.ndarray  # uint64: one number for each different row of the data
 
 
 def load_conversations(path: Path, tokenizer, max_length: int, count: int = 0, join: float = 0.0) -> Loaded:
@@ -90,18 +90,15 @@ def load_pairs(path: Path, tokenizer, max_length: int, count: int = 0) -> Loaded
     """
 
     def encode(rows: list[dict], start: int) -> list[dict]:
-        turns = [
-            Turn(start + number, row["id"], row["prompt"], [row[side][-1] for side in ("chosen", "rejected")])
-            for number, row in enumerate(rows)
-        ]
-        for turn in turns:
-            if turn.answers[0] == turn.answers[1] or not all(
-                message["content"].strip() for message in turn.answers
-            ):
+        turns = []
+        for line, row in enumerate(rows, start):
+            chosen, rejected = answers = [row[side][-1] for side in ("chosen", "rejected")]
+            if chosen == rejected or not all(message["content"].strip() for message in answers):
                 raise UserError(
-                    f"{show_path(path)}, row {turn.id}: chosen and rejected must differ and neither be empty; "
+                    f"{show_path(path)}, row {row['id']}: chosen and rejected must differ and neither be empty; "
                     "make pairs with: python data_prepare/build_preference_pairs.py"
                 )
+            turns.append(Turn(line, row, row["prompt"], answers))
         return encode_turns(tokenizer, turns)
 
     wanted = ["id", "prompt", "chosen", "rejected"]
@@ -113,8 +110,8 @@ def encode_conversations(
 ) -> list[dict]:
     """The assistant turns of these rows, from line `start` on; the ids are those of utils.model.chat_format.encode_turns."""
     turns = [
-        Turn(start + number, row["id"], row["messages"][:turn], [message])
-        for number, row in enumerate(rows)
+        Turn(line, row, row["messages"][:turn], [message])
+        for line, row in enumerate(rows, start)
         for turn, message in enumerate(row["messages"])
         if message["role"] == "assistant"
     ]
@@ -127,7 +124,7 @@ def encode_conversations(
     single = [
         place
         for place, turn in enumerate(turns)
-        if [message["role"] for message in rows[turn.line - start]["messages"]] == ["user", "assistant"]
+        if [message["role"] for message in turn.row["messages"]] == ["user", "assistant"]
         and not turn.answers[0].get("reasoning_content")
     ]
     places = draw.sample(single, round(join * len(single))) if len(single) > MOST_BEFORE else []
@@ -139,7 +136,7 @@ def encode_conversations(
         joined.append(turns[place]._replace(before=before + turns[place].before))
     for place, item in zip(places, encode_turns(tokenizer, joined)):
         if len(item["prompt"]) + len(item["answers"][0]) - 1 <= max_length:
-            items[place] = item | {"joined": len(item["prompt"]) - len(items[place]["prompt"])}
+            items[place] = item
     return items
 
 
@@ -154,11 +151,13 @@ def encode_turns(tokenizer, turns: list[Turn]) -> list[dict]:
     return [
         {
             "line": turn.line,
-            "id": turn.id.encode("utf-8", "replace").decode(),
-            "key": id_key(turn.id),
+            "id": turn.row["id"].encode("utf-8", "replace").decode(),
+            "key": id_key(turn.row["id"]),
+            "content": id_key(
+                json.dumps(turn.row.get("messages") or [turn.row["prompt"], turn.row["chosen"]])
+            ),
             "thinking": thinks,
             "later": sum(message["role"] == "user" for message in turn.before) > 1,
-            "joined": 0,
             "prompt": next(ids),
             "answers": [next(ids) for _ in turn.answers],
         }
@@ -187,13 +186,21 @@ def _pack(items: "CachedItems", path, max_length, count) -> Loaded:
         )
     sizes = Sizes(*(part[kept] for part in items.sizes))
     rows = PackedRows(Chosen(items, kept), max_length, sizes, items.key[kept])
-    if more := int(items.joined[kept].sum()):
-        print(
-            f"{show_path(path)}: {numpy.count_nonzero(items.joined[kept]):,} of {len(kept):,} questions stand behind one to "
-            f"{MOST_BEFORE} others (JOIN_SINGLE), which costs {more:,} tokens, {more / (rows.tokens - more):.0%} more"
-        )
     conversations = "several" if items.later[kept].mean() > FEW else "single"
-    return Loaded(rows, bool(items.thinking[drawn].mean() > 0.5), conversations)
+    thinking = bool(items.thinking[drawn].mean() > 0.5)
+    return Loaded(rows, thinking, conversations, numpy.unique(items.content[kept]))
+
+
+def tell_shared_rows(train_file: Path, train: Loaded, eval_file: Path, held_out: Loaded) -> None:
+    """Print how many of the rows to evaluate on are trained on, too, or that all of them are."""
+    shared = len(numpy.intersect1d(train.contents, held_out.contents))
+    if eval_file == train_file:
+        print(
+            "no evaluation file: the loss is measured on rows that are trained, and says only that training works"
+        )
+    elif shared:
+        files = f"{show_path(eval_file)} are in {show_path(train_file)}"
+        print(f"note: {shared:,} of the rows of {files}, too: the loss on them says little")
 
 
 def show_examples(rows: PackedRows, tokenizer, count: int) -> None:
@@ -212,8 +219,8 @@ class CachedItems(Sequence):
     def __init__(self, path: Path):
         self._dataset = Dataset.from_file(str(path))
         columns = self._dataset.data.table
-        self.line, self.key, self.thinking, self.later, self.joined = (
-            columns[name].to_numpy() for name in ("line", "key", "thinking", "later", "joined")
+        self.line, self.key, self.content, self.thinking, self.later = (
+            columns[name].to_numpy() for name in ("line", "key", "content", "thinking", "later")
         )
         prompts, documents = (
             compute.list_value_length(columns[name]).to_numpy() for name in ("prompt", "answers")
@@ -256,53 +263,29 @@ def cached_items(
     lasting = digest([identity["tokenizer"], options])[:12]
     kept = path.parent / ".tokens" / f"{path.name}-{lasting}.arrow"
     with PartialState().main_process_first():
-        if is_kept(kept, identity):
-            return CachedItems(kept)
-        prepare_folder(kept.parent)
-        _write(kept, path, wanted, encode, identity)
+        if not is_kept(kept, identity):
+            prepare_folder(kept.parent)
+            record_path(kept).unlink(missing_ok=True)
+            os.environ["TOKENIZERS_PARALLELISM"] = (
+                "true"  # elsewhere utils.model.folder keeps it to one thread
+            )
+            _write(kept, path, wanted, encode)
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+            if identity["data"] != sha256_of(path):
+                kept.unlink()
+                raise RunError(f"{show_path(path)} was changed while it was read; run the same command again")
+            seal(kept, identity)
         return CachedItems(kept)
 
 
-def tell_shared_rows(train: Path, held_out: Path, fields: list[str]) -> None:
-    """Print how many rows of the evaluation file agree in these fields with rows of the training file, or that it is none."""
-    if train == held_out:
-        print(
-            "no evaluation file: the loss is measured on rows that are trained, and says only that training works"
-        )
-        return
-    identity = {"train": sha256_of(train), "eval": sha256_of(held_out)}
-    kept = train.parent / ".tokens" / f"{held_out.name}-shared.json"
-    shared = read_kept(kept, identity) if kept.exists() else None
-    if shared is None:
-        trained = {digest([row[field] for field in fields]) for row in read_jsonl(train, fields)}
-        shared = sum(
-            digest([row[field] for field in fields]) in trained for row in read_jsonl(held_out, fields)
-        )
-        with PartialState().main_process_first():
-            write_kept(kept, identity, shared)
-    if shared:
-        print(
-            f"note: {shared:,} rows of {show_path(held_out)} are in {show_path(train)}, too: the loss on them says little"
-        )
-
-
-def _write(kept, path, wanted, encode, identity):
-    """Make the tokens; `kept` and its record appear when they are whole, the record last."""
-    record_path(kept).unlink(missing_ok=True)
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # elsewhere utils.model.folder keeps it to one thread
+def _write(kept, path, wanted, encode):
     with open(path, "rb") as file:
-        count = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+        count = sum(1 for _ in file)
     rows = progress(f"tokenizing {path.name}", "rows")(read_jsonl(path, wanted), count)
-    with atomic_write(kept, "wb") as file:
-        with ArrowWriter(schema=SCHEMA, stream=file) as writer:
-            for start in itertools.count(0, ROWS_AT_ONCE):
-                batch = list(itertools.islice(rows, ROWS_AT_ONCE))
-                if not batch:
-                    break
-                writer.write_table(pyarrow.Table.from_pylist(encode(batch, start), schema=SCHEMA))
-                read = start + len(batch)
-            writer.finalize(close_stream=False)
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        if read < count or identity["data"] != sha256_of(path):
-            raise RunError(f"{show_path(path)} was changed while it was read; run the same command again")
-    seal(kept, identity)
+    with atomic_write(kept, "wb") as file, ArrowWriter(schema=SCHEMA, stream=file) as writer:
+        for start in itertools.count(0, ROWS_AT_ONCE):
+            batch = list(itertools.islice(rows, ROWS_AT_ONCE))
+            if not batch:
+                break
+            writer.write_table(pyarrow.Table.from_pylist(encode(batch, start), schema=SCHEMA))
+        writer.finalize(close_stream=False)

@@ -28,13 +28,11 @@ from safetensors.torch import load_file, save_file
 from utils.device import Device
 from utils.errors import RunError, UserError
 from utils.files import read_json, sha256_of, show_path, write_folder, write_json
-from utils.kept import damage, seal
+from utils.kept import damage, record_path, seal
 from utils.model.folder import RECORD, adapter_base, model_sha256, read_record
 from utils.text import duration, format_bytes
-from utils.training.log import RunLog, best_of
+from utils.training.log import Clock, RunLog, best_of, write_page
 from utils.training.memory import StepPlan
-from utils.training.page import write_page
-from utils.training.schedule import Clock
 
 # Settings that decide where and how a run is shown, not what it computes.
 NOT_IDENTITY = set(
@@ -51,23 +49,24 @@ class Run:
     """One training folder, held by this process until it ends.
 
     `checkpoint` is the checkpoint to go on from (None: from the start), `step` the number of its steps; `finished`: there is nothing
-    left to do, which was said. `title`: the method; `began`: when the process began, in monotonic seconds. UserError if another
-    process holds the folder, or if it holds something else than this run.
+    left to do, which was said. `title`: the method. UserError if another process holds the folder, or if it
+    holds something else than this run.
     """
 
-    def __init__(self, settings, device: Device, title: str, began: float):
-        settings.EVAL_FILE = (
-            settings.EVAL_FILE or settings.TRAIN_FILE
-        )  # the plan says it if nothing is held out
-        self.settings, self.device, self.began, self.folder = settings, device, began, settings.OUTPUT_DIR
+    def __init__(self, settings, device: Device, title: str):
+        print(f"device: {device}")
+        settings.EVAL_FILE = settings.EVAL_FILE or settings.TRAIN_FILE  # the plan says so
+        self.settings, self.device = settings, device
+        self.began, self.folder = settings.began, settings.OUTPUT_DIR
         self.accelerator = _accelerator(settings, device)
         self.main, self.processes = self.accelerator.is_main_process, self.accelerator.num_processes
         self.checkpoint, self.step, self.finished = None, 0, False
         self.asked_to_stop: float | None = None  # when, in monotonic seconds
         self.record: dict[str, Any] = {}
-        title = f"{title} of {Path(str(settings.MODEL)).name} on {settings.TRAIN_FILE.name}, {_now()[:10]}"
+        title = f"{title} of {Path(settings.MODEL).name} on {settings.TRAIN_FILE.name}, {_now()[:10]}"
         self.log = RunLog(self.folder, self.main, title)
-        if settings.ESTIMATE:  # looks, and touches nothing
+        torch.manual_seed(settings.SEED)  # of an adapter's initial weights
+        if settings.ESTIMATE or settings.SHOW_EXAMPLE:  # looks, and touches nothing
             return
         identity = _identity(settings, device) | {"processes": self.processes}
         with self.accelerator.main_process_first():
@@ -89,27 +88,24 @@ class Run:
             self.record = record
         if self.finished:
             print(
-                f"{place} is finished already (held-out loss {record['results']['eval_loss']:.4f}). Chat with it: python "
+                f"{place} is finished already (loss {record['results']['eval_loss']:.4f}). Chat with it: python "
                 f"model_download/load_local_model.py {place}; train it further: --model {place} and another --output-dir; again: --fresh"
             )
             return
         for path in reversed(checkpoints):
-            if (path / "trainer_state.json").is_file():
-                raise UserError(f"{path.name} is of an earlier version of these scripts; --fresh starts over")
             if not (why := damage(path, identity)):
                 self.checkpoint, self.step = path, step_of(path)
                 return
             print(f"{show_path(path)} is {why}; going back to the one before")
+        versions = {
+            name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")
+        }
         self.record = {
             "status": "running",
             "identity": identity,
             "settings": self.settings.as_dict(),
             "device": str(self.device),
-            "versions": {
-                name: importlib.metadata.version(name)
-                for name in ("torch", "transformers", "peft", "accelerate")
-            }
-            | {"python": platform.python_version()},
+            "versions": versions | {"python": platform.python_version()},
             "started": _now(),
         }
 
@@ -149,7 +145,6 @@ class Run:
         again = self.log.begin(self.step, self.clock, plan)
         # HOURS: steps that are done again take the rates that they had.
         self.replayed = {entry["step"]: entry["progress"] for entry in again if "progress" in entry}
-        self._note_best()
         self.write()
         if settings.TRACKER != "none":
             config = {name: str(value) for name, value in settings.as_dict().items()}
@@ -208,7 +203,6 @@ class Run:
                 shutil.rmtree(place, ignore_errors=True)
             for old in list_checkpoints(self.folder)[: -self.settings.KEEP_CHECKPOINTS]:
                 shutil.rmtree(old)
-        self._note_best()
         self.accelerator.wait_for_everyone()
         self.clock.ended("checkpoint")
 
@@ -226,17 +220,18 @@ class Run:
             learner.folded.good.fill_(kept["good_steps"])
 
     def keep_if_best(self, step: int, model) -> None:
-        """Write the weights if the latest evaluation is the best so far.
+        """Write best/step-N.safetensors if the latest evaluation is the best so far.
 
-        best/step-N.safetensors: the best of all, and the best at the last checkpoint, for a run that goes on from there.
+        One file is enough: a run that goes on from an earlier checkpoint comes by the same evaluation again.
         """
         if self.settings.KEEP == "best" and best_of(self.log.evaluations())["step"] == step and self.main:
-            self._remove_best_but(self.best_at_checkpoint)
             path = self._best(step)
             path.parent.mkdir(exist_ok=True)
             tensors = trained_weights(model).items()
             save_file({name: weight.detach().cpu().contiguous() for name, weight in tensors}, path)
             seal(path, self.record["identity"])
+            for old in set(path.parent.iterdir()) - {path, record_path(path)}:
+                old.unlink()
 
     def load_best(self, model) -> dict[str, Any]:
         """Put the best weights into the model, and return their evaluation; the last one, said, if they are not as they were written."""
@@ -251,24 +246,12 @@ class Run:
         load_weights(model, path)
         return best
 
-    def _note_best(self):
-        evaluations = self.log.evaluations()
-        self.best_at_checkpoint = best_of(evaluations)["step"] if evaluations else None
-        self._remove_best_but(self.best_at_checkpoint)
-
     def _best(self, step):
         return self.folder / "best" / f"step-{step}.safetensors"
-
-    def _remove_best_but(self, step):
-        for path in (self.folder / "best").glob("*") if self.main else ():
-            if path.name.partition(".")[0] != f"step-{step}":
-                path.unlink()
 
     def finish(self, save: Callable[[Path], None], results: dict[str, Any]) -> None:
         """Write the finished model: `save(folder)` fills a hidden folder, whose entries move to the root; run.json says it last."""
         place, memory = show_path(self.folder), format_bytes(results["peak_memory_bytes"])
-        held_out = self.settings.EVAL_FILE != self.settings.TRAIN_FILE
-        measured = "held-out loss" if held_out else "loss on training rows"
         if self.main:
             print(f"saving the finished model to {place}", flush=True)
             write_folder(self.folder, save)
@@ -278,7 +261,7 @@ class Run:
             write_page(self.folder)
             self._lock.release()
         print(
-            f"finished in {duration(time.monotonic() - self.began)}: {measured} {results['eval_loss_before']:.4f} -> "
+            f"finished in {duration(time.monotonic() - self.began)}: loss on {results['measured_on']} {results['eval_loss_before']:.4f} -> "
             f"{results['eval_loss']:.4f}, {results['tokens_per_second']:,.0f} tokens/s, peak memory {memory}\n"
             f"model: {place}   loss curve: {place}/loss_curve.png   report: {place}/report.html\n"
             f"chat with it: python model_download/load_local_model.py {place}"
@@ -358,14 +341,13 @@ def _hold(folder):
 def _move_aside(settings):
     """--fresh: move an earlier run beside its folder. UserError if that would move something that this run reads."""
     folder = settings.OUTPUT_DIR.resolve()  # it may be a link to another disk
-    reads = {name: path for name, path in vars(settings).items() if name.endswith(("MODEL", "_FILE"))}
-    if (Path(settings.MODEL) / "adapter_config.json").is_file():
-        reads["MODEL's base"] = adapter_base(settings.MODEL)
+    reads = {name: Path(getattr(settings, name)) for name in ("MODEL", "TRAIN_FILE", "EVAL_FILE")}
+    if (reads["MODEL"] / "adapter_config.json").is_file():
+        reads["MODEL's base"] = Path(adapter_base(settings.MODEL))
     for name, path in reads.items():
-        if Path(path).exists() and Path(path).resolve().is_relative_to(folder):
-            raise UserError(
-                f"--fresh would move {name}, {show_path(path)}, which this run reads; choose another --output-dir"
-            )
+        if path.exists() and path.resolve().is_relative_to(folder):
+            move = f"--fresh would move {name}, {show_path(path)}, which this run reads"
+            raise UserError(f"{move}; choose another --output-dir")
     moving = [path for path in folder.iterdir() if path.name not in (LOCK, HOLDER)]
     if moving:
         aside = folder.with_name(f"{folder.name}.{datetime.datetime.now():%Y%m%d-%H%M%S}")
@@ -376,22 +358,24 @@ def _move_aside(settings):
 
 
 def _identity(settings, device):
+    """All that decides the weights, and so must not change while a run goes on."""
     identity = {name: value for name, value in settings.as_dict().items() if name not in NOT_IDENTITY}
-    for name in identity:
-        if name.endswith("_FILE"):
-            identity[name] = f"sha256 {sha256_of(getattr(settings, name))}"
-        elif name.endswith("MODEL"):
-            identity[name] = f"sha256 {model_sha256(getattr(settings, name))}"
+    identity["MODEL"] = f"sha256 {model_sha256(settings.MODEL)}"
+    for name in ("TRAIN_FILE", "EVAL_FILE"):
+        identity[name] = f"sha256 {sha256_of(getattr(settings, name))}"
     return {**identity, "device": f"{device.name} {device.format}"}
 
 
 def _refuse_changes(before, now, place):
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    changed = "; ".join(f"{name}: {before.get(name)} -> {now.get(name)}" for name in names)
+    changed = []
+    for name in {**before, **now}:
+        if (was := before.get(name)) != (value := now.get(name)):
+            hashed = str(value).startswith("sha256")
+            changed.append(f"{name} has other content" if hashed else f"{name}: {was} -> {value}")
     if changed:
         raise UserError(
-            f"{place} holds a run with other settings or data ({changed}); restore them, train it further into another --output-dir "
-            f"with --model {place}, or start over with --fresh"
+            f"{place} holds a run with other settings or data ({'; '.join(changed)}); restore them, train it further into another "
+            f"--output-dir with --model {place}, or start over with --fresh"
         )
 
 
