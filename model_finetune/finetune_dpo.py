@@ -61,6 +61,8 @@ def main(argv=None):
     settings.show()
     folder.quiet_offline()
 
+    import torch
+
     from utils.device import pick_device
     from utils.model.lora import add_lora
     from utils.model.prove import prove
@@ -88,7 +90,7 @@ def main(argv=None):
     if settings.LORA:
         model = add_lora(prepare_packed(folder.load_for_lora(settings.MODEL, device.dtype)), settings)
     else:
-        model = prepare_packed(folder.load_model(settings.MODEL, "float32"))
+        model = prepare_packed(folder.load_model(settings.MODEL, torch.float32))
     folder.remember_mode(model, tokenizer, train_rows.thinking)
 
     # 4. Plan: memory, disk, steps and hours, refused with the numbers if it does not fit

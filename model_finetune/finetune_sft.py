@@ -58,6 +58,8 @@ def main(argv=None):
     settings.show()
     folder.quiet_offline()
 
+    import torch
+
     from utils.device import pick_device
     from utils.model.prove import prove
     from utils.model.qwen3_train import prepare_packed
@@ -81,7 +83,7 @@ def main(argv=None):
         return show_examples(train_rows.rows, tokenizer, settings.SHOW_EXAMPLE)
 
     # 3. The model, with float32 master weights
-    model = prepare_packed(folder.load_model(settings.MODEL, "float32"))
+    model = prepare_packed(folder.load_model(settings.MODEL, torch.float32))
     model.get_input_embeddings().requires_grad_(settings.TRAIN_EMBEDDINGS)
     folder.remember_mode(model, tokenizer, train_rows.thinking)
 

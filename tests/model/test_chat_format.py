@@ -129,7 +129,7 @@ def test_long_rows_are_set_aside_and_counted_never_cut(tokenizer, tmp_path, caps
     long = [SINGLE[0], {"role": "assistant", "content": "温。" * 200}]
     numbered = [{"id": str(n), "messages": messages} for n, messages in enumerate([SINGLE, long, SYSTEM])]
     write_jsonl(tmp_path / "rows.jsonl", numbered)
-    rows, thinking, _ = load_conversations(tmp_path / "rows.jsonl", tokenizer, 120)
+    rows, thinking, *_ = load_conversations(tmp_path / "rows.jsonl", tokenizer, 120)
     assert len(rows.items) == 2 and not thinking
     assert all(answer[-1] == tokenizer.eos_token_id for item in rows.items for _, answer in item["documents"])
     assert "1 of 3 are longer than MAX_LENGTH = 120" in capsys.readouterr().out
