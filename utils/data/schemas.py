@@ -215,7 +215,7 @@ def _by_names(names):
         return "exam", _read_exam
     for name in ("messages", "conversations"):
         if name in have:
-            return name, functools.partial(_read_conversation, name=name)
+            return name, functools.partial(_read_dialogue, name=name)
     named = _question_answer_names(have)
     if not named:
         return "", None
@@ -243,7 +243,7 @@ def _by_values(row):
     texts = [name for name in row.names if name not in BESIDE_TEXT and isinstance(values[name], str)]
     if not dialogues and len(texts) == 1 and marked_turns(values[texts[0]]):
         dialogues = texts
-    return functools.partial(_read_conversation, name=dialogues[0]) if dialogues else None
+    return functools.partial(_read_dialogue, name=dialogues[0]) if dialogues else None
 
 
 def _unknown(row, options):
@@ -272,8 +272,7 @@ def _read_question_answer(row, schema, named):
     value = row.peek(question)
     if isinstance(value, list) and all(isinstance(turn, dict) and "type" not in turn for turn in value):
         turns = turns_of(row.get(question), question, row)  # TRL's prompt/completion in message form
-        turns += turns_of(row.get(answer), answer, row)
-        return _trained_or_bad(row, schema, in_order(_with_system(row, turns), "assistant"))
+        return _conversation(row, schema, turns + turns_of(row.get(answer), answer, row))
     asked = text_of(row, question, "question", optional=bool(context))
     if context:
         more = text_of(row, context, "question", optional=True)
@@ -284,15 +283,9 @@ def _read_question_answer(row, schema, named):
     said = marked_turns(asked, both=False) + marked_turns(answered, both=False)
     if [turn["role"] for turn in said] == ["user", "assistant"]:  # "问：..." and "答：..."
         asked, answered = (turn["content"] for turn in said)
-    item = exam_in(row, asked, answered)
-    if item:
-        return "exam", "exam in the question", item
-    asking = marked_turns(asked) or [{"role": "user", "content": asked}]
-    messages = _with_system(row, _history_of(row) + asking)
-    messages.append(assistant_message(answered, text_of(row, "reasoning", "reasoning", optional=True)))
-    columns = f"question={row.field(question)},answer={row.field(answer)}"
-    kept = in_order(trimmed(messages), "assistant") if len(asking) > 1 else messages
-    return _trained_or_bad(row, schema, kept, columns)
+    turns = _history_of(row) + (marked_turns(asked) or [{"role": "user", "content": asked}])
+    turns.append(assistant_message(answered, text_of(row, "reasoning", "reasoning", optional=True)))
+    return _conversation(row, schema, turns, f"question={row.field(question)},answer={row.field(answer)}")
 
 
 def _with_system(row, turns):
@@ -311,45 +304,53 @@ def _history_of(row):
     return turns_of(history, "history", row) if history else []
 
 
-def _read_conversation(row, schema, name):
+def _read_dialogue(row, schema, name):
     value = row.get(name)
     turns = turns_of([value] if isinstance(value, str) else value, name, row)
-    not_learnt(row, "", turns)
-    messages = _with_system(row, turns)
-    kept = in_order(trimmed(messages), "assistant")
-    item = exam_in(row, kept[-2]["content"], kept[-1]["content"])
-    if item and len(kept) > 2 + (kept[0]["role"] == "system"):
+    return _conversation(row, schema or name, turns)
+
+
+def _conversation(row, schema, turns, columns=""):
+    """The conversation to train on, or the exam item that it is; a pair where the row has a rejected answer too; or a bad answer
+    where the row (KTO) or its last turn (weight 0) is marked as one. `columns`: the setting that reads the row all the same."""
+    if not_learnt(row, "", turns):
+        raise Reject("marked as not to be learnt", "the row has weight 0")
+    whole = _with_system(row, turns)
+    messages = in_order(trimmed(whole), "assistant")
+    row.trimmed = len(messages) < len(whole)
+    item = exam_in(row, messages[-2]["content"], messages[-1]["content"])
+    if item and len(messages) > 2 + (messages[0]["role"] == "system"):
         raise Reject("an exam question inside a conversation", f"the answer is {item['answer']}")
     if item:
         return "exam", "exam in the question", item
-    if "reasoning_content" not in kept[-1] and row.peek("reasoning") is not None:
-        kept[-1]["reasoning_content"] = text_of(row, "reasoning", "reasoning")
-    row.trimmed = len(kept) < len(messages)
-    return _trained_or_bad(row, schema or name, kept)
-
-
-def _trained_or_bad(row, schema, messages, columns=""):
-    """The conversation to train on; a pair where the row has a rejected answer too; or a bad answer where the row (KTO) or
-    its last turn (weight 0) is marked as one. `columns`: the setting that would read the row whatever judges its answer."""
+    if "reasoning_content" not in messages[-1] and row.peek("reasoning") is not None:
+        messages[-1]["reasoning_content"] = text_of(row, "reasoning", "reasoning")
     weights = [turn.pop("weight", 1) for turn in messages if turn["role"] == "assistant"]
-    if 0 in weights[:-1] or not_learnt(row, "the row: "):
-        raise Reject("marked as not to be learnt", "the row, or an answer that is not its last, has weight 0")
+    if 0 in weights[:-1]:
+        raise Reject("marked as not to be learnt", "an answer that is not the last has weight 0")
     if row.peek("rejected") is not None:
         return _pair(row, schema, messages[:-1], messages[-1:], _answer_turns(row, "rejected"))
     if any(name.startswith("rejected") and row.peek(name) is not None for name in row.names):
         raise Reject("a rejected answer of an unknown form", "beside the answer")
-    judged = {mark: str(row.peek(mark)).strip().lower() for mark in ("label", "kto_tag", "score")}
-    truths = [judged[mark] for mark in ("label", "kto_tag") if judged[mark] in ("true", "false")]
-    row.used |= {row.field(mark) for mark in ("label", "kto_tag") if judged[mark] in ("true", "false")}
-    if weights[-1] == 0 or "false" in truths:
+    if weights[-1] == 0 or _judged(row, schema, columns) == "false":
         return "bad", f"{schema}, marked as bad", {"prompt": messages[:-1], "rejected": messages[-1:]}
-    by_hand = {"answer", "处方", "答"} & set(row.names)
-    mark = next((mark for mark in ("label", "score") if re.fullmatch(r"-?\d+(\.\d+)?", judged[mark])), "")
-    if mark and schema != "--columns" and (mark == "label" or not by_hand):
-        unused = ", ".join(row.unused())
-        way = f"; if it is right in every row: --columns {columns}" if columns else ""
-        raise Reject("a label or score beside the answer", f"it may be a bad one; not used: {unused}{way}")
     return "sft", schema, {"messages": messages}
+
+
+def _judged(row, schema, columns):
+    """ "true" or "false" if the row (KTO) says that of its answer, else ""; Reject of a number that may judge it."""
+    told = {mark: str(row.peek(mark)).strip().lower() for mark in ("label", "kto_tag", "score")}
+    for mark in ("label", "kto_tag"):
+        if told[mark] in ("true", "false"):
+            row.get(mark)
+            return told[mark]
+    by_hand = {"answer", "处方", "答"} & set(row.names)
+    mark = next((mark for mark in ("label", "score") if re.fullmatch(r"-?\d+(\.\d+)?", told[mark])), "")
+    if mark and schema != "--columns" and (mark == "label" or not by_hand):
+        way = f"; if it is right in every row: --columns {columns}" if columns else ""
+        detail = f"it may be a bad one; not used: {', '.join(row.unused())}{way}"
+        raise Reject("a label or score beside the answer", detail)
+    return ""
 
 
 def _read_preference(row, schema):
