@@ -169,7 +169,7 @@ def question_of(row: Fields, names: Sequence[str], optional: bool = False) -> st
     return "\n".join(filter(None, [text_of(row, name, "question", optional), more]))
 
 
-def turns_of(value: object, field: str, row: Fields | None = None) -> list[dict]:
+def turns_of(value: object, field: str, row: Fields) -> list[dict]:
     """Messages (role/content), ShareGPT turns (from/value) or marked texts as messages; `row` learns what is not used."""
     if is_empty(value):
         raise Reject("missing or empty question", f"{field} is empty")
@@ -190,9 +190,10 @@ def turns_of(value: object, field: str, row: Fields | None = None) -> list[dict]
             turns.append(assistant_message(text_of(turn, "assistant", "answer")))
         else:
             turns += _turn(turn, f"{field}, turn {number}")
-        if row is not None:
-            for name, unused in turn.unused().items():
-                row.unused_in_turns.setdefault(f"{field}[].{name}", unused)
+        for name, unused in turn.unused().items():
+            row.unused_in_turns.setdefault(f"{field}[].{name}", unused)
+    if not turns:
+        raise Reject("missing or empty question", f"{field} holds no text")
     return turns
 
 
@@ -270,14 +271,12 @@ def trimmed(messages: list[dict]) -> list[dict]:
     return system + spoken if spoken else messages
 
 
-def in_order(messages: list[dict], last: str) -> list[dict]:
-    """The messages, if they are: an optional system text, then user and assistant in turn, ending with `last`."""
+def in_order(messages: list[dict]) -> list[dict]:
+    """The messages, if they are: an optional system text, then user and assistant in turn, ending with the assistant."""
     roles = [message["role"] for message in messages]
     spoken = roles[1:] if roles[0] == "system" else roles
-    if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2) + ["user"] * (len(spoken) % 2):
+    if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
         raise Reject("roles out of order", " ".join(roles))
-    if spoken[-1] != last:
-        raise Reject("roles out of order", f"ends with a turn of the {spoken[-1]}, wanted {last}")
     return messages
 
 

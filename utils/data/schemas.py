@@ -87,9 +87,7 @@ class RowOptions(NamedTuple):
     system: str = ""  # the system text of rows that have none
     max_characters: int | None = None  # of a row
     explained: bool = False  # exam items with an explanation become conversations with reasoning
-    first_option: int | None = (
-        None  # the number of the first option if exam answers are numbers; None: unknown
-    )
+    first_option: int | None = None  # the number of an exam's first option, if it is known
 
 
 PLAIN = RowOptions()
@@ -115,12 +113,19 @@ def convert_rows(
 ) -> Iterator[tuple[Place, object, dict | None, ConvertedRow | Reject]]:
     """(place, raw, row, what it makes or why it is set aside) of every row of a file; `row` is None where it is no object.
 
-    The first EVIDENCE_ROWS are read ahead: they tell whether the answers of an exam are counted from 0 or from 1.
+    The first EVIDENCE_ROWS are read ahead: an answer that fits only one way tells if exam answers are counted from 0 or from 1.
     """
     raws = read_rows(file)
     ahead = list(itertools.islice(raws, EVIDENCE_ROWS))
-    if options.first_option is None:
-        options = options._replace(first_option=_first_option([raw for _, raw in ahead], file, options))
+    for _, raw in ahead:
+        fits = []
+        for first in (0, 1):
+            with contextlib.suppress(Reject):
+                convert_row(parse_row(raw, file.encoding), options._replace(first_option=first))
+                fits.append(first)
+        if len(fits) == 1:
+            options = options._replace(first_option=fits[0])
+            break
     for place, raw in itertools.chain(ahead, raws):
         row = None
         try:
@@ -129,19 +134,6 @@ def convert_rows(
         except Reject as problem:
             problem.row = problem.row if row is None else row
             yield place, raw, row, problem
-
-
-def _first_option(raws, file, options):
-    """0 or 1 if an answer of these rows fits only one of the two, else None."""
-    for raw in raws:
-        fits = []
-        for first in (0, 1):
-            with contextlib.suppress(Reject):
-                convert_row(parse_row(raw, file.encoding), options._replace(first_option=first))
-                fits.append(first)
-        if len(fits) == 1:
-            return fits[0]
-    return None
 
 
 def convert_row(row: dict, options: RowOptions = PLAIN) -> ConvertedRow:
@@ -175,19 +167,18 @@ def convert_row(row: dict, options: RowOptions = PLAIN) -> ConvertedRow:
     rest = "\n".join(others)
     for text in (questions[0], rest, body.get("subject", ""), body.get("kind", "")):
         check_text(text)
-    characters = len(questions[0]) + len(rest)
-    if options.max_characters and characters > options.max_characters:
-        raise Reject("too long", f"{characters:,} characters")
-    return ConvertedRow(
-        kind, schema, body, questions, rest, split, characters, fields.trimmed, fields.unused()
-    )
+    size = len(questions[0]) + len(rest)
+    if options.max_characters and size > options.max_characters:
+        raise Reject("too long", f"{size:,} characters")
+    return ConvertedRow(kind, schema, body, questions, rest, split, size, fields.trimmed, fields.unused())
 
 
 @functools.lru_cache(maxsize=4096)
 def _recognise(fields, columns):
     """(schema name, its reader, {plain name: the row's fields}) for a row with these fields; reader None: not by its names."""
-    names = dict(plain_names(fields))
-    names.update({f"option {letter}": (field,) for letter, field in option_fields(fields).items()})
+    names = plain_names(fields) | {
+        f"option {letter}": (own,) for letter, own in option_fields(fields).items()
+    }
     given = {role: tuple(field.split("+")) if role == "options" else (field,) for role, field in columns}
     given = {role: own for role, own in given.items() if set(own) <= set(fields)}
     if not any(wanted <= set(given) for wanted in WANTED_ROLES):
@@ -208,16 +199,15 @@ def _recognise(fields, columns):
 def _by_names(names):
     """(schema name, its reader) for a row with these plain names; ("", None) where they say nothing."""
     have = set(names)
+    dialogue = next((name for name in ("messages", "conversations") if name in have), "")
     if {"chosen", "rejected"} <= have:
         return f"{'conversations' if 'conversations' in have else 'prompt'}/chosen/rejected", _read_preference
     listed, asked = {"options", "option A"} & have, set(QUESTIONS) & have and set(ANSWERS) & have
     if listed and (asked or "question" in have) or asked and "question_type" in have:
         return "exam", _read_exam
-    for name in ("messages", "conversations"):
-        if name in have:
-            return name, functools.partial(_read_dialogue, name=name)
-    named = _question_answer_names(have)
-    if not named:
+    if dialogue:
+        return dialogue, functools.partial(_read_dialogue, name=dialogue)
+    if not (named := _question_answer_names(have)):
         return "", None
     shown = [names[name][0] for name in (*named[:2], "reasoning", named[2]) if name in have]
     return "/".join(map(str, shown)), functools.partial(_read_question_answer, named=named)
@@ -288,14 +278,6 @@ def _read_question_answer(row, schema, named):
     return _conversation(row, schema, turns, f"question={row.field(question)},answer={row.field(answer)}")
 
 
-def _with_system(row, turns):
-    """The turns after the system text of the row, unless they have their own."""
-    if turns and turns[0]["role"] == "system":
-        return turns
-    text = text_of(row, "system", "system text", optional=True)
-    return [{"role": "system", "content": text}] * bool(text) + turns
-
-
 def _history_of(row):
     """The turns before the question: LLaMA-Factory's `history`, [[question, answer], ...], or messages."""
     history = row.get("history") or []
@@ -311,25 +293,27 @@ def _read_dialogue(row, schema, name):
 
 
 def _conversation(row, schema, turns, columns=""):
-    """The conversation to train on, or the exam item that it is; a pair where the row has a rejected answer too; or a bad answer
-    where the row (KTO) or its last turn (weight 0) is marked as one. `columns`: the setting that reads the row all the same."""
+    """The conversation to train on; a pair, if the row has a rejected answer too; an exam item, if the answer is a letter; or a
+    bad answer, if the row (KTO) or its last turn (weight 0) is marked as one. `columns`: the setting that reads the row anyway."""
     if not_learnt(row, "", turns):
         raise Reject("marked as not to be learnt", "the row has weight 0")
-    whole = _with_system(row, turns)
-    messages = in_order(trimmed(whole), "assistant")
-    row.trimmed = len(messages) < len(whole)
+    if turns[0]["role"] != "system" and row.peek("system") is not None:
+        turns = [{"role": "system", "content": text_of(row, "system", "system text")}, *turns]
+    messages = in_order(trimmed(turns))
+    row.trimmed = len(messages) < len(turns)
+    weights = [turn.pop("weight", 1) for turn in messages if turn["role"] == "assistant"]
+    if 0 in weights[:-1]:
+        raise Reject("marked as not to be learnt", "an answer that is not the last has weight 0")
+    if row.peek("rejected") is not None or {"chosen", "rejected"} <= set(row.names):
+        return _pair(row, schema, messages[:-1], messages[-1])
+    if "reasoning_content" not in messages[-1] and row.peek("reasoning") is not None:
+        messages[-1]["reasoning_content"] = text_of(row, "reasoning", "reasoning")
     item = exam_in(row, messages[-2]["content"], messages[-1]["content"])
     if item and len(messages) > 2 + (messages[0]["role"] == "system"):
         raise Reject("an exam question inside a conversation", f"the answer is {item['answer']}")
     if item:
+        row.used -= {row.field("system"), row.field("reasoning")}  # an item holds neither
         return "exam", "exam in the question", item
-    if "reasoning_content" not in messages[-1] and row.peek("reasoning") is not None:
-        messages[-1]["reasoning_content"] = text_of(row, "reasoning", "reasoning")
-    weights = [turn.pop("weight", 1) for turn in messages if turn["role"] == "assistant"]
-    if 0 in weights[:-1]:
-        raise Reject("marked as not to be learnt", "an answer that is not the last has weight 0")
-    if row.peek("rejected") is not None:
-        return _pair(row, schema, messages[:-1], messages[-1:], _answer_turns(row, "rejected"))
     if any(name.startswith("rejected") and row.peek(name) is not None for name in row.names):
         raise Reject("a rejected answer of an unknown form", "beside the answer")
     if weights[-1] == 0 or _judged(row, schema, columns) == "false":
@@ -355,20 +339,18 @@ def _judged(row, schema, columns):
 
 def _read_preference(row, schema):
     """TRL: prompt/chosen/rejected as text or messages, the prompt explicit or shared; LLaMA-Factory: both its forms."""
-    chosen, rejected = _answer_turns(row, "chosen"), _answer_turns(row, "rejected")
-    own = next((name for name in ("messages", "prompt") if isinstance(row.peek(name), list)), "")
-    own = "conversations" if "conversations" in row.names else own
-    asked = question_of(row, ("prompt", "question", "instruction", "query", "input"), True) if not own else ""
-    prompt = turns_of(row.get(own), own, row) if own else [{"role": "user", "content": asked}] * bool(asked)
-    if len(chosen) > 1:  # whole conversations: what they share is the prompt
-        if chosen[:-1] != rejected[:-1]:
-            raise Reject("roles out of order", "chosen and rejected differ before their last turn")
-        whole = chosen[0]["role"] == "system" or len(chosen) > len(prompt)
-        prompt = chosen[:-1] if whole else prompt + chosen[:-1]
-        chosen, rejected = chosen[-1:], rejected[-1:]
-    if not prompt:
+    chosen = _answer_turns(row, "chosen")
+    lists = (name for name in ("conversations", "messages", "prompt") if isinstance(row.peek(name), list))
+    if own := next(lists, ""):
+        prompt = turns_of(row.get(own), own, row)
+    else:
+        asked = question_of(row, ("prompt", "question", "instruction", "query", "input"), optional=True)
+        prompt = [{"role": "user", "content": asked}] if asked else []
+    if len(chosen) > 1 and (chosen[0]["role"] == "system" or len(chosen) > len(prompt)):
+        prompt = []  # it stands in the chosen conversation
+    elif not prompt:
         raise Reject("missing or empty question", "prompt")
-    return _pair(row, schema, _with_system(row, _history_of(row) + prompt), chosen, rejected)
+    return _conversation(row, schema, _history_of(row) + prompt + chosen)
 
 
 def _answer_turns(row, name):
@@ -380,15 +362,16 @@ def _answer_turns(row, name):
     return turns_of([row.get(name)] if isinstance(value, dict) else row.get(name), name, row)
 
 
-def _pair(row, schema, prompt, chosen, rejected):
-    if len(rejected) > 1 and rejected[:-1] != prompt:
+def _pair(row, schema, prompt, chosen):
+    *before, rejected = _answer_turns(row, "rejected")
+    rejected.pop("weight", 1)
+    if before and prompt[-len(before) :] != before:
         raise Reject("roles out of order", "chosen and rejected differ before their last turn")
-    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
+    if rejected["role"] != "assistant":
         raise Reject("roles out of order", "chosen and rejected have to end with an assistant turn")
-    if chosen[-1] == rejected[-1]:
+    if chosen == rejected:
         raise Reject("chosen equals rejected", "")
-    if ("reasoning_content" in chosen[-1]) != ("reasoning_content" in rejected[-1]):
+    if ("reasoning_content" in chosen) != ("reasoning_content" in rejected):
         raise Reject("reasoning on one side of a pair", "")
     kind = row.get("kind") if isinstance(row.peek("kind"), str) else "given"
-    sides = {"chosen": chosen[-1:], "rejected": rejected[-1:]}
-    return "dpo", schema, {"prompt": in_order(prompt, "user"), **sides, "kind": kind}
+    return "dpo", schema, {"prompt": prompt, "chosen": [chosen], "rejected": [rejected], "kind": kind}
