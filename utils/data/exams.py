@@ -100,15 +100,14 @@ def exam_item(row: Fields) -> dict:
     name = next((name for name in ANSWERS if row.peek(name) is not None), "")
     if not name:
         raise Reject("exam question without an answer", f"fields: {', '.join(map(str, row.row))}")
-    given = row.get(name)
+    given, first = row.get(name), row.first_option
     if name in COUNTED_FROM_0:
         row.get("answer")  # the same answer as a text
-    first_option = row.first_option
-    if first_option is None:
+    if first is None:
         number, known = type(given) in (int, float), name in COUNTED_FROM_0
         row.guessed = number and not (known or lettered or given == 0)
-        first_option = int(not known and (lettered or not number) and given not in (0, "0"))
-    answer = _answer(given, options, first_option)
+        first = int(not known and (lettered or not number) and given not in (0, "0"))
+    answer = _answer(given, options, first)
     several = len(answer) > 1 or re.search("多[项选]|multi", asked_as) or row.peek("kind") == MULTIPLE
     kind = MULTIPLE if several else TRUE_FALSE if true_false else SINGLE
     if row.peek("kind") == kind:
@@ -130,19 +129,17 @@ def _options(row):
     if isinstance(options, dict) and isinstance(options.get("text"), list) and "label" in options:  # ARC
         options = dict(zip(options["label"], options["text"]))
     if isinstance(options, list) and all(isinstance(option, dict) for option in options):
-        keys, texts = ([_first(option, names) for option in options] for names in (_KEYS, _TEXTS))
+        pairs = [(_first(option, _KEYS), _first(option, _TEXTS)) for option in options]
         if all(len(option) == 1 for option in options):
-            options = {letter: text for option in options for letter, text in option.items()}
-        else:
-            options = texts if None in keys else dict(zip(keys, texts))
+            pairs = [pair for option in options for pair in option.items()]
+        options = [text for _, text in pairs] if None in dict(pairs) else dict(pairs)
     lettered = isinstance(options, dict)
     if isinstance(options, list) and len(options) <= len(LETTERS):
         options = dict(zip(LETTERS, _without_letters(options)))
-    if not isinstance(options, dict) or any(
-        not isinstance(text, str) and not is_empty(text) for text in options.values()
-    ):
+    given = options if isinstance(options, dict) else {"": options}
+    given = {str(key).strip().upper(): text for key, text in given.items() if not is_empty(text)}
+    if not all(isinstance(text, str) for text in given.values()):
         raise Reject("wrong type", "the options are not texts by letter")
-    given = {str(key).strip().upper(): text for key, text in options.items() if not is_empty(text)}
     if given and all(key.isdecimal() for key in given):  # numbered, from 0 or 1
         low = min(map(int, given))
         given = {LETTERS[(int(key) - low) % len(LETTERS)]: text for key, text in given.items()}
@@ -154,14 +151,14 @@ def _first(fields, names):
 
 
 def _without_letters(options):
-    """The options of a list without the letters or numbers that they may begin with ("A. 麻黄"; "A 麻黄" only where all do)."""
+    """The options of a list without the letters or numbers that all begin with ("A. 麻黄", "A 麻黄", "1. 麻黄")."""
     if not all(isinstance(option, str) for option in options):
         return options
     for marks, sign in ((LETTERS, rf"(?:{_SIGN}|\s+)"), ("123456789", _SIGN)):
         begins = [re.match(rf"\s*[(（]?{mark}{sign}", option) for mark, option in zip(marks, options)]
         if all(begins):
             return [option[begin.end() :] for begin, option in zip(begins, options)]
-    return [re.sub(rf"^\s*[(（]?{letter}{_SIGN}", "", text) for letter, text in zip(LETTERS, options)]
+    return options
 
 
 def _answer(given, options, first):
