@@ -16,12 +16,10 @@ memory's bandwidth divided by the bytes of the weights. The bandwidth is that of
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -171,9 +169,8 @@ def some_prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    shown = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(**shown)
     parser.add_argument("--model", help="a model folder; default: the shape with random weights")
     parser.add_argument("--context", type=int, default=200, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=48, help="tokens of the answer")
@@ -188,8 +185,7 @@ def main() -> None:
     options = parse_options()
 
     # 1. Load the model, once for each way
-    import torch
-    from bench_training import shape_of_qwen3
+    from bench_training import shape_of_qwen3, write_record
 
     from utils.device import pick_device
 
@@ -210,16 +206,8 @@ def main() -> None:
     table = medians(measured)
     print_table(table, bound)
     print(f"same tokens: {same}; {options.context} tokens of context, {options.tokens} of answer")
-    record = {
-        "command": " ".join(["python", "tests/benchmarks/bench_chat.py", *sys.argv[1:]]),
-        "table": table,
-        "memory_bound_tokens_per_second": bound,
-        "same_tokens": same,
-        "rounds": measured,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-    }
-    Path(options.output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    found = {"table": table, "memory_bound_tokens_per_second": bound, "same_tokens": same, "rounds": measured}
+    write_record(options.output, "bench_chat.py", **found)
 
 
 if __name__ == "__main__":

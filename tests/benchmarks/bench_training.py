@@ -226,20 +226,16 @@ def measure(options):
     """One measurement, in this process: a dict on the last line of stdout."""
     import torch
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         given = (options.method, options.precision, options, folder)
-        if options.variant.startswith("ours"):
+        if options.variant == "ours":
             clock, reference = ours(*given)
         else:
             clock, reference = theirs(*given, **VARIANTS[options.method, options.variant])
     seconds = [spent + reference * tokens for spent, tokens in zip(clock.seconds[1:], clock.tokens[1:])]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else peak
-    tokens = sum(clock.tokens[1:])
-    found = {"tokens_per_second": tokens / sum(seconds), "peak_gib": memory, "tokens": tokens}
-    print(json.dumps(found))
+    print(json.dumps({"tokens_per_second": sum(clock.tokens[1:]) / sum(seconds), "peak_gib": memory}))
 
 
 def matrix_peak(precision):
@@ -257,106 +253,81 @@ def matrix_peak(precision):
     return 2 * 4096**3 / statistics.median(times[1:])
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def write_record(path, script, **found):
+    """What was measured, with command, commit, machine and versions, as JSON."""
+    import torch
+
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    record = {
+        "command": " ".join(["python", f"tests/benchmarks/{script}", *sys.argv[1:]]),
+        "commit": subprocess.run(git, cwd=ROOT, capture_output=True, encoding="utf-8").stdout.strip(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
+        **found,
+    }
+    Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{record['machine']}; written to {path}")
+
+
+def parse_options():
+    shown = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(**shown)
     parser.add_argument("--model", help="a model folder; default: the shape with random weights")
     parser.add_argument("--train-file", help="conversations, as sft_train.jsonl")
     parser.add_argument("--pairs-file", help="preference pairs, as dpo_train.jsonl")
     parser.add_argument("--methods", nargs="+", default=["sft", "lora", "dpo"])
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        default=["ours", "TRL", "TRL packed", "TRL packed, base in bf16"],
-        help="of these, and: 'TRL padded' (slow)",
-    )
-    parser.add_argument(
-        "--precisions", nargs="+", help="fp32 bf16; default: fp32 for all, and bf16 where the hardware has it"
-    )
+    quick = ["ours", "TRL", "TRL packed", "TRL packed, base in bf16"]
+    parser.add_argument("--variants", nargs="+", default=quick, help="of these, and 'TRL padded' (slow)")
+    parser.add_argument("--precisions", nargs="+", help="default: fp32, and bf16 where the hardware has it")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--steps", type=int, default=6, help="optimizer steps of a measurement, the first left out"
-    )
+    parser.add_argument("--steps", type=int, default=6, help="of a measurement, the first left out")
     parser.add_argument("--max-length", type=int, default=512, help="tokens a packed row")
     parser.add_argument("--rows", type=int, default=200, help="conversations or pairs, drawn evenly")
-    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
     parser.add_argument("--output", default=str(ROOT / "trainer_output/bench/training.json"))
-    parser.add_argument("--method", help=argparse.SUPPRESS)  # these three: one measurement, by the call below
-    parser.add_argument("--variant", help=argparse.SUPPRESS)
-    parser.add_argument("--precision", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    for name in ("--method", "--variant", "--precision"):  # one measurement, called by the others
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main():
+    options = parse_options()
     if options.variant:
         return measure(options)
 
     from utils.device import pick_device
 
+    # 1. Make the rows and the model
     place = ROOT / "trainer_output/bench"
     place.mkdir(parents=True, exist_ok=True)
-    files = sample_files(place)
+    conversations, pairs = sample_files(place)
     options.model = options.model or str(shape_of_qwen3(place / "qwen3_0_6b_shape"))
-    options.train_file, options.pairs_file = (
-        options.train_file or str(files[0]),
-        options.pairs_file or str(files[1]),
-    )
+    options.train_file = options.train_file or str(conversations)
+    options.pairs_file = options.pairs_file or str(pairs)
     precisions = options.precisions or (["fp32", "bf16"] if pick_device().bf16 else ["fp32"])
-    cases = [
-        (method, variant, precision)
-        for method, variant in VARIANTS
-        for precision in precisions
-        if method in options.methods
-        and variant in options.variants
-        and not (variant == "ours" and precision != precisions[-1])
-    ]
-    peaks, results = {precision: matrix_peak(precision) for precision in precisions}, {}
-    given = [
-        f"--{name.replace('_', '-')}={getattr(options, name)}"
-        for name in ("model", "train_file", "pairs_file", "steps", "max_length", "rows", "threads")
-    ]
+    names = ("model", "train_file", "pairs_file", "steps", "max_length", "rows")
+    given = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names]
+
+    # 2. Measure every case in every round, each in a process of its own; ours in the quickest format only
+    results, peaks = {}, {precision: matrix_peak(precision) for precision in precisions}
     for number in range(options.rounds):
-        for case in cases:
-            if (result := measure_apart(case, given)) is None:
-                continue
-            results.setdefault(case, []).append(result)
-            speed, memory = result["tokens_per_second"], result["peak_gib"]
-            print(f"round {number + 1}: {' '.join(case)}: {speed:.1f} tokens/s, {memory:.1f} GiB", flush=True)
-    print_table(results, peaks, options)
+        for method, variant in VARIANTS:
+            for precision in precisions[-1:] if variant == "ours" else precisions:
+                if method not in options.methods or variant not in options.variants:
+                    continue
+                case = [f"--method={method}", f"--variant={variant}", f"--precision={precision}"]
+                command = [sys.executable, __file__, *given, *case]
+                done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+                if done.returncode:
+                    print(f"{method} {variant} {precision} failed:\n{done.stderr[-2000:]}", flush=True)
+                    continue
+                found = json.loads(done.stdout.splitlines()[-1])
+                results.setdefault((method, variant, precision), []).append(found)
+                speed, memory = found["tokens_per_second"], found["peak_gib"]
+                told = f"round {number + 1}: {method} {variant} {precision}"
+                print(f"{told}: {speed:.1f} tokens/s, {memory:.1f} GiB", flush=True)
 
-
-def measure_apart(case, given):
-    """One measurement in a process of its own; None, and what was wrong is printed, where it fails."""
-    chosen = [f"--{name}={value}" for name, value in zip(("method", "variant", "precision"), case)]
-    done = subprocess.run(
-        [sys.executable, __file__, *given, *chosen], capture_output=True, text=True, encoding="utf-8"
-    )
-    if done.returncode:
-        print(f"{' '.join(case)} failed:\n{done.stderr[-2000:]}", flush=True)
-        return None
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def print_table(results, peaks, options):
-    """The medians, on the terminal and with everything measured in options.output."""
-    import torch
-
-    table = []
-    for (method, variant, precision), rounds in results.items():
-        speed = statistics.median(result["tokens_per_second"] for result in rounds)
-        flop = (4 if method == "lora" else 6) * 596_049_920
-        table.append(
-            {
-                "method": method,
-                "variant": variant,
-                "precision": precision,
-                "tokens_per_second": round(speed, 1),
-                "of_peak": round(speed * flop / peaks[precision], 3),
-                "peak_gib": round(max(r["peak_gib"] for r in rounds), 1),
-            }
-        )
-        own = next((rounds for case, rounds in results.items() if case[:2] == (method, "ours")), None)
-        if own and variant != "ours":  # round by round: the machine may be slower in one than in another
-            speeds = [(o["tokens_per_second"], r["tokens_per_second"]) for o, r in zip(own, rounds)]
-            table[-1]["ours_is"] = round(statistics.median(o / r for o, r in speeds), 2)
+    # 3. Print the medians, and keep everything
+    table = [summary(case, rounds, results, peaks) for case, rounds in results.items()]
     print("\n| method | trainer | tokens/s | ours is | of peak | memory |\n|---|---|---|---|---|---|")
     for row in table:
         ratio = f"{row['ours_is']:.2f} x" if "ours_is" in row else ""
@@ -364,28 +335,25 @@ def print_table(results, peaks, options):
             f"| {row['method']} | {row['variant']}, {row['precision']} | {row['tokens_per_second']:.1f} | {ratio} | "
             f"{row['of_peak']:.0%} | {row['peak_gib']:.1f} GiB |"
         )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
-    ).stdout.strip()
-    record = {
-        "command": " ".join(["python", "tests/benchmarks/bench_training.py", *sys.argv[1:]]),
-        "commit": commit,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",
-        "matrix_peak_gflops": {name: round(peak / 1e9) for name, peak in peaks.items()},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "trl", "peft")},
-        },
-        "rounds": options.rounds,
-        "steps": options.steps,
-        "max_length": options.max_length,
-        "table": table,
-        "all": [{"case": list(case), "rounds": rounds} for case, rounds in results.items()],
-    }
-    Path(options.output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(
-        f"\n{record['machine']}; matrix product: {record['matrix_peak_gflops']} GFLOP/s; written to {options.output}"
-    )
+    every = [{"case": case, "rounds": rounds} for case, rounds in results.items()]
+    gigaflops = {name: round(peak / 1e9) for name, peak in peaks.items()}
+    write_record(options.output, "bench_training.py", matrix_peak_gflops=gigaflops, table=table, all=every)
+
+
+def summary(case, rounds, results, peaks):
+    """A row of the table: medians, and the median of the ratios of ours to this within a round."""
+    method, variant, precision = case
+    speed = statistics.median(one["tokens_per_second"] for one in rounds)
+    flop = (4 if method == "lora" else 6) * 596_049_920
+    row = {"method": method, "variant": variant, "precision": precision}
+    row["tokens_per_second"], row["of_peak"] = round(speed, 1), round(speed * flop / peaks[precision], 3)
+    row["peak_gib"] = round(max(one["peak_gib"] for one in rounds), 1)
+    ours = [found for other, found in results.items() if other[:2] == (method, "ours")]
+    if ours and variant != "ours":  # round by round: the machine may be slower in one than in another
+        pairs = zip(ours[0], rounds)
+        ratios = [own["tokens_per_second"] / one["tokens_per_second"] for own, one in pairs]
+        row["ours_is"] = round(statistics.median(ratios), 2)
+    return row
 
 
 if __name__ == "__main__":
