@@ -83,6 +83,7 @@ def test_questions_and_answers(page, chat_model):
     assert "not medical advice" in browser.text("footer") and browser.text("#models b") == "speaker"
     assert browser.text("#models .faint") == "thinks first"
     assert ask(browser, "甘草 @甘") == ["speaker：甘"]
+    assert browser.text(".answer .faint") == "9 tokens · 20.0 tokens/s"  # as the server measured it
     assert ask(browser, "麻黄 @第一行") == ["speaker：甘", "speaker：第一行"]
     assert "speaker：甘<|im_end|>" in speaker.seen[-1]  # the second question is asked with the first
     assert browser.run("return document.activeElement.id") == "question"

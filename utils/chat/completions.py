@@ -126,8 +126,14 @@ class Answer:
         }
 
     def usage(self, reply: Reply) -> dict:
-        tokens = {"prompt_tokens": self.prompt_tokens, "completion_tokens": reply.tokens}
-        return {"usage": {**tokens, "total_tokens": self.prompt_tokens + reply.tokens}}
+        """The numbers of tokens, and the speed under llama.cpp's name."""
+        total, timings = self.prompt_tokens + reply.tokens, {"predicted_per_second": reply.rate}
+        usage = {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": reply.tokens,
+            "total_tokens": total,
+        }
+        return {"usage": usage, "timings": timings}
 
     def reason(self, reply: Reply) -> str:
         return "stop" if reply.ended else "length"

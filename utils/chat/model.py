@@ -75,11 +75,14 @@ class Reply:
     ended: bool
     stopped: bool
 
+    @property
+    def rate(self) -> float:
+        """Tokens a second after the first one; 0 if there is one alone."""
+        return (self.tokens - 1) / (self.seconds - self.first) if self.tokens > 1 else 0.0
+
     def speed(self) -> str:
         """Tokens and speed, in words."""
-        rate, after_first = "", self.seconds - self.first
-        if self.tokens > 1 and after_first > 0:
-            rate = f"{(self.tokens - 1) / after_first:.1f} tokens/s, "
+        rate = f"{self.rate:.1f} tokens/s, " if self.rate else ""
         return f"{self.tokens} tokens, {rate}first after {self.first:.2f} s"
 
 
