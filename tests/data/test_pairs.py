@@ -199,7 +199,7 @@ def test_answers_of_a_model_that_knows_nothing_are_worse(data, model, capsys):
 def test_sampling_goes_on_where_it_was_stopped(tmp_path, model, monkeypatch, capsys):
     rows = [as_row(n, f"问题{n}？", "答") for n in range(12)]
     sampling = SimpleNamespace(
-        MODEL=model, SAMPLES=2, TEMPERATURE=1.0, MAX_NEW_TOKENS=4, BATCH_SIZE=8, SEED=0
+        MODEL=str(model), SAMPLES=2, TEMPERATURE=1.0, MAX_NEW_TOKENS=4, BATCH_SIZE=8, SEED=0
     )
     kept = tmp_path / "sampled"
     monkeypatch.setattr(pairs, "CHUNK", 4)

@@ -24,14 +24,18 @@ from utils.model.generate import (
 from utils.model.qwen3_answer import CachedModel
 
 
+def answer(chat_model, prompt, length, decoding=None, stop=()):
+    """The ids that a new TokenStream says to a prompt."""
+    return list(TokenStream(chat_model.model, set(stop)).answer(prompt, decoding or Decoding(), length))
+
+
 @pytest.mark.parametrize(
     "dtype, penalty", [(torch.float32, 1.0), (torch.float32, 1.3), (torch.bfloat16, 1.0)]
 )
 def test_greedy_equals_generate(tiny_folder, dtype, penalty):
     chat_model = ChatModel(str(tiny_folder), Device("cpu", dtype is torch.bfloat16, "test"))
     for prompt in prompts_of(chat_model):
-        stream = TokenStream(chat_model.model, chat_model.stream.stop)
-        ours = list(stream.answer(prompt, Decoding(repetition_penalty=penalty), 40))
+        ours = answer(chat_model, prompt, 40, Decoding(repetition_penalty=penalty))
         assert ours == reference(chat_model, prompt, 40, repetition_penalty=penalty)
         assert len(set(ours)) > 3  # a model that says one token for ever would prove nothing
 
@@ -50,23 +54,14 @@ def less_repeated(length, frequency, presence):
 
 @pytest.mark.parametrize("frequency, presence", [(0.4, 0.0), (0.0, 1.5), (-0.3, 0.5)])
 def test_penalties_of_openai(chat_model, frequency, presence):
-    prompts, stop = prompts_of(chat_model), chat_model.stream.stop
+    prompts = prompts_of(chat_model)
     decoding = Decoding(frequency_penalty=frequency, presence_penalty=presence)
     expected = []
     for prompt in prompts:
         processor = less_repeated(len(prompt), frequency, presence)
         expected.append(reference(chat_model, prompt, 30, logits_processor=processor))
-        answer = list(TokenStream(chat_model.model, stop).answer(prompt, decoding, 30))
-        assert answer == expected[-1] != reference(chat_model, prompt, 30)
-    assert generate_tokens(chat_model.model, prompts, stop, 30, decoding) == expected
-
-
-def test_stops_where_generate_stops(chat_model):
-    prompt = prompts_of(chat_model)[1]
-    stop = {reference(chat_model, prompt, 40)[20]}
-    ours = list(TokenStream(chat_model.model, stop).answer(prompt, Decoding(), 40))
-    assert ours == reference(chat_model, prompt, 40, eos_token_id=list(stop))
-    assert len(ours) < 40 and ours[-1] in stop
+        assert answer(chat_model, prompt, 30, decoding) == expected[-1] != reference(chat_model, prompt, 30)
+    assert generate_tokens(chat_model.model, prompts, set(), 30, decoding) == expected
 
 
 @pytest.mark.parametrize(
@@ -111,7 +106,7 @@ def test_sampling_follows_its_probabilities_and_its_seed():
 
     def draws(count):
         random = torch.Generator().manual_seed(3)
-        return [choose(logits, decoding, [], random, []) for _ in range(count)]
+        return [choose(logits, decoding, random, [], []) for _ in range(count)]
 
     for found, expected in zip(zip(*draws(4000)), logits.exp().tolist()):
         shares = [found.count(token) / len(found) for token in range(3)]
@@ -122,18 +117,19 @@ def test_sampling_follows_its_probabilities_and_its_seed():
 @pytest.mark.parametrize("sampled", [False, True])
 def test_nan_in_one_row_is_a_run_error(sampled):
     logits = torch.tensor([[1.0, 2.0], [1.0, float("nan")]])
-    assert choose(logits[:1], Decoding(do_sample=sampled, temperature=1e-9), [[]], None, [0]) == [1]
+    assert choose(logits[:1], Decoding(do_sample=sampled, temperature=1e-9), None, [[]], [[]]) == [1]
     with pytest.raises(RunError, match="NaN"):
-        choose(logits, Decoding(do_sample=sampled), [[], []], None, [0, 0])
+        choose(logits, Decoding(do_sample=sampled), None, [[]] * 2, [[]] * 2)
 
 
 def test_batched_equals_one_by_one(chat_model):
     prompts = prompts_of(chat_model)
-    stop = {reference(chat_model, prompts[1], 30)[10]}  # one answer ends early, the others go on
-    alone = [list(TokenStream(chat_model.model, stop).answer(prompt, Decoding(), 30)) for prompt in prompts]
-    assert len({len(answer) for answer in alone}) > 1
+    stop = [reference(chat_model, prompts[1], 30)[10]]  # one answer ends early, the others go on
+    alone = [answer(chat_model, prompt, 30, stop=stop) for prompt in prompts]
+    assert alone == [reference(chat_model, prompt, 30, eos_token_id=stop) for prompt in prompts]
+    assert len(alone[1]) < max(map(len, alone)) and alone[1][-1] in stop
     for size in (1, 3, 4):
-        assert generate_tokens(chat_model.model, prompts, stop, 30, batch_size=size) == alone
+        assert generate_tokens(chat_model.model, prompts, set(stop), 30, batch_size=size) == alone
 
 
 def test_a_prompt_of_several_answers_is_read_once(chat_model, monkeypatch):
@@ -149,27 +145,21 @@ def test_a_prompt_of_several_answers_is_read_once(chat_model, monkeypatch):
     answers = generate_tokens(chat_model.model, order, set(), 12, batch_size=5)
     assert fed[0][0] == 2 and fed[1:] == [(5, 1)] * 11
     assert answers == [reference(chat_model, prompt, 12) for prompt in order]
-    sampled = generate_tokens(
-        chat_model.model, [one] * 20, set(), 12, Decoding(do_sample=True, temperature=2.0), batch_size=20
-    )
+    hot = Decoding(do_sample=True, temperature=2.0)
+    sampled = generate_tokens(chat_model.model, [one] * 20, set(), 12, hot, batch_size=20)
     assert len(set(map(tuple, sampled))) > 15
 
 
 def test_generate_answers(chat_model):
     conversations = [[{"role": "user", "content": text}] for text in QUESTIONS]
-    texts = generate_answers(
-        chat_model.model, chat_model.tokenizer, conversations, max_new_tokens=20, thinking=False
-    )
-    assert texts == [
-        read_answer(chat_model.tokenizer, prompt, reference(chat_model, prompt, 20)).content
+    model, tokenizer = chat_model.model, chat_model.tokenizer
+    expected = [
+        read_answer(tokenizer, prompt, reference(chat_model, prompt, 20)).content
         for prompt in prompts_of(chat_model, False)
     ]
-    sampled = [
-        generate_answers(
-            chat_model.model, chat_model.tokenizer, conversations, 20, Decoding(do_sample=True), seed=seed
-        )
-        for seed in (1, 1, 2)
-    ]
+    assert generate_answers(model, tokenizer, conversations, False, max_new_tokens=20) == expected
+    how = {"max_new_tokens": 20, "decoding": Decoding(do_sample=True)}
+    sampled = [generate_answers(model, tokenizer, conversations, seed=seed, **how) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
 
 
@@ -182,24 +172,21 @@ def test_cache_is_reused_and_changes_nothing(chat_model, monkeypatch):
         history.append({"role": "user", "content": question})
         prompt = encode_prompt(chat_model.tokenizer, history, thinking=False)
         fed.clear()
-        answer = list(stream.answer(prompt, Decoding(), 25))
+        said = list(stream.answer(prompt, Decoding(), 25))
         assert fed[0] == len(prompt) - shared
-        assert answer == list(TokenStream(chat_model.model, set()).answer(prompt, Decoding(), 25))
-        shared = len(
-            encode_prompt(chat_model.tokenizer, history, thinking=True)
-        )  # all but the last prompt's think block
-        history.append(
-            {"role": "assistant", "content": read_answer(chat_model.tokenizer, prompt, answer).content}
-        )
+        assert said == answer(chat_model, prompt, 25)
+        # all but the last prompt's think block
+        shared = len(encode_prompt(chat_model.tokenizer, history, thinking=True))
+        text = read_answer(chat_model.tokenizer, prompt, said).content
+        history.append({"role": "assistant", "content": text})
     fed.clear()
-    assert list(stream.answer(prompt, Decoding(), 25)) == answer and fed[0] == 1  # /retry
+    assert list(stream.answer(prompt, Decoding(), 25)) == said and fed[0] == 1  # /retry
 
 
 def test_ctrl_c_within_a_pass_leaves_a_usable_cache(chat_model):
     stream = TokenStream(chat_model.model, set())
     prompt = prompts_of(chat_model)[1]
-    expected = list(TokenStream(chat_model.model, set()).answer(prompt, Decoding(), 12))
-
+    expected = answer(chat_model, prompt, 12)
     layers = stream.cached.weights.layers
     second = layers[1]  # the first is in the cache already when it comes to this one
 
@@ -219,12 +206,11 @@ def test_ctrl_c_within_a_pass_leaves_a_usable_cache(chat_model):
 
 
 def test_decoding_comes_from_the_folder_or_from_qwen(chat_model):
-    assert decoding_for(chat_model.model, chat_model.tokenizer) == Decoding(**DECODING[True])
-    assert decoding_for(chat_model.model, chat_model.tokenizer, True) == Decoding(**DECODING[True])
-    assert decoding_for(chat_model.model, chat_model.tokenizer, False) == Decoding(**DECODING[False])
-    assert stop_tokens(chat_model.model, chat_model.tokenizer) == set(
-        chat_model.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    )
+    given = chat_model.model, chat_model.tokenizer
+    for thinking, mode in ((None, True), (True, True), (False, False)):
+        assert decoding_for(*given, thinking) == Decoding(**DECODING[mode])
+    ends = given[1].convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert stop_tokens(*given) == set(ends)
 
 
 def test_text_comes_in_whole_characters(chat_model):
@@ -248,22 +234,21 @@ def test_any_tokens_give_what_decode_gives(chat_model):
 
 
 @pytest.mark.parametrize(
-    "text, reasoning, content",
+    "prompt, answer, reasoning, content",
     [
-        ("<think>\n先想一想。\n\n再想。\n</think>\n\n甘草。", "先想一想。\n\n再想。", "甘草。"),
-        ("甘草。\n", "", "甘草。\n"),
-        ("<think>\n\n</think>\n\n甘草。", "", "甘草。"),
-        ("<think>\n没有想完", "没有想完", ""),
+        ("", "<think>\n先想一想。\n\n再想。\n</think>\n\n甘草。", "先想一想。\n\n再想。", "甘草。"),
+        ("", "甘草。\n", "", "甘草。\n"),
+        ("", "<think>\n\n</think>\n\n甘草。", "", "甘草。"),
+        ("", "<think>\n没有想完", "没有想完", ""),
+        (
+            "<|im_start|>assistant\n<think>\n",
+            "想。\n</think>\n\n甘草。",
+            "想。",
+            "甘草。",
+        ),  # opened by the template
     ],
 )
-def test_thinking_is_told_apart(chat_model, text, reasoning, content):
-    reader = read_answer(chat_model.tokenizer, [], chat_model.tokenizer(text)["input_ids"])
+def test_thinking_is_told_apart(chat_model, prompt, answer, reasoning, content):
+    ids = (chat_model.tokenizer(text)["input_ids"] for text in (prompt, answer))
+    reader = read_answer(chat_model.tokenizer, *ids)
     assert (reader.reasoning, reader.content) == (reasoning, content)
-
-
-def test_template_that_opens_the_think_block(chat_model):
-    prompt = chat_model.tokenizer("<|im_start|>assistant\n<think>\n")["input_ids"]
-    reader = read_answer(
-        chat_model.tokenizer, prompt, chat_model.tokenizer("想。\n</think>\n\n甘草。")["input_ids"]
-    )
-    assert (reader.reasoning, reader.content) == ("想。", "甘草。")

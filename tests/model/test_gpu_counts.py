@@ -130,7 +130,7 @@ def test_a_token_of_an_answer_on_cuda(rows, decoding, monkeypatch):
             feed(cached, torch.zeros(rows, 200, dtype=torch.long))
             with counts:
                 logits = feed(cached, torch.zeros(rows, 1, dtype=torch.long))
-                assert choose(logits, decoding, [[0]] * rows, torch.Generator(), [0] * rows) == [0] * rows
+                assert choose(logits, decoding, torch.Generator(), [[0]] * rows, [[]] * rows) == [0] * rows
         return counts.launches
 
     few, more = launches(2), launches(3)

@@ -332,8 +332,8 @@ def sample_answers(rows: list[dict], settings: Settings, kept: Path) -> list[lis
     decoding, count = Decoding(do_sample=True, temperature=settings.TEMPERATURE), settings.SAMPLES
     for start in progress("sampling answers", f"parts of {CHUNK} questions")(missing):
         prompts = [split_row(row)[0] for row in rows[start : start + CHUNK] for _ in range(count)]
-        how = {"batch_size": settings.BATCH_SIZE, "seed": settings.SEED + start}
-        answers = generate_answers(model, tokenizer, prompts, settings.MAX_NEW_TOKENS, decoding, **how)
+        how = {"decoding": decoding, "batch_size": settings.BATCH_SIZE, "seed": settings.SEED + start}
+        answers = generate_answers(model, tokenizer, prompts, max_new_tokens=settings.MAX_NEW_TOKENS, **how)
         parts[start] = [answers[at : at + count] for at in range(0, len(answers), count)]
         write_kept(kept / f"{start}.json", {"first": start}, parts[start])
     return [answers for part in parts.values() for answers in part]

@@ -148,18 +148,14 @@ def adapter_base(folder: str | Path) -> str:
 
 def find_models() -> list[Path]:
     """Folders that load: finished runs, the newest first, then downloaded models, Qwen3-0.6B before the tiny one."""
-    output = ROOT / "trainer_output"
-    runs = sorted(filter(_loads, (*output.glob("*/"), *output.glob("demo/*/"))), key=written_at, reverse=True)
-    return runs + sorted(filter(_loads, (ROOT / "model_download").glob("*/")))
-
-
-def _loads(folder: Path) -> bool:
-    try:
-        check_model(str(folder))
-        check_files(folder)
-    except (UserError, OSError):
-        return False
-    return True
+    found: dict[str, list[Path]] = {"trainer_output": [], "model_download": []}
+    for place in ("trainer_output/*/", "trainer_output/demo/*/", "model_download/*/"):
+        for folder in ROOT.glob(place):
+            with contextlib.suppress(UserError, OSError):
+                check_model(str(folder))
+                check_files(folder)
+                found[place.partition("/")[0]].append(folder)
+    return sorted(found["trainer_output"], key=written_at, reverse=True) + sorted(found["model_download"])
 
 
 def written_at(folder: Path) -> float:
@@ -184,8 +180,7 @@ def quiet_offline() -> None:
     )  # threads and forks do not mix, and we batch anyway
     os.environ["HF_HUB_OFFLINE"] = "1"
     # peft asks transformers for this under its old name; nothing that a user could change
-    old_name = "`is_gradient_checkpointing` is deprecated"
-    warnings.filterwarnings("ignore", message=old_name, category=FutureWarning)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # "Loading weights" bars of a fraction of a second

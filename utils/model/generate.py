@@ -10,12 +10,15 @@ from dataclasses import dataclass, fields
 
 import torch
 from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Generator, Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from utils.errors import RunError
 from utils.model.chat_format import DECODING, END_OF_TURN, encode_prompt
 from utils.model.qwen3_answer import CachedModel
 
+Ids = list[int]  # of tokens
 TIES = 64  # tokens beyond top_k that are kept if they are as likely as the last one
 NOT_NUMBERS = "the model's scores are not numbers (NaN): its training diverged, or its weights are damaged"
 
@@ -36,9 +39,7 @@ class Decoding:
     top_p: float = 1.0
 
 
-def decoding_for(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, thinking: bool | None = None
-) -> Decoding:
+def decoding_for(model: PreTrainedModel, tokenizer: Tokenizer, thinking: bool | None = None) -> Decoding:
     """The Decoding of the folder's generation_config, or Qwen's advice where `thinking` is not the folder's own mode.
 
     Of generation_config only the fields of Decoding and the end tokens are used.
@@ -49,13 +50,13 @@ def decoding_for(
     return Decoding(**{name: value for name, value in given.items() if value is not None})
 
 
-def thinks_by_default(tokenizer: PreTrainedTokenizerBase) -> bool:
+def thinks_by_default(tokenizer: Tokenizer) -> bool:
     """True if the tokenizer's chat template leaves room for thinking when nobody says which mode to use."""
     question = [{"role": "user", "content": "?"}]
     return encode_prompt(tokenizer, question) != encode_prompt(tokenizer, question, thinking=False)
 
 
-def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def stop_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> set[int]:
     """The ids (set of int) that end an answer: those of the folder's generation_config, and `<|im_end|>`."""
     listed = model.generation_config.eos_token_id
     listed = listed if isinstance(listed, list) else [listed]
@@ -63,19 +64,12 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
 
 
 def choose(
-    logits: torch.Tensor,
-    decoding: Decoding,
-    seen: list[list[int]],
-    generator: torch.Generator | None,
-    answered: Sequence[int],
-) -> list[int]:
-    """The next token id of each row. `logits`: (rows, vocabulary) on any device, from which only the ids come back; `seen`: all ids
-    so far of each row; `answered`: how many of those, the last ones, are the row's answer; `generator`: on the CPU.
-
-    Raises RunError where the logits are not numbers, as those of a diverged model are.
-    """
+    logits: Tensor, decoding: Decoding, generator: Generator | None, prompts: list[Ids], answers: list[Ids]
+) -> Ids:
+    """The next token of each row. `logits`: (rows, vocabulary) on any device, from which only the ids come back; `generator`: on the
+    CPU; `prompts`, `answers`: what each row has seen. RunError if logits are not numbers, as those of a diverged model are."""
     finite = torch.isfinite(logits).all()
-    logits = penalized(logits, decoding, seen, answered)
+    logits = penalized(logits, decoding, prompts, answers)
     if decoding.do_sample:
         ids, probabilities = candidates(logits.float(), decoding)
         chance = torch.rand(len(ids), 1, generator=generator).to(ids.device)
@@ -92,30 +86,26 @@ def choose(
     return chosen
 
 
-def penalized(
-    logits: torch.Tensor, decoding: Decoding, seen: list[list[int]], answered: Sequence[int]
-) -> torch.Tensor:
+def penalized(logits: Tensor, decoding: Decoding, prompts: list[Ids], answers: list[Ids]) -> Tensor:
     """The logits (rows, vocabulary) with tokens made less likely that were there already: by the repetition penalty all that a
     row has seen (CTRL, Keskar et al. 2019), by the other two those of its answer. Without penalties the logits as they are."""
-    penalty, frequency = decoding.repetition_penalty, decoding.frequency_penalty
-    presence = decoding.presence_penalty
-    if penalty == 1 and not frequency and not presence:
+    penalty, presence = decoding.repetition_penalty, decoding.presence_penalty
+    if penalty == 1 and not decoding.frequency_penalty and not presence:
         return logits
     logits = logits.float().clone()
-    for row, tokens, count in zip(logits, seen, answered, strict=True):
-        ids = torch.tensor(tokens, device=row.device).unique()
+    for row, prompt, answer in zip(logits, prompts, answers, strict=True):
+        ids = torch.tensor(prompt + answer, device=row.device).unique()
         row[ids] = torch.where(row[ids] < 0, row[ids] * penalty, row[ids] / penalty)
-        said = torch.tensor(tokens[len(tokens) - count :], dtype=torch.int64, device=row.device)
+        said = torch.tensor(answer, dtype=torch.int64, device=row.device)
         ids, times = said.unique(return_counts=True)
-        row[ids] -= frequency * times + presence
+        row[ids] -= decoding.frequency_penalty * times + presence
     return logits
 
 
-def candidates(logits: torch.Tensor, decoding: Decoding) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, probabilities), both (rows, candidates), of what a sampled token is drawn from, after temperature, top_k and top_p, in that
-    order. `logits`: (rows, vocabulary).
+def candidates(logits: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
+    """(ids, probabilities), both (rows, candidates), of what a token is drawn from: after temperature, top_k and top_p, in that order.
 
-    Sorting only the top_k saves about 10 ms a token on a vocabulary of 152 thousand. As in transformers, tokens as likely as the
+    Sorting only the top_k of `logits` (rows, vocabulary) saves about 10 ms a token. As in transformers, tokens as likely as the
     last one stay in, but no more than TIES of them: how many there are, a GPU would have to be asked.
     """
     logits = logits / decoding.temperature
@@ -144,11 +134,7 @@ class TokenStream:
         self.ids: list[int] = []  # the tokens whose keys and values are in the cache
 
     def answer(
-        self,
-        prompt_ids: list[int],
-        decoding: Decoding,
-        max_new_tokens: int,
-        generator: torch.Generator | None = None,
+        self, prompt_ids: Ids, decoding: Decoding, max_new_tokens: int, generator: Generator | None = None
     ) -> Iterator[int]:
         """Yield the answer's token ids one by one, the end token included; it is missing where the limit came first.
 
@@ -159,59 +145,54 @@ class TokenStream:
         shared = min(same, len(prompt_ids) - 1)  # logits come out for a new token
         self.cached.keep(shared)
         del self.ids[shared:]
-        new, seen = prompt_ids[shared:], list(prompt_ids)
-        for answered in range(max_new_tokens):
+        new, answer = prompt_ids[shared:], []
+        while len(answer) < max_new_tokens:
             try:
                 logits = self.cached.feed(new)
             except torch.OutOfMemoryError:
                 self.reset()
-                long = f"a conversation of {len(seen)} tokens; start a shorter one"
-                raise RunError(f"not enough GPU memory for {long}") from None
+                tokens = len(prompt_ids) + len(answer)
+                few = f"not enough GPU memory for a conversation of {tokens} tokens; start a shorter one"
+                raise RunError(few) from None
             self.ids += new
-            [token] = choose(logits[None], decoding, [seen], generator, [answered])
-            yield token
-            if token in self.stop:
+            new = choose(logits[None], decoding, generator, [prompt_ids], [answer])
+            answer += new
+            yield new[0]
+            if new[0] in self.stop:
                 return
-            new = [token]
-            seen.append(token)
 
 
 def generate_answers(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     conversations: list[list[dict]],
-    max_new_tokens: int = 512,
-    decoding: Decoding = Decoding(),
     thinking: bool | None = None,
-    batch_size: int = 16,
-    seed: int = 0,
-    watch: Callable = iter,
+    **how,
 ) -> list[str]:
     """The answers, without their thinking, to `conversations` (lists of messages that end with the user's).
 
-    `thinking`: True, False, or None for the template's default. `watch` wraps the batches, to show progress.
+    `thinking`: True, False, or None for the template's default; `how`: what generate_tokens takes.
     """
     prompts = [encode_prompt(tokenizer, messages, thinking) for messages in conversations]
-    stop = stop_tokens(model, tokenizer)
-    answers = generate_tokens(model, prompts, stop, max_new_tokens, decoding, batch_size, seed, watch)
+    answers = generate_tokens(model, prompts, stop_tokens(model, tokenizer), **how)
     return [read_answer(tokenizer, prompt, answer).content for prompt, answer in zip(prompts, answers)]
 
 
 def generate_tokens(
     model: PreTrainedModel,
-    prompts: list[list[int]],
+    prompts: list[Ids],
     stop: set[int],
     max_new_tokens: int,
     decoding: Decoding = Decoding(),
     batch_size: int = 16,
     seed: int = 0,
     watch: Callable = iter,
-) -> list[list[int]]:
-    """The answers to `prompts` (ids) as ids, computed `batch_size` at a time.
+) -> list[Ids]:
+    """The answers to `prompts` as ids, computed `batch_size` at a time; one that ended by itself has one of `stop` last.
 
-    An answer that ended by itself has its end token (one of `stop`) last. `watch` wraps the batches, to show progress.
+    `watch` wraps the batches, to show progress.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = Generator().manual_seed(seed)
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # little padding in a batch
     answers = {}
     batches = [by_length[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
@@ -237,8 +218,8 @@ def _generate_batch(model, prompts, stop, max_new_tokens, decoding, generator):
         cached.keep_rows(tensor(rows))
     answers, going = [[] for _ in prompts], list(range(len(prompts)))  # the batch shrinks to those that go on
     for left in reversed(range(max_new_tokens)):
-        seen = [prompts[row] + answers[row] for row in going]
-        tokens = choose(logits, decoding, seen, generator, [len(answers[row]) for row in going])
+        asked, said = ([texts[row] for row in going] for texts in (prompts, answers))
+        tokens = choose(logits, decoding, generator, asked, said)
         for row, token in zip(going, tokens):
             answers[row].append(token)
         kept = [place for place, token in enumerate(tokens) if token not in stop]
@@ -257,7 +238,7 @@ class AnswerReader:
     `reasoning` and `content` (str) hold what has been read so far; `thinking` tells which of the two comes next.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]):
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]):
         self.tokenizer = tokenizer
         self.start, self.end = (tokenizer.convert_tokens_to_ids(tag) for tag in ("<think>", "</think>"))
         self.thinking = self.start in prompt_ids[-2:]  # templates of thinking-only models end in "<think>\n"
@@ -297,9 +278,7 @@ class AnswerReader:
         return text
 
 
-def read_answer(
-    tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], answer_ids: Sequence[int]
-) -> AnswerReader:
+def read_answer(tokenizer: Tokenizer, prompt_ids: Sequence[int], answer_ids: Ids) -> AnswerReader:
     """The finished AnswerReader of a whole answer: its `reasoning` and `content`."""
     reader = AnswerReader(tokenizer, prompt_ids)
     for token in answer_ids:
