@@ -33,7 +33,6 @@ PROMPT = ""               # answer this one question and leave; empty: the quest
 JSON = False              # one object a line: question, answer, tokens, seconds
 SYSTEM = "auto"           # system text in front of every conversation; auto: the one that the rows of its training shared
 THINKING = "auto"         # [auto | on | off] auto: as the folder was trained (its chat template's default)
-SHOW_THINKING = True      # print the thinking, dimmed, on stderr where stdout is for answers only
 GREEDY = False            # always the likeliest token: repeatable; with thinking on it tends to go round in circles
 TEMPERATURE = -1.0        # [-1 or 0 to 10] of the sampling, 0 for greedy; this and the next three: -1 as the model folder says
 TOP_P = -1.0              # [-1 or > 0, at most 1] draw from the likeliest tokens that make up this share
@@ -139,7 +138,7 @@ def make_options(settings: Settings):
     numbers = {name.lower(): getattr(settings, name) for name in names if getattr(settings, name) != -1}
     if settings.GREEDY:
         numbers["temperature"] = 0
-    return Options(THINKING_MODES[settings.THINKING], settings.SHOW_THINKING, numbers=numbers)
+    return Options(THINKING_MODES[settings.THINKING], numbers=numbers)
 
 
 def read_questions(stream: BinaryIO) -> Iterator[tuple[str, str]]:
@@ -168,7 +167,7 @@ def answer_once(chat_model, options, place: str, question: str, as_json: bool) -
         chat_model.check_length(prompt)
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
-    reply = chat_model.answer(prompt, options, AnswerPrinter(options.show_thinking, show_answer=not as_json))
+    reply = chat_model.answer(prompt, options, AnswerPrinter(show_answer=not as_json))
     if reply.stopped:
         raise KeyboardInterrupt
     if as_json:

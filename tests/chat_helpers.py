@@ -36,9 +36,9 @@ def damaged(folder, where, **changes):
 class Echo(ChatModel):
     """Stands in for a ChatModel: answers with the number of the question; a question that holds a word below behaves so."""
 
-    def __init__(self, chat_model, name="echo", context=4096, record=None, system=""):
+    def __init__(self, chat_model, name="echo", context=4096, single=False, system=""):
         self.tokenizer, self.model, self.device = chat_model.tokenizer, chat_model.model, CPU
-        self.name, self.context, self.record, self.system, self.seen = name, context, record or {}, system, []
+        self.name, self.context, self.single, self.system, self.seen = name, context, single, system, []
 
     def answer(self, prompt, options, show):
         text = self.tokenizer.decode(prompt)

@@ -153,7 +153,7 @@ def test_errors_are_shown(page, chat_model, capsys):
 
 
 def test_two_models_side_by_side(page, chat_model):
-    one, two = Speaker(chat_model, "before"), Speaker(chat_model, "after", record={"conversations": "single"})
+    one, two = Speaker(chat_model, "before"), Speaker(chat_model, "after", single=True)
     browser = page(one, two)
     assert "each question starts afresh" in browser.text(".start").lower()
     assert ask(browser, "甘草 @甘") == ["before：甘", "after：甘"]

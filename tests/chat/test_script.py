@@ -171,4 +171,4 @@ def test_help_needs_no_torch():
     )
     command, form = [sys.executable, "-c", code], {"text": True, "encoding": "utf-8"}
     output = subprocess.run(command, capture_output=True, **form).stdout
-    assert "--show-thinking" in output and output.endswith("False\n")
+    assert "--thinking" in output and output.endswith("False\n")

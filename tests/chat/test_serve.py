@@ -209,7 +209,7 @@ def test_what_cannot_be_answered(port, capsys):
 
 
 def test_two_models(chat_model):
-    with serving(chat_model, Echo(chat_model, record={"conversations": "single"})) as port:
+    with serving(chat_model, Echo(chat_model, single=True)) as port:
         listed = json.loads(ask(port, None, "GET", "/v1/models")[2])["data"]
         assert [model["id"] for model in listed] == [chat_model.name, "echo"]
         assert [model["meta"]["single_questions"] for model in listed] == [False, True]
@@ -217,7 +217,7 @@ def test_two_models(chat_model):
         status, _, text = ask(port, {**ASKED, "model": "gpt-4"})
         assert status == 404 and f"wanted {chat_model.name} or echo" in text
     with serving(chat_model) as port:  # the only model answers, whatever an app calls it
-        assert said(port, model="gpt-4")["model"] == chat_model.name
+        assert said(port, model="gpt-4")["model"] == said(port, model=[3])["model"] == chat_model.name
 
 
 # ---- HTTP

@@ -243,11 +243,11 @@ def test_a_bug_in_an_answer_does_not_end_the_chat(chat, capsys, monkeypatch):
 
 # ---- What the model was trained on
 
-SINGLE = {"conversations": "single", "system": "你是中医师。"}
+SINGLE = {"single": True, "system": "你是中医师。"}
 
 
 def test_a_model_of_single_questions_starts_each_afresh(chat_model, tmp_path, capsys):
-    path, model = tmp_path / "x.jsonl", Echo(chat_model, record=SINGLE, system=SINGLE["system"])
+    path, model = tmp_path / "x.jsonl", Echo(chat_model, **SINGLE)
     chat = Chat(model, Options(False), lambda name: Echo(chat_model))
     said = capsys.readouterr().err
     assert said.count("/history on") == 1 and "system text: 你是中医师。" in said
@@ -265,7 +265,7 @@ def test_a_model_of_single_questions_starts_each_afresh(chat_model, tmp_path, ca
 
 
 def test_another_model_brings_its_own_ways_unless_a_command_has_set_them(chat, chat_model):
-    chat.load = lambda name: Echo(chat_model, record=SINGLE, system=SINGLE["system"])
+    chat.load = lambda name: Echo(chat_model, **SINGLE)
     talk(chat, "/model x")
     assert chat.afresh and chat.system == "你是中医师。"
     talk(chat, "/history on", "/system", "/model x")
@@ -273,15 +273,20 @@ def test_another_model_brings_its_own_ways_unless_a_command_has_set_them(chat, c
 
 
 def test_the_record_of_a_merged_or_damaged_run(tiny_folder, tmp_path, capsys):
-    record = {"status": "finished", "identity": {}, "settings": {"MODEL": "x"}, "results": {}, **SINGLE}
-    cases = [("merged", json.dumps(record), record), ("checkpoint-20", json.dumps(record), record)]
-    cases += [("elsewhere", json.dumps(record), {}), ("merged", "{", {})]
-    for number, (inside, content, expected) in enumerate(cases):
+    record = {"status": "finished", "identity": {}, "settings": {"MODEL": "x"}, "results": {}}
+    whole = json.dumps(record | {"conversations": "single", "system": "你是中医师。"})
+    cases = [
+        ("merged", whole, True),
+        ("checkpoint-20", whole, True),
+        ("elsewhere", whole, False),
+        ("merged", "{", False),
+    ]
+    for number, (inside, content, found) in enumerate(cases):
         folder = tmp_path / str(number) / inside
         shutil.copytree(tiny_folder, folder)
         (folder.parent / "run.json").write_text(content, encoding="utf-8")
         model = ChatModel(str(folder), CPU)
-        assert model.record == expected and model.system == expected.get("system", "")
+        assert (model.single, model.system) == (found, "你是中医师。" if found else "")
         assert ChatModel(str(folder), CPU, "自己的").system == "自己的"
     told = capsys.readouterr()
     assert told.out == "" and "run.json" in told.err

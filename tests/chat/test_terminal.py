@@ -16,18 +16,14 @@ from utils.chat.terminal import AnswerPrinter
 SCRIPT = ROOT / "model_download/load_local_model.py"
 
 
-@pytest.mark.parametrize("show, aside", [(True, "想一想\n\n\n"), (False, "thinking ...\n\n")])
-def test_thinking_goes_to_stderr(capsys, monkeypatch, show, aside):
+def test_thinking_goes_to_stderr(capsys, monkeypatch):
     pieces = [("", True), ("想一", True), ("想\n", True), ("", False), ("甘草", False), ("\x1b[2J。", False)]
-    for printer, answer in (
-        (AnswerPrinter(show), "甘草\x1b[2J。"),
-        (AnswerPrinter(show, show_answer=False), ""),
-    ):
+    for printer, answer in ((AnswerPrinter(), "甘草\x1b[2J。"), (AnswerPrinter(show_answer=False), "")):
         for text, thinking in pieces:
             printer(text, thinking)
-        assert capsys.readouterr() == (answer, aside)
+        assert capsys.readouterr() == (answer, "想一想\n\n\n")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    AnswerPrinter(show)("\x1b[2J。", False)
+    AnswerPrinter()("\x1b[2J。", False)
     assert capsys.readouterr().out == "\ufffd[2J。"  # a terminal is not to be controlled by a model
 
 

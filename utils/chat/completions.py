@@ -98,42 +98,33 @@ class Answer:
     """The JSON of one answer, whole or as the events of a stream."""
 
     def __init__(self, chat_model: ChatModel, prompt: list[int]):
-        self.prompt_tokens, self.model, self.created = len(prompt), chat_model.name, int(time.time())
-        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+        self.prompt_tokens = len(prompt)
+        self.about = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": chat_model.name,
+        }
 
     def whole(self, reply: Reply) -> dict:
         reasoning = {"reasoning_content": reply.reasoning} if reply.reasoning else {}
         message = {"role": "assistant", "content": reply.content, **reasoning}
         choice = {"index": 0, "message": message, "finish_reason": self.reason(reply)}
-        return self._about("chat.completion", [choice]) | self.usage(reply)
+        return {**self.about, "object": "chat.completion", "choices": [choice], **self.usage(reply)}
 
     def event(self, delta: dict, reason: str | None = None) -> bytes:
         """One event of a stream: what comes next of the message, and why it has ended if it has."""
         choice = {"index": 0, "delta": delta, "finish_reason": reason}
-        return as_event(self._about("chat.completion.chunk", [choice]))
+        return as_event({**self.about, "object": "chat.completion.chunk", "choices": [choice]})
 
     def last_event(self, reply: Reply) -> bytes:
         """The event that tells the usage."""
-        return as_event(self._about("chat.completion.chunk", []) | self.usage(reply))
-
-    def _about(self, kind, choices):
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-        }
+        return as_event({**self.about, "object": "chat.completion.chunk", "choices": [], **self.usage(reply)})
 
     def usage(self, reply: Reply) -> dict:
         """The numbers of tokens, and the speed under llama.cpp's name."""
-        total, timings = self.prompt_tokens + reply.tokens, {"predicted_per_second": reply.rate}
-        usage = {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": reply.tokens,
-            "total_tokens": total,
-        }
-        return {"usage": usage, "timings": timings}
+        tokens = {"prompt_tokens": self.prompt_tokens, "completion_tokens": reply.tokens}
+        tokens["total_tokens"] = self.prompt_tokens + reply.tokens
+        return {"usage": tokens, "timings": {"predicted_per_second": reply.rate}}
 
     def reason(self, reply: Reply) -> str:
         return "stop" if reply.ended else "length"

@@ -45,7 +45,6 @@ class Options:
     of RULES that are set, by name; the rest is as in the folder's generation_config."""
 
     thinking: bool | None = None
-    show_thinking: bool = True
     stop: tuple[str, ...] = ()
     numbers: dict[str, Any] = field(default_factory=dict)
 
@@ -89,8 +88,8 @@ class Reply:
 class ChatModel:
     """A loaded model folder, ready to answer.
 
-    `record`: the run.json of its training, {} if it has none; `system`: the system text in front of conversations, None for
-    the one that nearly all rows of its training shared.
+    `single`: it was trained on single questions only; `system`: the system text in front of conversations, None for the one
+    that nearly all rows of its training shared.
     """
 
     def __init__(self, folder: str, device: Device, system: str | None = None):
@@ -104,13 +103,9 @@ class ChatModel:
         self.stream = TokenStream(self.model, stop_tokens(self.model, self.tokenizer))
         self.context = self.model.config.max_position_embeddings
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers only
-            self.record = usable_record(run_folder(Path(folder))) or {}
-        self.system = self.record.get("system") or "" if system is None else system
-
-    @property
-    def single(self) -> bool:
-        """Tell whether it was trained on single questions only."""
-        return self.record.get("conversations") == "single"
+            record = usable_record(run_folder(Path(folder))) or {}
+        self.single = record.get("conversations") == "single"
+        self.system = record.get("system") or "" if system is None else system
 
     def encode(self, messages: list[dict], options: Options) -> list[int]:
         """The ids that ask for an answer to `messages`."""

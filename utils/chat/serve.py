@@ -133,13 +133,10 @@ class _Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(length, base))
 
     def _chat(self, request, messages, options):
-        names, name = (
-            [model.name for model in self.server.models],
-            request.get("model") or self.server.models[0].name,
-        )
-        if name not in names and len(names) > 1:
-            raise Refused(HTTPStatus.NOT_FOUND, f"no model {name} here; wanted {' or '.join(names)}")
-        chat_model = self.server.models[names.index(name) if name in names else 0]
+        models, name = {model.name: model for model in self.server.models}, str(request.get("model") or "")
+        if name and name not in models and len(models) > 1:
+            raise Refused(HTTPStatus.NOT_FOUND, f"no model {name} here; wanted {' or '.join(models)}")
+        chat_model = models.get(name, self.server.models[0])
         if chat_model.system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": chat_model.system}, *messages]
         prompt = chat_model.encode(messages, options)
@@ -149,25 +146,24 @@ class _Handler(BaseHTTPRequestHandler):
         def send_piece(text, thinking):
             """An empty piece is sent as a comment, which tells whether the client is still there."""
             delta = {"reasoning_content" if thinking else "content": text}
-            self._send_chunk(answer.event(delta) if text else b": \n\n")
+            self.wfile.write(answer.event(delta) if text else b": \n\n")
 
         with self.server.one_at_a_time:
             self._check_client()  # it may have left while another was answered
             if stream:
-                headers = {"Transfer-Encoding": "chunked", "Cache-Control": "no-store"}
+                headers = {"Connection": "close", "Cache-Control": "no-store"}
                 self._send(HTTPStatus.OK, None, headers, "text/event-stream; charset=utf-8")
                 self.streaming = True
-                self._send_chunk(answer.event({"role": "assistant", "content": ""}))
+                self.wfile.write(answer.event({"role": "assistant", "content": ""}))
             show = send_piece if stream else self._check_client
             reply = chat_model.answer(prompt, options, show)
-        note(f"[{chat_model.name}: {reply.speed()}]" if len(names) > 1 else f"[{reply.speed()}]")
+        note(f"[{chat_model.name}: {reply.speed()}]")
         if not stream:
             return self._send_json(HTTPStatus.OK, answer.whole(reply))
-        self._send_chunk(answer.event({}, answer.reason(reply)))
+        self.wfile.write(answer.event({}, answer.reason(reply)))
         if request.get("stream_options.include_usage"):
-            self._send_chunk(answer.last_event(reply))
-        self._send_chunk(b"data: [DONE]\n\n")
-        self._send_chunk(b"")
+            self.wfile.write(answer.last_event(reply))
+        self.wfile.write(b"data: [DONE]\n\n")
 
     def _check_client(self, *_):
         """ConnectionError if the client has left: nobody waits for the rest of the answer."""
@@ -196,7 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
     # ---- sending
 
     def _send(self, status, body, headers, kind="application/json"):
-        """A response; `body` is None for one that follows in chunks."""
+        """A response; `body` is None for one that follows, up to the end of the connection."""
         origin = " ".join(self.headers.get("Origin", "").split())
         if origin and self._origin_is_allowed():
             headers |= {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
@@ -215,9 +211,9 @@ class _Handler(BaseHTTPRequestHandler):
         once = secrets.token_hex(16)
         body = PAGE.read_bytes().replace(b"<script>", f'<script nonce="{once}">'.encode(), 1)
         rules = (
-            f"default-src 'none'; script-src 'nonce-{once}'; style-src 'unsafe-inline'; connect-src 'self'; "
+            f"default-src 'none'; script-src 'nonce-{once}'; style-src 'unsafe-inline'; connect-src 'self'"
         )
-        rules += "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        rules += "; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         headers = {"Content-Security-Policy": rules, "Cache-Control": "no-store"}
         self._send(HTTPStatus.OK, body, headers, "text/html; charset=utf-8")
 
@@ -227,10 +223,10 @@ class _Handler(BaseHTTPRequestHandler):
         kind = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
         error = {"error": {"message": why, "type": kind, "code": status.value}}
         with contextlib.suppress(OSError):  # it may have left
-            if not self.streaming:
-                return self._send_json(status, error)
-            self._send_chunk(as_event(error))
-            self._send_chunk(b"")
+            if self.streaming:
+                self.wfile.write(as_event(error))
+            else:
+                self._send_json(status, error)
 
     def send_error(self, code, message=None, explain=None):
         """http.server's own refusals: of what is no HTTP, or another method."""
@@ -238,10 +234,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         """Nothing: what is worth a line is told by _chat and _refuse."""
-
-    def _send_chunk(self, data):
-        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
-        self.wfile.flush()
 
 
 def _is_local(address):

@@ -107,7 +107,7 @@ class Chat:
     def ask(self, question: str) -> None:
         """Answer `question`, and keep both."""
         prompt = self._prompt(question)
-        reply = self.chat_model.answer(prompt, self.options, AnswerPrinter(self.options.show_thinking))
+        reply = self.chat_model.answer(prompt, self.options, AnswerPrinter())
         print(flush=True)
         cut = "" if reply.ended else "; cut at the limit (/set max_new_tokens ...)"
         note(f"[{reply.speed()}{'; stopped by Ctrl-C' if reply.stopped else cut}]")

@@ -71,19 +71,17 @@ def show_models(found: list[Path]) -> None:
 
 
 class AnswerPrinter:
-    """Prints the pieces of one answer as they come: the answer on stdout, thinking on stderr, dimmed or only mentioned."""
+    """Prints the pieces of one answer as they come: the answer on stdout, if wanted, and the thinking on stderr, dimmed."""
 
-    def __init__(self, show_thinking: bool, show_answer: bool = True):
-        self.show_thinking, self.show_answer = show_thinking, show_answer
-        self.thought = False
+    def __init__(self, show_answer: bool = True):
+        self.show_answer, self.thought = show_answer, False
 
     def __call__(self, text: str, thinking: bool) -> None:
-        if thinking:
-            shown = printable(text) if self.show_thinking else "" if self.thought else "thinking ..."
+        if thinking and text:
             self.thought = True
-            print(dim(shown, sys.stderr) if shown else "", end="", file=sys.stderr, flush=True)
+            print(dim(printable(text), sys.stderr), end="", file=sys.stderr, flush=True)
         elif text and self.thought:
-            print("\n", file=sys.stderr, flush=True)
             self.thought = False
+            print("\n", file=sys.stderr, flush=True)
         if text and self.show_answer and not thinking:
             print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
