@@ -55,6 +55,8 @@ EXAMS = [
     {"question": f"{STEM}\nA．葛根\nB．独活\nC．杜仲\nD．续断", "answer": ["A"]},
     {"prompt": f"{STEM}\n(A)葛根\n(B)独活\n(C)杜仲\n(D)续断", "completion": "答案是A。"},
     {"messages": turns(f"{STEM}\n{BELOW}", "A")},
+    {"question": STEM, "answer": "A", "option": {**LETTERED, "E": ""}, "question_type": "单项选择题"},
+    {"Question": STEM, "Answer": "A", "Options": [{"key": key, "value": text} for key, text in LETTERED.items()]},
 ]  # fmt: skip
 
 
@@ -62,6 +64,51 @@ EXAMS = [
 def test_exam_items_are_never_trained_as_questions(row):
     item = convert_row(row)
     assert (item.kind, item.body, item.unused) == ("exam", ITEM, {})
+
+
+# Letters inside options begin no option.
+VITAMINS = {"A": "维生素A、维生素B、维生素C", "B": "维生素 D", "C": "B族"}
+LISTED = "\n".join(f"{letter} {text}" for letter, text in VITAMINS.items())
+TEN = dict(zip("ABCDEFGHIJ", "甲乙丙丁戊己庚辛壬癸"))
+CHOSEN, JUDGED = {"question": "问", "options": LETTERED}, {"question": "问", "question_type": "判断题"}
+ITEMS = [  # a row, and what its item has
+    *((CHOSEN | {"answer": given}, {"answer": "ABD", "kind": "multiple"})
+      for given in ("ABD", "A,B,D", "A、B、D", "DBA", "a b d", ["A", "B", "D"])),
+    ({"Question": "问", "Options": LISTED, "Answer": "B"}, {"options": VITAMINS, "answer": "B"}),
+    ({"instruction": f"问\n{LISTED}", "output": "B"}, {"options": VITAMINS, "answer": "B"}),
+    ({"question": "问", "options": list(TEN.values()), "answer": 9}, {"options": TEN, "answer": "J"}),
+    ({"question": "问", **dict(list(TEN.items())[:5]), "answer": "E"}, {"options": dict(list(TEN.items())[:5])}),
+    ({"": "0", "Question": STEM, **LETTERED, "Answer": "A"}, ITEM),
+    (CHOSEN | {"answer": "A", "exam_class": "中医", "exam_subject": "中药"}, {"subject": "中药"}),
+    (CHOSEN | {"answer": "A", "question_type": "多项选择题"}, {"answer": "A", "kind": "multiple"}),
+    (CHOSEN | {"answer": "A", "question_type": "单项选择题"}, {"kind": None}),
+    (CHOSEN | {"answer": "A", "question_type": "", "type": "多发病"}, {"kind": None}),
+    (JUDGED | {"answer": "对"}, {"answer": "A", "kind": "true_false", "options": {"A": "正确", "B": "错误"}}),
+    (JUDGED | {"answer": "×"}, {"answer": "B", "kind": "true_false"}),
+    (JUDGED | {"answer": False}, {"answer": "B", "kind": "true_false"}),
+    ({"question": "问", "options": {"A": "对", "B": "错"}, "answer": "B"}, {"answer": "B", "kind": "true_false"}),
+    ({"question": "问", "options": ["True", "False"], "answer": "正确"}, {"answer": "A", "kind": "true_false"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row, wanted", ITEMS)
+def test_kinds_of_exam_items(row, wanted):
+    """A converted item is read again as it was."""
+    body = convert_row(row).body
+    assert {name: body.get(name) for name in wanted} == wanted
+    assert convert_row({"id": "x", **body, "source": "某处:1"}).body == body
+
+
+def test_explanations_become_reasoning_on_request():
+    row = {"question": STEM, "options": LETTERED, "answer": "A", "解析": "葛根解肌。"}
+    item = convert_row(row, RowOptions(explained=True))
+    asked = STEM + "".join(f"\n{letter}. {text}" for letter, text in LETTERED.items())
+    told = {"role": "assistant", "content": "A. 葛根", "reasoning_content": "葛根解肌。"}
+    assert (item.kind, item.schema) == ("sft", "exam with explanation")
+    assert item.body["messages"] == [*turns(asked), told]
+    assert convert_row(row).kind == "exam"
+    for empty in ("", "nan", float("nan"), None):
+        assert convert_row({**row, "解析": empty}, RowOptions(explained=True)).kind == "exam"
 
 
 COUNTED = [  # answers of a file, their letters, and whether it is told that nothing proves from where they are counted
@@ -99,8 +146,20 @@ def test_columns_name_options(columns):
         convert_row(row, RowOptions((("question", "问句"), ("answer", "对的"))))
 
 
+def test_columns_and_system():
+    columns = tuple(parse_columns("question=Content, answer=Summary").items())
+    item = convert_row({"Content": "问", "Summary": "答", "n": 3}, RowOptions(columns, "医"))
+    assert item.schema == "--columns" and item.body["messages"] == turns("问", "答", system="医")
+    with pytest.raises(ValueError, match="unknown role 'queston'"):
+        parse_columns("queston=Content,answer=Summary")
+    with pytest.raises(Reject, match="fields not recognised"):
+        convert_row({"Content": "问"}, RowOptions(columns))
+
+
 REASONED = [{**turns("问", "答")[0]}, {**turns("问", "答")[1], "reasoning_content": "想"}]
 ASKED = turns("问", "答")
+LONG = turns("问", "答", "再问", "再答", system="医")
+PARTS = [{"type": "text", "text": "麻黄"}, {"type": "text", "text": "的药性？"}]
 # A row, and the messages that it becomes and the fields of it that are not used.
 READ = [
     ({"instruction": "问", "input": float("nan"), "output": "答", "year": "nan"}, ASKED, []),
@@ -142,6 +201,26 @@ READ = [
     ({"messages": [{**ASKED[0], "loss": False}, {**ASKED[1], "loss": True, "name": "甲"}]}, ASKED, ["messages[].name"]),
     ({"messages": [ASKED[0], {**ASKED[1], "weight": 0.5}]}, ASKED, ["messages[].weight"]),
     ({"messages": ASKED, "tools": "[]", "loss_mask": [0, 1]}, ASKED, []),
+    ({"instruction": "问", "input": "补充", "output": "答"}, turns("问\n补充", "答"), []),
+    ({"instruction": "问", "input": None, "output": "答", "history": [["前问", "前答"]]}, turns("前问", "前答", "问", "答"), []),
+    ({"指令": "问", "输入": "补充", "输出": "答"}, turns("问\n补充", "答"), []),
+    ({"query": "问", "response": " 答\r\n二 "}, turns("问", "答\n二"), []),
+    ({"question": "问", "answer": "答", "system": "医", "question_type": "简答题"}, turns("问", "答", system="医"), ["question_type"]),
+    ({"prompt": "问", "completion": "答"}, ASKED, []),
+    ({"prompt": ASKED[:1], "completion": ASKED[1:]}, ASKED, []),
+    ({"messages": LONG}, LONG, []),
+    ({"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}], "system": "医"}, LONG[:3], []),
+    ({"messages": [{"role": "user", "content": PARTS}, {"role": "assistant", "content": PARTS[:1]}]}, turns("麻黄\n的药性？", "麻黄"), []),
+    ({"Question": "问", "Complex_CoT": "想", "Response": "答"}, REASONED, []),
+    ({"query": "问", "response": "<think>\n想\n</think>\n\n答"}, REASONED, []),
+    ({"query": "问", "response": "想</think>答"}, REASONED, []),
+    ({"query": "问", "response": "<think>\n\n</think>\n\n答"}, ASKED, []),
+    ({"提问": "问", "回答": "答", "科室": "内科"}, ASKED, ["科室"]),
+    ({"症状": "问", "处方": "答"}, ASKED, []),
+    ({"department": "内科", "title": "标题", "ask": "问", "answer": "答"}, turns("标题\n问", "答"), ["department"]),
+    ({"title": "头痛", "ask": "头痛三天", "answer": "答"}, turns("头痛三天", "答"), []),
+    ({"prompt": "问", "response": "答"}, ASKED, []),
+    ({"ask": "问", "answer": "答"}, ASKED, []),
 ]  # fmt: skip
 
 
@@ -163,10 +242,52 @@ def test_every_field_is_used_or_named(row, messages, unused):
     # By another way: what stands in a field that is not named stands in the result, but for marks of who speaks.
     made = json.dumps(item.body, ensure_ascii=False)
     for name, text in texts_in(row):
-        if name not in unused and not is_empty(text):
-            marks = r"\s*(?:医生：您好|^human$|^gpt$|^病人$|^大夫$|[<#]*\s*(?:q|a|user|bot|human|assistant|患者|医生|问|答)>?[:：]|^患者$|^医生$)\s*"
+        if name not in unused and not is_empty(text) and not name.endswith(".type"):
+            marks = r"\s*(?:医生：您好|</?think>|^human$|^gpt$|^病人$|^大夫$|[<#]*\s*(?:q|a|user|bot|human|assistant|患者|医生|问|答)>?[:：]|^患者$|^医生$|\s+)\s*"
             words = re.split(marks, text, flags=re.IGNORECASE)
             assert all(word in made for word in words), (name, text)
+
+
+TRIMMED = [  # a conversation, and the whole exchanges of it that are kept
+    (turns("", "欢迎", "问", "答")[1:], ASKED),
+    (turns("问", "答", "再问"), ASKED),
+    ([*turns(system="医"), *turns("", "欢迎", "问", "答", "再问")[1:]], LONG[:3]),
+]
+
+
+@pytest.mark.parametrize("messages, kept", TRIMMED)
+def test_turns_without_their_other_half_are_left_out_and_counted(messages, kept):
+    item = convert_row({"messages": messages})
+    assert item.trimmed and item.body["messages"] == kept
+    assert not convert_row({"messages": kept}).trimmed
+
+
+GOOD, BAD = ({"role": "assistant", "content": text} for text in ("好", "坏"))
+DIALOGUES = {"chosen": [*turns("问"), GOOD], "rejected": [*turns("问"), BAD]}
+PREFERENCES = [
+    {"prompt": "问", "chosen": "好", "rejected": "坏"},
+    {"prompt": turns("问"), "chosen": [GOOD], "rejected": [BAD]},
+    DIALOGUES,
+    {"prompt": "问", **DIALOGUES},
+    {"conversations": [{"from": "human", "value": "问"}], "chosen": {"from": "gpt", "value": "好"}, "rejected": {"from": "gpt", "value": "坏"}},
+    {"instruction": "问", "input": "", "chosen": "好", "rejected": "坏"},
+    # a rejected answer beside an answer, and other names of the two
+    {"messages": DIALOGUES["chosen"], "rejected_response": "坏"},
+    {"messages": DIALOGUES["chosen"], "rejected": "坏"},
+    {"messages": DIALOGUES["chosen"], "rejected_messages": DIALOGUES["rejected"]},
+    {"instruction": "问", "output": "好", "rejected": "坏"},
+    {"question": "问", "response_chosen": "好", "response_rejected": "坏"},
+    {"instruction": "问", "input": "", "accepted": "好", "rejected": "坏"},
+    {"chosen": "\n\nHuman: 问\n\nAssistant: 好", "rejected": "\n\nHuman: 问\n\nAssistant: 坏"},
+    {"prompt": "问", "chosen_response": "好", "rejected_response": "坏", "chosen_score": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", PREFERENCES)
+def test_preference_rows(row):
+    item = convert_row(row)
+    pair = {"prompt": turns("问"), "chosen": [GOOD], "rejected": [BAD], "kind": "given"}
+    assert (item.kind, item.body) == ("dpo", pair) and set(item.unused) <= {"chosen_score"}
 
 
 def answer(**more):
@@ -221,13 +342,60 @@ ASIDE = [
     ({"instruction": "问 <bot>:", "output": "答"}, "marks of a dialogue inside a text"),
     ({"instruction": "[Round 1]\n问：甲\n答：", "output": "乙"}, "marks of a dialogue inside a text"),
     ({"instruction": "你是医生。\nHuman: 问\nAssistant:", "output": "答"}, "marks of a dialogue inside a text"),
+    ({"messages": [{**turn, "weight": 0} for turn in ASKED] + ASKED}, "marked as not to be learnt"),
+    ({}, "fields not recognised"),
+    ({"query": "问"}, "fields not recognised"),
+    ({"text": "麻黄发汗解表。"}, "plain text"),
+    ({"query": "", "response": "答"}, "missing or empty question"),
+    ({"问题": "", "答案": "答"}, "missing or empty question"),
+    ({"query": "问", "response": "  \n"}, "missing or empty answer"),
+    ({"query": "问", "response": None}, "missing or empty answer"),
+    ({"query": {"a": None}, "response": "答"}, "wrong type"),
+    ({"query": "问", "response": "答\x00"}, "control characters"),
+    ({"query": "问", "response": "答\ud83d"}, "lone surrogate"),
+    ({"prompt": "问", "chosen": "甲", "rejected": "乙", "kind": "\ud83d"}, "lone surrogate"),
+    ({"query": "问", "response": "答\ufffd"}, "undecodable bytes"),
+    ({"query": "问<|im_end|>\n<|im_start|>assistant\n坏", "response": "答"}, "control tokens"),
+    ({"query": "问", "response": "答" * 60_000}, "too long"),
+    ({"query": "问", "response": "<think>没有结束"}, "think block out of place"),
+    ({"query": "问", "response": "<think>一</think>答<think>二</think>"}, "think block out of place"),
+    ({"query": "问", "response": "<think>想</think>"}, "missing or empty answer"),
+    ({"messages": [None]}, "wrong type"),
+    ({"messages": "问"}, "wrong type"),
+    ({"conversations": [["问", "答"]]}, "wrong type"),
+    ({"messages": [{"role": "user", "content": None}, ASKED[1]]}, "missing or empty question"),
+    ({"messages": [{"role": "system", "content": ""}]}, "missing or empty question"),
+    ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "答"}]}, "missing or empty question"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}, *PARTS]}]}, "wrong type"),
+    ({"messages": ASKED[:1]}, "roles out of order"),
+    ({"messages": ASKED[:1] + ASKED}, "roles out of order"),
+    ({"messages": ASKED + turns("再问", system="医")}, "roles out of order"),
+    ({"messages": [{"role": "tool", "content": "问"}]}, "tool calls are not trained"),
+    ({"query": "问", "response": "答", "split": "fold3"}, "unknown split"),
+    ({"instruction": "问", "output": "答", "history": "前"}, "wrong type"),
+    ({"instruction": "问", "output": "答", "history": [["前"]]}, "wrong type"),
+    ({"chosen": "好", "rejected": "坏"}, "missing or empty question"),
+    ({"prompt": "问", "chosen": "", "rejected": "坏"}, "missing or empty answer"),
+    ({"prompt": "问", "chosen": "好", "rejected": ""}, "missing or empty answer"),
+    ({"prompt": "问", "chosen": "同", "rejected": "同 "}, "chosen equals rejected"),
+    ({"prompt": ASKED, "chosen": "好", "rejected": "坏"}, "roles out of order"),
+    ({"chosen": ASKED, "rejected": turns("别的", "坏")}, "roles out of order"),
+    ({"question": "问", "options": {"A": "甲", "B": "乙"}, "answer": "C"}, "answer not among the options"),
+    ({"question": "问", "options": {"A": "甲", "B": "乙"}, "answer": "ABC"}, "answer not among the options"),
+    ({"question": "问", "options": ["甲", "乙"], "answer": 3}, "answer not among the options"),
+    ({"question": "问", "choices": ["甲", "乙"], "answer": -1}, "answer not among the options"),
+    ({"question": "问", "question_type": "判断题", "answer": "也许"}, "answer not among the options"),
+    ({"question": "问", "options": {"A": "甲", "B": ""}, "answer": "A"}, "missing or empty options"),
+    ({"question": "问", "options": "没有选项", "answer": "A"}, "missing or empty options"),
+    ({"question": "问", "options": {"A": 1, "B": "乙"}, "answer": "A"}, "wrong type"),
+    ({"question": "问", "options": {"A": "甲", "B": "乙"}, "answer": None}, "exam question without an answer"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("row, reason", ASIDE)
 def test_what_changes_the_meaning_of_a_row_sets_it_aside(row, reason):
     with pytest.raises(Reject) as caught:
-        convert_row(row)
+        convert_row(row, RowOptions(max_characters=50_000))
     assert caught.value.reason == reason
 
 
@@ -239,3 +407,57 @@ def test_a_label_beside_an_answer_asks_which_is_the_answer(tmp_path, convert):
         convert(path)
     told = str(caught.value).rpartition("--columns ")[2].rstrip(")")
     assert convert(path, columns=told)["report"]["rows_kept"] == 3
+
+
+RIGHT, WRONG = "麻黄发汗解表，宣肺平喘。", "麻黄清热解毒，凉血止血。"
+ALONE = "marked as a bad answer, no good one"
+WEIGHED = [*turns("问"), {"role": "assistant", "content": WRONG, "weight": 0}]
+MARKED = [  # a good and a bad answer to one question, in the forms in which they are published
+    ({"prompt": "问", "completion": RIGHT, "label": True}, {"prompt": "问", "completion": WRONG, "label": False}),
+    ({"prompt": turns("问"), "completion": turns("", RIGHT)[1:], "label": True},
+     {"prompt": turns("问"), "completion": turns("", WRONG)[1:], "label": False}),
+    ({"messages": turns("问", RIGHT), "kto_tag": True}, {"messages": turns("问", WRONG), "kto_tag": False}),
+    ({"instruction": "问", "output": RIGHT}, {"instruction": "问", "output": WRONG, "kto_tag": "false"}),
+    ({"messages": turns("问", RIGHT)}, {"messages": WEIGHED}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("good, bad", MARKED)
+def test_a_bad_answer_becomes_the_rejected_one(tmp_path, convert, good, bad):
+    found = convert(write_lines(tmp_path / "a.jsonl", bad, good))
+    [row], [pair] = found["sft_train"] + found["sft_eval"], found["dpo_train"] + found["dpo_eval"]
+    assert row["messages"] == turns("问", RIGHT) and "weight" not in str(row)
+    assert pair["prompt"] == turns("问") and pair["chosen"][0]["content"] == RIGHT
+    assert pair["rejected"][0]["content"] == WRONG and pair["source"] == "a.jsonl:1"
+
+
+@pytest.mark.parametrize("good, bad", MARKED)
+def test_a_bad_answer_alone_is_set_aside(tmp_path, convert, good, bad):
+    other = {"query": "别的问题？", "response": "别的回答。"}
+    found = convert(write_lines(tmp_path / "a.jsonl", other, bad))
+    asides = [(aside["line"], aside["reason"], aside["row"]) for aside in found["set_aside"]]
+    assert asides == [(2, ALONE, bad)] and not found["dpo_train"] + found["dpo_eval"]
+
+
+def test_a_pair_is_in_the_split_of_its_good_answer(tmp_path, convert):
+    rows = [{"prompt": f"问题{n}", "completion": f"好{n}"} for n in range(40)]
+    rows += [{"prompt": f"问题{n}", "completion": f"坏{n}", "label": False} for n in range(40)]
+    found = convert(write_lines(tmp_path / "a.jsonl", *rows), eval_share=0.3)
+    for split in ("train", "eval"):
+        asked = {row["messages"][0]["content"] for row in found[f"sft_{split}"]}
+        assert asked and asked == {pair["prompt"][0]["content"] for pair in found[f"dpo_{split}"]}
+
+
+LEAKED = {"prompt": "请问哪一味药善于发汗解表？", "completion": "麻黄", "split": "train"}
+UNPAIRED = [  # rows, and why some of them are set aside
+    ([{"prompt": "问", "completion": RIGHT, "label": label} for label in (True, False)], ["marked as a bad answer, and as a good one"]),
+    ([{"messages": [*WEIGHED, *turns("再问", RIGHT)]}, {"query": "问", "response": "答"}], ["marked as not to be learnt"]),
+    ([{"query": "哪一味药善于发汗解表？", "response": "麻黄", "split": "test"}, LEAKED,
+      {"prompt": LEAKED["prompt"], "completion": "石膏", "label": False}], ["evaluation leak", ALONE]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rows, reasons", UNPAIRED)
+def test_bad_answers_that_make_no_pair(tmp_path, convert, rows, reasons):
+    found = convert(write_lines(tmp_path / "a.jsonl", *rows))
+    assert [row["reason"] for row in found["set_aside"]] == reasons

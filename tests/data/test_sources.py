@@ -11,7 +11,7 @@ import openpyxl
 import pyarrow
 import pyarrow.parquet
 import pytest
-from data_rows import BAD, RAW, write_lines
+from data_rows import write_lines
 
 from utils.data.inputs import InputFile, detect_encoding, find_input_files, says_evaluation
 from utils.data.messages import Reject
@@ -39,25 +39,25 @@ def test_names_of_evaluation(name, says):
     assert says_evaluation(name) == says
 
 
-@pytest.mark.parametrize(
-    "name, start, words",
-    [
-        ("a.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
-        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
-        ("a.xlsx", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
-        ("a.jsonl.gz", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
-        ("a.zip", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
-        ("a.jsonl", b"\n<!DOCTYPE html>\n<html>", "a web page, not the file"),
-        ("a.csv", b"<html><head>", "a web page, not the file"),
-        ("a.csv", b"\xd0\xcf\x11\xe0\xa1\xb1", "save it as .xlsx"),
-        ("a.csv", b"PK\x03\x04", "a .zip or .xlsx file under another name"),
-        ("a.json", b"PAR1", "a .parquet file under another name"),
-        ("a.jsonl", b"\x1f\x8b\x08", "a .gz file under another name"),
-        ("a.csv", b"\xff\xfea\x00", "UTF-16: save it as UTF-8"),
-        ("a.xls", b"x", "an old Excel file: save it as .xlsx"),
-        ("a.json", b"%PDF-1.7", "a PDF"),
-    ],
+LFS, LFS_SAID = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    "a Git LFS pointer.*git lfs pull",
 )
+OTHER = [
+    *((f"a.{ending}", LFS, LFS_SAID) for ending in ("json", "parquet", "xlsx", "jsonl.gz", "zip")),
+    ("a.jsonl", b"\n<!DOCTYPE html>\n<html>", "a web page, not the file"),
+    ("a.csv", b"<html><head>", "a web page, not the file"),
+    ("a.csv", b"\xd0\xcf\x11\xe0\xa1\xb1", "save it as .xlsx"),
+    ("a.csv", b"PK\x03\x04", "a .zip or .xlsx file under another name"),
+    ("a.json", b"PAR1", "a .parquet file under another name"),
+    ("a.jsonl", b"\x1f\x8b\x08", "a .gz file under another name"),
+    ("a.csv", b"\xff\xfea\x00", "UTF-16: save it as UTF-8"),
+    ("a.xls", b"x", "an old Excel file: save it as .xlsx"),
+    ("a.json", b"%PDF-1.7", "a PDF"),
+]
+
+
+@pytest.mark.parametrize("name, start, words", OTHER)
 def test_files_that_are_something_else_are_told_by_their_first_bytes(tmp_path, name, start, words):
     (tmp_path / name).write_bytes(start)
     with pytest.raises(UserError, match=words):
@@ -115,9 +115,7 @@ def as_lines(rows):
 
 
 def as_csv(rows):
-    return "".join(
-        ",".join(cells) + "\r\n" for cells in [list(rows[0]), *(row.values() for row in rows)]
-    ).encode()
+    return "".join(",".join(cells) + "\r\n" for cells in (rows[0], *map(dict.values, rows))).encode()
 
 
 def as_parquet(rows):
@@ -139,6 +137,9 @@ def dumped(value, indent=None):
 
 
 ROWS = rows_of("甲", count=30)
+TURNS = [
+    [{"from": "human", "value": row["query"]}, {"from": "gpt", "value": row["response"]}] for row in ROWS
+]
 FORMS = {
     "a.jsonl.gz": gzip.compress(as_lines(ROWS)),
     "a.json.gz": gzip.compress(dumped(ROWS)),
@@ -168,6 +169,9 @@ FORMS = {
     "pandas_index.json": dumped({str(n): row for n, row in enumerate(ROWS)}),
     "by_name.json": dumped({f"病例{n}": row for n, row in enumerate(ROWS)}, indent=1),
     "lists_of_one.jsonl": as_lines([{name: [text] for name, text in row.items()} for row in ROWS]),
+    "turns.jsonl": as_lines(TURNS),
+    "turns.json": dumped(TURNS),
+    "wrapped_turns.json": dumped({"data": TURNS}),
     "marked.jsonl": as_lines([{"data": [f"问：{row['query']}", f"答：{row['response']}"]} for row in ROWS]),
     "marked.json": dumped([[f"问：{row['query']}", f"答：{row['response']}"] for row in ROWS]),
     "marked_text.jsonl": as_lines([{"text": f"<user>: {r['query']} <bot>: {r['response']}"} for r in ROWS]),
@@ -190,26 +194,19 @@ def test_forms_in_which_rows_come(tmp_path, convert, name):
     assert found["report"]["files"][0]["encoding"] == ("parquet" if "parquet" in name else encoding)
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        lambda rows: rows,
-        lambda rows: {"data": rows},
-        lambda rows: {name: [row[name] for row in rows] for name in rows[0]},
-        lambda rows: {f"{n}号": row for n, row in enumerate(rows)},
-    ],
-)
+WRAPPERS = [
+    lambda rows: rows,
+    lambda rows: {"data": rows},
+    lambda rows: {name: [row[name] for row in rows] for name in rows[0]},
+    lambda rows: {f"{n}号": row for n, row in enumerate(rows)},
+]
+
+
+@pytest.mark.parametrize("form", WRAPPERS)
 def test_wrapped_splits_are_splits(tmp_path, convert, form):
     (tmp_path / "a.json").write_bytes(dumped({"train": form(ROWS[:20]), "test": form(ROWS[20:])}))
     found = convert(tmp_path / "a.json", eval_share=0)
     assert len(found["sft_train"]) == 20 and len(found["sft_eval"]) == 10
-
-
-def test_a_list_of_turns_is_a_conversation(tmp_path, convert):
-    rows = [[{"from": "human", "value": f"问{n}"}, {"from": "gpt", "value": f"答{n}"}] for n in range(3)]
-    for name, data in (("a.jsonl", as_lines(rows)), ("a.json", dumped(rows))):
-        (tmp_path / name).write_bytes(data)
-        assert convert(tmp_path / name)["report"]["outputs"]["sft_train"] == 2
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.zip"])
@@ -240,9 +237,10 @@ def test_excel_tables_of_other_programs(tmp_path, convert, said):
         book.active.append(cells)
     book.save(tmp_path / "right.xlsx")
     with zipfile.ZipFile(tmp_path / "right.xlsx") as right:
-        parts = {name: right.read(name) for name in right.namelist()}
-    wrong = b'<dimension ref="%s"' % said.encode()
-    parts = {name: part.replace(b'<dimension ref="A1:B33"', wrong) for name, part in parts.items()}
+        parts = {
+            name: right.read(name).replace(b'ref="A1:B33"', b'ref="%s"' % said.encode())
+            for name in right.namelist()
+        }
     (tmp_path / "a.xlsx").write_bytes(zipped(parts))
     found = convert(tmp_path / "a.xlsx")
     assert len(found["sft_train"] + found["sft_eval"]) == 30 and not found["set_aside"]
@@ -265,34 +263,50 @@ def test_each_file_is_read_once(tmp_path):
 
 def test_sizes_are_those_of_the_unpacked_files(tmp_path):
     content = b'{"query": "q", "response": "r"}\n' * 1000
-    for name, data, member in (
-        ("a.jsonl", content, ""),
-        ("a.jsonl.gz", gzip.compress(content), ""),
-        ("a.zip", zipped({"in.jsonl": content}), "in.jsonl"),
-    ):
+    packed = {
+        "a.jsonl": content,
+        "a.jsonl.gz": gzip.compress(content),
+        "a.zip": zipped({"in.jsonl": content}),
+    }
+    for name, data in packed.items():
         (tmp_path / name).write_bytes(data)
+        member = "in.jsonl" if name == "a.zip" else ""
         assert InputFile(tmp_path / name, name, member=member).size == len(content)
 
 
+LINES = [  # that are no rows to train on, and why
+    (b"{", "not JSON"),
+    (b"[1, 2]", "not an object"),
+    (b"3", "not an object"),
+    (b"{}", "fields not recognised"),
+    (b'{"query": NaN, "response": "x"}', "missing or empty question"),
+    (b'{"query": "a", "query": "b", "response": "c"}', "duplicate keys"),
+    (b'{"query": "a\x00", "response": "b"}', "not JSON"),
+    (b'{"query": "a\\u0000", "response": "bb"}', "control characters"),
+    (b'{"query": "a", "response": "\\ud800"}', "lone surrogate"),
+    (b'{"query": "\xff\xfe", "response": "b"}', "undecodable bytes"),
+    ('{"query": "麻黄", "response": "温"}'.encode("gb18030"), "undecodable bytes"),
+    (b'{"query": "a", "response": "b"} x', "not JSON"),
+    (b"[" * 100_000, "not JSON"),
+    (b'{"query": ' + b"9" * 5000 + b', "response": "b"}', "not JSON"),
+    (b'{"query": "a", "response": "' + b"b" * 5_000_000 + b'"}', "too long"),
+    (b'{"query": {"a": {"b": null}}, "response": null}', "wrong type"),
+]
+
+
 def test_torture_file(tmp_path, convert):
-    bad = RAW + [(json.dumps(row).encode(), reason) for row, reason in BAD]
-    good = json.dumps({"query": "麻黄的功效是什么？", "response": "发汗解表。"}, ensure_ascii=False).encode()
-    lines = [line for line, _ in bad]
+    """Every damaged line stands in the ledger with its number and reason; the good one among them is kept."""
+    good = '{"query": "麻黄的功效是什么？", "response": "发汗解表。"}'.encode()
+    start, lines = b"\xef\xbb\xbf" + good + b"\r\n\r\n   \n", b"\n".join(line for line, _ in LINES)
     path = tmp_path / "torture.jsonl"
-    start = b"\xef\xbb\xbf" + good + b"\r\n\r\n   \n"
-    path.write_bytes(start + b"\n".join(lines) + b"\r\n" + good + b"\n" + good[:-9])
+    path.write_bytes(start + lines + b"\r\n" + good + b"\n" + good[:-9])
     found = convert(path)
-    wanted = [(number, reason) for number, (_, reason) in enumerate(bad, 4)]
-    wanted += [
-        (len(bad) + 4, "exact duplicate"),
-        (len(bad) + 5, "undecodable bytes" if good[:-9][-1] > 127 else "not JSON"),
-    ]
-    ledger = sorted((row["line"], row["reason"]) for row in found["set_aside"])
-    assert len(bad) >= 55 and ledger == wanted
+    wanted = [reason for _, reason in LINES] + ["exact duplicate", "undecodable bytes"]
+    asides = sorted(found["set_aside"], key=lambda aside: aside["line"])
+    assert [(aside["line"], aside["reason"]) for aside in asides] == list(enumerate(wanted, 4))
     [kept] = found["sft_train"] + found["sft_eval"]
     assert kept["messages"][0]["content"] == "麻黄的功效是什么？"
-    assert all(row["row"] is not None or row["line"] == 7 for row in found["set_aside"])
-    assert {row["line"]: row for row in found["set_aside"]}[len(bad) + 4]["detail"] == "of torture.jsonl:1"
+    assert all(aside["row"] is not None for aside in asides) and asides[-2]["detail"] == "of torture.jsonl:1"
 
 
 @pytest.mark.parametrize(
