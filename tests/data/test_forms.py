@@ -131,29 +131,27 @@ def test_numbers_of_answers_are_counted_as_the_file_counts_them(
     assert (note in capsys.readouterr().out) == told
 
 
-@pytest.mark.parametrize("columns", ["options=甲栏+乙栏+丙栏+丁栏", "options=全"])
-def test_columns_name_options(columns):
-    row = {
-        "问句": STEM,
-        "对的": "A",
-        "question": "别的",
-        "全": HERBS,
-        **fields("甲栏", "乙栏", "丙栏", "丁栏"),
-    }
-    options = RowOptions(tuple(parse_columns(f"question=问句,answer=对的,{columns}").items()))
-    assert convert_row(row, options).body == ITEM
+def test_an_exam_item_holds_neither_system_text_nor_reasoning():
+    item = convert_row({"instruction": f"{STEM}\n{BELOW}", "output": "A", "system": "医", "cot": "想"})
+    assert (item.body, item.unused) == (ITEM, {"system": "医", "cot": "想"})
+
+
+def read_by(columns, row, system=""):
+    return convert_row(row, RowOptions(tuple(parse_columns(columns).items()), system))
+
+
+def test_columns_name_fields():
+    row = {"问句": STEM, "对的": "A", "question": "别", "全": HERBS, **fields("甲栏", "乙栏", "丙栏", "丁栏")}
+    for options in ("甲栏+乙栏+丙栏+丁栏", "全"):
+        assert read_by(f"question=问句,answer=对的,options={options}", row).body == ITEM
     with pytest.raises(Reject, match="an option letter without its options"):
-        convert_row(row, RowOptions((("question", "问句"), ("answer", "对的"))))
-
-
-def test_columns_and_system():
-    columns = tuple(parse_columns("question=Content, answer=Summary").items())
-    item = convert_row({"Content": "问", "Summary": "答", "n": 3}, RowOptions(columns, "医"))
+        read_by("question=问句,answer=对的", row)
+    item = read_by("question=Content, answer=Summary", {"Content": "问", "Summary": "答", "n": 3}, "医")
     assert item.schema == "--columns" and item.body["messages"] == turns("问", "答", system="医")
+    with pytest.raises(Reject, match="fields not recognised"):
+        read_by("question=Content,answer=Summary", {"Content": "问"})
     with pytest.raises(ValueError, match="unknown role 'queston'"):
         parse_columns("queston=Content,answer=Summary")
-    with pytest.raises(Reject, match="fields not recognised"):
-        convert_row({"Content": "问"}, RowOptions(columns))
 
 
 REASONED = [{**turns("问", "答")[0]}, {**turns("问", "答")[1], "reasoning_content": "想"}]
