@@ -24,7 +24,6 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 SPARE_BYTES = 64 << 20  # to leave free on the disk
 # What the client's errors mean; the first that fits.
 REFUSALS = {
-    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it",
     "GatedRepoError": "{id} is gated: accept its terms at {page}, then set HF_TOKEN to a token of that account",
     "RevisionNotFoundError": "{id} has no revision {commit!r}; see {page}/commits/main",
     "EntryNotFoundError": "{id} at {commit} lacks a file that was listed ({cause}); see {page}/tree/main",
@@ -212,8 +211,10 @@ def _errors_told(repo):
         raise UserError("HF_TOKEN is not a token: it holds characters that no token has")
     try:
         yield
-    except (HfHubHTTPError, OfflineModeIsEnabled) as error:
-        status = getattr(getattr(error, "response", None), "status_code", 0)
+    except OfflineModeIsEnabled:
+        raise UserError("HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
         names = [*(kind.__name__ for kind in type(error).__mro__), status]
         if refusal := next((REFUSALS[name] for name in REFUSALS if name in names), ""):
             about = {**repo._asdict(), "page": repo.page, "endpoint": endpoint, "cause": _cause(error)}

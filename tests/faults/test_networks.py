@@ -4,27 +4,29 @@ import pytest
 from fault_runs import assert_told, contents, start
 
 pytestmark = pytest.mark.slow
+NOWHERE = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": None}
 
 
 @pytest.mark.parametrize(
-    "command",
+    "command, environment, code, words",
     [
-        "data --dataset tcm/other",
-        "model --model tcm/other",
-        "sft --model Qwen/Nowhere",
-        "compare --models {w}/base Qwen/Nowhere",
-        "chat --model Qwen/Nowhere",
-        "pairs --kind model --model Qwen/Nowhere",
+        ("data --dataset tcm/other", NOWHERE, 1, "cannot connect to 127.0.0.1"),
+        ("model --model tcm/other", NOWHERE, 1, "the network and HF_ENDPOINT (http://127.0.0.1:9)"),
+        (
+            "model --model tcm/other",
+            {"HF_HUB_OFFLINE": "1"},
+            2,
+            "HF_HUB_OFFLINE is set, so nothing can be downloaded",
+        ),
+        (
+            "sft --model Qwen/Nowhere",
+            NOWHERE,
+            2,
+            "download_model.py --model Qwen/Nowhere",
+        ),  # which it does not do itself
     ],
 )
-def test_no_network(world, command):
+def test_no_network(world, command, environment, code, words):
     before = contents(world)
-    script = start(world, command, environment={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": None})
-    assert_told(script, 1, "cannot connect to 127.0.0.1", "the network and HF_ENDPOINT (http://127.0.0.1:9)")
+    assert_told(start(world, command, environment=environment), code, words)
     assert contents(world) == before
-
-
-@pytest.mark.parametrize("command", ["lora --model Qwen/Nowhere", "model --model tcm/other"])
-def test_hub_switched_off(world, command):
-    script = start(world, command, environment={"HF_HUB_OFFLINE": "1"})
-    assert_told(script, 2, "HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it")
