@@ -94,10 +94,9 @@ def _json_rows(file):
         whole = not second or not first.endswith(b"]")
     else:  # an object in one line that has another below it is a row, however damaged
         whole = first.startswith(b"{") and (not second or first.endswith((b"{", b"[", b",", b":")))
-    return _whole_json(file) if whole else _json_lines(file)
-
-
-def _json_lines(file):
+    if whole:
+        yield from _whole_json(file)
+        return
     with file.open_bytes() as lines:
         for number, line in enumerate(lines, 1):
             line = line.removeprefix(BOM).rstrip()  # any line may carry one: files are joined with `cat`

@@ -49,7 +49,7 @@ GUESSED = "exam with answers counted from 0 by default"  # the schema of rows in
 
 
 class OutputFiles(NamedTuple):
-    """The output files, less .jsonl. `dealt`: a share is held out; rows of other kinds are never trained on, or follow a row."""
+    """The files that rows of one kind go to, less .jsonl. `dealt`: a share is held out."""
 
     trained: str
     held_out: str
@@ -59,8 +59,8 @@ class OutputFiles(NamedTuple):
 OUTPUT_FILES = {
     "sft": OutputFiles("sft_train", "sft_eval", dealt=True),
     "dpo": OutputFiles("dpo_train", "dpo_eval", dealt=True),
-    "exam": OutputFiles("exam", "exam", dealt=False),
-    # with the good answer to its prompt, whose split it follows, a bad one becomes a preference pair
+    "exam": OutputFiles("exam", "exam", dealt=False),  # never trained on
+    # a bad answer makes a pair with a good one to its prompt, and follows that into its split
     "bad": OutputFiles("dpo_train", "dpo_eval", dealt=False),
 }
 OUTPUTS = list(dict.fromkeys(name for files in OUTPUT_FILES.values() for name in files[:2]))
@@ -140,11 +140,9 @@ def convert_row(row: dict, options: RowOptions = PLAIN) -> ConvertedRow:
     """The ConvertedRow that a row makes; raises Reject."""
     schema, read, names = _recognise(tuple(row), options.columns)
     fields = Fields(row, names)
-    read = read or _by_values(fields)
-    if read is None:
-        raise _unknown(fields, options)
-    told = fields.get("split") or ""
-    split = SPLITS.get(told.strip().lower()) if isinstance(told, str) else None
+    read = read or _by_values(fields, options.columns)
+    told = fields.get("split")
+    split = SPLITS.get(str(told or "").strip().lower())
     if split is None:
         raise Reject("unknown split", f"{told!r}; wanted one of {', '.join(filter(None, SPLITS))}")
     if fields.peek("tools") is not None:
@@ -219,8 +217,8 @@ def _question_answer_names(have):
     return next((line for line in lines if have.issuperset(filter(None, line))), None)
 
 
-def _by_values(row):
-    """The reader of a row that holds one list of turns, or one text that is a dialogue, under whatever name; else None."""
+def _by_values(row, columns):
+    """The reader of a row that holds one list of turns, or one text that is a dialogue, under whatever name; else Reject."""
 
     def is_turn(value):
         if isinstance(value, str):
@@ -230,20 +228,17 @@ def _by_values(row):
     values = {name: row.peek(name) for name in row.names}
     lists = [name for name in values if isinstance(values[name], list)]
     dialogues = [name for name in lists if all(map(is_turn, values[name]))]
-    texts = [name for name in row.names if name not in BESIDE_TEXT and isinstance(values[name], str)]
-    if not dialogues and len(texts) == 1 and marked_turns(values[texts[0]]):
-        dialogues = texts
-    return functools.partial(_read_dialogue, name=dialogues[0]) if dialogues else None
-
-
-def _unknown(row, options):
-    """The Reject of a row that no reader knows."""
-    for text in filter(lambda value: isinstance(value, str), map(row.peek, row.names)):
-        check_text(text)
-    names = {str(name).strip().lower() for name in row.row} - BESIDE_TEXT
-    if names in ({"text"}, {"content"}, {"文本"}) and not options.columns:
-        return Reject("plain text", "continued pre-training is not done here; wanted questions and answers")
-    return Reject("fields not recognised", f"fields: {', '.join(map(str, row.row)) or 'none'}")
+    texts = [name for name in values if isinstance(values[name], str)]
+    told = [name for name in texts if name not in BESIDE_TEXT]
+    if not dialogues and len(told) == 1 and marked_turns(values[told[0]]):
+        dialogues = told
+    if dialogues:
+        return functools.partial(_read_dialogue, name=dialogues[0])
+    for name in texts:
+        check_text(values[name])
+    if not columns and set(row.names) - BESIDE_TEXT in ({"text"}, {"content"}, {"文本"}):
+        raise Reject("plain text", "continued pre-training is not done here; wanted questions and answers")
+    raise Reject("fields not recognised", f"fields: {', '.join(map(str, row.row)) or 'none'}")
 
 
 def _read_exam(row, schema):
