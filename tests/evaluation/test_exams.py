@@ -32,22 +32,7 @@ from utils.evaluation.questions import read_exam
 from utils.files import read_jsonl, write_json, write_jsonl
 from utils.model.generate import stop_tokens
 
-SAMPLE, TINY = ROOT / "data_prepare/sample", ROOT / "model_download/tiny_qwen3_tcm"
-
-
-@pytest.mark.slow
-def test_letter_choices_equal_a_plain_loop_on_8_items():
-    tokenizer, model = load_plain(TINY)
-    exam = list(read_jsonl(SAMPLE / "tcm_exam.jsonl"))[::75][:8]
-    choices = exams.choices_by_letter(load_packed(TINY), tokenizer, exam, CPU)
-    assert len(choices) == 8
-    for item, found in zip(exam, choices):
-        choice, scores, rotations = found.values()
-        expected = letters_alone(tokenizer, model, item)
-        assert [pytest.approx(rotation, abs=1e-3) for rotation in expected] == rotations
-        means = {letter: sum(rotation[letter] for rotation in expected) / 4 for letter in "ABCD"}
-        assert scores == pytest.approx(means, abs=1e-3) and choice == max(means, key=means.get)
-    assert len({found["letter_choice"] for found in choices}) > 1
+SAMPLE = ROOT / "data_prepare/sample"
 
 
 def test_text_choices_equal_a_plain_loop(folder):
@@ -109,8 +94,11 @@ def test_letters_are_chosen_in_float32_in_any_number_format(folder):
     assert all(choices[0][item["id"]].keys() == {"letter_choice", "said"} for item in SEVERAL)
     asked = [item for item in EXAM if item["id"] in choices[0]]
     for item in asked:
-        expected = [pytest.approx(rotation, abs=1e-4) for rotation in letters_alone(tokenizer, model, item)]
-        assert expected == choices[0][item["id"]]["rotations"]
+        choice, scores, rotations = choices[0][item["id"]].values()
+        expected = letters_alone(tokenizer, model, item)
+        assert [pytest.approx(rotation, abs=1e-4) for rotation in expected] == rotations
+        means = {letter: sum(rotation[letter] for rotation in expected) / 4 for letter in "ABCD"}
+        assert scores == pytest.approx(means, abs=1e-4) and choice == max(means, key=means.get)
     rounded = letters_alone(tokenizer, model.to(torch.bfloat16), asked[0])  # bfloat16 would show
     assert rounded[0] != pytest.approx(choices[0][asked[0]["id"]]["rotations"][0], abs=1e-4)
     assert letter_choices(folder, tokenizer, EXAM, -1, 4, CPU) == {}
