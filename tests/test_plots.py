@@ -23,7 +23,7 @@ def log_of(steps, evaluations, preference=False):
 def figures(monkeypatch):
     """The figures that are drawn, before they are let go."""
     kept = []
-    monkeypatch.setattr(plots, "save_figure", lambda pyplot, figure, *_, **__: kept.append(figure))
+    monkeypatch.setattr(plots, "_save", lambda figure, path: kept.append(figure))
     return kept
 
 
@@ -77,7 +77,7 @@ def test_shares_are_drawn_to_100_percent_with_their_values_in_the_panel(tmp_path
     plot_comparison([share], ["a", "b", "c", "d"], tmp_path / "comparison.png")
     axis = figures[0].axes[0]
     assert axis.get_xlim() == (0, 1) and axis.get_xticks()[-1] == 1
-    axis.figure.canvas.draw()
+    figures[0].draw_without_rendering()
     for text in axis.texts:
         box = text.get_window_extent()
         assert axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1, text.get_text()

@@ -5,7 +5,6 @@ Labels are English, and what comes from elsewhere is put into ASCII: no font has
 
 import logging
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy
@@ -20,6 +19,10 @@ INSIDE = 0.82  # a share whose interval ends beyond this has its value inside th
 TEXT = {"font.size": 13, "axes.titlesize": 14, "legend.fontsize": 12}  # readable on a slide
 
 Entry = dict[str, Any]  # a line of training_log.jsonl
+
+# If the home folder cannot be written to, matplotlib's cache goes to a temporary one: nothing for the user to do.
+NOTES = ("mkdir -p failed", "Matplotlib created a temporary cache")
+logging.getLogger("matplotlib").addFilter(lambda record: not str(record.msg).startswith(NOTES))
 
 
 class Run(NamedTuple):
@@ -43,17 +46,18 @@ class Panel(NamedTuple):
     chance: float = 0
 
 
-def load_pyplot() -> ModuleType:
-    """matplotlib.pyplot, which draws to files and needs no screen."""
-    # If the home folder cannot be written to, matplotlib's cache goes to a temporary one: nothing for the user to do.
-    notes = ("mkdir -p failed", "Matplotlib created a temporary cache")
-    logging.getLogger("matplotlib").addFilter(lambda record: not str(record.msg).startswith(notes))
-    import matplotlib
+def _figure(width, height):
+    """An empty figure of so many inches, which is drawn to a file and needs no screen."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    figure = Figure((width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    return figure
 
-    return pyplot
+
+def _save(figure, path):
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def label_text(text: str, instead: str = "") -> str:
@@ -62,20 +66,11 @@ def label_text(text: str, instead: str = "") -> str:
     return shown.replace("$", r"\$")
 
 
-def save_figure(pyplot: ModuleType, figure: Any, path: Path, dpi: int = 120) -> None:
-    """Write a figure to `path`, whole, and let go of it."""
-    if figure.get_layout_engine() is None:
-        figure.tight_layout()
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=dpi)
-    pyplot.close(figure)
-
-
 def draw_lengths(path: Path, characters: list[int], tokens: list[int], max_length: int) -> None:
     """A histogram of the conversations' lengths, in tokens if they were counted, else in characters, with MAX_LENGTH."""
-    pyplot = load_pyplot()
+    figure = _figure(8, 4.5)
+    axes = figure.subplots()
     lengths, unit = (tokens, "tokens") if len(tokens) else (characters, "characters")
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
     axes.hist(lengths, bins=min(60, max(1, len(set(lengths)))))
     axes.set_xlabel(f"length of a conversation, {unit}")
     axes.set_ylabel(f"conversations, of {len(lengths):,}")
@@ -86,7 +81,7 @@ def draw_lengths(path: Path, characters: list[int], tokens: list[int], max_lengt
         axes.plot([], [], " ", label=f"longest {max(tokens):,}, far below MAX_LENGTH {max_length:,}")
     if len(tokens):
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
-    save_figure(pyplot, figure, path)
+    _save(figure, path)
 
 
 # ---- The comparison of models
@@ -94,10 +89,9 @@ def draw_lengths(path: Path, characters: list[int], tokens: list[int], max_lengt
 
 def plot_comparison(panels: list[Panel], models: list[str], path: Path) -> None:
     """Draw the comparison to a PNG: one panel per measure, one bar per model, its name beside it, so that no two overlap."""
-    pyplot = load_pyplot()
     rows, height = (len(panels) + 2) // 3, 1.2 + 0.45 * len(models)
-    size = {"figsize": (15, height * rows + 0.4), "squeeze": False}
-    figure, axes = pyplot.subplots(rows, min(len(panels), 3), **size)
+    figure = _figure(15, height * rows + 0.4)
+    axes = figure.subplots(rows, min(len(panels), 3), squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     names = [label_text(name, f"model {n}") for n, name in enumerate(models, 1)]
@@ -106,7 +100,7 @@ def plot_comparison(panels: list[Panel], models: list[str], path: Path) -> None:
     for axis, panel in zip(axes.flat, panels):
         _draw_bars(axis, panel, names)
     figure.suptitle("Black: 95 % interval")
-    save_figure(pyplot, figure, path, dpi=110)
+    _save(figure, path)
 
 
 def _draw_bars(axis, panel, names):
@@ -146,7 +140,8 @@ def plot_training(log: list[Entry], path: Path, title: str, best_step: int | Non
     Training loss, each step and smoothed; evaluations as points with their values, that of `best_step` ringed; the learning
     rate below. DPO has three more panels: pairs told apart, the reward margin, and the log-probabilities of both answers.
     """
-    pyplot = load_pyplot()
+    from matplotlib import rc_context
+
     mosaic, heights, size = [["loss"], ["rate"]], [5, 1], (11, 6.2)
     drawn = [("loss", "loss", "loss", "C0")]  # panel, its title, quantity, colour
     if is_preference(log):
@@ -158,25 +153,25 @@ def plot_training(log: list[Entry], path: Path, title: str, best_step: int | Non
         drawn += [("logps", both, "chosen_logps", "C0"), ("logps", both, "rejected_logps", "C3")]
     first, last = log[0]["step"], log[-1]["step"]
     room = max(0.05 * (last - first), 0.5)  # for the values beside the outermost points
-    with pyplot.rc_context(TEXT):
-        figure = pyplot.figure(figsize=size, layout="constrained")
+    with rc_context(TEXT):
+        figure = _figure(*size)
         panels = figure.subplot_mosaic(mosaic, height_ratios=heights)
         for panel, its_title, quantity, colour in drawn:
             _draw_quantity(panels[panel], log, quantity, best_step, colour)
             panels[panel].set_title(its_title, loc="left")
         if "accuracy" in panels:
             panels["accuracy"].set_ylim(-0.05, 1.1)
-        _draw_line(panels["rate"], *points(log, "learning_rate"), color="grey", linewidth=1.5)
-        panels["rate"].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-        panels["rate"].set_ylim(bottom=0)
-        panels["rate"].set_ylabel("rate")
-        panels["rate"].set_xlabel("optimizer step; below the curves: the learning rate")
+        rate = panels["rate"]
+        _draw_line(rate, *points(log, "learning_rate"), color="grey", linewidth=1.5)
+        rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        rate.set_ylim(bottom=0)
+        rate.set(ylabel="rate", xlabel="optimizer step; below the curves: the learning rate")
         for panel in panels.values():
             panel.grid(alpha=0.3)
             panel.set_xlim(first - room, last + room)
         figure.legend(*panels["loss"].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         figure.suptitle(label_text(title))
-        save_figure(pyplot, figure, path)
+        _save(figure, path)
 
 
 def _draw_quantity(axis, log, name, best_step, colour):
@@ -233,30 +228,30 @@ def plot_runs(runs: list[Run], path: Path) -> None:
 
     Against tokens trained on if every run tells how many, else against optimizer steps.
     """
-    pyplot = load_pyplot()
+    from matplotlib import rc_context
+
     by_tokens = all(run.tokens_per_step for run in runs)
     titles = ["DPO loss" if is_preference(run.entries) else "loss (SFT, LoRA)" for run in runs]
-    with pyplot.rc_context(TEXT):
-        panels = sorted(set(titles), reverse=True)
-        form = {"figsize": (9 * len(panels), 6), "squeeze": False, "layout": "constrained"}
-        figure, [axes] = pyplot.subplots(1, len(panels), **form)
-        for number, (run, title) in enumerate(zip(runs, titles)):
-            axis, colour = (
-                axes[panels.index(title)],
-                f"C{number + 1}",
-            )  # as in comparison.png, where the base comes first
-            scale, name = run.tokens_per_step if by_tokens else 1, label_text(run.name, f"model {number + 1}")
+    with rc_context(TEXT):
+        figure = _figure(9 * len(set(titles)), 6)
+        axes = dict(
+            zip(sorted(set(titles), reverse=True), figure.subplots(1, len(set(titles)), squeeze=False)[0])
+        )
+        for number, (run, title) in enumerate(zip(runs, titles), 1):
+            axis, colour = axes[title], f"C{number}"  # as in comparison.png, where the base comes first
+            scale = run.tokens_per_step if by_tokens else 1
             steps, values = points(run.entries, "loss")
+            name = label_text(run.name, f"model {number}")
             _draw_line(axis, steps * scale, smooth(values), color=colour, linewidth=2, label=name)
             steps, values = points(run.entries, "eval_loss")
             axis.plot(steps * scale, values, "o", color=colour, markersize=6, markeredgecolor="black")
             if len(steps):
                 height = 10 + 12 * (number % 3)
                 _write_above(axis, steps[-1] * scale, values[-1], f"{values[-1]:.3f}", height, colour)
-        for axis, title in zip(axes, panels):
+        for title, axis in axes.items():
             axis.set_title(title, loc="left")
             axis.set_xlabel("tokens trained on" if by_tokens else "optimizer step")
             axis.grid(alpha=0.3)
             axis.legend(loc="upper left", bbox_to_anchor=(0, -0.14), ncols=3, frameon=False)
         figure.suptitle("Lines: training loss, smoothed. Points: held-out rows of each run")
-        save_figure(pyplot, figure, path)
+        _save(figure, path)

@@ -61,12 +61,8 @@ def test_kinds_of_question_are_told_apart():
 
 
 def test_shares_of_none_and_all_can_be_drawn_and_names_stay_apart(tmp_path, monkeypatch):
-    drawn, save = [], plots.save_figure
-    monkeypatch.setattr(
-        plots,
-        "save_figure",
-        lambda _, figure, *more, **form: (drawn.append(figure), save(_, figure, *more, **form)),
-    )
+    drawn, save = [], plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: (drawn.append(figure), save(figure, path)))
     models = ["base", "中医", "lora_rank_8_of_all_layers_at_1e-4", "lora_rank_8_of_all_layers_at_2e-4"]
     for right in (0, 401):
         share = plots.Panel("pairs", [right / 401] * 4, [wilson(right, 401)] * 4, True, 0.5)
