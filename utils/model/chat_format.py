@@ -18,7 +18,7 @@ from utils.errors import UserError
 from utils.text import shorten
 
 if TYPE_CHECKING:  # --help of the scripts is not to wait for it
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 END_OF_TURN = "<|im_end|>"
 TEXTS = ("content", "reasoning_content")  # of a message
@@ -42,9 +42,7 @@ _DEFAULT_MODE = {
 }
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict], thinking: bool | None = None
-) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, messages: list[dict], thinking: bool | None = None) -> list[int]:
     """Token ids that the model is fed to answer `messages`, the generation prompt included.
 
     `thinking`: True, False, or None for the default of the tokenizer's own template.
@@ -52,9 +50,7 @@ def encode_prompt(
     return encode_pieces(tokenizer, [prompt_pieces(tokenizer, messages, thinking)])[0]
 
 
-def prompt_pieces(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict], thinking: bool | None = None
-) -> list[str]:
+def prompt_pieces(tokenizer: Tokenizer, messages: list[dict], thinking: bool | None = None) -> list[str]:
     """The text of a prompt, cut where control tokens were typed: what encode_pieces takes.
 
     UserError if the template, which came with the model, refuses the conversation or runs into any error.
@@ -71,7 +67,7 @@ def prompt_pieces(
     return text.split(mark)
 
 
-def encode_answer(tokenizer: PreTrainedTokenizerBase, message: dict) -> list[int]:
+def encode_answer(tokenizer: Tokenizer, message: dict) -> list[int]:
     """Token ids of one assistant message as the model has to produce it, `<|im_end|>` included.
 
     Encoded apart from the prompt, as generation does: no merge can cross the border between the two.
@@ -79,7 +75,7 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, message: dict) -> list[int
     return encode_pieces(tokenizer, [answer_pieces(tokenizer, message)])[0]
 
 
-def answer_pieces(tokenizer: PreTrainedTokenizerBase, message: dict) -> list[str]:
+def answer_pieces(tokenizer: Tokenizer, message: dict) -> list[str]:
     """The text of an assistant message, cut where control tokens were typed: what encode_pieces takes."""
     [message], mark = _mark_controls(tokenizer, [message])
     text = message["content"].lstrip("\n")
@@ -89,13 +85,13 @@ def answer_pieces(tokenizer: PreTrainedTokenizerBase, message: dict) -> list[str
     return (text + END_OF_TURN).split(mark)
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of a text by itself; control tokens and tags typed in it stay text, as in what a user says."""
     [message], mark = _mark_controls(tokenizer, [{"role": "user", "content": text}])
     return encode_pieces(tokenizer, [message["content"].split(mark)])[0]
 
 
-def encode_pieces(tokenizer: PreTrainedTokenizerBase, texts: list[list[str]]) -> list[list[int]]:
+def encode_pieces(tokenizer: Tokenizer, texts: list[list[str]]) -> list[list[int]]:
     """Token ids of texts that are given in pieces. Many at a time cost less each, and share the cores."""
     flat = [piece for pieces in texts for piece in pieces]
     encoded = tokenizer(flat, add_special_tokens=False, return_attention_mask=False, verbose=False)
@@ -140,9 +136,7 @@ def _control_patterns(tokenizer):
     return patterns
 
 
-def encode_turns(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict]
-) -> list[tuple[list[int], list[int]]]:
+def encode_turns(tokenizer: Tokenizer, messages: list[dict]) -> list[tuple[list[int], list[int]]]:
     """[(prompt_ids, answer_ids), ...]: one pair for each assistant turn, in the context that chat would give it.
 
     Qwen3 drops the think block of an answer that has become history, so the turns of a conversation cannot share a sequence.
@@ -167,7 +161,7 @@ def without_modes(template: str) -> str:
     return template
 
 
-def generation_settings(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> dict:
+def generation_settings(tokenizer: Tokenizer, thinking: bool) -> dict:
     """Fields for generation_config.json: both end tokens, padding, and Qwen's decoding advice for the mode."""
     end, stop = tokenizer.convert_tokens_to_ids([END_OF_TURN, "<|endoftext|>"])
     return {"eos_token_id": [end, stop], "pad_token_id": stop, "bos_token_id": stop, **DECODING[thinking]}

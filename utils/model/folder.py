@@ -25,7 +25,8 @@ from utils.settings import ROOT
 
 if TYPE_CHECKING:  # a wrong folder is refused before these are imported
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
     from utils.device import Device
 
@@ -198,7 +199,7 @@ def told_in_one_line(model: str, name: str) -> Iterator[None]:
         raise UserError(f"{model} cannot be loaded: {name} is damaged or foreign ({why})") from None
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str) -> Tokenizer:
     """The tokenizer of a model folder or adapter folder."""
     from transformers import AutoTokenizer
 
@@ -297,7 +298,7 @@ def load_for_answers(model: str, device: Device) -> PreTrainedModel:
     return loaded
 
 
-def remember_mode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, thinking: bool) -> None:
+def remember_mode(model: PreTrainedModel, tokenizer: Tokenizer, thinking: bool) -> None:
     """Make the thinking mode of the training rows the default of all that is saved: checkpoints and finished folder alike.
 
     Answers are drawn as Qwen advises for the mode; a base that says do_sample false, as the tiny one does, stays greedy.
@@ -310,7 +311,7 @@ def remember_mode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, th
     model.config.update({name: settings[name] for name in TOKENS_OF_CONFIG})
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: str | Path) -> None:
     """Save a model (or adapter), its decoding settings and its tokenizer.
 
     Weights keep float32: rounding them to bfloat16 would lose updates as small as DPO's.
@@ -347,7 +348,7 @@ def write_config_for_other_tools(folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)
 
 
-def save_adapter_and_merged(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_adapter_and_merged(model: torch.nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
     """Save the adapter of a PeftModel at the root of `folder`, the merged model in merged/. `model` is of no use afterwards.
 
     The base is read from its folder once more, in float32: training may have held it in bfloat16, which would round the merged

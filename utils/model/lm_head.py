@@ -2,10 +2,7 @@
 
 Matrix products run in bfloat16 under autocast, else in the dtype of `hidden`; softmax and sums in float32 (float64 for float64).
 Shapes: hidden (N, H), weight (V, H), targets (N,) int64. Rows of `hidden` beyond the last target weigh nothing. The (N, V) matrix
-of logits never exists as a whole.
-
-torch's own F.linear_cross_entropy does the same in chunks, but slower on CPUs, and it cannot weigh single tokens
-(tests/benchmarks/README.md).
+of logits never exists as a whole. torch's own F.linear_cross_entropy is slower on CPUs, and it cannot weigh single tokens.
 """
 
 import math
@@ -33,15 +30,14 @@ def cross_entropy_sum(
     """Sum over the positions of token_weight x cross-entropy, differentiable in `hidden` and `weight`.
 
     token_weights: (N,) float32, or None for ones; no gradient flows to them. The gradient is formed in the forward pass, chunk by
-    chunk, and scaled in place in the backward pass, which can therefore run only once (a second time is an error).
+    chunk, and scaled in place in the backward pass, which can therefore run only once.
 
-    With `kept` the gradient of the weight is added to `weight.grad` at once instead of flowing through autograd. That saves a second
-    matrix of its size (0.6 GB) and two passes over it. The sum must be the loss then: scaling it is an error in its backward pass.
+    With `kept` the gradient of the weight is added to `weight.grad` at once, not by autograd. That saves a second matrix of its
+    size (0.6 GB) and two passes over it. The sum must be the loss then: scaling it is an error in its backward pass.
     """
     if token_weights is None:
         token_weights = torch.ones(len(targets), device=hidden.device)
-    extra = len(hidden) - len(targets)
-    if extra:
+    if extra := len(hidden) - len(targets):
         targets, token_weights = F.pad(targets, (0, extra)), F.pad(token_weights, (0, extra))
     if not torch.is_grad_enabled():  # autograd asks for the gradient of a weight even then
         hidden, weight = hidden.detach(), weight.detach()
@@ -87,8 +83,11 @@ class _CrossEntropySum(torch.autograd.Function):
                 total += _loss_and_gradient(logits, targets[part], weights)
                 if need_hidden:
                     hidden_gradient[part] = logits @ head
-                if need_weight:
-                    _add_product(weight_gradient, logits, states)
+                if need_weight and logits.dtype == weight_gradient.dtype:
+                    weight_gradient.addmm_(logits.T, states)
+                elif need_weight:  # a slice at a time: the sum of products in bfloat16 is kept in float32
+                    for rows, columns in zip(weight_gradient.split(SLICE), logits.split(SLICE, dim=1)):
+                        rows += columns.T @ states
         ctx.into_grad, ctx.hidden_dtype = need_weight and kept is not None, hidden.dtype
         ctx.save_for_backward(hidden_gradient, None if ctx.into_grad else weight_gradient)
         return total
@@ -131,8 +130,7 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, token_weights: Tensor) -
 def _loss_on_cuda(states, head, targets, token_weights, hidden_gradient, weight_gradient) -> Tensor:
     """The loss of one chunk, of which the gradients are written to `hidden_gradient` (n, H) and added to `weight_gradient` (V, H).
 
-    In as few passes over the scores (n, V) as torch's kernels allow: the product gives them in float32, and the softmax is rounded
-    once, without the token weights, which the much smaller states take.
+    In as few passes over the scores (n, V) as torch's kernels allow; the much smaller states take the token weights.
     """
     logps = torch.log_softmax(torch.mm(states, head.T, out_dtype=torch.float32), dim=1)
     right = logps.gather(1, targets[:, None])
@@ -150,15 +148,6 @@ def _loss_on_cuda(states, head, targets, token_weights, hidden_gradient, weight_
     return loss
 
 
-def _add_product(gradient: Tensor, logits: Tensor, states: Tensor) -> None:
-    """gradient (V, H) += logits (n, V) transposed x states (n, H). In bfloat16 a slice at a time, as its sum is kept in float32."""
-    if logits.dtype == gradient.dtype:
-        gradient.addmm_(logits.T, states)
-        return
-    for part, columns in zip(gradient.split(SLICE), logits.split(SLICE, dim=1)):
-        part += columns.T @ states
-
-
 def backward_through_head(
     hidden: Tensor,
     weight: Tensor,
@@ -168,8 +157,8 @@ def backward_through_head(
 ) -> Tensor:
     """The loss `loss_of_logps(logps)`, a scalar function of the targets' log-probabilities (N,), differentiable in `hidden` and `weight`.
 
-    Two passes over the head: the first scores the tokens, which gives d loss / d logp of each; the second forms the gradient
-    with these as token weights. Without gradients the first pass is all. `kept`: as for cross_entropy_sum.
+    The first pass over the head gives d loss / d logp of each token, the second the gradient with these as token weights.
+    `kept`: as for cross_entropy_sum.
     """
     logps = token_logps(hidden.detach(), weight, targets)
     if not torch.is_grad_enabled():

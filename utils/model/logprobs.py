@@ -4,13 +4,13 @@
 `watch` wraps the sequence of packed rows, to show progress (utils.text.progress).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
 from utils.device import Device
 from utils.model.lm_head import token_logps
-from utils.model.packing import Item, PackedBatch, PackedRows, collate, item_length, padding_for
+from utils.model.packing import Item, PackedRows, collate, item_length, padding_for
 from utils.model.qwen3_train import forward
 
 TOKENS_AT_ONCE = 1024  # packed tokens in one forward pass; more only costs memory, and on CPUs page faults
@@ -49,9 +49,7 @@ def next_token_logps(
 
 
 @torch.no_grad()
-def _hidden_states(
-    model, rows: PackedRows, device: Device, watch: Callable
-) -> Iterator[tuple[list[int], torch.Tensor, PackedBatch]]:
+def _hidden_states(model, rows, device, watch):
     """Yield (item numbers of a packed row, hidden states (N, H), the row's batch on the device)."""
     model.eval().to(device.name)
     padding = padding_for(device, rows.max_length)
@@ -60,6 +58,6 @@ def _hidden_states(
 
 
 @torch.no_grad()
-def _token_logps(model, hidden, targets, device: Device) -> torch.Tensor:
+def _token_logps(model, hidden, targets, device):
     with device.autocast():
         return token_logps(hidden, model.get_output_embeddings().weight, targets.to(device.name)).cpu()

@@ -106,13 +106,7 @@ class PackedRows(torch.utils.data.Dataset):
     {"reference_chosen": (items,) array, ...}.
     """
 
-    def __init__(
-        self,
-        items: Sequence[Item],
-        max_length: int,
-        sizes: Sizes | None = None,
-        keys: numpy.ndarray | None = None,
-    ):
+    def __init__(self, items: Sequence[Item], max_length: int, sizes: Sizes | None = None, keys=None):
         """`sizes`, `keys` (utils.files.id_key): of the items if they are known; else measured, and made from the ids."""
         self.items, self.max_length = items, max_length
         self.sizes = measure_items(items) if sizes is None else sizes
