@@ -81,27 +81,22 @@ def write(path, text):
 
 
 NO_OBJECTS = ["", "{", "[]", "3", "\udcff", "[" * 100_000, '{"r": ' + "9" * 5000 + "}"]
+SLIDING = {"use_sliding_window": True, "sliding_window": 8}
 CONFIGS = [  # one for each kind of wrong config
     ({"model_type": "own", "auto_map": {"AutoModel": "own.Own"}}, "is a own model; wanted Qwen3"),
     ({"model_type": "llama"}, "is a llama model; wanted Qwen3"),
-    ({"model_type": 3}, "is a 3 model; wanted Qwen3"),
     ({"num_hidden_layers": 1, "layer_types": None}, "does not expect model.layers.1."),
     ({"num_hidden_layers": 3, "layer_types": None}, "lacks model.layers.2."),
-    ({"vocab_size": 1 << 40}, "config.json"),
     ({"vocab_size": "3000"}, "tokenizer.json"),
     ({"hidden_size": "64"}, "config.json"),
     ({"head_dim": 32}, "config.json"),
-    ({"intermediate_size": 64}, "config.json"),
     ({"rms_norm_eps": "small"}, "config.json"),
     ({"rope_parameters": {"rope_type": "own", "rope_theta": 1}}, "config.json"),
     ({"layer_types": [3, 4]}, "config.json"),
     ({"transformers_weights": "../outside.safetensors"}, "asks for transformers_weights"),
     ({"quantization_config": {"quant_method": "own"}}, "asks for quantization_config"),
     ({"attention_bias": True}, "asks for attention_bias"),
-    (
-        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": None},
-        "asks for sliding windows",
-    ),
+    ({**SLIDING, "max_window_layers": 1, "layer_types": None}, "asks for sliding windows"),
 ]
 ADAPTERS = [
     ({"peft_type": "IA3"}, "is of no LoRA adapter"),
@@ -143,10 +138,8 @@ def test_a_wrong_adapter_is_told_and_never_stops_the_search_for_models(
 def test_an_adapter_on_an_adapter_is_that_of_its_merged_base(adapter, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    first = get_peft_model(
-        load_model(str(adapter), torch.float32),
-        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
-    )
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    first = get_peft_model(load_model(str(adapter), torch.float32), config)
     second = shutil.copytree(adapter, tmp_path / "second")
     first.save_pretrained(second)
     change(second / "adapter_config.json", base_model_name_or_path=str(adapter))
@@ -162,9 +155,8 @@ def in_two_files(folder):
     names = sorted(weights)
     places = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(names)}
     for place in set(places.values()):
-        save_file(
-            {name: weights[name] for name in names if places[name] == place}, folder / place, {"format": "pt"}
-        )
+        part = {name: weights[name] for name in names if places[name] == place}
+        save_file(part, folder / place, {"format": "pt"})
     write_json(folder / INDEX, {"metadata": {}, "weight_map": places})
     return weights, places
 
@@ -193,7 +185,6 @@ def test_weights_that_are_not_whole_are_told(folder):
     path, content = folder / "model.safetensors", (folder / "model.safetensors").read_bytes()
     path.write_bytes(content[:9000])
     refused(folder, "model.safetensors is not whole, or no safetensors file")
-    weights = load_file(shutil.copy(TINY / "model.safetensors", folder.parent / "other.safetensors"))
     path.write_bytes(content)
     weights = load_file(path)
     del weights["model.layers.1.mlp.up_proj.weight"]

@@ -24,6 +24,11 @@ def load(folder, dtype=torch.float32):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
+def alone(model, prompt, answer):
+    """The logits that plain transformers gives for the tokens of an answer."""
+    return model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+
+
 def test_rows_hold_every_item_once_and_never_too_much():
     draw = random.Random(0)
     lengths = [draw.randint(1, 100) for _ in range(1000)]
@@ -60,24 +65,17 @@ def test_hidden_states_of_a_packed_row_are_those_of_each_document_alone(folder):
     with torch.no_grad():
         hidden = packed(**model_inputs(collate([items])))
         logits = hidden @ packed.lm_head.weight.T
-        order = sorted(range(30), key=lambda index: item_length(items[index]))
-        alone = [
-            plain(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-            for prompt, answer in (items[index]["documents"][0] for index in order)
-        ]
-    assert torch.allclose(logits, torch.cat(alone), atol=2e-5)
+        items.sort(key=item_length)
+        expected = [alone(plain, *item["documents"][0]) for item in items]
+    assert torch.allclose(logits, torch.cat(expected), atol=2e-5)
 
 
 def test_one_row_is_blind_to_another(folder):
     """Changing every token of one document leaves the loss of the other as it was, to the bit."""
     model = prepare_packed(load(folder))
     one, other = some_items(2, seed=2)
-    changed = {
-        "documents": [
-            ([token + 1 for token in prompt], [token + 1 for token in answer])
-            for prompt, answer in other["documents"]
-        ]
-    }
+    [document] = other["documents"]
+    changed = {"documents": [tuple([token + 1 for token in part] for part in document)]}
 
     def logps(second):
         batch = collate([[one, second]])
@@ -100,15 +98,9 @@ def gradients_of(model, documents, dtype=None, plain=False):
     """Gradients of the summed loss, float64: by plain transformers one document after another, or by ours, packed."""
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
         if plain:
-            losses = [
-                F.cross_entropy(
-                    model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float(),
-                    torch.tensor(answer),
-                    reduction="sum",
-                )
-                for prompt, answer in documents
-            ]
-            loss = sum(losses)
+            wanted = [torch.tensor(answer) for _, answer in documents]
+            found = [alone(model, *document).float() for document in documents]
+            loss = F.cross_entropy(torch.cat(found), torch.cat(wanted), reduction="sum")
         else:
             batch = collate([[{"documents": [document]} for document in documents]])
             inputs, targets = model_inputs(batch), batch["targets"]
@@ -128,9 +120,8 @@ def test_a_reduced_format_is_as_near_to_float64_as_plain_transformers(folder, fo
     plain = gradients_of(load(folder), documents, dtype, plain=True)
     with cuda_forms() if forms == "cuda" else contextlib.nullcontext():
         ours = gradients_of(prepare_packed(load(folder)), documents, dtype)
-    errors = torch.tensor(
-        [[(one - right).norm() / right.norm() for one in found] for *found, right in zip(ours, plain, exact)]
-    )
+    pairs = zip(ours, plain, exact)
+    errors = torch.tensor([[(one - right).norm() / right.norm() for one in found] for *found, right in pairs])
     further = 1.05 if forms == "cpu" else 1.3
     assert errors.max() < 0.1 and errors[:, 0].mean() <= further * errors[:, 1].mean(), errors.mean(0)
 
@@ -165,17 +156,6 @@ def test_the_last_layer_computes_only_what_is_trained(folder):
     torch.testing.assert_close(states, everywhere[batch["label_positions"]])
 
 
-def test_packed_rows_count_tokens():
-    items = some_items(10, seed=3)
-    rows = PackedRows(items, 100)
-    assert (
-        rows.tokens
-        == sum(map(item_length, items)) + len(items)
-        == sum(item_length(item) + 1 for row in rows for item in row)
-    )
-    assert rows.trained_tokens == sum(len(answer) for item in items for _, answer in item["documents"])
-
-
 def test_rows_are_shared_out_evenly_and_none_twice():
     rows = PackedRows([{"documents": [([1] * 5, [2] * (number % 7 + 1))]} for number in range(50)], 40)
     for processes in (2, 3, 8):
@@ -200,14 +180,11 @@ def test_chosen_items_keep_their_sizes_keys_and_numbers():
     backwards = drawn(PackedRows(items[::-1], 100), 10)
     assert fewer < more and len(fewer) == 10 and {item["id"] for row in backwards for item in row} == fewer
     chosen = drawn(drawn(rows, 30), 10)
-    assert chosen.tokens == sum(
-        len(p) + len(a) for row in chosen for item in row for p, a in item["documents"]
-    )
-    assert all(
-        item["reference_chosen"] == -item["reference_rejected"] == float(id_key(item["id"]))
-        for row in chosen
-        for item in row
-    )
+    texts = [item["documents"][0] for row in chosen for item in row]
+    assert chosen.trained_tokens == sum(len(answer) for _, answer in texts)
+    assert chosen.tokens == chosen.trained_tokens + sum(len(prompt) for prompt, _ in texts)
+    for item in (item for row in chosen for item in row):
+        assert item["reference_chosen"] == -item["reference_rejected"] == float(id_key(item["id"]))
 
 
 def test_answers_to_one_prompt_share_its_tokens(folder):
@@ -215,23 +192,21 @@ def test_answers_to_one_prompt_share_its_tokens(folder):
     items = some_items(12, seed=4, documents=3)
     for item in items:
         item["documents"] = [(item["documents"][0][0], answer) for _, answer in item["documents"]]
-    alone = sum(len(prompt) + len(answer) - 1 for item in items for prompt, answer in item["documents"])
+    whole = sum(len(prompt) + len(answer) - 1 for item in items for prompt, answer in item["documents"])
     batch = collate([items[:5], items[5:]])
     saved = sum(2 * (len(item["documents"][0][0]) - 1) for item in items)
-    assert batch["input_ids"].shape[1] == sum(map(item_length, items)) == alone - saved
+    assert batch["input_ids"].shape[1] == sum(map(item_length, items)) == whole - saved
     shared, plain = (prepare_packed(load(folder, torch.float64)) for _ in range(2))
     inputs, targets = model_inputs(batch), batch["targets"]
-    sums = torch.zeros(36, dtype=torch.float64).index_add_(
-        0, batch["label_documents"], token_logps(shared(**inputs), shared.lm_head.weight, targets)
-    )
+    logps = token_logps(shared(**inputs), shared.lm_head.weight, targets)
+    sums = torch.zeros(36, dtype=torch.float64).index_add_(0, batch["label_documents"], logps)
     cross_entropy_sum(shared(**inputs), shared.lm_head.weight, targets).backward()
     for number, document in enumerate(document for item in items for document in item["documents"]):
         batch = collate([[{"documents": [document]}]])
         inputs, targets = model_inputs(batch), batch["targets"]
         hidden = plain(**inputs)
-        assert sums[number].item() == pytest.approx(
-            token_logps(hidden, plain.lm_head.weight, targets).sum().item(), rel=1e-12
-        )
+        expected = token_logps(hidden, plain.lm_head.weight, targets).sum().item()
+        assert sums[number].item() == pytest.approx(expected, rel=1e-12)
         cross_entropy_sum(hidden, plain.lm_head.weight, targets).backward()
     for (name, one), other in zip(shared.named_parameters(), plain.parameters()):
         assert (one.grad - other.grad).norm() <= 1e-12 * other.grad.norm(), name
