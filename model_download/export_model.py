@@ -53,8 +53,6 @@ def main(argv: list[str] | None = None) -> None:
     if settings.FORMAT == "training-data":
         return export_training_data(settings)
     folder = Path(check_model(settings.MODEL)).resolve()
-    if not folder.is_dir():
-        raise UserError(f"{settings.MODEL} is no folder; finished folders are exported")
     quiet_offline()
     name = settings.NAME or (folder.parent.name if folder.name == "merged" else folder.name)
     if not re.fullmatch(r"\w[\w.-]*", name):

@@ -1,5 +1,6 @@
 """Exports: what they hold, that they answer as the folder does, that they hold no path of this machine, what is refused."""
 
+import json
 import shutil
 
 import pytest
@@ -89,8 +90,8 @@ def test_a_folder_in_float32_costs_nothing(export, place, capsys):
     assert all(torch.equal(exported[name], finished[name]) for name in finished)
 
 
-def test_the_tokenizer_is_the_published_one_where_it_is_unchanged(export, place):
-    output = export("dpo")  # two trainings away from the base
+def has_the_published_tokenizer(output, place):
+    """File by file, with the trained mode, as training left it unchanged."""
     assert (output / "tokenizer.json").read_bytes() == (place / "base/tokenizer.json").read_bytes()
     published = read_json(place / "base/tokenizer_config.json")
     tokenizer = AutoTokenizer.from_pretrained(output)
@@ -125,8 +126,9 @@ def test_the_card_tells_how_the_model_was_made(export, place):
     source = {"repo": "someone/rows", "revision": "f00", "licence": "MIT", "sha256": "5a1e"}
     write_json(place.parent / "raw/rows.source.json", source)
     write_json(place / "report.json", {"files": [{"file": "rows.jsonl", "rows": 68, "sha256": "5a1e"}]})
-    output = export("dpo")
+    output = export("dpo")  # two trainings away from the base
     gives_nothing_away(output, place)
+    has_the_published_tokenizer(output, place)
     card = (output / "README.md").read_text(encoding="utf-8")
     for said in ("SFT from base: LEARNING_RATE 0.003, EPOCHS 2", "DPO from sft:", "BETA 0.1"):
         assert said in card
@@ -134,11 +136,6 @@ def test_the_card_tells_how_the_model_was_made(export, place):
     assert "someone/rows at f00, licence: MIT; 68 rows, sha256 `5a1e`" in card
     assert "not medical advice" in card and "greedy answers the same" in card
     assert "have not been compared" in card
-
-
-def test_a_model_without_a_run_can_be_exported(export, place):
-    card = (export("base") / "README.md").read_text(encoding="utf-8")
-    assert "whose training is not recorded" in card and "Trained with thinking on" in card
 
 
 def test_the_card_shows_scores_of_these_very_weights_only(export, place):
@@ -176,15 +173,6 @@ def test_a_gguf_file_holds_weights_tokens_and_template(export, place, gguf, caps
     assert "PARAMETER top_p 0.8" in modelfile
 
 
-def test_a_tokenizer_that_llama_cpp_cannot_follow_is_refused(export, place, tmp_path, gguf, capsys):
-    other = copy(place / "base", tmp_path / "other")
-    tokenizer = read_json(other / "tokenizer.json")
-    tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{L}"
-    write_json(other / "tokenizer.json", tokenizer)
-    export(other, "--format", "gguf", code=2)
-    assert "llama.cpp cannot split words as this tokenizer does" in capsys.readouterr().err
-
-
 def ask_otherwise(folder):
     path = folder / "chat_template.jinja"
     text = path.read_text(encoding="utf-8").replace("force_thinking", "enable_thinking")
@@ -199,23 +187,42 @@ def enlarge(weights):
     return {name: weight * 1.5 for name, weight in weights.items()}
 
 
+@pytest.fixture
+def own_head(place, tmp_path):
+    """A folder with an LM head of its own, whose config says that it is the embedding."""
+    folder = copy(place / "sft", tmp_path / "own_head")
+    shuffled = load_file(folder / "model.safetensors")["model.embed_tokens.weight"].roll(1, 0)
+    change_weights(folder, lambda weights: weights | {"lm_head.weight": shuffled})
+    assert read_json(folder / "config.json")["tie_word_embeddings"] is True
+    return folder
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
         # transformers 4.57 computes with a base of 10,000 and says nothing
-        (lambda folder: change(folder / "config.json", rope_theta="gone"), "rope_parameters is read as"),
-        (lambda folder: change(folder / "config.json", rms_norm_eps=1e-5), "rms_norm_eps is read as"),
-        (lambda folder: change(folder / "config.json", tie_word_embeddings=False), "lacks lm_head.weight"),
+        ({"rope_theta": "gone"}, "rope_parameters is read as"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps is read as"),
+        ({"tie_word_embeddings": False}, "lacks lm_head.weight"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is read as True, wanted False"),
         (lambda folder: change_weights(folder, drop_norm), "lacks model.norm.weight"),
         (lambda folder: change_weights(folder, enlarge), "the export is not what the folder is: "),
         (ask_otherwise, OTHER_PROMPT),
     ],
-    ids=["rope base", "epsilon", "untied", "tensor", "weights", "template"],
+    ids=["rope base", "epsilon", "untied", "tied", "tensor", "weights", "template"],
 )
-def test_a_wrong_folder_is_found(export, monkeypatch, capsys, damage, message):
+def test_a_wrong_folder_is_found(export, own_head, monkeypatch, capsys, damage, message):
     save = FolderExport.save
-    monkeypatch.setattr(FolderExport, "save", lambda *given: (save(*given), damage(given[2])))
-    export("sft", code=1)
+
+    def save_and_damage(exporter, source, folder):
+        save(exporter, source, folder)
+        if callable(damage):
+            damage(folder)
+        else:
+            change(folder / "config.json", **damage)
+
+    monkeypatch.setattr(FolderExport, "save", save_and_damage)
+    export(own_head if "wanted False" in message else "sft", code=1)
     assert message in capsys.readouterr().err
 
 
@@ -237,36 +244,13 @@ def test_a_wrong_gguf_file_is_found(export, monkeypatch, gguf, capsys, name, wro
     assert message in capsys.readouterr().err
 
 
-@pytest.fixture
-def own_head(place, tmp_path):
-    """A folder with an LM head of its own, whose config says that it is the embedding."""
-    folder = copy(place / "sft", tmp_path / "own_head")
-    shuffled = load_file(folder / "model.safetensors")["model.embed_tokens.weight"].roll(1, 0)
-    change_weights(folder, lambda weights: weights | {"lm_head.weight": shuffled})
-    assert read_json(folder / "config.json")["tie_word_embeddings"] is True
-    return folder
-
-
-def test_the_flag_of_tied_embeddings_follows_the_weights(export, own_head, capsys):
+def test_a_head_of_its_own_is_exported_and_the_flag_follows_it(export, own_head, gguf, capsys):
+    [file] = export(own_head, "--format", "gguf", "--precision", "f16").glob("*.gguf")
+    assert "output.weight" in {tensor.name for tensor in gguf.GGUFReader(file).tensors}
     output = export(own_head)
     assert read_json(output / "config.json")["tie_word_embeddings"] is False
     assert "lm_head.weight" in load_file(output / "model.safetensors")
-    assert "of 12 greedy answers the same" in capsys.readouterr().out
-
-
-def test_an_own_head_under_the_wrong_flag_is_found(export, own_head, monkeypatch, capsys):
-    damage, save = (
-        (lambda folder: change(folder / "config.json", tie_word_embeddings=True)),
-        FolderExport.save,
-    )
-    monkeypatch.setattr(FolderExport, "save", lambda *given: (save(*given), damage(given[2])))
-    export(own_head, code=1)
-    assert "tie_word_embeddings is read as True, wanted False" in capsys.readouterr().err
-
-
-def test_an_own_head_is_in_the_gguf_file(export, own_head, gguf):
-    [file] = export(own_head, "--format", "gguf", "--precision", "f16").glob("*.gguf")
-    assert "output.weight" in {tensor.name for tensor in gguf.GGUFReader(file).tensors}
+    assert capsys.readouterr().out.count("of 12 greedy answers the same") == 2
 
 
 @pytest.mark.parametrize("above", ["lora", "lora/merged"])
@@ -305,38 +289,29 @@ def test_an_adapter_is_tried_on_the_base_that_it_names(export, place, capsys):
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}
+LINEAR = {"type": "linear", "factor": 2.0}
+OTHER_SPLIT = {"type": "Split", "pattern": {"Regex": r"\p{L}"}, "behavior": "Isolated", "invert": False}
 
 
 @pytest.mark.parametrize(
     "form, fields, message",
     [
-        (
-            "folder",
-            {"quantization_config": {"quant_method": "fp8"}},
-            "quantised weights (quantization_config",
-        ),
-        (
-            "folder",
-            {"use_sliding_window": True, "sliding_window": 64},
-            "a sliding window (use_sliding_window",
-        ),
-        ("gguf", {"attention_bias": True}, "biases in its attention"),
-        ("gguf", {"hidden_act": "gelu"}, "another activation than silu"),
-        ("gguf", {"rope_parameters": YARN}, "RoPE scaling (yarn)"),
-        (
-            "gguf",
-            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": "gone"},
-            "RoPE scaling (linear)",
-        ),
+        ("folder", {"quantization_config": {"bits": 8}}, "has quantised weights (quantization_config"),
+        ("folder", {"use_sliding_window": True}, "has a sliding window (use_sliding_window"),
+        ("gguf", {"attention_bias": True}, "has biases in its attention"),
+        ("gguf", {"hidden_act": "gelu"}, "has another activation than silu"),
+        ("gguf", {"rope_parameters": YARN}, "has RoPE scaling (yarn)"),
+        ("gguf", {"rope_scaling": LINEAR, "rope_parameters": "gone"}, "has RoPE scaling (linear)"),
+        ("gguf", {"pre_tokenizer": OTHER_SPLIT}, "llama.cpp cannot split words as this tokenizer does"),
     ],
 )
 def test_what_an_export_does_not_write_is_refused_by_name(
     export, place, tmp_path, gguf, capsys, form, fields, message
 ):
     other = shutil.copytree(place / "base", tmp_path / "other")
-    change(other / "config.json", **fields)
+    change(other / ("tokenizer.json" if "pre_tokenizer" in fields else "config.json"), **fields)
     export(other, "--format", form, code=2)
-    assert f"has {message}" in one_line(capsys)
+    assert message in one_line(capsys)
 
 
 def test_rope_scaling_is_in_both_forms_of_a_folder(export, place, tmp_path, capsys):
@@ -356,22 +331,26 @@ def test_the_system_text_of_training_is_handed_on(export, place, tmp_path, gguf)
     assert "> 你是中医。\n> 请简短回答。\n" in (output / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_record_with_odd_values_is_no_traceback(export, place, tmp_path):
-    other, settings = shutil.copytree(place / "base", tmp_path / "other"), {"MODEL": "x", "TRAIN_FILE": 3}
-    record = {"status": "finished", "identity": {}, "settings": settings, "results": {"steps": "many"}}
-    write_json(other / "run.json", record)
-    assert "- SFT from x:" in (export(other) / "README.md").read_text(encoding="utf-8")
+ODD = {
+    "status": "finished",
+    "identity": {},
+    "settings": {"MODEL": "x", "TRAIN_FILE": 3},
+    "results": {"steps": "?"},
+}
 
 
 @pytest.mark.parametrize(
-    "damaged", ["{", "[]", '{"status": "finished"}', '{"settings": {}, "results": {"steps": 1}}']
+    "text", ["", json.dumps(ODD), "{", "[]", '{"status": "finished"}', '{"settings": {}}']
 )
-def test_a_damaged_record_is_left_out_by_name(export, place, tmp_path, capsys, damaged):
+def test_a_record_that_is_missing_odd_or_damaged_is_told(export, place, tmp_path, capsys, text):
     other = shutil.copytree(place / "base", tmp_path / "other")
-    (other / "run.json").write_text(damaged, encoding="utf-8")
-    assert "training is not recorded" in (export(other) / "README.md").read_text(encoding="utf-8")
-    said = capsys.readouterr().out
-    assert f"left out: {other}" in said and "run.json" in said
+    if text:
+        (other / "run.json").write_text(text, encoding="utf-8")
+    card, said = (export(other) / "README.md").read_text(encoding="utf-8"), capsys.readouterr().out
+    odd = "x" in text
+    assert ("- SFT from x:" if odd else "whose training is not recorded") in card
+    assert "Trained with thinking on" in card
+    assert (f"left out: {other}" in said and "run.json" in said) == (bool(text) and not odd)
 
 
 @pytest.mark.parametrize(
