@@ -16,7 +16,7 @@ from utils.data.pairs import Terms
 from utils.device import Device
 from utils.model.chat_format import generation_settings
 from utils.model.lm_head import cross_entropy_sum
-from utils.model.packing import PackedRows, collate, padding_for
+from utils.model.packing import PackedRows, collate
 from utils.model.qwen3_train import forward, prepare_packed
 from utils.settings import Settings
 
@@ -155,12 +155,12 @@ def train(
     optimizer = make_optimizer(model, settings)
     steps, step, began = sum(map(len, passes)), 0, time.perf_counter()
     rng = random.Random(settings.SEED)
-    padding = padding_for(device, settings.TOKENS_PER_STEP)
     for epoch, rows in enumerate(passes, 1):
         for number in rng.sample(range(len(rows)), len(rows)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, settings)
-            hidden, batch = forward(model, collate([rows[number]], padding), device)
+            batch = collate([rows[number]], device, settings.TOKENS_PER_STEP)
+            hidden, batch = forward(model, batch, device)
             targets = batch["targets"]
             with device.autocast():
                 loss = cross_entropy_sum(hidden, model.lm_head.weight, targets) / len(targets)

@@ -22,10 +22,11 @@ from utils.model.attention import (
     row_masks,
     varlen_sequences,
 )
-from utils.model.packing import Padding, collate, padding_for
+from utils.model.packing import collate
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
 CPU = torch.device("cpu")
+EQUAL = Device("mps", False, "", equal_rows=True)
 
 
 def states_for(tokens, dtype=torch.float64):
@@ -44,7 +45,7 @@ def items(shared):
 @pytest.mark.parametrize("shared", [False, True])
 def test_one_mask_over_equal_rows_gives_what_each_document_gives(shared):
     found = items(shared)
-    batch = collate([found[:5], found[5:9], found[9:]], Padding(row_length=600))
+    batch = collate([found[:5], found[5:9], found[9:]], EQUAL, 600)
     layout, states = batch["layout"], states_for(1800)
     assert batch["input_ids"].shape == (1, 1800) and sum(map(sum, layout)) == 1800
     masks = row_masks(layout, 600, CPU)
@@ -132,9 +133,6 @@ def test_the_form_follows_device_and_format():
         planned = plan_attention(layout, 0, torch.empty(0), dtype)
         assert planned.func is by_document and planned.keywords["attend"] is attend
     assert plan_attention(layout, 12, torch.empty(0), torch.float32).func is by_mask
-    assert not padding_for(Device("cpu", True, ""), 12).row_length
-    for equal in (True, False):
-        assert padding_for(Device("cuda", True, "", equal_rows=equal), 12).row_length == 12 * equal
 
 
 def test_padding_changes_no_loss_and_no_gradient(tmp_path, monkeypatch):
@@ -148,10 +146,10 @@ def test_padding_changes_no_loss_and_no_gradient(tmp_path, monkeypatch):
 
     folder, found = make_tiny_model(tmp_path / "tiny"), items(True)
     results = []
-    for padding, fixed in ((Padding(), ()), (Padding(row_length=500), ("cpu",)), (Padding(multiple=64), ())):
+    for device, fixed in ((None, ()), (EQUAL, ("cpu",)), (Device("cuda", True, ""), ())):
         monkeypatch.setattr(mixed, "FIXED_SIZES", fixed)
         model = prepare_packed(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64))
-        batch = collate([found[:7], found[7:]], padding)
+        batch = collate([found[:7], found[7:]], device, 500)
         hidden, targets = model(**model_inputs(batch)), batch["targets"]
         assert len(hidden) == (math.ceil(len(targets) / CHUNK) * CHUNK if fixed else len(targets))
         assert len(token_logps(hidden, model.lm_head.weight, targets)) == len(targets)

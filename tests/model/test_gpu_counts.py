@@ -13,10 +13,11 @@ from cuda_on_cpu import cuda_counts
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from utils.device import Device
 from utils.model.generate import Decoding, choose
 from utils.model.lm_head import HeadGradient, backward_through_head, cross_entropy_sum
 from utils.model.lora import add_lora
-from utils.model.packing import Padding, collate, model_inputs
+from utils.model.packing import collate, model_inputs
 from utils.model.qwen3_answer import CachedModel
 from utils.model.qwen3_train import prepare_packed
 
@@ -44,7 +45,7 @@ def some_batch(answers=1):
         trained = int(0.4 * length)
         items.append({"documents": [([0] * (length - trained), [0] * trained)] * answers})
         tokens += length + (answers - 1) * trained
-    return collate([items], Padding(row_length=0, multiple=TOKENS))
+    return collate([items], Device("cuda", True, ""))
 
 
 def add_adapter(model):

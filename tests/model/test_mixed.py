@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from utils.device import Device
 from utils.model.lm_head import HeadGradient, cross_entropy_sum
 from utils.model.mixed import FoldedStep
-from utils.model.packing import collate, padding_for
+from utils.model.packing import collate
 from utils.model.qwen3_train import forward, prepare_packed
 
 FLOAT = Device("cpu", False, "test")
@@ -27,7 +27,7 @@ class Training:
 
     def __init__(self, folder, device, first=2.0**16, weight=1e-4):
         self.model = prepare_packed(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)).train()
-        self.batch = collate([some_items(30, seed=1)], padding_for(device, 4096))
+        self.batch = collate([some_items(30, seed=1)], device, 4096)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
         self.device, self.weight, self.kept = device, weight, HeadGradient()
         self.folded = FoldedStep(self.optimizer, device)

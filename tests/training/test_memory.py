@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from utils.device import Device
 from utils.model.folder import load_for_lora
 from utils.model.lora import add_lora
-from utils.model.packing import collate, item_length, model_inputs, padding_for
+from utils.model.packing import collate, item_length, model_inputs
 from utils.model.qwen3_train import prepare_packed
 from utils.training import memory
 from utils.training.losses import dpo_batch_loss, sft_loss
@@ -177,7 +177,7 @@ def test_the_forecast_is_up_to_a_tenth_above_the_counted_peak(method, tokens, pa
         model = add_lora(prepare_packed(model.requires_grad_(False)), settings)
     else:
         model = prepare_packed(model)
-    batch = collate([documents(tokens, method == "dpo")], padding_for(device, tokens))
+    batch = collate([documents(tokens, method == "dpo")], device, tokens)
     costs, size = memory.measure_costs(model, device, 160), batch["input_ids"].shape[1]
     forecast = memory.memory_parts(costs, size, recompute, Device("cuda", True, "test"), passes=passes)
     if recompute:

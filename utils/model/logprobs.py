@@ -10,7 +10,7 @@ import torch
 
 from utils.device import Device
 from utils.model.lm_head import token_logps
-from utils.model.packing import Item, PackedRows, collate, item_length, padding_for
+from utils.model.packing import Item, PackedRows, collate, item_length
 from utils.model.qwen3_train import forward
 
 TOKENS_AT_ONCE = 1024  # packed tokens in one forward pass; more only costs memory, and on CPUs page faults
@@ -52,9 +52,9 @@ def next_token_logps(
 def _hidden_states(model, rows, device, watch):
     """Yield (item numbers of a packed row, hidden states (N, H), the row's batch on the device)."""
     model.eval().to(device.name)
-    padding = padding_for(device, rows.max_length)
     for row in watch(rows.rows):
-        yield row, *forward(model, collate([[rows.items[index] for index in row]], padding), device)
+        batch = collate([[rows.items[index] for index in row]], device, rows.max_length)
+        yield row, *forward(model, batch, device)
 
 
 @torch.no_grad()

@@ -178,25 +178,11 @@ def _shape(shared: list[int], branches: list[Document]) -> GroupShape:
     return (len(shared), *(len(rest) + len(answer) - 1 for rest, answer in branches))
 
 
-class Padding(NamedTuple):
-    """How `collate` pads, in tokens. `row_length`: every row to this length, 0: rows are joined; `multiple`: of what they make."""
+def collate(rows: list[list[Item]], device: Device | None = None, max_length: int = 0) -> PackedBatch:
+    """Join the rows of one forward pass into one sequence, rounded up to ROUNDED tokens for a `device`.
 
-    row_length: int = 0
-    multiple: int = 1
-
-
-def padding_for(device: Device, max_length: int) -> Padding:
-    """The padding of rows of at most `max_length` tokens on a device.
-
-    Joined rows are rounded up: tensors of few different sizes find their memory again, for a hundredth more tokens.
-    """
-    return Padding(row_length=max_length) if device.equal_rows else Padding(multiple=ROUNDED)
-
-
-def collate(rows: list[list[Item]], padding: Padding = Padding()) -> PackedBatch:  # noqa: B008 - it never changes
-    """Join the rows of one forward pass into one sequence.
-
-    An item of the prompt 1 2 3 with the answers 4 5 6 and 7 8 becomes this, with padding to a multiple of 8:
+    Tensors of few different sizes find their memory again. A device with `equal_rows` gets every row padded to `max_length`.
+    An item of the prompt 1 2 3 with the answers 4 5 6 and 7 8 becomes this, if it were rounded up to 8 tokens:
 
                         shared | branch 1 | branch 2 | padding      layout = [(2, 3, 2), (1,)]
         input_ids        1  2  | 3  4  5  | 3  7     | 0
@@ -204,9 +190,11 @@ def collate(rows: list[list[Item]], padding: Padding = Padding()) -> PackedBatch
         targets                | 4  5  6  | 7  8     |              at label_positions 2 3 4 5 6
         label_documents        | 0  0  0  | 1  1     |
 
-    Groups stand in order of their shape, so that attention can take those of one shape together; with `padding.row_length` they
-    stay inside their row. Padding is a group of its own, which sees only itself and has no label.
+    Groups stand in order of their shape, so that attention can take those of one shape together; those of equal rows stay inside
+    their row. Padding is a group of its own, which sees only itself and has no label.
     """
+    row_length = max_length if device and device.equal_rows else 0
+    multiple = row_length or (ROUNDED if device else 1)
     groups_of_rows, number = [], 0
     for row in rows:
         groups = []  # (shape, number of the first document, shared ids, branches)
@@ -215,7 +203,7 @@ def collate(rows: list[list[Item]], padding: Padding = Padding()) -> PackedBatch
                 groups.append((_shape(shared, branches), number, shared, branches))
                 number += len(branches)
         groups_of_rows.append(groups)
-    if not padding.row_length:
+    if not row_length:
         groups_of_rows = [[group for groups in groups_of_rows for group in groups]]
 
     ids: list[int] = []
@@ -231,7 +219,7 @@ def collate(rows: list[list[Item]], padding: Padding = Padding()) -> PackedBatch
                 labels.append((len(ids) + len(rest) - 1, answer, document))
                 positions += range(len(shared), len(shared) + len(rest) + len(answer) - 1)
                 ids += rest + answer[:-1]
-        if missing := -len(ids) % (padding.row_length or padding.multiple):
+        if missing := -len(ids) % multiple:
             layout.append((missing,))
             ids += [0] * missing
             positions += range(missing)
@@ -242,7 +230,7 @@ def collate(rows: list[list[Item]], padding: Padding = Padding()) -> PackedBatch
         position_ids=torch.tensor([positions]),
         label_positions=torch.tensor([start + i for start, answer, _ in labels for i in range(len(answer))]),
         layout=layout,
-        row_length=padding.row_length,
+        row_length=row_length,
         targets=torch.tensor([token for _, answer, _ in labels for token in answer]),
         label_documents=torch.tensor([document for _, answer, document in labels for _ in answer]),
         ids=[item.get("id") for item in items],

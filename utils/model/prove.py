@@ -15,7 +15,7 @@ from utils.device import Device
 from utils.errors import RunError
 from utils.model import mixed
 from utils.model.lm_head import cross_entropy_sum
-from utils.model.packing import collate, padding_for
+from utils.model.packing import collate
 from utils.model.qwen3_answer import CachedModel, hold_weights
 from utils.model.qwen3_train import forward, prepare_packed
 from utils.text import shorten
@@ -116,7 +116,7 @@ def training(device: Device, lora=None) -> Results:
     model = model.to(device.name).train()
     items = [{"documents": [(ids[0][:20], ids[0][20:25])]}, {"documents": [(ids[1][:90], ids[1][90:260])]}]
     items.append({"documents": [(ids[2][:40], ids[2][40:70]), (ids[2][:40], ids[3][:50])]})
-    hidden, batch = forward(model, collate([items], padding_for(device, 512)), device)
+    hidden, batch = forward(model, collate([items], device, 512), device)
     with device.autocast():
         weights = torch.full((len(batch["targets"]),), 8.0, device=device.name)
         loss = cross_entropy_sum(hidden, model.get_output_embeddings().weight, batch["targets"], weights)

@@ -20,7 +20,7 @@ from utils.errors import NO_MEMORY, RunError
 from utils.files import show_path
 from utils.model.lm_head import HeadGradient
 from utils.model.mixed import FoldedStep
-from utils.model.packing import PackedBatch, PackedRows, collate, padding_for
+from utils.model.packing import PackedBatch, PackedRows, collate
 from utils.model.qwen3_train import forward
 from utils.text import listed, progress
 from utils.training.log import best_of, verdict
@@ -188,12 +188,11 @@ class Learner:
         names = ["loss", *(PREFERENCE if rows.numbers else ())]
         exact = torch.float32 if device.type == "mps" else torch.float64
         sums, units, whole = [0.0] * len(names), 0, torch.ones((), device=device)
-        padding = padding_for(self.device, rows.max_length)
         mine = range(self.accelerator.process_index, len(rows), run.processes)
         for index in progress("evaluation", "rows")(mine):
             if run.asked_to_stop:
                 break
-            batch = collate([rows[index]], padding)
+            batch = collate([rows[index]], self.device, rows.max_length)
             result = self.batch_loss(batch, whole)
             units += count_units(batch)
             values = {"loss": result.loss, **result.metrics}
@@ -235,9 +234,8 @@ def step_batches(run: Run, plan: Plan, step: int) -> list[PackedBatch]:
     per_step = way.rows_at_once * way.passes * run.processes
     order = order[index * per_step : (index + 1) * per_step]
     batches = [order[start : start + way.rows_at_once] for start in range(0, len(order), way.rows_at_once)]
-    padding = padding_for(run.device, rows.max_length)
     found = [
-        collate([rows[row] for row in batch], padding)
+        collate([rows[row] for row in batch], run.device, rows.max_length)
         for batch in batches[run.accelerator.process_index :: run.processes]
     ]
     if run.device.name == "cuda":

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from utils.device import Device, memory_for_process
 from utils.model.lm_head import CHUNK
-from utils.model.packing import ROUNDED, collate, model_inputs, padding_for
+from utils.model.packing import ROUNDED, collate, model_inputs
 
 PROBES = (
     2,
@@ -110,7 +110,7 @@ def _bytes_kept(model, lengths: list[int], device: Device) -> int:
         # The graph gets nothing: a tensor that a node saves of its own output would keep the whole graph alive for ever.
 
     row = [{"documents": [([0], [0] * length)]} for length in lengths]
-    inputs = model_inputs(collate([row], padding_for(device, sum(lengths))))
+    inputs = model_inputs(collate([row], device, sum(lengths)))
     with (
         mode,
         torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing),

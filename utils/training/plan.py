@@ -19,7 +19,7 @@ from utils.errors import UserError
 from utils.files import show_path
 from utils.model.folder import read_record
 from utils.model.lm_head import cross_entropy_sum
-from utils.model.packing import ROUNDED, PackedRows, collate, padding_for
+from utils.model.packing import ROUNDED, PackedRows, collate
 from utils.model.qwen3_train import forward
 from utils.text import duration, format_bytes
 from utils.training.log import DISK, ENDING, done_at
@@ -262,7 +262,7 @@ def forward_rate(run: Run, model, train_rows: PackedRows, way: StepPlan) -> floa
     if run.device.name != "cpu":
         batches = [[train_rows[row] for row in range(min(way.rows_at_once, len(train_rows)))]] * 2
     for rows in batches:
-        batch = collate(rows, padding_for(run.device, train_rows.max_length))
+        batch = collate(rows, run.device, train_rows.max_length)
         began = time.monotonic()
         with run.device.autocast():
             hidden, batch = forward(model, batch, run.device)
