@@ -1,16 +1,13 @@
 """Make a Python on Linux lack what Windows lacks and refuse what Windows refuses, as far as this project could notice.
 
-A test copies this file to a folder on PYTHONPATH under the name sitecustomize.py: every process started from there, the worker
-processes too, runs it before anything else. Libraries may go on using what is here; our own files may not.
+A test copies this file to a folder on PYTHONPATH under the name sitecustomize.py: every process started from there runs it before
+anything else. Libraries may go on using what is here; our own files may not.
 """
 
 import builtins
 import errno
 import fcntl
-import multiprocessing
 import os
-import signal
-import types
 
 ROOT = os.environ["LIKE_WINDOWS_ROOT"]  # the project
 FOLDER = os.environ["LIKE_WINDOWS_FOLDER"]  # in which open files cannot be moved, replaced or removed
@@ -19,17 +16,9 @@ ABSENT = {"fcntl", "grp", "pty", "pwd", "readline", "syslog", "termios", "tty"}
 
 def refuse_import(name, namespace=None, *rest, **options):
     importer = (namespace or {}).get("__file__") or ""
-    if importer.startswith(f"{ROOT}/") and "/.venv/" not in importer:
-        if name in ABSENT:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        if name == "msvcrt":
-            return types.SimpleNamespace(LK_NBLCK=2, locking=lock_bytes)
+    if importer.startswith(f"{ROOT}/") and "/.venv/" not in importer and name in ABSENT:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     return real_import(name, namespace, *rest, **options)
-
-
-def lock_bytes(number, mode, count):
-    """msvcrt.locking: some bytes from the present position on, for this process."""
-    fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB, count, 0, os.SEEK_CUR)
 
 
 def flush(number):
@@ -66,15 +55,7 @@ def unless_open(function):
     return call
 
 
-def only_spawn(method=None):
-    """multiprocessing.get_context: Windows can only start processes anew."""
-    if method in ("fork", "forkserver"):
-        raise ValueError(f"cannot find context for {method!r}")
-    return real_context(method)
-
-
 real_import, builtins.__import__ = builtins.__import__, refuse_import
 real_fsync, os.fsync = os.fsync, flush
 os.replace, os.rename, os.unlink, os.remove = map(unless_open, (os.replace, os.rename, os.unlink, os.remove))
-real_context, multiprocessing.get_context = multiprocessing.get_context, only_spawn
-del os.fork, signal.pthread_sigmask
+del os.fork

@@ -30,6 +30,7 @@ from utils.errors import (
         (BrokenPipeError(), (READER_LEFT, 1)),
         (MemoryError(), (MORE_MEMORY, 1)),
         (RuntimeError("CUDA out of memory. Tried to allocate"), (MORE_MEMORY, 1)),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 8.92 GB"), (MORE_MEMORY, 1)),
         (OSError(errno.ENOMEM, "x"), (MORE_MEMORY, 1)),
         (OSError(errno.ENOSPC, "x", "a.txt"), (FULL.format(where=" (a.txt)"), 1)),
         # safetensors' words on a full tmpfs
