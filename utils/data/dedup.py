@@ -15,7 +15,7 @@ import functools
 import itertools
 import random
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 
 import numpy
@@ -73,8 +73,9 @@ def decide(
     for row in rows:  # a dialogue that many others open alike ("我想请您看看") counts by its next question
         if len(row.questions) > 1 and opened[row.questions[0]] > max(least, share * len(rows)):
             row.questions = row.questions[1:] + row.questions[:1]
-    same, family, together = group_questions(rows, sorted(long_questions), text_of, threshold)
-    assign_splits(rows, together, **shares)
+    keys = sorted(long_questions)
+    same, family = group_questions(rows, keys, text_of, threshold)
+    assign_splits(rows, join_passages(keys, family, text_of), **shares)
     _set_leaks_aside(rows, family, EVAL, "evaluation leak")
     for row, exam_row in exam_leaks:
         if row.split == TRAIN or row.split == EVAL and not row.told:
@@ -179,21 +180,22 @@ def mixed(key: int, seed: int) -> int:
 
 def group_questions(
     rows: list[Row], keys: list[int], text_of: Callable[[int], str], threshold: float
-) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
-    """(same, family, together): groups of questions, {key: key that names its group} for those that are not alone in theirs.
+) -> tuple[dict[int, int], dict[int, int]]:
+    """(same, family): groups of the long questions `keys`, {key: key that names its group} for those that are not alone in theirs.
 
-    `same`: one question; `family`: they differ in a word at most; `together`: they go to one split. `keys`: the long questions.
+    `same`: one question; `family`: they differ in a word at most.
     """
     pieces = functools.lru_cache(maxsize=TEXTS)(lambda key: shingles(text_of(key)))
     pairs = candidate_pairs(signatures(map(text_of, keys)), threshold)
     close = {keys[number] for number in numpy.unique(pairs).tolist()}
-    answers = defaultdict(set)  # {question: keys of its long answers}
+    answers: dict[int, list[int]] = {}  # {question: keys of its long answers}
     for row in rows if close else ():
         for question in close.intersection(row.questions) if row.long_rest else ():
-            answers[question].add(row.rest)
+            answers.setdefault(question, []).append(row.rest)
 
     def may_be_one(one, other):
-        return answers[one] & answers[other] or sorted(text_of(one)) == sorted(text_of(other))
+        same_answer = not set(answers.get(one, ())).isdisjoint(answers.get(other, ()))
+        return same_answer or sorted(text_of(one)) == sorted(text_of(other))
 
     same, family = Joined(), Joined()
     for one, other in _each(pairs, keys, "comparing long questions"):
@@ -208,11 +210,11 @@ def group_questions(
     for key, group in family_of.items():
         if members[group] > FAMILY:
             family_of[key] = same_of.get(key, key)
-    return same_of, family_of, _join_passages(keys, family_of, text_of)
+    return same_of, family_of
 
 
-def _join_passages(keys, family, text_of):
-    """{question: group}: the families, those joined that share a passage. Pieces of instructions do not count."""
+def join_passages(keys: list[int], family: dict[int, int], text_of: Callable[[int], str]) -> dict[int, int]:
+    """{question: group} of questions that go to one split: families, those joined that share a passage. Instructions do not count."""
     counted = keys[:: len(keys) // COUNTED + 1]
     counts = Counter(piece for key in counted for piece in shingles(text_of(key)))
     scale = len(keys) / max(len(counted), 1)
@@ -281,7 +283,8 @@ def shingles(text: str) -> set[str]:
 
 def overlap(own: set[str], others: set[str]) -> float:
     """The Jaccard similarity of two sets of shingles, 0 to 1."""
-    return len(own & others) / len(own | others)
+    shared = len(own & others)
+    return shared / (len(own) + len(others) - shared)
 
 
 def differ_in_fact(one: str, other: str) -> bool:
