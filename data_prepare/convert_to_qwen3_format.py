@@ -67,10 +67,8 @@ def main(argv=None):
 
     # 3. Decide for every row: its split, and whether it is a duplicate or a leak
     leaks = exam_leaks.find_exam_leaks(found)
-    names = ("EVAL_SHARE", "MAX_EVAL_ROWS", "SEED")
-    shares = {name.lower(): getattr(settings, name) for name in names}
-    long_questions = found.long_questions, found.long_question
-    dedup.decide(found.rows, *long_questions, leaks, settings.NEAR_DUPLICATE, **shares)
+    shares = {name.lower(): getattr(settings, name) for name in ("EVAL_SHARE", "MAX_EVAL_ROWS", "SEED")}
+    dedup.decide(found, leaks, settings.NEAR_DUPLICATE, **shares)
     convert.pair_bad_answers(found)
 
     # 4. Write every row to its file
@@ -86,12 +84,8 @@ def main(argv=None):
     draw_lengths(settings.OUTPUT_DIR / "lengths.png", lengths, tokens, settings.MAX_LENGTH)
     report.show(summary, found)
     print(f"\nwritten to {show_path(settings.OUTPUT_DIR)}; what was set aside, and why: set_aside.jsonl")
-    notes = (
-        *report.notes(sources, found, settings.COLUMNS),
-        *replaced,
-        *old_files(settings.OUTPUT_DIR, outputs),
-    )
-    for note in notes:
+    notes = report.notes(sources, found, settings.COLUMNS)
+    for note in (*notes, *replaced, *old_files(settings.OUTPUT_DIR, outputs)):
         print(f"note: {note}")
     say_next(next_command(settings.OUTPUT_DIR, outputs))
     return 0

@@ -20,7 +20,7 @@ from collections.abc import Callable, Hashable, Iterable
 
 import numpy
 
-from utils.data.convert import EVAL, EXAM, LONG, TRAIN, Row
+from utils.data.convert import EVAL, EXAM, LONG, TRAIN, Recognised, Row
 from utils.data.schemas import OUTPUT_FILES
 from utils.text import progress
 
@@ -31,9 +31,7 @@ TEXTS = 1000  # whose signatures are made together, or whose pieces are kept
 
 FAMILY = 5  # questions: more than this that differ in a word are a template, and may go to two splits
 PASSAGE = 0.6  # of the shingles of the shorter question: two that share so many are about one passage
-PASSAGE_TRIES = (
-    4  # failed comparisons after which a question is compared no more: a template costs linear time
-)
+PASSAGE_TRIES = 4  # failed comparisons, after which a question is compared no more
 # Pieces in more than both a number and a share of the long questions are of an instruction and no passage.
 INSTRUCTION = ((4, 0.25), (100, 0.1))
 COUNTED = 2000  # long questions, whose pieces are counted for that
@@ -56,24 +54,18 @@ _ODD = numpy.array([_random.getrandbits(32) | 1 for _ in range(HASHES)], dtype=n
 
 
 def decide(
-    rows: list[Row],
-    long_questions: Iterable[int],
-    text_of: Callable[[int], str],
-    exam_leaks: Iterable[tuple[Row, Row]],
-    threshold: float,
-    **shares: float,
+    found: Recognised, exam_leaks: Iterable[tuple[Row, Row]], threshold: float, **shares: float
 ) -> None:
     """Give every row its split, and set duplicates and leaks aside.
 
-    `long_questions`: keys of those that are compared by the text that `text_of` gives. `exam_leaks`: (row, exam row) for every row
-    that asks an exam question. `shares`: as in assign_splits. The result depends on the rows and the seed, not on the order of
-    the rows, except that of two equal rows the first is kept.
+    `exam_leaks`: (row, exam row) for every row that asks an exam question. `shares`: as in assign_splits. The result depends on
+    the rows and the seed, not on the order of the rows, except that of two equal rows the first is kept.
     """
+    rows, keys, text_of = found.rows, sorted(found.long_questions), found.long_question
     opened, (least, share) = Counter(row.questions[0] for row in rows if len(row.questions) > 1), OPENER
     for row in rows:  # a dialogue that many others open alike ("我想请您看看") counts by its next question
         if len(row.questions) > 1 and opened[row.questions[0]] > max(least, share * len(rows)):
             row.questions = row.questions[1:] + row.questions[:1]
-    keys = sorted(long_questions)
     same, family = group_questions(rows, keys, text_of, threshold)
     assign_splits(rows, join_passages(keys, family, text_of), **shares)
     _set_leaks_aside(rows, family, EVAL, "evaluation leak")
@@ -187,15 +179,17 @@ def group_questions(
     """
     pieces = functools.lru_cache(maxsize=TEXTS)(lambda key: shingles(text_of(key)))
     pairs = candidate_pairs(signatures(map(text_of, keys)), threshold)
-    close = {keys[number] for number in numpy.unique(pairs).tolist()}
+    close = (keys[number] for number in numpy.unique(pairs).tolist())
+    letters = {key: hash("".join(sorted(text_of(key)))) for key in close}
     answers: dict[int, list[int]] = {}  # {question: keys of its long answers}
-    for row in rows if close else ():
-        for question in close.intersection(row.questions) if row.long_rest else ():
-            answers.setdefault(question, []).append(row.rest)
+    for row in rows:
+        for question in row.questions if row.long_rest else ():
+            if question in letters:
+                answers.setdefault(question, []).append(row.rest)
 
     def may_be_one(one, other):
         same_answer = not set(answers.get(one, ())).isdisjoint(answers.get(other, ()))
-        return same_answer or sorted(text_of(one)) == sorted(text_of(other))
+        return same_answer or letters[one] == letters[other]
 
     same, family = Joined(), Joined()
     for one, other in _each(pairs, keys, "comparing long questions"):
