@@ -5,6 +5,8 @@ with cuda_counts() as counts: ...   # computes nothing under FakeTensorMode, for
 """
 
 import contextlib
+import functools
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -13,8 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from utils.device import Device
 from utils.model import attention, mixed
+from utils.model.lora import add_lora
+from utils.model.packing import Item, PackedBatch, collate, item_length
+from utils.model.qwen3_train import prepare_packed
+from utils.training.losses import dpo_batch_loss, sft_loss
 
 
 def varlen_as_documented(query, key, value, query_ends, key_ends, longest_query, longest_key, **options):
@@ -126,11 +134,64 @@ def _(states, shape, weight, epsilon):
 
 
 @contextlib.contextmanager
-def cuda_counts():
-    """Yield Counts of operations on tensors without content, in the forms for CUDA. Enter its result to count."""
+def cuda_shapes():
+    """The operations are those for CUDA, of which only shapes and formats are right: for tensors without content."""
     with (
         mock.patch.object(mixed, "DEVICES", ("cpu",)),
-        FakeTensorMode(allow_non_fake_inputs=True),
         mock.patch.object(torch.ops.aten, "_fused_rms_norm", _counted_rms_norm),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def cuda_counts():
+    """Yield Counts of operations on tensors without content, in the forms for CUDA. Enter its result to count."""
+    with cuda_shapes(), FakeTensorMode(allow_non_fake_inputs=True):
         yield Counts()
+
+
+def qwen3(layers: int, lora: bool = False) -> Qwen3ForCausalLM:
+    """Qwen3-0.6B with so many layers, its memory never touched; prepared for training, or frozen in bfloat16 under an adapter."""
+    config = Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        model = prepare_packed(Qwen3ForCausalLM(config))
+    if lora:
+        for name, weight in model.requires_grad_(False).named_parameters():
+            weight.data = weight.data.to(torch.float32 if "norm" in name else torch.bfloat16)
+    model.to_empty(device="cpu").tie_weights()
+    settings = SimpleNamespace(RANK=16, ALPHA=32, as_dict=lambda: {"MODEL": "base"})
+    return add_lora(model, settings) if lora else model
+
+
+def without_content(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Let the weights of `model` be tensors without content, under FakeTensorMode; those that are trained."""
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            module._parameters[name] = torch.nn.Parameter(torch.empty_like(weight), weight.requires_grad)
+    model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    return [weight for weight in model.parameters() if weight.requires_grad]
+
+
+LOSSES = {"sft": sft_loss, "lora": sft_loss}
+LOSSES["dpo"] = functools.partial(dpo_batch_loss, beta=0.1, sft_weight=0.2)
+
+
+def batch_for(method: str, tokens: int) -> PackedBatch:
+    """At most so many tokens, half of them trained, in documents of 158 to 164; for DPO, two answers to one prompt."""
+    items: list[Item] = []
+    while sum(map(item_length, items)) <= tokens - (244 if method == "dpo" else 163):
+        prompt, answer = [0] * 80, [0] * (84 - len(items) % 7)
+        items.append({"documents": [(prompt, answer)]})
+        if method == "dpo":
+            items[-1] |= {"documents": [(prompt, answer), (prompt, answer[3:])]}
+            items[-1] |= {"reference_chosen": 0.0, "reference_rejected": 0.0}
+    return collate([items], Device("cuda", True, "test"))

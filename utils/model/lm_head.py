@@ -180,8 +180,10 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         for part in _chunks(len(targets)):
             states = hidden[part].to(head.dtype)
             if on_cuda(hidden) and head.dtype in REDUCED:
-                logps = torch.log_softmax(torch.mm(states, head.T, out_dtype=torch.float32), dim=1)
-                parts.append(logps.gather(1, targets[part, None])[:, 0])
+                scores = torch.mm(states, head.T, out_dtype=torch.float32)
+                scores = torch.log_softmax(scores, dim=1)
+                parts.append(scores.gather(1, targets[part, None])[:, 0])
+                del scores  # before the next ones are made
                 continue
             logits = (states @ head.T).to(_exact_dtype(hidden))
             parts.append(logits.gather(1, targets[part, None])[:, 0] - torch.logsumexp(logits, dim=1))

@@ -16,12 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from utils.device import Device, memory_for_process
 from utils.model.lm_head import CHUNK
-from utils.model.packing import ROUNDED, collate, model_inputs
+from utils.model.packing import ROUNDED, Item, collate, item_length, model_inputs
 
 PROBES = (
     2,
     6,
-)  # documents of the two passes, as long as those of the data: attention takes the form that it has for them
+)  # items of the two passes, as long as those of the data, for which attention takes another form than for short ones
 FLOAT, HALF = 4, 2  # bytes
 LIBRARIES = 510 << 20  # bytes of Python, torch, transformers and their threads in a training process
 # Bytes of the kernels that oneDNN makes in bfloat16 for documents of one length, and of all that it keeps
@@ -50,51 +50,56 @@ def ways(rows: int) -> list[StepPlan]:
 
 
 class Costs(NamedTuple):
-    """What a model costs in training, in bytes; weights and trainable in numbers of parameters where said."""
+    """What a model costs in training, in bytes."""
 
     weights: int
-    trainable: int  # parameters
+    gradients: int  # of all that is trained; each of the optimizer's two moments takes as much
     kept: int  # by autograd, whatever the tokens
     kept_per_token: float
+    head: torch.nn.Parameter  # of the LM head: (vocabulary, hidden)
     layers: int
     heads: int  # of attention
-    hidden: int  # width of the residual stream
-    head: torch.Size  # (vocabulary, hidden)
-    head_trained: bool
-    head_copied: bool  # to the number format of products
-    bf16: bool
 
 
-def measure_costs(model, device: Device, length: int) -> Costs:
+def measure_costs(model, device: Device, length: int, shared: int = 0) -> Costs:
     """Count the Costs of `model` as it will be trained: prepared for packed rows, adapters on, on its device.
 
-    length: tokens of a usual document. Each document of a pass has another length, so that none is computed together with another.
+    length: tokens of a usual item; shared: those of a prompt that it has two answers to, 0: it is one document.
     """
-    probes = [[length + number for number in range(count)] for count in PROBES]
-    for lengths in probes:
-        lengths[-1] += -sum(lengths) % ROUNDED  # to which the forward pass rounds
-    short, long = (_bytes_kept(model, lengths, device) for lengths in probes)
-    tokens = [sum(lengths) for lengths in probes]
-    per_token = (long - short) / (tokens[1] - tokens[0])
+    short, long = (_probe(count, length, shared) for count in PROBES)
+    tokens = [sum(map(item_length, row)) for row in (short, long)]
+    kept = [_bytes_kept(model, row, device) for row in (short, long)]
+    per_token = (kept[1] - kept[0]) / (tokens[1] - tokens[0])
     parameters = list(model.parameters())
-    head = model.get_output_embeddings().weight
     return Costs(
-        weights=sum(weight.numel() * weight.element_size() for weight in parameters),
-        trainable=sum(weight.numel() for weight in parameters if weight.requires_grad),
-        kept=max(0, round(short - per_token * tokens[0])),
+        weights=sum(weight.nbytes for weight in parameters),
+        gradients=FLOAT * sum(weight.numel() for weight in parameters if weight.requires_grad),
+        kept=max(0, round(kept[0] - per_token * tokens[0])),
         kept_per_token=per_token,
+        head=model.get_output_embeddings().weight,
         layers=model.config.num_hidden_layers,
         heads=model.config.num_attention_heads,
-        hidden=model.config.hidden_size,
-        head=head.shape,
-        head_trained=head.requires_grad,
-        head_copied=head.dtype is torch.float32 and device.format != "fp32",
-        bf16=device.format != "fp32",
     )
 
 
-def _bytes_kept(model, lengths: list[int], device: Device) -> int:
-    """Bytes that autograd keeps between forward and backward pass of documents that are trained on whole, weights not counted."""
+def _probe(count: int, length: int, shared: int) -> list[Item]:
+    """A packed row of `count` items, trained on as a whole but for their prompts. None is as long as another, with which it would be
+    computed together, and the row is as long as the forward pass rounds it to."""
+    row: list[Item] = []
+    for number in range(count):
+        tokens = length + number
+        if number == count - 1:
+            tokens += -(sum(map(item_length, row)) + tokens) % ROUNDED
+        prompt, answers = [0] * max(1, shared), [tokens]
+        if shared:
+            both = tokens + 1 - shared
+            answers = [both // 2, both - both // 2]
+        row.append({"documents": [(prompt, [0] * answer) for answer in answers]})
+    return row
+
+
+def _bytes_kept(model, row: list[Item], device: Device) -> int:
+    """Bytes that autograd keeps between forward and backward pass of a packed row, weights not counted."""
     mode, reduced = (
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.float16 if device.fp16 else torch.bfloat16,
@@ -109,17 +114,15 @@ def _bytes_kept(model, lengths: list[int], device: Device) -> int:
             seen[storage._cdata] = storage  # alive from now on, so that no address comes twice
         # The graph gets nothing: a tensor that a node saves of its own output would keep the whole graph alive for ever.
 
-    row = [{"documents": [([0], [0] * length)]} for length in lengths]
-    inputs = model_inputs(collate([row], device, sum(lengths)))
+    inputs = model_inputs(collate([row], device, sum(map(item_length, row))))
     with (
         mode,
         torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing),
         torch.autocast(model.device.type, reduced, enabled=device.format != "fp32"),
     ):
-        inputs = {
-            name: mode.from_tensor(value).to(model.device) if torch.is_tensor(value) else value
-            for name, value in inputs.items()
-        }
+        for name, value in inputs.items():
+            if torch.is_tensor(value):
+                inputs[name] = mode.from_tensor(value).to(model.device)
         hidden = model.train()(**inputs)
     kept = sum(storage.nbytes() for storage in seen.values())
     del hidden
@@ -141,30 +144,38 @@ def memory_parts(
     a step the layers' gradients come as their activations go, and find half of their memory. `lengths`: how many different ones
     the documents have.
     """
-    # The weights of attention, kept by every layer.
-    squares = costs.layers * costs.heads * tokens * row_length * FLOAT
-    if recompute:  # the input of every layer, one layer as a whole, and the copies of all weights, which stay until the loss
-        kept = (costs.layers * costs.hidden * FLOAT + costs.kept_per_token / costs.layers) * tokens
-        kept += costs.kept + squares / costs.layers
-    else:
-        kept = costs.kept_per_token * tokens + costs.kept + squares
-    gradients, head = costs.trainable * FLOAT, costs.head.numel()
+    cpu, cuda, reduced = device.name == "cpu", device.name == "cuda", device.format != "fp32"
+    vocabulary, hidden = costs.head.shape
+    gradients, first = costs.gradients, costs.head.numel() * FLOAT * costs.head.requires_grad
+    # The LM head: a chunk's scores in float32, on CUDA a second time, else in the format of the products too; gradients of states.
+    scores = min(CHUNK, tokens) * vocabulary * (FLOAT + (FLOAT if cuda else HALF) * reduced)
+    scores += tokens * hidden * FLOAT
+    if reduced and costs.head.dtype is torch.float32:
+        scores += costs.head.numel() * HALF
+    if not cuda or torch.distributed.is_initialized():
+        scores += (
+            first  # formed beside the sum; on one CPU it is not, and peaks were measured that came as near
+        )
+    kept = costs.kept_per_token * tokens
+    kept += (
+        costs.layers * costs.heads * tokens * row_length * FLOAT
+    )  # the weights of attention, kept by every layer
+    if recompute:  # the inputs of all layers and of the last norm, its result, and one layer as a whole
+        layer = kept / costs.layers
+        kept = (costs.layers + 2) * tokens * hidden * FLOAT
+        kept += layer if cpu else max(0, layer - scores)  # a GPU has room where the scores were
+    kept += costs.kept  # recomputed or not, as the copies of all weights stay until the loss
     if passes == 1:
-        first = head * FLOAT * costs.head_trained
         gradients = first + max(0, gradients - first - round(kept / 2))
-    # The LM head: logits of a chunk in float32 (with bfloat16 a copy before and after), and its weight's gradient.
-    logits = min(CHUNK, tokens) * costs.head[0] * (FLOAT + HALF * costs.bf16)
-    cpu = device.name == "cpu"
+    kernels = min(ALL_KERNELS, KERNELS * lengths) if cpu and reduced else 0
     return {
         "weights": costs.weights,
         "gradients": gradients,
-        "optimizer": 2 * costs.trainable * FLOAT,
+        "optimizer": 2 * costs.gradients,
         "activations": round(kept),
         "fragments": round(FRAGMENTS * kept) if passes > 1 and cpu else 0,
-        "scores": logits + head * (HALF * costs.head_copied + FLOAT * costs.head_trained),
-        "program": 0
-        if device.name == "cuda"
-        else LIBRARIES + min(ALL_KERNELS, KERNELS * lengths) * (costs.bf16 and cpu),
+        "scores": scores,
+        "program": 0 if cuda else LIBRARIES + kernels,
     }
 
 

@@ -167,7 +167,9 @@ def plan_step(run: Run, model, train_rows: PackedRows) -> StepPlan:
     if device.name == "cuda":  # its forms of attention are others than a CPU's
         model.to(run.accelerator.device)
     possible = ways(settings.ROWS_PER_STEP // run.processes)
-    costs = measure_costs(model, device, int(train_rows.sizes.lengths.mean()))
+    sizes = train_rows.sizes
+    shared = int((sizes.tokens - sizes.lengths).mean()) - 1  # of two answers' prompt; 0 for one document
+    costs = measure_costs(model, device, int(sizes.lengths.mean()), max(0, shared))
     (most,) = run.agree(margin(device) - free_memory(device))
     free, lengths = int(-most), len(numpy.unique(train_rows.sizes.lengths))
 
