@@ -44,9 +44,9 @@ def require_file(path: str | Path, command: str, fields: Sequence[str] = ()) -> 
 
 
 def missing(path: Path, mend: str = "") -> UserError:
-    """The error for a path that is not there: it lies in the other folder, or a name is nearly the same, or else `mend`.
+    """The error for a path that is not there. It says where the path is instead, or which name there is alike, or else `mend`.
 
-    A path in the script is meant from the repository on, and one on the command line from the folder that the user stands in.
+    A path in a script begins at the repository, and one on the command line at the folder that the user stands in.
     """
     path = Path.cwd() / path
     for base, other in ((Path.cwd(), ROOT), (ROOT, Path.cwd())):
@@ -61,8 +61,8 @@ def missing(path: Path, mend: str = "") -> UserError:
 def read_jsonl(path: str | Path, wanted: Sequence[str] = ()) -> Iterator[dict]:
     """Yield the dicts of a JSON lines file that a script here wrote; every dict has the fields in `wanted`.
 
-    UserError, with the line, if the file is not UTF-8, not JSON, not objects, or empty, or if a field is missing or holds what
-    it never holds in our files: that means damage, not something to set aside.
+    UserError, with the line, if it is damaged: not UTF-8, not JSON, not objects, empty, or a field is missing or holds what it
+    never holds in our files.
     """
     number = 0
     with open(path, encoding="utf-8-sig", newline="\n") as lines:
@@ -75,7 +75,7 @@ def read_jsonl(path: str | Path, wanted: Sequence[str] = ()) -> Iterator[dict]:
         except UnicodeDecodeError as error:
             raise UserError(f"{show_path(path)}, line {number + 1}: not UTF-8 ({error.reason})") from None
         except (ValueError, RecursionError) as error:  # also a number of more than 4,300 digits
-            why = getattr(error, "msg", "nested too deep" if isinstance(error, RecursionError) else error)
+            why = getattr(error, "msg", error)
             raise UserError(f"{show_path(path)}, line {number}: not JSON ({why})") from None
     if not number:
         raise UserError(f"{show_path(path)} is empty")
@@ -114,8 +114,8 @@ def is_text(value: object) -> bool:
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Open a temporary file beside `path` (UTF-8 unless binary); move it into place when the block ends well.
 
-    The data reaches the disk before the name does, so that after a power cut the name never holds half a file. What killed
-    processes have left of a file of this name is removed.
+    The data reaches the disk before the name does: a power cut leaves no half file under the name. What killed processes have
+    left of a file of this name is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,8 +176,7 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # also a number of more than 4,300 digits
-        why = "nested too deep" if isinstance(error, RecursionError) else error
-        raise UserError(f"{show_path(path)}: not JSON ({why})") from None
+        raise UserError(f"{show_path(path)}: not JSON ({error})") from None
 
 
 def sha256_of(path: str | Path) -> str:
