@@ -52,6 +52,8 @@ def test_every_end_has_its_code(capsys):
 
     assert (run(lambda: None), run(lambda: 3), run(stop)) == (0, 3, 130)
     assert capsys.readouterr().err == f"error: {STOPPED}\n"
+    with pytest.raises(ZeroDivisionError):  # a bug is not hidden
+        run(lambda: 1 / 0)
 
 
 @pytest.mark.parametrize("rank, told", [("0", 1), ("1", 0)])

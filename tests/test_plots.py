@@ -1,4 +1,4 @@
-"""Pictures of training: what is drawn, what is marked, and the numbers beside it."""
+"""Pictures: what is drawn and what is marked."""
 
 import pytest
 
@@ -54,7 +54,9 @@ def test_runs_of_any_length_can_be_drawn(tmp_path, figures, preference, panels, 
     assert len(figures[0].axes) == panels
 
 
-def test_the_smoothed_curve_is_a_centred_mean():
+def test_a_curve_is_a_png_and_its_smoothed_line_a_centred_mean(tmp_path):
+    plot_training(log_of(3, {0, 3}), tmp_path / "loss_curve.png", "SFT", 3)
+    assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     assert list(smooth(plots.numpy.array([0.0, 3.0, 6.0, 0.0]))) == [1.5, 3.0, 3.0, 3.0]
 
 

@@ -33,9 +33,8 @@ INPUT_FILES = ["a", "b"]    # several
 LATER = 2
 '''
 FILES = sorted([*ROOT.glob("data_prepare/*.py"), *ROOT.glob("model_*/*.py")])
-SCRIPTS = [
-    path.relative_to(ROOT).as_posix() for path in FILES if "__main__" in path.read_text(encoding="utf-8")
-]
+MAINS = [path for path in FILES if "__main__" in path.read_text(encoding="utf-8")]
+SCRIPTS = [path.relative_to(ROOT).as_posix() for path in MAINS]
 
 
 @pytest.fixture
@@ -173,7 +172,7 @@ def test_wrong_flags_are_refused_in_one_line(script, arguments, message):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_fast_and_tells_every_setting_and_other_flags_are_refused(script, run_script):
     seconds = []
-    for _ in range(3):
+    for _ in range(2):
         began = time.perf_counter()
         shown = run_script(script, "--help")
         seconds.append(time.perf_counter() - began)
@@ -191,13 +190,8 @@ def test_help_is_fast_and_tells_every_setting_and_other_flags_are_refused(script
 
 def test_utils_import_nothing_heavy(tmp_path, run_script):
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import utils.device, utils.hub, utils.model.folder; "
-        "print([m for m in ('torch', 'transformers', 'numpy', 'matplotlib') if m in sys.modules])"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import utils.device, utils.hub, utils.model.folder\n"
     )
+    code += "print([m for m in ('torch', 'transformers', 'numpy', 'matplotlib') if m in sys.modules])"
     (tmp_path / "script.py").write_text(code, encoding="utf-8")
     assert run_script(tmp_path / "script.py").stdout == "[]\n"
-
-
-def test_an_error_that_nobody_foresaw_is_not_hidden():
-    with pytest.raises(ZeroDivisionError):
-        run(lambda: 1 / 0)
