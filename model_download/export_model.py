@@ -62,8 +62,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. Load the finished model, an adapter merged
     from utils.model.export import FORMATS
-    from utils.model.export.agreement import compare_with_export
-    from utils.model.export.card import model_card
+    from utils.model.export.card import compare_with_export, model_card
     from utils.model.export.folders import load_source
 
     export = FORMATS[settings.FORMAT](name, settings.PRECISION, settings.BASE, place)

@@ -64,7 +64,9 @@ class CachedModel:
         self.model, self.weights, self.config = model, model.answer_weights, model.config
         self.padding, self.length = padding, 0
         self.dtype = self.weights.dtype or model.model.norm.weight.dtype  # of keys, values and attention
-        self.cache: list[torch.Tensor] = []  # keys and values in turn: (rows, heads, capacity, head_dim) each
+        config, places = model.config, 2 * model.config.num_hidden_layers
+        nothing = torch.empty(1, config.num_key_value_heads, 0, config.head_dim, device=model.device)
+        self.cache = [nothing] * places  # keys and values in turn: (rows, heads, capacity, head_dim) each
 
     def keep(self, count: int) -> None:
         """Forget all but the first `count` tokens."""
@@ -160,17 +162,13 @@ class CachedModel:
 
         One conversation gets room for 256 more at least; the cache of many is copied anyway whenever one ends.
         """
-        config = self.config
-        if len(self.cache) == 2 * config.num_hidden_layers and end <= self.cache[-1].shape[2]:
-            return
-        shape = (rows, config.num_key_value_heads, end + max(256 // rows, end // 2), config.head_dim)
-        for place in range(2 * config.num_hidden_layers):
-            grown = torch.empty(shape, dtype=self.dtype, device=self.model.device)
-            if place < len(self.cache):
-                grown[:, :, : self.length] = self.cache[place][:, :, : self.length]
+        if end > self.cache[-1].shape[2]:
+            _, heads, _, size = self.cache[0].shape
+            for place, part in enumerate(self.cache):
+                capacity = end + max(256 // rows, end // 2)
+                grown = torch.empty(rows, heads, capacity, size, dtype=self.dtype, device=part.device)
+                grown[:, :, : self.length] = part[:, :, : self.length]
                 self.cache[place] = grown
-            else:
-                self.cache.append(grown)
 
 
 @contextmanager
