@@ -117,7 +117,7 @@ def exam_item(row: Fields) -> dict:
 
 
 def _options(row):
-    """({letter: option}, whether the row itself gives them letters)."""
+    """({letter: option}, True if the row itself gives them letters)."""
     options = row.get("options") or {letter: row.get(f"option {letter}") for letter in LETTERS}
     if isinstance(options, str) and options.strip()[:1] in ("[", "{"):  # a list in a cell of a table
         with contextlib.suppress(ValueError, SyntaxError):
@@ -211,7 +211,7 @@ def as_conversation(item: dict, explanation: str) -> list[dict]:
 
 
 def exam_in(row: Fields, asked: str, answered: str) -> dict | None:
-    """The exam item of a question that lists its options, where the answer is nothing but letters (Monor/hwtcm); else None."""
+    """The exam item of a question that lists its options and is answered with letters alone (Monor/hwtcm); else None."""
     letters = letters_alone(answered)
     stem, listed = options_in(asked if "\n" in asked else asked.replace("\\n", "\n")) if letters else ("", {})
     if listed:

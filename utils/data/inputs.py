@@ -60,7 +60,7 @@ DAMAGED = (
 
 
 class InputFile(NamedTuple):
-    """One file of rows. `name`: what messages and output rows call it; `split`: "eval" where its name says so, else ""."""
+    """One file of rows. `name`: what messages and output rows call it; `split`: "eval" if its name says so, else ""."""
 
     path: Path
     name: str
@@ -163,7 +163,7 @@ def says_evaluation(name: str) -> bool:
 
 
 def _refuse_other_bytes(path):
-    """UserError where the first bytes of a file say that it is something else than its name says."""
+    """UserError if the first bytes of a file say that it is something else than its name says."""
     with open(path, "rb") as opened:
         start = opened.read(64)
     for pattern, what, endings in FIRST_BYTES:

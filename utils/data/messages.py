@@ -123,14 +123,14 @@ class Fields:
         return next((field for field in fields if not is_empty(self.row.get(field))), fields[0])
 
     def peek(self, name: str) -> object:
-        """The field's value, or None where it is empty or missing."""
+        """The field's value, or None if it is empty or missing."""
         if name not in self.names:
             return None
         value = self.row[self.field(name)]
         return None if is_empty(value) else value
 
     def get(self, name: str) -> object:
-        """The field's value, or None where it is empty or missing; the field counts as used."""
+        """The field's value, or None if it is empty or missing; the field counts as used."""
         value = self.peek(name)
         if value is not None:
             self.used.add(self.field(name))
@@ -143,7 +143,7 @@ class Fields:
 
 
 def text_of(row: Fields, name: str, what: str, optional: bool = False) -> str:
-    """The text of a field, ends trimmed and line ends as \\n; Reject where it is no text, or empty and not `optional`.
+    """The text of a field, ends trimmed and line ends as \\n; Reject if it is no text, or empty and not `optional`.
 
     A list of one text is this text, and [{"type": "text", "text": ...}, ...] the texts of its parts.
     """

@@ -35,13 +35,13 @@ _SPACE, _BETWEEN = re.compile(r"\s*"), re.compile(r"[\s,]*")
 
 
 def read_rows(file: InputFile) -> Iterator[tuple[Place, Raw]]:
-    """Yield `(place, raw)` for every row of a file, blank lines left out; UserError where the file is broken."""
+    """Yield `(place, raw)` for every row of a file, blank lines left out; UserError if the file is broken."""
     with told_if_damaged(file.path):
         yield from _READERS[file.ending](file)
 
 
 def parse_row(raw: Raw, encoding: str) -> dict:
-    """The dict of one raw row; raises Reject where it is none."""
+    """The dict of one raw row; raises Reject if it is none."""
     if isinstance(raw, dict):
         return raw
     row = _decoded(raw, encoding)
@@ -200,7 +200,7 @@ def _csv_rows(file):
 
 
 def _csv_records(opened, delimiter, delimiters):
-    """(line, cells or Reject) of a table. Where a quote swallows lines or does not close, each line is judged by itself."""
+    """(line, cells or Reject) of a table. If a quote swallows lines or does not close, each line is judged by itself."""
     csv.field_size_limit(LONGEST_CELL)
     taken, line = [], 1  # the lines of a record, as far as they are read; its first line's number
 

@@ -31,7 +31,8 @@ from utils.data.messages import (
 )
 from utils.data.readers import Place, parse_row, read_rows
 
-# Question / further context / answer: the first of which a row has all fields. Reasoning and system text may be beside them.
+# Question/further context/answer: a row is read by the first line of which it has all fields. Reasoning and system text may be
+# beside them.
 QUESTION_ANSWER = (
     "instruction/input/output instruction//output input//output input//target query//response "
     "question/context/answer question//answer question//response prompt//completion prompt//response "
@@ -44,7 +45,7 @@ ROLES = ("question", "input", "reasoning", "answer", "system", "options", "chose
 WANTED_ROLES = ({"question", "answer"}, {"question", "chosen", "rejected"})  # one of the two
 BESIDE_TEXT = {"id", "source", "url", "title", "meta", "metadata", "date", "timestamp", "lang", "language"}
 SPLITS = {"": "", "train": "train", **dict.fromkeys(("eval", "validation", "valid", "dev", "test"), "eval")}
-EVIDENCE_ROWS = 200  # of a file, by which is told whether the answers of an exam are counted from 0 or 1
+EVIDENCE_ROWS = 200  # of a file, which may tell if the answers of an exam are counted from 0 or from 1
 GUESSED = "exam with answers counted from 0 by default"  # the schema of rows in which nothing proves 0 or 1
 
 
@@ -74,9 +75,9 @@ class ConvertedRow(NamedTuple):
     body: dict  # of a bad answer: {"prompt", "rejected"}
     questions: list
     rest: str
-    split: str  # "train", "eval", or "" where the row does not say
+    split: str  # "train" or "eval" if the row says so, else ""
     characters: int
-    trimmed: bool  # whether turns were left out at an end
+    trimmed: bool  # turns at an end were left out
     unused: dict  # {field that holds something and was not used: its value}; of turns "messages[].name"
 
 
@@ -111,7 +112,7 @@ def parse_columns(text: str) -> dict[str, str]:
 def convert_rows(
     file: InputFile, options: RowOptions = PLAIN
 ) -> Iterator[tuple[Place, object, dict | None, ConvertedRow | Reject]]:
-    """(place, raw, row, what it makes or why it is set aside) of every row of a file; `row` is None where it is no object.
+    """(place, raw, row, what it makes or why it is set aside) of every row of a file; `row` is None if it is no object.
 
     The first EVIDENCE_ROWS are read ahead: an answer that fits only one way tells if exam answers are counted from 0 or from 1.
     """
@@ -195,7 +196,7 @@ def _recognise(fields, columns):
 
 
 def _by_names(names):
-    """(schema name, its reader) for a row with these plain names; ("", None) where they say nothing."""
+    """(schema name, its reader) for a row with these plain names; ("", None) if they say nothing."""
     have = set(names)
     dialogue = next((name for name in ("messages", "conversations") if name in have), "")
     if {"chosen", "rejected"} <= have:
