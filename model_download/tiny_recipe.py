@@ -185,6 +185,6 @@ def make_optimizer(model: Qwen3ForCausalLM, settings: Settings) -> torch.optim.A
 
 
 def learning_rate(step: int, steps: int, settings: Settings) -> float:
-    """Linear warm-up, then a cosine down to a tenth. `step` counts from 0."""
-    cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
+    """Linear warm-up, then a cosine down to zero. `step` counts from 0."""
+    cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
     return settings.LEARNING_RATE * min(cosine, (step + 1) / settings.WARMUP_STEPS)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from data_prepare.sample.entities import Entity, Wordings
 
 BARE = "请只写出答案。"  # asks for the bare fact: what the exam scores, and what a short answer looks like
+CAUTION = "使用注意：{}。"  # follows what a herb does, in a statement and in a safe answer
 
 
 def rows_of(entity: Entity, wordings: Wordings, rows_per_fact: int, turn: int) -> Iterator[dict]:
@@ -55,7 +56,7 @@ def preferences_of(
         for kind, row in rng.sample(pairs, len(pairs)):
             answer = row.pop("output")
             caution = cautions.get(row["entity"]) or rng.choice(list(cautions.values()))
-            cautious = f"{answer}使用注意：{caution}。"
+            cautious = answer + CAUTION.format(caution)
             chosen, rejected = (cautious, answer) if kind == "caution wanted" else (answer, cautious)
             yield {**row, "chosen": chosen, "rejected": rejected, "kind": kind}
 
@@ -64,12 +65,16 @@ def statements_of(entity: Entity, wordings: Wordings, cards: int, rng: random.Ra
     """Plain sentences: every wording of every fact by itself, and `cards`, each with all facts of the entity in a new order.
 
     A card names the entity once, at its start. So a fact is met at every distance from its name, which is what lets a model
-    find it again from a question; told next to the name only, it stays bound to that wording.
+    find it again from a question; told next to the name only, it stays bound to that wording. What a herb does is said once more
+    with its caution behind it, as in a safe answer.
     """
     clauses = []  # for each fact, its statements without the name at their start, for the cards
     for name, value in entity.facts.items():
         words = wordings[entity.kind][name]["statements"]
-        yield from (text.format(n=entity.name, v=value) for text in words)
+        plain = [text.format(n=entity.name, v=value) for text in words]
+        yield from plain
+        if name == "actions" and "caution" in entity.facts:
+            yield from (text + CAUTION.format(entity.facts["caution"]) for text in plain)
         headless = [
             re.sub("^{n}(穴|的|：)*", "", text)
             for text in words
