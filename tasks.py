@@ -162,7 +162,7 @@ def sample() -> None:
 
 
 def tiny() -> None:
-    """Make the sample, and pre-train the tiny base model again: under 40 minutes on 2 cores."""
+    """Make the sample, and pre-train the tiny base model again: about 20 minutes on 2 cores."""
     sample()
     run(PYTHON, "model_download/pretrain_tiny_model.py")
 

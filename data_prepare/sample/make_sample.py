@@ -5,7 +5,7 @@
 Reads herbs.jsonl, formulas.jsonl, acupoints.jsonl, syndromes.jsonl, incompatibilities.jsonl and pregnancy.jsonl beside this
 script and writes, always the same for the same tables:
 
-    tcm_sample.jsonl    {"instruction", "input", "output", "split", "entity", "kind"}; split is by entity
+    tcm_sample.jsonl    {"instruction", "input", "output", "split", "entity", "kind"}; split is by entity; some small talk
     tcm_preferences.jsonl   {"instruction", "input", "chosen", "rejected", "split", "entity", "kind"}: safe answers, the herb's caution
                         where one asks what a herb does, and nowhere else
     tcm_exam.jsonl      {"id", "question", "options", "answer", "subject"}; only about entities of the eval split
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `utils` 
 
 from data_prepare.sample.entities import Entity, hold_out, load_entities
 from data_prepare.sample.exam import ASKED, GROUPS, exam_items
+from data_prepare.sample.talk import small_talk
 from data_prepare.sample.texts import preferences_of, rows_of, statements_of
 from utils.errors import run
 from utils.files import read_json, require_file, show_path, write_jsonl
@@ -35,6 +36,7 @@ TABLES_DIR = "data_prepare/sample"      # the fact tables, and wordings.json: ho
 OUTPUT_DIR = "data_prepare/sample"      # where the five files go
 HELD_OUT_SHARE = 0.2                    # [0 to 1] share of the entities of each kind that only the eval split and the exam ask about
 ROWS_PER_FACT = 2                       # [1, 2, ...] question-and-answer rows per fact, one of them with a bare answer
+REFUSALS = 40                           # [0, 1, ...] rows of small talk that ask what it cannot answer, beside one for each greeting
 PAIRS_PER_HERB = 2                      # [1, 2, ...] preference pairs per herb whose better answer has its caution
 CAUTION_SHARE = 0.5                     # [0.01 to 1] share of such pairs; in the others the worse answer has a caution
 CARDS = 10                              # [1, 2, ...] statements that put all facts of an entity in one line, each in a new order
@@ -71,8 +73,9 @@ def main(argv: list[str] | None = None) -> None:
     rng = random.Random(settings.SEED)
 
     # 1. Read the tables and choose whom the training rows never ask about
-    wordings = read_json(
-        require_file(settings.TABLES_DIR / "wordings.json", "git checkout data_prepare/sample")
+    wordings, talk = (
+        read_json(require_file(settings.TABLES_DIR / name, "git checkout data_prepare/sample"))
+        for name in ("wordings.json", "talk.json")
     )
     entities = load_entities(settings.TABLES_DIR, wordings)
     hold_out(entities, settings.HELD_OUT_SHARE)
@@ -83,6 +86,13 @@ def main(argv: list[str] | None = None) -> None:
         for turn, entity in enumerate(entities)
         for row in rows_of(entity, wordings, settings.ROWS_PER_FACT, turn)
     ]
+    said = {
+        question["content"]: answer["content"]
+        for question, answer in small_talk(talk, 1, settings.REFUSALS, random.Random(settings.SEED))
+    }
+    for question, answer in said.items():
+        row = {"instruction": question, "input": "", "output": answer}
+        rows.append({**row, "split": "train", "entity": "", "kind": "talk"})
     exam = list(exam_items(entities, wordings, rng))
     statements = [
         {"text": text} for entity in entities for text in statements_of(entity, wordings, settings.CARDS, rng)

@@ -104,6 +104,17 @@ def test_small_talk_asks_nothing_of_the_general_questions_and_fills_every_slot()
     }
 
 
+def test_the_training_rows_have_small_talk_and_the_statements_cautions():
+    talk = read_json(SAMPLE / "talk.json")
+    said = {row["instruction"]: row for row in rows("tcm_sample") if row["kind"] == "talk"}
+    assert set().union(*(group["questions"] for group in talk["greetings"])) < set(said)
+    assert {row["split"] for row in said.values()} == {"train"} and len(said) > 80
+    statements = {row["text"] for row in rows("statements")}
+    for herb in rows("herbs"):
+        does = f"{herb['name']}的功效是{'、'.join(herb['actions'])}。"
+        assert {does, f"{does}使用注意：{herb['caution']}。"} <= statements
+
+
 def test_joined_items_are_all_there_once_and_a_share_of_them_in_groups():
     groups = join(list(range(1000)), 0.5, (2, 3, 4), random.Random(0))
     assert sorted(item for group in groups for item in group) == list(range(1000))

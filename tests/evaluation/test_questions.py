@@ -155,25 +155,31 @@ def test_what_stays_right_is_of_what_was_right_alone():
     assert "second" in differences(one, other) and "second_kept" not in differences(one, other)
 
 
-def test_samples_are_the_first_of_each_kind():
-    def heldout(number, kind):
-        texts = {
-            "question": f"问{number}",
-            "reference": "答",
-            "answer": f"说{number}",
-            "before": [],
-            "named": None,
-        }
-        return answered("heldout", "answer", kind=kind, tokens=1, ended=True, repetition=0, **texts)
+def test_samples_come_out_as_most_of_their_kind_do():
+    def heldout(number, kind, right=True):
+        texts = {"question": f"问{number}", "reference": "答", "answer": f"说{number}", "before": []}
+        return answered(
+            "heldout",
+            "answer",
+            right=right,
+            kind=kind,
+            tokens=1,
+            ended=True,
+            repetition=0,
+            named=None,
+            **texts,
+        )
 
     kinds = ["herb.nature", "herb.nature", "herb.actions", "formula", "herb.nature"]
-    items = [heldout(number, kind) for number, kind in enumerate(kinds)]
+    items = [heldout(number, kind, right=number > 0) for number, kind in enumerate(kinds)]
     follow_up = heldout(9, "") | {"test": "follow_up", "about": "second", "before": ["问8"]}
     measured = {"base": Results("x", 1.0, 1.0, [*items, follow_up, LOSS])}
-    for show, wanted in ((4, ["问0", "问2", "问3", "问1", "问8 / 问9"]), (0, [])):
+    wanted = ["问1 (as 2 of 3 of its kind)", "问2 (as 1 of 1 of its kind)", "问3 (as 1 of 1 of its kind)"]
+    wanted += ["问4 (as 2 of 3 of its kind)", "问9 (second question, after 问8; as 1 of 1 of its kind)"]
+    for show, expected in ((4, wanted), (0, [])):
         settings = SimpleNamespace(SHOW=show, as_dict=dict)
         samples = make_comparison(measured, settings, "cpu", {}, [])["samples"]
-        assert [sample["question"] for sample in samples] == wanted
+        assert [sample["question"] for sample in samples] == expected
 
 
 # ---- Rows that a model has seen

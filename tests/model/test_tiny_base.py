@@ -4,7 +4,6 @@ import random
 from types import SimpleNamespace
 
 import pytest
-import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
@@ -15,19 +14,9 @@ from data_prepare.sample.texts import statements_of
 from model_download import pretrain_tiny_model, tiny_recipe
 from model_finetune import finetune_sft
 from utils.data.pairs import Terms
-from utils.device import pick_device
-from utils.evaluation.exams import choices_by_text
 from utils.files import read_json, read_jsonl
-from utils.model.qwen3_train import prepare_packed
 
 TINY, SAMPLE = ROOT / "model_download/tiny_qwen3_tcm", ROOT / "data_prepare/sample"
-
-
-def exam_accuracy(folder, exam):
-    model = prepare_packed(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    choices = choices_by_text(model, tokenizer, exam, pick_device("cpu", "fp32"))
-    return sum(choice["text_choice"] == item["answer"] for choice, item in zip(choices, exam)) / len(exam)
 
 
 def test_it_is_small_and_a_qwen3():
@@ -126,11 +115,10 @@ def test_tokenizer_pieces_end_where_terms_end_and_names_are_rows_of_characters()
     ]
 
 
-def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
+def test_the_learning_rate_warms_up_and_falls_to_zero():
     settings = SimpleNamespace(LEARNING_RATE=1.0, WARMUP_STEPS=10)
     rates = [tiny_recipe.learning_rate(step, 1000, settings) for step in range(1000)]
-    assert rates[0] == 0.1 and max(rates) == pytest.approx(1, abs=0.01)
-    assert rates[-1] == pytest.approx(0.1, abs=0.001)
+    assert rates[0] == 0.1 and max(rates) == pytest.approx(1, abs=0.01) and 0 < rates[-1] < 0.001
 
 
 @pytest.fixture
@@ -143,17 +131,14 @@ def unstopped(monkeypatch):
 def test_fine_tuning_teaches_it_to_answer_about_entities_it_was_never_asked_about(
     tmp_path, capsys, unstopped
 ):
-    """Twenty steps on the rows of other entities lift the exam on the held-out ones by at least 10 points."""
-    files = [str(SAMPLE / "tcm_sample.jsonl"), str(SAMPLE / "tcm_exam.jsonl")]
+    """Twenty steps on the rows of other entities halve the loss of answers about the held-out ones."""
     places = ["--output-dir", str(tmp_path), "--tokenizer-model", str(TINY)]
-    convert_to_qwen3_format.main(["--input-files", *files, *places])
-    exam = list(read_jsonl(tmp_path / "exam.jsonl"))[::4]
-    rows = [
-        "--train-file",
-        str(tmp_path / "sft_train.jsonl"),
-        "--eval-file",
-        str(tmp_path / "sft_eval.jsonl"),
-    ]
-    course = "--max-length 512 --rows-per-step 2 --learning-rate 1e-3 --max-steps 20 --evaluations 1".split()
-    finetune_sft.main(["--model", str(TINY), *rows, "--output-dir", str(tmp_path / "sft"), *course])
-    assert exam_accuracy(tmp_path / "sft", exam) >= exam_accuracy(TINY, exam) + 0.1
+    convert_to_qwen3_format.main(["--input-files", str(SAMPLE / "tcm_sample.jsonl"), *places])
+    files = [f"--{name}-file {tmp_path}/sft_{name}.jsonl" for name in ("train", "eval")]
+    course = "--max-length 512 --rows-per-step 2 --learning-rate 1e-3 --max-steps 20 --evaluations 1"
+    words = f"{' '.join(files)} --model {TINY} --output-dir {tmp_path}/sft {course}".split()
+    finetune_sft.main(words)
+    before, after = (
+        row["eval_loss"] for row in read_jsonl(tmp_path / "sft/training_log.jsonl") if "eval_loss" in row
+    )
+    assert after < 0.5 * before

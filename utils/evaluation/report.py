@@ -2,7 +2,7 @@
 
 import datetime
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -169,26 +169,34 @@ def _table(rows):
 
 
 def _samples(measured, count):
-    """[{"question", "answers": {"reference" or model name: answer}}, ...]: the first of each kind, right or wrong.
+    """[{"question", "answers": {"reference" or model name: answer}}, ...], right or wrong as most of their kind.
 
-    `count` held-out questions that ask for as many kinds of fact as there are, and one of each of OTHERS that was asked.
+    `count` held-out questions that ask for as many kinds of fact as there are, and one of each of OTHERS that was asked. Of a kind,
+    the outcome (which models are right, which name a caution) that most of its questions have is shown, with its count.
     """
     answers = {name: [item for item in found.items if "about" in item] for name, found in measured.items()}
-    heldout, others, before = [], {}, Counter()
-    for number, item in enumerate(next(iter(answers.values()))):
-        if item["about"] == "heldout":  # the first of every kind come before the second ones
-            heldout.append((before[item["kind"]], number))
-            before[item["kind"]] += 1
-        others.setdefault(item["about"], number)
-    chosen = [number for _, number in sorted(heldout)[:count]]
+    kinds = defaultdict(lambda: defaultdict(list))  # {(about, kind): {outcome: numbers of the questions}}
+    for number, items in enumerate(zip(*answers.values())):
+        asked = items[0]
+        kind = (asked["about"], asked["kind"] if asked["about"] == "heldout" else "")
+        kinds[kind][tuple((item["right"], item["caution"]) for item in items)].append(number)
+    heldout, others = [], {}
+    for (about, _), outcomes in kinds.items():
+        usual = max(outcomes.values(), key=len)
+        share = f"as {len(usual)} of {sum(map(len, outcomes.values()))} of its kind"
+        others[about] = (usual[0], share)
+        if about == "heldout":  # the first of every kind come before the second ones
+            heldout += [(rank, number, share) for rank, number in enumerate(usual)]
+    chosen = [(number, share) for _, number, share in sorted(heldout)[:count]]
     chosen += [others[about] for about in OTHERS if count and about in others]
     samples = []
-    for number in chosen:
+    for number, share in chosen:
         shown = {name: items[number] for name, items in answers.items()}
         asked = next(iter(shown.values()))
-        earlier = asked["before"] if asked["test"] == "follow_up" else []
+        if asked["test"] == "follow_up":
+            share = f"{asked['about']} question, after {asked['before'][-1]}; {share}"
         texts = {"reference": asked["reference"], **{name: item["answer"] for name, item in shown.items()}}
         texts = {name: printable(shorten(text, LONGEST)) for name, text in texts.items()}
-        question = " / ".join([*earlier, asked["question"]])
-        samples.append({"question": printable(shorten(question, LONGEST)), "answers": texts})
+        question = printable(shorten(f"{asked['question']} ({share})", LONGEST))
+        samples.append({"question": question, "answers": texts})
     return samples
