@@ -184,7 +184,7 @@ def test_an_index_names_only_safetensors_in_its_folder(folder, place):
 def test_weights_that_are_not_whole_are_told(folder):
     path, content = folder / "model.safetensors", (folder / "model.safetensors").read_bytes()
     path.write_bytes(content[:9000])
-    refused(folder, "model.safetensors is not whole, or no safetensors file")
+    refused(folder, "*.safetensors is damaged or foreign")
     path.write_bytes(content)
     weights = load_file(path)
     del weights["model.layers.1.mlp.up_proj.weight"]
