@@ -75,7 +75,7 @@ def choose(
         chance = torch.rand(len(ids), 1, generator=generator).to(ids.device)
         sums = probabilities.cumsum(
             -1
-        )  # the first candidate whose sum exceeds the chance, which is below 1, is drawn
+        )  # of them the first one is drawn that exceeds the chance, which is below 1
         place = (sums <= chance * sums[:, -1:]).sum(-1, keepdim=True)
         tokens = ids.gather(1, place)[:, 0]
     else:
