@@ -180,16 +180,12 @@ def install() -> None:
     wanted = (ROOT / "requirements.txt").read_bytes()
     if PYTHON.exists() and INSTALLED.exists() and INSTALLED.read_bytes() == wanted:
         return
-    if (
-        not OLDEST_PYTHON <= sys.version_info[:2] <= NEWEST_PYTHON
-    ):  # pip's own message would name torch instead
+    if not OLDEST_PYTHON <= sys.version_info[:2] <= NEWEST_PYTHON:  # pip would name torch instead
         better = "py -3.11 tasks.py" if os.name == "nt" else "python3.11 tasks.py, or make PYTHON=python3.11"
         versions = (*sys.version_info[:2], *OLDEST_PYTHON, *NEWEST_PYTHON)
         refuse("Python {}.{}, wanted {}.{} to {}.{}: ".format(*versions) + better)
     if (sys.platform, platform.machine()) == ("darwin", "x86_64"):
-        refuse(
-            "torch has no builds for Macs with an Intel processor any more; take a Mac with Apple's, Linux or Windows"
-        )
+        refuse("torch has no builds for Macs with an Intel processor any more; take another machine")
     print("installing the packages of requirements.txt into .venv: some minutes, once")
     if not has_pip():
         run(sys.executable, "-m", "venv", "--clear", VENV)
@@ -197,9 +193,9 @@ def install() -> None:
     run(PYTHON, "-m", "pip", "check")
     INSTALLED.write_bytes(wanted)
     if os.name == "nt" and shutil.which("nvidia-smi"):
-        torch = next(
+        [torch] = [
             line.split()[0] for line in wanted.decode("utf-8").splitlines() if line.startswith("torch==")
-        )
+        ]
         pip = f"{PYTHON.relative_to(ROOT)} -m pip install --force-reinstall {torch} --index-url {TORCH_INDEX}"
         print("PyPI's torch for Windows does not use NVIDIA GPUs; for yours: " + pip)
 
@@ -229,9 +225,8 @@ def remove(path: Path) -> None:
         try:
             shutil.rmtree(str(path))
         except OSError as error:
-            refuse(
-                f"{error.filename} cannot be removed ({error.strerror}); close the program that uses it", 1
-            )
+            held = f"{error.filename} cannot be removed ({error.strerror})"
+            refuse(f"{held}; close the program that uses it", 1)
 
 
 def show_help() -> None:

@@ -9,6 +9,8 @@ goes whole, with file, line and reason, to set_aside.jsonl; report.json and leng
 kilobyte per row: the texts wait in a temporary file in the output folder (about twice their size) until all questions have been compared.
 """
 
+import contextlib
+import shlex
 import sys
 from pathlib import Path
 
@@ -16,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.data.inputs import find_input_files
 from utils.data.schemas import OUTPUTS, RowOptions, parse_columns
 from utils.errors import UserError, run
-from utils.files import show_path, write_json
+from utils.files import read_json, show_path, write_json
 from utils.settings import command, read_settings
 from utils.text import say_next
 
@@ -65,10 +67,8 @@ def main(argv=None):
 
     # 3. Decide for every row: its split, and whether it is a duplicate or a leak
     leaks = exam_leaks.find_exam_leaks(found)
-    names = ("EVAL_SHARE", "MAX_EVAL_ROWS", "SEED")
-    shares = {name.lower(): getattr(settings, name) for name in names}
-    long_questions = found.long_questions, found.long_question
-    dedup.decide(found.rows, *long_questions, leaks, settings.NEAR_DUPLICATE, **shares)
+    shares = {name.lower(): getattr(settings, name) for name in ("EVAL_SHARE", "MAX_EVAL_ROWS", "SEED")}
+    dedup.decide(found, leaks, settings.NEAR_DUPLICATE, **shares)
     convert.pair_bad_answers(found)
 
     # 4. Write every row to its file
@@ -78,12 +78,14 @@ def main(argv=None):
     examples = report.sample_examples(found, settings.TOKEN_ROWS, settings.SEED)
     tokens = report.count_tokens(settings.TOKENIZER_MODEL, examples)
     summary = report.build_report(sources, skipped, found, outputs, examples, tokens, settings)
+    replaced = list(earlier_inputs(settings))
     write_json(settings.OUTPUT_DIR / "report.json", summary)
     lengths = [row.characters for row in report.conversations(found.rows)]
     draw_lengths(settings.OUTPUT_DIR / "lengths.png", lengths, tokens, settings.MAX_LENGTH)
     report.show(summary, found)
     print(f"\nwritten to {show_path(settings.OUTPUT_DIR)}; what was set aside, and why: set_aside.jsonl")
-    for note in (*report.notes(sources, found, settings.COLUMNS), *old_files(settings.OUTPUT_DIR, outputs)):
+    notes = report.notes(sources, found, settings.COLUMNS)
+    for note in (*notes, *replaced, *old_files(settings.OUTPUT_DIR, outputs)):
         print(f"note: {note}")
     say_next(next_command(settings.OUTPUT_DIR, outputs))
     return 0
@@ -120,6 +122,16 @@ def refuse_to_overwrite(sources, folder):
             raise UserError(
                 f"{show_path(source.path)} would be overwritten by its result; choose another --output-dir"
             )
+
+
+def earlier_inputs(settings):
+    """A note on an earlier conversion of other files, whose place this one takes."""
+    with contextlib.suppress(OSError, UserError, KeyError, TypeError):  # no report there, or none of ours
+        before = read_json(settings.OUTPUT_DIR / "report.json")["settings"]["INPUT_FILES"]
+        both = list(dict.fromkeys([*before, *settings.as_dict()["INPUT_FILES"]]))
+        if both != settings.as_dict()["INPUT_FILES"]:
+            both = shlex.join(both)
+            yield f"this replaces the conversion of {', '.join(before)}; to train on both: --input-files {both}"
 
 
 def old_files(folder, outputs):

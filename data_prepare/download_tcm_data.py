@@ -86,20 +86,15 @@ def copy_sample(folder: Path) -> None:
 
 def choose_files(repo: Repo, wanted: list[str]) -> list[str]:
     """The names in `wanted`, or those of all data files. UserError where a name is not there or is of no known kind."""
-    data = [
-        name for name in sorted(repo.files) if name.endswith(OUTPUT_FILES) and Path(name).name not in NOT_DATA
-    ]
+    kinds, there = " ".join(OUTPUT_FILES), sorted(repo.files)
+    data = [name for name in there if name.endswith(OUTPUT_FILES) and Path(name).name not in NOT_DATA]
     if not data:
-        raise UserError(
-            f"{repo.id} holds no {' '.join(OUTPUT_FILES)} file (it holds {', '.join(sorted(repo.files)[:8])})"
-        )
+        raise UserError(f"{repo.id} holds no {kinds} file (it holds {', '.join(there[:8])})")
     for name in wanted:
         if name not in data:
-            near = difflib.get_close_matches(name, data, n=1, cutoff=0.3) or data
-            raise UserError(
-                f"{repo.id} has no data file {name} ({' '.join(OUTPUT_FILES)}); did you mean {near[0]}? "
-                f"See {repo.page}/tree/main"
-            )
+            near = (difflib.get_close_matches(name, data, n=1, cutoff=0.3) or data)[0]
+            missing = f"{repo.id} has no data file {name} ({kinds})"
+            raise UserError(f"{missing}; did you mean {near}? See {repo.page}/tree/main")
     return wanted or data
 
 
@@ -111,9 +106,8 @@ def disk_paths(folder: Path, dataset: str, names: list[str]) -> dict[Path, str]:
     prefix = dataset.rpartition("/")[2]
     paths = {folder / re.sub(r'[\\/:*?"<>|]', "-", f"{prefix}-{name}"): name for name in names}
     if len({source_of(path).name.casefold() for path in paths}) < len(set(names)):
-        raise UserError(
-            f"some of {', '.join(sorted(names)[:8])} would get the same name here; choose with --files"
-        )
+        clash = f"some of {', '.join(sorted(names)[:8])} would get the same name here"
+        raise UserError(f"{clash}; choose with --files")
     return paths
 
 
@@ -136,9 +130,8 @@ def main(argv: list[str] | None = None) -> None:
     if settings.DATASET == "sample":
         return copy_sample(settings.OUTPUT_DIR)
     if Path(settings.DATASET).is_file():
-        raise UserError(
-            f"{settings.DATASET} is a file on this disk; copy it into {show_path(settings.OUTPUT_DIR)}"
-        )
+        here = f"{settings.DATASET} is a file on this disk"
+        raise UserError(f"{here}; copy it into {show_path(settings.OUTPUT_DIR)}")
     if settings.DATASET != PINNED_DATASET:  # the pinned values are those of the default data set only
         settings.REVISION = "main" if settings.REVISION == PINNED_COMMIT else settings.REVISION
         settings.FILES = [] if settings.FILES == PINNED_FILES else settings.FILES

@@ -59,9 +59,7 @@ def show_next(folder: Path) -> None:
 def use_tiny() -> None:
     """Check the built-in model; there is nothing to download."""
     if not TINY_DIR.is_dir():
-        raise UserError(
-            f"the built-in model is missing; get it back with: git checkout {show_path(TINY_DIR)}"
-        )
+        raise UserError(f"the built-in model is missing; get it with: git checkout {show_path(TINY_DIR)}")
     check_model(str(TINY_DIR))
     say(f"the built-in model is in {show_path(TINY_DIR)}")
     show_next(TINY_DIR)
@@ -85,10 +83,9 @@ def check_pinned(repo: Repo) -> None:
     for name, digest in PINNED_FILES.items():
         listed = repo.files[name].digest if name in repo.files else "no such file"
         if listed != digest:
-            raise RunError(
-                f"the server lists another {name} for {repo.id} than this script knows ({listed[:12]}, wanted "
-                f"{digest[:12]}); it does not serve the original: choose another mirror in HF_ENDPOINT"
-            )
+            other = f"the server lists another {name} for {repo.id} than this script knows"
+            mend = "it does not serve the original: choose another mirror in HF_ENDPOINT"
+            raise RunError(f"{other} ({listed[:12]}, wanted {digest[:12]}); {mend}")
 
 
 def model_files(repo: Repo) -> dict[str, HubFile]:
@@ -108,9 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.MODEL == "tiny":
         return use_tiny()
     if settings.MODEL and Path(settings.MODEL).is_dir():
-        raise UserError(
-            f"{settings.MODEL} is a folder on this disk; wanted a model on the Hub, as owner/name"
-        )
+        raise UserError(f"{settings.MODEL} is a folder on this disk; wanted a model on the Hub: owner/name")
     if settings.MODEL != PINNED_MODEL and settings.REVISION == PINNED_COMMIT:
         settings.REVISION = "main"  # the pinned commit is one of the default model only
     if not settings.OUTPUT_DIR:
@@ -135,20 +130,11 @@ def main(argv: list[str] | None = None) -> None:
         record[path.name] = {"size": files[path].size, "sha256": sha256_of(path)}
 
     # 5. Record where it came from
-    write_json(
-        folder / "source.json",
-        {
-            "repo": model,
-            "revision": repo.commit,
-            "asked_for": revision,
-            "licence": repo.licence,
-            "downloaded": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "files": record,
-        },
-    )
-    say(
-        f"{model} at {repo.commit} (licence: {repo.licence or 'not stated'}) is complete in {show_path(folder)}"
-    )
+    source = {"repo": model, "revision": repo.commit, "asked_for": revision, "licence": repo.licence}
+    source["downloaded"] = datetime.datetime.now(datetime.UTC).date().isoformat()
+    write_json(folder / "source.json", {**source, "files": record})
+    licence = repo.licence or "not stated"
+    say(f"{model} at {repo.commit} (licence: {licence}) is complete in {show_path(folder)}")
     show_next(folder)
 
 

@@ -158,7 +158,7 @@ def test_sample_and_tiny_model_are_offline(get, tmp_path, monkeypatch):
     assert json.loads((get.folder / "tcm_sample.source.json").read_text(encoding="utf-8"))["rows"] == 2000
     monkeypatch.setattr(download_model, "TINY_DIR", tmp_path / "tiny")
     code, _, err = get(download_model, "--model", "tiny")
-    assert code == 2 and "the built-in model is missing; get it back with: git checkout" in err
+    assert code == 2 and "the built-in model is missing; get it with: git checkout" in err
 
 
 def test_the_token_stays_with_the_endpoint(hub, get, monkeypatch):

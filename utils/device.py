@@ -105,9 +105,7 @@ def pick_device(name: str = "auto", precision: str = "auto", answering: bool = F
     elif name == "mps":
         reason, macos = "Apple GPU; bf16 would save memory, not time", platform.mac_ver()[0]
         if precision == "bf16" and macos and int(macos.partition(".")[0]) < 14:
-            raise UserError(
-                f"--precision bf16 on an Apple GPU needs macOS 14, and this is {macos}; take fp32"
-            )
+            raise UserError(f"--precision bf16 on Apple GPUs needs macOS 14, and this is {macos}; take fp32")
     else:
         hold_memory()
         limit_kernels()

@@ -30,9 +30,7 @@ FULL = "the disk is full{where}; free some space and run the same command again"
 TOO_LARGE = "this disk, or a limit set here, takes no file so large{where}; choose another folder"
 MORE_MEMORY = "not enough memory; close other programs or choose a smaller model or batch, or --device cpu"
 STOPPED = "stopped by Ctrl-C; the same command starts it again"
-READER_LEFT = (
-    "stopped, because the program that read this output has ended; the same command without it does the rest"
-)
+READER_LEFT = "stopped: what read this output has ended; the same command without it does the rest"
 # torch on a GPU, on a CPU; the system; Python, whose threads and errors need memory too
 NO_MEMORY = (
     "out of memory",
@@ -95,10 +93,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return str(error) or STOPPED, 130
-    if isinstance(error, BrokenPipeError):
-        return READER_LEFT, 1
-    if isinstance(error, MemoryError):
-        return MORE_MEMORY, 1
+    if isinstance(error, BrokenPipeError | MemoryError):
+        return MORE_MEMORY if isinstance(error, MemoryError) else READER_LEFT, 1
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("utils"):
         python = ".venv\\Scripts\\python.exe" if os.name == "nt" else ".venv/bin/python"
         mend = f"run the script with {python}, which `python3.11 tasks.py install` makes"

@@ -133,10 +133,8 @@ def _fetch(repo, file, path):
         constants.DOWNLOAD_CHUNK_SIZE = 64 << 10
         while (done := _size(part)) < file.size or not part.exists():
             if done:
-                say(
-                    f"  {file.path}: going on at {format_bytes(done)} of {format_bytes(file.size)}",
-                    flush=True,
-                )
+                there = f"{format_bytes(done)} of {format_bytes(file.size)}"
+                say(f"  {file.path}: going on at {there}", flush=True)
             try:
                 with open(part, "ab") as out:
                     named = {"displayed_filename": file.path, "tqdm_class": bar}
@@ -219,9 +217,8 @@ def _errors_told(repo):
         if refusal := next((REFUSALS[name] for name in REFUSALS if name in names), ""):
             about = {**repo._asdict(), "page": repo.page, "endpoint": endpoint, "cause": _cause(error)}
             raise UserError(refusal.format(**about)) from None
-        mend = "try later, or another mirror in HF_ENDPOINT"
-        if status == 429:
-            mend = "wait some minutes, or set HF_TOKEN"
+        mirror = "try later, or another mirror in HF_ENDPOINT"
+        mend = "wait some minutes, or set HF_TOKEN" if status == 429 else mirror
         raise RunError(f"{_cause(error)}; {mend}{again}") from None
     except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, httpx2.LocalProtocolError, ImportError) as error:
         check = "check HF_ENDPOINT, HF_TOKEN and the proxy"
@@ -239,7 +236,6 @@ def _cause(error):
         reason = response.headers.get("X-Error-Message") or response.reason_phrase
         return f"{response.url.host} answered {response.status_code} ({reason})"
     connecting = type(error).__name__ in ("ConnectError", "ProxyError")
+    what = "cannot connect to" if connecting else "the connection broke:"
     text = (str(error) or type(error).__name__).splitlines()[0]
-    return (
-        f"{'cannot connect to' if connecting else 'the connection broke:'} {error.request.url.host} ({text})"
-    )
+    return f"{what} {error.request.url.host} ({text})"

@@ -233,10 +233,9 @@ def plot_runs(runs: list[Run], path: Path) -> None:
     by_tokens = all(run.tokens_per_step for run in runs)
     titles = ["DPO loss" if is_preference(run.entries) else "loss (SFT, LoRA)" for run in runs]
     with rc_context(TEXT):
-        figure = _figure(9 * len(set(titles)), 6)
-        axes = dict(
-            zip(sorted(set(titles), reverse=True), figure.subplots(1, len(set(titles)), squeeze=False)[0])
-        )
+        panels = sorted(set(titles), reverse=True)
+        figure = _figure(9 * len(panels), 6)
+        axes = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]))
         for number, (run, title) in enumerate(zip(runs, titles), 1):
             axis, colour = axes[title], f"C{number}"  # as in comparison.png, where the base comes first
             scale = run.tokens_per_step if by_tokens else 1

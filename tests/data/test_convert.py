@@ -10,75 +10,50 @@ from conftest import ROOT
 from data_rows import read, turns, write_lines
 
 from utils.data import convert as conversion
-from utils.errors import UserError
+from utils.errors import UserError, run
 from utils.model.chat_format import encode_turns
 from utils.model.folder import load_tokenizer
 
-SCRIPT = "data_prepare/convert_to_qwen3_format.py"
+PUBLISHED = {  # the sets of FIELD_NOTES.md, each in the file kind and with the fields that it has
+    "ChatMed_TCM-v0.2.json": {"query": "痛经怎么调理？要求：1.说明病机 2.给出方药", "response": "温经汤加减。"},
+    "hwtcm-sft-v1.jsonl": {"instruction": "麻黄归哪些经？", "input": "", "output": "归肺、膀胱经。"},
+    "SylvanL.jsonl": {"instruction": "辨证", "input": "恶寒无汗，脉浮紧。", "output": "风寒表实证。"},
+    "medical_o1_sft_Chinese.json": [{"Question": "何为相使？", "Complex_CoT": "想七情。", "Response": "一主一辅。"}],
+    "hwtcm.json": [{"instruction": "性寒的是\nA.麻黄\nB.石膏\nC.桂枝\nD.生姜", "input": "", "output": "B"}],
+    "cmexam.json": [
+        {"Question": "归肺经的是", "Options": [{"key": "A", "value": "桔梗"}, {"key": "B", "value": "杜仲"}], "Answer": "A"},
+    ],
+    "cmb.json": [
+        {"exam_type": "医师考试", "exam_class": "中医", "exam_subject": "方剂学", "question": "麻黄汤的君药是", "answer": "A",
+         "question_type": "单项选择题", "option": {"A": "麻黄", "B": "桂枝", "C": "", "D": ""}},
+    ],
+    "chp_knowledge_qa.jsonl": {"query": "如何鉴别人参？", "response": "看横切面。"},
+    "preference_sharegpt_zh.json": [
+        {"conversations": [{"from": "human", "value": "何为四诊？"}],
+         "chosen": {"from": "gpt", "value": "望闻问切。"}, "rejected": {"from": "gpt", "value": "不知道。"}},
+    ],
+    "traditional_chinese_medicine.csv": ",Question,A,B,C,D,Answer\n0,五味子的主要药味是,酸,苦,甘,辛,A\n",
+}  # fmt: skip
 
 
 def test_public_data_sets_as_they_are_published(tmp_path, convert):
-    """The sets of FIELD_NOTES.md, each in the file kind and with the fields that it has, all in one run with no flag."""
-    lines = {
-        "ChatMed_TCM-v0.2.json": {
-            "query": "痛经怎么调理？要求：1.说明病机 2.给出方药",
-            "response": "温经汤加减。",
-        },
-        "hwtcm-sft-v1.jsonl": {"instruction": "麻黄归哪些经？", "input": "", "output": "归肺、膀胱经。"},
-        "SylvanL.jsonl": {"instruction": "辨证", "input": "恶寒无汗，脉浮紧。", "output": "风寒表实证。"},
-        "medical_o1_sft_Chinese.json": [
-            {"Question": "何为相使？", "Complex_CoT": "想七情。", "Response": "一主一辅。"}
-        ],
-        "hwtcm.json": [
-            {"instruction": "性寒的是\nA.麻黄\nB.石膏\nC.桂枝\nD.生姜", "input": "", "output": "B"}
-        ],
-        "cmexam.json": [
-            {
-                "Question": "归肺经的是",
-                "Options": [{"key": "A", "value": "桔梗"}, {"key": "B", "value": "杜仲"}],
-                "Answer": "A",
-            }
-        ],
-        "cmb.json": [
-            {
-                "exam_type": "医师考试",
-                "exam_class": "中医",
-                "exam_subject": "方剂学",
-                "question": "麻黄汤的君药是",
-                "answer": "A",
-                "question_type": "单项选择题",
-                "option": {"A": "麻黄", "B": "桂枝", "C": "", "D": ""},
-            }
-        ],
-        "chp_knowledge_qa.jsonl": {"query": "如何鉴别人参？", "response": "看横切面。"},
-        "preference_sharegpt_zh.json": [
-            {
-                "conversations": [{"from": "human", "value": "何为四诊？"}],
-                "chosen": {"from": "gpt", "value": "望闻问切。"},
-                "rejected": {"from": "gpt", "value": "不知道。"},
-            }
-        ],
-    }
-    for name, value in lines.items():
-        (tmp_path / name).write_text(
-            json.dumps(value, ensure_ascii=False, indent=1 if isinstance(value, list) else None),
-            encoding="utf-8",
-        )
-    (tmp_path / "traditional_chinese_medicine.csv").write_text(
-        ",Question,A,B,C,D,Answer\n0,五味子的主要药味是,酸,苦,甘,辛,A\n", encoding="utf-8"
-    )
+    for name, value in PUBLISHED.items():
+        indent = 1 if isinstance(value, list) else None
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=indent)
+        (tmp_path / name).write_text(text, encoding="utf-8")
     found = convert(tmp_path)
     assert found["set_aside"] == [] and found["report"]["rows_in"] == 10
     said = {
         row["messages"][0]["content"]: row["messages"][1] for row in found["sft_train"] + found["sft_eval"]
     }
-    assert set(said) == {
-        lines["ChatMed_TCM-v0.2.json"]["query"],
+    asked = {
+        PUBLISHED["ChatMed_TCM-v0.2.json"]["query"],
         "麻黄归哪些经？",
         "辨证\n恶寒无汗，脉浮紧。",
         "何为相使？",
         "如何鉴别人参？",
     }
+    assert set(said) == asked
     assert said["何为相使？"] == {
         "role": "assistant",
         "content": "一主一辅。",
@@ -97,9 +72,7 @@ def test_public_data_sets_as_they_are_published(tmp_path, convert):
 def test_report_counts_tokens_as_the_trainer_does(tmp_path, capsys):
     model = str(ROOT / "model_download/tiny_qwen3_tcm")
     tokenizer = load_tokenizer(model)
-    rows = [
-        {"query": f"问题{number}？", "response": "麻黄发汗解表。" * (number % 9 + 1)} for number in range(100)
-    ]
+    rows = [{"query": f"问题{n}？", "response": "麻黄发汗解表。" * (n % 9 + 1)} for n in range(100)]
     rows += [{"Question": "何为相使？", "Complex_CoT": "想七情。", "Response": "一主一辅。"}, {"query": "坏"}]
     path, folder = write_lines(tmp_path / "a.jsonl", *rows), tmp_path / "out"
     places = ["--input-files", str(path), "--output-dir", str(folder), "--tokenizer-model", model]
@@ -115,82 +88,54 @@ def test_report_counts_tokens_as_the_trainer_does(tmp_path, capsys):
     assert (folder / "lengths.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
     for line in (
-        "102  a.jsonl (utf-8)",
-        "101  kept",
-        "1  set aside",
-        "1    fields not recognised",
-        f"keeps {kept:.1%} of them",
+        "102  a.jsonl (utf-8)", "101  kept", "1  set aside", "1    fields not recognised", f"keeps {kept:.1%} of them",
         f"length in tokens (counted in 101 conversations): median {tokens[50]}",
         "thinking off: 1 of 101 conversations end with reasoning",
         f"  user      {report['examples'][0]['messages'][0]['content']}",
-    ):
+    ):  # fmt: skip
         assert line in shown, line
 
 
-@pytest.mark.parametrize(
-    "make, words",
-    [
-        (lambda folder: folder / "missing.jsonl", ["missing.jsonl does not exist"]),
-        (lambda folder: folder, ["no data file", "download_tcm_data.py"]),
-        pytest.param(
-            lambda folder: (
-                write_lines(folder / os.fsdecode(b"\xff.jsonl"), {"query": "q", "response": "r"}).parent
-            ),
-            ["'\\udcff.jsonl': the file's name is not UTF-8; rename it"],
-            marks=pytest.mark.skipif(sys.platform != "linux", reason="such a name cannot be made there"),
-        ),
-        (
-            lambda folder: (folder / "a.docx").write_text("x", encoding="utf-8") and folder / "a.docx",
-            ["cannot read .docx", ".parquet"],
-        ),
-        (
-            lambda folder: (folder / "a.jsonl").write_text("", encoding="utf-8") or folder / "a.jsonl",
-            ["no row could be used (the input is empty)"],
-        ),
-        (
-            lambda folder: (
-                (folder / "a.json").write_text("query: q\nresponse: r", encoding="utf-8")
-                and folder / "a.json"
-            ),
-            [
-                "no row could be used (2 not JSON); the first is a.json, line 1: not JSON (",
-                "; wanted one JSON object for each row: one a line, or all in one array",
-            ],
-        ),
-        (
-            lambda folder: write_lines(folder / "a.jsonl", {"data": "x", "n": 1}, {"data": "y", "n": 2}),
-            [
-                "no row could be used (2 fields not recognised); the first is a.jsonl, line 1: fields not recognised",
-                "fields found: data, n; wanted rows with a question and an answer",
-            ],
-        ),
-        (
-            lambda folder: write_lines(folder / "a.jsonl", {"text": "麻黄发汗解表。"}),
-            ["no row could be used (1 plain text)", "continued pre-training is not done here"],
-        ),
-        (
-            lambda folder: (folder / "a.parquet").write_text("x", encoding="utf-8") and folder / "a.parquet",
-            ["not a whole .parquet file"],
-        ),
-        (
-            lambda folder: (folder / "a.jsonl").write_text("{}", encoding="utf-16") and folder / "a.jsonl",
-            ["UTF-16"],
-        ),
-        (
-            lambda folder: write_lines(
-                folder / "a.jsonl", {"title": "短", "Content": "问题", "Summary": "很长的回答"}
-            ),
-            [
-                "fields found: title, Content, Summary",
-                "--columns question=Content,answer=Summary (line 1 is then read as question: 问题 answer: 很长的回答)",
-            ],
-        ),
-    ],
-)
-def test_errors_are_one_line(tmp_path, run_script, make, words):
-    done = run_script(SCRIPT, "--input-files", make(tmp_path), "--output-dir", tmp_path / "out")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
-    assert all(word in done.stderr for word in words), done.stderr
+ROWS = [{"data": "x", "n": 1}, {"data": "y", "n": 2}]
+UNKNOWN = {"title": "短", "Content": "问题", "Summary": "很长的回答"}
+WRONG = [  # a file's name and what is in it, in bytes or rows, and words of the error; None: no file, only its folder
+    ("missing.jsonl", None, ["does not exist"]),
+    ("", None, ["no data file", "download_tcm_data.py"]),
+    ("a.docx", b"x", ["cannot read .docx", ".parquet"]),
+    ("a.jsonl", b"", ["no row could be used (the input is empty)"]),
+    ("a.json", b"query: q\nresponse: r", [
+        "no row could be used (2 not JSON); the first is a.json, line 1: not JSON (",
+        "; wanted one JSON object for each row: one a line, or all in one array"]),
+    ("a.jsonl", ROWS, [
+        "no row could be used (2 fields not recognised); the first is a.jsonl, line 1: fields not recognised",
+        "fields found: data, n; wanted rows with a question and an answer"]),
+    ("a.jsonl", [{"text": "麻黄发汗解表。"}], ["(1 plain text)", "continued pre-training is not done here"]),
+    ("a.parquet", b"x", ["not a whole .parquet file"]),
+    ("a.jsonl", "{}".encode("utf-16"), ["UTF-16"]),
+    ("a.jsonl", [UNKNOWN], [
+        "fields found: title, Content, Summary",
+        "--columns question=Content,answer=Summary (line 1 is then read as question: 问题 answer: 很长的回答)"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, content, words", WRONG)
+def test_errors_are_one_line(tmp_path, capsys, name, content, words):
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    elif content:
+        write_lines(tmp_path / name, *content)
+    places = ["--input-files", str(tmp_path / name), "--output-dir", str(tmp_path / "out")]
+    assert run(lambda: script.main(places)) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and all(word in said for word in words), said
+    assert ("download" in said) == (name == "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="such a name cannot be made there")
+def test_a_file_whose_name_is_not_utf8(tmp_path, convert):
+    write_lines(tmp_path / os.fsdecode(b"\xff.jsonl"), {"query": "q", "response": "r"})
+    with pytest.raises(UserError, match=r"'\\udcff.jsonl': the file's name is not UTF-8; rename it"):
+        convert(tmp_path)
 
 
 def test_fields_that_nobody_read_are_named(tmp_path, convert, capsys):
@@ -200,44 +145,30 @@ def test_fields_that_nobody_read_are_named(tmp_path, convert, capsys):
         {"question": "何为八纲？", "answer": "阴阳表里寒热虚实。", "note_zh": "nan", "rank": 2},
         {"messages": [turn, {"role": "assistant", "content": "肺、膀胱经。"}], "channel": ["web"]},
     ]
-    found = convert(write_lines(tmp_path / "a.jsonl", *rows))
-    fields, said = found["report"]["fields"], capsys.readouterr().out
+    fields = convert(write_lines(tmp_path / "a.jsonl", *rows))["report"]["fields"]
     assert fields["question/answer"]["unused"] == {"note_zh": 1, "rank": 2}
-    assert {"question", "answer"} <= set(fields["question/answer"]["used"]) and "rank" not in fields[
-        "question/answer"
-    ]["used"]
+    assert set(fields["question/answer"]["used"]) & {"question", "answer", "rank"} == {"question", "answer"}
     assert fields["messages"]["unused"] == {"channel": 1, "messages[].emotion": 1}
-    assert (
-        'not used, of question/answer: note_zh (1 row, such as "甲甲' in said
-        and "rank (2 rows, such as 0)" in said
-    )
-    assert 'channel (1 row, such as ["web"])' in said and 'messages[].emotion (1 row, such as "平静")' in said
+    said = capsys.readouterr().out
+    for words in (
+        'not used, of question/answer: note_zh (1 row, such as "甲甲', "rank (2 rows, such as 0)",
+        'channel (1 row, such as ["web"])', 'messages[].emotion (1 row, such as "平静")',
+    ):  # fmt: skip
+        assert words in said
 
 
 THOUGHT, PLAIN = {"Question": "问{}", "think": "想", "Response": "答"}, {"query": "问{}", "response": "答"}
-LAST = {"messages": [*turns("问{}", "答", "再问", "再答")]}
-FIRST = {
-    "messages": [
-        {**turn, **({"reasoning_content": "想"} if n == 1 else {})} for n, turn in enumerate(LAST["messages"])
-    ]
-}
+LAST = turns("问{}", "答", "再问", "再答")
+FIRST = [{**turn, "reasoning_content": "想"} if n == 1 else turn for n, turn in enumerate(LAST)]
+MODES = [  # rows, and what is said of them; of several turns the last decides
+    ([THOUGHT, THOUGHT, PLAIN], "thinking on: 2 of 3 conversations end with reasoning\n"),
+    ([THOUGHT, PLAIN, PLAIN], "thinking off: 1 of 3 conversations end with reasoning\n"),
+    ([{"messages": FIRST}, {"messages": FIRST}, {"messages": LAST}], "thinking off: 0 of 3 conversations"),
+    ([THOUGHT, PLAIN], "thinking tie: 1 of 2 conversations end with reasoning; keep the rows of one mode\n"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "rows, said",
-    [
-        ([THOUGHT, THOUGHT, PLAIN], "thinking on: 2 of 3 conversations end with reasoning\n"),
-        ([THOUGHT, PLAIN, PLAIN], "thinking off: 1 of 3 conversations end with reasoning\n"),
-        (
-            [FIRST, FIRST, LAST],
-            "thinking off: 0 of 3 conversations end with reasoning\n",
-        ),  # the last turn decides
-        (
-            [THOUGHT, PLAIN],
-            "thinking tie: 1 of 2 conversations end with reasoning; keep the rows of one mode\n",
-        ),
-    ],
-)
+@pytest.mark.parametrize("rows, said", MODES)
 def test_the_thinking_mode_is_said_with_counts(tmp_path, convert, capsys, rows, said):
     rows = [json.loads(json.dumps(row).replace("{}", str(n))) for n, row in enumerate(rows)]
     convert(write_lines(tmp_path / "a.jsonl", *rows))
@@ -254,24 +185,24 @@ def test_a_system_text_that_nearly_all_rows_share_is_kept(tmp_path, convert, cap
 
 
 def test_rows_that_would_not_fit_into_memory_are_refused(tmp_path, convert, monkeypatch):
-    rows = [{"query": f"第{n}个问题？", "response": f"答{n}"} for n in range(9000)]
+    rows = [{"query": f"第{n}个问题？", "response": f"答{n}"} for n in range(3000)]
     path = write_lines(tmp_path / "a.jsonl", *rows)
-    monkeypatch.setattr(conversion, "FORECAST_ROWS", 2000)
-    monkeypatch.setattr(conversion, "memory_for_process", lambda: 5_000_000)
-    with pytest.raises(UserError, match="about 9,.* rows .*1000 bytes a row.*convert the files in parts"):
+    monkeypatch.setattr(conversion, "FORECAST_ROWS", 1000)
+    monkeypatch.setattr(conversion, "memory_for_process", lambda: 2_000_000)
+    with pytest.raises(UserError, match="about 3,.* rows .* MiB of memory.*convert the files in parts"):
         convert(path)
     assert [file.name for file in (tmp_path / "out").iterdir()] == []  # neither results nor temporary files
-    monkeypatch.setattr(conversion, "memory_for_process", lambda: 50_000_000)
-    assert convert(path)["report"]["rows_in"] == 9000
+    monkeypatch.setattr(conversion, "memory_for_process", lambda: 20_000_000)
+    assert convert(path)["report"]["rows_in"] == 3000
 
 
-def test_columns_that_fit_no_row(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", {"query": "问", "response": "答"})
-    with pytest.raises(
-        UserError, match="no row has the fields of --columns question=X,answer=Y; fields found: query, resp"
-    ):
-        places = ["--input-files", str(path), "--output-dir", str(tmp_path / "o")]
-        script.main([*places, "--columns", "question=X,answer=Y"])
+def test_columns_that_fit_no_row(tmp_path, convert):
+    words = "no row has the fields of --columns question=X,answer=Y; fields found: query, resp"
+    with pytest.raises(UserError, match=words):
+        convert(
+            write_lines(tmp_path / "a.jsonl", {"query": "问", "response": "答"}),
+            columns="question=X,answer=Y",
+        )
 
 
 def test_input_is_never_overwritten(tmp_path):
@@ -279,3 +210,11 @@ def test_input_is_never_overwritten(tmp_path):
     with pytest.raises(UserError, match="sft_train.jsonl would be overwritten by its result; choose another"):
         script.main(["--input-files", str(path), "--output-dir", str(tmp_path)])
     assert read(path) == [{"query": "问", "response": "答"}] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_second_conversion_says_that_it_replaces_the_first(tmp_path, convert, capsys):
+    one, two = (write_lines(tmp_path / f"{name}.jsonl", {"query": name, "response": "答"}) for name in "ab")
+    for files, told in (([one], False), ([one], False), ([two], True), ([two, one], False)):
+        convert(*files)
+        words = f"note: this replaces the conversion of {one}; to train on both: --input-files {one} {two}"
+        assert (words in capsys.readouterr().out) == told

@@ -7,12 +7,10 @@ from data_rows import CASE, turns, write_lines
 
 from utils.data.convert import EVAL, EXAM, TRAIN, Recognised, Row, is_courtesy, normalize
 from utils.data.dedup import (
-    Joined,
     assign_splits,
     candidate_pairs,
     differ_in_fact,
     overlap,
-    set_repeats_aside,
     shingles,
     signatures,
 )  # fmt: skip
@@ -109,18 +107,17 @@ def test_template_questions_all_survive_and_own_splits_are_honoured(tmp_path, co
 
 
 def test_same_question_stays_on_one_side_and_duplicates_go(tmp_path, convert):
-    rows = [{"query": f"问题{number}怎么办？", "response": f"回答{number}"} for number in range(60)]
+    rows = [(f"问题{number}怎么办？", f"回答{number}") for number in range(60)]
     rows += [
-        {"query": "问题7怎么办", "response": "另一个回答"},
-        {"query": "ＴＣＭ是什么？", "response": "中医"},
-        {"query": "请问 tcm 是什么呢", "response": "中医。"},
-        {"query": "问题9怎么办？", "response": "回答9"},
+        ("问题7怎么办", "另一个回答"),
+        ("ＴＣＭ是什么？", "中医"),
+        ("请问 tcm 是什么呢", "中医。"),
+        ("问题9怎么办？", "回答9"),
     ]
+    rows = [dict(zip(("query", "response"), row)) for row in rows]
     found = convert(write_lines(tmp_path / "a.jsonl", *rows), eval_share=0.3)
-    assert [(row["line"], row["reason"], row["detail"]) for row in found["set_aside"]] == [
-        (62, "near-duplicate", "of a.jsonl:63"),
-        (64, "exact duplicate", "of a.jsonl:10"),
-    ]
+    asides = [(row["line"], row["reason"], row["detail"]) for row in found["set_aside"]]
+    assert asides == [(62, "near-duplicate", "of a.jsonl:63"), (64, "exact duplicate", "of a.jsonl:10")]
     splits = [{row["source"] for row in found[name]} for name in ("sft_train", "sft_eval")]
     assert any({"a.jsonl:8", "a.jsonl:61"} <= split for split in splits)
     assert len(found["sft_eval"]) == pytest.approx(0.3 * 62, abs=2)
@@ -157,12 +154,9 @@ def test_other_patients_are_no_duplicates(tmp_path, convert):
 
 
 def test_traditional_twins_are_the_same_question(tmp_path, convert):
-    rows = [
-        {"query": "麻黄湯的組成和功效是什麼？", "response": "由麻黃、桂枝等組成。", "split": "test"},
-        {"query": "麻黄汤的组成和功效是什么？", "response": "由麻黄、桂枝等组成。", "split": "train"},
-        {"query": "當歸補血湯治療什麼證候？", "response": "血虛發熱證。", "split": "train"},
-        {"query": "当归补血汤治疗什么证候？", "response": "血虚发热证。", "split": "train"},
-    ]
+    rows = [("麻黄湯的組成和功效是什麼？", "由麻黃、桂枝等組成。", "test"), ("麻黄汤的组成和功效是什么？", "由麻黄、桂枝等组成。", "train"),
+            ("當歸補血湯治療什麼證候？", "血虛發熱證。", "train"), ("当归补血汤治疗什么证候？", "血虚发热证。", "train")]  # fmt: skip
+    rows = [dict(zip(("query", "response", "split"), row)) for row in rows]
     found = convert(write_lines(tmp_path / "a.jsonl", *rows))
     assert [row["reason"] for row in found["set_aside"]] == ["evaluation leak", "near-duplicate"]
 
@@ -183,22 +177,19 @@ def test_leaks_set_the_training_row_aside(tmp_path, convert):
     options = {"A": "麻黄", "B": "石膏"}
     item = {"question": "哪一味药善于发汗解表、宣肺平喘？", "answer": "A", "options": options}
     found = convert(told, write_lines(tmp_path / "exam.json", item), eval_share=0)
-    assert [(row["line"], row["reason"], row["detail"]) for row in found["set_aside"]] == [
-        (2, "evaluation leak", "of told.jsonl:1"),
-        (4, "evaluation leak", "of told.jsonl:3"),
-        (6, "exam leak", "of exam.json:1"),
-        (7, "evaluation leak", "of told.jsonl:1"),
-    ]
-    assert (
-        questions_of(found["sft_train"]) == ["桂枝有哪些功效？", "医生您好"] and len(found["sft_eval"]) == 3
-    )
+    asides = [(row["line"], row["reason"], row["detail"]) for row in found["set_aside"]]
+    assert asides == [
+        (2, "evaluation leak", "of told.jsonl:1"), (4, "evaluation leak", "of told.jsonl:3"),
+        (6, "exam leak", "of exam.json:1"), (7, "evaluation leak", "of told.jsonl:1"),
+    ]  # fmt: skip
+    assert questions_of(found["sft_train"]) == ["桂枝有哪些功效？", "医生您好"]
+    assert len(found["sft_eval"]) == 3
 
 
 def test_answers_of_held_out_rows_that_are_in_training_are_counted(tmp_path, convert, capsys):
     answer = "中医诊断：胃脘痛，肝胃不和证；治法：疏肝和胃，理气止痛；方药：柴胡疏肝散加减。"
-    rows = [
-        {"query": words(n, 50), "response": answer, "split": "test" if n < 3 else "train"} for n in range(9)
-    ]
+    splits = ["test"] * 3 + ["train"] * 6
+    rows = [{"query": words(n, 50), "response": answer, "split": split} for n, split in enumerate(splits)]
     rows += [{"query": "何为四诊？", "response": "望闻问切。", "split": split} for split in ("test", "train")]
     assert convert(write_lines(tmp_path / "a.jsonl", *rows))["report"]["eval_answers_in_training"] == 3
     assert "3  held-out answers stand word for word in training" in capsys.readouterr().out
@@ -227,10 +218,8 @@ def test_order_of_the_rows_changes_nothing(tmp_path, convert):
 @pytest.mark.parametrize("questions", [3, 12, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", ["input first", "question first"])
 def test_questions_about_one_passage_stay_together(tmp_path, convert, questions, form):
-    asked = [
-        f"第{n}问：文中所述{WORDS[n % 40]}与{WORDS[(n * 7) % 40]}的关系如何，应怎样理解？"
-        for n in range(questions)
-    ]
+    pairs = [(n, WORDS[n % 40], WORDS[(n * 7) % 40]) for n in range(questions)]
+    asked = [f"第{n}问：文中所述{one}与{other}的关系如何，应怎样理解？" for n, one, other in pairs]
     rows = []
     for number in range(20):
         for n, question in enumerate(asked):
@@ -278,30 +267,28 @@ def test_a_share_of_any_set_is_held_out(tmp_path, convert, capsys, row, count, h
     assert (f"few rows are held out ({held_out}): figures on them mean little" in said) == (held_out > 0)
 
 
-def rows_of(*kinds, told=(), groups=()):
-    """Rows of these kinds; the question of each is its group, or its number."""
-    rows = [Row(0, n, 0, 0, kind=kind, content=n, questions=(n,)) for n, kind in enumerate(kinds)]
+def splits(kinds, groups, shares, told=()):
+    """The splits dealt to rows of these kinds, of which each asks the question of its group."""
+    rows = [
+        Row(0, n, 0, 0, kind=kind, content=n, questions=(group,))
+        for n, (kind, group) in enumerate(zip(kinds, groups))
+    ]
     for row, split in zip(rows, told):
         row.told = split
-    for row, group in zip(rows, groups):
-        row.questions = (group,)
-    return rows
-
-
-def splits(rows, *shares):
     assign_splits(rows, {}, *shares)
     return [row.split for row in rows]
 
 
 def test_what_rows_say_of_their_split_holds_for_their_group():
     told = (TRAIN, "", EVAL, "", TRAIN, TRAIN, TRAIN)
-    rows = rows_of("sft", "sft", "sft", "dpo", "exam", "", "sft", told=told, groups=[0, 0, 1, 1, 1, 0, 1])
-    assert splits(rows, 0.0, 10, 0) == [TRAIN, TRAIN, EVAL, EVAL, EXAM, "", TRAIN]
+    kinds = ("sft", "sft", "sft", "dpo", "exam", "", "sft")
+    found = splits(kinds, [0, 0, 1, 1, 1, 0, 1], (0.0, 10, 0), told)
+    assert found == [TRAIN, TRAIN, EVAL, EVAL, EXAM, "", TRAIN]
 
 
 def test_groups_are_held_out_whole_up_to_the_share():
-    def dealt(*shares, size=2):
-        return splits(rows_of(*["sft"] * 100, groups=[n // size for n in range(100)]), *shares)
+    def dealt(*shares, size=2, told=()):
+        return splits(["sft"] * 100, [n // size for n in range(100)], shares, told)
 
     split = dealt(0.2, 1000, 0)
     assert split.count(EVAL) == 20 and split[::2] == split[1::2] and set(split) == {TRAIN, EVAL}
@@ -309,40 +296,20 @@ def test_groups_are_held_out_whole_up_to_the_share():
     assert dealt(0.2, 1000, 1) != split
     assert set(dealt(0.2, 1000, 0, size=100)) == {TRAIN}  # one group is too large to be held out
     assert dealt(0.05, 1000, 0, size=25).count(EVAL) == 25  # the smallest, if all are too large
-
-
-def test_a_set_that_names_its_own_evaluation_rows_gives_no_more():
-    assert splits(rows_of(*["sft"] * 100, told=[EVAL] * 6), 0.05, 1000, 0).count(EVAL) == 6
-
-
-def test_pairs_follow_the_conversations_of_their_group():
-    split = splits(rows_of(*["sft"] * 50, *["dpo"] * 50, groups=[*range(50)] * 2), 0.3, 1000, 0)
+    assert dealt(0.05, 1000, 0, size=1, told=[EVAL] * 6).count(EVAL) == 6  # no more than the set names itself
+    # Pairs follow the conversations of their group.
+    split = splits(["sft"] * 50 + ["dpo"] * 50, [*range(50)] * 2, (0.3, 1000, 0))
     assert split[:50] == split[50:] and EVAL in split
 
 
-def test_of_equal_rows_the_preferred_one_is_kept_then_the_first():
-    rows = rows_of(*["sft"] * 6)
-    for row, content, characters in zip(rows, (7, 8, 7, 7, 9, 8), (1, 5, 3, 3, 1, 5)):
-        row.content, row.characters = content, characters
-    set_repeats_aside(rows, "repeats", lambda row: row.content, lambda row: -row.characters)
-    assert [bool(row.reason) for row in rows] == [True, False, False, True, False, True]
-    assert [rows.index(row.of) for row in rows if row.of] == [2, 2, 1]
-
-
-def test_joined_members_are_one_group_named_by_its_smallest():
-    joined = Joined()
-    for pair in [(5, 9), (7, 8), (9, 7), (2, 3)]:
-        joined.join(*pair)
-    assert joined.groups() == {5: 5, 7: 5, 8: 5, 9: 5, 2: 2, 3: 2} and joined.group(4) == 4
-
-
-@pytest.mark.parametrize("count, sampled", [(5, 5), (50, 15)])
-def test_rows_are_sampled_by_content_not_by_position(tmp_path, count, sampled):
+def test_rows_are_sampled_by_content_not_by_position(tmp_path):
     found = Recognised(tmp_path)
-    found.rows = rows_of(*["sft"] * 20)
-    for row in found.rows:
-        row.at, row.size = found.write(b"%2d" % row.content), 2
-        row.reason = "set aside" if row.content >= 15 else ""
-    drawn = sample_examples(found, count, 0)
+    for content in range(20):
+        row = Row(0, content, found.write(b"%2d" % content), 2, kind="sft", content=content)
+        row.reason = "set aside" if content >= 15 else ""
+        found.rows.append(row)
+    drawn = {count: sample_examples(found, count, 0) for count in (5, 50)}
     found.rows.reverse()
-    assert sample_examples(found, count, 0) == drawn[::-1] and len(drawn) == sampled and max(drawn) < 15
+    for count, sampled in ((5, 5), (50, 15)):
+        assert sample_examples(found, count, 0) == drawn[count][::-1]
+        assert len(drawn[count]) == sampled and max(drawn[count]) < 15

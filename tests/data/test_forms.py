@@ -342,12 +342,9 @@ ASIDE = [
     ({"instruction": "你是医生。\nHuman: 问\nAssistant:", "output": "答"}, "marks of a dialogue inside a text"),
     ({"messages": [{**turn, "weight": 0} for turn in ASKED] + ASKED}, "marked as not to be learnt"),
     ({}, "fields not recognised"),
-    ({"query": "问"}, "fields not recognised"),
     ({"text": "麻黄发汗解表。"}, "plain text"),
     ({"query": "", "response": "答"}, "missing or empty question"),
-    ({"问题": "", "答案": "答"}, "missing or empty question"),
     ({"query": "问", "response": "  \n"}, "missing or empty answer"),
-    ({"query": "问", "response": None}, "missing or empty answer"),
     ({"query": {"a": None}, "response": "答"}, "wrong type"),
     ({"query": "问", "response": "答\x00"}, "control characters"),
     ({"query": "问", "response": "答\ud83d"}, "lone surrogate"),
@@ -358,12 +355,10 @@ ASIDE = [
     ({"query": "问", "response": "<think>没有结束"}, "think block out of place"),
     ({"query": "问", "response": "<think>一</think>答<think>二</think>"}, "think block out of place"),
     ({"query": "问", "response": "<think>想</think>"}, "missing or empty answer"),
-    ({"messages": [None]}, "wrong type"),
     ({"messages": "问"}, "wrong type"),
     ({"conversations": [["问", "答"]]}, "wrong type"),
     ({"messages": [{"role": "user", "content": None}, ASKED[1]]}, "missing or empty question"),
     ({"messages": [{"role": "system", "content": ""}]}, "missing or empty question"),
-    ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "答"}]}, "missing or empty question"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}, *PARTS]}]}, "wrong type"),
     ({"messages": ASKED[:1]}, "roles out of order"),
     ({"messages": ASKED[:1] + ASKED}, "roles out of order"),
@@ -373,15 +368,12 @@ ASIDE = [
     ({"instruction": "问", "output": "答", "history": "前"}, "wrong type"),
     ({"instruction": "问", "output": "答", "history": [["前"]]}, "wrong type"),
     ({"chosen": "好", "rejected": "坏"}, "missing or empty question"),
-    ({"prompt": "问", "chosen": "", "rejected": "坏"}, "missing or empty answer"),
     ({"prompt": "问", "chosen": "好", "rejected": ""}, "missing or empty answer"),
     ({"prompt": "问", "chosen": "同", "rejected": "同 "}, "chosen equals rejected"),
     ({"prompt": ASKED, "chosen": "好", "rejected": "坏"}, "roles out of order"),
     ({"chosen": ASKED, "rejected": turns("别的", "坏")}, "roles out of order"),
     ({"question": "问", "options": {"A": "甲", "B": "乙"}, "answer": "C"}, "answer not among the options"),
-    ({"question": "问", "options": {"A": "甲", "B": "乙"}, "answer": "ABC"}, "answer not among the options"),
     ({"question": "问", "options": ["甲", "乙"], "answer": 3}, "answer not among the options"),
-    ({"question": "问", "choices": ["甲", "乙"], "answer": -1}, "answer not among the options"),
     ({"question": "问", "question_type": "判断题", "answer": "也许"}, "answer not among the options"),
     ({"question": "问", "options": {"A": "甲", "B": ""}, "answer": "A"}, "missing or empty options"),
     ({"question": "问", "options": "没有选项", "answer": "A"}, "missing or empty options"),
@@ -421,20 +413,15 @@ MARKED = [  # a good and a bad answer to one question, in the forms in which the
 
 
 @pytest.mark.parametrize("good, bad", MARKED)
-def test_a_bad_answer_becomes_the_rejected_one(tmp_path, convert, good, bad):
+def test_a_bad_answer_alone_is_set_aside_and_with_a_good_one_the_rejected_one(tmp_path, convert, good, bad):
+    found = convert(write_lines(tmp_path / "a.jsonl", {"query": "别的问题？", "response": "别的回答。"}, bad))
+    asides = [(aside["line"], aside["reason"], aside["row"]) for aside in found["set_aside"]]
+    assert asides == [(2, ALONE, bad)] and not found["dpo_train"] + found["dpo_eval"]
     found = convert(write_lines(tmp_path / "a.jsonl", bad, good))
     [row], [pair] = found["sft_train"] + found["sft_eval"], found["dpo_train"] + found["dpo_eval"]
     assert row["messages"] == turns("问", RIGHT) and "weight" not in str(row)
-    assert pair["prompt"] == turns("问") and pair["chosen"][0]["content"] == RIGHT
-    assert pair["rejected"][0]["content"] == WRONG and pair["source"] == "a.jsonl:1"
-
-
-@pytest.mark.parametrize("good, bad", MARKED)
-def test_a_bad_answer_alone_is_set_aside(tmp_path, convert, good, bad):
-    other = {"query": "别的问题？", "response": "别的回答。"}
-    found = convert(write_lines(tmp_path / "a.jsonl", other, bad))
-    asides = [(aside["line"], aside["reason"], aside["row"]) for aside in found["set_aside"]]
-    assert asides == [(2, ALONE, bad)] and not found["dpo_train"] + found["dpo_eval"]
+    assert (pair["prompt"], pair["source"]) == (turns("问"), "a.jsonl:1")
+    assert (pair["chosen"], pair["rejected"]) == (turns("", RIGHT)[1:], turns("", WRONG)[1:])
 
 
 def test_a_pair_is_in_the_split_of_its_good_answer(tmp_path, convert):

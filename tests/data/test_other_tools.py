@@ -42,25 +42,18 @@ def export(tmp_path):
     return export
 
 
-def read(path):
-    return list(read_jsonl(path))
-
-
 def test_messages_hold_one_answer_to_train_in_its_context(export):
     output = export("messages", [PLAIN, LONGER])
-    rows = [row["messages"] for row in read(output / "sft_train.jsonl")]
-    assert [[message.pop("train", False) for message in row] for row in rows] == [
-        [False, False, True],
-        [False, False, True],
-        [False, False, False, False, True],
-    ]
+    rows = [row["messages"] for row in read_jsonl(output / "sft_train.jsonl")]
+    marks = [[message.pop("train", False) for message in row] for row in rows]
+    assert marks == [[False] * 2 + [True], [False] * 2 + [True], [False] * 4 + [True]]
     assert rows == [PLAIN, PLAIN, LONGER]
-    [pair] = read(output / "dpo_train.jsonl")
+    [pair] = read_jsonl(output / "dpo_train.jsonl")
     assert pair == {"messages": PLAIN[:2], "chosen": PAIR["chosen"][0], "rejected": PAIR["rejected"][0]}
 
 
 def test_reasoning_becomes_text_in_messages(export):
-    first, second = read(export("messages", [THOUGHTFUL], pairs=()) / "sft_train.jsonl")
+    first, second = read_jsonl(export("messages", [THOUGHTFUL], pairs=()) / "sft_train.jsonl")
     assert first["messages"][-1]["content"] == "<think>\n问的是药性。\n</think>\n\n平。"
     assert second["messages"][1] == message("assistant", "平。")  # history carries no reasoning
     assert second["messages"][-1]["content"] == "<think>\n问的是\n味。\n</think>\n\n甘。"

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from data_rows import turns
 from tiny_model import make_tiny_model
 
 from data_prepare import build_preference_pairs
@@ -20,25 +21,27 @@ WEATHER = ("今天天气如何？", "今天天气很好。")
 
 
 def as_row(number, question, answer):
-    turns = zip(("user", "assistant"), (question, answer))
-    return {"id": str(number), "messages": [{"role": role, "content": text} for role, text in turns]}
+    return {"id": str(number), "messages": turns(question, answer)}
+
+
+def write_rows(data, train, evaluation=()):
+    for split, rows in (("train", train), ("eval", evaluation)):
+        (data / f"sft_{split}.jsonl").unlink(missing_ok=True)
+        if rows:
+            made = (as_row(f"{split}{n}", *row) for n, row in enumerate(rows))
+            write_jsonl(data / f"sft_{split}.jsonl", made)
 
 
 @pytest.fixture(scope="module")
 def sample_rows():
-    rows = [
-        row for row in read_jsonl(ROOT / "data_prepare/sample/tcm_sample.jsonl") if row["split"] == "train"
-    ]
-    chosen = random.Random(0).sample(rows, 1500)
+    rows = read_jsonl(ROOT / "data_prepare/sample/tcm_sample.jsonl")
+    chosen = random.Random(0).sample([row for row in rows if row["split"] == "train"], 1500)
     return [(row["instruction"], row["output"]) for row in chosen] + [WEATHER]
 
 
 @pytest.fixture
 def data(tmp_path, sample_rows):
-    for split, rows in (("train", sample_rows[300:]), ("eval", [*sample_rows[:300], WEATHER])):
-        write_jsonl(
-            tmp_path / f"sft_{split}.jsonl", (as_row(f"{split}-{n}", *row) for n, row in enumerate(rows))
-        )
+    write_rows(tmp_path, sample_rows[300:], [*sample_rows[:300], WEATHER])
     return tmp_path
 
 
@@ -48,67 +51,65 @@ def build(data, *arguments):
 
 
 @pytest.mark.parametrize("kind", ["facts", "mismatch"])
-def test_pairs_differ_are_alike_in_length_and_keep_the_split(data, capsys, kind):
+def test_pairs_of_the_sample(data, capsys, kind):
     assert build(data, "--kind", kind) == 0
     said, report = capsys.readouterr().out, read_json(data / "dpo_report.json")
     for split in ("train", "eval"):
-        made, rows = (
-            list(read_jsonl(data / f"dpo_{split}.jsonl")),
-            list(read_jsonl(data / f"sft_{split}.jsonl")),
-        )
+        made, rows = (list(read_jsonl(data / f"{name}_{split}.jsonl")) for name in ("dpo", "sft"))
         good_of = {row["id"]: row["messages"] for row in rows}
-        assert (
-            f"{split}: {len(rows):,} rows = {len(made):,} pairs + {len(rows) - len(made):,} not paired"
-            in said
-        )
-        assert report[split]["pairs"] + sum(report[split]["not_paired"].values()) == len(rows)
-        assert len(made) > 0.8 * len(rows)
+        not_paired = len(rows) - len(made)
+        assert f"{split}: {len(rows):,} rows = {len(made):,} pairs + {not_paired:,} not paired" in said
+        assert report[split]["pairs"] == len(made) > 0.8 * len(rows)
+        assert sum(report[split]["not_paired"].values()) == not_paired
         for pair in made:
             good, bad = pair["chosen"][0]["content"], pair["rejected"][0]["content"]
             assert good_of[pair["id"]] == [*pair["prompt"], *pair["chosen"]] and pair["kind"] == kind
             assert good != bad and pairs.similar_length(good, bad)
             assert not pairs.says_the_same(good, bad, pair["prompt"][-1]["content"], TERMS)
             assert kind == "mismatch" or len(good) == len(bad)
-    if kind == "facts":
-        assert "no known term between borders in the answer" in said  # the weather is not medicine
+    told = report["train"]["told_apart"]
+    assert told <= 0.6 and f"told apart without the question: {told:.0%}" in said
+    # The weather is not medicine.
+    assert ("no known term between borders in the answer" in said) == (kind == "facts")
 
 
-@pytest.mark.parametrize("kind", ["facts", "mismatch"])
-def test_pairs_cannot_be_told_apart_without_the_question(data, capsys, kind):
-    assert build(data, "--kind", kind) == 0
-    told = read_json(data / "dpo_report.json")["train"]["told_apart"]
-    assert told <= 0.6 and f"told apart without the question: {told:.0%}" in capsys.readouterr().out
-
-
-def test_what_tells_bad_answers_is_measured_and_warned_of(data, capsys):
+def test_what_tells_bad_answers_is_measured_and_warned_of(sample_rows, tmp_path, capsys):
+    answers = [answer for _, answer in sample_rows[:301]] * 2
     rows = [
         {
             "chosen": [{"content": f"{good}。"}],
             "rejected": [{"content": f"{good}乌须发。" if n % 10 else good}],
         }
-        for n, (_, good) in enumerate(read_answers(data) * 2)
+        for n, good in enumerate(answers)
     ]
     assert pairs.told_apart(rows) > 0.85
     halves = [{"chosen": [{"content": "麻黄"}], "rejected": [{"content": "麻黄"}]}] * 10
     assert pairs.told_apart(halves) == 0.5
     found = build_preference_pairs.summary(rows, rows, Counter())
-    build_preference_pairs.show("train", found, data)
+    build_preference_pairs.show("train", found, tmp_path)
     assert "warning: above 65% a model learns to recognise bad text" in capsys.readouterr().out
 
 
-def read_answers(data):
-    return [
-        [message["content"] for message in row["messages"]] for row in read_jsonl(data / "sft_eval.jsonl")
-    ]
+@pytest.mark.parametrize(
+    "share, count, warned",
+    [(0.83, 24, True), (0.83, 6, False), (0.66, 30, False), (0.66, 50, True), (0.6, 900, False)],
+)
+def test_few_pairs_are_warned_of_if_chance_does_not_explain_it(capsys, share, count, warned):
+    lengths = {"chosen": 5.0, "rejected": 5.0}
+    found = {"rows": count, "pairs": count, "not_paired": {}, "mean_characters": lengths, "told_apart": share}
+    build_preference_pairs.show("train", found, ROOT)
+    assert ("warning" in capsys.readouterr().out) == warned
 
 
 def test_the_same_command_makes_the_same_pairs(data, capsys):
-    assert build(data, "--kind", "facts") == 0
-    before = (data / "dpo_train.jsonl").read_bytes()
-    assert build(data, "--kind", "facts") == 0
-    assert (data / "dpo_train.jsonl").read_bytes() == before
-    assert build(data, "--kind", "facts", "--seed", 1) == 0
-    assert (data / "dpo_train.jsonl").read_bytes() != before
+    made = []
+    for seed in (0, 0, 1):
+        assert build(data, "--kind", "facts", "--seed", seed) == 0
+        made.append((data / "dpo_train.jsonl").read_bytes())
+    assert made[0] == made[1] != made[2]
+
+
+# ---- Swapped facts
 
 
 def swapped(*rows, seed=0):
@@ -142,11 +143,24 @@ def test_what_is_right_elsewhere_is_not_wrong():
 def test_names_are_swapped_for_names_that_look_alike():
     points = ("血海", "照海", "气海", "小海", "少海", "足三里", "手三里")
     rows = [(f"{name}穴属于哪条经脉？", f"{name}穴属于足太阴脾经。") for name in points]
-    wrong = [swapped(*rows, seed=seed)[0] for seed in range(20)]
-    assert set(wrong) <= {
-        f"{name}穴属于足太阴脾经。" for name in points if name[1] == "海" and name != "血海"
+    wrong = {swapped(*rows, seed=seed)[0] for seed in range(20)}
+    assert 1 < len(wrong) and wrong <= {
+        f"{name}穴属于足太阴脾经。" for name in ("照海", "气海", "小海", "少海")
     }
-    assert len(set(wrong)) > 1
+
+
+HERBS = ["麻黄、桂枝", "黄芪、白术", "川芎、红花", "黄连、黄芩"]
+CASES = [(f"患者头晕，咳嗽，水肿，第{n}日，用何药？", f"常用{HERBS[n % 4]}。") for n in range(40)]
+
+
+def test_of_cases_with_the_same_signs_each_has_its_own_right_answer():
+    assert all(swapped(*CASES))
+    rare = [("头晕而咳嗽者用何药？", "麻黄。"), ("咳嗽头晕可用何药？", "桂枝。"), ("水肿用何药？", "麻黄。")]
+    right = pairs._right_about([pairs.Question(*row) for row in rare], TERMS)
+    assert [{"麻黄", "桂枝"} & known for known in right] == [{"麻黄", "桂枝"}] * 2 + [{"麻黄"}]
+
+
+# ---- Other answers
 
 
 @pytest.mark.parametrize(
@@ -165,20 +179,17 @@ def test_what_says_the_same(good, other, same):
     assert pairs.says_the_same(good, other, "问？", TERMS) == same
 
 
-def test_a_mismatch_never_names_the_same_syndrome():
-    rows = [
-        as_row(n, f"病例{n}应辨为何证？", f"此为{name}证。")
-        for n, name in enumerate(["肝胃不和", "脾虚湿困"] * 20)
-    ]
-    for row, (worse, _) in zip(rows, pairs.mismatched(rows, TERMS, random.Random(0))):
-        good = row["messages"][1]["content"]
-        assert worse is not None and worse != good
-
-
 def test_agreement():
     assert pairs.agreement("清热解毒", "清热解毒") == 1
     assert pairs.agreement("清热解毒", "补气养血") == 0
     assert 0 < pairs.agreement("清热解毒", "清热凉血") < 1
+
+
+def test_a_mismatch_never_names_the_same_syndrome():
+    names = ["肝胃不和", "脾虚湿困"] * 20
+    rows = [as_row(n, f"病例{n}应辨为何证？", f"此为{name}证。") for n, name in enumerate(names)]
+    for row, (worse, _) in zip(rows, pairs.mismatched(rows, TERMS, random.Random(0))):
+        assert worse is not None and worse != row["messages"][1]["content"]
 
 
 @pytest.fixture
@@ -198,10 +209,8 @@ def test_answers_of_a_model_that_knows_nothing_are_worse(data, model, capsys):
 @pytest.mark.slow
 def test_sampling_goes_on_where_it_was_stopped(tmp_path, model, monkeypatch, capsys):
     rows = [as_row(n, f"问题{n}？", "答") for n in range(12)]
-    sampling = SimpleNamespace(
-        MODEL=str(model), SAMPLES=2, TEMPERATURE=1.0, MAX_NEW_TOKENS=4, BATCH_SIZE=8, SEED=0
-    )
-    kept = tmp_path / "sampled"
+    sampling = {"SAMPLES": 2, "TEMPERATURE": 1.0, "MAX_NEW_TOKENS": 4, "BATCH_SIZE": 8, "SEED": 0}
+    sampling, kept = SimpleNamespace(MODEL=str(model), **sampling), tmp_path / "sampled"
     monkeypatch.setattr(pairs, "CHUNK", 4)
     whole = pairs.sample_answers(rows, sampling, kept)
     assert [len(answers) for answers in whole] == [2] * 12
@@ -225,17 +234,24 @@ def test_sampling_goes_on_where_it_was_stopped(tmp_path, model, monkeypatch, cap
     assert begun[5:] == [0, 4, 8] and len(list(kept.iterdir())) == 4
 
 
-def test_worst_of_the_sampled_answers_by_its_facts(monkeypatch, tmp_path):
+SAMPLED = ["宣肺平喘、发汗解表。", "发汗解表、清热泻火。", "清热泻火、补中益气。", "短"]
+
+
+@pytest.mark.parametrize(
+    "answers, worse",
+    [
+        (SAMPLED, ("清热泻火、补中益气。", "")),
+        (SAMPLED[:1], (None, "every sampled answer is right")),
+        (SAMPLED[3:], (None, "no sampled answer of similar length")),
+    ],
+)
+def test_worst_of_the_sampled_answers_by_its_facts(monkeypatch, tmp_path, answers, worse):
     row = as_row(0, "麻黄的功效是什么？", "发汗解表、宣肺平喘。")
-    answers = ["宣肺平喘、发汗解表。", "发汗解表、清热泻火。", "清热泻火、补中益气。", "短"]
     monkeypatch.setattr(pairs, "sample_answers", lambda *_: [answers])
-    assert list(pairs.sampled([row], TERMS, None, tmp_path)) == [("清热泻火、补中益气。", "")]
-    for some, reason in (
-        (answers[:1], "every sampled answer is right"),
-        (answers[3:], "no sampled answer of similar length"),
-    ):
-        monkeypatch.setattr(pairs, "sample_answers", lambda *_, some=some: [some])
-        assert list(pairs.sampled([row], TERMS, None, tmp_path)) == [(None, reason)]
+    assert list(pairs.sampled([row], TERMS, None, tmp_path)) == [worse]
+
+
+# ---- What the script says
 
 
 def test_the_default_kind_follows_the_model(data, tmp_path, capsys):
@@ -243,10 +259,9 @@ def test_the_default_kind_follows_the_model(data, tmp_path, capsys):
     assert build(data, "--model", folder) == 0
     assert "kind facts: " in capsys.readouterr().out
     folder.mkdir()
-    write_json(folder / "run.json", {"status": "running"})
-    assert not build_preference_pairs.is_finished(folder)
-    write_json(folder / "run.json", {"status": "finished"})
-    assert build_preference_pairs.is_finished(folder)
+    for status in ("running", "finished"):
+        write_json(folder / "run.json", {"status": status})
+        assert build_preference_pairs.is_finished(folder) == (status == "finished")
     # A finished run without weights: the model kind was chosen, and says so.
     assert build(data, "--model", folder) == 2
     assert "is not a model folder" in capsys.readouterr().err
@@ -258,77 +273,41 @@ def test_the_default_kind_follows_the_model(data, tmp_path, capsys):
         (["--kind", "opinion"], "--kind is 'opinion', wanted auto | facts | mismatch | model"),
         (["--input-dir", "nowhere"], "make it with: python data_prepare/convert_to_qwen3_format.py"),
         (["--terms-file", "nowhere"], "make it with: python data_prepare/sample/make_sample.py"),
+        ([], "no pair could be made"),
     ],
 )
-def test_wrong_input_is_one_line(data, capsys, arguments, message):
-    assert build(data, "--kind", "facts", *arguments) == 2
+def test_wrong_input_is_one_line(tmp_path, capsys, arguments, message):
+    write_rows(tmp_path, [WEATHER])
+    assert build(tmp_path, "--kind", "facts", *arguments) == 2
     errors = capsys.readouterr().err
-    assert message in errors and len(errors.splitlines()) == 1
-
-
-def write_rows(data, train, evaluation=()):
-    for split, rows in (("train", train), ("eval", evaluation)):
-        (data / f"sft_{split}.jsonl").unlink(missing_ok=True)
-        if rows:
-            write_jsonl(
-                data / f"sft_{split}.jsonl", (as_row(f"{split}{n}", *row) for n, row in enumerate(rows))
-            )
-
-
-def test_no_pair_at_all_is_said(data, capsys):
-    write_rows(data, [WEATHER])
-    assert build(data, "--kind", "facts") == 2
-    assert "no pair could be made" in capsys.readouterr().err and not (data / "dpo_train.jsonl").exists()
-
-
-HERBS = ["麻黄、桂枝", "黄芪、白术", "川芎、红花", "黄连、黄芩"]
-CASES = [(f"患者头晕，咳嗽，水肿，第{n}日，用何药？", f"常用{HERBS[n % 4]}。") for n in range(40)]
+    assert message in errors and len(errors.splitlines()) == 1 and not (tmp_path / "dpo_train.jsonl").exists()
 
 
 @pytest.mark.parametrize("evaluation", [[], [WEATHER]], ids=["no evaluation rows", "none that can be paired"])
-def test_pairs_of_the_training_rows_are_held_out_if_the_others_yield_none(data, capsys, evaluation):
-    write_rows(data, CASES, evaluation)
-    assert build(data, "--kind", "facts") == 0
-    trained, held_out = (list(read_jsonl(data / f"dpo_{split}.jsonl")) for split in ("train", "eval"))
+def test_pairs_of_the_training_rows_are_held_out_if_the_others_yield_none(tmp_path, capsys, evaluation):
+    write_rows(tmp_path, CASES, evaluation)
+    assert build(tmp_path, "--kind", "facts") == 0
+    trained, held_out = (list(read_jsonl(tmp_path / f"dpo_{split}.jsonl")) for split in ("train", "eval"))
     assert len(held_out) == 8 and len(trained) == 32
     asked = [{pair["prompt"][0]["content"] for pair in side} for side in (trained, held_out)]
     assert not asked[0] & asked[1] and "no pair of its own; 8 of the training" in capsys.readouterr().out
-    write_rows(data, CASES[:3], evaluation)
-    assert build(data, "--kind", "facts") == 0
-    assert "--eval-file ''" in capsys.readouterr().out and not (data / "dpo_eval.jsonl").exists()
+    write_rows(tmp_path, CASES[:3], evaluation)
+    assert build(tmp_path, "--kind", "facts") == 0
+    assert "--eval-file ''" in capsys.readouterr().out and not (tmp_path / "dpo_eval.jsonl").exists()
 
 
-def test_of_cases_with_the_same_signs_each_has_its_own_right_answer():
-    rows = [as_row(n, *case) for n, case in enumerate(CASES)]
-    assert all(worse for worse, _ in pairs.swapped_facts(rows, TERMS, random.Random(0)))
-    rare = [("头晕而咳嗽者用何药？", "麻黄。"), ("咳嗽头晕可用何药？", "桂枝。"), ("水肿用何药？", "麻黄。")]
-    right = pairs._right_about([pairs.Question(*row) for row in rare], TERMS)
-    assert [{"麻黄", "桂枝"} & known for known in right] == [{"麻黄", "桂枝"}] * 2 + [{"麻黄"}]
+COURTESIES = [
+    ("谢谢医生！", "不客气，祝您早日康复。"),
+    ("在吗？", "您好，请问哪里不舒服？"),
+    ("明白了", "好的，有问题随时联系我。"),
+]
 
 
 @pytest.mark.parametrize("kind", ["facts", "mismatch"])
-@pytest.mark.parametrize(
-    "last",
-    [
-        ("谢谢医生！", "不客气，祝您早日康复。"),
-        ("在吗？", "您好，请问哪里不舒服？"),
-        ("明白了", "好的，有问题随时联系我。"),
-    ],
-)
-def test_courtesy_is_not_paired(data, capsys, kind, last):
-    write_rows(data, [*CASES, *[last] * 3])
-    assert build(data, "--kind", kind) == 0
+def test_courtesy_is_not_paired(tmp_path, capsys, kind):
+    write_rows(tmp_path, [*CASES, *COURTESIES])
+    assert build(tmp_path, "--kind", kind) == 0
     assert "3  its last turn is a courtesy" in capsys.readouterr().out
-    for pair in read_jsonl(data / "dpo_train.jsonl"):
-        assert last[1] not in (pair["chosen"][0]["content"], pair["rejected"][0]["content"])
-
-
-@pytest.mark.parametrize(
-    "share, count, warned",
-    [(0.83, 24, True), (0.83, 6, False), (0.66, 30, False), (0.66, 50, True), (0.6, 900, False)],
-)
-def test_few_pairs_are_warned_of_if_chance_does_not_explain_it(capsys, share, count, warned):
-    lengths = {"chosen": 5.0, "rejected": 5.0}
-    found = {"rows": count, "pairs": count, "not_paired": {}, "mean_characters": lengths, "told_apart": share}
-    build_preference_pairs.show("train", found, ROOT)
-    assert ("warning" in capsys.readouterr().out) == warned
+    said = {answer for _, answer in COURTESIES}
+    for pair in read_jsonl(tmp_path / "dpo_train.jsonl"):
+        assert not said & {pair["chosen"][0]["content"], pair["rejected"][0]["content"]}

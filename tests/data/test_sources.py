@@ -45,7 +45,6 @@ OTHER = [
         for ending in ("json", "parquet", "xlsx", "jsonl.gz", "zip")
     ),
     ("a.jsonl", b"\n<!DOCTYPE html>\n<html>", "a web page, not the file"),
-    ("a.csv", b"<html><head>", "a web page, not the file"),
     ("a.csv", b"\xd0\xcf\x11\xe0\xa1\xb1", "save it as .xlsx"),
     ("a.csv", b"PK\x03\x04", "a .zip or .xlsx file under another name"),
     ("a.json", b"PAR1", "a .parquet file under another name"),
@@ -139,12 +138,9 @@ ROWS = rows_of("甲", count=30)
 TURNS = [[{"from": "human", "value": r["query"]}, {"from": "gpt", "value": r["response"]}] for r in ROWS]
 FORMS = {
     "a.jsonl.gz": gzip.compress(as_lines(ROWS)),
-    "a.json.gz": gzip.compress(dumped(ROWS)),
     "a.csv.gz": gzip.compress(as_csv(ROWS)),
     "gb.jsonl.gz": gzip.compress(as_lines(ROWS).decode().encode("gb18030")),
     "gb.jsonl": as_lines(ROWS).decode().encode("gb18030"),
-    "gb.json": dumped(ROWS, indent=1).decode().encode("gb18030"),
-    "gb.csv": as_csv(ROWS).decode().encode("gb18030"),
     "bom.jsonl": b"\xef\xbb\xbf" + as_lines(ROWS).replace(b"\n", b"\r\n"),
     "bom.json": b"\xef\xbb\xbf" + dumped(ROWS, indent=1),
     "bom.tsv": b"\xef\xbb\xbf" + as_csv(ROWS).replace(b",", b"\t"),
@@ -152,7 +148,6 @@ FORMS = {
     "a.parquet": as_parquet(ROWS),
     "a.zip": zipped({"in/a.jsonl": as_lines(ROWS[:10]), "b.csv": as_csv(ROWS[10:]), "__MACOSX/b.csv": b"x"}),
     "wrapped.json": dumped({"version": "1.0", "data": ROWS}),
-    "wrapped_lines.json": dumped({"name": "x", "size": 3, "rows": ROWS, "licence": None}, indent=1),
     "one_line.jsonl": dumped({"data": ROWS}),
     "two_keys.json": dumped({"part1": ROWS[:10], "part2": ROWS[10:]}, indent=2),
     "nested.json": dumped([ROWS[:10], ROWS[10:]], indent=1),
@@ -161,9 +156,7 @@ FORMS = {
     "no_brackets.json": b",\n".join(dumped(row) for row in ROWS) + b",\n",
     "pretty.json": b"\n".join(dumped(row, indent=1) for row in ROWS),
     "columns.json": dumped({name: [row[name] for row in ROWS] for name in ROWS[0]}, indent=1),
-    "columns_one_line.json": dumped({name: [row[name] for row in ROWS] for name in ROWS[0]}),
     "pandas.json": dumped({name: {str(n): row[name] for n, row in enumerate(ROWS)} for name in ROWS[0]}),
-    "pandas_index.json": dumped({str(n): row for n, row in enumerate(ROWS)}),
     "by_name.json": dumped({f"病例{n}": row for n, row in enumerate(ROWS)}, indent=1),
     "lists_of_one.jsonl": as_lines([{name: [text] for name, text in row.items()} for row in ROWS]),
     "turns.jsonl": as_lines(TURNS),
@@ -295,10 +288,8 @@ def test_torture_file(tmp_path, convert):
 
 BROKEN = [
     ('[\n{"query": "问", "response": "答"},\n{"query": "坏" "response": "x"}]', "line 3, column 15"),
-    ('[\n{"query": "问", "response": "答"},\n{"query": "断', "line 3, column 11"),
     ('[{"query": "问", "response": "答"}', "line 1, column 33"),
     ('[{"query": "问", "response": "答"} {"query": "问"}]', "line 1, column 34"),
-    ('{"n": 1, "data": [{"query": "问", "response": "答"}, x]}', "line 1, column 52"),
     ('{"n": 1, "data": [{"query": "问", "response": "答"}]', "line 1, column 51"),
 ]
 

@@ -51,7 +51,7 @@ def test_reader_of_stdout_has_left(world, tmp_path, name):
     """`script | head -1`, in the middle of its work."""
     output = ["--output-dir", tmp_path / "new"] if name in MADE else []
     script = start(world, name, *output, environment={"PYTHONUNBUFFERED": "1"}, before=[(nobody_reads,)])
-    assert_told(script, 1, "that read this output has ended; the same command without it does the rest")
+    assert_told(script, 1, "what read this output has ended; the same command without it does the rest")
     if output:
         assert_works_again(world, name, tmp_path / "new", None)
 

@@ -31,7 +31,7 @@ LONG = 40  # characters without filler: as long as a case description, too long 
 LONG_ANSWER = 20  # characters: two rows do not share such an answer by chance
 SHORTEST_LATER_TURN = 8  # characters: later turns such as "请继续" are no question of their own
 BYTES_A_ROW = 1000  # of memory
-FORECAST_ROWS = 50_000  # rows after which the memory is forecast for the first time
+FORECAST_ROWS = 50_000  # rows after which the memory is forecast
 SYSTEMS = 1000  # system texts counted: one that nearly all rows share is among the first
 UNKNOWN_ROWS, UNKNOWN_CHARACTERS = 200, 300  # kept of a file to suggest columns by: rows, and of each text
 COURTESY_LEFT = 0.15  # of a turn's characters, beside words of courtesy
@@ -168,7 +168,7 @@ class Recognised:
 
 def recognise(files: list[InputFile], options: RowOptions, folder: Path) -> Recognised:
     """Read and recognise every row; UserError if they would not fit into the memory."""
-    size, given, forecast_at = sum(file.size for file in files), 0, FORECAST_ROWS
+    size, given = sum(file.size for file in files), 0
     found = Recognised(folder)
     with bar(desc="rows recognised", total=size, unit="B", unit_scale=True) as meter:
         for number, file in enumerate(files):
@@ -185,9 +185,8 @@ def recognise(files: list[InputFile], options: RowOptions, folder: Path) -> Reco
                     unknown.append((place, row | shown))
                 # About: the same rows take more or less as tables and arrays than as JSON lines.
                 given = min(given + found.rows[-1].original, size - 1)
-                if len(found.rows) == forecast_at:
-                    _refuse_too_many(len(found.rows) * size / given)
-                    forecast_at *= 2
+                if len(found.rows) == FORECAST_ROWS:
+                    _refuse_too_many(FORECAST_ROWS * size / given)
                 if len(found.rows) % 1000 == 0:
                     meter.update(given - meter.n)
         meter.update(size - meter.n)
@@ -198,9 +197,8 @@ def _refuse_too_many(rows):
     needed, free = BYTES_A_ROW * rows, memory_for_process()
     if needed > free:
         raise UserError(
-            f"about {rows:,.0f} rows are to be compared with one another, which takes {format_bytes(needed)} of memory "
-            f"({BYTES_A_ROW} bytes a row); {format_bytes(free)} are free, enough for {free / BYTES_A_ROW:,.0f} rows: "
-            "convert the files in parts, each to its own --output-dir"
+            f"about {rows:,.0f} rows are to be compared, which takes {format_bytes(needed)} of memory, and {format_bytes(free)} "
+            "are free: convert the files in parts, each to its own --output-dir"
         )
 
 

@@ -15,12 +15,12 @@ import functools
 import itertools
 import random
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 
 import numpy
 
-from utils.data.convert import EVAL, EXAM, LONG, TRAIN, Row
+from utils.data.convert import EVAL, EXAM, LONG, TRAIN, Recognised, Row
 from utils.data.schemas import OUTPUT_FILES
 from utils.text import progress
 
@@ -31,9 +31,7 @@ TEXTS = 1000  # whose signatures are made together, or whose pieces are kept
 
 FAMILY = 5  # questions: more than this that differ in a word are a template, and may go to two splits
 PASSAGE = 0.6  # of the shingles of the shorter question: two that share so many are about one passage
-PASSAGE_TRIES = (
-    4  # failed comparisons after which a question is compared no more: a template costs linear time
-)
+PASSAGE_TRIES = 4  # failed comparisons, after which a question is compared no more
 # Pieces in more than both a number and a share of the long questions are of an instruction and no passage.
 INSTRUCTION = ((4, 0.25), (100, 0.1))
 COUNTED = 2000  # long questions, whose pieces are counted for that
@@ -56,25 +54,20 @@ _ODD = numpy.array([_random.getrandbits(32) | 1 for _ in range(HASHES)], dtype=n
 
 
 def decide(
-    rows: list[Row],
-    long_questions: Iterable[int],
-    text_of: Callable[[int], str],
-    exam_leaks: Iterable[tuple[Row, Row]],
-    threshold: float,
-    **shares: float,
+    found: Recognised, exam_leaks: Iterable[tuple[Row, Row]], threshold: float, **shares: float
 ) -> None:
     """Give every row its split, and set duplicates and leaks aside.
 
-    `long_questions`: keys of those that are compared by the text that `text_of` gives. `exam_leaks`: (row, exam row) for every row
-    that asks an exam question. `shares`: as in assign_splits. The result depends on the rows and the seed, not on the order of
-    the rows, except that of two equal rows the first is kept.
+    `exam_leaks`: (row, exam row) for every row that asks an exam question. `shares`: as in assign_splits. The result depends on
+    the rows and the seed, not on the order of the rows, except that of two equal rows the first is kept.
     """
+    rows, keys, text_of = found.rows, sorted(found.long_questions), found.long_question
     opened, (least, share) = Counter(row.questions[0] for row in rows if len(row.questions) > 1), OPENER
     for row in rows:  # a dialogue that many others open alike ("我想请您看看") counts by its next question
         if len(row.questions) > 1 and opened[row.questions[0]] > max(least, share * len(rows)):
             row.questions = row.questions[1:] + row.questions[:1]
-    same, family, together = group_questions(rows, sorted(long_questions), text_of, threshold)
-    assign_splits(rows, together, **shares)
+    same, family = group_questions(rows, keys, text_of, threshold)
+    assign_splits(rows, join_passages(keys, family, text_of), **shares)
     _set_leaks_aside(rows, family, EVAL, "evaluation leak")
     for row, exam_row in exam_leaks:
         if row.split == TRAIN or row.split == EVAL and not row.told:
@@ -179,21 +172,24 @@ def mixed(key: int, seed: int) -> int:
 
 def group_questions(
     rows: list[Row], keys: list[int], text_of: Callable[[int], str], threshold: float
-) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
-    """(same, family, together): groups of questions, {key: key that names its group} for those that are not alone in theirs.
+) -> tuple[dict[int, int], dict[int, int]]:
+    """(same, family): groups of the long questions `keys`, {key: key that names its group} for those that are not alone in theirs.
 
-    `same`: one question; `family`: they differ in a word at most; `together`: they go to one split. `keys`: the long questions.
+    `same`: one question; `family`: they differ in a word at most.
     """
     pieces = functools.lru_cache(maxsize=TEXTS)(lambda key: shingles(text_of(key)))
     pairs = candidate_pairs(signatures(map(text_of, keys)), threshold)
-    close = {keys[number] for number in numpy.unique(pairs).tolist()}
-    answers = defaultdict(set)  # {question: keys of its long answers}
-    for row in rows if close else ():
-        for question in close.intersection(row.questions) if row.long_rest else ():
-            answers[question].add(row.rest)
+    close = (keys[number] for number in numpy.unique(pairs).tolist())
+    letters = {key: hash("".join(sorted(text_of(key)))) for key in close}
+    answers: dict[int, list[int]] = {}  # {question: keys of its long answers}
+    for row in rows:
+        for question in row.questions if row.long_rest else ():
+            if question in letters:
+                answers.setdefault(question, []).append(row.rest)
 
     def may_be_one(one, other):
-        return answers[one] & answers[other] or sorted(text_of(one)) == sorted(text_of(other))
+        same_answer = not set(answers.get(one, ())).isdisjoint(answers.get(other, ()))
+        return same_answer or letters[one] == letters[other]
 
     same, family = Joined(), Joined()
     for one, other in _each(pairs, keys, "comparing long questions"):
@@ -208,11 +204,11 @@ def group_questions(
     for key, group in family_of.items():
         if members[group] > FAMILY:
             family_of[key] = same_of.get(key, key)
-    return same_of, family_of, _join_passages(keys, family_of, text_of)
+    return same_of, family_of
 
 
-def _join_passages(keys, family, text_of):
-    """{question: group}: the families, those joined that share a passage. Pieces of instructions do not count."""
+def join_passages(keys: list[int], family: dict[int, int], text_of: Callable[[int], str]) -> dict[int, int]:
+    """{question: group} of questions that go to one split: families, those joined that share a passage. Instructions do not count."""
     counted = keys[:: len(keys) // COUNTED + 1]
     counts = Counter(piece for key in counted for piece in shingles(text_of(key)))
     scale = len(keys) / max(len(counted), 1)
@@ -281,7 +277,8 @@ def shingles(text: str) -> set[str]:
 
 def overlap(own: set[str], others: set[str]) -> float:
     """The Jaccard similarity of two sets of shingles, 0 to 1."""
-    return len(own & others) / len(own | others)
+    shared = len(own & others)
+    return shared / (len(own) + len(others) - shared)
 
 
 def differ_in_fact(one: str, other: str) -> bool:

@@ -8,7 +8,7 @@ A training row leaks an exam item in three cases:
 - It asks the stem and lists no options at all, no other item of the exam has that stem, and the stem says enough to be asked
   alone: it is LONG_STEM characters or longer, or all that is asked, or the row's answer names the right option.
 
-Rows that list other options under the same stem ("下列药物中，性温的是") are other questions. Of each stem a few short pieces, the
+Rows that list other options under the same stem ("下列药物中，性温的是") ask other questions. Of each stem a few short pieces, the
 rarest, are looked for in all rows; a row that has one is compared whole.
 """
 
@@ -18,7 +18,6 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from utils.data.convert import EXAM, Recognised, Row, normalize, without_filler
 from utils.data.dedup import SHINGLE, differ_in_fact, shingles
@@ -50,16 +49,23 @@ _LISTS = re.compile(
 )
 
 
-class ExamItem(NamedTuple):
+class ExamItem:
     """An exam item as it is compared: normalised, the stem also without filler words."""
 
-    row: Row
-    question: str  # as it is given, without the gap at its end
-    text: str  # the stem as it stands, normalised
-    stem: str  # its core: without filler, and without "是" and the like at its end
-    options: list[str]
-    right: list[str]
-    alone: bool  # True if no other item has this stem
+    def __init__(self, row: Row, line: bytes):
+        item = json.loads(line)
+        asked = untagged(item["question"])
+        options = {letter: normalize(untagged(option)) for letter, option in item["options"].items()}
+        self.row = row
+        self.question = re.sub(r"[（(][\s_]*[)）]|[\s_。？?：:]+$", "", asked).rstrip()  # without the gap
+        self.text = normalize(asked)
+        stem = without_filler(self.text)
+        self.stem = _TRAILING.sub("", stem) or stem
+        self.options = list(options.values())
+        self.right = [options[letter] for letter in item["answer"]]
+        core = _TRAILING.sub("", self.text)
+        self.core = core if len(core) >= SHINGLE else self.text  # whose pieces are looked for
+        self.alone = True  # False if another item has this stem
 
 
 class RowText:
@@ -76,11 +82,6 @@ class RowText:
         self.whole = f"{normalize(self.asked)}\n{self.answer}"
 
     @functools.cached_property
-    def plain(self) -> str:
-        """All of it without filler words."""
-        return "\n".join(map(without_filler, self.whole.split("\n")))
-
-    @functools.cached_property
     def listed(self) -> list[dict[str, str]]:
         """{letter: option} of the options that the question lists by letters, and of those that its answer lists."""
         found = (options_in(text)[1] for text in (self.asked, self.answered))
@@ -95,11 +96,17 @@ class RowText:
         return "wrong" if any(option in answer for option in item.options) else ""
 
 
+def untagged(text: str) -> str:
+    """A text without the tags and entities of HTML."""
+    return html.unescape(_TAG.sub("", text)) if "<" in text or "&" in text else text
+
+
 def find_exam_leaks(found: Recognised) -> Iterator[tuple[Row, Row]]:
     """(row, exam row) for every row that asks an exam question; of several the first."""
-    items = [_exam_item(row, found.line(row)) for row in found.rows if row.kind == EXAM]
+    items = [ExamItem(row, found.line(row)) for row in found.rows if row.kind == EXAM]
     rights = Counter(stem for stem, _ in {(item.stem, "\n".join(item.right)) for item in items})
-    items = [item._replace(alone=rights[item.stem] == 1) for item in items]
+    for item in items:
+        item.alone = rights[item.stem] == 1
     by_piece = _by_piece(items)
     asking = [row for row in found.rows if row.kind not in ("", EXAM)] if items else []
     for row in progress("looking for exam questions", "rows")(asking):
@@ -110,34 +117,18 @@ def find_exam_leaks(found: Recognised) -> Iterator[tuple[Row, Row]]:
             yield row, leaked.row
 
 
-def untagged(text: str) -> str:
-    """A text without the tags and entities of HTML."""
-    return html.unescape(_TAG.sub("", text)) if "<" in text or "&" in text else text
-
-
-def _exam_item(row, line):
-    item = json.loads(line)
-    asked = untagged(item["question"])
-    text = normalize(asked)
-    stem = without_filler(text)
-    options = {letter: normalize(untagged(option)) for letter, option in item["options"].items()}
-    right = [options[letter] for letter in item["answer"]]
-    question = re.sub(r"[（(][\s_]*[)）]|[\s_。？?：:]+$", "", asked).rstrip()
-    return ExamItem(row, question, text, _TRAILING.sub("", stem) or stem, [*options.values()], right, True)
-
-
 def _by_piece(items):
     """{piece: numbers of the items that are looked for by it}. Of each stem up to PIECES pieces, the rarest first."""
-    cores = [_TRAILING.sub("", item.text) for item in items]
-    cores = [core if len(core) >= SHINGLE else item.text for core, item in zip(cores, items)]
-    counts = Counter(piece for core in cores for piece in shingles(core))
+    counts = Counter(piece for item in items for piece in shingles(item.core))
     by_piece = defaultdict(list)
-    for number, core in enumerate(cores):
+    for number, item in enumerate(items):
         taken: list[int] = []
         # Filler may be missing elsewhere: a piece without any is looked for first.
-        rarest = sorted((without_filler(piece) != piece, counts[piece], piece) for piece in shingles(core))
+        rarest = sorted(
+            (without_filler(piece) != piece, counts[piece], piece) for piece in shingles(item.core)
+        )
         for _, _, piece in rarest:
-            at = core.find(piece)
+            at = item.core.find(piece)
             if len(taken) < PIECES and all(abs(other - at) >= SHINGLE for other in taken):
                 taken.append(at)
                 by_piece[piece].append(number)
@@ -147,12 +138,11 @@ def _by_piece(items):
 def _leaks(row, item):
     """True if a training row asks an exam item."""
     if _lists(row.whole.replace(item.text, "", 1), item):
-        return _holds(row.plain, item.stem) or _is_similar(row, item)
+        plain = "\n".join(map(without_filler, row.whole.split("\n")))
+        return _holds(plain, item.stem) or _is_similar(row, plain, item)
     turns = map(without_filler, map(normalize, row.turns))
     asked = next((turn for turn in turns if item.alone and _holds(turn, item.stem)), "")
-    if not asked or row.listed[0]:
-        return False
-    if _LISTS.search(row.asked.replace(item.question, "")):
+    if not asked or row.listed[0] or _LISTS.search(row.asked.replace(item.question, "")):
         return False
     if len(item.stem) >= LONG_STEM or not _FRAME.sub("", asked.replace(item.stem, "", 1)):
         return True
@@ -170,9 +160,9 @@ def _holds(text, stem):
     return stem in text and bool(re.search(f"{re.escape(stem)}(?!{_NEGATION})", text))
 
 
-def _is_similar(row, item):
-    """True if the row holds the item's stem with a few changed characters, or cut before its end."""
-    stem, text, answer = item.stem, row.plain, row.answer_of(item)
+def _is_similar(row, text, item):
+    """True if the text holds the item's stem with a few changed characters, or cut before its end."""
+    stem, answer = item.stem, row.answer_of(item)
     for length, start, stop, edits in _alignments(stem, text):
         if differ_in_fact(stem[:length], text[start:stop]) or re.match(_NEGATION, text[stop:]):
             continue

@@ -129,10 +129,11 @@ def _options(row):
     if isinstance(options, dict) and isinstance(options.get("text"), list) and "label" in options:  # ARC
         options = dict(zip(options["label"], options["text"]))
     if isinstance(options, list) and all(isinstance(option, dict) for option in options):
-        pairs = [(_first(option, _KEYS), _first(option, _TEXTS)) for option in options]
         if all(len(option) == 1 for option in options):
-            pairs = [pair for option in options for pair in option.items()]
-        options = [text for _, text in pairs] if None in dict(pairs) else dict(pairs)
+            options = {letter: text for option in options for letter, text in option.items()}
+        else:
+            keys, texts = ([_first(option, names) for option in options] for names in (_KEYS, _TEXTS))
+            options = texts if None in keys else dict(zip(keys, texts))
     lettered = isinstance(options, dict)
     if isinstance(options, list) and len(options) <= len(LETTERS):
         options = dict(zip(LETTERS, _without_letters(options)))
@@ -163,9 +164,8 @@ def _without_letters(options):
 
 def _answer(given, options, first):
     """The right letters in order, as one text: of "c", 2 (counted from `first`), "C. 经闭", "经闭", "opc", ["C"], "A,B,D"."""
-    if isinstance(given, list) and len(given) > 1 and not all(len(str(part)) == 1 for part in given):
+    if isinstance(given, list):
         return "".join(sorted({letter for part in given for letter in _answer(part, options, first)}))
-    given = "".join(map(str, given)) if isinstance(given, list) else given
     if isinstance(given, str) and given.strip().isdecimal() and given.strip() not in options.values():
         given = int(given)
     if isinstance(given, int | float) and not isinstance(given, bool):

@@ -260,24 +260,18 @@ def marked_turns(text: str, both: bool = True) -> list[dict]:
     return []
 
 
-def trimmed(messages: list[dict]) -> list[dict]:
-    """The messages from the first turn of the user to the last of the assistant, after the system text, if any."""
-    system = messages[:1] if messages[0]["role"] == "system" else []
-    spoken = messages[len(system) :]
+def exchanges(turns: list[dict]) -> list[dict]:
+    """The turns from the first of the user to the last of the assistant, after the system text, if any; Reject if they do not
+    take turns."""
+    system = turns[:1] if turns[0]["role"] == "system" else []
+    spoken = turns[len(system) :]
     while spoken and spoken[0]["role"] == "assistant":
-        spoken = spoken[1:]
+        spoken.pop(0)
     while spoken and spoken[-1]["role"] == "user":
-        spoken = spoken[:-1]
-    return system + spoken if spoken else messages
-
-
-def in_order(messages: list[dict]) -> list[dict]:
-    """The messages, if they are: an optional system text, then user and assistant in turn, ending with the assistant."""
-    roles = [message["role"] for message in messages]
-    spoken = roles[1:] if roles[0] == "system" else roles
-    if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
-        raise Reject("roles out of order", " ".join(roles))
-    return messages
+        spoken.pop()
+    if not spoken or [turn["role"] for turn in spoken] != ["user", "assistant"] * (len(spoken) // 2):
+        raise Reject("roles out of order", " ".join(turn["role"] for turn in turns))
+    return system + spoken
 
 
 def assistant_message(text: str, reasoning: str = "") -> dict:

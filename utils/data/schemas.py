@@ -20,13 +20,12 @@ from utils.data.messages import (
     Reject,
     assistant_message,
     check_text,
-    in_order,
+    exchanges,
     marked_turns,
     not_learnt,
     plain_names,
     question_of,
     text_of,
-    trimmed,
     turns_of,
 )
 from utils.data.readers import Place, parse_row, read_rows
@@ -295,7 +294,7 @@ def _conversation(row, schema, turns, columns=""):
         raise Reject("marked as not to be learnt", "the row has weight 0")
     if turns[0]["role"] != "system" and row.peek("system") is not None:
         turns = [{"role": "system", "content": text_of(row, "system", "system text")}, *turns]
-    messages = in_order(trimmed(turns))
+    messages = exchanges(turns)
     row.trimmed = len(messages) < len(turns)
     weights = [turn.pop("weight", 1) for turn in messages if turn["role"] == "assistant"]
     if 0 in weights[:-1]:

@@ -220,6 +220,17 @@ def is_clear(found: dict[str, Any]) -> bool:
     return found["p"] < 0.05 if "p" in found else low * high > 0
 
 
+def difference_cell(found: dict[str, Any] | None) -> str:
+    """A difference with its interval and p, and a star if it is clear: "+5.0% (1.0 to 9.0), p 0.021 *"."""
+    if found is None:
+        return "-"
+    scale, digits, sign = (100, 1, "%") if "p" in found else (1, 3, "")
+    values = (found["difference"], *(found["interval"] or []))
+    change, *ends = [f"{scale * value:+.{digits}f}" for value in values]
+    p = "" if "p" not in found else ", p < 0.001" if found["p"] < 0.001 else f", p {found['p']:.3f}"
+    return f"{change}{sign} ({' to '.join(ends) or 'no interval'}){p}{' *' * is_clear(found)}"
+
+
 # ---- How sure a figure is
 
 

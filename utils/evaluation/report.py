@@ -6,7 +6,15 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from utils.evaluation.metrics import COMPARED, METRICS, Results, differences, is_clear, metrics
+from utils.evaluation.metrics import (
+    COMPARED,
+    METRICS,
+    Results,
+    difference_cell,
+    differences,
+    is_clear,
+    metrics,
+)
 from utils.files import atomic_write, read_log, render, show_path, write_json
 from utils.model.folder import usable_record
 from utils.plots import Panel, Run, plot_comparison, plot_runs
@@ -62,6 +70,12 @@ def write_report(comparison: dict[str, Any], place: Path) -> None:
             chance = shown[0].get(f"{metric.name}_chance", metric.chance)
             panels.append(Panel(title, values, intervals, bool(metric.right), chance))
     plot_comparison(panels, list(models), place / "comparison.png")
+    pairs = comparison["differences"]
+    names = [name for name in COMPARED if any(name in pair for pair in pairs)]
+    changes = [["", *(COMPARED[name].label for name in names)]]
+    for pair in pairs:
+        cells = [difference_cell(pair.get(name)) for name in names]
+        changes.append([f"{pair['to']} - {pair['from']}", *cells])
     text = render(
         TEMPLATE,
         **comparison,
@@ -69,7 +83,7 @@ def write_report(comparison: dict[str, Any], place: Path) -> None:
         date=datetime.date.today(),
         verdicts=_verdicts(comparison),
         figures_table="\n".join(_figures_table(comparison)),
-        differences_table="\n".join(_differences_table(comparison["differences"])),
+        differences_table="\n".join(_table(changes)),
     )
     with atomic_write(place / "comparison.md") as file:
         file.write(text)
@@ -123,23 +137,6 @@ def _figures_table(comparison):
     models = list(comparison["models"])
     rows = [[row["label"], *(row["cells"][name] for name in models)] for row in comparison["table"]]
     return _table([["", *models], *rows])
-
-
-def _differences_table(pairs):
-    """The difference, its interval and p, and a star if chance alone is an unlikely reason."""
-    names = [name for name in COMPARED if any(name in pair for pair in pairs)]
-    rows = []
-    for pair in pairs:
-        rows.append([f"{pair['to']} - {pair['from']}", *["-"] * len(names)])
-        for column, name in enumerate(names, 1):
-            if found := pair.get(name):
-                scale, digits, sign = (100, 1, "%") if "p" in found else (1, 3, "")
-                values = (found["difference"], *(found["interval"] or []))
-                change, *ends = [f"{scale * value:+.{digits}f}" for value in values]
-                p, star = found.get("p"), " *" if is_clear(found) else ""
-                p = "" if p is None else ", p < 0.001" if p < 0.001 else f", p {p:.3f}"
-                rows[-1][column] = f"{change}{sign} ({' to '.join(ends) or 'no interval'}){p}{star}"
-    return _table([["", *(COMPARED[name].label for name in names)], *rows])
 
 
 def _verdicts(comparison):
