@@ -175,7 +175,8 @@ def _size(path):
 def read_record(path: Path, **origin: str) -> dict[str, Any]:
     """A source.json as a dict; {} if there is none. UserError if it is of another `origin` (repo, revision, file)."""
     record = read_json(path) if path.exists() else {}
-    if not isinstance(record, dict) or not isinstance(record.get("files", {}), dict):
+    files = record.get("files", {}) if isinstance(record, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(file, dict) for file in files.values()):
         raise UserError(f"{show_path(path)} is not a record of a download; delete it and run this again")
     there = {name: str(record.get(name)) for name in origin}
     if record and there != origin:

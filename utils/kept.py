@@ -9,6 +9,7 @@ one JSON file that holds both; a file or a folder too large for JSON gets a reco
         write_kept(path, identity, scores)
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.files import atomic_write, read_json, sha256_of, show_path, write_json
+from utils.files import atomic_write, read_json, sha256_of, show_path
 
 Files = dict[str, dict[str, Any]]  # {name inside the folder: {"size": bytes, "sha256": hex digits}}
 
@@ -36,20 +37,20 @@ def read_kept(path: Path, identity: dict[str, Any]) -> Any | None:
     """The value that was kept for `identity`, else None. One line says why a file that is there is of no use."""
     if not path.is_file():
         return None
-    record = _read_record(path)
-    why = _not_for(identity, record)
-    if not why and record.get("sha256") != digest(record.get("value")):
-        why = "damaged"
-    return record["value"] if _is_of_use(path, why) else None
+    why, value = _judge(path, identity)
+    return value if _is_of_use(path, why) else None
 
 
 def seal(path: Path, identity: dict[str, Any]) -> None:
     """Record that the file or folder at `path` is whole and was made for `identity`. Its data reach the disk first."""
-    files, folder = list_files(path), path if path.is_dir() else path.parent
-    for name in files:
-        with open(folder / name, "r+b") as file:  # Windows flushes only what is open for writing
-            os.fsync(file.fileno())
-    write_json(record_path(path), {"identity": identity, "files": files})
+    folder, files = (path, sorted(path.iterdir())) if path.is_dir() else (path.parent, [path])
+    listed = {}
+    for file in files:
+        if file.is_file() and file != record_path(path):
+            with open(file, "r+b") as data:  # Windows flushes only what is open for writing
+                os.fsync(data.fileno())
+            listed[file.name] = {"size": file.stat().st_size, "sha256": sha256_of(file)}
+    write_kept(record_path(path), identity, listed)
 
 
 def is_kept(path: Path, identity: dict[str, Any]) -> bool:
@@ -59,9 +60,9 @@ def is_kept(path: Path, identity: dict[str, Any]) -> bool:
 
 def damage(path: Path, identity: dict[str, Any]) -> str:
     """Say what is wrong with a sealed file or folder: "damaged (optimizer.pt)", "of other data"; "" if nothing is. Reads all of it."""
-    record = _read_record(record_path(path))
-    name = changed_file(path if path.is_dir() else path.parent, record.get("files"))
-    return _not_for(identity, record) or (f"damaged ({name})" if name else "")
+    why, files = _judge(record_path(path), identity)
+    changed = "" if why else changed_file(path if path.is_dir() else path.parent, files)
+    return f"damaged ({changed})" if changed else why
 
 
 def record_path(path: Path) -> Path:
@@ -69,44 +70,31 @@ def record_path(path: Path) -> Path:
     return path / "MANIFEST.json" if path.is_dir() else path.with_name(f"{path.name}.json")
 
 
-def list_files(path: Path) -> Files:
-    """The files of a folder (not of folders in it), or the one file, with their sizes and checksums."""
-    files = [file for file in sorted(path.iterdir()) if file.is_file()] if path.is_dir() else [path]
-    found = [file for file in files if file != record_path(path)]
-    return {file.name: {"size": file.stat().st_size, "sha256": sha256_of(file)} for file in found}
-
-
 def changed_file(folder: Path, files: Files, since: float = 0) -> str:
     """The first of the recorded files that is not as it was recorded; "" if all are.
 
     With `since`, a time as in st_mtime, a file that is older counts as unchanged if its size is right, and is not read.
     """
-    if not isinstance(files, dict) or not files:
-        return "its record"
     for name, recorded in files.items():
-        path, wanted = folder / name, recorded if isinstance(recorded, dict) else {}
-        if not path.is_file() or path.stat().st_size != wanted.get("size"):
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != recorded.get("size"):
             return name
-        if path.stat().st_mtime >= since and sha256_of(path) != wanted.get("sha256"):
+        if path.stat().st_mtime >= since and sha256_of(path) != recorded.get("sha256"):
             return name
     return ""
 
 
-def _read_record(path):
-    try:
-        found = read_json(path)
-    except (UserError, OSError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _not_for(identity, record):
-    """Why a record does not belong to `identity`, or ""."""
-    before = record.get("identity")
-    if not isinstance(before, dict):
-        return "damaged"
-    names = [name for name in identity | before if digest(before.get(name)) != digest(identity.get(name))]
-    return f"of other {', '.join(names)}" if names else ""
+def _judge(path, identity):
+    """(why the record at `path` is of no use for `identity`, or ""; its value)"""
+    with contextlib.suppress(UserError, OSError, KeyError, TypeError):
+        record = read_json(path)
+        before, value = record["identity"], record["value"]
+        if record["sha256"] == digest(value):
+            names = [
+                name for name in identity | before if digest(before.get(name)) != digest(identity.get(name))
+            ]
+            return f"of other {', '.join(names)}" if names else "", value
+    return "damaged", None
 
 
 def _is_of_use(path, why):
