@@ -7,7 +7,7 @@
 
 Every process is forked from one server. Most then execute a new interpreter, as a shell does. With `ready=True` the script
 runs in the forked process itself, in which torch and transformers are imported already: seconds earlier, with the same
-arguments, folder, files and limits. That is for faults that come after these imports.
+arguments, folder, files and limits. That is for faults that come after these imports; there `before` can change modules of utils.
 """
 
 import ctypes
@@ -90,16 +90,20 @@ def become(command, cwd, environment, files, before, ready):
         opened = os.open(path, flags, 0o644)
         os.dup2(opened, number)
         os.close(opened)
+    if ready:
+        os.environ.clear()
+        os.environ.update(environment)
+        ours = ("utils", "model_finetune", "model_download", "data_prepare")
+        for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
+            del sys.modules[
+                name
+            ]  # another test's server may hold them, out of another copy of the repository
+        others = [path for path in sys.path if not (Path(path) / "utils" / "errors.py").is_file()]
+        sys.path[:] = [str(Path(command[0]).parents[1]), *others]
     for function, *arguments in before:
         function(*arguments)
     if not ready:
         os.execve(sys.executable, [sys.executable, *command], environment)
-    os.environ.clear()
-    os.environ.update(environment)
-    ours = ("utils", "model_finetune", "model_download", "data_prepare")
-    for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
-        del sys.modules[name]  # another test's server may hold them, out of another copy of the repository
-    sys.path[:] = [path for path in sys.path if not (Path(path) / "utils" / "errors.py").is_file()]
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
             stream = open(number, mode, encoding="utf-8", closefd=False)

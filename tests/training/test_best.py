@@ -1,7 +1,7 @@
 """The finished model is the best of the run; what is kept until then survives a kill, or is not believed."""
 
 import pytest
-from small_runs import make_place, same_weights, train
+from small_runs import make_place, same_run, train
 
 from utils.files import read_json, read_jsonl, write_jsonl
 from utils.training.log import best_of, verdict
@@ -73,20 +73,19 @@ def killed(wrong, monkeypatch):
 @pytest.mark.parametrize("step", [7, 14])
 def test_a_run_that_goes_on_keeps_the_same_best(killed, wrong, finished, step):
     output = killed(f"killed_{step}", step)
-    assert len(list((output / "best").glob("*.safetensors"))) in (1, 2)
+    assert len(list((output / "best").glob("*.safetensors"))) == 1
     assert train("sft", wrong, output, *WORSENS) == 0
-    assert results(output)["kept_step"] == results(finished)["kept_step"] and same_weights(output, finished)
-    assert (output / "training_log.jsonl").read_bytes() == (finished / "training_log.jsonl").read_bytes()
+    assert results(output)["kept_step"] == results(finished)["kept_step"] and same_run(output, finished)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", ["weights", "label", "gone"])
+@pytest.mark.parametrize("damage", ["weights", "gone"])
 def test_damaged_best_weights_are_not_taken(killed, wrong, finished, capsys, damage):
     output = killed(f"damaged_{damage}", 14)
     for path in (output / "best").iterdir():
         if damage == "gone":
             path.unlink()
-        elif path.suffix == {"weights": ".safetensors", "label": ".json"}[damage]:
+        elif path.suffix == ".safetensors":
             content = path.read_bytes()
             path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert train("sft", wrong, output, *WORSENS) == 0
@@ -128,7 +127,4 @@ def test_what_is_said_at_the_end(start, after, losses, words):
 
 def test_few_pairs_say_nothing_about_the_run():
     start, after = entry(0, 0.7, 0), [entry(5, 0.6, 0.9), entry(9, 0.7, 0.4)]
-    assert (
-        len(verdict(start, after, [3, 1], after[0], 99)) == 1
-        and len(verdict(start, after, [3, 1], after[0], 100)) == 2
-    )
+    assert [len(verdict(start, after, [3, 1], after[0], pairs)) for pairs in (99, 100)] == [1, 2]

@@ -27,7 +27,7 @@ def test_the_finished_folder_is_as_documented(runs, method, precision):
         range(1, record["results"]["steps"] + 1)
     )
     assert [entry["step"] for entry in log if "eval_loss" in entry][0] == 0
-    assert len([entry for entry in log if "eval_loss" in entry]) == 11
+    assert len([entry for entry in log if "eval_loss" in entry]) == 5
     assert len(list(folder.glob("checkpoint-*"))) == 2 and not (folder / "best").exists()
     assert not [path for path in folder.iterdir() if "partial" in path.name]
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -76,8 +76,8 @@ def test_dpo_raises_the_chosen_over_the_rejected(runs, precision):
     )  # the SFT term holds the chosen answers up
 
 
-def test_lora_inside_dpo(place, tmp_path, precision):
-    assert train("dpo", place, tmp_path / "out", "--lora", "--max-steps", 2, precision=precision) == 0
+def test_lora_inside_dpo(place, tmp_path):
+    assert train("dpo", place, tmp_path / "out", "--lora", "--max-steps", 2, precision="bf16") == 0
     log = list(read_jsonl(tmp_path / "out/training_log.jsonl"))
     assert log[0]["eval_reward_margin"] == 0.0
     assert (tmp_path / "out/adapter_model.safetensors").is_file() and (
@@ -85,10 +85,10 @@ def test_lora_inside_dpo(place, tmp_path, precision):
     ).is_file()
 
 
-def test_embeddings_that_are_not_trained_stay_as_they_are(place, precision):
-    """Everything else is trained, the loss falls, and the forecast counts fewer gradients and moments."""
-    folder = place / f"frozen_embeddings_{precision}"
-    assert train("sft", place, folder, "--train-embeddings", "false", precision=precision) == 0
+def test_embeddings_that_are_not_trained_stay_as_they_are(place, tmp_path):
+    """Everything else is trained, and the loss falls."""
+    folder = tmp_path / "frozen"
+    assert train("sft", place, folder, "--train-embeddings", "false", precision="bf16") == 0
     before, after = load_file(place / "base/model.safetensors"), weights(folder)
     same = [name for name in after if torch.equal(before[name].float(), after[name].float())]
     assert same == ["model.embed_tokens.weight"]
@@ -96,10 +96,16 @@ def test_embeddings_that_are_not_trained_stay_as_they_are(place, precision):
     assert record["results"]["eval_loss"] < record["results"]["eval_loss_before"]
 
 
-def test_a_tracker_gets_the_log_and_no_other_is_asked(place, tmp_path, capsys, monkeypatch):
-    """Through accelerate's own trackers, here with a writer in tensorboard's place; its package is named if it is missing."""
-    assert train("sft", place, tmp_path / "out", "--tracker", "wandb") == 2
-    assert "--tracker wandb needs its package: pip install wandb" in capsys.readouterr().err
+def test_float16_ends_where_float32_does(runs):
+    """As on NVIDIA GPUs without bfloat16."""
+    halves, floats = (read_jsonl(runs("sft", name) / "training_log.jsonl") for name in ("fp16", "fp32"))
+    for one, other in zip(halves, floats, strict=True):
+        for name in {"loss", "eval_loss"} & one.keys():
+            assert one[name] == pytest.approx(other[name], rel=0.01), one["step"]
+
+
+def test_a_tracker_gets_the_log(place, tmp_path, monkeypatch):
+    """Through accelerate's own trackers, here with a writer in tensorboard's place."""
     got = []
 
     class Writer:

@@ -1,17 +1,16 @@
-"""What stops a training: wrong input, a loss that is no number, no memory; each told in one line."""
+"""What stops a training: wrong input, Ctrl-C, a loss that is no number, no memory; each told in one line."""
 
 import os
 import re
 import shutil
-import subprocess
-import sys
+import signal
 
 import pytest
 import torch
 from conftest import ROOT
-from small_runs import arguments, same_weights, train
+from small_runs import same_run, same_weights, train
 
-from utils.files import read_json, write_json
+from utils.files import read_json, read_jsonl, write_json
 from utils.training.loop import Learner
 from utils.training.memory import StepPlan
 
@@ -23,6 +22,12 @@ from utils.training.memory import StepPlan
         (["--model", "trainer_output"], "is not a model folder"),
         (["--device", "cuda"], "no cuda device here"),
         (["--max-length", "5"], "no row fits into MAX_LENGTH = 5"),
+        (["--epochs", 0], "--epochs is 0"),
+        (["--evaluations", 0], "--evaluations is 0"),
+        (["--checkpoint-minutes", -1], "wanted a number: 0 or more"),
+        (["--warmup", 1], "wanted a number: 0 to 0.99"),
+        (["--keep", "first"], "wanted best | last"),
+        (["--tracker", "wandb"], "--tracker wandb needs its package: pip install wandb"),
     ],
 )
 def test_wrong_input_is_one_line(place, tmp_path, capsys, monkeypatch, change, message):
@@ -36,15 +41,57 @@ def test_wrong_input_is_one_line(place, tmp_path, capsys, monkeypatch, change, m
 
 def test_broken_data_names_the_line(place, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
-    path.write_text(
-        '{"id": "1", "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}\n{"id": \n',
-        encoding="utf-8",
-    )
-    assert train("sft", place, tmp_path / "out", "--train-file", path) == 2
-    assert "rows.jsonl, line 2: not JSON" in capsys.readouterr().err
-    path.write_text("", encoding="utf-8")
-    assert train("sft", place, tmp_path / "out2", "--train-file", path) == 2
-    assert "rows.jsonl is empty" in capsys.readouterr().err
+    good = (place / "sft_train.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    for content, message in (
+        (f'{good}\n{{"id": \n', "rows.jsonl, line 2: not JSON"),
+        ("", "rows.jsonl is empty"),
+    ):
+        path.write_text(content, encoding="utf-8")
+        assert train("sft", place, tmp_path / "out", "--train-file", path) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def ctrl_c(monkeypatch):
+    """ctrl_c(step): as if the user had pressed Ctrl-C in the evaluation after `step`."""
+    evaluate, batch_loss, evaluating = Learner.evaluate_and_log, Learner.batch_loss, []
+
+    def at(step):
+        def begun(self, plan, now, done):
+            evaluating[:] = [now]
+            return evaluate(self, plan, now, done)
+
+        def pressed(self, batch, scale):
+            if evaluating == [step] and not torch.is_grad_enabled():
+                os.kill(os.getpid(), signal.SIGINT)
+            return batch_loss(self, batch, scale)
+
+        monkeypatch.setattr(Learner, "evaluate_and_log", begun)
+        monkeypatch.setattr(Learner, "batch_loss", pressed)
+
+    return at
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 12])
+def test_ctrl_c_in_an_evaluation_loses_nothing(runs, place, tmp_path, capsys, ctrl_c, step):
+    output = tmp_path / "out"
+    ctrl_c(step)
+    assert train("sft", place, output) == 130
+    told = f"stopped after step {step}, checkpoint written; the same command goes on"
+    assert told in capsys.readouterr().err and (output / f"checkpoint-{step}").is_dir()
+    log = list(read_jsonl(output / "training_log.jsonl"))
+    assert log[-1]["step"] == step and "loss" in log[-1]
+    ctrl_c(-1)
+    assert train("sft", place, output) == 0
+    assert same_run(output, runs("sft"))
+
+
+def test_ctrl_c_before_the_first_step(place, tmp_path, capsys, ctrl_c):
+    ctrl_c(0)
+    assert train("sft", place, tmp_path / "out") == 130
+    assert "stopped before the first step; the same command starts it again" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_rows(place, tmp_path, capsys, monkeypatch):
@@ -53,16 +100,16 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_rows(place, tmp
     def spoilt(self, batches, way):
         result = whole(self, batches, way)
         steps.append(result)
-        if len(steps) == 3:
-            return result._replace(losses=[loss + float("nan") for loss in result.losses])
-        return result
+        return (
+            result
+            if len(steps) != 3
+            else result._replace(losses=[loss + float("nan") for loss in result.losses])
+        )
 
     monkeypatch.setattr(Learner, "backward", spoilt)
     assert train("sft", place, tmp_path / "out") == 1
-    said = re.search(
-        r"the loss became nan at step 3, in rows ((\d+, ){4}\d+)( and \d+ more)?; lower",
-        capsys.readouterr().err,
-    )
+    told = r"the loss became nan at step 3, in rows ((\d+, ){4}\d+)( and \d+ more)?; lower"
+    said = re.search(told, capsys.readouterr().err)
     assert said and all(int(row) < 60 for row in said[1].split(", "))
 
 
@@ -95,7 +142,6 @@ def hungry(monkeypatch):
     return run
 
 
-@pytest.mark.slow
 def test_no_memory_underway_names_the_last_checkpoint(place, tmp_path, capsys, hungry):
     hungry(8, 1)
     assert train("sft", place, tmp_path / "out") == 1
@@ -122,28 +168,3 @@ def test_where_memory_runs_out_the_next_plan_is_taken_and_kept(place, tmp_path, 
     assert train("sft", place, tmp_path / "again") == 0
     assert used == [two] * 2 + [StepPlan(1, 2, False)] * 4
     assert same_weights(output, tmp_path / "again")
-
-
-@pytest.mark.slow
-def test_the_hub_is_not_contacted(place, tmp_path):
-    """With a proxy that refuses everything and no offline flag, training from a folder still works: nothing is asked."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {
-        "HTTPS_PROXY": "http://127.0.0.1:9",
-        "HTTP_PROXY": "http://127.0.0.1:9",
-        "HF_HOME": str(tmp_path / "home"),
-    }
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "model_finetune/finetune_sft.py"),
-            *arguments("sft", place, tmp_path / "out", "--max-steps", 1),
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Retry" not in done.stderr and "Max retries" not in done.stderr

@@ -44,14 +44,14 @@ Entry = dict[str, Any]  # a line of training_log.jsonl
 class Clock:
     """The time that a run has taken, in this process and in those before it (`before`), and the `seconds` that its parts take.
 
-    began: when the process began, in monotonic seconds; hours: given to the run, 0: no limit; checkpoint_minutes: between two
-    checkpoints, 0: no limit; checkpoint, model: bytes of a checkpoint and of the finished model.
+    settings: HOURS and CHECKPOINT_MINUTES, 0: no limit; weights: bytes of a checkpoint and of the finished model.
     """
 
-    def __init__(self, began: float, hours: float, checkpoint_minutes: float, checkpoint: int, model: int):
-        self.began, self.before, self.limit = began, 0.0, AIM * 3600 * hours or math.inf
+    def __init__(self, settings, weights: tuple[int, int]):
+        checkpoint, model = weights
+        self.began, self.before, self.limit = settings.began, 0.0, AIM * 3600 * settings.HOURS or math.inf
         self.seconds = {"step": 0.0, "evaluation": 0.0, "checkpoint": checkpoint / DISK}
-        self.saving, self.between_checkpoints = model / checkpoint, 60 * checkpoint_minutes or math.inf
+        self.saving, self.interval = model / checkpoint, 60 * settings.CHECKPOINT_MINUTES or math.inf
         self.steps, self.last_step = 0, 0.0  # steps of this process, and seconds of the latest
         self.mark = self.last_save = time.monotonic()
 
@@ -60,7 +60,7 @@ class Clock:
         return self.before + time.monotonic() - self.began
 
     def start(self) -> None:
-        """What comes next is timed from now on."""
+        """Time what comes next from now on."""
         self.mark = time.monotonic()
 
     def ended(self, part: str) -> None:
@@ -78,24 +78,14 @@ class Clock:
 
     @property
     def checkpoint_due(self) -> bool:
-        return time.monotonic() - self.last_save > self.between_checkpoints
-
-    def ending(self) -> float:
-        """Seconds from the last step to the end of the process, but for the last evaluation."""
-        return (1 + self.saving) * self.seconds["checkpoint"] + ENDING
+        return time.monotonic() - self.last_save > self.interval
 
     def progress(self) -> float:
-        """The share of the time that is over; 1 if no further step fits in. 0 without a limit."""
-        training = self.limit - self.seconds["evaluation"] - self.ending()
+        """The share of HOURS that is over; 1 if no further step fits in before evaluation and saving. 0 without a limit."""
+        ending = (1 + self.saving) * self.seconds["checkpoint"] + ENDING
+        training = self.limit - self.seconds["evaluation"] - ending
         full = self.elapsed() + max(self.seconds["step"], self.last_step) > training
         return 1.0 if full else self.elapsed() / training
-
-    def seconds_left(self, schedule, step: int, progress: float) -> float:
-        """Seconds until the process ends: the steps after `step`, evaluations, a checkpoint, and the finished model."""
-        evaluations = schedule.evaluations - schedule.evaluations_due(progress)
-        each = self.seconds["step"] * (1 + self.seconds["checkpoint"] / self.between_checkpoints)
-        left = (schedule.steps - step) * each + evaluations * self.seconds["evaluation"] + self.ending()
-        return min(left, max(0.0, self.limit - self.elapsed()))
 
 
 def done_at(seconds: float) -> str:
@@ -113,11 +103,12 @@ class RunLog:
         self.main, self.title, self.entries = main, title, []
         self.last_drawn = self.last_line = time.monotonic()  # a picture of the first step alone shows nothing
 
-    def begin(self, step: int, clock: Clock, plan) -> list[Entry]:
+    def begin(self, step: int, progress: float, plan) -> list[Entry]:
         """Training begins after `step` steps. Later entries are dropped, as those steps are done again: they are returned."""
         found = read_log(self.path) if step and self.path.is_file() else []
         self.entries = [entry for entry in found if entry["step"] <= step]
-        self.clock, self.plan, self.first_step, self.step_seconds = clock, plan, step, 0.0
+        self.plan, self.first_step, self.step_seconds = plan, step, 0.0
+        self.began, self.first = time.monotonic(), progress
         if self.main:
             with atomic_write(self.path) as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in self.entries)
@@ -180,10 +171,10 @@ class RunLog:
         pause = 1 if sys.stdout.isatty() else PLAIN_SECONDS
         if progress < 1 and time.monotonic() - self.last_line < pause:
             return
-        step, schedule = entry["step"], self.plan.schedule
-        left = self.clock.seconds_left(schedule, step, progress)
+        step, steps = entry["step"], self.plan.schedule.steps
+        left = (time.monotonic() - self.began) * (1 - progress) / max(progress - self.first, 1e-6)
         # With HOURS nobody knows the number of the last step.
-        of = f"/{schedule.steps}" if progress <= step / schedule.steps else f" ({progress:.0%})"
+        of = f"/{steps}" if progress <= step / steps else f" ({progress:.0%})"
         end = f", done at {done_at(left)}" if left > LONG else ""
         text = f"step {step}{of}  loss {entry['loss']:.4f}  {self.tokens_per_second():,.0f} tokens/s"
         self.tell(f"{text}  {duration(left)} left{end}", progress >= 1)
@@ -205,27 +196,26 @@ def verdict(
 ) -> list[str]:
     """The step that the finished model is of, in words, and a warning if the run should have been another.
 
-    start: the evaluation before training; evaluations: those after it; kept: that of the finished model; losses: of the training
-    steps; count: examples that were evaluated on. From fewer than 100 pairs follows nothing.
+    start: the evaluation before training; kept: that of the finished model; count: examples of each. Of fewer than 100 pairs nothing
+    follows.
     """
     best, last = best_of(evaluations), evaluations[-1]
-    pairs = "eval_reward_accuracy" in last
-
-    def told(name: str, entry: Entry) -> str:
-        share = f"{entry['eval_reward_accuracy']:.1%} of the pairs, loss " if pairs else ""
-        return f"{name}: step {entry['step']}, {share}{entry['eval_loss']:.4f}"
-
-    others = [told(name, entry) for name, entry in (("best", best), ("last", last)) if entry is not kept]
-    lines = ["; ".join([told("kept", kept), *others])]
-    if pairs and count < ENOUGH_PAIRS:
-        return lines
+    pairs, accuracy = "eval_reward_accuracy" in last, "eval_reward_accuracy"
+    told = []
+    for name, entry in {"kept": kept, "best": best, "last": last}.items():
+        if name == "kept" or entry is not kept:
+            share = f"{entry[accuracy]:.1%} of the pairs, loss " if pairs else ""
+            told.append(f"{name}: step {entry['step']}, {share}{entry['eval_loss']:.4f}")
+    lines = ["; ".join(told)]
     if pairs:
-        worse = last["eval_reward_accuracy"] < best["eval_reward_accuracy"] - WORSE_ACCURACY
-        no_better, than = best["eval_reward_accuracy"] <= CHANCE, "at chance"
+        worse = last[accuracy] < best[accuracy] - WORSE_ACCURACY
+        no_better, than = best[accuracy] <= CHANCE, "at chance"
     else:
         worse = last["eval_loss"] > (1 + WORSE_LOSS) * best["eval_loss"]
         no_better, than = best["eval_loss"] >= start["eval_loss"], "no better than before training"
     few = max(1, len(losses) // 10)
+    if pairs and count < ENOUGH_PAIRS:
+        return lines
     if no_better:
         change = "the training loss did not fall either: try another LEARNING_RATE (a tenth first), then more EPOCHS"
         if sum(losses[-few:]) < sum(losses[:few]):

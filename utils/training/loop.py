@@ -47,9 +47,7 @@ def train(
     try:
         with ThreadPoolExecutor(1) as beside:  # collates the next step's batches while a step is computed
             coming = beside.submit(step_batches, run, plan, step)
-            if owed and learner.evaluate_and_log(plan, step, done):
-                owed = False
-            elif owed:
+            if owed and not learner.evaluate_and_log(plan, step, done):
                 raise KeyboardInterrupt(_stopped(step))
             while done < 1:
                 batches = coming.result()
@@ -150,10 +148,8 @@ class Learner:
             losses.append(result.loss.detach() / factor if self.folded else result.loss.detach())
             for name, value in result.metrics.items():
                 metrics[name] = metrics.get(name, 0.0) + value.detach() / units
-            if (
-                way.recompute and self.device.name == "cpu"
-            ):  # memory is short: the heap gives back what it holds
-                release_memory()
+            if way.recompute and self.device.name == "cpu":
+                release_memory()  # which is short: the heap gives back what it holds
         if self.folded:
             norm = self.folded.clip(MAX_NORM)
         else:
@@ -227,24 +223,20 @@ def step_batches(run: Run, plan: Plan, step: int) -> list[PackedBatch]:
 
     Every epoch has its own random order of the rows, which SEED fixes.
     """
-    rows, way = plan.train_rows, run.way(step)
+    rows, way, cuda = plan.train_rows, run.way(step), run.device.name == "cuda"
     epoch, index = divmod(step, plan.steps_per_epoch)
     drawn = torch.Generator().manual_seed(run.settings.SEED + epoch)
     order = torch.randperm(len(rows), generator=drawn).tolist()
     per_step = way.rows_at_once * way.passes * run.processes
     order = order[index * per_step : (index + 1) * per_step]
-    batches = [order[start : start + way.rows_at_once] for start in range(0, len(order), way.rows_at_once)]
-    found = [
-        collate([rows[row] for row in batch], run.device, rows.max_length)
-        for batch in batches[run.accelerator.process_index :: run.processes]
-    ]
-    if run.device.name == "cuda":
-        pin = torch.Tensor.pin_memory
-        found = [
-            {name: pin(part) if torch.is_tensor(part) else part for name, part in batch.items()}
-            for batch in found
-        ]
-    return found
+    numbers = [order[start : start + way.rows_at_once] for start in range(0, len(order), way.rows_at_once)]
+    batches = []
+    for batch in numbers[run.accelerator.process_index :: run.processes]:
+        joined = collate([rows[row] for row in batch], run.device, rows.max_length)
+        for name in [name for name, part in joined.items() if cuda and torch.is_tensor(part)]:
+            joined[name] = joined[name].pin_memory()
+        batches.append(joined)
+    return batches
 
 
 def backward_that_fits(
@@ -267,9 +259,8 @@ def backward_that_fits(
         if not less or run.processes > 1:
             checkpoints = list_checkpoints(run.folder)
             kept = f"{show_path(checkpoints[-1])} is kept" if checkpoints else "no checkpoint was written yet"
-            raise RunError(
-                f"not enough memory after step {step}; lower MAX_LENGTH, or close other programs; {kept}"
-            )
+            advice = f"lower MAX_LENGTH, or close other programs; {kept}"
+            raise RunError(f"not enough memory after step {step}; {advice}")
         learner.forget_gradients()
         gc.collect()
         if run.device.name == "cuda":
@@ -288,16 +279,13 @@ def log_step(run: Run, step: int, epoch: float, rate: float, done: float, result
     if not math.isfinite(loss):
         bad = [ids for value, ids in zip(result.losses, result.ids) if not torch.isfinite(value)]
         rows = f", in rows {listed(bad[0])}" if bad else ""
-        raise RunError(
-            f"the loss became {loss} at step {step}{rows}; lower LEARNING_RATE, or look at these rows; {unharmed}"
-        )
+        advice = f"lower LEARNING_RATE, or look at these rows; {unharmed}"
+        raise RunError(f"the loss became {loss} at step {step}{rows}; {advice}")
     entry = {"step": step, "loss": loss / run.processes, "grad_norm": norm, "learning_rate": rate}
     if not math.isfinite(norm):
         if not run.device.fp16 or result.scale.item() < 1:
             raise RunError(f"the gradient became {norm} at step {step}; lower LEARNING_RATE; {unharmed}")
-        run.log.tell(
-            f"step {step} changed no weight: its gradient overflowed fp16, and the loss scale is halved"
-        )
+        run.log.tell(f"step {step} changed no weight: its gradient overflowed fp16; the loss scale is halved")
         del entry["grad_norm"]
     entry |= dict(zip(result.metrics, metrics)) | {"epoch": epoch}
     run.log.step_seconds += run.clock.last_step

@@ -38,8 +38,8 @@ EVAL_ROWS = (50, 500)  # below the first, evaluations become fewer instead; abov
 
 
 class Schedule(NamedTuple):
-    """The course of one run, as it stands in run.json. It follows from the run's progress, which grows from 0 to 1: the larger of
-    the share of the steps that are done and the share of HOURS that is over."""
+    """The course of one run, as it stands in run.json. It follows from the run's progress, from 0 to 1: the larger of the share of
+    the steps that are done and the share of HOURS that is over."""
 
     steps: int  # at most: HOURS may end the run earlier
     warmup: int  # steps with a rising learning rate
@@ -136,18 +136,17 @@ def plan_evaluations(rows: int, evaluations: int, tokens: float, tokens_per_row:
 
 def _tell_training(run, rows, steps):
     """Print what is trained on, and a warning with what would help if the steps are few."""
-    settings, count = run.settings, len(rows)
+    epochs, count = run.settings.EPOCHS, len(rows)
     processes = f" on {run.processes} processes" if run.processes > 1 else ""
     print(
         f"training: {len(rows.items):,} examples, {rows.tokens:,} tokens ({rows.trained_tokens:,} trained) in "
         f"{count:,} packed row{'s' * (count > 1)}; {steps:,} step{'s' * (steps > 1)}{processes}"
     )
-    if steps < FEW_STEPS and not settings.MAX_STEPS:
-        advice = f"lower ROWS_PER_STEP to {max(1, int(count * settings.EPOCHS // FEW_STEPS))}"
-        if count * settings.EPOCHS < FEW_STEPS:
-            epochs = math.ceil(FEW_STEPS / count)
-            advice = f"ROWS_PER_STEP 1 and EPOCHS {epochs} give {FEW_STEPS}; more rows are better"
-        print(f"warning: too few optimizer steps to learn much; {advice}")
+    if steps < FEW_STEPS and not run.settings.MAX_STEPS:
+        fewer = int(count * epochs // FEW_STEPS)
+        if not fewer:
+            fewer = f"1 and EPOCHS to {math.ceil(FEW_STEPS / count)}; more rows are better"
+        print(f"warning: too few optimizer steps to learn much; set ROWS_PER_STEP to {fewer}")
 
 
 # ---- Memory and disk
@@ -217,18 +216,15 @@ def tokens_at_once(train_rows: PackedRows, way: StepPlan, device: Device) -> int
 
 def check_disk(run: Run, trained: int, stored: int) -> None:
     """Print the disk that checkpoints and finished model need; UserError if they do not fit. trained, stored: bytes of weights."""
-    settings, folder = run.settings, run.folder
-    checkpoints = settings.KEEP_CHECKPOINTS + 1  # a new one is whole before an old one goes
-    best = 2 * (settings.KEEP == "best")  # copies of the best weights: one is whole before the other goes
+    checkpoints = run.settings.KEEP_CHECKPOINTS + 1  # a new one is whole before an old one goes
+    best = 2 * (run.settings.KEEP == "best")  # copies of the best weights: one is whole before the other goes
     needed = (3 * checkpoints + best) * trained + stored  # weights and two moments in each checkpoint
-    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.is_dir())).free
-    print(
-        f"disk: {format_bytes(needed)} needed (at most {checkpoints} checkpoints at a time, {best} copies of the best weights, "
-        f"the finished model), {format_bytes(free)} free"
-    )
+    free = shutil.disk_usage(next(path for path in (run.folder, *run.folder.parents) if path.is_dir())).free
+    sizes = f"{format_bytes(needed)} needed ({checkpoints} checkpoints, {best} copies of the best weights, the model)"
+    print(f"disk: {sizes}, {format_bytes(free)} free")
     if needed > free:
         raise UserError(
-            f"{show_path(folder)} needs {format_bytes(needed)} of disk and {format_bytes(free)} are free; free some, lower "
+            f"{show_path(run.folder)} needs {format_bytes(needed)} of disk and {format_bytes(free)} are free; free some, lower "
             "KEEP_CHECKPOINTS, or choose another --output-dir"
         )
 
@@ -241,15 +237,13 @@ def draw_in_time(run: Run, train_rows: PackedRows, rate: float) -> PackedRows:
 
     They are those with the lowest hashes of their ids, so that what fits in one hour is part of what fits in eight.
     """
-    tokens = PAIRS_MORE * 3600 * run.settings.HOURS * rate
-    order = numpy.argsort(train_rows.keys, kind="stable")
-    fits = int(numpy.searchsorted(numpy.cumsum(train_rows.sizes.tokens[order]), tokens)) + 1
+    hours, order = run.settings.HOURS, numpy.argsort(train_rows.keys, kind="stable")
+    tokens = numpy.cumsum(train_rows.sizes.tokens[order])
+    fits = int(numpy.searchsorted(tokens, PAIRS_MORE * 3600 * hours * rate)) + 1
     fits = run.keep("pairs_in_time", min(fits, len(order)))
     if fits == len(order):
         return train_rows
-    print(
-        f"hours: {fits:,} of {len(order):,} pairs, drawn by their ids, are more than what fits into {run.settings.HOURS:g} h"
-    )
+    print(f"hours: {fits:,} of {len(order):,} pairs, drawn by their ids, are more than fit into {hours:g} h")
     return train_rows.select(numpy.sort(order[:fits]))
 
 
@@ -291,13 +285,9 @@ def _tell_hours(run: Run, plan: Plan, planned: int, rate: float, pairs: bool) ->
     }
     total = sum(parts.values())
     run.keep("time_forecast_seconds", round(total, 1))
-    times = f"before training and {schedule.evaluations} time{'s' * (schedule.evaluations > 1)} in it"
-    share = f"about {parts['evaluations'] / total:.1%} of the time"
-    print(
-        f"evaluation: {len(plan.eval_rows.items):,} examples of {settings.EVAL_FILE.name}, {times}: {share}"
-    )
+    count, epochs = len(plan.eval_rows.items), planned / plan.steps_per_epoch
+    print(f"evaluation: {count:,} examples of {settings.EVAL_FILE.name}, {evaluations} times")
     if settings.HOURS:
-        epochs = planned / plan.steps_per_epoch
         print(f"hours: {settings.HOURS:g} h given, about {planned:,} steps or {epochs:.2g} epochs")
     named = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds)
     judged = "judged by a forward pass, the first steps will tell better"

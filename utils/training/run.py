@@ -135,14 +135,14 @@ class Run:
         `done`: the progress so far; `evaluation_owed`: whether an evaluation comes before the next step.
         """
         settings, self.done, self.evaluation_owed = self.settings, 0.0, True  # the evaluation before training
-        self.clock = Clock(self.began, settings.HOURS, settings.CHECKPOINT_MINUTES, *plan.weights)
+        self.clock = Clock(settings, plan.weights)
         if self.checkpoint:
             print(f"going on from {show_path(self.checkpoint)}")
             kept = read_json(self.checkpoint / "state.json")
             self._load_checkpoint(learner, kept)
             self.clock.before, self.clock.seconds = kept["elapsed"], kept["seconds"]
             self.done, self.evaluation_owed = kept["progress"], kept["evaluation_owed"]
-        again = self.log.begin(self.step, self.clock, plan)
+        again = self.log.begin(self.step, self.done, plan)
         # HOURS: steps that are done again take the rates that they had.
         self.replayed = {entry["step"]: entry["progress"] for entry in again if "progress" in entry}
         self.write()
