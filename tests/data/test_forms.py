@@ -150,7 +150,7 @@ def test_columns_name_fields():
     assert item.schema == "--columns" and item.body["messages"] == turns("问", "答", system="医")
     with pytest.raises(Reject, match="fields not recognised"):
         read_by("question=Content,answer=Summary", {"Content": "问"})
-    with pytest.raises(ValueError, match="unknown role 'queston'"):
+    with pytest.raises(ValueError, match="'queston=Content' is not role=field"):
         parse_columns("queston=Content,answer=Summary")
 
 

@@ -95,8 +95,8 @@ def find_input_files(
 ) -> tuple[list[InputFile], list[tuple[str, str]]]:
     """The data files among `inputs` (files, or folders of them), each once, and (name, reason) of what is skipped in folders.
 
-    UserError names `made_by`, the command that makes data. `by_name`: files in a folder, and folders in it, that are named
-    as test or validation sets are evaluation; a file that is given by its own name is what the user says it is.
+    UserError names `made_by`, the command that makes data. `by_name`: files and folders in a folder that are named as test or
+    validation sets are evaluation; a file that is given by its own name is what the user says it is.
     """
     found, skipped, endings = {}, [], ", ".join(DATA_ENDINGS)
     for given in inputs:
@@ -131,8 +131,8 @@ def _listed(path, name, depth=0):
         _refuse_other_bytes(path)
         with told_if_damaged(path), zipfile.ZipFile(path) as archive:
             members = archive.namelist()
-        members = [name for name in members if not re.match(r"__MACOSX/|(.*/)?\.|.*/$", name)]
-        yield from ((f"{name}/{member}", path, member) for member in members)
+        hidden = re.compile(r"__MACOSX/|(.*/)?\.|.*/$")
+        yield from ((f"{name}/{member}", path, member) for member in members if not hidden.match(member))
     else:
         yield name, path, ""
 
@@ -184,8 +184,8 @@ def told_if_damaged(path: Path):
 def detect_encoding(file: InputFile) -> str:
     """ "utf-8", "utf-8-sig" (with a BOM), "gb18030", or "parquet", "arrow" or "xlsx" for a file that is no text.
 
-    A UTF-8 file with damaged lines stays UTF-8: GB18030 is chosen only where most non-ASCII lines are not UTF-8 and more of
-    them are GB18030 (which accepts most byte pairs, so it cannot be asked first).
+    A UTF-8 file with damaged lines stays UTF-8. GB18030 accepts most byte pairs: it is chosen only if most non-ASCII lines are
+    not UTF-8 and more of them are GB18030.
     """
     _refuse_other_bytes(file.path)
     if file.ending not in TEXT_ENDINGS:

@@ -124,10 +124,8 @@ class Fields:
 
     def peek(self, name: str) -> object:
         """The field's value, or None if it is empty or missing."""
-        if name not in self.names:
-            return None
-        value = self.row[self.field(name)]
-        return None if is_empty(value) else value
+        values = map(self.row.get, self.names.get(name, ()))
+        return next((value for value in values if not is_empty(value)), None)
 
     def get(self, name: str) -> object:
         """The field's value, or None if it is empty or missing; the field counts as used."""
@@ -241,8 +239,7 @@ def _sign(row, mark):
 def marked_turns(text: str, both: bool = True) -> list[dict]:
     """The turns of a dialogue that stands in one text, such as "<user>: ... <bot>: ..."; [] of any other text.
 
-    It begins with a speaker's mark. An answer's mark at the end, after which nothing follows, asks for the answer. `both`: a
-    text in which only one of the two speaks is no dialogue.
+    It begins with a speaker's mark; an answer's mark at its end asks for the answer. `both`: both speakers have to speak.
     """
     text = text.strip()
     for speakers in _SPEAKERS[: 3 if both else 4]:
@@ -261,8 +258,7 @@ def marked_turns(text: str, both: bool = True) -> list[dict]:
 
 
 def exchanges(turns: list[dict]) -> list[dict]:
-    """The turns from the first of the user to the last of the assistant, after the system text, if any; Reject if they do not
-    take turns."""
+    """The turns from the first of the user to the last of the assistant, with the system text; Reject if they do not alternate."""
     system = turns[:1] if turns[0]["role"] == "system" else []
     spoken = turns[len(system) :]
     while spoken and spoken[0]["role"] == "assistant":

@@ -98,10 +98,8 @@ def parse_columns(text: str) -> dict[str, str]:
     columns = {}
     for part in filter(None, map(str.strip, text.split(","))):
         role, _, field = map(str.strip, part.partition("="))
-        if not field:
-            raise ValueError(f"{part!r} is not role=field; wanted e.g. question=Content,answer=Summary")
-        if role not in ROLES:
-            raise ValueError(f"unknown role {role!r}; the roles are {', '.join(ROLES)}")
+        if not field or role not in ROLES:
+            raise ValueError(f"{part!r} is not role=field; the roles are {', '.join(ROLES)}")
         columns[role] = field
     if columns and not any(wanted <= set(columns) for wanted in WANTED_ROLES):
         raise ValueError("it has to name a question and an answer (or a question, chosen and rejected)")
