@@ -34,15 +34,10 @@ def test_every_requirement_is_installed_as_pinned_and_says_what_for():
 # ---- Model folders and checkpoints: no code of theirs is run
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("supply"))
-
-
 @pytest.mark.parametrize("kind, loads", [("qwen3", True), ("own", False)])
-def test_code_in_a_model_folder_is_not_run(place, tmp_path, kind, loads):
+def test_code_in_a_model_folder_is_not_run(tiny_folder, tmp_path, kind, loads):
     folder = tmp_path / "model"
-    shutil.copytree(place / "base", folder)
+    shutil.copytree(tiny_folder, folder)
     (folder / "own.py").write_text(CODE.format(str(tmp_path / "trace")), encoding="utf-8")
     auto_map = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoTokenizer": 2 * ["own.Own"]}
     for name in ("config.json", "tokenizer_config.json"):
@@ -58,22 +53,21 @@ def test_code_in_a_model_folder_is_not_run(place, tmp_path, kind, loads):
     assert not (tmp_path / "trace").exists()
 
 
-def test_an_adapter_in_pickled_form_is_refused_whatever_lies_beside_it(place, tmp_path):
+def test_an_adapter_in_pickled_form_is_refused_whatever_lies_beside_it(tiny_folder, tmp_path):
     """peft takes adapter_model.bin where there is no adapter_model.safetensors."""
-    (tmp_path / "adapter_config.json").write_text(
-        json.dumps({"base_model_name_or_path": str(place / "base")}), encoding="utf-8"
-    )
+    config = json.dumps({"base_model_name_or_path": str(tiny_folder)})
+    (tmp_path / "adapter_config.json").write_text(config, encoding="utf-8")
     (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
-    shutil.copy(place / "base/model.safetensors", tmp_path / "other.safetensors")
+    shutil.copy(tiny_folder / "model.safetensors", tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="holds no .*safetensors weights; other formats are not loaded"):
         check_model(str(tmp_path))
 
 
 @pytest.mark.slow
-def test_a_run_holds_no_token_and_nothing_that_could_be_code(place, tmp_path, monkeypatch):
+def test_a_run_holds_no_token_and_nothing_that_could_be_code(tmp_path, monkeypatch):
     """Weights and moments are safetensors, the rest is JSON: nothing is unpickled when a run goes on."""
     monkeypatch.setenv("HF_TOKEN", "hf_marker")
-    assert train("sft", place, tmp_path / "run", "--max-steps", 2) == 0
+    assert train("sft", make_place(tmp_path), tmp_path / "run", "--max-steps", 2) == 0
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert not [path for path in files if b"hf_marker" in path.read_bytes()]
     assert not [path for path in files if path.suffix in (".pt", ".pth", ".bin", ".pkl")]
