@@ -316,17 +316,17 @@ def _conversation(row, schema, turns, columns=""):
 
 def _judged(row, schema, columns):
     """ "true" or "false" if the row (KTO) says that of its answer, else ""; Reject of a number that may judge it."""
-    told = {mark: str(row.peek(mark)).strip().lower() for mark in ("label", "kto_tag", "score")}
     for mark in ("label", "kto_tag"):
-        if told[mark] in ("true", "false"):
+        told = str(row.peek(mark)).strip().lower()
+        if told in ("true", "false"):
             row.get(mark)
-            return told[mark]
+            return told
     by_hand = {"answer", "处方", "答"} & set(row.names)
-    mark = next((mark for mark in ("label", "score") if re.fullmatch(r"-?\d+(\.\d+)?", told[mark])), "")
-    if mark and schema != "--columns" and (mark == "label" or not by_hand):
-        way = f"; if it is right in every row: --columns {columns}" if columns else ""
-        detail = f"it may be a bad one; not used: {', '.join(row.unused())}{way}"
-        raise Reject("a label or score beside the answer", detail)
+    for mark in ("label",) if by_hand else ("label", "score"):
+        if schema != "--columns" and re.fullmatch(r"-?\d+(\.\d+)?", str(row.peek(mark)).strip()):
+            way = f"; if it is right in every row: --columns {columns}" if columns else ""
+            detail = f"it may be a bad one; not used: {', '.join(row.unused())}{way}"
+            raise Reject("a label or score beside the answer", detail)
     return ""
 
 
@@ -347,12 +347,10 @@ def _read_preference(row, schema):
 
 
 def _answer_turns(row, name):
-    value = row.peek(name)
-    if isinstance(value, str) and marked_turns(value):  # HH-RLHF: the whole dialogue in one text
-        return marked_turns(row.get(name))
-    if value is None or isinstance(value, str):
-        return [assistant_message(text_of(row, name, "answer"))]
-    return turns_of([row.get(name)] if isinstance(value, dict) else row.get(name), name, row)
+    value = row.get(name)
+    if value is None or isinstance(value, str):  # HH-RLHF: the whole dialogue in one text
+        return marked_turns(value or "") or [assistant_message(text_of(row, name, "answer"))]
+    return turns_of([value] if isinstance(value, dict) else value, name, row)
 
 
 def _pair(row, schema, prompt, chosen):
