@@ -1,4 +1,4 @@
-"""Chat with a model folder: the base model, a finetuned or merged one, a LoRA adapter, a checkpoint, or a Hub id.
+"""Chat with a model folder: the base model, a finetuned or merged one, a LoRA adapter, or a checkpoint.
 
     python model_download/load_local_model.py                                  # the newest finished run
     python model_download/load_local_model.py trainer_output/sft_finetuned     # /help lists the commands, Ctrl-D leaves
@@ -28,7 +28,7 @@ from utils.text import localized
 
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--max-new-tokens 512) ----
-MODEL = ""                # model folder or Hub id, also without the flag; empty: the newest that is here
+MODEL = ""                # model folder, or the Hub id of one that was downloaded, also without the flag; empty: the newest that is here
 PROMPT = ""               # answer this one question and leave; empty: the questions on stdin, or a chat
 JSON = False              # one object a line: question, answer, tokens, seconds
 SYSTEM = "auto"           # system text in front of every conversation; auto: the one that the rows of its training shared
