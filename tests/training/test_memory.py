@@ -46,7 +46,7 @@ def test_what_is_kept_grows_with_the_tokens_and_the_copies_of_weights_do_not(pla
 def test_recomputing_keeps_the_input_of_every_layer_and_one_layer_as_a_whole(costs):
     """On a GPU that layer finds the room of the head's scores."""
     inputs, layer = (
-        (costs.layers + 2) * costs.head.shape[1] * 4000,
+        (costs.layers + 1) * costs.head.shape[1] * 4000,
         costs.kept_per_token * 1000 / costs.layers,
     )
     cpu, cuda = (
@@ -78,17 +78,6 @@ def test_with_one_pass_gradients_come_as_activations_go(costs):
         parts = memory.memory_parts(costs, tokens, False, CPU, passes=1)
         coming = max(0, whole - head - parts["activations"] / 2)
         assert parts["gradients"] == pytest.approx(head + coming, abs=2)
-
-
-@pytest.mark.parametrize(
-    "bf16, device, kernels", [(True, "cpu", True), (False, "cpu", False), (True, "mps", False)]
-)
-def test_kernels_grow_with_the_lengths_of_documents_up_to_what_is_kept(costs, bf16, device, kernels):
-    few, more, many = (
-        memory.memory_parts(costs, 100, False, Device(device, bf16, "test"), lengths=count)["program"]
-        for count in (0, 10, 10_000)
-    )
-    assert (few < more < many < 2 * memory.LIBRARIES) if kernels else (few == more == many)
 
 
 def test_a_frozen_base_is_held_in_the_format_of_its_products(place):

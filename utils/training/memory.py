@@ -1,10 +1,9 @@
 """The memory of a training step, counted before it runs, and the memory there is.
 
 The peak is reached between the forward and the backward pass of an optimizer step's last batch: weights, gradients of the batches
-before, the optimizer's two moments, what autograd keeps of this batch, and the LM head's scores. What autograd keeps is no
-formula here but counted, on two forward passes of the real model with tensors that have shapes and no memory (torch's
-FakeTensorMode): one part grows with the tokens, another does not (with bfloat16, the copies of the weights that the products were
-computed with).
+before, the optimizer's two moments, what autograd keeps of this batch, and the LM head's scores. What autograd keeps is counted on
+two forward passes of the real model with tensors that have shapes and no memory (torch's FakeTensorMode): one part grows with the
+tokens, another, such as bfloat16 copies of the weights, does not.
 """
 
 import sys
@@ -21,12 +20,10 @@ from utils.model.packing import ROUNDED, Item, collate, item_length, model_input
 PROBES = (
     2,
     6,
-)  # items of the two passes, as long as those of the data, for which attention takes another form than for short ones
+)  # items of the two passes; attention takes other forms for short ones, so they are as long as those of the data
 FLOAT, HALF = 4, 2  # bytes
 LIBRARIES = 510 << 20  # bytes of Python, torch, transformers and their threads in a training process
-# Bytes of the kernels that oneDNN makes in bfloat16 for documents of one length, and of all that it keeps
-# (utils.device.limit_kernels).
-KERNELS, ALL_KERNELS = 4 << 20, 450 << 20
+KERNELS = 450 << 20  # bytes of those that oneDNN keeps for bfloat16 (utils.device.limit_kernels)
 FRAGMENTS = 0.2  # of the activations: blocks of one batch that fit none of the next, as measured on CPUs
 
 
@@ -66,9 +63,9 @@ def measure_costs(model, device: Device, length: int, shared: int = 0) -> Costs:
 
     length: tokens of a usual item; shared: those of a prompt that it has two answers to, 0: it is one document.
     """
-    short, long = (_probe(count, length, shared) for count in PROBES)
-    tokens = [sum(map(item_length, row)) for row in (short, long)]
-    kept = [_bytes_kept(model, row, device) for row in (short, long)]
+    probes = [_probe(count, length, shared) for count in PROBES]
+    tokens = [sum(map(item_length, row)) for row in probes]
+    kept = [_bytes_kept(model, row, device) for row in probes]
     per_token = (kept[1] - kept[0]) / (tokens[1] - tokens[0])
     parameters = list(model.parameters())
     return Costs(
@@ -100,10 +97,7 @@ def _probe(count: int, length: int, shared: int) -> list[Item]:
 
 def _bytes_kept(model, row: list[Item], device: Device) -> int:
     """Bytes that autograd keeps between forward and backward pass of a packed row, weights not counted."""
-    mode, reduced = (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        torch.float16 if device.fp16 else torch.bfloat16,
-    )
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     weights = [fake for weight in model.parameters() for fake in (weight, mode.from_tensor(weight))]
     weights = {weight.untyped_storage()._cdata: weight for weight in weights}
     seen = {}
@@ -118,7 +112,7 @@ def _bytes_kept(model, row: list[Item], device: Device) -> int:
     with (
         mode,
         torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing),
-        torch.autocast(model.device.type, reduced, enabled=device.format != "fp32"),
+        torch.autocast(model.device.type, device.dtype, enabled=device.format != "fp32"),
     ):
         for name, value in inputs.items():
             if torch.is_tensor(value):
@@ -130,44 +124,32 @@ def _bytes_kept(model, row: list[Item], device: Device) -> int:
 
 
 def memory_parts(
-    costs: Costs,
-    tokens: int,
-    recompute: bool,
-    device: Device,
-    row_length: int = 0,
-    passes: int = 2,
-    lengths: int = 0,
+    costs: Costs, tokens: int, recompute: bool, device: Device, row_length: int = 0, passes: int = 2
 ) -> dict[str, int]:
     """{what: bytes} at the peak of a training step whose largest batch holds `tokens` packed tokens.
 
     `row_length`: tokens of a row where every token sees its whole row, in attention without a fused kernel; else 0. With one pass
-    a step the layers' gradients come as their activations go, and find half of their memory. `lengths`: how many different ones
-    the documents have.
+    a step the layers' gradients come as their activations go, and find half of their memory.
     """
     cpu, cuda, reduced = device.name == "cpu", device.name == "cuda", device.format != "fp32"
     vocabulary, hidden = costs.head.shape
-    gradients, first = costs.gradients, costs.head.numel() * FLOAT * costs.head.requires_grad
-    # The LM head: a chunk's scores in float32, on CUDA a second time, else in the format of the products too; gradients of states.
-    scores = min(CHUNK, tokens) * vocabulary * (FLOAT + (FLOAT if cuda else HALF) * reduced)
-    scores += tokens * hidden * FLOAT
-    if reduced and costs.head.dtype is torch.float32:
+    states, head = tokens * hidden * FLOAT, costs.head.numel() * FLOAT * costs.head.requires_grad
+    # A chunk's scores in float32, on CUDA twice, else also in the format of the products; the head's states and their gradients.
+    scores = min(CHUNK, tokens) * vocabulary * (FLOAT + (FLOAT if cuda else HALF) * reduced) + 2 * states
+    if reduced and costs.head.dtype is torch.float32:  # is copied
         scores += costs.head.numel() * HALF
+    # The head's gradient is formed beside the sum of it. On one CPU it is not, but peaks were measured that came as near.
     if not cuda or torch.distributed.is_initialized():
-        scores += (
-            first  # formed beside the sum; on one CPU it is not, and peaks were measured that came as near
-        )
+        scores += head
     kept = costs.kept_per_token * tokens
-    kept += (
-        costs.layers * costs.heads * tokens * row_length * FLOAT
-    )  # the weights of attention, kept by every layer
-    if recompute:  # the inputs of all layers and of the last norm, its result, and one layer as a whole
+    kept += costs.layers * costs.heads * tokens * row_length * FLOAT  # every layer's weights of attention
+    if recompute:  # the inputs of all layers and of the last norm, and one layer, which has room on a GPU where the scores were
         layer = kept / costs.layers
-        kept = (costs.layers + 2) * tokens * hidden * FLOAT
-        kept += layer if cpu else max(0, layer - scores)  # a GPU has room where the scores were
+        kept = (costs.layers + 1) * states + (layer if cpu else max(0, layer - scores))
     kept += costs.kept  # recomputed or not, as the copies of all weights stay until the loss
+    gradients = costs.gradients
     if passes == 1:
-        gradients = first + max(0, gradients - first - round(kept / 2))
-    kernels = min(ALL_KERNELS, KERNELS * lengths) if cpu and reduced else 0
+        gradients = head + max(0, gradients - head - round(kept / 2))
     return {
         "weights": costs.weights,
         "gradients": gradients,
@@ -175,20 +157,18 @@ def memory_parts(
         "activations": round(kept),
         "fragments": round(FRAGMENTS * kept) if passes > 1 and cpu else 0,
         "scores": scores,
-        "program": 0 if cuda else LIBRARIES + kernels,
+        "program": 0 if cuda else LIBRARIES + KERNELS * (cpu and reduced),
     }
 
 
-def margin(device: Device) -> int:
-    """Bytes of a GPU's memory that its allocator may lose to blocks that fit nothing, and that the libraries take."""
-    return int(0.08 * free_memory(device) + 0.4 * 2**30) if device.name == "cuda" else 0
-
-
 def free_memory(device: Device) -> int:
-    """Bytes that this process has or could still get, on the device that will compute."""
+    """Bytes that this process has or could still get, on the device that will compute.
+
+    Of an NVIDIA GPU without what its allocator may lose to blocks that fit nothing, and what the libraries take.
+    """
     if device.name == "cuda":
         free, _ = torch.cuda.mem_get_info()
-        return free + torch.cuda.memory_reserved()
+        return int(0.92 * (free + torch.cuda.memory_reserved()) - 0.4 * 2**30)
     free = memory_for_process()
     return min(free, torch.mps.recommended_max_memory()) if device.name == "mps" else free
 

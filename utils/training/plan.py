@@ -23,7 +23,7 @@ from utils.model.packing import ROUNDED, PackedRows, collate
 from utils.model.qwen3_train import forward
 from utils.text import duration, format_bytes
 from utils.training.log import DISK, ENDING, done_at
-from utils.training.memory import FLOAT, StepPlan, free_memory, margin, measure_costs, memory_parts, ways
+from utils.training.memory import FLOAT, StepPlan, free_memory, measure_costs, memory_parts, ways
 from utils.training.rows import Loaded, tell_shared_rows
 from utils.training.run import Run
 
@@ -169,14 +169,14 @@ def plan_step(run: Run, model, train_rows: PackedRows) -> StepPlan:
     sizes = train_rows.sizes
     shared = int((sizes.tokens - sizes.lengths).mean()) - 1  # of two answers' prompt; 0 for one document
     costs = measure_costs(model, device, int(sizes.lengths.mean()), max(0, shared))
-    (most,) = run.agree(margin(device) - free_memory(device))
-    free, lengths = int(-most), len(numpy.unique(train_rows.sizes.lengths))
+    (least,) = run.agree(-free_memory(device))
+    free = int(-least)
 
     def parts(way: StepPlan) -> dict[str, int]:
         # MPS has no fused kernel for training.
         row_length = train_rows.max_length if device.name == "mps" else 0
         tokens = tokens_at_once(train_rows, way, device)
-        return memory_parts(costs, tokens, way.recompute, device, row_length, way.passes, lengths)
+        return memory_parts(costs, tokens, way.recompute, device, row_length, way.passes)
 
     needed = {way: sum(parts(way).values()) for way in possible}
     way = (
