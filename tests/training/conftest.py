@@ -16,11 +16,11 @@ def quick():
     """No pictures, and the memory of a kind of model is measured once: a third of the time of a small run."""
     measure, found = plan.measure_costs, {}
 
-    def measure_once(model, device, length):
+    def measure_once(model, device, *lengths):
         trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         kind = trained, device.format
         if kind not in found:
-            found[kind] = measure(model, device, length)
+            found[kind] = measure(model, device, *lengths)
         return found[kind]
 
     with pytest.MonkeyPatch.context() as patch:
