@@ -172,9 +172,8 @@ def convert_row(row: dict, options: RowOptions = PLAIN) -> ConvertedRow:
 @functools.lru_cache(maxsize=4096)
 def _recognise(fields, columns):
     """(schema name, its reader, {plain name: the row's fields}) for a row with these fields; reader None: not by its names."""
-    names = plain_names(fields) | {
-        f"option {letter}": (own,) for letter, own in option_fields(fields).items()
-    }
+    options = {f"option {letter}": (own,) for letter, own in option_fields(fields).items()}
+    names = plain_names(fields) | options
     given = {role: tuple(field.split("+")) if role == "options" else (field,) for role, field in columns}
     given = {role: own for role, own in given.items() if set(own) <= set(fields)}
     if not any(wanted <= set(given) for wanted in WANTED_ROLES):
