@@ -2,18 +2,16 @@
 
 import errno
 import os
-import subprocess
-import sys
 
 import numpy
 import pytest
-from conftest import ROOT
 from small_runs import make_place, train
 from tiny_model import make_tiny_tokenizer
 from token_rows import direct, items_of, some_pairs, some_rows
 from tokenizers import AddedToken
+from transformers import AutoTokenizer
 
-from utils.errors import RunError, UserError
+from utils.errors import UserError
 from utils.files import read_jsonl, sample_by_id, write_jsonl
 from utils.model.chat_format import encode_answer, encode_prompt
 from utils.model.packing import PackedRows, item_length
@@ -102,54 +100,31 @@ def test_the_drawn_rows_are_those_of_sample_by_id(tokenizer, path, count):
     assert items_of(rows) == [item for item in direct(path, tokenizer) if item["id"] in drawn]
 
 
-def change_data(path, tokenizer, monkeypatch):
-    write_jsonl(path, some_rows(59))
+CHANGES = {
+    "data": lambda path, tokenizer, patch: write_jsonl(path, some_rows(59)),
+    "tokens": lambda path, tokenizer, patch: tokenizer.add_tokens([AddedToken("桂枝", normalized=False)]),
+    "template": lambda path, tokenizer, patch: setattr(
+        tokenizer, "chat_template", tokenizer.chat_template.replace("<|im_start|>", "<|im_start|> ")
+    ),
+    "format": lambda path, tokenizer, patch: patch.setattr(rows_module, "FORMAT", rows_module.FORMAT + 1),
+    "versions": lambda path, tokenizer, patch: patch.setattr(rows_module.tokenizers, "__version__", "0.0.1"),
+}
 
 
-def change_tokens(path, tokenizer, monkeypatch):
-    tokenizer.add_tokens([AddedToken("桂枝", normalized=False)])
-
-
-def change_template(path, tokenizer, monkeypatch):
-    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "<|im_start|> ")
-
-
-def change_format(path, tokenizer, monkeypatch):
-    monkeypatch.setattr(rows_module, "FORMAT", rows_module.FORMAT + 1)
-
-
-def change_version(path, tokenizer, monkeypatch):
-    monkeypatch.setattr(rows_module.tokenizers, "__version__", "0.0.1")
-
-
-@pytest.mark.parametrize(
-    "change, told",
-    [
-        (change_data, "data"),
-        (change_tokens, "tokenizer"),
-        (change_template, "tokenizer"),
-        (change_format, "format"),
-        (change_version, "versions"),
-    ],
-)
-def test_whatever_decides_the_tokens_makes_them_again(
-    path, tmp_path, made, monkeypatch, capsys, change, told
-):
-    tokenizer = make_tiny_tokenizer(tmp_path / "tokenizer")
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_decides_the_tokens_makes_them_again(path, tmp_path, made, monkeypatch, capsys, change):
+    tokenizer, other = make_tiny_tokenizer(tmp_path / "tokenizer"), change in ("tokens", "template")
     load_conversations(path, tokenizer, 4096)
     before = kept(path)
-    change(path, tokenizer, monkeypatch)
+    CHANGES[change](path, tokenizer, monkeypatch)
     assert made() == 1 and not capsys.readouterr().out
     rows = load_conversations(path, tokenizer, 4096).rows
     assert made() == 1 and items_of(rows) == direct(path, tokenizer)
-    assert (f"is of other {told}; making it again" in capsys.readouterr().out) == (told != "tokenizer")
-    assert len(kept(path)) == (
-        4 if told == "tokenizer" else len(before)
-    )  # another tokenizer's run may come again
+    assert (f"is of other {change}; making it again" in capsys.readouterr().out) == (not other)
+    assert len(kept(path)) == (4 if other else len(before))  # another tokenizer's run may come again
 
 
-@pytest.mark.parametrize("place", [0.0, 0.6, 1.0])
-@pytest.mark.parametrize("file", ["arrow", "json"])
+@pytest.mark.parametrize("file, place", [("arrow", 0.0), ("arrow", 0.6), ("json", 0.6)])
 def test_a_flipped_byte_is_found_and_said(tokenizer, path, made, capsys, file, place):
     load_conversations(path, tokenizer, 4096)
     [damaged] = (path.parent / ".tokens").glob(f"*.{file}")
@@ -164,48 +139,30 @@ def test_a_flipped_byte_is_found_and_said(tokenizer, path, made, capsys, file, p
     assert made() == 0
 
 
-def start_process(path, folder, ends):
-    """Another process that makes the tokens; with `ends` it is gone, as when it is killed, in the middle of that."""
-    code = f"""
-import os, sys
-sys.path[:0] = [{str(ROOT)!r}]
-from pathlib import Path
-from transformers import AutoTokenizer
-from utils.training import rows as rows_module
-encode, calls = rows_module.encode_conversations, []
-def encode_some(*given):
-    calls.append(given)
-    if {ends} and len(calls) == 3:
-        os._exit(9)
-    return encode(*given)
-rows_module.encode_conversations, rows_module.ROWS_AT_ONCE = encode_some, 10
-rows = rows_module.load_conversations(Path({str(path)!r}), AutoTokenizer.from_pretrained({str(folder)!r}), 4096).rows
-print(len(rows.items))
-"""
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+def die_in_the_third_batch(path, folder):
+    encode, calls = rows_module.encode_conversations, []
+
+    def encode_some(*given):
+        calls.append(given)
+        return os._exit(9) if len(calls) == 3 else encode(*given)
+
+    rows_module.encode_conversations, rows_module.ROWS_AT_ONCE = encode_some, 10
+    load_conversations(path, AutoTokenizer.from_pretrained(folder), 4096)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 def test_a_kill_leaves_nothing_that_is_taken_for_whole(tokenizer, path, tmp_path, made):
+    from processes import fork
+
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    process = start_process(path, tmp_path / "tokenizer", True)
-    assert process.wait() == 9
+    process = fork(die_in_the_third_batch, path, tmp_path / "tokenizer")
+    process.join()
+    assert process.exitcode == 9
     assert not kept(path) and len(list((path.parent / ".tokens").iterdir())) == 1
     rows = load_conversations(path, tokenizer, 4096).rows
     assert made() and items_of(rows) == direct(path, tokenizer)
     assert [file.name for file in sorted((path.parent / ".tokens").iterdir())] == kept(path)
-
-
-@pytest.mark.slow
-def test_two_runs_at_once_do_not_harm_one_another(tokenizer, path, tmp_path, made):
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    processes = [start_process(path, tmp_path / "tokenizer", False) for _ in range(2)]
-    expected = direct(path, tokenizer)
-    for process in processes:
-        assert int(process.communicate()[0].split()[-1]) == len(expected)
-        assert process.returncode == 0
-    rows = load_conversations(path, tokenizer, 4096).rows
-    assert made() == 0 and items_of(rows) == expected and len(kept(path)) == 2
 
 
 def test_a_full_disk(tokenizer, path, monkeypatch):
@@ -224,19 +181,6 @@ def test_bad_rows_are_told_as_ever_and_nothing_is_kept(tokenizer, path):
     with open(path, "a", encoding="utf-8") as file:
         file.write("{\n")
     with pytest.raises(UserError, match="line 61: not JSON"):
-        load_conversations(path, tokenizer, 4096)
-    assert not list((path.parent / ".tokens").iterdir())
-
-
-def test_data_that_change_while_they_are_read_are_not_kept_as_what_they_were(tokenizer, path, monkeypatch):
-    encode = rows_module.encode_conversations
-
-    def encode_and_change(*given):
-        write_jsonl(path, some_rows(60, seed=3))
-        return encode(*given)
-
-    monkeypatch.setattr(rows_module, "encode_conversations", encode_and_change)
-    with pytest.raises(RunError, match="was changed while it was read"):
         load_conversations(path, tokenizer, 4096)
     assert not list((path.parent / ".tokens").iterdir())
 

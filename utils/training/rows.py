@@ -23,9 +23,9 @@ from datasets import Dataset
 from datasets.arrow_writer import ArrowWriter
 from pyarrow import compute
 
-from utils.errors import RunError, UserError
-from utils.files import atomic_write, id_key, prepare_folder, read_jsonl, sha256_of, show_path
-from utils.kept import digest, is_kept, record_path, seal
+from utils.errors import UserError
+from utils.files import atomic_write, id_key, read_jsonl, sha256_of, show_path
+from utils.kept import digest, is_kept, seal
 from utils.model.chat_format import answer_pieces, encode_pieces, prompt_pieces, without_modes
 from utils.model.packing import Chosen, Item, PackedRows, Sizes
 from utils.text import printable, progress
@@ -264,28 +264,17 @@ def cached_items(
     kept = path.parent / ".tokens" / f"{path.name}-{lasting}.arrow"
     with PartialState().main_process_first():
         if not is_kept(kept, identity):
-            prepare_folder(kept.parent)
-            record_path(kept).unlink(missing_ok=True)
             os.environ["TOKENIZERS_PARALLELISM"] = (
                 "true"  # elsewhere utils.model.folder keeps it to one thread
             )
-            _write(kept, path, wanted, encode)
+            with open(path, "rb") as file:
+                count = sum(1 for _ in file)
+            rows = progress(f"tokenizing {path.name}", "rows")(read_jsonl(path, wanted), count)
+            with atomic_write(kept, "wb") as file, ArrowWriter(schema=SCHEMA, stream=file) as writer:
+                for start in range(0, count, ROWS_AT_ONCE):
+                    columns = encode(list(itertools.islice(rows, ROWS_AT_ONCE)), start)
+                    writer.write_table(pyarrow.Table.from_pylist(columns, schema=SCHEMA))
+                writer.finalize(close_stream=False)
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
-            if identity["data"] != sha256_of(path):
-                kept.unlink()
-                raise RunError(f"{show_path(path)} was changed while it was read; run the same command again")
             seal(kept, identity)
         return CachedItems(kept)
-
-
-def _write(kept, path, wanted, encode):
-    with open(path, "rb") as file:
-        count = sum(1 for _ in file)
-    rows = progress(f"tokenizing {path.name}", "rows")(read_jsonl(path, wanted), count)
-    with atomic_write(kept, "wb") as file, ArrowWriter(schema=SCHEMA, stream=file) as writer:
-        for start in itertools.count(0, ROWS_AT_ONCE):
-            batch = list(itertools.islice(rows, ROWS_AT_ONCE))
-            if not batch:
-                break
-            writer.write_table(pyarrow.Table.from_pylist(encode(batch, start), schema=SCHEMA))
-        writer.finalize(close_stream=False)

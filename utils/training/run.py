@@ -316,9 +316,8 @@ def _accelerator(settings, device):
     )
     count = torch.cuda.device_count()
     if device.name == "cuda" and accelerator.num_processes == 1 < count:
-        print(
-            f"one of {count} GPUs is used; all: accelerate launch --num_processes {count} {' '.join(sys.argv)}"
-        )
+        launch = f"accelerate launch --num_processes {count} {' '.join(sys.argv)}"
+        print(f"one of {count} GPUs is used; all: {launch}")
     return accelerator
 
 
