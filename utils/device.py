@@ -27,10 +27,9 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Device:
-    """`name` is torch's device type. `bf16`, `fp16`: matrix products run in that format, while trained weights stay float32.
-    `weights` is the form of the weights that answer: plain, fp16, half or int8 (utils/model/qwen3_answer.py). `equal_rows`:
-    attention is by one mask over rows of one length, not by FlashAttention's kernel or document by document
-    (utils/model/attention.py)."""
+    """`name` is torch's device type. `bf16`, `fp16`: matrix products run in that format, trained weights stay float32. `weights`:
+    the form of the weights that answer, plain, fp16, half or int8 (utils/model/qwen3_answer.py). `equal_rows`: attention is by
+    one mask over rows of one length, not by FlashAttention's kernel or document by document (utils/model/attention.py)."""
 
     name: str
     bf16: bool
@@ -70,14 +69,13 @@ class Device:
 
 
 def pick_device(name: str = "auto", precision: str = "auto", answering: bool = False) -> Device:
-    """Choose a Device. `name`: auto, cuda, mps or cpu; `precision`: auto, bf16, fp16 or fp32 (both are settings of the scripts);
-    for `answering` alone also int8.
+    """Choose a Device. `name`: auto, cuda, mps or cpu; `precision`: auto, bf16, fp16 or fp32, for `answering` also int8.
 
-    By itself, bfloat16 is chosen only where the hardware computes in it: CUDA from compute capability 8.0, x86 with AVX512-BF16
-    or AMX. CUDA from 7.0 up gets float16, which has three times the speed of float32 there. Apple's M1 and M2 emulate bfloat16.
-    Other x86 CPUs (with AVX2, which FBGEMM needs) answer from half weights and Apple GPUs from fp16 ones, which halves the memory
-    that each token reads. A GPU that is there and cannot be used is told in one line. Raises UserError for a device that is not
-    there and for another precision. On a CPU, memory is held from now on.
+    By itself, bf16 is chosen only where the hardware computes in it: CUDA from compute capability 8.0, x86 with AVX512-BF16 or
+    AMX. CUDA from 7.0 up gets fp16, three times as fast as fp32 there. Apple's M1 and M2 emulate bf16. Other x86 CPUs (with AVX2,
+    which FBGEMM needs) answer from half weights and Apple GPUs from fp16 ones, which halves what each token reads. A GPU that is
+    there and cannot be used is told in one line. UserError for a device that is not there and for another precision. On a CPU,
+    memory is held from now on.
     """
     import torch
 
