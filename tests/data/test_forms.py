@@ -320,6 +320,7 @@ ASIDE = [
     ({"question": STEM, **LETTERED, "answer": ""}, "exam question without an answer"),
     ({"question": STEM, "answer": "B"}, "an option letter without its options"),
     ({"instruction": STEM, "output": "答案：ABD"}, "an option letter without its options"),
+    ({"instruction": STEM, "output": "B", "rejected": "A"}, "an option letter without its options"),
     ({"instruction": STEM, "output": "故选B项。"}, "an option letter without its options"),
     ({"instruction": STEM, "output": "The correct answer is (B)."}, "an option letter without its options"),
     ({"instruction": STEM, "output": "b"}, "an option letter without its options"),

@@ -296,16 +296,17 @@ def _conversation(row, schema, turns, columns=""):
     weights = [turn.pop("weight", 1) for turn in messages if turn["role"] == "assistant"]
     if 0 in weights[:-1]:
         raise Reject("marked as not to be learnt", "an answer that is not the last has weight 0")
-    if row.peek("rejected") is not None or {"chosen", "rejected"} <= set(row.names):
-        return _pair(row, schema, messages[:-1], messages[-1])
-    if "reasoning_content" not in messages[-1] and row.peek("reasoning") is not None:
-        messages[-1]["reasoning_content"] = text_of(row, "reasoning", "reasoning")
-    item = exam_in(row, messages[-2]["content"], messages[-1]["content"])
+    paired = {"chosen", "rejected"} <= set(row.names)
+    item = None if paired else exam_in(row, messages[-2]["content"], messages[-1]["content"])
     if item and len(messages) > 2 + (messages[0]["role"] == "system"):
         raise Reject("an exam question inside a conversation", f"the answer is {item['answer']}")
     if item:
         row.used -= {row.field("system"), row.field("reasoning")}  # an item holds neither
         return "exam", "exam in the question", item
+    if paired or row.peek("rejected") is not None:
+        return _pair(row, schema, messages[:-1], messages[-1])
+    if "reasoning_content" not in messages[-1] and row.peek("reasoning") is not None:
+        messages[-1]["reasoning_content"] = text_of(row, "reasoning", "reasoning")
     if any(name.startswith("rejected") and row.peek(name) is not None for name in row.names):
         raise Reject("a rejected answer of an unknown form", "beside the answer")
     if weights[-1] == 0 or _judged(row, schema, columns) == "false":
