@@ -179,8 +179,9 @@ def group_questions(
     """
     pieces = functools.lru_cache(maxsize=TEXTS)(lambda key: shingles(text_of(key)))
     pairs = candidate_pairs(signatures(map(text_of, keys)), threshold)
-    close = (keys[number] for number in numpy.unique(pairs).tolist())
-    letters = {key: hash("".join(sorted(text_of(key)))) for key in close}
+    close = numpy.zeros(len(keys), dtype=bool)
+    close[pairs // max(len(keys), 1)] = close[pairs % max(len(keys), 1)] = True
+    letters = {key: hash("".join(sorted(text_of(key)))) for key in itertools.compress(keys, close)}
     answers: dict[int, list[int]] = {}  # {question: keys of its long answers}
     for row in rows:
         for question in row.questions if row.long_rest else ():
@@ -243,8 +244,8 @@ def join_passages(keys: list[int], family: dict[int, int], text_of: Callable[[in
 def _each(pairs, keys, label):
     """The keys of every pair, with a bar of progress; an array of pairs takes a tenth of the memory of a list."""
     for start in progress(label, f"x {TEXTS:,} pairs")(range(0, len(pairs), TEXTS)):
-        for one, other in pairs[start : start + TEXTS].tolist():
-            yield keys[one], keys[other]
+        for pair in pairs[start : start + TEXTS].tolist():
+            yield keys[pair // len(keys)], keys[pair % len(keys)]
 
 
 class Joined:
@@ -313,14 +314,14 @@ def signatures(texts: Iterable[str]) -> numpy.ndarray:
 def candidate_pairs(
     marks: numpy.ndarray, threshold: float, band: int = 4, neighbours: int = NEIGHBOURS
 ) -> numpy.ndarray:
-    """The pairs of rows of `marks` (signatures) that may overlap by `threshold`: int array (pairs, 2), sorted, lower number first.
+    """The pairs of rows of `marks` (signatures) that may overlap by `threshold`: array of lower * len(marks) + higher, sorted.
 
     `band`: hashes that have to agree, 4 or 2; the fewer, the more of the pairs that overlap little are found. Rows that agree in
     a band lie side by side when sorted by it, those that agree in the next band nearest; each is compared with so many
     `neighbours` after it.
     """
     bands = numpy.ascontiguousarray(marks).view({4: numpy.uint64, 2: numpy.uint32}[band])
-    pairs = numpy.empty(0, dtype=numpy.int64)  # one number for each pair: quick to sort
+    pairs = numpy.empty(0, dtype=numpy.int64)
     for number in range(bands.shape[1]):
         own, following = bands[:, number], bands[:, (number + 1) % bands.shape[1]]
         order, found = numpy.lexsort((following, own)), [pairs]
@@ -331,6 +332,7 @@ def candidate_pairs(
             likely = (marks[one] == marks[other]).mean(axis=1) >= threshold - 0.2
             low, high = numpy.minimum(one, other)[likely], numpy.maximum(one, other)[likely]
             found.append(low * len(marks) + high)
-        pairs = numpy.sort(numpy.concatenate(found))
+        pairs = numpy.concatenate(found)
+        pairs.sort()
         pairs = pairs[numpy.diff(pairs, prepend=-1) > 0]
-    return numpy.stack(divmod(pairs, max(len(marks), 1)), axis=1, dtype=numpy.int32, casting="unsafe")
+    return pairs
