@@ -147,7 +147,7 @@ class Recognised:
         self.unknown: dict[int, list[tuple[int | str, dict]]] = {}
 
     def write(self, text: bytes) -> int:
-        """Write a text to the temporary file; where it begins there."""
+        """Write a text to the temporary file, which stands at its end; where it begins there."""
         self.texts.write(text)
         self.end += len(text)
         return self.end - len(text)
@@ -172,12 +172,12 @@ def recognise(files: list[InputFile], options: RowOptions, folder: Path) -> Reco
     found = Recognised(folder)
     with bar(desc="rows recognised", total=size, unit="B", unit_scale=True) as meter:
         for number, file in enumerate(files):
-            for place, raw, row, item in convert_rows(file, options):
+            for place, row, item in convert_rows(file, options):
                 if isinstance(item, Reject):
                     _add_reject(found, number, place, item)
                     strange = item.reason == "fields not recognised"
                 else:
-                    _add_row(found, number, file, place, raw, row, item)
+                    _add_row(found, number, file, place, row, item)
                     strange = options.columns and item.schema != "--columns"
                 if strange and len(unknown := found.unknown.setdefault(number, [])) < UNKNOWN_ROWS:
                     texts = {name: value for name, value in row.items() if isinstance(value, str)}
@@ -212,10 +212,10 @@ def _add_reject(found, file, place, reject):
     found.rows.append(row)
 
 
-def _add_row(found, number, file, place, raw, row, item):
+def _add_row(found, number, file, place, row, item):
     key = text_key("\x1f".join([item.kind, *item.questions, "\x1e", item.rest]))
     fields = {"id": f"{key:016x}", **item.body, "source": f"{file.name}:{place}"}
-    text, original = _encoded(fields) + b"\n", _as_json(raw, file.encoding)
+    text, original = _encoded(fields) + b"\n", _encoded(row)
     rest = normalize(item.rest)
     mine = Row(number, place, found.write(text + original), len(text), len(original))
     mine.kind, mine.told, mine.content = sys.intern(item.kind), item.split or file.split, key
@@ -250,15 +250,6 @@ def _question_keys(found, questions):
         yield key
 
 
-def _as_json(raw, encoding):
-    """A row as it was given, in UTF-8 and in one line; a table row is written as an object."""
-    if isinstance(raw, dict):
-        return json.dumps(raw, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace")
-    if isinstance(raw, str):
-        return raw.replace("\n", " ").encode("utf-8", "backslashreplace")
-    return raw.decode(encoding, "backslashreplace").encode() if encoding == "gb18030" else raw
-
-
 def _encoded(value):
     """JSON in one line, as UTF-8; what UTF-8 cannot hold (lone surrogates) makes it all \\u escapes."""
     try:
@@ -271,24 +262,29 @@ def _encoded(value):
 
 
 def pair_bad_answers(found: Recognised) -> None:
-    """Give every bad answer that is left the good one to the same prompt and its split, or set it aside."""
+    """Make a pair of every bad answer that is left and the good one to the same prompt, in its split, or set it aside."""
 
     def key_of(messages):
         return text_key("\x1f".join(message["content"] for message in messages))
 
     bad = [row for row in found.rows if row.kind == "bad" and not row.reason]
-    good: dict[int, Row] = {}  # {prompt: the first row that answers it well}
+    good: dict[int, tuple[Row, dict]] = {}  # {prompt: the first row that answers it well, and the answer}
     for row in found.rows if bad else ():
         if row.kind == "sft" and not row.reason:
-            good.setdefault(key_of(json.loads(found.line(row))["messages"][:-1]), row)
+            *prompt, answer = json.loads(found.line(row))["messages"]
+            good.setdefault(key_of(prompt), (row, answer))
     for row in bad:
-        partner = good.get(key_of(json.loads(found.line(row))["prompt"]))
+        body = json.loads(found.line(row))
+        partner, chosen = good.get(key_of(body["prompt"]), (None, None))
         if partner is None:
             row.set_aside("marked as a bad answer, no good one", None)
         elif partner.rest == row.rest:
             row.set_aside("marked as a bad answer, and as a good one", partner)
         else:
-            row.of, row.split = partner, partner.split
+            turns = {"prompt": body["prompt"], "chosen": [chosen], "rejected": body["rejected"]}
+            line = _encoded({"id": body["id"], **turns, "kind": "given", "source": body["source"]}) + b"\n"
+            found.texts.seek(found.end)
+            row.at, row.size, row.split = found.write(line), len(line), partner.split
 
 
 def write_outputs(found: Recognised, files: list[InputFile], folder: Path) -> Counter:
@@ -301,30 +297,23 @@ def write_outputs(found: Recognised, files: list[InputFile], folder: Path) -> Co
         opened = {"set_aside": stack.enter_context(atomic_write(folder / "set_aside.jsonl", "wb"))}
         for row in found.rows:
             if row.reason:
-                opened["set_aside"].write(_ledger_line(row, found, files))
+                detail = f"of {files[row.of.file].name}:{row.of.line}" if row.of else ""
+                detail = detail if row.kind else json.loads(found.line(row))
+                entry = {
+                    "file": files[row.file].name,
+                    "line": row.line,
+                    "reason": row.reason,
+                    "detail": detail,
+                }
+                entry["row"] = json.loads(found.read(row.at + row.size, row.original))
+                opened["set_aside"].write(_encoded(entry) + b"\n")
                 continue
             name = OUTPUT_FILES[row.kind].held_out if row.split == EVAL else OUTPUT_FILES[row.kind].trained
             if name not in opened:
                 opened[name] = stack.enter_context(atomic_write(folder / f"{name}.jsonl", "wb"))
-            opened[name].write(_pair_line(row, found) if row.kind == "bad" else found.line(row))
+            opened[name].write(found.line(row))
             outputs[name] += 1
     for kind in OUTPUT_FILES.values():
         if outputs[kind.trained] and not outputs[kind.held_out]:
             (folder / f"{kind.held_out}.jsonl").unlink(missing_ok=True)
     return outputs
-
-
-def _pair_line(row, found):
-    """The preference pair of a bad answer and the conversation that answers the same prompt well."""
-    pair, chosen = json.loads(found.line(row)), json.loads(found.line(row.of))["messages"][-1:]
-    turns = {"prompt": pair["prompt"], "chosen": chosen, "rejected": pair["rejected"]}
-    return _encoded({"id": pair["id"], **turns, "kind": "given", "source": pair["source"]}) + b"\n"
-
-
-def _ledger_line(row, found, files):
-    """The ledger's line of a row that cannot be used, that repeats or leaks another, or that is a bad answer alone."""
-    detail = f"of {files[row.of.file].name}:{row.of.line}" if row.of else ""
-    detail = detail if row.kind else json.loads(found.line(row))
-    entry = {"file": files[row.file].name, "line": row.line, "reason": row.reason, "detail": detail}
-    original = found.read(row.at + row.size, row.original)
-    return _encoded(entry)[:-1] + b', "row": ' + original + b"}\n"

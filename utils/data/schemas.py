@@ -108,8 +108,8 @@ def parse_columns(text: str) -> dict[str, str]:
 
 def convert_rows(
     file: InputFile, options: RowOptions = PLAIN
-) -> Iterator[tuple[Place, object, dict | None, ConvertedRow | Reject]]:
-    """(place, raw, row, what it makes or why it is set aside) of every row of a file; `row` is None if it is no object.
+) -> Iterator[tuple[Place, dict | None, ConvertedRow | Reject]]:
+    """(place, row, what it makes or why it is set aside) of every row of a file; `row` is None if it is no object.
 
     The first EVIDENCE_ROWS are read ahead: an answer that fits only one way tells if exam answers are counted from 0 or from 1.
     """
@@ -128,10 +128,10 @@ def convert_rows(
         row = None
         try:
             row = parse_row(raw, file.encoding)
-            yield place, raw, row, convert_row(row, options)
+            yield place, row, convert_row(row, options)
         except Reject as problem:
             problem.row = problem.row if row is None else row
-            yield place, raw, row, problem
+            yield place, row, problem
 
 
 def convert_row(row: dict, options: RowOptions = PLAIN) -> ConvertedRow:

@@ -70,7 +70,7 @@ def read_exam(path: Path) -> tuple[list[ExamQuestion], Counter[str]]:
     exam: dict[str, Any] = {}
     left_out: Counter[str] = Counter()
     for file in files:
-        for place, _, row, item in convert_rows(file):
+        for place, row, item in convert_rows(file):
             if isinstance(item, Reject) or item.kind != "exam":
                 left_out[item.reason if isinstance(item, Reject) else "another kind of row"] += 1
                 continue
