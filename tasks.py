@@ -70,7 +70,7 @@ python model_finetune/finetune_dpo.py --model {DEMO}/sft_finetuned --output-dir 
 python model_finetune/compare_models.py --output-dir {DEMO}
     --models {TINY} {DEMO}/sft_finetuned {DEMO}/lora_finetuned {DEMO}/dpo_finetuned
     --eval-file {DATA}/sft_eval.jsonl --exam-file {DATA}/exam.jsonl --pairs-file {DATA}/dpo_eval.jsonl
-    --general-file "" --eval-rows 300 --letter-rows -1 --generate 400 --follow-ups 150 --batch-size 128
+    --general-file "" --eval-rows 400 --letter-rows -1 --generate 400 --follow-ups 150 --batch-size 128
 
 # ask the SFT result a question
 # > {QUESTION}
