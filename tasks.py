@@ -54,12 +54,12 @@ python data_prepare/convert_to_qwen3_format.py --input-files {DEMO}/raw --output
 # full fine-tuning (SFT)
 python model_finetune/finetune_sft.py --model {TINY} --output-dir {DEMO}/sft_finetuned
     --train-file {DATA}/sft_train.jsonl --eval-file {DATA}/sft_eval.jsonl
-    {SMALL} --epochs 1 --join-single 0.3 --learning-rate 5e-4 --train-embeddings False
+    {SMALL} --epochs 1 --learning-rate 5e-4 --train-embeddings False
 
 # LoRA fine-tuning of the same base, on half of the rows
 python model_finetune/finetune_lora.py --model {TINY} --output-dir {DEMO}/lora_finetuned
     --train-file {DATA}/sft_train.jsonl --eval-file {DATA}/sft_eval.jsonl
-    {SMALL} --epochs 0.5 --join-single 0.3 --learning-rate 2e-3
+    {SMALL} --epochs 0.5 --learning-rate 2e-3
 
 # DPO, from the SFT result: who asks what a herb does is to be told its caution, too
 python model_finetune/finetune_dpo.py --model {DEMO}/sft_finetuned --output-dir {DEMO}/dpo_finetuned
