@@ -73,9 +73,8 @@ def choose(
     if decoding.do_sample:
         ids, probabilities = candidates(logits.float(), decoding)
         chance = torch.rand(len(ids), 1, generator=generator).to(ids.device)
-        sums = probabilities.cumsum(
-            -1
-        )  # of them the first one is drawn that exceeds the chance, which is below 1
+        # The first candidate is drawn whose sum exceeds the chance, which is below 1.
+        sums = probabilities.cumsum(-1)
         place = (sums <= chance * sums[:, -1:]).sum(-1, keepdim=True)
         tokens = ids.gather(1, place)[:, 0]
     else:
