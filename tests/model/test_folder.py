@@ -149,8 +149,9 @@ def test_an_adapter_on_an_adapter_is_that_of_its_merged_base(adapter, tmp_path):
 
 
 def in_two_files(folder):
-    """The folder's weights in two files under an index, as large models come."""
+    """The folder's weights in two files under an index, with a copy of the tied head, as Qwen's own models come."""
     weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     (folder / "model.safetensors").unlink()
     names = sorted(weights)
     places = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(names)}
