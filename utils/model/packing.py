@@ -15,6 +15,7 @@ from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy
 import torch
+from numpy import ndarray
 
 from utils.device import Device
 from utils.errors import UserError
@@ -26,7 +27,7 @@ GroupShape = tuple[int, ...]  # tokens of a group's shared prefix, then tokens o
 
 
 class Item(TypedDict):
-    """Numbers for the loss, such as "reference_chosen", may stand beside these fields."""
+    """What must stay together in a row. Numbers for the loss, such as "reference_chosen", may stand beside these fields."""
 
     documents: list[Document]
     id: NotRequired[str]  # for messages
@@ -46,7 +47,7 @@ class PackedBatch(TypedDict):
     ids: list[str | None]
 
 
-def pack(lengths: Sequence[int] | numpy.ndarray, max_length: int, seed: int = 0) -> list[list[int]]:
+def pack(lengths: Sequence[int] | ndarray, max_length: int, seed: int = 0) -> list[list[int]]:
     """Pack items of these lengths (tokens, each at most max_length) into rows: lists of item numbers.
 
     In a random order that `seed` fixes, each goes to the fullest row that still holds it; of equally full ones, to the one that
@@ -71,9 +72,9 @@ def pack(lengths: Sequence[int] | numpy.ndarray, max_length: int, seed: int = 0)
 class Sizes(NamedTuple):
     """Of each item, in tokens: arrays (items,)."""
 
-    lengths: numpy.ndarray  # what it takes in a row (item_length)
-    tokens: numpy.ndarray  # of its documents, each by itself
-    trained: numpy.ndarray  # of their answers
+    lengths: ndarray  # what it takes in a row (item_length)
+    tokens: ndarray  # of its documents, each by itself
+    trained: ndarray  # of their answers
 
 
 def measure_items(items: Iterable[Item]) -> Sizes:
@@ -89,7 +90,7 @@ def measure_items(items: Iterable[Item]) -> Sizes:
 class Chosen(Sequence):
     """The items of the numbers `indices` of a sequence, in that order; each is read when it is asked for."""
 
-    def __init__(self, items: Sequence[Item], indices: numpy.ndarray):
+    def __init__(self, items: Sequence[Item], indices: ndarray):
         self.items, self.indices = items, indices
 
     def __len__(self) -> int:
@@ -106,13 +107,15 @@ class PackedRows(torch.utils.data.Dataset):
     {"reference_chosen": (items,) array, ...}.
     """
 
-    def __init__(self, items: Sequence[Item], max_length: int, sizes: Sizes | None = None, keys=None):
+    def __init__(
+        self, items: Sequence[Item], max_length: int, sizes: Sizes | None = None, keys: ndarray | None = None
+    ):
         """`sizes`, `keys` (utils.files.id_key): of the items if they are known; else measured, and made from the ids."""
         self.items, self.max_length = items, max_length
         self.sizes = measure_items(items) if sizes is None else sizes
         self._keys = keys
         self.rows = pack(self.sizes.lengths, max_length)
-        self.numbers: dict[str, numpy.ndarray] = {}
+        self.numbers: dict[str, ndarray] = {}
         self.tokens, self.trained_tokens = int(self.sizes.tokens.sum()), int(self.sizes.trained.sum())
 
     def __len__(self) -> int:
@@ -126,13 +129,13 @@ class PackedRows(torch.utils.data.Dataset):
         ]
 
     @property
-    def keys(self) -> numpy.ndarray:
+    def keys(self) -> ndarray:
         """(items,) uint64: the hash of each item's id. The items with the lowest keys are a fair draw, whatever the data."""
         if self._keys is None:
             self._keys = numpy.array([id_key(item["id"]) for item in self.items], dtype=numpy.uint64)
         return self._keys
 
-    def select(self, indices: numpy.ndarray) -> PackedRows:
+    def select(self, indices: ndarray) -> PackedRows:
         """PackedRows of the items of these numbers, in that order; nothing is read for it."""
         sizes = Sizes(*(part[indices] for part in self.sizes))
         keys = None if self._keys is None else self._keys[indices]
