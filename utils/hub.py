@@ -136,7 +136,9 @@ def _fetch(repo, file, path):
                 there = f"{format_bytes(done)} of {format_bytes(file.size)}"
                 say(f"  {file.path}: going on at {there}", flush=True)
             try:
-                with open(part, "ab") as out:
+                part.touch()
+                with open(part, "r+b") as out:  # two runs at once write the same bytes to the same places
+                    out.seek(done)
                     named = {"displayed_filename": file.path, "tqdm_class": bar}
                     http_get(url, out, resume_size=done, headers=headers, **named)
                     out.flush()
@@ -145,11 +147,12 @@ def _fetch(repo, file, path):
             except httpx2.ReadError:  # a connection that was reset, which http_get does not repeat
                 if _size(part) == done:
                     raise
-    if problem := damage(part, file):
-        part.unlink()
+    arrived = part if part.exists() else path  # another run may have moved the part into place
+    if problem := damage(arrived, file):
+        arrived.unlink()
         what = f"{file.path} of {repo.id} arrived damaged from {_endpoint()} ({problem})"
         raise RunError(f"{what}; run this again, or choose another mirror in HF_ENDPOINT")
-    os.replace(part, path)
+    os.replace(arrived, path)
 
 
 def damage(path: Path, file: HubFile) -> str:
