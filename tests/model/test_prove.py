@@ -1,5 +1,6 @@
 """Forms that fail, differ or hang are left for the next one before a run, in one line; forms that compute rightly are taken."""
 
+import contextlib
 import threading
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ from cuda_on_cpu import cuda_forms
 
 from utils.device import Device
 from utils.errors import RunError
-from utils.model import attention, mixed, prove, qwen3_answer, qwen3_train
+from utils.model import mixed, prove, qwen3_answer, qwen3_train
 
 ENDED = threading.Event()  # the test is over
 LORA = SimpleNamespace(RANK=16, ALPHA=48, as_dict=lambda: {"MODEL": "base"})
@@ -36,11 +37,10 @@ def gpu(monkeypatch):
         return to(tensor, *("cpu" if str(part) == "cuda" else part for part in given), **named)
 
     def in_forms(compute):
-        def computed(device, *more):
-            if mixed.DEVICES != ("cuda",) or device.name == "cpu":
-                return compute(device, *more)
-            with cuda_forms():
-                return compute(device, *more)
+        def computed(device, **lora):
+            fused = mixed.DEVICES == ("cuda",) and device.name == "cuda"
+            with cuda_forms() if fused else contextlib.nullcontext():
+                return compute(device, **lora)
 
         return computed
 
@@ -54,10 +54,15 @@ def gpu(monkeypatch):
         thread.join()
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize(
-    "bf16, fp16, equal_rows",
-    [(True, False, False), (False, True, False), (False, False, True), (True, False, True)],
+    "bf16, fp16, equal_rows, lora",
+    [
+        (True, False, False, None),
+        (True, False, False, LORA),
+        (False, True, False, None),
+        (False, True, True, LORA),
+        (False, False, True, None),
+    ],
 )
 def test_forms_of_training_that_compute_rightly_are_taken(gpu, capsys, bf16, fp16, equal_rows, lora):
     device = gpu(bf16, fp16=fp16, equal_rows=equal_rows)
@@ -114,13 +119,7 @@ def test_fused_forms_that_fail_are_left_too_and_not_tried_again(gpu, monkeypatch
     assert prove.prove(gpu(True)).equal_rows and mixed.DEVICES == ()
     assert "torch's own operations with one mask is tried" in capsys.readouterr().err
     assert prove.prove_answers(gpu(True)).bf16 and mixed.DEVICES == () and not capsys.readouterr().err
-    right = prove.training(prove.CPU)
-    monkeypatch.setattr(attention, "by_document", fails)
-    monkeypatch.setattr(attention, "by_mask", fails)
-    training = prove.training
-    monkeypatch.setattr(
-        prove, "training", lambda device, _: right if device is prove.CPU else training(device)
-    )
+    monkeypatch.setattr(prove, "_problem", lambda *_: "fails here")
     with pytest.raises(RunError, match="take --device cpu"):
         prove.prove(gpu(True))
 
