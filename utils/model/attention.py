@@ -1,12 +1,10 @@
 """Attention within each document of a packed row, in the form that suits the device.
 
-Three forms of the same computation. `by_document` loops over the groups and asks for no mask over the row: the cost is the sum
-of the squared document lengths, not the square of their sum. It is the one for CPUs, and what the others are tested against. In
-bfloat16 it computes softmax(q k^T) v as plain matrix products, since torch's fused kernel for CPUs is slow there; short documents go to
-that kernel in float32.
-`by_varlen` is one call of torch's variable-length kernel (FlashAttention) a layer, for CUDA in bfloat16: the loop would launch
-thousands of small kernels there. `by_mask` is one masked call a layer over rows of one length, for CUDA in float32 and for
-Apple GPUs, which compile a graph for every new shape.
+Three forms of the same computation. `by_document` loops over the groups: the cost is the sum of the squared document lengths, not
+the square of their sum. It is the one for CPUs, and what the others are tested against. In bfloat16 it computes softmax(q k^T) v as
+plain products, since torch's fused kernel for CPUs is slow there; short documents go to that kernel in float32. `by_varlen` is one
+call of torch's variable-length kernel (FlashAttention) a layer, for CUDA in bfloat16 and float16. `by_mask` is one masked call a layer
+over rows of one length, for other CUDA devices and for Apple GPUs, which compile a graph for every new shape.
 
 Shapes: query (1, heads, T, head_dim), key and value (1, kv heads, T, head_dim), result (1, T, heads, head_dim).
 """
@@ -23,8 +21,8 @@ from utils.model.mixed import REDUCED, on_cuda, on_gpu
 from utils.model.packing import GroupShape
 
 BLOCK = 256  # queries at a time in plain products: keys after them are left out, quadratic tensors stay small
-# Multiplications of queries with keys in one call. Up to this number the fused kernel in float32 is faster than plain products in
-# bfloat16, which take 0.7 ms at least. It is one document of 90 tokens in Qwen3-0.6B (tests/benchmarks/README.md).
+# Multiplications of queries with keys in one call, up to which the fused kernel in float32 is faster than plain products in bfloat16,
+# which take 0.7 ms at least: one document of 90 tokens in Qwen3-0.6B.
 FEW = 2**24
 
 # Of query, key, value and scaling.
@@ -34,10 +32,7 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Te
 def plan_attention(
     layout: list[GroupShape], row_length: int, states: torch.Tensor, dtype: torch.dtype
 ) -> Attention:
-    """The attention of one forward pass, for all its layers: masks and lengths are made here, once.
-
-    `layout` and `row_length` are collate's, `states` are on the device that computes, `dtype` is that of matrix products.
-    """
+    """The attention of one forward pass, for all its layers. `layout` and `row_length` are collate's, `dtype` is that of products."""
     device = states.device
     if row_length:
         mask = row_masks(layout, row_length, device)
@@ -67,7 +62,7 @@ def fused_attend(query, key, value, scaling, masks) -> torch.Tensor:
 
 
 def attend_in_bfloat16(query, key, value, scaling, masks) -> torch.Tensor:
-    """The faster way on a CPU with instructions for bfloat16: plain products in it, or, for few, the fused kernel in float32."""
+    """Plain products in bfloat16, or, of few, the fused kernel in float32."""
     if query.numel() * key.shape[2] > FEW:
         return plain_attend(query, key, value, scaling, masks)
     with torch.autocast("cpu", enabled=False):  # which would cast to bfloat16
@@ -177,10 +172,7 @@ def varlen_sequences(layout: list[GroupShape], device: torch.device) -> tuple[to
     The queries stand as they are in the row. A branch's keys are those of its prefix and its own, so that keys of a shared prefix are
     taken several times: `key index` holds their positions, None if keys stand as they are.
     """
-    queries: list[int] = []
-    keys: list[int] = []
-    index: list[int] = []
-    start = 0
+    queries, keys, index, start = [], [], [], 0
     for shared, *branches in layout:
         prefix = range(start, start + shared)
         for branch, before in ((shared, ()), *((branch, prefix) for branch in branches)):
@@ -189,12 +181,9 @@ def varlen_sequences(layout: list[GroupShape], device: torch.device) -> tuple[to
                 keys.append(len(before) + branch)
                 index += [*before, *range(start, start + branch)]
                 start += branch
-    ends = (
-        torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device)
-        for lengths in (queries, keys)
-    )
+    ends = [torch.tensor([0, *itertools.accumulate(one)], dtype=torch.int32) for one in (queries, keys)]
     key_index = torch.tensor(index).to(device) if len(index) > start else None
-    return key_index, (*ends, max(queries), max(keys))
+    return key_index, (*(part.to(device) for part in ends), max(queries), max(keys))
 
 
 def by_varlen(query, key, value, scaling, key_index, sequences) -> torch.Tensor:
@@ -212,10 +201,8 @@ def row_masks(layout: list[GroupShape], row_length: int, device: torch.device) -
     """The mask of rows of `row_length` tokens: bool (rows, 1, row_length, row_length), True where a query (first) sees a key."""
     groups = [number for number, shape in enumerate(layout) for _ in range(sum(shape))]
     branches = [branch for shape in layout for branch, length in enumerate(shape) for _ in range(length)]
-    group, branch = (
-        torch.tensor(numbers, dtype=torch.int32).view(-1, row_length).to(device)
-        for numbers in (groups, branches)
-    )
+    numbers = torch.tensor([groups, branches], dtype=torch.int32)
+    group, branch = numbers.view(2, -1, row_length).to(device)
     same_group = group[:, :, None] == group[:, None, :]
     prefix_or_own = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
     causal = torch.ones(row_length, row_length, dtype=torch.bool, device=device).tril()

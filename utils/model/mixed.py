@@ -1,8 +1,7 @@
 """Training on a CUDA GPU in bfloat16 or float16: products in that format, weights and their gradients in float32.
 
 torch's autocast does the same with about 1,000 casts a step. Here every weight is rounded once a pass, by one call for all of them,
-a norm gives its result in the format of the products that take it, and the gradient of a weight is summed up in float32 by the
-product itself. Elsewhere than on CUDA nothing here is used. tests/model/test_gpu_counts.py counts the launches and the traffic.
+and the gradient of a weight is summed up in float32 by the product itself. tests/model/test_gpu_counts.py counts launches and traffic.
 """
 
 import torch

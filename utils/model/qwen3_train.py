@@ -1,9 +1,8 @@
 """Qwen3's forward pass for training, over packed rows: from token ids to the hidden states of the trained positions.
 
 `prepare_packed(model)` gives the modules of a loaded model the classes below, which compute the same function as transformers'
-and keep less for the backward pass, so that a longer row fits into memory: a norm keeps its normalised states and not its input,
-SwiGLU keeps its two inputs, and the last layer goes on after its attention with the trained positions only. Weights, their names
-and the saved files stay as they are. Plain PyTorch, for any device.
+and keep less for the backward pass: a norm keeps its normalised states and not its input, SwiGLU keeps its two inputs, and the last
+layer goes on after its attention with the trained positions only. Weights, their names and the saved files stay as they are.
 
 Shapes: states (1, T, hidden) of one packed row of T tokens; heads (1, T, heads, head_dim).
 Formulas: RMSNorm, Zhang and Sennrich 2019 (arXiv:1910.07467); rotary positions, Su et al. 2021 (arXiv:2104.09864); SwiGLU,
@@ -96,7 +95,12 @@ class Qwen3ForCausalLM(transformers.Qwen3ForCausalLM):
 
         On a device of few fixed sizes, rows without meaning follow, up to a multiple of CHUNK.
         """
-        states = self._embed(input_ids)
+        weight = self.model.embed_tokens.weight
+        alone = weight.device.type == "cpu" or on_cuda(weight) and not torch.distributed.is_initialized()
+        if alone and weight is self.lm_head.weight and weight.requires_grad:
+            states = _TiedEmbedding.apply(weight, input_ids)
+        else:  # in the dtype of the norms: float32 in training, also over a base held in bfloat16
+            states = self.model.embed_tokens(input_ids).to(self.model.norm.weight.dtype)
         if dtype := reduced_dtype(states):
             round_weights(self.model, dtype)
         attention = plan_attention(layout, row_length, states, matmul_dtype(states))
@@ -105,14 +109,6 @@ class Qwen3ForCausalLM(transformers.Qwen3ForCausalLM):
         wanted = F.pad(label_positions, (0, -labels % (CHUNK if fixed else ROUNDED)))
         states = self.model(states, position_ids, attention, wanted)[0]
         return states if fixed else states[:labels]
-
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        """The residual stream begins in the dtype of the norms: float32 in training, also over a base held in bfloat16."""
-        weight = self.model.embed_tokens.weight
-        alone = on_cuda(weight) and not torch.distributed.is_initialized()
-        if weight is self.lm_head.weight and weight.requires_grad and (weight.device.type == "cpu" or alone):
-            return _TiedEmbedding.apply(weight, input_ids)
-        return self.model.embed_tokens(input_ids).to(self.model.norm.weight.dtype)
 
 
 CLASSES = {
@@ -214,8 +210,8 @@ class _SwiGLU(torch.autograd.Function):
 class _TiedEmbedding(torch.autograd.Function):
     """Embedding of ids (1, T) whose gradient is that of the T rows of `weight` (vocabulary, hidden) that it touches.
 
-    The usual gradient is a second matrix of 0.6 GB, nearly all zeros, beside the LM head's gradient of the same weight. If the head's
-    has been added to `weight.grad` already (utils.model.lm_head), the rows are added there too; else they become a sparse gradient.
+    The usual gradient is a second matrix of 0.6 GB, nearly all zeros. If the LM head's gradient of the same weight has been added to
+    `weight.grad` already (utils.model.lm_head), the rows are added there too; else they become a sparse gradient.
     """
 
     @staticmethod
