@@ -19,7 +19,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from utils.device import Device
 from utils.model import attention, mixed
-from utils.model.lora import add_lora
 from utils.model.packing import Item, PackedBatch, collate, item_length
 from utils.model.qwen3_train import prepare_packed
 from utils.training.losses import dpo_batch_loss, sft_loss
@@ -152,16 +151,17 @@ def cuda_counts():
 
 def qwen3(layers: int, lora: bool = False) -> Qwen3ForCausalLM:
     """Qwen3-0.6B with so many layers, its memory never touched; prepared for training, or frozen in bfloat16 under an adapter."""
+    from utils.model.lora import add_lora  # brings peft
+
     config = Qwen3Config(
-        vocab_size=151_936,
         hidden_size=1024,
         intermediate_size=3072,
         num_hidden_layers=layers,
         num_attention_heads=16,
         num_key_value_heads=8,
-        head_dim=128,
         tie_word_embeddings=True,
     )
+    assert (config.vocab_size, config.head_dim) == (151_936, 128)
     with torch.device("meta"):
         model = prepare_packed(Qwen3ForCausalLM(config))
     if lora:

@@ -7,22 +7,15 @@ import pytest
 import torch
 from cuda_on_cpu import varlen_as_documented
 from packed_items import some_items
+from tiny_model import make_tiny_model
+from transformers import AutoModelForCausalLM
 
 from utils.device import Device
 from utils.model import attention, mixed
-from utils.model.attention import (
-    FEW,
-    attend_in_bfloat16,
-    by_document,
-    by_mask,
-    by_varlen,
-    fused_attend,
-    plain_attend,
-    plan_attention,
-    row_masks,
-    varlen_sequences,
-)
-from utils.model.packing import collate
+from utils.model.attention import by_document, by_mask, by_varlen, fused_attend, plain_attend
+from utils.model.lm_head import CHUNK, cross_entropy_sum, token_logps
+from utils.model.packing import collate, model_inputs
+from utils.model.qwen3_train import prepare_packed
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
 CPU = torch.device("cpu")
@@ -48,7 +41,7 @@ def test_one_mask_over_equal_rows_gives_what_each_document_gives(shared):
     batch = collate([found[:5], found[5:9], found[9:]], EQUAL, 600)
     layout, states = batch["layout"], states_for(1800)
     assert batch["input_ids"].shape == (1, 1800) and sum(map(sum, layout)) == 1800
-    masks = row_masks(layout, 600, CPU)
+    masks = attention.row_masks(layout, 600, CPU)
     # A row that sees nothing is NaN on some devices.
     assert masks.shape == (3, 1, 600, 600) and masks.any(dim=-1).all()
     one = by_mask(*states, 0.25, masks)
@@ -61,7 +54,7 @@ def test_the_varlen_kernel_gets_what_each_document_needs(shared, monkeypatch):
     monkeypatch.setattr(attention, "varlen_attn", varlen_as_documented)
     layout = collate([items(shared)])["layout"]
     states = states_for(sum(map(sum, layout)))
-    key_index, sequences = varlen_sequences(layout, CPU)
+    key_index, sequences = attention.varlen_sequences(layout, CPU)
     assert (key_index is not None) == shared
     one, other = by_varlen(*states, 0.25, key_index, sequences), by_document(*states, 0.25, layout, {})
     assert one.dtype == torch.bfloat16 and torch.allclose(one.double(), other, atol=0.03)
@@ -112,12 +105,12 @@ def test_plain_products_keep_nothing_that_grows_with_the_square(monkeypatch):
 
 def test_few_products_are_made_in_float32_under_autocast_too():
     """Results and gradients are those of float32, and from the next token on those of plain products in bfloat16."""
-    fitting = math.isqrt(FEW // (HEADS * WIDTH))
+    fitting = math.isqrt(attention.FEW // (HEADS * WIDTH))
     for length, same in ((fitting, fused_attend), (fitting + 1, plain_attend)):
         found = []
-        for attend in (attend_in_bfloat16, same):
+        for attend in (attention.attend_in_bfloat16, same):
             states = [part.requires_grad_() for part in states_for(length, torch.float32)]
-            with torch.autocast("cpu", torch.bfloat16, enabled=attend is attend_in_bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=attend is attention.attend_in_bfloat16):
                 result = attend(*states, 0.25, {})
             upstream = torch.randn(
                 result.shape, generator=torch.Generator().manual_seed(1), dtype=result.dtype
@@ -129,21 +122,14 @@ def test_few_products_are_made_in_float32_under_autocast_too():
 
 def test_the_form_follows_device_and_format():
     layout = [(0, 5), (3, 2, 2)]
-    for dtype, attend in ((torch.float32, fused_attend), (torch.bfloat16, attend_in_bfloat16)):
-        planned = plan_attention(layout, 0, torch.empty(0), dtype)
+    for dtype, attend in ((torch.float32, fused_attend), (torch.bfloat16, attention.attend_in_bfloat16)):
+        planned = attention.plan_attention(layout, 0, torch.empty(0), dtype)
         assert planned.func is by_document and planned.keywords["attend"] is attend
-    assert plan_attention(layout, 12, torch.empty(0), torch.float32).func is by_mask
+    assert attention.plan_attention(layout, 12, torch.empty(0), torch.float32).func is by_mask
 
 
 def test_padding_changes_no_loss_and_no_gradient(tmp_path, monkeypatch):
     """Padded rows, rounded lengths, and labels filled up to a few fixed counts, as Apple GPUs get them."""
-    from tiny_model import make_tiny_model
-    from transformers import AutoModelForCausalLM
-
-    from utils.model.lm_head import CHUNK, cross_entropy_sum, token_logps
-    from utils.model.packing import model_inputs
-    from utils.model.qwen3_train import prepare_packed
-
     folder, found = make_tiny_model(tmp_path / "tiny"), items(True)
     results = []
     for device, fixed in ((None, ()), (EQUAL, ("cpu",)), (Device("cuda", True, ""), ())):
@@ -158,15 +144,3 @@ def test_padding_changes_no_loss_and_no_gradient(tmp_path, monkeypatch):
         results.append([loss.detach(), *(weight.grad for weight in model.parameters())])
     for found in zip(*results):
         assert all(torch.allclose(one, found[0], rtol=1e-9, atol=1e-12) for one in found)
-
-
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no CUDA device here: the real kernel cannot be run"
-)
-def test_the_real_varlen_kernel_on_this_gpu():
-    layout = collate([items(True)])["layout"]
-    states = states_for(sum(map(sum, layout)), torch.float32)
-    device = torch.device("cuda")
-    planned = plan_attention(layout, 0, torch.empty(0, device=device), torch.bfloat16)
-    one = planned(*(part.to(device) for part in states), 0.25).cpu()
-    assert torch.allclose(one.float(), by_document(*states, 0.25, layout, {}), atol=0.03)

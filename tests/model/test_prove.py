@@ -8,7 +8,7 @@ import pytest
 import torch
 from cuda_on_cpu import cuda_forms
 
-from utils.device import Device
+from utils.device import Device, pick_device
 from utils.errors import RunError
 from utils.model import mixed, prove, qwen3_answer, qwen3_train
 
@@ -131,3 +131,9 @@ def test_answers_in_a_format_that_fails_are_computed_in_float32(gpu, monkeypatch
     )
     device = prove.prove_answers(gpu(False, fp16=True, weights="fp16"))
     assert device.answers == "fp32" and capsys.readouterr().err.count("\n") == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: its kernels cannot be run")
+def test_the_kernels_of_this_gpu_compute_rightly():
+    device = pick_device()
+    assert prove.prove(device) == prove.prove(device, LORA) == prove.prove_answers(device) == device
