@@ -34,13 +34,13 @@ SUGGESTED = """\
 牛膝有哪些功效？
 白术的功效是什么？
 三阴交穴主治哪些病症？
-膻中穴在身体哪里？
-命门穴的代号是什么？
+命门穴在身体哪里？
 麻黄归哪些经？
-大肠湿热证的代表方是什么？
-板蓝根是什么味道的药？
+陈皮是什么味道的药？
 麻黄汤出自哪部医书？
-请说出天麻的用药注意。"""
+天麻是什么性的药？
+请说出肝郁脾虚证的治则。
+请问陈皮是哪类药？"""
 INTRODUCTION = f"""\
 This demo fine-tunes a tiny Qwen3 of 5.2 M parameters, pre-trained on the built-in sample, not Qwen3-0.6B: the same
 scripts, the same steps, minutes instead of hours. Everything lands in {DEMO}/."""
@@ -54,12 +54,12 @@ python data_prepare/convert_to_qwen3_format.py --input-files {DEMO}/raw --output
 # full fine-tuning (SFT)
 python model_finetune/finetune_sft.py --model {TINY} --output-dir {DEMO}/sft_finetuned
     --train-file {DATA}/sft_train.jsonl --eval-file {DATA}/sft_eval.jsonl
-    {SMALL} --epochs 1 --learning-rate 5e-4 --train-embeddings False
+    {SMALL} --epochs 1 --join-single 0.3 --learning-rate 5e-4 --train-embeddings False
 
 # LoRA fine-tuning of the same base, on half of the rows
 python model_finetune/finetune_lora.py --model {TINY} --output-dir {DEMO}/lora_finetuned
     --train-file {DATA}/sft_train.jsonl --eval-file {DATA}/sft_eval.jsonl
-    {SMALL} --epochs 0.5 --learning-rate 2e-3
+    {SMALL} --epochs 0.5 --join-single 0.3 --learning-rate 2e-3
 
 # DPO, from the SFT result: who asks what a herb does is to be told its caution, too
 python model_finetune/finetune_dpo.py --model {DEMO}/sft_finetuned --output-dir {DEMO}/dpo_finetuned

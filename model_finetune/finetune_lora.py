@@ -29,7 +29,7 @@ EPOCHS = 3.0                # [> 0] passes over the training rows; a small model
 HOURS = 0.0                 # [0 or more] end after so many hours, saving included, if EPOCHS take longer; 0: no limit
 LEARNING_RATE = 2e-4        # [> 0, at most 0.1] peak rate; about ten times that of full fine-tuning
 MAX_LENGTH = 1024           # [1, 2, ...] tokens per packed row; a longer example is set aside, never cut
-JOIN_SINGLE = 0.3           # [0 to 1] share of single questions put behind one to three others; without, later questions in chat fail (docs/training.md)
+JOIN_SINGLE = 0.0           # [0 to 1] share of single questions put behind one to three others: for a base that knows no conversations
 RANK = 16                   # [1, 2, ...] width of the adapters: more learns more, and takes more memory
 ALPHA = 32                  # [1, 2, ...] scale of the adapters: their product counts ALPHA / RANK times
 # The rest seldom needs a change.

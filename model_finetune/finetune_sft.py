@@ -27,7 +27,7 @@ EPOCHS = 3.0                # [> 0] passes over the training rows; a small model
 HOURS = 0.0                 # [0 or more] end after so many hours, saving included, if EPOCHS take longer; 0: no limit
 LEARNING_RATE = 2e-5        # [> 0, at most 0.1] peak rate for full fine-tuning; LoRA takes about ten times this
 MAX_LENGTH = 1024           # [1, 2, ...] tokens per packed row; a longer example is set aside, never cut
-JOIN_SINGLE = 0.3           # [0 to 1] share of single questions put behind one to three others; without, later questions in chat fail (docs/training.md)
+JOIN_SINGLE = 0.0           # [0 to 1] share of single questions put behind one to three others: for a base that knows no conversations
 # The rest seldom needs a change.
 ROWS_PER_STEP = 4           # [1, 2, ...] packed rows of an optimizer step; how many go at once follows from the memory there is
 MAX_STEPS = 0               # [0, 1, ...] stop after this many optimizer steps; 0 trains all EPOCHS

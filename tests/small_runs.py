@@ -39,7 +39,7 @@ def arguments(method, place, output, *more, precision="fp32"):
     words = ["--model", place / "base", "--output-dir", output]
     words += ["--train-file", place / f"{data}_train.jsonl", "--eval-file", place / f"{data}_eval.jsonl"]
     words += "--epochs 2 --max-length 256 --rows-per-step 2 --eval-rows 12 --evaluations 4".split()
-    words += ["--learning-rate", "3e-3", *([] if method == "dpo" else ["--join-single", "0"])]
+    words += ["--learning-rate", "3e-3"]
     words += ["--device", "cpu", "--precision", precision]
     return [str(word) for word in (*words, *more)]
 
