@@ -159,16 +159,10 @@ def test_what_counts_as_too_close(attribute, right, other, close):
 
 
 def test_held_out_entities_are_stated_but_their_questions_are_not():
-    statements = "\n".join(make_sample_statements())
+    statements = "\n".join(row["text"] for row in rows("statements"))
     held_out = {row["entity"] for row in rows("tcm_sample") if row["split"] == "eval"}
     assert all(entity in statements for entity in held_out)
     assert "？" not in statements and "请" not in statements
-
-
-def make_sample_statements():
-    wordings = read_json(SAMPLE / "wordings.json")
-    for entity in load_entities(SAMPLE, wordings):
-        yield from make_sample.statements_of(entity, wordings, 2, random.Random(0))
 
 
 def test_terms_are_found_whole_and_longest_first():

@@ -14,7 +14,7 @@ from data_prepare.sample.texts import statements_of
 from model_download import pretrain_tiny_model, tiny_recipe
 from model_finetune import finetune_sft
 from utils.data.pairs import Terms
-from utils.files import read_json, read_jsonl
+from utils.files import read_json, read_jsonl, write_jsonl
 
 TINY, SAMPLE = ROOT / "model_download/tiny_qwen3_tcm", ROOT / "data_prepare/sample"
 
@@ -45,22 +45,15 @@ def test_its_training_log_is_kept():
 
 @pytest.mark.slow
 def test_the_script_makes_such_a_folder(tmp_path, capsys):
-    places = ["--output-dir", str(tmp_path / "model"), "--statements-file", str(few_statements(tmp_path))]
-    course = "--epochs 3 --copies 20 --greetings 1 --refusals 6 --invented 10 --tokens-per-step 128 --warmup-steps 2".split()
-    sizes = "--width 64 --layers 1 --feed-forward 64 --vocabulary 600".split()
-    pretrain_tiny_model.main([*places, *course, *sizes])
+    names = "麻黄 桂枝 干姜 附子 肉桂".split() * 40
+    write_jsonl(tmp_path / "statements.jsonl", [{"text": f"{name}的药性是温。"} for name in names])
+    places = f"--output-dir {tmp_path}/model --statements-file {tmp_path}/statements.jsonl"
+    course = "--epochs 3 --copies 20 --greetings 1 --refusals 6 --invented 10 --tokens-per-step 128 --warmup-steps 2"
+    sizes = "--width 64 --layers 1 --feed-forward 64 --vocabulary 600"
+    pretrain_tiny_model.main(f"{places} {course} {sizes}".split())
     log = list(read_jsonl(tmp_path / "model/training_log.jsonl"))
     assert log[-1]["loss"] < log[0]["loss"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.hidden_size == 64
-
-
-def few_statements(folder):
-    path = folder / "statements.jsonl"
-    path.write_text(
-        "".join(f'{{"text": "{name}的药性是温。"}}\n' for name in "麻黄 桂枝 干姜 附子 肉桂".split() * 40),
-        encoding="utf-8",
-    )
-    return path
 
 
 def test_exercises_are_about_fresh_names_and_carry_them_over():
