@@ -121,6 +121,11 @@ def test_a_damaged_file_is_named(folder, name, text):
     refused(folder, name)
 
 
+def test_an_adapter_that_names_itself_is_told(adapter):
+    change(adapter / "adapter_config.json", base_model_name_or_path=str(adapter))
+    refused(adapter, "names itself as its base model")
+
+
 @pytest.mark.parametrize("fields, words", ADAPTERS, ids=lambda given: str(given)[:40])
 def test_a_wrong_adapter_is_told_and_never_stops_the_search_for_models(
     adapter, tiny_folder, monkeypatch, fields, words

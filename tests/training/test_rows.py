@@ -212,7 +212,7 @@ def single_rows(count):
 
 
 @pytest.mark.parametrize("join", [0.0, 0.3, 1.0])
-def test_single_questions_are_put_behind_others(tokenizer, path, join):
+def test_single_questions_are_put_behind_others(tokenizer, path, join, capsys):
     """Every answer is trained once, in its own place; a share of the questions has one to three other rows before it, whole."""
     rows = single_rows(200)
     write_jsonl(path, rows)
@@ -236,6 +236,9 @@ def test_single_questions_are_put_behind_others(tokenizer, path, join):
             other = rows[int(question.removeprefix("问"))]
             assert answer.startswith(other["messages"][1]["content"]) and other["id"] != str(number)
     assert counts == ({1, 2, 3} if join else set())
+    lengths = [sum(len(item["documents"][0][0]) for item in items) for items in (joined, alone)]
+    costs = f"which costs {lengths[0] - lengths[1]:,} tokens"
+    assert (costs in capsys.readouterr().out) == bool(join)
     again = items_of(load_conversations(path, tokenizer, 4096, join=join).rows)
     assert again == joined
 

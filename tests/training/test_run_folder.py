@@ -7,6 +7,7 @@ import pytest
 from small_runs import same_run, same_weights, train
 
 from utils.files import read_json, write_json
+from utils.training import log
 
 
 def test_a_finished_run_says_so_and_is_left_alone(runs, place, capsys):
@@ -110,3 +111,13 @@ def test_the_reference_is_that_of_this_model_and_these_pairs(runs, place, tmp_pa
     assert "; making it again\ncomputing the reference log-probabilities" in capsys.readouterr().out
     assert same_run(output, runs("dpo"))
     assert (output / "reference_logps.json").read_bytes() == other.read_bytes()
+
+
+def test_a_busy_machine_is_told(place, tmp_path, capsys, monkeypatch):
+    """Steps are slower than planned, and other programs use the cores. Without those nothing is said."""
+    monkeypatch.setattr(log, "SLOWER", 0.0)
+    for others, told in ((1e6, True), (0.0, False)):
+        used = iter([(0.0, 0.0), (1.0, 1.0 + others)])
+        monkeypatch.setattr(log, "busy_seconds", used.__next__)
+        assert train("sft", place, tmp_path / str(others), "--max-steps", 4) == 0
+        assert ("as slow as planned: other programs use" in capsys.readouterr().out) == told

@@ -137,7 +137,10 @@ def adapter_base(folder: str | Path) -> str:
         raise cannot_load(folder, "adapter_config.json", "names no base model (base_model_name_or_path)")
     if base.startswith(("//", "\\\\")):  # Windows would log in at a server of the adapter's choice
         raise cannot_load(folder, "adapter_config.json", "names a base model on another machine")
-    return str(ROOT / base) if (ROOT / base).is_dir() else base
+    base = str(ROOT / base) if (ROOT / base).is_dir() else base
+    if os.path.abspath(base) == os.path.abspath(folder):
+        raise cannot_load(folder, "adapter_config.json", "names itself as its base model")
+    return base
 
 
 def find_models() -> list[Path]:

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from utils.errors import UserError
 from utils.files import atomic_write, read_json, read_log, render, show_path
 from utils.model.folder import read_record
@@ -22,6 +24,8 @@ AIM = 0.99  # share of HOURS that is planned with
 DISK = 200e6  # bytes written per second, with their checksum, until a checkpoint was timed
 LONG = 60  # seconds left from which on the time of day is worth telling
 REDRAW_SECONDS = 30  # the PNG takes about half a second to draw
+SETTLED = 3  # steps after which the speed is compared with the planned one
+SLOWER, BUSY = 1.5, 0.25  # times the planned seconds of a step; share of the cores that other programs use
 WORSE_LOSS, WORSE_ACCURACY = 0.02, 0.03  # a loss higher by this share, or an accuracy lower by so much
 CHANCE, ENOUGH_PAIRS = 0.5, 100  # of preferring the chosen answer; pairs from which on that says something
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -108,7 +112,7 @@ class RunLog:
         found = read_log(self.path) if step and self.path.is_file() else []
         self.entries = [entry for entry in found if entry["step"] <= step]
         self.plan, self.first_step, self.step_seconds = plan, step, 0.0
-        self.began, self.first = time.monotonic(), progress
+        self.began, self.first, self.busy = time.monotonic(), progress, busy_seconds()
         if self.main:
             with atomic_write(self.path) as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in self.entries)
@@ -168,6 +172,13 @@ class RunLog:
             self.last_line = time.monotonic()
 
     def _show_step(self, entry, progress):
+        if entry["step"] == self.first_step + SETTLED:
+            slower = self.plan.train_rate / self.tokens_per_second()
+            own, everyone = (now - before for now, before in zip(busy_seconds(), self.busy))
+            others = (everyone - own) / max(time.monotonic() - self.began, 1e-9)
+            if slower > SLOWER and others > BUSY * psutil.cpu_count():
+                used = f"other programs use {others:.1f} of {psutil.cpu_count()} cores"
+                self.tell(f"steps are {slower:.1f} times as slow as planned: {used}")
         pause = 1 if sys.stdout.isatty() else PLAIN_SECONDS
         if progress < 1 and time.monotonic() - self.last_line < pause:
             return
@@ -178,6 +189,12 @@ class RunLog:
         end = f", done at {done_at(left)}" if left > LONG else ""
         text = f"step {step}{of}  loss {entry['loss']:.4f}  {self.tokens_per_second():,.0f} tokens/s"
         self.tell(f"{text}  {duration(left)} left{end}", progress >= 1)
+
+
+def busy_seconds() -> tuple[float, float]:
+    """Seconds that cores have computed so far: for this process, and for all."""
+    own, everyone = psutil.Process().cpu_times(), psutil.cpu_times()
+    return own.user + own.system, sum(everyone) - everyone.idle - getattr(everyone, "iowait", 0.0)
 
 
 def best_of(evaluations: list[Entry]) -> Entry:

@@ -32,7 +32,7 @@ from utils.text import printable, progress
 
 # Raise it with every change after which the same data would give other tokens (utils/model/chat_format.py, the functions below)
 # or other columns: tokens that were kept before it are then made again.
-FORMAT = 4
+FORMAT = 5
 ROWS_AT_ONCE = 1000  # of the data file; 256,000 tokens of usual rows, which take some 50 MB as they are made
 MOST_BEFORE = 3  # questions that JOIN_SINGLE puts before another one, at most
 FEW = 0.02  # answers with an earlier question, as a share: with fewer, a model is trained on single questions
@@ -45,6 +45,7 @@ SCHEMA = pyarrow.schema(
         "content": pyarrow.uint64(),  # the same of the row's messages
         "thinking": pyarrow.bool_(),
         "later": pyarrow.bool_(),  # the answer has an earlier question before its own
+        "joined": pyarrow.int32(),  # tokens that JOIN_SINGLE has put before it
         "prompt": TOKENS,
         "answers": pyarrow.list_(TOKENS),  # SFT: one; DPO: chosen, rejected
     }
@@ -136,7 +137,7 @@ def encode_conversations(
         joined.append(turns[place]._replace(before=before + turns[place].before))
     for place, item in zip(places, encode_turns(tokenizer, joined)):
         if len(item["prompt"]) + len(item["answers"][0]) - 1 <= max_length:
-            items[place] = item
+            items[place] = item | {"joined": len(item["prompt"]) - len(items[place]["prompt"])}
     return items
 
 
@@ -158,6 +159,7 @@ def encode_turns(tokenizer, turns: list[Turn]) -> list[dict]:
             ),
             "thinking": thinks,
             "later": sum(message["role"] == "user" for message in turn.before) > 1,
+            "joined": 0,
             "prompt": next(ids),
             "answers": [next(ids) for _ in turn.answers],
         }
@@ -186,6 +188,12 @@ def _pack(items: "CachedItems", path, max_length, count) -> Loaded:
         )
     sizes = Sizes(*(part[kept] for part in items.sizes))
     rows = PackedRows(Chosen(items, kept), max_length, sizes, items.key[kept])
+    joined = items.joined[kept]
+    if more := int(joined.sum()):
+        print(
+            f"{show_path(path)}: {numpy.count_nonzero(joined):,} of {len(kept):,} questions stand behind one to {MOST_BEFORE} "
+            f"others (JOIN_SINGLE), which costs {more:,} tokens, {more / (rows.tokens - more):.0%} more"
+        )
     conversations = "several" if items.later[kept].mean() > FEW else "single"
     thinking = bool(items.thinking[drawn].mean() > 0.5)
     return Loaded(rows, thinking, conversations, numpy.unique(items.content[kept]))
@@ -219,8 +227,8 @@ class CachedItems(Sequence):
     def __init__(self, path: Path):
         self._dataset = Dataset.from_file(str(path))
         columns = self._dataset.data.table
-        self.line, self.key, self.content, self.thinking, self.later = (
-            columns[name].to_numpy() for name in ("line", "key", "content", "thinking", "later")
+        self.line, self.key, self.content, self.thinking, self.later, self.joined = (
+            columns[name].to_numpy() for name in ("line", "key", "content", "thinking", "later", "joined")
         )
         prompts, documents = (
             compute.list_value_length(columns[name]).to_numpy() for name in ("prompt", "answers")
