@@ -156,7 +156,7 @@ def summary(rows, made, reasons):
 def show(split, found, target):
     not_paired, count, share = sum(found["not_paired"].values()), found["pairs"], found["told_apart"]
     print(
-        f"{split}: {found['rows']:,} rows = {count:,} pairs + {not_paired:,} not paired -> {show_path(target)}"
+        f"{split}: {count:,} pairs from {found['rows']:,} rows, {not_paired:,} not paired -> {show_path(target)}"
     )
     for reason, times in found["not_paired"].items():
         print(f"  {times:>6,}  {reason}")

@@ -58,7 +58,7 @@ def test_pairs_of_the_sample(data, capsys, kind):
         made, rows = (list(read_jsonl(data / f"{name}_{split}.jsonl")) for name in ("dpo", "sft"))
         good_of = {row["id"]: row["messages"] for row in rows}
         not_paired = len(rows) - len(made)
-        assert f"{split}: {len(rows):,} rows = {len(made):,} pairs + {not_paired:,} not paired" in said
+        assert f"{split}: {len(made):,} pairs from {len(rows):,} rows, {not_paired:,} not paired" in said
         assert report[split]["pairs"] == len(made) > 0.8 * len(rows)
         assert sum(report[split]["not_paired"].values()) == not_paired
         for pair in made:
