@@ -246,6 +246,7 @@ def test_adapter_answers_as_its_merged_model(tiny_folder, chat_model, tmp_path):
         tokenizer.save_pretrained(folder)
     for dtype in (torch.float32, torch.bfloat16):
         one, other = load_model(str(adapter), dtype), load_model(str(merged), dtype)
+        assert all(weight.requires_grad for weight in one.parameters())  # full fine-tuning goes on from it
         for name, weight in other.state_dict().items():
             assert torch.equal(weight, one.state_dict()[name]), name
     prompt = prompts_of(chat_model)[0]

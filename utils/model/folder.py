@@ -241,6 +241,7 @@ def load_model(model: str, dtype: torch.dtype | str) -> PreTrainedModel:
         merged = PeftModel.from_pretrained(base, model).merge_and_unload()
     for weight in merged.parameters():  # not .to(dtype), which would round the rotary frequencies as well
         weight.data = weight.data.to(dtype)
+        weight.requires_grad_(True)  # peft froze all but the embedding's
     if (path / "generation_config.json").is_file():
         with told_in_one_line(model, "generation_config.json"):
             merged.generation_config = GenerationConfig.from_pretrained(model)
