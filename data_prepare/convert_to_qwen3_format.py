@@ -35,7 +35,7 @@ MAX_EVAL_ROWS = 1000                  # [0, 1, ...] and at most so many, because
 NEAR_DUPLICATE = 0.85                 # [0.5 to 1] long questions are alike from this overlap of 3-character shingles (Jaccard) up
 MAX_CHARACTERS = 50000                # [1, 2, ...] longer rows are set aside: 32,768 tokens, Qwen3's window, hold about 43,000 of Chinese
 MAX_LENGTH = 1024                     # [1, 2, ...] tokens; the report says what share of the rows a trainer with this limit keeps
-TOKENIZER_MODEL = "model_download/Qwen3-0.6B"   # its tokenizer counts the tokens, if the folder is there
+TOKENIZER_MODEL = "model_download/Qwen3-0.6B"   # its tokenizer counts the tokens, if the folder is there; "": none are counted
 TOKEN_ROWS = 3000                     # [0, 1, ...] rows, drawn at random, whose tokens are counted: 30 of them lie beyond the 99 % point
 SEED = 0                              # [0, 1, ...] another seed holds out other questions
 # ----

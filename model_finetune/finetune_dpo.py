@@ -21,7 +21,7 @@ from utils.settings import read_settings
 # ---- Settings: edit here, or override on the command line (--beta 0.2) ----
 MODEL = "trainer_output/sft_finetuned"              # where the policy starts, and the reference it is held to
 TRAIN_FILE = "data_prepare/qwen3/dpo_train.jsonl"   # preference pairs to learn from
-EVAL_FILE = "data_prepare/qwen3/dpo_eval.jsonl"     # pairs that are only measured on
+EVAL_FILE = "data_prepare/qwen3/dpo_eval.jsonl"     # pairs that are only measured on; "": none
 OUTPUT_DIR = "trainer_output/dpo_finetuned"         # the run: finished model, checkpoints, curve, log
 EPOCHS = 1.0                # [> 0] passes over the pairs; more than one or two overfits them
 HOURS = 0.0                 # [0 or more] end after so many hours, saving included, if EPOCHS take longer; 0: no limit

@@ -23,7 +23,7 @@ from utils.settings import read_settings
 # ---- Settings: edit here, or override on the command line (--learning-rate 1e-4) ----
 MODEL = "model_download/Qwen3-0.6B"                 # base model: a folder, or the Hub id of one that was downloaded
 TRAIN_FILE = "data_prepare/qwen3/sft_train.jsonl"   # conversations to learn from
-EVAL_FILE = "data_prepare/qwen3/sft_eval.jsonl"     # conversations that are only measured on
+EVAL_FILE = "data_prepare/qwen3/sft_eval.jsonl"     # conversations that are only measured on; "": none
 OUTPUT_DIR = "trainer_output/lora_finetuned"        # the run: adapter, merged/ model, checkpoints, curve, log
 EPOCHS = 3.0                # [> 0] passes over the training rows; a small model keeps gaining for two or three
 HOURS = 0.0                 # [0 or more] end after so many hours, saving included, if EPOCHS take longer; 0: no limit

@@ -160,6 +160,8 @@ def test_settings_are_shown_in_short(script, capsys):
         (["--seed", "-2"], "--seed is -2, wanted a whole number: -1, 0, ... 99"),
         (["--seed", "100"], "--seed is 100, wanted a whole number: -1, 0, ... 99"),
         (["--keep", "newest"], "--keep is 'newest', wanted best | last | empty"),
+        (["--data-file", ""], "--data-file is empty, wanted a path"),
+        (["--input-files", "a", ""], "--input-files is empty, wanted a path"),
     ],
 )
 def test_wrong_flags_are_refused_in_one_line(script, arguments, message):

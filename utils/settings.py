@@ -14,7 +14,8 @@ A comment may begin with a rule in brackets, for the constant and for its flag a
     [best | last]  [bf16 | fp32 | empty]                          one of these texts; empty stands for ""
 
 A constant whose name ends in _DIR, _FILE or _FILES is a path: relative to the repository in the script, and to the folder the
-user stands in as a flag. A name that ends in MODEL(S) may be a folder or a Hub id: what exists as a folder becomes its path.
+user stands in as a flag. A name that ends in MODEL(S) may be a folder or a Hub id: what exists as a folder becomes its path. A path
+may be empty where the comment says what `empty` or `""` stands for.
 """
 
 import argparse
@@ -41,6 +42,7 @@ RULE = re.compile(
 )
 WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}
 WANTED[list] = "a list of texts"
+PATHS = ("_DIR", "_FILE", "_FILES", "MODEL", "MODELS")  # how the names of constants that are paths end
 BOOLEANS = {"true": True, "false": False}
 
 
@@ -101,10 +103,13 @@ def read_settings(namespace: dict[str, Any], argv: list[str] | None = None, posi
         near = _nearest(unknown[0].split("=")[0], [flag_of(name) for name in constants])
         raise UserError(f"unknown argument {unknown[0]}{near or f'; {parser.prog} --help lists the flags'}")
     values = {}
-    for name, (line, rule, _) in constants.items():
+    for name, (line, rule, comment) in constants.items():
         label, value, base = f"{_plain(script)}, line {line}: {name}", namespace[name], ROOT
         if name in given:
             label, value, base = flag_of(name), _from_text(kinds[name], getattr(given, name)), Path.cwd()
+        texts = value if type(value) is list else [value]
+        if name.endswith(PATHS) and "" in texts and not re.search('empty|""', comment):
+            raise UserError(f"{label} is empty, wanted a path")
         values[name] = _resolve(name, _checked(label, value, kinds[name], rule), base)
     return Settings(values, set(vars(given)))
 
