@@ -8,7 +8,7 @@ import pytest
 from chat_helpers import CPU, Echo, damaged, plain, talk
 from conftest import ROOT
 
-from utils.chat.model import ChatModel, Options
+from utils.chat.model import RULES, ChatModel, Options
 from utils.chat.session import COMMANDS, TYPED, Chat, Turn, as_messages
 from utils.chat.terminal import completions, loading, read_message
 from utils.model.chat_format import encode_turns
@@ -52,6 +52,9 @@ def test_help_in_the_language_of_the_user(chat, capsys, monkeypatch):
     for file in ("help.en.txt", "help.zh.txt"):
         text = (ROOT / "utils/chat" / file).read_text(encoding="utf-8")
         assert re.findall("^  /([a-z]+)", text, re.MULTILINE) == COMMANDS
+        assert (
+            set(RULES) <= set(re.findall(r"\w+_\w+|[a-z]+", text)) and max(map(len, text.splitlines())) < 100
+        )
     for all_, lang, said in (
         ("", "zh_CN.UTF-8", "撤回上一个问题"),
         ("zh_TW.UTF-8", "de_DE.UTF-8", "撤回上一个问题"),
@@ -260,7 +263,7 @@ def test_a_model_of_single_questions_starts_each_afresh(chat_model, tmp_path, ca
     talk(chat, "/history off", "四", "/history maybe", "/history")
     said = capsys.readouterr().err
     assert "三" not in model.seen[-1] and "takes on or off" in said
-    assert said.count("is shown no earlier question") == 2
+    assert said.count("is asked by itself") == 2
 
 
 def test_another_model_brings_its_own_ways_unless_a_command_has_set_them(chat, chat_model):

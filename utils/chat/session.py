@@ -143,7 +143,7 @@ class Chat:
 
     def _help(self, text):
         path = Path(__file__).with_name(localized("help.en.txt", "help.zh.txt"))
-        note(path.read_text(encoding="utf-8").rstrip().format(settings=", ".join(RULES)))
+        note(path.read_text(encoding="utf-8").rstrip())
 
     def _clear(self, text):
         self.turns, self.start = [], 0
@@ -174,8 +174,8 @@ class Chat:
         if text:
             self.afresh = text == "off"
             self.given.add("history")
-        seen = "no earlier question" if self.afresh else "the earlier questions and answers"
-        note(f"(the model is shown {seen} with each question)")
+        asked = "by itself" if self.afresh else "with the earlier questions and answers"
+        note(f"(each question is asked {asked})")
 
     def _think(self, text):
         if text and text not in THINKING_MODES:
