@@ -160,7 +160,7 @@ def plot_training(log: list[Entry], path: Path, title: str, best_step: int | Non
             _draw_quantity(panels[panel], log, quantity, best_step, colour)
             panels[panel].set_title(its_title, loc="left")
         if "accuracy" in panels:
-            panels["accuracy"].set_ylim(-0.05, 1.1)
+            panels["accuracy"].set_ylim(-0.05, 1.18)
         rate = panels["rate"]
         _draw_line(rate, *points(log, "learning_rate"), color="grey", linewidth=1.5)
         rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
@@ -169,6 +169,7 @@ def plot_training(log: list[Entry], path: Path, title: str, best_step: int | Non
         for panel in panels.values():
             panel.grid(alpha=0.3)
             panel.set_xlim(first - room, last + room)
+            panel.xaxis.get_major_locator().set_params(integer=True)  # there is no half step
         figure.legend(*panels["loss"].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         figure.suptitle(label_text(title))
         _save(figure, path)
@@ -191,7 +192,7 @@ def _draw_quantity(axis, log, name, best_step, colour):
     axis.margins(y=0.18)
     last = len(steps) - 1
     for index in range(len(steps)) if last < MOST_VALUES else sorted({0, *best, last}):
-        text = f"{values[index]:.3g}" if abs(values[index]) >= 100 else f"{values[index]:.3f}"
+        text = f"{values[index]:.3g}" if abs(values[index]) >= 10 else f"{values[index]:.3f}"
         _write_above(axis, steps[index], values[index], text, 11, points_colour)
 
 
