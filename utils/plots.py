@@ -251,6 +251,7 @@ def plot_runs(runs: list[Run], path: Path) -> None:
         for title, axis in axes.items():
             axis.set_title(title, loc="left")
             axis.set_xlabel("tokens trained on" if by_tokens else "optimizer step")
+            axis.xaxis.set_major_formatter("{x:,.0f}")
             axis.grid(alpha=0.3)
             axis.legend(loc="upper left", bbox_to_anchor=(0, -0.14), ncols=3, frameon=False)
         figure.suptitle("Lines: training loss, smoothed. Points: held-out rows of each run")
