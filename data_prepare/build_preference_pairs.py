@@ -60,7 +60,8 @@ def main(argv=None):
     kind = settings.KIND
     if kind == "auto":
         kind = "model" if is_finished(settings.MODEL) else "facts"
-        print(f"kind {kind}: {settings.MODEL} is {'' if kind == 'model' else 'not '}a finished run")
+        finished = "is a finished run" if kind == "model" else "is not a finished run"
+        print(f"kind {kind}: {show_path(settings.MODEL)} {finished}")
     place = settings.OUTPUT_DIR
     prepare_folder(place)
     terms = pairs.Terms(require_file(settings.TERMS_FILE, "python data_prepare/sample/make_sample.py"))

@@ -136,12 +136,11 @@ def earlier_inputs(settings):
 
 def old_files(folder, outputs):
     """Notes on files of an earlier run, and on an evaluation set that is missing."""
-    for name in OUTPUTS:
-        if not outputs[name] and (folder / f"{name}.jsonl").exists():
-            yield (
-                f"{name}.jsonl there is from an earlier run and was not compared with these rows; make it again"
-                + (f" with: {PAIRS}" if name.startswith("dpo") else "")
-            )
+    names = [f"{name}.jsonl" for name in OUTPUTS if not outputs[name]]
+    old = [name for name in names if (folder / name).exists()]
+    if old:
+        advice = f"; make pairs again with: {PAIRS}" if "dpo_train.jsonl" in old else ""
+        yield f"from an earlier run, and not compared with these rows: {', '.join(old)}{advice}"
     if outputs["sft_train"] and not outputs["sft_eval"]:
         yield "no row is held out: training goes on without an evaluation (EVAL_SHARE is 0, or all rows ask one thing)"
 
