@@ -147,10 +147,13 @@ def row_of(form: str, prompt: list[dict], replies: list[dict]) -> dict:
 
 
 def export_folder(settings: Settings, name: str) -> Path:
-    """OUTPUT_DIR, or the folder `name` among the exports; UserError if it holds a training run or another kind of export."""
+    """OUTPUT_DIR, or the folder `name` among the exports; UserError if it holds anything but an export of this kind."""
     place = settings.OUTPUT_DIR or ROOT / "trainer_output" / "exports" / name
     if (place / "run.json").is_file():
         raise UserError(f"{show_path(place)} holds a training run; choose another --output-dir")
+    models = [*place.glob("*config.json"), *place.glob("*.gguf")]
+    if place.resolve() == settings.DATA_DIR.resolve() or (place / "README.md").is_file() and not models:
+        raise UserError(f"{show_path(place)} holds files that would be lost; choose another --output-dir")
     other = "config.json" if settings.FORMAT == "adapter" else "adapter_config.json"
     if (place / other).is_file():  # tools would load both together
         raise UserError(

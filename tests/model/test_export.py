@@ -376,6 +376,14 @@ def test_a_training_run_is_not_overwritten(export, place, capsys):
     assert (place / "lora/run.json").read_bytes() == before
 
 
+def test_other_files_are_not_overwritten(export, tmp_path, capsys):
+    (tmp_path / "README.md").write_text("mine", encoding="utf-8")
+    for words in ([tmp_path], [tmp_path / "rows", "--data-dir", tmp_path / "rows"]):
+        export("sft", "--output-dir", *words, code=2)
+        assert "holds files that would be lost" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
 def test_a_missing_gguf_package_is_named_and_leaves_nothing(export, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("utils.model.export.gguf_file.gguf", None)
     export("sft", "--format", "gguf", code=2)
