@@ -95,6 +95,8 @@ def _problem_of(row, wanted):
         roles = [message["role"] for message in value] if name == "messages" else ["user", "assistant"]
         if "user" not in roles or "assistant" not in roles[roles.index("user") :]:
             return f'{name} is not a list of {{"role", "content"}} with a user and after it an assistant'
+        if name == "messages" and any(not turn["content"] for turn in value if turn["role"] == "assistant"):
+            return "an answer is empty"
     return ""
 
 
