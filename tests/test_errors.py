@@ -35,6 +35,7 @@ from utils.errors import (
         (OSError(errno.ENOSPC, "x", "a.txt"), (FULL.format(where=" (a.txt)"), 1)),
         # safetensors' words on a full tmpfs
         (RuntimeError("I/O error: No space left on device (os error 28)"), (FULL.format(where=""), 1)),
+        (OSError("32768 requested and 5200 written"), (FULL.format(where=""), 1)),  # numpy's
         (ModuleNotFoundError("x", name="utils.none"), None),
         (FileNotFoundError(errno.ENOENT, "No such file", "a.txt"), ("No such file (a.txt)", 1)),
         (ValueError("a bug"), None),

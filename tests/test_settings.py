@@ -170,6 +170,11 @@ def test_wrong_flags_are_refused_in_one_line(script, arguments, message):
     assert str(refused.value) == message
 
 
+def test_a_flag_that_is_like_no_other_is_not_guessed(script):
+    with pytest.raises(UserError, match="unknown argument --lx; python .* --help lists the flags"):
+        read_settings(script(), ["--lx", "1"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_fast_and_tells_every_setting_and_other_flags_are_refused(script, run_script):

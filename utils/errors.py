@@ -42,6 +42,7 @@ NO_MEMORY = (
 # In these words libraries (safetensors, torch) report what is no OSError for them.
 SIGNS = {"No space left on device": FULL, "Disk quota exceeded": FULL, "File too large": TOO_LARGE}
 SIGNS |= dict.fromkeys(NO_MEMORY, MORE_MEMORY)
+SIGNS[" requested and "] = FULL  # numpy: so many items, so many written
 # Windows has other words for these, and no EDQUOT.
 CODES = {errno.ENOSPC: FULL, errno.EFBIG: TOO_LARGE, errno.ENOMEM: MORE_MEMORY}
 CODES[getattr(errno, "EDQUOT", errno.ENOSPC)] = FULL

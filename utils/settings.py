@@ -173,7 +173,7 @@ def _from_text(kind, text):
 
 
 def _nearest(word, known):
-    return "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(word, known, 1, 0.5))
+    return "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(word, known, 1, 0.55))
 
 
 def _kind(name, rule, value):

@@ -217,6 +217,9 @@ def test_a_tokenizer_that_does_not_fit_is_told(folder):
 
 def test_a_folder_of_something_else_is_told(folder, tmp_path):
     refused(folder / "config.json", f"did you mean {folder}?")
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match="notes.txt is a file, wanted a model folder$"):
+        load(tmp_path / "notes.txt")
     refused(tmp_path, f"did you mean {folder}?")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     refused(folder, "holds no *.safetensors weights")

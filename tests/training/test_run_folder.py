@@ -71,7 +71,7 @@ def test_a_manifest_that_lists_no_whole_checkpoint(stopped, place, capsys, manif
     (output / "checkpoint-6/MANIFEST.json").write_text(manifest, encoding="utf-8")
     assert train("sft", place, output) == 0
     said = capsys.readouterr().out
-    assert "checkpoint-6 is damaged" in said and "going on from" not in said
+    assert "checkpoint-6 is damaged" in said and "; starting over" in said and "going on from" not in said
 
 
 def test_damaged_lines_of_the_log_do_not_stop_a_run(stopped, runs, place, capsys):

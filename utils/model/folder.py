@@ -52,7 +52,8 @@ def check_model(model: str) -> str:
     folder, weights = _find(model), "*.safetensors"
     shown = show_path(folder)
     if not folder.is_dir():
-        raise UserError(f"{shown} is a file, wanted a model folder; did you mean {show_path(folder.parent)}?")
+        near = f"; did you mean {show_path(folder.parent)}?" * (folder.parent / "config.json").is_file()
+        raise UserError(f"{shown} is a file, wanted a model folder{near}")
     if is_adapter(folder):
         weights = "adapter_model.safetensors"  # peft would go on with a pickled adapter_model.bin
         base = adapter_base(folder)

@@ -96,7 +96,8 @@ class Run:
             if not (why := damage(path, identity)):
                 self.checkpoint, self.step = path, step_of(path)
                 return
-            print(f"{show_path(path)} is {why}; going back to the one before")
+            then = "starting over" if path == checkpoints[0] else "going back to the one before"
+            print(f"{show_path(path)} is {why}; {then}")
         versions = {
             name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")
         }
