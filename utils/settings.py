@@ -66,7 +66,7 @@ class Settings:
         """Print MODEL and the settings that the command line gave."""
         shown = {name: value for name, value in self.as_dict().items() if name in {"MODEL", *self.overridden}}
         words = [f"{name}={value!r}, " for name, value in shown.items()]
-        print(f"settings: {''.join(words)}the rest as in the script")
+        print(f"settings: {''.join(words)}{'the rest ' if words else ''}as in the script")
 
 
 def read_settings(namespace: dict[str, Any], argv: list[str] | None = None, positional: str = "") -> Settings:
