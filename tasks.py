@@ -119,7 +119,8 @@ def demo_clean() -> None:
 
 # Tests of one file stay on one core: many share a model that takes seconds to make. The longest come first, so that both cores end together.
 LONGEST = ["tests/test_readme.py", "tests/training", "tests/faults", "tests/model"]
-PYTEST = "-m pytest -q -n 2 --dist loadfile --no-loadscope-reorder".split() + [*LONGEST, "tests"]
+PYTEST = "-m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/interop".split()
+PYTEST += [*LONGEST, "tests"]
 
 
 def test() -> None:
