@@ -48,7 +48,7 @@ def test_code_in_a_model_folder_is_not_run(tiny_folder, tmp_path, kind, loads):
         load_tokenizer(check_model(str(folder)))
         load_model(str(folder), torch.float32)
     else:
-        with pytest.raises(UserError, match="is a own model; wanted Qwen3"):
+        with pytest.raises(UserError, match="is a model of type own; wanted Qwen3"):
             load_model(check_model(str(folder)), torch.float32)
     assert not (tmp_path / "trace").exists()
 

@@ -90,7 +90,7 @@ def pick_device(name: str = "auto", precision: str = "auto", answering: bool = F
     if name not in ("auto", *here):
         raise UserError(unused or f"--device: no {name} device here; there is: {', '.join(here)}")
     if unused:
-        print(unused, flush=True)
+        print(unused, file=sys.stderr)  # stdout may be answers only
     name = here[0] if name == "auto" else name
     best, flash = "fp32", False  # the format that the hardware is fastest in
     if name == "cuda":
@@ -99,7 +99,7 @@ def pick_device(name: str = "auto", precision: str = "auto", answering: bool = F
         flash = major >= 8 and torch.backends.cuda.is_flash_attention_available()  # not in builds for Windows
         reason = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
         if precision == "bf16" and major < 8:
-            print(f"{reason}: this GPU emulates bf16 and is slower with it than with fp16", flush=True)
+            print(f"{reason}: this GPU emulates bf16 and is slower with it than with fp16", file=sys.stderr)
     elif name == "mps":
         reason, macos = "Apple GPU; bf16 would save memory, not time", platform.mac_ver()[0]
         if precision == "bf16" and macos and int(macos.partition(".")[0]) < 14:

@@ -83,8 +83,8 @@ def write(path, text):
 NO_OBJECTS = ["", "{", "[]", "3", "\udcff", "[" * 100_000, '{"r": ' + "9" * 5000 + "}"]
 SLIDING = {"use_sliding_window": True, "sliding_window": 8}
 CONFIGS = [  # one for each kind of wrong config
-    ({"model_type": "own", "auto_map": {"AutoModel": "own.Own"}}, "is a own model; wanted Qwen3"),
-    ({"model_type": "llama"}, "is a llama model; wanted Qwen3"),
+    ({"model_type": "own", "auto_map": {"AutoModel": "own.Own"}}, "is a model of type own; wanted Qwen3"),
+    ({"model_type": "llama"}, "is a model of type llama; wanted Qwen3"),
     ({"num_hidden_layers": 1, "layer_types": None}, "does not expect model.layers.1."),
     ({"num_hidden_layers": 3, "layer_types": None}, "lacks model.layers.2."),
     ({"vocab_size": "3000"}, "tokenizer.json"),

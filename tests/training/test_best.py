@@ -6,6 +6,7 @@ from small_runs import make_place, same_run, train
 from utils.files import read_json, read_jsonl, write_jsonl
 from utils.training.log import best_of, verdict
 from utils.training.loop import Learner
+from utils.training.run import Run
 
 WORSENS = ["--epochs", 3, "--warmup", 0, "--learning-rate", 1e-2, "--evaluations", 6]
 
@@ -76,6 +77,20 @@ def test_a_run_that_goes_on_keeps_the_same_best(killed, wrong, finished, step):
     assert len(list((output / "best").glob("*.safetensors"))) == 1
     assert train("sft", wrong, output, *WORSENS) == 0
     assert results(output)["kept_step"] == results(finished)["kept_step"] and same_run(output, finished)
+
+
+def test_the_best_at_the_last_checkpoint_stays(place, tmp_path, monkeypatch):
+    """On a GPU an evaluation that is made again may differ a little, and the newer weights be the best no more."""
+    kept, keep = {}, Run.keep_if_best
+
+    def noted(run, step, model):
+        keep(run, step, model)
+        kept[step] = {path.stem for path in (run.folder / "best").glob("*.safetensors")}
+
+    monkeypatch.setattr(Run, "keep_if_best", noted)
+    # better at every evaluation; a checkpoint after steps 6 and 12
+    assert train("sft", place, tmp_path / "out", "--evaluations", 10) == 0
+    assert kept[6] == {"step-6"} and kept[8] == {"step-6", "step-8"} and kept[11] == {"step-6", "step-11"}
 
 
 @pytest.mark.slow

@@ -107,7 +107,7 @@ def check_files(folder: Path) -> None:
     config, names = read_object(folder, "config.json"), ["model.safetensors"]
     if config.get("model_type") != "qwen3":
         kind = str(config.get("model_type"))[:40]
-        raise UserError(f"{show_path(folder)} is a {kind} model; wanted Qwen3")
+        raise UserError(f"{show_path(folder)} is a model of type {kind}; wanted Qwen3")
     for name in ("quantization_config", "transformers_weights", "attention_bias"):
         if config.get(name):
             raise cannot_load(folder, "config.json", f"asks for {name}, which is not supported here")

@@ -223,16 +223,19 @@ class Run:
     def keep_if_best(self, step: int, model) -> None:
         """Write best/step-N.safetensors if the latest evaluation is the best so far.
 
-        One file is enough: a run that goes on from an earlier checkpoint comes by the same evaluation again.
+        The best at the last checkpoint stays beside it: a run that goes on from there may not come by the newer one again.
         """
-        if self.settings.KEEP == "best" and best_of(self.log.evaluations())["step"] == step and self.main:
-            path = self._best(step)
+        evaluations = self.log.evaluations()
+        if self.settings.KEEP == "best" and best_of(evaluations)["step"] == step and self.main:
+            path, saved = self._best(step), max(map(step_of, list_checkpoints(self.folder)), default=0)
             path.parent.mkdir(exist_ok=True)
+            earlier = [entry for entry in evaluations if entry["step"] <= saved]
+            stays = self._best(best_of(earlier)["step"]) if earlier else path
+            for old in set(path.parent.iterdir()) - {stays, record_path(stays)}:
+                old.unlink()
             tensors = trained_weights(model).items()
             save_file({name: weight.detach().cpu().contiguous() for name, weight in tensors}, path)
             seal(path, self.record["identity"])
-            for old in set(path.parent.iterdir()) - {path, record_path(path)}:
-                old.unlink()
 
     def load_best(self, model) -> dict[str, Any]:
         """Put the best weights into the model, and return their evaluation; the last one, said, if they are not as they were written."""
