@@ -105,7 +105,7 @@ def demo() -> None:
         print(f"\n== {number}/{count} {title}")
         run(PYTHON, *command)
     print(f"\n== {count}/{count} done in {time.monotonic() - began:.0f} s. Look at:")
-    for pattern in ("*/report.html", "*/loss_curve.png", "curves.png", "comparison.png", "comparison.md"):
+    for pattern in ("*/report.html", "*/loss_curve.png", "comparison.png", "comparison.md"):
         for path in sorted((ROOT / DEMO).glob(pattern)):
             print(path.relative_to(ROOT))
     print(f"\nChat: {PYTHON.relative_to(ROOT)} model_download/load_local_model.py {DEMO}/dpo_finetuned")

@@ -5,7 +5,7 @@
 
 Reads .jsonl, .json, .csv, .tsv (UTF-8 or GB18030, also as .gz or .zip), .parquet and .xlsx, and recognises the fields of the usual data sets. Writes
 sft_train.jsonl, sft_eval.jsonl, and where such rows were given dpo_train.jsonl, dpo_eval.jsonl, exam.jsonl. What is not kept
-goes whole, with file, line and reason, to set_aside.jsonl; report.json and lengths.png sum up. Memory grows by less than a
+goes whole, with file, line and reason, to set_aside.jsonl; report.json sums up. Memory grows by less than a
 kilobyte per row: the texts wait in a temporary file in the output folder (about twice their size) until all questions have been compared.
 """
 
@@ -52,7 +52,6 @@ def main(argv=None):
     options = row_options(settings)
     settings.show()
     from utils.data import convert, dedup, exam_leaks, report  # numpy, which --help does not need
-    from utils.plots import draw_lengths
 
     # 1. Find the files, tell their encodings and the splits that their names say
     sources, skipped = find_input_files(settings.INPUT_FILES, DOWNLOAD, settings.SPLIT_BY_NAME)
@@ -80,8 +79,6 @@ def main(argv=None):
     summary = report.build_report(sources, skipped, found, outputs, examples, tokens, settings)
     replaced = list(earlier_inputs(settings))
     write_json(settings.OUTPUT_DIR / "report.json", summary)
-    lengths = [row.characters for row in report.conversations(found.rows)]
-    draw_lengths(settings.OUTPUT_DIR / "lengths.png", lengths, tokens, settings.MAX_LENGTH)
     report.show(summary, found)
     print(f"\nwritten to {show_path(settings.OUTPUT_DIR)}; what was set aside, and why: set_aside.jsonl")
     notes = report.notes(sources, found, settings.COLUMNS)

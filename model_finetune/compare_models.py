@@ -7,9 +7,8 @@
 Reads sft_eval.jsonl, dpo_eval.jsonl and exam.jsonl of data_prepare/qwen3/ and, of data_prepare/sample/, general_questions.jsonl.
 Held-out loss, exam (by option text and by option letter; true or false, and several right answers, by themselves), preference
 pairs, facts stated (alone, and as second and fourth question of a conversation), cautions, a control set of general questions,
-sample answers. Writes comparison.md, comparison.json and
-comparison.png to OUTPUT_DIR, every item's scores to OUTPUT_DIR/comparison/, the training curves of the folders that have one to
-curves.png, and report.html in each training folder. A model measured before is not measured again.
+sample answers. Writes comparison.md, comparison.json and comparison.png to OUTPUT_DIR, every item's scores to
+OUTPUT_DIR/comparison/, and report.html in each training folder. A model measured before is not measured again.
 """
 
 import re
@@ -76,13 +75,7 @@ def main(argv=None):
 
     from utils.device import pick_device
     from utils.evaluation.measure import measured_or_kept, seen_in_training
-    from utils.evaluation.report import (
-        draw_curves,
-        make_comparison,
-        terminal_lines,
-        write_pages,
-        write_report,
-    )
+    from utils.evaluation.report import make_comparison, terminal_lines, write_pages, write_report
     from utils.model.prove import prove, prove_answers
 
     device = prove_answers(prove(pick_device(settings.DEVICE, settings.PRECISION)))
@@ -106,12 +99,11 @@ def main(argv=None):
     comparison = make_comparison(measured, settings, device, left_out, warnings)
 
     # 4. Write and print
-    curves = ", curves.png" if draw_curves(folders, settings.OUTPUT_DIR) else ""
     write_report(comparison, settings.OUTPUT_DIR)
     pages = write_pages(folders, comparison, settings.OUTPUT_DIR)
     print("\n" + "\n".join(terminal_lines(comparison)))
     place = show_path(settings.OUTPUT_DIR)
-    print(f"written: {place}/comparison.md, comparison.json, comparison.png{curves}; every item: comparison/")
+    print(f"written: {place}/comparison.md, comparison.json, comparison.png; every item: comparison/")
     for page in pages:
         print(f"report: {show_path(page)}")
 

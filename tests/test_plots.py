@@ -3,7 +3,7 @@
 import pytest
 
 from utils import plots
-from utils.plots import Panel, Run, plot_comparison, plot_runs, plot_training, smooth
+from utils.plots import Panel, plot_comparison, plot_training, smooth
 
 
 def log_of(steps, evaluations, preference=False):
@@ -60,20 +60,6 @@ def test_a_curve_is_a_png_and_its_smoothed_line_a_centred_mean(tmp_path):
     assert list(smooth(plots.numpy.array([0.0, 3.0, 6.0, 0.0]))) == [1.5, 3.0, 3.0, 3.0]
 
 
-def test_several_runs_in_one_picture(tmp_path, figures):
-    runs = [
-        Run("sft", log_of(20, {0, 20}), 100.0),
-        Run("药", log_of(10, {0, 10}), 50.0),
-        Run("dpo", log_of(5, {0, 5}, preference=True), 80.0),
-    ]
-    plot_runs(runs, tmp_path / "curves.png")
-    losses, preference = figures[0].axes  # DPO's loss is another quantity
-    assert [text.get_text() for text in losses.get_legend().get_texts()] == ["sft", "model 2"]
-    assert losses.get_lines()[0].get_xdata()[-1] == 2000 and losses.get_xlabel() == "tokens trained on"
-    plot_runs([runs[0]._replace(tokens_per_step=0), runs[1]], tmp_path / "curves.png")
-    assert figures[1].axes[0].get_xlabel() == "optimizer step"
-
-
 def test_shares_are_drawn_to_100_percent_with_their_values_in_the_panel(tmp_path, figures):
     share = Panel("exam", [1.0, 0.97, 0.5, 0.0], [[0.99, 1.0], [0.9, 0.99], [0.4, 0.6], [0.0, 0.02]], True)
     plot_comparison([share], ["a", "b", "c", "d"], tmp_path / "comparison.png")
@@ -83,14 +69,6 @@ def test_shares_are_drawn_to_100_percent_with_their_values_in_the_panel(tmp_path
     for text in axis.texts:
         box = text.get_window_extent()
         assert axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1, text.get_text()
-
-
-@pytest.mark.parametrize("limit, marked", [(100, True), (140, True), (1024, False)])
-def test_the_limit_of_lengths_is_drawn_only_where_it_is_near(tmp_path, figures, limit, marked):
-    plots.draw_lengths(tmp_path / "lengths.png", [], [10, 50, 100], limit)
-    axes = figures[0].axes[0]
-    assert (axes.get_xlim()[1] < 200) and bool(len(axes.get_lines()[0].get_xdata())) == marked
-    assert f"{limit:,}" in axes.get_legend().get_texts()[0].get_text()
 
 
 def test_rewards_are_drawn_from_the_first_update_on(tmp_path, figures):

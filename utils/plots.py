@@ -1,4 +1,4 @@
-"""Pictures: the curves of training, the lengths of a data set, the comparison of models.
+"""Pictures: the curves of training, and the comparison of models.
 
 Labels are English, and what comes from elsewhere is put into ASCII: no font has to hold Chinese.
 """
@@ -13,7 +13,6 @@ from utils.files import atomic_write
 
 SMOOTHING = 0.05  # the smoothed curve averages over about this share of the run
 MOST_VALUES = 12  # evaluations with their values beside them; of more, only the first, the best and the last have theirs
-NEAR = 1.5  # MAX_LENGTH is drawn up to so many times the longest text, and else told in words
 LONGEST_NAME = 24  # characters of a model's name beside its bars
 INSIDE = 0.82  # a share whose interval ends beyond this has its value inside the bar: the axis ends at 100 %
 TEXT = {"font.size": 13, "axes.titlesize": 14, "legend.fontsize": 12}  # readable on a slide
@@ -23,14 +22,6 @@ Entry = dict[str, Any]  # a line of training_log.jsonl
 # If the home folder cannot be written to, matplotlib's cache goes to a temporary one: nothing for the user to do.
 NOTES = ("mkdir -p failed", "Matplotlib created a temporary cache")
 logging.getLogger("matplotlib").addFilter(lambda record: not str(record.msg).startswith(NOTES))
-
-
-class Run(NamedTuple):
-    """One run of several in a picture. `entries`: as in training_log.jsonl; tokens_per_step: on average, 0 if unknown."""
-
-    name: str
-    entries: list[Entry]
-    tokens_per_step: float
 
 
 class Panel(NamedTuple):
@@ -64,24 +55,6 @@ def label_text(text: str, instead: str = "") -> str:
     """A name for a picture: what the font may not hold as question marks, or `instead`, and no dollar sign begins a formula."""
     shown = text if text.isascii() else instead or text.encode("ascii", "replace").decode()
     return shown.replace("$", r"\$")
-
-
-def draw_lengths(path: Path, characters: list[int], tokens: list[int], max_length: int) -> None:
-    """A histogram of the conversations' lengths, in tokens if they were counted, else in characters, with MAX_LENGTH."""
-    figure = _figure(8, 4.5)
-    axes = figure.subplots()
-    lengths, unit = (tokens, "tokens") if len(tokens) else (characters, "characters")
-    axes.hist(lengths, bins=min(60, max(1, len(set(lengths)))))
-    axes.set_xlabel(f"length of a conversation, {unit}")
-    axes.set_ylabel(f"conversations, of {len(lengths):,}")
-    axes.grid(alpha=0.3)
-    if len(tokens) and max_length <= NEAR * max(tokens):
-        axes.axvline(max_length, color="tab:red", label=f"MAX_LENGTH {max_length:,}")
-    elif len(tokens):
-        axes.plot([], [], " ", label=f"longest {max(tokens):,}, far below MAX_LENGTH {max_length:,}")
-    if len(tokens):
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
-    _save(figure, path)
 
 
 # ---- The comparison of models
@@ -193,17 +166,13 @@ def _draw_quantity(axis, log, name, best_step, colour):
     last = len(steps) - 1
     for index in range(len(steps)) if last < MOST_VALUES else sorted({0, *best, last}):
         text = f"{values[index]:.3g}" if abs(values[index]) >= 10 else f"{values[index]:.3f}"
-        _write_above(axis, steps[index], values[index], text, 11, points_colour)
+        place = {"textcoords": "offset points", "ha": "center", "fontsize": 11, "zorder": 6}
+        axis.annotate(text, (steps[index], values[index]), (0, 11), color=points_colour, **place)
 
 
 def _draw_line(axis, steps, values, **form):
     """A line, with its points where they are a handful: a line through one point is nothing to see."""
     axis.plot(steps, values, marker="." if len(steps) < 4 else "", markersize=8, **form)
-
-
-def _write_above(axis, x, y, text, distance, colour):
-    place = {"textcoords": "offset points", "ha": "center", "fontsize": 11, "color": colour, "zorder": 6}
-    axis.annotate(text, (x, y), (0, distance), **place)
 
 
 def is_preference(log: list[Entry]) -> bool:
@@ -222,37 +191,3 @@ def smooth(values: numpy.ndarray) -> numpy.ndarray:
     reach = max(1, round(SMOOTHING * len(values) / 2))
     around = [values[max(0, index - reach) : index + reach + 1] for index in range(len(values))]
     return numpy.array([part.mean() for part in around])
-
-
-def plot_runs(runs: list[Run], path: Path) -> None:
-    """Draw the losses of several runs over one another, those of DPO in a panel of their own.
-
-    Against tokens trained on if every run tells how many, else against optimizer steps.
-    """
-    from matplotlib import rc_context
-
-    by_tokens = all(run.tokens_per_step for run in runs)
-    titles = ["DPO loss" if is_preference(run.entries) else "loss (SFT, LoRA)" for run in runs]
-    with rc_context(TEXT):
-        panels = sorted(set(titles), reverse=True)
-        figure = _figure(9 * len(panels), 6)
-        axes = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]))
-        for number, (run, title) in enumerate(zip(runs, titles), 1):
-            axis, colour = axes[title], f"C{number}"  # as in comparison.png, where the base comes first
-            scale = run.tokens_per_step if by_tokens else 1
-            steps, values = points(run.entries, "loss")
-            name = label_text(run.name, f"model {number}")
-            _draw_line(axis, steps * scale, smooth(values), color=colour, linewidth=2, label=name)
-            steps, values = points(run.entries, "eval_loss")
-            axis.plot(steps * scale, values, "o", color=colour, markersize=6, markeredgecolor="black")
-            if len(steps):
-                height = 10 + 12 * (number % 3)
-                _write_above(axis, steps[-1] * scale, values[-1], f"{values[-1]:.3f}", height, colour)
-        for title, axis in axes.items():
-            axis.set_title(title, loc="left")
-            axis.set_xlabel("tokens trained on" if by_tokens else "optimizer step")
-            axis.xaxis.set_major_formatter("{x:,.0f}")
-            axis.grid(alpha=0.3)
-            axis.legend(loc="upper left", bbox_to_anchor=(0, -0.14), ncols=3, frameon=False)
-        figure.suptitle("Lines: training loss, smoothed. Points: held-out rows of each run")
-        _save(figure, path)

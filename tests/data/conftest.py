@@ -14,12 +14,8 @@ from utils.data.schemas import OUTPUTS
 
 
 @pytest.fixture
-def convert(tmp_path, monkeypatch):
-    """convert(paths, **settings) runs the script's main in this process and returns {output: rows} with "report".
-
-    The picture of the lengths is left out, which takes most of the time; test_convert.py looks at it once.
-    """
-    monkeypatch.setattr("utils.plots.draw_lengths", lambda *_: None)
+def convert(tmp_path):
+    """convert(paths, **settings) runs the script's main in this process and returns {output: rows} with "report"."""
 
     def run(*paths, **settings):
         folder = tmp_path / "out"

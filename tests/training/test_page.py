@@ -7,10 +7,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from model_download.download_model import TINY_DIR as TINY
 from utils.errors import UserError
-from utils.evaluation.report import draw_curves, write_pages
-from utils.files import read_json, write_json, write_jsonl
+from utils.evaluation.report import write_pages
+from utils.files import read_json, write_json
 from utils.training.log import write_page
 
 HOSTILE = "<script>alert(1)</script><img src=http://evil.example/x.png>&\x1b[31m"
@@ -64,8 +63,6 @@ def folder(tmp_path):
     }
     write_json(folder / "run.json", record)
     (folder / "loss_curve.png").write_bytes(PNG)
-    log = [{"step": step, "loss": 1.0 / step} for step in range(1, 21)] + [{"step": 20, "eval_loss": 0.5}]
-    write_jsonl(folder / "training_log.jsonl", log)
     return folder
 
 
@@ -125,14 +122,10 @@ def test_a_comparison_comes_with_answers_before_and_after(folder, compared):
 @pytest.mark.parametrize(
     "odd", [{"results": {"peak_memory_bytes": "many"}}, {"started": 3}, {"versions": []}, {"status": 1}]
 )
-def test_a_damaged_record_costs_its_page_and_no_more(folder, compared, tmp_path, capsys, odd):
+def test_a_damaged_record_costs_its_page_and_no_more(folder, compared, capsys, odd):
     write_json(folder / "run.json", read_json(folder / "run.json") | odd)
-    assert write_pages({"sft": str(folder)}, *compared) == [] and draw_curves({"sft": str(folder)}, tmp_path)
+    assert write_pages({"sft": str(folder)}, *compared) == []
     assert "left out: " in capsys.readouterr().out
-
-
-def test_the_pre_training_of_the_base_is_no_curve(tmp_path):
-    assert (TINY / "training_log.jsonl").is_file() and not draw_curves({"base": str(TINY)}, tmp_path)
 
 
 def test_the_page_of_dpo_has_its_pairs_and_its_warnings(folder, tmp_path):

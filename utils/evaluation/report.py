@@ -15,9 +15,9 @@ from utils.evaluation.metrics import (
     is_clear,
     metrics,
 )
-from utils.files import atomic_write, read_log, render, show_path, write_json
+from utils.files import atomic_write, render, show_path, write_json
 from utils.model.folder import usable_record
-from utils.plots import Panel, Run, plot_comparison, plot_runs
+from utils.plots import Panel, plot_comparison
 from utils.text import printable, shorten, text_width
 from utils.training.log import write_page
 
@@ -88,22 +88,6 @@ def write_report(comparison: dict[str, Any], place: Path) -> None:
     with atomic_write(place / "comparison.md") as file:
         file.write(text)
     write_json(place / "comparison.json", comparison)
-
-
-def draw_curves(folders: dict[str, str], place: Path) -> bool:
-    """Draw the curves of the training runs among {name: folder} to curves.png; False if there is none.
-
-    The tiny base, whose folder holds the log of its pre-training, is no run: it has no run.json.
-    """
-    runs = []
-    for name, folder in folders.items():
-        log = Path(folder) / "training_log.jsonl"
-        if entries := read_log(log) if log.is_file() and log.with_name("run.json").is_file() else []:
-            results = (usable_record(folder) or {}).get("results", {})
-            runs.append(Run(name, entries, results.get("tokens", 0) / (results.get("steps") or 1)))
-    if runs:
-        plot_runs(runs, place / "curves.png")
-    return bool(runs)
 
 
 def write_pages(folders: dict[str, str], comparison: dict[str, Any], place: Path) -> list[Path]:

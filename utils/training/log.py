@@ -286,7 +286,6 @@ def write_page(
         models=models,
         columns=list(dict.fromkeys([*models[:1], name])),
         bars=_picture(pictures / "comparison.png") if pictures else "",
-        curves=_picture(pictures / "curves.png") if pictures else "",
     )
     path = folder / "report.html"
     with atomic_write(path) as file:
