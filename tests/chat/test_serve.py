@@ -119,8 +119,7 @@ def test_settings_of_a_request(port):
     ]
     assert texts[0] == texts[1] != texts[2] and texts[3] != texts[4]
     plain = content(said(port, max_tokens=40))
-    for more in ({"presence_penalty": 2}, {"frequency_penalty": 2}, {"repetition_penalty": 1.5}):
-        assert content(said(port, max_tokens=40, **more)) != plain
+    assert content(said(port, max_tokens=40, repetition_penalty=1.5)) != plain
     assert said(port, max_tokens=None, max_completion_tokens=3)["usage"]["completion_tokens"] == 3
 
 
@@ -166,6 +165,8 @@ NOT_DONE = {
     "logprobs": True,
     "logit_bias": {"100": -100},
     "min_p": 0.1,
+    "presence_penalty": 1,
+    "frequency_penalty": -0.5,
 }
 NOT_DONE |= {
     "reasoning_effort": "high",

@@ -174,12 +174,12 @@ def test_set(chat, capsys):
     assert chat.options.numbers == {"temperature": 0.3, "top_p": 0.5, "max_new_tokens": 9, "seed": 7}
     assert chat.options.generator().initial_seed() == 7
     assert capsys.readouterr().err.count("temperature 0.3, top_p 0.5") == 4
-    for wrong in ("heat=1", "top_k=many", "top_p=0", "temperature=nan", "top_k", "seed=-1"):
+    for wrong in ("presence_penalty=1", "top_k=many", "top_p=0", "temperature=nan", "top_k", "seed=-1"):
         talk(chat, f"/set {wrong}")
         assert "error: /set" in capsys.readouterr().err
-    talk(chat, "/set temperature=0", "/set presence_penalty=1", "/think maybe", "/think")
+    talk(chat, "/set temperature=0", "/set repetition_penalty=1.2", "/think maybe", "/think")
     said = capsys.readouterr().err
-    assert "greedy, presence_penalty 1" in said
+    assert "greedy, repetition_penalty 1.2" in said
     assert "on, off or auto" in said and "thinking off; " in said and chat.options.thinking is False
     talk(chat, "/think auto")
     assert "(the folder's own mode)" in capsys.readouterr().err and chat.options.thinking is None

@@ -7,7 +7,6 @@ from chat_helpers import QUESTIONS, prompts_of, reference
 from utils.chat.model import ChatModel
 from utils.device import Device
 from utils.errors import RunError
-from utils.model import generate
 from utils.model.chat_format import DECODING, encode_prompt
 from utils.model.generate import (
     AnswerReader,
@@ -35,33 +34,11 @@ def answer(chat_model, prompt, length, decoding=None, stop=()):
 def test_greedy_equals_generate(tiny_folder, dtype, penalty):
     chat_model = ChatModel(str(tiny_folder), Device("cpu", dtype is torch.bfloat16, "test"))
     for prompt in prompts_of(chat_model):
-        ours = answer(chat_model, prompt, 40, Decoding(repetition_penalty=penalty))
+        decoding = Decoding(repetition_penalty=penalty)
+        ours = answer(chat_model, prompt, 40, decoding)
+        assert generate_tokens(chat_model.model, [prompt], set(), 40, decoding) == [ours]
         assert ours == reference(chat_model, prompt, 40, repetition_penalty=penalty)
         assert len(set(ours)) > 3  # a model that says one token for ever would prove nothing
-
-
-def less_repeated(length, frequency, presence):
-    """A logits processor of transformers: OpenAI's formula for the tokens after the first `length`."""
-
-    def process(ids, scores):
-        said = ids[0, length:].tolist()
-        for token in set(said):
-            scores[0, token] -= said.count(token) * frequency + presence
-        return scores
-
-    return [process]
-
-
-@pytest.mark.parametrize("frequency, presence", [(0.4, 0.0), (0.0, 1.5), (-0.3, 0.5)])
-def test_penalties_of_openai(chat_model, frequency, presence):
-    prompts = prompts_of(chat_model)
-    decoding = Decoding(frequency_penalty=frequency, presence_penalty=presence)
-    expected = []
-    for prompt in prompts:
-        processor = less_repeated(len(prompt), frequency, presence)
-        expected.append(reference(chat_model, prompt, 30, logits_processor=processor))
-        assert answer(chat_model, prompt, 30, decoding) == expected[-1] != reference(chat_model, prompt, 30)
-    assert generate_tokens(chat_model.model, prompts, set(), 30, decoding) == expected
 
 
 @pytest.mark.parametrize(
@@ -75,28 +52,19 @@ def test_penalties_of_openai(chat_model, frequency, presence):
         dict(temperature=0.01, top_k=3, top_p=0.01),
     ],
 )
-def test_sampling_equals_the_warpers_of_transformers(settings, monkeypatch):
+def test_sampling_equals_the_warpers_of_transformers(settings):
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    monkeypatch.setattr(generate, "TIES", 1000)
     decoding = Decoding(do_sample=True, **settings)
     logits = 3 * torch.randn(4, 5000, generator=torch.Generator().manual_seed(1))
-    logits[1] = logits[1].bfloat16()  # as bf16 logits are: many equal values at the border of top_k
-    logits[2] = logits[2].round()  # still more, in a row between others
     warped = TemperatureLogitsWarper(decoding.temperature)(None, logits)
     if decoding.top_k:
         warped = TopKLogitsWarper(decoding.top_k)(None, warped)
-    tied = warped
     if decoding.top_p < 1:
         warped = TopPLogitsWarper(decoding.top_p)(None, warped)
     ids, probabilities = candidates(logits, decoding)
     ours = torch.zeros_like(logits).scatter(1, ids, probabilities)
-    for row, own, expected in zip(tied, ours, warped.softmax(-1)):
-        row = row[torch.isfinite(row)]
-        # Which of two equal tokens top_p cuts is up to the sort: compare the values.
-        if len(row.unique()) < len(row):
-            own, expected = own.sort().values, expected.sort().values
-        torch.testing.assert_close(own, expected)
+    torch.testing.assert_close(ours, warped.softmax(-1))
 
 
 def test_sampling_follows_its_probabilities_and_its_seed():
@@ -106,7 +74,7 @@ def test_sampling_follows_its_probabilities_and_its_seed():
 
     def draws(count):
         random = torch.Generator().manual_seed(3)
-        return [choose(logits, decoding, random, [], []) for _ in range(count)]
+        return [choose(logits, decoding, random, []) for _ in range(count)]
 
     for found, expected in zip(zip(*draws(4000)), logits.exp().tolist()):
         shares = [found.count(token) / len(found) for token in range(3)]
@@ -117,9 +85,9 @@ def test_sampling_follows_its_probabilities_and_its_seed():
 @pytest.mark.parametrize("sampled", [False, True])
 def test_nan_in_one_row_is_a_run_error(sampled):
     logits = torch.tensor([[1.0, 2.0], [1.0, float("nan")]])
-    assert choose(logits[:1], Decoding(do_sample=sampled, temperature=1e-9), None, [[]], [[]]) == [1]
+    assert choose(logits[:1], Decoding(do_sample=sampled, temperature=1e-9), None, [[]]) == [1]
     with pytest.raises(RunError, match="NaN"):
-        choose(logits, Decoding(do_sample=sampled), None, [[]] * 2, [[]] * 2)
+        choose(logits, Decoding(do_sample=sampled), None, [[]] * 2)
 
 
 def test_batched_equals_one_by_one(chat_model):

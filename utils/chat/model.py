@@ -31,8 +31,6 @@ RULES = {
     "top_p": "> 0, at most 1",
     "top_k": "0, 1, ...",  # 0: no limit
     "repetition_penalty": "0.1 to 10",
-    "presence_penalty": "-2 to 2",
-    "frequency_penalty": "-2 to 2",
     "max_new_tokens": "1, 2, ...",
     "seed": "0, 1, ...",
 }
@@ -140,9 +138,8 @@ class ChatModel:
         decoding, how = self.decoding(options), "greedy"
         if decoding.do_sample:
             how = f"temperature {decoding.temperature}, top_p {decoding.top_p}, top_k {decoding.top_k}"
-        for name, neutral in ("repetition_penalty", 1), ("presence_penalty", 0), ("frequency_penalty", 0):
-            if getattr(decoding, name) != neutral:
-                how += f", {name} {getattr(decoding, name)}"
+        if decoding.repetition_penalty != 1:
+            how += f", repetition_penalty {decoding.repetition_penalty}"
         mode = "on" if self.thinks(options) else "off"
         mode += " (the folder's own mode)" if options.thinking is None else ""
         return f"thinking {mode}; {how}; at most {options.limit} tokens an answer"

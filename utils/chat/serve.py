@@ -60,6 +60,8 @@ NEUTRAL = {
     "logprobs": [False],
     "top_logprobs": [0],
     "min_p": [0],
+    "presence_penalty": [0],
+    "frequency_penalty": [0],
     "tool_choice": ["none", "auto"],
     "response_format": [{"type": "text"}],
     "modalities": [["text"]],

@@ -19,21 +19,15 @@ from utils.model.chat_format import DECODING, END_OF_TURN, encode_prompt
 from utils.model.qwen3_answer import CachedModel
 
 Ids = list[int]  # of tokens
-TIES = 64  # tokens beyond top_k that are kept if they are as likely as the last one
 NOT_NUMBERS = "the model's scores are not numbers (NaN): its training diverged, or its weights are damaged"
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the next token is chosen; names, defaults and order of application are those of transformers.
-
-    Presence and frequency penalty are OpenAI's: subtracted from the scores of tokens that the answer has, once and for each time.
-    """
+    """How the next token is chosen; names, defaults and order of application are those of transformers."""
 
     do_sample: bool = False
     repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
     temperature: float = 1.0
     top_k: int = 50  # 0: no limit
     top_p: float = 1.0
@@ -63,13 +57,15 @@ def stop_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> set[int]:
     return {*listed, tokenizer.convert_tokens_to_ids(END_OF_TURN)} - {None}
 
 
-def choose(
-    logits: Tensor, decoding: Decoding, generator: Generator | None, prompts: list[Ids], answers: list[Ids]
-) -> Ids:
+def choose(logits: Tensor, decoding: Decoding, generator: Generator | None, seen: list[Ids]) -> Ids:
     """The next token of each row. `logits`: (rows, vocabulary) on any device, from which only the ids come back; `generator`: on the
-    CPU; `prompts`, `answers`: what each row has seen. RunError if logits are not numbers, as those of a diverged model are."""
-    finite = torch.isfinite(logits).all()
-    logits = penalized(logits, decoding, prompts, answers)
+    CPU; `seen`: each row's tokens so far. RunError if logits are not numbers, as those of a diverged model are."""
+    finite, penalty = torch.isfinite(logits).all(), decoding.repetition_penalty
+    if penalty != 1:  # Keskar et al. 2019, arXiv:1909.05858
+        logits = logits.float().clone()
+        for row, ids in zip(logits, seen, strict=True):
+            ids = torch.tensor(ids, device=row.device).unique()
+            row[ids] = torch.where(row[ids] < 0, row[ids] * penalty, row[ids] / penalty)
     if decoding.do_sample:
         ids, probabilities = candidates(logits.float(), decoding)
         chance = torch.rand(len(ids), 1, generator=generator).to(ids.device)
@@ -85,37 +81,17 @@ def choose(
     return chosen
 
 
-def penalized(logits: Tensor, decoding: Decoding, prompts: list[Ids], answers: list[Ids]) -> Tensor:
-    """The logits (rows, vocabulary) with tokens made less likely that were there already: by the repetition penalty all that a
-    row has seen (CTRL, Keskar et al. 2019), by the other two those of its answer. Without penalties the logits as they are."""
-    penalty, presence = decoding.repetition_penalty, decoding.presence_penalty
-    if penalty == 1 and not decoding.frequency_penalty and not presence:
-        return logits
-    logits = logits.float().clone()
-    for row, prompt, answer in zip(logits, prompts, answers, strict=True):
-        ids = torch.tensor(prompt + answer, device=row.device).unique()
-        row[ids] = torch.where(row[ids] < 0, row[ids] * penalty, row[ids] / penalty)
-        said = torch.tensor(answer, dtype=torch.int64, device=row.device)
-        ids, times = said.unique(return_counts=True)
-        row[ids] -= decoding.frequency_penalty * times + presence
-    return logits
-
-
 def candidates(logits: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
     """(ids, probabilities), both (rows, candidates), of what a token is drawn from: after temperature, top_k and top_p, in that order.
 
-    Sorting only the top_k of `logits` (rows, vocabulary) saves about 10 ms a token. As in transformers, tokens as likely as the
-    last one stay in, but no more than TIES of them: how many there are, a GPU would have to be asked.
+    Sorting only the top_k of `logits` (rows, vocabulary) saves about 10 ms a token. Of tokens as likely as the last one, exactly
+    top_k stay in, where transformers keeps all.
     """
-    logits = logits / decoding.temperature
-    if 0 < decoding.top_k < logits.shape[1]:
-        kept, ids = logits.topk(min(decoding.top_k + TIES, logits.shape[1]))
-        kept = kept.masked_fill(kept < kept[:, decoding.top_k - 1, None], -torch.inf)
-    else:
-        kept, ids = logits.sort(descending=True)
+    size = logits.shape[1]
+    kept, ids = (logits / decoding.temperature).topk(min(decoding.top_k or size, size))
     if decoding.top_p < 1:
-        likelier = kept.softmax(-1).cumsum(-1).roll(1, -1)  # than each: where it is top_p, the token is out
-        likelier[:, 0] = -torch.inf  # the likeliest one stays in
+        probabilities = kept.softmax(-1)
+        likelier = probabilities.cumsum(-1) - probabilities  # 0 for the likeliest one, which stays in
         kept = kept.masked_fill(likelier >= decoding.top_p, -torch.inf)
     return ids, kept.softmax(-1)
 
@@ -144,18 +120,17 @@ class TokenStream:
         shared = min(same, len(prompt_ids) - 1)  # logits come out for a new token
         self.cached.keep(shared)
         del self.ids[shared:]
-        new, answer = prompt_ids[shared:], []
-        while len(answer) < max_new_tokens:
+        new = prompt_ids[shared:]
+        for _ in range(max_new_tokens):
             try:
                 logits = self.cached.feed(new)
             except torch.OutOfMemoryError:
+                tokens = len(self.ids) + len(new)
                 self.reset()
-                tokens = len(prompt_ids) + len(answer)
                 few = f"not enough GPU memory for a conversation of {tokens} tokens; start a shorter one"
                 raise RunError(few) from None
             self.ids += new
-            new = choose(logits[None], decoding, generator, [prompt_ids], [answer])
-            answer += new
+            new = choose(logits[None], decoding, generator, [self.ids])
             yield new[0]
             if new[0] in self.stop:
                 return
@@ -215,12 +190,12 @@ def _generate_batch(model, prompts, stop, max_new_tokens, decoding, generator):
     if len(places) < len(prompts):
         logits = logits[tensor(rows)]
         cached.keep_rows(tensor(rows))
-    answers, going = [[] for _ in prompts], list(range(len(prompts)))  # the batch shrinks to those that go on
+    seen = [list(prompt) for prompt in prompts]
+    going = list(range(len(prompts)))  # the batch shrinks to those that go on
     for left in reversed(range(max_new_tokens)):
-        asked, said = ([texts[row] for row in going] for texts in (prompts, answers))
-        tokens = choose(logits, decoding, generator, asked, said)
+        tokens = choose(logits, decoding, generator, [seen[row] for row in going])
         for row, token in zip(going, tokens):
-            answers[row].append(token)
+            seen[row].append(token)
         kept = [place for place, token in enumerate(tokens) if token not in stop]
         if not kept or not left:
             break
@@ -228,7 +203,7 @@ def _generate_batch(model, prompts, stop, max_new_tokens, decoding, generator):
             cached.keep_rows(tensor(kept))
         going = [going[place] for place in kept]
         logits = cached.feed_rows(tensor([[tokens[place]] for place in kept]))
-    return answers
+    return [ids[len(prompt) :] for ids, prompt in zip(seen, prompts)]
 
 
 class AnswerReader:
