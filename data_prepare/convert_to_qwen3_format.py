@@ -68,7 +68,6 @@ def main(argv=None):
     leaks = exam_leaks.find_exam_leaks(found)
     shares = {name.lower(): getattr(settings, name) for name in ("EVAL_SHARE", "MAX_EVAL_ROWS", "SEED")}
     dedup.decide(found, leaks, settings.NEAR_DUPLICATE, **shares)
-    convert.pair_bad_answers(found)
 
     # 4. Write every row to its file
     outputs = convert.write_outputs(found, sources, settings.OUTPUT_DIR)

@@ -175,6 +175,7 @@ READ = [
     ({"instruction": "只用一句话。", "question": "问", "answer": "答"}, ASKED, ["instruction"]),
     ({"instruction": "问", "context": "文", "response": "答"}, turns("问\n文", "答"), []),
     ({"query": "问", "response": "答", "label": "内科"}, ASKED, ["label"]),
+    ({"prompt": "问", "completion": "答", "label": True}, ASKED, []),
     ({"question": "问", "answer": "答", "score": 3, "model_answer": "别"}, ASKED, ["score", "model_answer"]),
     ({"data": ["问：问", "答：答"]}, ASKED, []),
     ({"data": ["Q: 问", "A: 答"]}, ASKED, []),
@@ -306,6 +307,9 @@ ASIDE = [
     ({"messages": turns("问", "答", "再问", "再答"), "weights": [0, 0, 0, 1]}, "marked as not to be learnt"),
     ({"messages": ASKED, "mask": [1, 0]}, "marked as not to be learnt"),
     ({"instruction": "问", "output": "答", "train": False}, "marked as not to be learnt"),
+    ({"prompt": "问", "completion": "坏", "label": False}, "marked as not to be learnt"),
+    ({"messages": ASKED, "kto_tag": "false"}, "marked as not to be learnt"),
+    ({"messages": [ASKED[0], {**ASKED[1], "weight": 0}]}, "marked as not to be learnt"),
     ({"messages": ASKED, "tools": [{"name": "x"}]}, "tool calls are not trained"),
     ({"messages": [ASKED[0], {**ASKED[1], "tool_calls": [{}]}]}, "tool calls are not trained"),
     ({"messages": [ASKED[0], {**ASKED[1], "content": None, "function_call": {"n": 1}}]}, "tool calls are not trained"),
@@ -398,52 +402,3 @@ def test_a_label_beside_an_answer_asks_which_is_the_answer(tmp_path, convert):
         convert(path)
     told = str(caught.value).rpartition("--columns ")[2].rstrip(")")
     assert convert(path, columns=told)["report"]["rows_kept"] == 3
-
-
-RIGHT, WRONG = "麻黄发汗解表，宣肺平喘。", "麻黄清热解毒，凉血止血。"
-ALONE = "marked as a bad answer, no good one"
-WEIGHED = [*turns("问"), {"role": "assistant", "content": WRONG, "weight": 0}]
-MARKED = [  # a good and a bad answer to one question, in the forms in which they are published
-    ({"prompt": "问", "completion": RIGHT, "label": True}, {"prompt": "问", "completion": WRONG, "label": False}),
-    ({"prompt": turns("问"), "completion": turns("", RIGHT)[1:], "label": True},
-     {"prompt": turns("问"), "completion": turns("", WRONG)[1:], "label": False}),
-    ({"messages": turns("问", RIGHT), "kto_tag": True}, {"messages": turns("问", WRONG), "kto_tag": False}),
-    ({"instruction": "问", "output": RIGHT}, {"instruction": "问", "output": WRONG, "kto_tag": "false"}),
-    ({"messages": turns("问", RIGHT)}, {"messages": WEIGHED}),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("good, bad", MARKED)
-def test_a_bad_answer_alone_is_set_aside_and_with_a_good_one_the_rejected_one(tmp_path, convert, good, bad):
-    found = convert(write_lines(tmp_path / "a.jsonl", {"query": "别的问题？", "response": "别的回答。"}, bad))
-    asides = [(aside["line"], aside["reason"], aside["row"]) for aside in found["set_aside"]]
-    assert asides == [(2, ALONE, bad)] and not found["dpo_train"] + found["dpo_eval"]
-    found = convert(write_lines(tmp_path / "a.jsonl", bad, good))
-    [row], [pair] = found["sft_train"] + found["sft_eval"], found["dpo_train"] + found["dpo_eval"]
-    assert row["messages"] == turns("问", RIGHT) and "weight" not in str(row)
-    assert (pair["prompt"], pair["source"]) == (turns("问"), "a.jsonl:1")
-    assert (pair["chosen"], pair["rejected"]) == (turns("", RIGHT)[1:], turns("", WRONG)[1:])
-
-
-def test_a_pair_is_in_the_split_of_its_good_answer(tmp_path, convert):
-    rows = [{"prompt": f"问题{n}", "completion": f"好{n}"} for n in range(40)]
-    rows += [{"prompt": f"问题{n}", "completion": f"坏{n}", "label": False} for n in range(40)]
-    found = convert(write_lines(tmp_path / "a.jsonl", *rows), eval_share=0.3)
-    for split in ("train", "eval"):
-        asked = {row["messages"][0]["content"] for row in found[f"sft_{split}"]}
-        assert asked and asked == {pair["prompt"][0]["content"] for pair in found[f"dpo_{split}"]}
-
-
-LEAKED = {"prompt": "请问哪一味药善于发汗解表？", "completion": "麻黄", "split": "train"}
-UNPAIRED = [  # rows, and why some of them are set aside
-    ([{"prompt": "问", "completion": RIGHT, "label": label} for label in (True, False)], ["marked as a bad answer, and as a good one"]),
-    ([{"messages": [*WEIGHED, *turns("再问", RIGHT)]}, {"query": "问", "response": "答"}], ["marked as not to be learnt"]),
-    ([{"query": "哪一味药善于发汗解表？", "response": "麻黄", "split": "test"}, LEAKED,
-      {"prompt": LEAKED["prompt"], "completion": "石膏", "label": False}], ["evaluation leak", ALONE]),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("rows, reasons", UNPAIRED)
-def test_bad_answers_that_make_no_pair(tmp_path, convert, rows, reasons):
-    found = convert(write_lines(tmp_path / "a.jsonl", *rows))
-    assert [row["reason"] for row in found["set_aside"]] == reasons

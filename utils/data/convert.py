@@ -19,7 +19,7 @@ from pathlib import Path
 
 from utils.data.inputs import InputFile
 from utils.data.messages import Reject
-from utils.data.schemas import OUTPUT_FILES, RowOptions, convert_rows
+from utils.data.schemas import RowOptions, convert_rows
 from utils.device import memory_for_process
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -110,7 +110,7 @@ class Row:
     at: int  # where its output line begins in the file of texts
     size: int  # bytes of that line; of a row that cannot be used, of the detail of its reason
     original: int = 0  # bytes of the row as it was given, which follows
-    kind: str = ""  # of OUTPUT_FILES; "" if the row cannot be used
+    kind: str = ""  # "sft", "dpo" or "exam"; "" if the row cannot be used
     told: str = ""  # the split that the row says it belongs to, or ""
     content: int = 0  # text_key of the whole row, from which its id is written
     questions: tuple[int, ...] = ()  # text_key of each, normalised; what the row is about comes first
@@ -120,7 +120,7 @@ class Row:
     reasoning: bool = False
     split: str = ""  # TRAIN, EVAL or EXAM, as decided
     reason: str = ""  # why the row is set aside, or ""
-    of: "Row | None" = None  # the row that it repeats or leaks; of a bad answer, the row of the good one
+    of: "Row | None" = None  # the row that it repeats or leaks
 
     def set_aside(self, reason: str, of: "Row | None") -> None:
         """Note why the row is not kept."""
@@ -261,32 +261,6 @@ def _encoded(value):
 # ---- Once each row's fate is known
 
 
-def pair_bad_answers(found: Recognised) -> None:
-    """Make a pair of every bad answer that is left and the good one to the same prompt, in its split, or set it aside."""
-
-    def key_of(messages):
-        return text_key("\x1f".join(message["content"] for message in messages))
-
-    bad = [row for row in found.rows if row.kind == "bad" and not row.reason]
-    good: dict[int, tuple[Row, dict]] = {}  # {prompt: the first row that answers it well, and the answer}
-    for row in found.rows if bad else ():
-        if row.kind == "sft" and not row.reason:
-            *prompt, answer = json.loads(found.line(row))["messages"]
-            good.setdefault(key_of(prompt), (row, answer))
-    for row in bad:
-        body = json.loads(found.line(row))
-        partner, chosen = good.get(key_of(body["prompt"]), (None, None))
-        if partner is None:
-            row.set_aside("marked as a bad answer, no good one", None)
-        elif partner.rest == row.rest:
-            row.set_aside("marked as a bad answer, and as a good one", partner)
-        else:
-            turns = {"prompt": body["prompt"], "chosen": [chosen], "rejected": body["rejected"]}
-            line = _encoded({"id": body["id"], **turns, "kind": "given", "source": body["source"]}) + b"\n"
-            found.texts.seek(found.end)
-            row.at, row.size, row.split = found.write(line), len(line), partner.split
-
-
 def write_outputs(found: Recognised, files: list[InputFile], folder: Path) -> Counter:
     """Write every line to its file, and what is set aside to the ledger. {output file: its rows}.
 
@@ -308,12 +282,12 @@ def write_outputs(found: Recognised, files: list[InputFile], folder: Path) -> Co
                 entry["row"] = json.loads(found.read(row.at + row.size, row.original))
                 opened["set_aside"].write(_encoded(entry) + b"\n")
                 continue
-            name = OUTPUT_FILES[row.kind].held_out if row.split == EVAL else OUTPUT_FILES[row.kind].trained
+            name = EXAM if row.split == EXAM else f"{row.kind}_{row.split}"
             if name not in opened:
                 opened[name] = stack.enter_context(atomic_write(folder / f"{name}.jsonl", "wb"))
             opened[name].write(found.line(row))
             outputs[name] += 1
-    for kind in OUTPUT_FILES.values():
-        if outputs[kind.trained] and not outputs[kind.held_out]:
-            (folder / f"{kind.held_out}.jsonl").unlink(missing_ok=True)
+    for kind in ("sft", "dpo"):
+        if outputs[f"{kind}_{TRAIN}"] and not outputs[f"{kind}_{EVAL}"]:
+            (folder / f"{kind}_{EVAL}.jsonl").unlink(missing_ok=True)
     return outputs

@@ -21,7 +21,6 @@ from collections.abc import Callable, Hashable, Iterable
 import numpy
 
 from utils.data.convert import EVAL, EXAM, LONG, TRAIN, Recognised, Row
-from utils.data.schemas import OUTPUT_FILES
 from utils.text import progress
 
 SHINGLE = 3  # characters
@@ -127,7 +126,7 @@ def assign_splits(
     for row in rows:
         if row.kind:
             row.split = EXAM if row.kind == EXAM else row.told or told.get(group_of(row), "")
-    for kind in (name for name, kind in OUTPUT_FILES.items() if kind.dealt):
+    for kind in ("sft", "dpo"):
         mine = [row for row in dealt if row.kind == kind]
         free = {row.content: row for row in mine if not row.told}.values()  # each distinct row once
         held_out = sum(row.told == EVAL for row in mine)

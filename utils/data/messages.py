@@ -1,8 +1,4 @@
-"""Fields and turns of a row, in whatever form a data set has them, as messages: {"role", "content"[, "reasoning_content"]}.
-
-An assistant message that the data set marks with weight 0 (OpenAI's fine-tuning form) carries "weight": 0 on its way through
-here; no output row does.
-"""
+"""Fields and turns of a row, in whatever form a data set has them, as messages: {"role", "content"[, "reasoning_content"]}."""
 
 import functools
 import re
@@ -206,17 +202,14 @@ def _turn(turn, place):
         raise Reject("roles out of order", f"{place}: role {said!r}; wanted {wanted}")
     text = text_of(turn, "content", "answer" if role == "assistant" else "question", role == "system")
     if role == "assistant":
-        reasoning = text_of(turn, "reasoning", "reasoning", optional=True)
-        return [assistant_message(text, reasoning) | not_learnt(turn, f"{place}: ")]
+        refuse_unlearnt(turn, f"{place}: ")
+        return [assistant_message(text, text_of(turn, "reasoning", "reasoning", optional=True))]
     turn.used |= {turn.field(mark) for mark in LEARNT_MARKS if _sign(turn, mark) is False}
     return [{"role": role, "content": text}] if text else []
 
 
-def not_learnt(row: Fields, place: str, turns: Sequence[dict] = ()) -> dict[str, int]:
-    """{"weight": 0} of a row or turn that has this weight, else {}; Reject if it is not to be learnt in another way.
-
-    A row may hold a list of signs, one for each of its `turns`: those of its answers count.
-    """
+def refuse_unlearnt(row: Fields, place: str = "", turns: Sequence[dict] = ()) -> None:
+    """Reject of a row or turn that is marked as not to be learnt; of a row's list of signs, one a turn, those of answers count."""
     for mark in (*LEARNT_MARKS, *MASKS):
         value, sign = row.peek(mark), _sign(row, mark)
         if turns and isinstance(value, list):
@@ -224,11 +217,8 @@ def not_learnt(row: Fields, place: str, turns: Sequence[dict] = ()) -> dict[str,
             sign = len(value) == len(turns) and all(learnt)
         if sign is not None:
             row.get(mark)
-        if sign is False and mark == "weight":
-            return {"weight": 0}
         if sign is False or mark in MASKS and value is not None:
             raise Reject("marked as not to be learnt", f"{place}{row.field(mark)} is {value!r}")
-    return {}
 
 
 def _sign(row, mark):

@@ -1,9 +1,8 @@
 """Recognises a row by its field names, and turns it into one of the things this project hands on.
 
-`convert_row` returns a ConvertedRow: a conversation to train on ("sft"), a preference pair ("dpo"), an exam item ("exam") or
-an answer that is marked as bad ("bad"); or it raises Reject with the reason. To add a schema of questions and answers, add a
-line to QUESTION_ANSWER; to add another name for a field, one to ALIASES in messages.py; to add a kind of row, a line to
-OUTPUT_FILES and a reader: it takes the row's Fields and its schema's name, and returns (kind, schema, body).
+`convert_row` returns a ConvertedRow: a conversation to train on ("sft"), a preference pair ("dpo") or an exam item ("exam"); or
+it raises Reject with the reason. To add a schema of questions and answers, add a line to QUESTION_ANSWER; to add another name
+for a field, one to ALIASES in messages.py. A reader takes the row's Fields and its schema's name, and returns (kind, schema, body).
 """
 
 import contextlib
@@ -22,9 +21,9 @@ from utils.data.messages import (
     check_text,
     exchanges,
     marked_turns,
-    not_learnt,
     plain_names,
     question_of,
+    refuse_unlearnt,
     text_of,
     turns_of,
 )
@@ -48,30 +47,21 @@ EVIDENCE_ROWS = 200  # of a file, which may tell if the answers of an exam are c
 GUESSED = "exam with answers counted from 0 by default"  # the schema of rows in which nothing proves 0 or 1
 
 
-class OutputFiles(NamedTuple):
-    """The files that rows of one kind go to, less .jsonl. `dealt`: a share is held out."""
-
-    trained: str
-    held_out: str
-    dealt: bool
-
-
-OUTPUT_FILES = {
-    "sft": OutputFiles("sft_train", "sft_eval", dealt=True),
-    "dpo": OutputFiles("dpo_train", "dpo_eval", dealt=True),
-    "exam": OutputFiles("exam", "exam", dealt=False),  # never trained on
-    # a bad answer makes a pair with a good one to its prompt, and follows that into its split
-    "bad": OutputFiles("dpo_train", "dpo_eval", dealt=False),
-}
-OUTPUTS = list(dict.fromkeys(name for files in OUTPUT_FILES.values() for name in files[:2]))
+OUTPUTS = (
+    "sft_train",
+    "sft_eval",
+    "dpo_train",
+    "dpo_eval",
+    "exam",
+)  # files, less .jsonl; an exam is never trained on
 
 
 class ConvertedRow(NamedTuple):
     """A usable row. `body`: the fields of the output line; `questions`: the user turns; `rest`: all text after the first."""
 
-    kind: str  # of OUTPUT_FILES
+    kind: str  # "sft", "dpo" or "exam"
     schema: str
-    body: dict  # of a bad answer: {"prompt", "rejected"}
+    body: dict
     questions: list
     rest: str
     split: str  # "train" or "eval" if the row says so, else ""
@@ -285,17 +275,13 @@ def _read_dialogue(row, schema, name):
 
 
 def _conversation(row, schema, turns, columns=""):
-    """The conversation to train on; a pair, if the row has a rejected answer too; an exam item, if the answer is a letter; or a
-    bad answer, if the row (KTO) or its last turn (weight 0) is marked as one. `columns`: the setting that reads the row anyway."""
-    if not_learnt(row, "", turns):
-        raise Reject("marked as not to be learnt", "the row has weight 0")
+    """The conversation to train on; a pair, if the row has a rejected answer too; or an exam item, if the answer is a letter.
+    `columns`: the setting that reads the row in spite of a label."""
+    refuse_unlearnt(row, turns=turns)
     if turns[0]["role"] != "system" and row.peek("system") is not None:
         turns = [{"role": "system", "content": text_of(row, "system", "system text")}, *turns]
     messages = exchanges(turns)
     row.trimmed = len(messages) < len(turns)
-    weights = [turn.pop("weight", 1) for turn in messages if turn["role"] == "assistant"]
-    if 0 in weights[:-1]:
-        raise Reject("marked as not to be learnt", "an answer that is not the last has weight 0")
     paired = {"chosen", "rejected"} <= set(row.names)
     item = None if paired else exam_in(row, messages[-2]["content"], messages[-1]["content"])
     if item and len(messages) > 2 + (messages[0]["role"] == "system"):
@@ -309,25 +295,25 @@ def _conversation(row, schema, turns, columns=""):
         messages[-1]["reasoning_content"] = text_of(row, "reasoning", "reasoning")
     if any(name.startswith("rejected") and row.peek(name) is not None for name in row.names):
         raise Reject("a rejected answer of an unknown form", "beside the answer")
-    if weights[-1] == 0 or _judged(row, schema, columns) == "false":
-        return "bad", f"{schema}, marked as bad", {"prompt": messages[:-1], "rejected": messages[-1:]}
+    _refuse_judged(row, schema, columns)
     return "sft", schema, {"messages": messages}
 
 
-def _judged(row, schema, columns):
-    """ "true" or "false" if the row (KTO) says that of its answer, else ""; Reject of a number that may judge it."""
+def _refuse_judged(row, schema, columns):
+    """Reject of a row (KTO) that says that its answer is bad, and of a number that may judge it."""
     for mark in ("label", "kto_tag"):
         told = str(row.peek(mark)).strip().lower()
-        if told in ("true", "false"):
+        if told == "false":
+            raise Reject("marked as not to be learnt", f"{mark} is {told}: a bad answer")
+        if told == "true":
             row.get(mark)
-            return told
+            return
     by_hand = {"answer", "处方", "答"} & set(row.names)
     for mark in ("label",) if by_hand else ("label", "score"):
         if schema != "--columns" and re.fullmatch(r"-?\d+(\.\d+)?", str(row.peek(mark)).strip()):
             way = f"; if it is right in every row: --columns {columns}" if columns else ""
             detail = f"it may be a bad one; not used: {', '.join(row.unused())}{way}"
             raise Reject("a label or score beside the answer", detail)
-    return ""
 
 
 def _read_preference(row, schema):
@@ -355,7 +341,6 @@ def _answer_turns(row, name):
 
 def _pair(row, schema, prompt, chosen):
     *before, rejected = _answer_turns(row, "rejected")
-    rejected.pop("weight", 1)
     if before and prompt[-len(before) :] != before:
         raise Reject("roles out of order", "chosen and rejected differ before their last turn")
     if rejected["role"] != "assistant":
