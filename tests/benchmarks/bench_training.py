@@ -126,6 +126,7 @@ def ours(method, precision, options, folder):
     from utils.model.folder import load_for_lora, load_model, load_tokenizer
     from utils.model.logprobs import answer_logps
     from utils.model.lora import add_lora
+    from utils.model.packing import PackedRows
     from utils.model.qwen3_train import prepare_packed
     from utils.settings import read_settings
     from utils.training.loop import Learner, step_batches
@@ -150,8 +151,8 @@ def ours(method, precision, options, folder):
     rows = load(Path(data), tokenizer, options.max_length, options.rows).rows
     reference, loss = 0.0, sft_loss
     if method == "dpo":
-        few = rows.select(numpy.arange(min(8, len(rows.items))))
-        answer_logps(model, rows.select(numpy.arange(1)), device)  # the first pass warms up
+        few = PackedRows([rows.items[number] for number in range(min(8, len(rows.items)))], rows.max_length)
+        answer_logps(model, PackedRows([rows.items[0]], rows.max_length), device)  # the first pass warms up
         began = time.perf_counter()
         answer_logps(model, few, device)
         reference = (time.perf_counter() - began) / few.tokens

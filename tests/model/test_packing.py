@@ -3,7 +3,6 @@
 import contextlib
 import random
 
-import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,6 @@ from packed_items import some_items
 from transformers import AutoModelForCausalLM
 
 from utils.errors import UserError
-from utils.files import id_key
 from utils.model.lm_head import HeadGradient, cross_entropy_sum, token_logps
 from utils.model.packing import PackedRows, collate, item_length, model_inputs, pack
 from utils.model.qwen3_train import prepare_packed
@@ -164,27 +162,6 @@ def test_rows_are_shared_out_evenly_and_none_twice():
         assert sorted(index for row in rows.rows for index in row) == list(range(50))
     with pytest.raises(UserError, match="shared out evenly among 60 processes"):
         rows.even_out(60)
-
-
-def test_chosen_items_keep_their_sizes_keys_and_numbers():
-    """Items drawn by their keys are the same whatever the order of the rows, and fewer of them are among more."""
-    items = [item | {"id": str(number)} for number, item in enumerate(some_items(40, seed=8))]
-    for item, key in zip(items, (rows := PackedRows(items, 100)).keys):
-        item["reference_chosen"] = float(key)
-    rows.numbers["reference_rejected"] = -rows.keys.astype(float)
-
-    def drawn(rows, count):
-        return rows.select(numpy.argsort(rows.keys)[:count])
-
-    fewer, more = ({item["id"] for row in drawn(rows, count) for item in row} for count in (10, 30))
-    backwards = drawn(PackedRows(items[::-1], 100), 10)
-    assert fewer < more and len(fewer) == 10 and {item["id"] for row in backwards for item in row} == fewer
-    chosen = drawn(drawn(rows, 30), 10)
-    texts = [item["documents"][0] for row in chosen for item in row]
-    assert chosen.trained_tokens == sum(len(answer) for _, answer in texts)
-    assert chosen.tokens == chosen.trained_tokens + sum(len(prompt) for prompt, _ in texts)
-    for item in (item for row in chosen for item in row):
-        assert item["reference_chosen"] == -item["reference_rejected"] == float(id_key(item["id"]))
 
 
 def test_answers_to_one_prompt_share_its_tokens(folder):

@@ -9,6 +9,7 @@ import torch
 from small_runs import same_run, train
 
 from utils.files import read_json, read_jsonl, write_json, write_jsonl
+from utils.training import plan
 from utils.training.loop import Learner
 from utils.training.run import Run
 
@@ -140,3 +141,10 @@ def test_what_fits_in_one_hour_is_part_of_what_fits_in_two(place, tmp_path, cloc
         seen.append(clock.ids)
     one, two = seen
     assert 4 < len(one) < len(two) and two[: len(one)] == one
+
+
+def test_pairs_whose_reference_takes_longer_than_hours_are_refused(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "forward_rate", lambda *_: 1.0)  # a token a second
+    assert train("dpo", place, tmp_path / "out", "--hours", 0.5) == 2
+    said = capsys.readouterr().err
+    assert "reference log-probabilities of 56 pairs alone take about" in said and "HOURS is 0.5" in said

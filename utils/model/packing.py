@@ -19,7 +19,6 @@ from numpy import ndarray
 
 from utils.device import Device
 from utils.errors import UserError
-from utils.files import id_key
 
 ROUNDED = 64  # tokens
 Document = tuple[list[int], list[int]]  # token ids of a prompt and of its answer
@@ -87,19 +86,6 @@ def measure_items(items: Iterable[Item]) -> Sizes:
     return Sizes(*numpy.array(rows, dtype=numpy.int32).reshape(-1, 3).T)
 
 
-class Chosen(Sequence):
-    """The items of the numbers `indices` of a sequence, in that order; each is read when it is asked for."""
-
-    def __init__(self, items: Sequence[Item], indices: ndarray):
-        self.items, self.indices = items, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Item:
-        return self.items[int(self.indices[index])]
-
-
 class PackedRows(torch.utils.data.Dataset):
     """Rows of packed items; an element is the list of items of one row, read when it is asked for.
 
@@ -107,13 +93,10 @@ class PackedRows(torch.utils.data.Dataset):
     {"reference_chosen": (items,) array, ...}.
     """
 
-    def __init__(
-        self, items: Sequence[Item], max_length: int, sizes: Sizes | None = None, keys: ndarray | None = None
-    ):
-        """`sizes`, `keys` (utils.files.id_key): of the items if they are known; else measured, and made from the ids."""
+    def __init__(self, items: Sequence[Item], max_length: int, sizes: Sizes | None = None):
+        """`sizes`: of the items if they are known, else measured."""
         self.items, self.max_length = items, max_length
         self.sizes = measure_items(items) if sizes is None else sizes
-        self._keys = keys
         self.rows = pack(self.sizes.lengths, max_length)
         self.numbers: dict[str, ndarray] = {}
         self.tokens, self.trained_tokens = int(self.sizes.tokens.sum()), int(self.sizes.trained.sum())
@@ -127,21 +110,6 @@ class PackedRows(torch.utils.data.Dataset):
             self.items[item] | {name: float(values[item]) for name, values in numbers}
             for item in self.rows[index]
         ]
-
-    @property
-    def keys(self) -> ndarray:
-        """(items,) uint64: the hash of each item's id. The items with the lowest keys are a fair draw, whatever the data."""
-        if self._keys is None:
-            self._keys = numpy.array([id_key(item["id"]) for item in self.items], dtype=numpy.uint64)
-        return self._keys
-
-    def select(self, indices: ndarray) -> PackedRows:
-        """PackedRows of the items of these numbers, in that order; nothing is read for it."""
-        sizes = Sizes(*(part[indices] for part in self.sizes))
-        keys = None if self._keys is None else self._keys[indices]
-        chosen = PackedRows(Chosen(self.items, indices), self.max_length, sizes, keys)
-        chosen.numbers = {name: values[indices] for name, values in self.numbers.items()}
-        return chosen
 
     def even_out(self, count: int) -> None:
         """Split the rows of most items until `count` processes can share them. UserError if there are not as many items."""

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy
 import torch
 
 from utils.device import Device
@@ -30,7 +29,6 @@ from utils.training.run import Run
 # Tokens in one pass from which on more bring no speed: products of the CPU are near their peak at 1,024 already.
 ENOUGH_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 32768}
 FEW_STEPS = 30  # a run of fewer is hardly more than its warm-up
-PAIRS_MORE = 1.25  # times the pairs that should fit into HOURS
 TIMED_ITEMS = 4  # that a CPU is timed on
 SHARE_OF_EVALUATIONS = 0.05  # of the run's time, at most
 FORWARD = 0.5  # time of a token in an evaluation against one in training: a third for SFT, a half for LoRA
@@ -76,8 +74,7 @@ class Plan(NamedTuple):
 def plan_run(run: Run, model, train: Loaded, load_eval: Callable[[int], Loaded]) -> Plan:
     """Plan memory, steps, evaluations and hours, and print all of it. UserError, with the numbers, if something does not fit.
 
-    load_eval(count): so many rows to evaluate on. With HOURS, DPO takes the pairs that can be trained on in that time: the reference
-    of each costs a forward pass before training.
+    load_eval(count): so many rows to evaluate on.
     """
     settings, rows, pairs = run.settings, train.rows, "BETA" in vars(run.settings)
     way = plan_step(run, model, rows)
@@ -86,8 +83,6 @@ def plan_run(run: Run, model, train: Loaded, load_eval: Callable[[int], Loaded])
     trained = [weight.numel() for weight in model.parameters() if weight.requires_grad]
     trained, stored = FLOAT * sum(trained), FLOAT * sum(weight.numel() for weight in model.parameters())
     passes = 3 if 2 * trained > stored else 2  # a step, in forward passes: the backward one takes one or two
-    if pairs and settings.HOURS:
-        rows = draw_in_time(run, rows, rate / (1 + passes))
     rows_per_step = way.rows_at_once * way.passes * run.processes
     if run.processes > 1:
         rows.even_out(rows_per_step)
@@ -97,7 +92,12 @@ def plan_run(run: Run, model, train: Loaded, load_eval: Callable[[int], Loaded])
 
     train_rate = rate / passes * (3 / 4 if way.recompute else 1)
     tokens_per_step = rows.tokens / steps_per_epoch
-    fits = max(1, int(3600 * settings.HOURS * train_rate / tokens_per_step))
+    # DPO's reference log-probabilities cost a forward pass over all pairs before the first step.
+    reference = rows.tokens / rate if pairs and not run.checkpoint else 0.0
+    if settings.HOURS and reference >= 3600 * settings.HOURS:
+        takes = f"the reference log-probabilities of {len(rows.items):,} pairs alone take about {duration(reference)}"
+        raise UserError(f"{takes}, and HOURS is {settings.HOURS:g}; raise it, or give fewer pairs")
+    fits = max(1, int((3600 * settings.HOURS - reference) * train_rate / tokens_per_step))
     planned = min(steps, fits) if settings.HOURS else steps
     per_row = rows.tokens / len(rows.items)
     count, evaluations = plan_evaluations(
@@ -230,21 +230,6 @@ def check_disk(run: Run, trained: int, stored: int) -> None:
 
 
 # ---- Hours
-
-
-def draw_in_time(run: Run, train_rows: PackedRows, rate: float) -> PackedRows:
-    """The pairs that fit into HOURS at this rate (tokens a second), and a quarter more.
-
-    They are those with the lowest hashes of their ids, so that what fits in one hour is part of what fits in eight.
-    """
-    hours, order = run.settings.HOURS, numpy.argsort(train_rows.keys, kind="stable")
-    tokens = numpy.cumsum(train_rows.sizes.tokens[order])
-    fits = int(numpy.searchsorted(tokens, PAIRS_MORE * 3600 * hours * rate)) + 1
-    fits = run.keep("pairs_in_time", min(fits, len(order)))
-    if fits == len(order):
-        return train_rows
-    print(f"hours: {fits:,} of {len(order):,} pairs, drawn by their ids, are more than fit into {hours:g} h")
-    return train_rows.select(numpy.sort(order[:fits]))
 
 
 @torch.no_grad()

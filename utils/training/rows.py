@@ -21,33 +21,33 @@ import transformers
 from accelerate import PartialState
 from datasets import Dataset
 from datasets.arrow_writer import ArrowWriter
-from pyarrow import compute
 
 from utils.errors import UserError
 from utils.files import atomic_write, id_key, read_jsonl, sha256_of, show_path
 from utils.kept import digest, is_kept, seal
 from utils.model.chat_format import answer_pieces, encode_pieces, prompt_pieces, without_modes
-from utils.model.packing import Chosen, Item, PackedRows, Sizes
+from utils.model.packing import PackedRows, Sizes, item_length
 from utils.text import printable, progress
 
 # Raise it with every change after which the same data would give other tokens (utils/model/chat_format.py, the functions below)
 # or other columns: tokens that were kept before it are then made again.
-FORMAT = 5
+FORMAT = 6
 ROWS_AT_ONCE = 1000  # of the data file; 256,000 tokens of usual rows, which take some 50 MB as they are made
 MOST_BEFORE = 3  # questions that JOIN_SINGLE puts before another one, at most
 FEW = 0.02  # answers with an earlier question, as a share: with fewer, a model is trained on single questions
-TOKENS = pyarrow.list_(pyarrow.int32())
 SCHEMA = pyarrow.schema(
     {
         "line": pyarrow.int64(),  # of the data file, from 0
-        "id": pyarrow.string(),
-        "key": pyarrow.uint64(),  # id_key(id)
-        "content": pyarrow.uint64(),  # the same of the row's messages
+        "content": pyarrow.uint64(),  # id_key of the row's messages
         "thinking": pyarrow.bool_(),
         "later": pyarrow.bool_(),  # the answer has an earlier question before its own
         "joined": pyarrow.int32(),  # tokens that JOIN_SINGLE has put before it
-        "prompt": TOKENS,
-        "answers": pyarrow.list_(TOKENS),  # SFT: one; DPO: chosen, rejected
+        "length": pyarrow.int32(),  # tokens, as in utils.model.packing.Sizes
+        "tokens": pyarrow.int32(),
+        "trained": pyarrow.int32(),
+        # Of an item (utils.model.packing): SFT has one document, DPO two, chosen and rejected.
+        "id": pyarrow.string(),
+        "documents": pyarrow.list_(pyarrow.list_(pyarrow.list_(pyarrow.int32()))),
     }
 )
 
@@ -128,16 +128,17 @@ def encode_conversations(
         if [message["role"] for message in turn.row["messages"]] == ["user", "assistant"]
         and not turn.answers[0].get("reasoning_content")
     ]
-    places = draw.sample(single, round(join * len(single))) if len(single) > MOST_BEFORE else []
-    joined = []
+    if len(single) <= MOST_BEFORE or not round(join * len(single)):
+        return items
+    places, joined = draw.sample(single, round(join * len(single))), []
     for place in places:
         count = draw.randint(1, MOST_BEFORE)
         others = [turns[other] for other in draw.sample(single, count + 1) if other != place][:count]
         before = [message for other in others for message in (*other.before, *other.answers)]
         joined.append(turns[place]._replace(before=before + turns[place].before))
     for place, item in zip(places, encode_turns(tokenizer, joined)):
-        if len(item["prompt"]) + len(item["answers"][0]) - 1 <= max_length:
-            items[place] = item | {"joined": len(item["prompt"]) - len(items[place]["prompt"])}
+        if item["length"] <= max_length:
+            items[place] = item | {"joined": item["tokens"] - items[place]["tokens"]}
     return items
 
 
@@ -148,34 +149,41 @@ def encode_turns(tokenizer, turns: list[Turn]) -> list[dict]:
     for turn, thinks in zip(turns, thinking):
         texts.append(prompt_pieces(tokenizer, turn.before, thinks))
         texts += [answer_pieces(tokenizer, answer) for answer in turn.answers]
-    ids = iter(encode_pieces(tokenizer, texts) if texts else [])
-    return [
-        {
-            "line": turn.line,
-            "id": turn.row["id"].encode("utf-8", "replace").decode(),
-            "key": id_key(turn.row["id"]),
-            "content": id_key(
-                json.dumps(turn.row.get("messages") or [turn.row["prompt"], turn.row["chosen"]])
-            ),
-            "thinking": thinks,
-            "later": sum(message["role"] == "user" for message in turn.before) > 1,
-            "joined": 0,
-            "prompt": next(ids),
-            "answers": [next(ids) for _ in turn.answers],
-        }
-        for turn, thinks in zip(turns, thinking)
-    ]
+    ids, items = iter(encode_pieces(tokenizer, texts)), []
+    for turn, thinks in zip(turns, thinking):
+        prompt = next(ids)
+        documents = [(prompt, next(ids)) for _ in turn.answers]
+        trained = sum(len(answer) for _, answer in documents)
+        says = turn.row.get("messages") or [turn.row["prompt"], turn.row["chosen"]]
+        items.append(
+            {
+                "line": turn.line,
+                "content": id_key(json.dumps(says)),
+                "thinking": thinks,
+                "later": sum(message["role"] == "user" for message in turn.before) > 1,
+                "joined": 0,
+                "length": item_length({"documents": documents}),
+                "tokens": len(prompt) * len(documents) + trained,
+                "trained": trained,
+                "id": turn.row["id"],
+                "documents": documents,
+            }
+        )
+    return items
 
 
-def _pack(items: "CachedItems", path, max_length, count) -> Loaded:
+def _pack(items: Dataset, path, max_length, count) -> Loaded:
     """Pack those items that are not too long, of `count` lines (0: all): those that utils.files.sample_by_id draws."""
-    drawn = numpy.ones(len(items), dtype=bool)
-    firsts = numpy.flatnonzero(numpy.diff(items.line, prepend=-1))
+    line, content, thinking, later, joined, *sizes = (
+        items.data.table[name].to_numpy() for name in SCHEMA.names[:8]
+    )
+    drawn, firsts = numpy.ones(len(items), dtype=bool), numpy.flatnonzero(numpy.diff(line, prepend=-1))
     if 0 < count < len(firsts):
-        lowest = firsts[numpy.argsort(items.key[firsts], kind="stable")[:count]]
-        drawn = numpy.isin(items.line, items.line[lowest])
-    lengths = items.sizes.lengths[drawn]
-    kept = numpy.flatnonzero(drawn & (items.sizes.lengths <= max_length))
+        ids = items.data.table["id"].take(firsts).to_pylist()
+        lowest = firsts[sorted(range(len(ids)), key=lambda number: id_key(ids[number]))[:count]]
+        drawn = numpy.isin(line, line[lowest])
+    lengths = sizes[0][drawn]
+    kept = numpy.flatnonzero(drawn & (sizes[0] <= max_length))
     if len(kept) < len(lengths):
         enough = int(numpy.sort(lengths)[int(0.99 * (len(lengths) - 1))])
         print(
@@ -186,17 +194,15 @@ def _pack(items: "CachedItems", path, max_length, count) -> Loaded:
         raise UserError(
             f"{show_path(path)}: no row fits into MAX_LENGTH = {max_length} tokens; the shortest needs {lengths.min()}"
         )
-    sizes = Sizes(*(part[kept] for part in items.sizes))
-    rows = PackedRows(Chosen(items, kept), max_length, sizes, items.key[kept])
-    joined = items.joined[kept]
-    if more := int(joined.sum()):
+    chosen = items.select_columns(["id", "documents"]).select(kept)
+    rows = PackedRows(chosen, max_length, Sizes(*(part[kept] for part in sizes)))
+    if more := int(joined[kept].sum()):
         print(
-            f"{show_path(path)}: {numpy.count_nonzero(joined):,} of {len(kept):,} questions stand behind one to {MOST_BEFORE} "
+            f"{show_path(path)}: {numpy.count_nonzero(joined[kept]):,} of {len(kept):,} questions stand behind one to {MOST_BEFORE} "
             f"others (JOIN_SINGLE), which costs {more:,} tokens, {more / (rows.tokens - more):.0%} more"
         )
-    conversations = "several" if items.later[kept].mean() > FEW else "single"
-    thinking = bool(items.thinking[drawn].mean() > 0.5)
-    return Loaded(rows, thinking, conversations, numpy.unique(items.content[kept]))
+    conversations = "several" if later[kept].mean() > FEW else "single"
+    return Loaded(rows, bool(thinking[drawn].mean() > 0.5), conversations, numpy.unique(content[kept]))
 
 
 def tell_shared_rows(train_file: Path, train: Loaded, eval_file: Path, held_out: Loaded) -> None:
@@ -221,40 +227,14 @@ def show_examples(rows: PackedRows, tokenizer, count: int) -> None:
             print(f"-- {len(prompt)} tokens of prompt, {len(answer)} trained")
 
 
-class CachedItems(Sequence):
-    """All items of a data file, in its order. Tokens are read from disk when an item is asked for; the arrays are in memory."""
-
-    def __init__(self, path: Path):
-        self._dataset = Dataset.from_file(str(path))
-        columns = self._dataset.data.table
-        self.line, self.key, self.content, self.thinking, self.later, self.joined = (
-            columns[name].to_numpy() for name in ("line", "key", "content", "thinking", "later", "joined")
-        )
-        prompts, documents = (
-            compute.list_value_length(columns[name]).to_numpy() for name in ("prompt", "answers")
-        )
-        each = compute.list_value_length(compute.list_flatten(columns["answers"])).to_numpy()
-        answers = numpy.add.reduceat(each, numpy.cumsum(documents) - documents)
-        # The answers to one prompt share all of it but its last token, which is fed once for each answer; the last token of an
-        # answer is not fed (utils.model.packing.item_length).
-        self.sizes = Sizes(prompts - 1 + answers, prompts * documents + answers, answers)
-
-    def __len__(self) -> int:
-        return len(self.key)
-
-    def __getitem__(self, index: int) -> Item:
-        row = self._dataset[index]
-        return {"id": row["id"], "documents": [(row["prompt"], answer) for answer in row["answers"]]}
-
-
 def cached_items(
     path: Path,
     tokenizer,
     options: dict[str, Any],
     wanted: Sequence[str],
     encode: Callable[[list[dict], int], list[dict]],
-) -> CachedItems:
-    """The items that `encode` makes of the rows of a JSON lines file: read from what is kept of them, or made and kept.
+) -> Dataset:
+    """The items that `encode` makes of the rows of a JSON lines file, in its order: read from what is kept of them, or made and kept.
 
     `options` names what `encode` does, and `wanted` the fields that it needs. Of several processes the main one makes them first.
     UserError as from read_jsonl and from `encode`.
@@ -273,7 +253,7 @@ def cached_items(
     with PartialState().main_process_first():
         if not is_kept(kept, identity):
             os.environ["TOKENIZERS_PARALLELISM"] = (
-                "true"  # elsewhere utils.model.folder keeps it to one thread
+                "true"  # utils.model.folder keeps it to one thread elsewhere
             )
             with open(path, "rb") as file:
                 count = sum(1 for _ in file)
@@ -285,4 +265,4 @@ def cached_items(
                 writer.finalize(close_stream=False)
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
             seal(kept, identity)
-        return CachedItems(kept)
+        return Dataset.from_file(str(kept))
