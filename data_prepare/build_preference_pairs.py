@@ -5,9 +5,9 @@
 
 Reads data_prepare/qwen3/sft_train.jsonl and sft_eval.jsonl, writes dpo_train.jsonl and dpo_eval.jsonl beside them: the split stays.
 Kinds: model (what a fine-tuned model itself says wrongly: the worst of several sampled answers), facts (terms of the answer
-swapped for wrong ones that stand in the same place elsewhere), mismatch (another question's answer). dpo_report.json keeps the
-counts, and how often the pairs can be told apart without the question: what a model could learn instead of facts. If the
-evaluation rows yield no pair, a share of the training rows' pairs is held out.
+swapped for wrong ones that stand in the same place elsewhere). dpo_report.json keeps the counts, and how often the pairs can be
+told apart without the question: what a model could learn instead of facts. If the evaluation rows yield no pair, a share of the
+training rows' pairs is held out.
 """
 
 import random
@@ -34,8 +34,8 @@ from utils.settings import command, read_settings
 from utils.text import say_next
 
 # fmt: off
-# ---- Settings: edit here, or override on the command line (--kind mismatch) ----
-KIND = "auto"               # [auto | facts | mismatch | model] auto: model if MODEL is a finished run, else facts
+# ---- Settings: edit here, or override on the command line (--kind facts) ----
+KIND = "auto"               # [auto | facts | model] auto: model if MODEL is a finished run, else facts
 INPUT_DIR = "data_prepare/qwen3"        # holds sft_train.jsonl and sft_eval.jsonl
 OUTPUT_DIR = "data_prepare/qwen3"       # where dpo_train.jsonl and dpo_eval.jsonl go
 TERMS_FILE = "data_prepare/sample/terms.jsonl"      # the words that are facts, by kind
@@ -77,14 +77,12 @@ def main(argv=None):
     made, reasons = {}, {}
     for split, mine in rows.items():
         made[split], reasons[split] = pair_up(kind, mine, terms, settings, split)
-        if not made[split] and settings.KIND == "auto" and kind == "model":
-            why = dict(reasons[split])
-            print(f"{split}: the model gives no answer that is clearly wrong ({why}); kind facts instead")
-            made[split], reasons[split] = pair_up("facts", mine, terms, settings, split)
     if not made["train"]:
         source = show_path(settings.INPUT_DIR / "sft_train.jsonl")
-        more = "" if kind == "mismatch" else "; try --kind mismatch"
-        raise UserError(f"no pair could be made from {source} ({dict(reasons['train'])}){more}")
+        why, other = dict(reasons["train"]), "facts" if kind == "model" else "model with a trained --model"
+        raise UserError(
+            f"no pair could be made from {source} ({why}); take --kind {other}, or convert rows with prompt, chosen and rejected"
+        )
     if not made.get("eval"):
         made["train"], made["eval"] = hold_out(made["train"])
         print(f"eval: no pair of its own; {len(made['eval']):,} of the training rows' pairs are held out")
@@ -113,25 +111,18 @@ def pair_up(kind, rows, terms, settings, split):
     """(pairs, {reason: number of rows}) of `rows`."""
     able = [row for row in rows if not pairs.ends_in_courtesy(row)]
     made, reasons = [], Counter({"its last turn is a courtesy": len(rows) - len(able)})
-    for row, (worse, reason) in zip(able, worse_answers(kind, able, terms, settings, split)):
-        prompt, answer = pairs.split_row(row)
-        if worse is None or worse == answer["content"]:
-            reasons[reason or "the worse answer is the same"] += 1
-            continue
-        rejected = {**answer, "content": worse}
-        pair = {"id": row["id"], "prompt": prompt, "chosen": [answer], "rejected": [rejected], "kind": kind}
-        made.append(pair)
-    return made, +reasons
-
-
-def worse_answers(kind, rows, terms, settings, split):
-    """The maker of this kind at work on `rows`."""
-    rng = random.Random(f"{settings.SEED} {split}")
     if kind == "facts":
-        return pairs.swapped_facts(rows, terms, rng)
-    if kind == "mismatch":
-        return pairs.mismatched(rows, terms, rng)
-    return pairs.sampled(rows, terms, settings, settings.OUTPUT_DIR / f"sampled_{split}")
+        found = pairs.swapped_facts(able, terms, random.Random(f"{settings.SEED} {split}"))
+    else:
+        found = pairs.sampled(able, terms, settings, settings.OUTPUT_DIR / f"sampled_{split}")
+    for row, (worse, reason) in zip(able, found):
+        prompt, answer = pairs.split_row(row)
+        if worse is None:
+            reasons[reason] += 1
+            continue
+        sides = {"chosen": [answer], "rejected": [{**answer, "content": worse}]}
+        made.append({"id": row["id"], "prompt": prompt, **sides, "kind": kind})
+    return made, +reasons
 
 
 def hold_out(made):

@@ -1,18 +1,15 @@
-"""Worse answers for preference pairs: swapped facts, another question's answer, or what a model itself says wrongly.
+"""Worse answers for preference pairs: swapped facts, or what a model itself says wrongly.
 
-Each maker takes SFT rows and yields for each of them (a worse answer, "") or (None, the reason why there is none). An answer
-that says the same as the good one is no worse answer.
+Each maker takes SFT rows and yields for each of them (a worse answer, "") or (None, the reason why there is none).
 
 Facts are swapped so that only the question tells: a substitute that is rare, that cuts a longer word in two, or that changes the
 length gives the wrong answer away, and that is what a model then learns. So terms are swapped whole, between borders, and the
 substitute is drawn from the terms that really stand between the same borders in other answers: it is as common as what it replaces.
 """
 
-import bisect
 import math
 import random
 import re
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,14 +17,13 @@ from typing import NamedTuple
 
 from utils.data.convert import ASKS, is_courtesy, normalize
 from utils.files import read_jsonl
-from utils.kept import read_kept, write_kept
+from utils.kept import digest, read_kept, write_kept
 from utils.settings import Settings
 
-LENGTH_TOLERANCE = 0.2  # a rejected answer is at most this much longer or shorter: DPO shall not learn length
+LENGTH_TOLERANCE = 0.2  # a sampled answer is at most this much longer or shorter, or by one character: DPO shall not learn length
 SAME = 0.8  # agreement from which on answers without known facts say the same
 DRAWS, NAME_DRAWS = 12, 30  # substitutes looked at; of names more, to find one that looks alike
 COMMON = (5, 0.1)  # questions, and share of them: signs in more than both do not tell one case from another
-OTHERS = 8  # answers to other questions that are looked at
 CHUNK = 64  # rows whose answers are sampled, and kept, at a time
 FOLDS = 5  # of the pairs, to measure how well they are told apart
 MEASURED = 20_000  # pairs looked at for that
@@ -125,11 +121,6 @@ def ends_in_courtesy(row: dict) -> bool:
 
 
 # ---- When another answer is right, too
-
-
-def similar_length(good: str, bad: str) -> bool:
-    """True if `bad` is within LENGTH_TOLERANCE of the length of `good` (always one character of leeway)."""
-    return abs(len(good) - len(bad)) <= max(1, LENGTH_TOLERANCE * len(good))
 
 
 def agreement(one: str, other: str) -> float:
@@ -265,29 +256,6 @@ def _substitute(slot, question, not_these, pools, terms, common, rng):
     return None
 
 
-# ---- Another question's answer
-
-
-def mismatched(rows: list[dict], terms: Terms, rng: random.Random) -> Iterator[Worse]:
-    """Another row's answer, of similar length, that shares no more than a few facts with the good one, and no syndrome."""
-    by_length = sorted({question_of(row).answer for row in rows}, key=lambda text: (len(text), text))
-    lengths = [len(text) for text in by_length]
-    for row in rows:
-        question, good = question_of(row)
-        leeway = max(1, LENGTH_TOLERANCE * len(good))
-        start = bisect.bisect_left(lengths, len(good) - leeway)
-        near = range(start, bisect.bisect_right(lengths, len(good) + leeway))
-        facts = facts_of(good, question, terms)
-        for other in (by_length[index] for index in rng.sample(near, min(len(near), OTHERS))):
-            shared = facts & facts_of(other, question, terms)
-            few = 2 * len(shared) <= len(facts) and not any(map(_SYNDROME.search, shared))
-            if few and not says_the_same(good, other, question, terms):
-                yield other, ""
-                break
-        else:
-            yield None, "no other answer of similar length that says something else"
-
-
 # ---- What a model says
 
 
@@ -295,7 +263,8 @@ def sampled(rows: list[dict], terms: Terms, settings: Settings, kept: Path) -> I
     """The worst of several answers sampled from a model: fewest of the good one's facts, then least agreement with it."""
     for row, answers in zip(rows, sample_answers(rows, settings, kept)):
         question, good = question_of(row)
-        fits = [text for text in map(str.strip, answers) if text and similar_length(good, text)]
+        leeway = max(1, LENGTH_TOLERANCE * len(good))
+        fits = [text for text in map(str.strip, answers) if text and abs(len(text) - len(good)) <= leeway]
         wrong = [text for text in fits if not says_the_same(good, text, question, terms)]
         facts = facts_of(good, question, terms)
         faults = [(len(facts & facts_of(text, question, terms)), agreement(text, good)) for text in wrong]
@@ -315,52 +284,48 @@ def sample_answers(rows: list[dict], settings: Settings, kept: Path) -> list[lis
     from utils.model.generate import Decoding, generate_answers
     from utils.text import progress
 
-    folder = check_model(settings.MODEL)
+    folder, model = check_model(settings.MODEL), None
     quiet_offline()
-    names = ("SAMPLES", "TEMPERATURE", "MAX_NEW_TOKENS", "BATCH_SIZE", "SEED")
-    identity = {name: getattr(settings, name) for name in names}
-    identity |= {"model": model_sha256(folder), "ids": [row["id"] for row in rows]}
-    if read_kept(kept / "identity.json", identity) is None:
-        shutil.rmtree(kept, ignore_errors=True)
-        kept.mkdir(parents=True)
-        write_kept(kept / "identity.json", identity, True)
-    starts = range(0, len(rows), CHUNK)
-    parts = {start: read_kept(kept / f"{start}.json", {"first": start}) for start in starts}
-    missing = [start for start in starts if parts[start] is None]
-    if missing:
-        tokenizer, model = load_tokenizer(folder), load_for_answers(folder, pick_device())
-    decoding, count = Decoding(do_sample=True, temperature=settings.TEMPERATURE), settings.SAMPLES
-    for start in progress("sampling answers", f"parts of {CHUNK} questions")(missing):
-        prompts = [split_row(row)[0] for row in rows[start : start + CHUNK] for _ in range(count)]
-        how = {"decoding": decoding, "batch_size": settings.BATCH_SIZE, "seed": settings.SEED + start}
-        answers = generate_answers(model, tokenizer, prompts, max_new_tokens=settings.MAX_NEW_TOKENS, **how)
-        parts[start] = [answers[at : at + count] for at in range(0, len(answers), count)]
-        write_kept(kept / f"{start}.json", {"first": start}, parts[start])
-    return [answers for part in parts.values() for answers in part]
+    kept.mkdir(parents=True, exist_ok=True)
+    count, decoding = settings.SAMPLES, Decoding(do_sample=True, temperature=settings.TEMPERATURE)
+    limits = {"max_new_tokens": settings.MAX_NEW_TOKENS, "batch_size": settings.BATCH_SIZE}
+    identity = limits | {"samples": count, "temperature": settings.TEMPERATURE, "model": model_sha256(folder)}
+    sampled, files = [], set()
+    for start in progress("sampling answers", f"parts of {CHUNK} questions")(range(0, len(rows), CHUNK)):
+        part, seed = rows[start : start + CHUNK], settings.SEED + start
+        mine = identity | {"seed": seed, "rows": [row["id"] for row in part]}
+        path = kept / f"{digest(mine)[:16]}.json"
+        answers = read_kept(path, mine)
+        if answers is None:
+            if model is None:
+                tokenizer, model = load_tokenizer(folder), load_for_answers(folder, pick_device())
+            prompts = [split_row(row)[0] for row in part for _ in range(count)]
+            answers = generate_answers(model, tokenizer, prompts, decoding=decoding, seed=seed, **limits)
+            write_kept(path, mine, answers)
+        sampled += [answers[at : at + count] for at in range(0, len(answers), count)]
+        files.add(path)
+    for old in set(kept.iterdir()) - files:  # of other rows, or of another model
+        old.unlink()
+    return sampled
 
 
 def told_apart(pairs: list[dict]) -> float:
     """The share of preference rows whose good answer is recognised without the question; 0.5 is chance.
 
-    Judged by the log-odds of an answer's character pairs in the good and the bad answers of the other FOLDS - 1 parts. If
-    the same words are good in one pair and bad in another, the share falls below 0.5: the other parts lack the pair's own
-    good answer.
+    Judged by the log-odds of an answer's character pairs in the good and the bad answers of the other FOLDS - 1 parts. It falls
+    below 0.5 if the same words are good in one pair and bad in another: the other parts lack the pair's own good answer.
     """
 
     def character_pairs(messages):
         text = messages[0]["content"]
-        return [one + other for one, other in zip(f"\n{text}", f"{text}\n")]
+        return list(zip(f"\n{text}", f"{text}\n"))
 
     texts = [[character_pairs(pair[side]) for side in ("chosen", "rejected")] for pair in pairs]
     random.Random(0).shuffle(texts)
-    texts = texts[:MEASURED]
-    right = 0.0
+    texts, right = texts[:MEASURED], 0.0
     for fold in range(FOLDS):
-        good, bad = Counter(), Counter()
-        for number, (chosen, rejected) in enumerate(texts):
-            if number % FOLDS != fold:
-                good.update(chosen)
-                bad.update(rejected)
+        others = [both for number, both in enumerate(texts) if number % FOLDS != fold]
+        good, bad = (Counter(pair for both in others for pair in both[side]) for side in (0, 1))
         for both in texts[fold::FOLDS]:
             odds = [sum(math.log((good[pair] + 0.5) / (bad[pair] + 0.5)) for pair in text) for text in both]
             right += 0.5 if odds[0] == odds[1] else odds[0] > odds[1]
