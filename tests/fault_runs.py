@@ -27,7 +27,7 @@ COMMANDS = {
     "sample": "data_prepare/sample/make_sample.py --output-dir {w}/made",
     "data": "data_prepare/download_tcm_data.py --dataset tcm/rows --output-dir {w}/got-data",
     "convert": "data_prepare/convert_to_qwen3_format.py --input-files {w}/raw --output-dir {w}/qwen3 --tokenizer-model none",
-    "pairs": "data_prepare/build_preference_pairs.py --kind mismatch --input-dir {w}/qwen3 --output-dir {w}/qwen3",
+    "pairs": "data_prepare/build_preference_pairs.py --kind facts --input-dir {w}/qwen3 --output-dir {w}/qwen3",
     "model": "model_download/download_model.py --model tcm/small --output-dir {w}/got-model",
     "pretrain": "model_download/pretrain_tiny_model.py --statements-file {w}/statements.jsonl --output-dir {w}/pretrained "
     "--vocabulary 600 --width 64 --layers 1 --epochs 1 --copies 50 --invented 10",
@@ -56,11 +56,8 @@ SAME = {  # the results that are the same to the byte, whenever they are made
 }
 TRAINERS = ("sft", "lora", "dpo")
 HEAVY = ("pretrain", "sft", "lora", "dpo", "compare", "chat", "talk")  # import torch, which takes seconds
-GOOD = "补益温清", "气血阴阳"
-ROWS = [
-    {"instruction": f"第{n}味药有什么功效？", "output": f"它的功效是{GOOD[0][n % 4]}{GOOD[1][n % 3]}。"}
-    for n in range(60)
-]
+GOOD = "发汗解表", "利水消肿", "活血调经", "清热解毒", "祛风止痛"
+ROWS = [{"instruction": f"第{n}味药有什么功效？", "output": f"它的功效是{GOOD[n % 5]}。"} for n in range(60)]
 
 
 def lines(rows):

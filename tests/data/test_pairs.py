@@ -1,7 +1,6 @@
 """Preference pairs: wrong answers that only the question gives away, every row accounted for, the split kept."""
 
 import random
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -50,9 +49,8 @@ def build(data, *arguments):
     return run(lambda: build_preference_pairs.main(arguments))
 
 
-@pytest.mark.parametrize("kind", ["facts", "mismatch"])
-def test_pairs_of_the_sample(data, capsys, kind):
-    assert build(data, "--kind", kind) == 0
+def test_pairs_of_the_sample(data, capsys):
+    assert build(data, "--kind", "facts") == 0
     said, report = capsys.readouterr().out, read_json(data / "dpo_report.json")
     for split in ("train", "eval"):
         made, rows = (list(read_jsonl(data / f"{name}_{split}.jsonl")) for name in ("dpo", "sft"))
@@ -63,31 +61,28 @@ def test_pairs_of_the_sample(data, capsys, kind):
         assert sum(report[split]["not_paired"].values()) == not_paired
         for pair in made:
             good, bad = pair["chosen"][0]["content"], pair["rejected"][0]["content"]
-            assert good_of[pair["id"]] == [*pair["prompt"], *pair["chosen"]] and pair["kind"] == kind
-            assert good != bad and pairs.similar_length(good, bad)
+            assert good_of[pair["id"]] == [*pair["prompt"], *pair["chosen"]] and pair["kind"] == "facts"
+            assert good != bad and len(good) == len(bad)
             assert not pairs.says_the_same(good, bad, pair["prompt"][-1]["content"], TERMS)
-            assert kind == "mismatch" or len(good) == len(bad)
     told = report["train"]["told_apart"]
     assert told <= 0.6 and f"told apart without the question: {told:.0%}" in said
-    # The weather is not medicine.
-    assert ("no known term between borders in the answer" in said) == (kind == "facts")
+    assert "no known term between borders in the answer" in said  # the weather is not medicine
+    made = (data / "dpo_train.jsonl").read_bytes()
+    for seed in (0, 1):
+        assert build(data, "--kind", "facts", "--seed", seed) == 0
+        assert ((data / "dpo_train.jsonl").read_bytes() == made) == (seed == 0)
 
 
-def test_what_tells_bad_answers_is_measured_and_warned_of(sample_rows, tmp_path, capsys):
+def test_what_tells_bad_answers_is_measured(sample_rows):
     answers = [answer for _, answer in sample_rows[:301]] * 2
+    told = [f"{good}乌须发。" if n % 10 else good for n, good in enumerate(answers)]
     rows = [
-        {
-            "chosen": [{"content": f"{good}。"}],
-            "rejected": [{"content": f"{good}乌须发。" if n % 10 else good}],
-        }
-        for n, good in enumerate(answers)
+        {"chosen": [{"content": f"{good}。"}], "rejected": [{"content": bad}]}
+        for good, bad in zip(answers, told)
     ]
     assert pairs.told_apart(rows) > 0.85
     halves = [{"chosen": [{"content": "麻黄"}], "rejected": [{"content": "麻黄"}]}] * 10
     assert pairs.told_apart(halves) == 0.5
-    found = build_preference_pairs.summary(rows, rows, Counter())
-    build_preference_pairs.show("train", found, tmp_path)
-    assert "warning: above 65% a model learns to recognise bad text" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -98,15 +93,7 @@ def test_few_pairs_are_warned_of_if_chance_does_not_explain_it(capsys, share, co
     lengths = {"chosen": 5.0, "rejected": 5.0}
     found = {"rows": count, "pairs": count, "not_paired": {}, "mean_characters": lengths, "told_apart": share}
     build_preference_pairs.show("train", found, ROOT)
-    assert ("warning" in capsys.readouterr().out) == warned
-
-
-def test_the_same_command_makes_the_same_pairs(data, capsys):
-    made = []
-    for seed in (0, 0, 1):
-        assert build(data, "--kind", "facts", "--seed", seed) == 0
-        made.append((data / "dpo_train.jsonl").read_bytes())
-    assert made[0] == made[1] != made[2]
+    assert ("warning: above 65% a model learns to recognise" in capsys.readouterr().out) == warned
 
 
 # ---- Swapped facts
@@ -185,13 +172,6 @@ def test_agreement():
     assert 0 < pairs.agreement("清热解毒", "清热凉血") < 1
 
 
-def test_a_mismatch_never_names_the_same_syndrome():
-    names = ["肝胃不和", "脾虚湿困"] * 20
-    rows = [as_row(n, f"病例{n}应辨为何证？", f"此为{name}证。") for n, name in enumerate(names)]
-    for row, (worse, _) in zip(rows, pairs.mismatched(rows, TERMS, random.Random(0))):
-        assert worse is not None and worse != row["messages"][1]["content"]
-
-
 @pytest.fixture
 def model(tmp_path):
     return make_tiny_model(tmp_path / "model")
@@ -214,9 +194,11 @@ def test_sampling_goes_on_where_it_was_stopped(tmp_path, model, monkeypatch, cap
     monkeypatch.setattr(pairs, "CHUNK", 4)
     whole = pairs.sample_answers(rows, sampling, kept)
     assert [len(answers) for answers in whole] == [2] * 12
-    (kept / "8.json").unlink()  # killed while it made the third part, and a letter of the second changed
-    second = (kept / "4.json").read_text(encoding="utf-8")
-    (kept / "4.json").write_text(second.replace('"value": [["', '"value": [["x'), encoding="utf-8")
+    second, third = sorted(kept.iterdir(), key=lambda part: read_json(part)["identity"]["seed"])[1:]
+    third.unlink()  # killed while it made the third part, and a letter of the second changed
+    second.write_text(
+        second.read_text(encoding="utf-8").replace('"value": ["', '"value": ["x'), encoding="utf-8"
+    )
 
     generate, begun = pairs_generate.generate_answers, []
 
@@ -226,12 +208,12 @@ def test_sampling_goes_on_where_it_was_stopped(tmp_path, model, monkeypatch, cap
 
     monkeypatch.setattr(pairs_generate, "generate_answers", counting)
     assert pairs.sample_answers(rows, sampling, kept) == whole and begun == [4, 8]
+    assert "is damaged" in capsys.readouterr().out
     assert pairs.sample_answers(rows, sampling, kept) == whole and begun == [4, 8]
+    assert pairs.sample_answers(rows[:11], sampling, kept)[:8] == whole[:8] and begun == [4, 8, 8]
     sampling.SEED = 1
-    pairs.sample_answers(rows, sampling, kept)
-    assert begun == [4, 8, 0, 4, 8] and "identity.json is of other SEED" in capsys.readouterr().out
-    pairs.sample_answers(rows[:11], sampling, kept)
-    assert begun[5:] == [0, 4, 8] and len(list(kept.iterdir())) == 4
+    assert pairs.sample_answers(rows, sampling, kept) != whole
+    assert begun == [4, 8, 8, 0, 4, 8] and len(list(kept.iterdir())) == 3
 
 
 SAMPLED = ["宣肺平喘、发汗解表。", "发汗解表、清热泻火。", "清热泻火、补中益气。", "短"]
@@ -270,10 +252,13 @@ def test_the_default_kind_follows_the_model(data, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--kind", "opinion"], "--kind is 'opinion', wanted auto | facts | mismatch | model"),
+        (["--kind", "opinion"], "--kind is 'opinion', wanted auto | facts | model"),
         (["--input-dir", "nowhere"], "make it with: python data_prepare/convert_to_qwen3_format.py"),
         (["--terms-file", "nowhere"], "make it with: python data_prepare/sample/make_sample.py"),
-        ([], "no pair could be made"),
+        (
+            [],
+            "}); take --kind model with a trained --model, or convert rows with prompt, chosen and rejected",
+        ),
     ],
 )
 def test_wrong_input_is_one_line(tmp_path, capsys, arguments, message):
@@ -303,10 +288,9 @@ COURTESIES = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["facts", "mismatch"])
-def test_courtesy_is_not_paired(tmp_path, capsys, kind):
+def test_courtesy_is_not_paired(tmp_path, capsys):
     write_rows(tmp_path, [*CASES, *COURTESIES])
-    assert build(tmp_path, "--kind", kind) == 0
+    assert build(tmp_path, "--kind", "facts") == 0
     assert "3  its last turn is a courtesy" in capsys.readouterr().out
     said = {answer for _, answer in COURTESIES}
     for pair in read_jsonl(tmp_path / "dpo_train.jsonl"):
