@@ -57,7 +57,7 @@ def main(argv=None):
     settings = read_settings(globals(), argv)
     for path in filter(None, (settings.TRAIN_FILE, settings.EVAL_FILE)):
         require_file(path, "python data_prepare/build_preference_pairs.py", ["prompt", "chosen", "rejected"])
-    settings.MODEL = folder.check_model(settings.MODEL)
+    settings.MODEL = folder.check_model(settings.MODEL, whole=True)
     settings.show()
     folder.quiet_offline()
 

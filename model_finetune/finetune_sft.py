@@ -54,7 +54,7 @@ def main(argv=None):
     settings = read_settings(globals(), argv)
     for path in filter(None, (settings.TRAIN_FILE, settings.EVAL_FILE)):
         require_file(path, "python data_prepare/convert_to_qwen3_format.py", ["messages"])
-    settings.MODEL = folder.check_model(settings.MODEL)
+    settings.MODEL = folder.check_model(settings.MODEL, whole=True)
     settings.show()
     folder.quiet_offline()
 

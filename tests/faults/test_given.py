@@ -25,7 +25,7 @@ GIVEN = [  # a command, and words of the line
     ("lora --train-file {w}/nowhere.jsonl", f"nowhere.jsonl {MAKE}convert"),
     ("dpo --eval-file {w}/nowhere.jsonl", f"nowhere.jsonl {MAKE}build_pref"),
     ("compare --models {w}/base {w}/nowhere", "nowhere does not exist"),
-    ("chat --model {w}/empty", "empty is not a model folder (it holds nothing)"),
+    ("chat --model {w}/empty", "empty is not a model folder; a model has config.json"),
     # other kinds of file
     ("convert --input-files {w}/photo.png", "photo.png: cannot read .png; wanted .jsonl"),
     ("convert --input-files {w}/photo.jsonl", "no row could be used"),

@@ -296,9 +296,8 @@ OTHER_SPLIT = {"type": "Split", "pattern": {"Regex": r"\p{L}"}, "behavior": "Iso
 @pytest.mark.parametrize(
     "form, fields, message",
     [
-        ("folder", {"quantization_config": {"bits": 8}}, "has quantised weights (quantization_config"),
-        ("folder", {"use_sliding_window": True}, "has a sliding window (use_sliding_window"),
-        ("gguf", {"attention_bias": True}, "has biases in its attention"),
+        ("folder", {"quantization_config": {"bits": 8}}, "asks for quantization_config"),
+        ("gguf", {"attention_bias": True}, "asks for attention_bias"),
         ("gguf", {"hidden_act": "gelu"}, "has another activation than silu"),
         ("gguf", {"rope_parameters": YARN}, "has RoPE scaling (yarn)"),
         ("gguf", {"rope_scaling": LINEAR, "rope_parameters": "gone"}, "has RoPE scaling (linear)"),

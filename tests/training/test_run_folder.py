@@ -85,14 +85,14 @@ def test_damaged_lines_of_the_log_do_not_stop_a_run(stopped, runs, place, capsys
     assert same_run(output, runs("sft"))
 
 
-@pytest.mark.parametrize("field", ["status", "identity", "settings", "results"])
-def test_a_damaged_record_is_told_by_its_field(runs, place, tmp_path, capsys, field):
+@pytest.mark.parametrize("field", ["status", "results"])
+def test_a_damaged_record_is_told(runs, place, tmp_path, capsys, field):
     output = tmp_path / "out"
     output.mkdir()
     write_json(output / "run.json", read_json(runs("sft") / "run.json") | {field: 5})
     assert train("sft", place, output) == 2
     said = capsys.readouterr().err
-    assert f"run.json is damaged: its {field} is no" in said and said.count("\n") == 1
+    assert "run.json is damaged; restore" in said and said.count("\n") == 1
 
 
 @pytest.mark.slow

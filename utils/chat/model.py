@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,7 +100,7 @@ class ChatModel:
         self.stream = TokenStream(self.model, stop_tokens(self.model, self.tokenizer))
         self.context = self.model.config.max_position_embeddings
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers only
-            record = usable_record(run_folder(Path(folder))) or {}
+            record = usable_record(run_folder(folder)) or {}
         self.single = record.get("conversations") == "single"
         self.system = record.get("system") or "" if system is None else system
 

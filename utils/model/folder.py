@@ -28,15 +28,11 @@ if TYPE_CHECKING:  # a wrong folder is refused before these are imported
 
     from utils.device import Device
 
-MADE_BY = {  # the commands that make the folders which settings name
-    "model_download/Qwen3-0.6B": "python model_download/download_model.py",
-    "trainer_output/sft_finetuned": "python model_finetune/finetune_sft.py",
-    "trainer_output/lora_finetuned": "python model_finetune/finetune_lora.py",
-    "trainer_output/dpo_finetuned": "python model_finetune/finetune_dpo.py",
-}
 INDEX = "model.safetensors.index.json"
 RECORD = "run.json"
 TOKENS_OF_CONFIG = ("bos_token_id", "pad_token_id")  # in config.json as well as in generation_config.json
+# Fields of config.json for what is not done here: quantised weights, weights elsewhere, biases, sliding windows.
+NOT_HERE = ("quantization_config", "transformers_weights", "attention_bias", "use_sliding_window")
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -44,35 +40,55 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / "adapter_config.json").is_file()
 
 
-def check_model(model: str) -> str:
-    """The folder, as text, of `model` (a folder or a Hub id) if it can be a causal language model; UserError otherwise.
+def check_model(model: str, whole: bool = False) -> str:
+    """The folder, as text, of `model` (a folder or a Hub id) if it holds a Qwen3 or a LoRA adapter in safetensors; UserError, in one
+    line, otherwise. `whole`: of an adapter, the model in its merged/ folder.
 
-    Looks at names only, so that a wrong folder is refused before torch is imported.
+    The folder may be a stranger's: nothing in it is run, no file outside it is read. The weights are judged when they are loaded.
     """
-    folder, weights = _find(model), "*.safetensors"
-    shown = show_path(folder)
-    if not folder.is_dir():
-        near = f"; did you mean {show_path(folder.parent)}?" * (folder.parent / "config.json").is_file()
-        raise UserError(f"{shown} is a file, wanted a model folder{near}")
+    folder = _find(model)
+    folder = folder / "merged" if whole and is_adapter(folder) else folder
+    shown, weights = show_path(folder), "*.safetensors"
+    if folder.is_file():
+        raise UserError(f"{shown} is a file, wanted a model folder")
     if is_adapter(folder):
         weights = "adapter_model.safetensors"  # peft would go on with a pickled adapter_model.bin
         base = adapter_base(folder)
-        if not Path(base).is_dir():
-            raise UserError(f"{shown} is an adapter for {base}, which is not there; use its merged/ folder")
+        if not Path(base).is_dir() or is_adapter(base):
+            lost = "another adapter" if is_adapter(base) else f"{base}, which is not there"
+            raise UserError(f"{shown} is an adapter for {lost}; use its merged/ folder")
         check_model(base)
     elif not (folder / "config.json").is_file():
-        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
         nested = [*folder.glob("*/config.json"), *folder.glob("*/adapter_config.json")]
         newest = max(nested, key=lambda path: path.stat().st_mtime, default=None)
         hint = f"did you mean {show_path(newest.parent)}?" if newest else "a model has config.json"
-        raise UserError(f"{shown} is not a model folder (it holds {found}); {hint}")
+        raise UserError(f"{shown} is not a model folder; {hint}")
     if not list(folder.glob(weights)):
         raise UserError(f"{shown} holds no *.safetensors weights; other formats are not loaded")
     if not (folder / "tokenizer.json").is_file():
         raise UserError(
             f"{shown} has no tokenizer; copy tokenizer*.json and chat_template.jinja from its base"
         )
+    if not is_adapter(folder):
+        _check_config(folder)
+    elif read_object(folder, "adapter_config.json").get("peft_type") != "LORA":
+        raise cannot_load(folder, "adapter_config.json", "is of no LoRA adapter")
     return str(folder)
+
+
+def _check_config(folder):
+    config = read_object(folder, "config.json")
+    if config.get("model_type") != "qwen3":
+        kind = str(config.get("model_type"))[:40]
+        raise UserError(f"{show_path(folder)} is a model of type {kind}; wanted Qwen3")
+    for name in NOT_HERE:
+        if config.get(name):
+            raise cannot_load(folder, "config.json", f"asks for {name}, which is not supported here")
+    if not (folder / "model.safetensors").is_file():
+        places = read_object(folder, INDEX).get("weight_map")
+        for name in set(map(str, places.values())) if isinstance(places, dict) else [""]:
+            if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name) or not (folder / name).is_file():
+                raise cannot_load(folder, INDEX, f"names {name[:60]!r}; wanted *.safetensors of the folder")
 
 
 def _find(model: str) -> Path:
@@ -86,37 +102,13 @@ def _find(model: str) -> Path:
             return downloaded
         get = f"python model_download/download_model.py --model {model}"
         raise UserError(f"the model {model} is not on this machine; get it with: {get}")
-    name, mend = show_path(ROOT / model), "get the base model with: python model_download/download_model.py"
-    if name in MADE_BY:
-        mend = f"make it with: {MADE_BY[name]}"
+    mend = "get the base model with: python model_download/download_model.py"
+    if made := re.fullmatch("trainer_output/(sft|lora|dpo)_finetuned", show_path(ROOT / model)):
+        mend = f"make it with: python model_finetune/finetune_{made[1]}.py"
     for place in ("trainer_output", "model_download"):
         if (ROOT / place / model).is_dir():
             mend = f"did you mean {place}/{model}?"
     raise missing(path if (ROOT / model).exists() else ROOT / model, mend)
-
-
-def check_files(folder: Path) -> None:
-    """UserError, in one line that names the file, unless the folder holds a Qwen3 or a LoRA adapter in safetensors.
-
-    The folder may be a stranger's: nothing in it is run, no file outside it is read. The weights are judged when they are loaded.
-    """
-    if is_adapter(folder):
-        if read_object(folder, "adapter_config.json").get("peft_type") != "LORA":
-            raise cannot_load(folder, "adapter_config.json", "is of no LoRA adapter")
-        return
-    config, names = read_object(folder, "config.json"), ["model.safetensors"]
-    if config.get("model_type") != "qwen3":
-        kind = str(config.get("model_type"))[:40]
-        raise UserError(f"{show_path(folder)} is a model of type {kind}; wanted Qwen3")
-    for name in ("quantization_config", "transformers_weights", "attention_bias"):
-        if config.get(name):
-            raise cannot_load(folder, "config.json", f"asks for {name}, which is not supported here")
-    if not (folder / "model.safetensors").is_file():
-        places = read_object(folder, INDEX).get("weight_map")
-        names = sorted(set(map(str, places.values()))) if isinstance(places, dict) else [""]
-    for name in names:
-        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name) or not (folder / name).is_file():
-            raise cannot_load(folder, INDEX, f"names {name[:60]!r}; wanted *.safetensors of the folder")
 
 
 def read_object(folder: Path, name: str) -> dict:
@@ -134,26 +126,22 @@ def cannot_load(folder: str | Path, name: str, problem: str) -> UserError:
 def adapter_base(folder: str | Path) -> str:
     """The base model that a LoRA adapter folder names: a path (relative ones are to the repository) or a Hub id."""
     base = read_object(Path(folder), "adapter_config.json").get("base_model_name_or_path")
-    if not base or not isinstance(base, str):
-        raise cannot_load(folder, "adapter_config.json", "names no base model (base_model_name_or_path)")
-    if base.startswith(("//", "\\\\")):  # Windows would log in at a server of the adapter's choice
-        raise cannot_load(folder, "adapter_config.json", "names a base model on another machine")
-    base = str(ROOT / base) if (ROOT / base).is_dir() else base
-    if os.path.abspath(base) == os.path.abspath(folder):
-        raise cannot_load(folder, "adapter_config.json", "names itself as its base model")
-    return base
+    # Windows would log in at a server that a path names.
+    if not base or not isinstance(base, str) or base.startswith(("//", "\\\\")):
+        wanted = "names no base model on this machine (base_model_name_or_path)"
+        raise cannot_load(folder, "adapter_config.json", wanted)
+    return str(ROOT / base) if (ROOT / base).is_dir() else base
 
 
 def find_models() -> list[Path]:
     """Folders that load: finished runs, the newest first, then downloaded models, Qwen3-0.6B before the tiny one."""
-    found: dict[str, list[Path]] = {"trainer_output": [], "model_download": []}
+    found = []
     for place in ("trainer_output/*/", "trainer_output/demo/*/", "model_download/*/"):
-        for folder in ROOT.glob(place):
+        for folder in sorted(ROOT.glob(place)):
             with contextlib.suppress(UserError, OSError):
-                check_model(str(folder))
-                check_files(folder)
-                found[place.partition("/")[0]].append(folder)
-    return sorted(found["trainer_output"], key=written_at, reverse=True) + sorted(found["model_download"])
+                found.append(Path(check_model(str(folder))))
+    downloads = ROOT / "model_download"
+    return sorted(found, key=lambda folder: 0 if folder.parent == downloads else -written_at(folder))
 
 
 def written_at(folder: Path) -> float:
@@ -173,9 +161,7 @@ def model_sha256(model: str | Path) -> str:
 def quiet_offline() -> None:
     """Before transformers is imported: no usage pings, and nothing asks the Hub."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "false"
-    )  # threads and forks do not mix, and we batch anyway
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we batch, and threads and forks do not mix
     os.environ["HF_HUB_OFFLINE"] = "1"
     # peft asks transformers for this under its old name; nothing that a user could change
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -197,69 +183,54 @@ def told_in_one_line(model: str, name: str) -> Iterator[None]:
 
 
 def load_tokenizer(model: str) -> Tokenizer:
-    """The tokenizer of a model folder or adapter folder."""
+    """The tokenizer of a model folder or adapter folder that check_model has passed."""
     from transformers import AutoTokenizer
 
-    folder = Path(model)
-    check_files(folder)
     with told_in_one_line(model, "tokenizer.json or tokenizer_config.json"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     if not isinstance(tokenizer.chat_template, str) or "<|im_end|>" not in tokenizer.get_vocab():
         raise UserError(f"{model} is no Qwen chat model: its tokenizer has no chat template with <|im_end|>")
-    while is_adapter(folder):
-        folder = Path(adapter_base(folder))
-        if not folder.is_dir():  # the base may not be here; whoever loads the weights is told
-            return tokenizer
-    size, last = read_object(folder, "config.json").get("vocab_size"), max(tokenizer.get_vocab().values())
+    config = read_object(Path(adapter_base(model) if is_adapter(model) else model), "config.json")
+    size, last = config.get("vocab_size"), max(tokenizer.get_vocab().values())
     if not isinstance(size, int) or last >= size:
         raise cannot_load(model, "tokenizer.json", f"has token {last:,}, and config.json vocab_size {size}")
     return tokenizer
 
 
 def load_model(model: str, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The causal language model of a folder in `dtype`, an adapter merged into its base.
+    """The causal language model, in `dtype`, of a folder that check_model has passed; an adapter is merged into its base.
 
     The merge is done in float32 and rounded once, as for a merged/ folder: both give the same answers.
     """
-    import torch
-
     if not is_adapter(model):
         return _load_whole(model, dtype)
+    import torch
     from peft import PeftModel
     from transformers import GenerationConfig
 
-    check_model(model)
-    check_files(Path(model))
-    path, base = Path(model), adapter_base(model)
-    # A checkpoint belongs to the run in the folder above it.
-    record = read_record(path) or read_record(path.parent)
+    base, record = adapter_base(model), read_record(run_folder(model))
     trained_on = record and record["identity"].get("MODEL")
     if trained_on and trained_on != f"sha256 {model_sha256(base)}":
         other = f"was trained on other weights than {show_path(base)} holds now"
-        raise UserError(f"{show_path(path)} {other}; use its merged/ folder, or bring that base model back")
-    base = load_model(base, torch.float32)
-    with told_in_one_line(model, "adapter_config.json or adapter_model.safetensors"):
-        merged = PeftModel.from_pretrained(base, model).merge_and_unload()
+        raise UserError(f"{show_path(model)} {other}; use its merged/ folder, or bring that base model back")
+    whole = _load_whole(base, torch.float32)
+    with told_in_one_line(model, "adapter_config.json, generation_config.json or adapter_model.safetensors"):
+        merged = PeftModel.from_pretrained(whole, model).merge_and_unload()
+        if (Path(model) / "generation_config.json").is_file():
+            merged.generation_config = GenerationConfig.from_pretrained(model)
     for weight in merged.parameters():  # not .to(dtype), which would round the rotary frequencies as well
         weight.data = weight.data.to(dtype)
-        weight.requires_grad_(True)  # peft froze all but the embedding's
-    if (path / "generation_config.json").is_file():
-        with told_in_one_line(model, "generation_config.json"):
-            merged.generation_config = GenerationConfig.from_pretrained(model)
     return merged
 
 
 def _load_whole(model, dtype):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    check_files(Path(model))
     with told_in_one_line(model, "config.json or *.safetensors"):
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         config._attn_implementation = "sdpa"  # a name in config.json would be fetched as a kernel
         how = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
         loaded, report = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, config=config, **how)
-    if set(loaded.config.layer_types) != {"full_attention"}:
-        raise cannot_load(model, "config.json", "asks for sliding windows, which are not supported here")
     # transformers would go on with random numbers for those that are missing, and without those that it does not expect
     for name, keys in (("lacks", report["missing_keys"]), ("does not expect", report["unexpected_keys"])):
         if keys:
@@ -268,14 +239,12 @@ def _load_whole(model, dtype):
 
 
 def load_for_lora(model: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a folder with frozen weights, for adapters; its norms stay float32.
-
-    Linear layers and embeddings are held in `dtype`, in which their products are computed anyway: no copy of them in every step.
-    """
+    """The whole model of a folder with frozen weights, for adapters: norms in float32, linear layers and embeddings in `dtype`, in
+    which their products are computed anyway: no copy of them in every step."""
     import torch
     from torch import nn
 
-    loaded = load_model(model, torch.float32 if is_adapter(model) else "auto")
+    loaded = _load_whole(model, "auto")
     for module in loaded.modules():
         held = dtype if isinstance(module, nn.Linear | nn.Embedding) else torch.float32
         for weight in module.parameters(recurse=False):
@@ -323,9 +292,8 @@ def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: str | Path)
 def write_config_for_other_tools(folder: Path) -> None:
     """Make a folder that transformers 5 saved readable for transformers 4 too, and for what is built on either.
 
-    config.json gets the RoPE base where 4.x looks for it: without it, 4.57 computes with 10,000 and says nothing. The
-    tokenizer gets a class that both know. It is not Qwen2Tokenizer, with which 5.x would ignore how tokenizer.json splits words.
-    PEFT's README.md, a form to fill in with a path of this machine, is removed.
+    4.57 looks for the RoPE base elsewhere, and would compute with 10,000. A tokenizer class that both know is not Qwen2Tokenizer, with
+    which 5.x would ignore how tokenizer.json splits words. PEFT's README.md, which names a path of this machine, is removed.
     """
     if (folder / "config.json").is_file():
         config = read_json(folder / "config.json")
@@ -339,8 +307,7 @@ def write_config_for_other_tools(folder: Path) -> None:
         config["model_input_names"] = ["input_ids", "attention_mask"]
     for name in ("backend", "is_local", "local_files_only"):
         config.pop(name, None)
-    if isinstance(config.get("extra_special_tokens"), list):
-        # the name that 4.x has for such a list, and 5.x takes
+    if isinstance(config.get("extra_special_tokens"), list):  # 4.x has another name for a list
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     write_json(folder / "tokenizer_config.json", config)
     (folder / "README.md").unlink(missing_ok=True)
@@ -372,13 +339,12 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     record = read_object(path.parent, RECORD)
-    finished = {"results": dict} if record.get("status") == "finished" else {}
-    for name, kind in {"status": str, "identity": dict, "settings": dict, **finished}.items():
-        if not isinstance(record.get(name), kind):
-            problem = f"its {name} is no {kind.__name__}; restore the file, or start over with --fresh"
-            raise UserError(f"{show_path(path)} is damaged: {problem}")
-    if not isinstance(record["settings"].get("MODEL"), str):
-        raise UserError(f"{show_path(path)} is damaged: it names no MODEL")
+    objects = ["identity", "settings"] + ["results"] * (record.get("status") == "finished")
+    whole = isinstance(record.get("status"), str) and all(
+        isinstance(record.get(key), dict) for key in objects
+    )
+    if not whole or not isinstance(record["settings"].get("MODEL"), str):
+        raise UserError(f"{show_path(path)} is damaged; restore the file, or start over with --fresh")
     return record
 
 
@@ -391,7 +357,8 @@ def usable_record(folder: str | Path) -> dict[str, Any] | None:
         return None
 
 
-def run_folder(folder: Path) -> Path:
+def run_folder(folder: str | Path) -> Path:
     """The training folder that a model folder belongs to: itself, or the one above merged/ or a checkpoint."""
+    folder = Path(folder)
     inside = folder.name == "merged" or folder.name.startswith("checkpoint-")
     return folder.parent if inside and not (folder / RECORD).is_file() else folder

@@ -16,7 +16,7 @@ import torch
 from utils.device import Device
 from utils.errors import UserError
 from utils.files import show_path
-from utils.model.folder import read_record
+from utils.model.folder import read_record, run_folder
 from utils.model.lm_head import cross_entropy_sum
 from utils.model.packing import ROUNDED, PackedRows, collate
 from utils.model.qwen3_train import forward
@@ -110,7 +110,7 @@ def plan_run(run: Run, model, train: Loaded, load_eval: Callable[[int], Loaded])
     schedule = Schedule(*run.keep("schedule", list(schedule)))
     several = [train.conversations]
     if pairs:  # of single questions do not take away that a model knows conversations
-        several.append((read_record(settings.MODEL) or {}).get("conversations"))
+        several.append((read_record(run_folder(settings.MODEL)) or {}).get("conversations"))
     run.keep("conversations", "several" if "several" in several else "single")
     check_disk(run, trained, stored)
     weights = 3 * trained, stored

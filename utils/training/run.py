@@ -29,7 +29,7 @@ from utils.device import Device
 from utils.errors import RunError, UserError
 from utils.files import read_json, sha256_of, show_path, write_folder, write_json
 from utils.kept import damage, record_path, seal
-from utils.model.folder import RECORD, adapter_base, model_sha256, read_record
+from utils.model.folder import RECORD, model_sha256, read_record
 from utils.text import duration, format_bytes
 from utils.training.log import Clock, RunLog, best_of, write_page
 from utils.training.memory import StepPlan
@@ -345,8 +345,6 @@ def _move_aside(settings):
     """--fresh: move an earlier run beside its folder. UserError if that would move something that this run reads."""
     folder = settings.OUTPUT_DIR.resolve()  # it may be a link to another disk
     reads = {name: Path(getattr(settings, name)) for name in ("MODEL", "TRAIN_FILE", "EVAL_FILE")}
-    if (reads["MODEL"] / "adapter_config.json").is_file():
-        reads["MODEL's base"] = Path(adapter_base(settings.MODEL))
     for name, path in reads.items():
         if path.exists() and path.resolve().is_relative_to(folder):
             move = f"--fresh would move {name}, {show_path(path)}, which this run reads"

@@ -77,24 +77,20 @@ def training_history(folder: Path) -> tuple[list[dict], str]:
 
 
 def _refuse_what_is_lost(folder, form):
-    """UserError that names what the format, or the exporter, does not write: without it the model would answer otherwise."""
-    above = folder
-    while is_adapter(above):
-        above = Path(adapter_base(above))
+    """UserError that names what the format does not write: without it the model would answer otherwise."""
+    if form != "gguf":
+        return
+    above = Path(adapter_base(folder)) if is_adapter(folder) else folder
     config, tokenizer = read_json(above / "config.json"), read_json(folder / "tokenizer.json")
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    scaling = rope.get("rope_type", rope.get("type", "default"))
     lost = {
-        "quantised weights (quantization_config)": config.get("quantization_config"),
-        "a sliding window (use_sliding_window)": config.get("use_sliding_window"),
+        f"RoPE scaling ({scaling})": scaling != "default",
+        "another activation than silu (hidden_act)": config.get("hidden_act", "silu") != "silu",
     }
-    if form == "gguf":
-        rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-        scaling = rope.get("rope_type", rope.get("type", "default"))
-        lost[f"RoPE scaling ({scaling})"] = scaling != "default"
-        lost["biases in its attention (attention_bias)"] = config.get("attention_bias")
-        lost["another activation than silu (hidden_act)"] = config.get("hidden_act", "silu") != "silu"
-        for token in tokenizer.get("added_tokens", []):  # llama.cpp matches tokens as they are
-            flags = [name for name in ("lstrip", "rstrip", "single_word") if token.get(name)]
-            lost[f"an added token {token['content']!r} with {', '.join(flags)}"] = flags
+    for token in tokenizer.get("added_tokens", []):  # llama.cpp matches tokens as they are
+        flags = [name for name in ("lstrip", "rstrip", "single_word") if token.get(name)]
+        lost[f"an added token {token['content']!r} with {', '.join(flags)}"] = flags
     for words, there in lost.items():
         if there:
             raise UserError(f"{show_path(folder)} has {words}, which --format {form} does not write")
@@ -165,9 +161,6 @@ class AdapterExport(Export):
         if not is_adapter(folder):
             raise UserError(f"{show_path(folder)} is no LoRA adapter; export it with --format folder or gguf")
         named, origin = _base_of(folder)
-        if Path(named).name == "merged" and not Path(named).is_dir():
-            other = "was trained on another adapter, and no tool loads both"
-            raise UserError(f"{show_path(folder)} {other}; use --format folder")
         trained = (run_folder(Path(named)) / "run.json").is_file()
         if self.base and (trained or origin not in ("", self.base)):
             whose = f"{show_path(named)}, a trained model" if trained else origin
@@ -209,10 +202,8 @@ class AdapterExport(Export):
 
 
 def _base_of(folder):
-    """(the base of an adapter as PEFT can load it: of another adapter its merged/ folder; the Hub id that it came from or "")."""
+    """(the base of an adapter, the Hub id that it came from or "")."""
     named = adapter_base(folder)
-    if is_adapter(named):
-        named = str(Path(named) / "merged")
     origin = Path(named) / "source.json"
     repo = read_json(origin).get("repo", "") if origin.is_file() else ""
     return named, repo if Path(named).is_dir() else named
