@@ -49,7 +49,8 @@ GIVEN = [  # a command, and words of the line
     ("compare --exam-file {w}/raw/rows.jsonl", "rows.jsonl: no exam question in it"),
     ("compare --models {w}/pickled", "pickled holds no *.safetensors weights"),
     *[(f"{name} --model {{w}}/photo.png", "photo.png is a file, wanted a model") for name in ("sft", "chat")],
-    *[(f"{name} --model {{w}}/orphan", NO_BASE) for name in ("dpo", "chat")],
+    ("dpo --model {w}/orphan", "orphan/merged is not a model folder"),
+    ("chat --model {w}/orphan", NO_BASE),
     ("chat --model {w}/cut", "cut cannot be loaded"),
 ]
 
