@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import platform
 import re
@@ -73,16 +74,56 @@ def pick_device(name: str = "auto", precision: str = "auto", answering: bool = F
 
     By itself, bf16 is chosen only where the hardware computes in it: CUDA from compute capability 8.0, x86 with AVX512-BF16 or
     AMX. CUDA from 7.0 up gets fp16, three times as fast as fp32 there. Apple's M1 and M2 emulate bf16. Other x86 CPUs (with AVX2,
-    which FBGEMM needs) answer from half weights and Apple GPUs from fp16 ones, which halves what each token reads. A GPU that is
-    there and cannot be used is told in one line. UserError for a device that is not there and for another precision. On a CPU,
-    memory is held from now on.
+    which FBGEMM needs) answer from half weights and Apple GPUs from fp16 ones, which halves what each token reads. UserError for a
+    device that is not there and for another precision. On a CPU, memory is held from now on.
     """
     import torch
 
     imports_are_done()
-    known = ("auto", "bf16", "fp16", "fp32", *(["int8"] if answering else []))
+    known = ["auto", "bf16", "fp16", "fp32"] + ["int8"] * answering
     if precision not in known:
         raise UserError(f"--precision: wanted {', '.join(known[:-1])} or {known[-1]}, got {precision!r}")
+    name = _find_device(name)
+    # 1. The format that the hardware is fastest in
+    if name == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        best = "bf16" if major >= 8 else "fp16" if major >= 7 else "fp32"
+        reason = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
+        if precision == "bf16" != best:
+            print(f"{reason}: this GPU emulates bf16 and is slower with it than with fp16", file=sys.stderr)
+    elif name == "mps":
+        best, reason = "fp32", "Apple GPU; bf16 would save memory, not time"
+    else:
+        hold_memory()
+        # oneDNN keeps 256 kernels, not 1,024: it makes some for every new length of a document, about 2.6 MiB each.
+        for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            os.environ.setdefault(cache, "256")
+        best, reason = _processor()
+    # 2. The form of the weights that answer
+    fbgemm = name == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
+    weights = "plain"
+    if precision == "int8":
+        if not fbgemm:
+            raise UserError("--precision int8 is for x86 CPUs with AVX2; here, take auto")
+        weights = "int8"
+    elif precision == "fp16" or precision == "auto" and (best == "fp16" or name == "mps"):
+        weights = "fp16"
+    elif precision == "auto" and best == "fp32" and fbgemm:
+        weights = "half"
+    # 3. The format of training, and what it can do
+    chosen = {"auto": best, "int8": "fp32"}.get(precision, precision)
+    if precision != "auto":
+        reason = f"{precision} as asked for; {reason}"
+    flash = name == "cuda" and best == "bf16" and chosen != "fp32"
+    flash = flash and torch.backends.cuda.is_flash_attention_available()  # not in builds for Windows
+    return Device(name, chosen == "bf16", reason, weights, chosen == "fp16", name != "cpu" and not flash)
+
+
+def _find_device(name):
+    """The device of this name, or the best one for "auto". A GPU that is there and cannot be used is told on stderr, where no
+    answers go."""
+    import torch
+
     unused = "" if name in ("mps", "cpu") else _unused_gpu()
     here = ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
     if torch.cuda.is_available() and not unused:
@@ -90,38 +131,8 @@ def pick_device(name: str = "auto", precision: str = "auto", answering: bool = F
     if name not in ("auto", *here):
         raise UserError(unused or f"--device: no {name} device here; there is: {', '.join(here)}")
     if unused:
-        print(unused, file=sys.stderr)  # stdout may be answers only
-    name = here[0] if name == "auto" else name
-    best, flash = "fp32", False  # the format that the hardware is fastest in
-    if name == "cuda":
-        major, minor = torch.cuda.get_device_capability()
-        best = "bf16" if major >= 8 else "fp16" if major >= 7 else "fp32"
-        flash = major >= 8 and torch.backends.cuda.is_flash_attention_available()  # not in builds for Windows
-        reason = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
-        if precision == "bf16" and major < 8:
-            print(f"{reason}: this GPU emulates bf16 and is slower with it than with fp16", file=sys.stderr)
-    elif name == "mps":
-        reason, macos = "Apple GPU; bf16 would save memory, not time", platform.mac_ver()[0]
-        if precision == "bf16" and macos and int(macos.partition(".")[0]) < 14:
-            raise UserError(f"--precision bf16 on Apple GPUs needs macOS 14, and this is {macos}; take fp32")
-    else:
-        hold_memory()
-        limit_kernels()
-        best, reason = _processor()
-    fbgemm = name == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
-    if precision == "int8" and not fbgemm:
-        raise UserError("--precision int8 is for x86 CPUs with AVX2; here, take auto")
-    chosen, weights = {"auto": best, "int8": "fp32"}.get(precision, precision), "plain"
-    if precision == "int8":
-        weights = "int8"
-    elif chosen == "fp16" or precision == "auto" and name == "mps":
-        weights = "fp16"
-    elif precision == "auto" and chosen == "fp32" and fbgemm:
-        weights = "half"
-    if precision != "auto":
-        reason = f"{precision} as asked for; {reason}"
-    equal_rows = name != "cpu" and not (flash and chosen != "fp32")
-    return Device(name, chosen == "bf16", reason, weights, chosen == "fp16", equal_rows)
+        print(unused, file=sys.stderr)
+    return here[0] if name == "auto" else name
 
 
 def _processor():
@@ -175,39 +186,20 @@ def _unused_gpu():
 
 
 def memory_for_process() -> int:
-    """Bytes of main memory that this process has or could still get.
+    """Bytes of main memory that this process has or could still get; the limits of its control groups (containers) hold.
 
-    The limits of its control groups (containers) and of `ulimit -v` hold. Processes that train together on one machine
-    (LOCAL_WORLD_SIZE) share what is free.
+    Processes that train together on one machine (LOCAL_WORLD_SIZE) share what is free.
     """
-    used = psutil.Process().memory_info()
-    limits = [psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + used.rss]
-    for file in _limit_files():
-        with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
-            limits.append(int(file.read_text(encoding="ascii")))
-    if os.name == "posix":
-        import resource
-
-        address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if address_space != resource.RLIM_INFINITY:
-            limits.append(max(0, address_space - used.vms + used.rss))
+    free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    limits = [free + psutil.Process().memory_info().rss]
+    groups = Path("/proc/self/cgroup")
+    for line in groups.read_text(encoding="utf-8").splitlines() if groups.is_file() else []:
+        _, controllers, path = line.split(":", 2)  # version 2 names no controllers
+        own = CGROUPS / controllers / path.lstrip("/")
+        for place, name in itertools.product((own, *own.parents), ("memory.max", "memory.limit_in_bytes")):
+            with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
+                limits.append(int((place / name).read_text(encoding="ascii")))
     return min(limits)
-
-
-def _limit_files():
-    """The files that limit the memory of this process's control group, and of the groups above it: any of them holds."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return []
-    files = []
-    for _, controllers, path in (line.split(":", 2) for line in lines):
-        own = Path(path.lstrip("/"))
-        if not controllers:  # version 2
-            files += [CGROUPS / place / "memory.max" for place in (own, *own.parents)]
-        elif "memory" in controllers.split(","):  # version 1
-            files += [CGROUPS / "memory" / place / "memory.limit_in_bytes" for place in (own, *own.parents)]
-    return files
 
 
 def hold_memory() -> None:
@@ -231,10 +223,3 @@ def release_memory() -> None:
 def _glibc():
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     return libc if hasattr(libc, "mallopt") else None  # musl has none
-
-
-def limit_kernels() -> None:
-    """Before the first product: oneDNN keeps 256 kernels, not 1,024, unless the environment says otherwise. It makes some for
-    every new shape of a product, about 2.6 MiB for each new length of a document."""
-    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(cache, "256")

@@ -23,7 +23,7 @@ PROBES = (
 )  # items of the two passes; attention takes other forms for short ones, so they are as long as those of the data
 FLOAT, HALF = 4, 2  # bytes
 LIBRARIES = 510 << 20  # bytes of Python, torch, transformers and their threads in a training process
-KERNELS = 450 << 20  # bytes of those that oneDNN keeps for bfloat16 (utils.device.limit_kernels)
+KERNELS = 450 << 20  # bytes of those that oneDNN keeps for bfloat16 (utils.device.pick_device)
 FRAGMENTS = 0.2  # of the activations: blocks of one batch that fit none of the next, as measured on CPUs
 
 
