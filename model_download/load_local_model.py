@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.chat.terminal import LOOPBACK, AnswerPrinter, loading, note, prepare_terminal
+from utils.chat.terminal import LOOPBACK, AnswerPrinter, note, prepare_terminal
 from utils.errors import UserError, run
 from utils.files import show_path
 from utils.model.chat_format import THINKING_MODES
@@ -60,17 +60,20 @@ def main(argv: list[str] | None = None) -> None:
     chatting = check_settings(settings)
 
     # 2. Which model: checked before torch is imported, which takes seconds
-    models = [settings.MODEL or choose_model(), settings.BESIDE_MODEL]
-    folders = [check_model(model) for model in models if model]
+    names = [settings.MODEL or choose_model(), settings.BESIDE_MODEL]
+    folders = [check_model(name) for name in names if name]
     quiet_offline()
 
     # 3. Load it
-    loading(" and ".join(map(show_path, folders)))
-    from utils.chat.model import ChatModel
-    from utils.chat.session import TYPED, Chat
+    if sys.stderr.isatty():
+        note(f"loading {' and '.join(map(show_path, folders))} ...")
+    from utils.chat.model import ChatModel, Options
     from utils.device import pick_device
 
-    options = make_options(settings)
+    numbers = "TEMPERATURE TOP_P TOP_K REPETITION_PENALTY SEED MAX_NEW_TOKENS".split()
+    numbers = {name.lower(): getattr(settings, name) for name in numbers if getattr(settings, name) != -1}
+    greedy = {"temperature": 0} if settings.GREEDY else {}
+    options = Options(THINKING_MODES[settings.THINKING], numbers=numbers | greedy)
     device = pick_device(settings.DEVICE, settings.PRECISION, answering=True)
     system = None if settings.SYSTEM == "auto" else settings.SYSTEM
 
@@ -78,18 +81,20 @@ def main(argv: list[str] | None = None) -> None:
         return ChatModel(folder, device, system)
 
     note(localized(*NO_ADVICE))
+    models = [load(folder) for folder in folders]
 
     # 4. Chat
     if chatting:
+        from utils.chat.session import TYPED, Chat
+
         prepare_terminal(TYPED)
-        chat = Chat(load(folders[0]), options, load)
+        chat = Chat(models[0], options, load)
         note(localized("/help lists the commands, Ctrl-D leaves.", "/help 列出命令，Ctrl-D 离开。"))
         return chat.run()
 
     # 5. Or answer over HTTP, or the questions given
-    models = [load(folder) for folder in folders]
     for model in models:
-        note(model.introduce(options))
+        note(model.describe(options))
     if settings.SERVE:
         from utils.chat.serve import Server
 
@@ -112,33 +117,21 @@ def choose_model() -> str:
 def check_settings(settings: Settings) -> bool:
     """Tell whether this is a chat at a terminal; UserError for settings that exclude one another."""
     if settings.GREEDY and settings.TEMPERATURE > 0:
-        raise UserError(f"--greedy and --temperature {settings.TEMPERATURE:g} exclude each other")
+        raise UserError("--greedy and --temperature exclude each other")
     if "PROMPT" in settings.overridden and not settings.PROMPT.strip():
         raise UserError("--prompt: wanted a question, got an empty text")
-    if settings.SERVE:
-        if settings.HOST not in LOOPBACK and not settings.API_KEY:
-            others = f"--host {settings.HOST}: others could ask there"
-            raise UserError(f"{others}; a key is wanted too: --api-key TEXT")
-        if settings.PROMPT or settings.JSON or settings.SEED >= 0:
-            raise UserError("--serve takes no --prompt, --json or --seed: a request brings its own")
-        return False
-    if settings.BESIDE_MODEL:
+    if settings.SERVE and (settings.PROMPT or settings.JSON or settings.SEED >= 0):
+        raise UserError("--serve takes no --prompt, --json or --seed: a request brings its own")
+    if settings.SERVE and settings.HOST not in LOOPBACK and not settings.API_KEY:
+        raise UserError(
+            f"--host {settings.HOST}: others could ask there; a key is wanted too: --api-key TEXT"
+        )
+    if settings.BESIDE_MODEL and not settings.SERVE:
         raise UserError("--beside-model is for --serve, whose page shows two models side by side")
-    chatting = not settings.PROMPT and sys.stdin.isatty()
+    chatting = not settings.SERVE and not settings.PROMPT and sys.stdin.isatty()
     if chatting and settings.JSON:
         raise UserError('--json is for questions from --prompt "..." or from a pipe, not for a chat')
     return chatting
-
-
-def make_options(settings: Settings):
-    """The settings that hold for every answer, as utils/chat/model.py:Options."""
-    from utils.chat.model import Options
-
-    names = "TEMPERATURE TOP_P TOP_K REPETITION_PENALTY SEED MAX_NEW_TOKENS".split()
-    numbers = {name.lower(): getattr(settings, name) for name in names if getattr(settings, name) != -1}
-    if settings.GREEDY:
-        numbers["temperature"] = 0
-    return Options(THINKING_MODES[settings.THINKING], numbers=numbers)
 
 
 def read_questions(stream: BinaryIO) -> Iterator[tuple[str, str]]:
@@ -153,9 +146,7 @@ def read_questions(stream: BinaryIO) -> Iterator[tuple[str, str]]:
             found = True
             yield f"stdin, line {number}", question
     if not found:
-        raise UserError(
-            'no question on stdin, wanted one a line; or ask with --prompt "...", or chat at a terminal'
-        )
+        raise UserError('no question on stdin, wanted one a line; or ask with --prompt "..."')
 
 
 def answer_once(chat_model, options, place: str, question: str, as_json: bool) -> None:
@@ -167,16 +158,14 @@ def answer_once(chat_model, options, place: str, question: str, as_json: bool) -
         chat_model.check_length(prompt)
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
-    reply = chat_model.answer(prompt, options, AnswerPrinter(show_answer=not as_json))
-    if reply.stopped:
+    reply = chat_model.answer(prompt, options, (lambda *_: None) if as_json else AnswerPrinter())
+    if reply.end == "Ctrl-C":
         raise KeyboardInterrupt
     if as_json:
         row = {"question": question, "answer": reply.content, "tokens": reply.tokens}
-        print(json.dumps(row | {"seconds": round(reply.seconds, 3)}, ensure_ascii=False), flush=True)
-    else:
-        print(flush=True)
-    cut = "" if reply.ended else f"; cut at the limit of {options.limit} tokens (--max-new-tokens)"
-    note(f"[{place}: {reply.speed()}{cut}]")
+        print(json.dumps(row | {"seconds": round(reply.seconds, 3)}, ensure_ascii=False), end="")
+    print(flush=True)
+    note(f"[{place}: {reply}]")
 
 
 if __name__ == "__main__":

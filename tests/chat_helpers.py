@@ -46,8 +46,8 @@ class Echo(ChatModel):
         stopped = "stop" in text.split("<|im_start|>user")[-1]
         content = "" if stopped and "early" in text else f"答{len(self.seen)}"
         show(content, False)
-        complete = not stopped and "long" not in text
-        return Reply(content, "想" if options.thinking else "", 3, 0.5, 0.1, complete, stopped)
+        end = "Ctrl-C" if stopped else "length" if "long" in text else "stop"
+        return Reply(content, "想" if options.thinking else "", 3, 0.5, 5.0, end)
 
 
 def talk(chat, *lines):

@@ -1,6 +1,6 @@
 """A headless Chromium, driven over the W3C WebDriver protocol (https://www.w3.org/TR/webdriver2) by Debian's chromedriver.
 
-with Browser("zh-CN") as browser:
+with Browser(folder_for_downloads) as browser:
     browser.open("http://127.0.0.1:8000/")
     browser.type("#question", "甘草\\n")
     browser.wait("document.querySelector('.answer').textContent")
@@ -25,7 +25,8 @@ KEYS = {"Escape": "\ue00c", "Enter": "\ue007", "Tab": "\ue004"}
 
 
 class Browser:
-    def __init__(self, language: str, downloads: Path, width: int = 1200, height: int = 820):
+    def __init__(self, downloads: Path):
+        self.downloads = downloads
         self.driver = subprocess.Popen(
             [DRIVER, "--port=0"], stdout=subprocess.PIPE, text=True, encoding="utf-8"
         )
@@ -34,8 +35,8 @@ class Browser:
                 break
         self.address = f"http://127.0.0.1:{found[1]}/session"
         arguments = "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage".split()
-        arguments += [f"--window-size={width},{height}", f"--lang={language}", f"--accept-lang={language}"]
-        preferences = {"intl.accept_languages": language, "download.default_directory": str(downloads)}
+        arguments += ["--window-size=1200,820", "--lang=en-US", "--accept-lang=en-US"]
+        preferences = {"download.default_directory": str(downloads)}
         options = {"binary": CHROMIUM, "args": arguments, "prefs": preferences}
         wanted = {"alwaysMatch": {"goog:chromeOptions": options, "unhandledPromptBehavior": "ignore"}}
         self.address += "/" + self._call("POST", "", {"capabilities": wanted})["sessionId"]
@@ -91,7 +92,14 @@ class Browser:
 
     def resize(self, width: int, height: int) -> None:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-        self._call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": size})
+        self._emulate("setDeviceMetricsOverride", size)
+
+    def speak(self, language: str) -> None:
+        agent = self.run("return navigator.userAgent")
+        self._emulate("setUserAgentOverride", {"userAgent": agent, "acceptLanguage": language})
+
+    def _emulate(self, command, how):
+        self._call("POST", "/goog/cdp/execute", {"cmd": f"Emulation.{command}", "params": how})
 
     def picture(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self._call("GET", "/screenshot")))

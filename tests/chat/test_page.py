@@ -43,22 +43,17 @@ class Speaker(Echo):
         except OSError:
             self.left.set()
             raise
-        return Reply(said, reasoning, len(said), 0.5, 0.1, "long" not in question, False)
+        return Reply(said, reasoning, len(said), 0.5, 20.0, "length" if "long" in question else "stop")
 
 
 @pytest.fixture(scope="module")
-def downloads(tmp_path_factory):
-    return tmp_path_factory.mktemp("downloads")
-
-
-@pytest.fixture(scope="module")
-def browser(downloads):
-    with Browser("en-US", downloads) as browser:
+def browser(tmp_path_factory):
+    with Browser(tmp_path_factory.mktemp("downloads")) as browser:
         yield browser
 
 
 @pytest.fixture
-def page(browser, chat_model):
+def page(browser):
     """page(*models): the page that a server of these models gives."""
     with contextlib.ExitStack() as stack:
 
@@ -78,18 +73,27 @@ def ask(browser, question):
 
 
 def test_questions_and_answers(page, chat_model):
-    speaker = Speaker(chat_model)
+    speaker = Speaker(chat_model, system="你是中医师。")
     browser = page(speaker)
     assert "not medical advice" in browser.text("footer") and browser.text("#models b") == "speaker"
     assert browser.text("#models .faint") == "thinks first"
     assert ask(browser, "甘草 @甘") == ["speaker：甘"]
     assert browser.text(".answer .faint") == "9 tokens · 20.0 tokens/s"  # as the server measured it
-    assert ask(browser, "麻黄 @第一行") == ["speaker：甘", "speaker：第一行"]
+    assert ask(browser, "long @未完") == ["speaker：甘", "speaker：未完"]
+    assert ask(browser, "麻黄 @麻")[2] == "speaker：麻"
     assert "speaker：甘<|im_end|>" in speaker.seen[-1]  # the second question is asked with the first
     assert browser.run("return document.activeElement.id") == "question"
     browser.click(".turn:last-child .under button")  # retry
     browser.wait(f"{DONE} && true")
-    assert len(speaker.seen) == 3 and speaker.seen[2] == speaker.seen[1]
+    assert len(speaker.seen) == 4 and speaker.seen[3] == speaker.seen[2]
+
+    browser.click(".model button")  # save; a cut answer is left out
+    path, deadline = browser.downloads / "my_chats.jsonl", time.monotonic() + 20
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    [row] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    said = [message["content"] for message in row["messages"]]
+    assert said == ["你是中医师。", "甘草 @甘", "speaker：甘", "麻黄 @麻", "speaker：麻"]
     browser.click("#new")
     assert browser.text(".start") and browser.run("return turns.length") == 0
 
@@ -123,9 +127,6 @@ def test_what_a_model_says_is_never_html(page, chat_model):
     time.sleep(0.3)
     assert browser.run("return document.title") == "TCM chat"
 
-
-def test_markdown(page, chat_model):
-    browser = page(Speaker(chat_model))
     script = "const box = document.createElement('div'); box.append(...formatted(arguments[0])); return box.innerHTML"
     lists = '<h3>功效</h3><ul><li>补气</li><li>健脾</li></ul><ol start="1"><li>人参</li><li>白术</li></ol>'
     for text, made in (
@@ -138,8 +139,12 @@ def test_markdown(page, chat_model):
         assert browser.run(script, text) == made
 
 
-def test_errors_are_shown(page, chat_model, capsys):
-    browser = page(Speaker(chat_model))
+def test_errors_are_shown(page, chat_model):
+    browser = page(Speaker(chat_model), key="secret")
+    assert "wants a key" in browser.text("[role=alert]")
+    browser.type("#key", "secret\n")
+    browser.run("document.querySelector('#key').blur()")
+    browser.wait("models.length")
     assert ask(browser, "wrong") == [""]
     assert "this cannot be answered" in browser.text("[role=alert]")
     browser.run("temperature.value = 11")
@@ -185,29 +190,7 @@ def test_settings_reach_the_model(page, chat_model):
     assert "先想一想" in browser.text("details")
 
 
-def test_saved_rows(page, chat_model, downloads):
-    browser = page(Speaker(chat_model, system="你是中医师。"))
-    for question in ("甘草 @甘", "long @未完", "麻黄 @麻"):
-        ask(browser, question)
-    browser.click(".model button")
-    path, deadline = downloads / "my_chats.jsonl", time.monotonic() + 20
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    [row] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    said = [message["content"] for message in row["messages"]]
-    assert said == ["你是中医师。", "甘草 @甘", "speaker：甘", "麻黄 @麻", "speaker：麻"]
-
-
-def test_a_key(page, chat_model):
-    browser = page(Speaker(chat_model), key="secret")
-    assert "wants a key" in browser.text("[role=alert]")
-    browser.type("#key", "secret\n")
-    browser.run("document.querySelector('#key').blur()")
-    browser.wait("models.length")
-    assert ask(browser, "甘草 @甘") == ["speaker：甘"]
-
-
-def test_a_phone_and_the_keyboard(page, chat_model):
+def test_a_phone_the_keyboard_and_chinese(page, chat_model):
     browser = page(Speaker(chat_model, "before"), Speaker(chat_model, "after"))
     browser.resize(360, 640)
     ask(browser, "甘草 @" + "甘草味甘性平" * 20 + "https://" + "x" * 200)
@@ -220,11 +203,8 @@ def test_a_phone_and_the_keyboard(page, chat_model):
         reached.add(browser.run("const e = document.activeElement; return e.id || e.textContent"))
     assert reached >= {"which", "new", "open-settings", "question", "Retry", "Save as training rows"}
     browser.resize(1200, 820)
-
-
-def test_in_chinese(chat_model, downloads):
-    with serving(Speaker(chat_model)) as port, Browser("zh-CN", downloads) as browser:
-        browser.open(f"http://127.0.0.1:{port}/")
-        browser.wait("models.length")
-        assert browser.text("h1") == "中医问答" and "不能代替医生" in browser.text("footer")
-        assert browser.run("return document.documentElement.lang") == "zh"
+    browser.speak("zh-CN")
+    page(Speaker(chat_model))
+    assert browser.text("h1") == "中医问答" and "不能代替医生" in browser.text("footer")
+    assert browser.run("return document.documentElement.lang") == "zh"
+    browser.speak("en-US")

@@ -148,7 +148,7 @@ WRONG = [
     ([TINY, "--serve", "--host", "0.0.0.0"], "a key is wanted too: --api-key TEXT"),
     (["--serve", "--prompt", "甘草"], "--serve takes no --prompt"),
     (["--serve", "--port", "70000"], "--port is 70000, wanted a whole number: 0, 1, ... 65535"),
-    (["--greedy", "--temperature", "0.5"], "--greedy and --temperature 0.5 exclude each other"),
+    (["--greedy", "--temperature", "0.5"], "--greedy and --temperature exclude each other"),
     ([str(ROOT / "utils"), "--prompt", "x"], "is not a model folder"),
     (["--promt", "x"], "did you mean --prompt?"),
     ([TINY, "--prompt", "x", "--device", "abacus"], "--device is 'abacus'"),

@@ -18,7 +18,7 @@ from chat_helpers import QUESTIONS, Echo, reference
 from conftest import ROOT
 
 from utils.chat import serve
-from utils.chat.model import Options, before_stop
+from utils.chat.model import Options
 from utils.chat.serve import Server
 from utils.errors import RunError
 from utils.model.chat_format import encode_prompt
@@ -39,7 +39,7 @@ def serving(*models, key="", file_pages=False):
             thread.join()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def port(chat_model):
     with serving(chat_model) as port:
         yield port
@@ -74,7 +74,11 @@ def expected(chat_model, messages=ASKED["messages"], length=12):
 # ---- Answers
 
 
-def test_an_answer_as_a_whole(port, chat_model):
+def events_of(text):
+    return [json.loads(event) for event in re.findall("^data: ({.*)$", text, re.MULTILINE)]
+
+
+def test_an_answer_whole_and_piece_by_piece(port, chat_model):
     answer, same = (json.loads(ask(port, ASKED, path=f"{base}/chat/completions")[2]) for base in ("/v1", ""))
     assert answer["choices"] == same["choices"]
     prompt, text = expected(chat_model)
@@ -83,34 +87,29 @@ def test_an_answer_as_a_whole(port, chat_model):
     tokens = {"prompt_tokens": len(prompt), "completion_tokens": 12, "total_tokens": len(prompt) + 12}
     assert answer["usage"] == tokens
 
-
-def test_an_answer_piece_by_piece(port, chat_model):
-    status, headers, text = ask(port, {**ASKED, "stream": True, "stream_options": {"include_usage": True}})
+    status, headers, sent = ask(port, {**ASKED, "stream": True, "stream_options": {"include_usage": True}})
     assert status == 200 and headers["Content-Type"].startswith("text/event-stream")
-    events = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
-    assert events.pop() == "[DONE]"
-    events = [json.loads(event) for event in events]
-    assert events.pop()["usage"]["completion_tokens"] == 12
+    events = events_of(sent)
+    assert sent.endswith("data: [DONE]\n\n") and events.pop()["usage"] == tokens
     deltas = [event["choices"][0]["delta"] for event in events]
     assert deltas[0] == {"role": "assistant", "content": ""} and deltas[-1] == {}
-    assert "".join(delta.get("content", "") for delta in deltas) == expected(chat_model)[1]
+    assert "".join(delta.get("content", "") for delta in deltas) == text
     assert len({event["id"] for event in events}) == 1
     assert events[-1]["choices"][0]["finish_reason"] == "length"
 
 
-def test_several_turns_parts_system_and_thinking(chat_model, monkeypatch):
+def test_several_turns_parts_system_and_thinking(port, chat_model, monkeypatch):
     system = [{"role": "system", "content": "你是中医。"}]
     parts = [{"type": "text", "text": "甘"}, {"type": "text", "text": "草"}]
     turns = [{"role": "assistant", "content": "甘。"}, {"role": "user", "content": "合谷"}]
     turns, plain = [{"role": "user", "content": parts}, *turns], [{"role": "user", "content": "甘草"}, *turns]
     monkeypatch.setattr(chat_model, "system", system[0]["content"])
-    with serving(chat_model) as port:
-        assert content(said(port, messages=turns)) == expected(chat_model, system + plain)[1]
-        own, same = [{"role": role, "content": "x"} for role in ("developer", "system")]
-        kwargs = {"chat_template_kwargs": {"enable_thinking": False}}
-        for more, thinking in (({}, None), ({"enable_thinking": False}, False), (kwargs, False)):
-            tokens = said(port, messages=[own, *turns], **more)["usage"]["prompt_tokens"]
-            assert tokens == len(encode_prompt(chat_model.tokenizer, [same, *plain], thinking))
+    assert content(said(port, messages=turns)) == expected(chat_model, system + plain)[1]
+    own, same = [{"role": role, "content": "x"} for role in ("developer", "system")]
+    kwargs = {"chat_template_kwargs": {"enable_thinking": False}}
+    for more, thinking in (({}, None), ({"enable_thinking": False}, False), (kwargs, False)):
+        tokens = said(port, messages=[own, *turns], **more)["usage"]["prompt_tokens"]
+        assert tokens == len(encode_prompt(chat_model.tokenizer, [same, *plain], thinking))
 
 
 def test_settings_of_a_request(port):
@@ -125,30 +124,18 @@ def test_settings_of_a_request(port):
 
 def test_a_stop_text_ends_an_answer(port, chat_model):
     whole = expected(chat_model)[1]
-    middle = whole[3:5]
-    for stop in (middle, ["没有这个", middle, whole[5:9]]):
-        answer = said(port, stop=stop)
-        assert content(answer) == whole[: whole.index(middle)]
-        assert answer["choices"][0]["finish_reason"] == "stop"
-        streamed = ask(port, {**ASKED, "stop": stop, "stream": True})[2]
-        events = re.findall("^data: ({.*)$", streamed, re.MULTILINE)
-        choices = [json.loads(event)["choices"][0] for event in events]
-        assert "".join(choice["delta"].get("content", "") for choice in choices) == content(answer)
-        assert choices[-1]["finish_reason"] == "stop"
-
-
-def test_what_may_begin_a_stop_is_held_back():
-    for text, stops, last, before, found in (
-        ("abcd", ("bc",), False, "a", True),
-        ("ab", ("bc",), False, "a", False),  # b may begin it
-        ("ab", ("bc",), True, "ab", False),
-        ("abx", ("bc",), False, "abx", False),
-        ("aaa", ("aab",), False, "a", False),
-        ("abcd", ("d", "bc"), False, "a", True),
-        ("ab", ("xyz", "b"), False, "a", True),
-        ("ab", (), False, "ab", False),
+    for stop, kept, reason in (
+        (whole[3:5], whole[: whole.index(whole[3:5])], "stop"),
+        (["没有这个", whole[3:5], whole[5:9]], whole[: whole.index(whole[3:5])], "stop"),
+        (whole[-3:] + "。", whole, "length"),  # it begins, and does not come
     ):
-        assert before_stop(text, stops, last) == (before, found)
+        answer = said(port, stop=stop)
+        assert content(answer) == kept and answer["choices"][0]["finish_reason"] == reason
+        choices = [
+            event["choices"][0] for event in events_of(ask(port, {**ASKED, "stop": stop, "stream": True})[2])
+        ]
+        assert "".join(choice["delta"].get("content", "") for choice in choices) == kept
+        assert choices[-1]["finish_reason"] == reason
 
 
 def test_fields_that_ask_for_nothing(port, chat_model):
@@ -159,21 +146,11 @@ def test_fields_that_ask_for_nothing(port, chat_model):
     assert content(said(port, **neutral, **harmless)) == expected(chat_model)[1]
 
 
-NOT_DONE = {
-    "n": 2,
-    "response_format": {"type": "json_object"},
-    "logprobs": True,
-    "logit_bias": {"100": -100},
-    "min_p": 0.1,
-    "presence_penalty": 1,
-    "frequency_penalty": -0.5,
-}
-NOT_DONE |= {
-    "reasoning_effort": "high",
-    "tools": [{"type": "function"}],
-    "chat_template_kwargs": 3,
-    "something_new": "x",
-}
+NOT_DONE = dict(
+    n=2, response_format={"type": "json_object"}, logprobs=True, logit_bias={"100": -100}, min_p=0.1
+)
+NOT_DONE |= dict(presence_penalty=1, frequency_penalty=-0.5, reasoning_effort="high", something_new="x")
+NOT_DONE |= dict(tools=[{"type": "function"}], chat_template_kwargs=3)
 IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
 CALL = {"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}
 WRONG = [
@@ -186,7 +163,7 @@ WRONG = [
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "every message"),
     ({"messages": []}, "the last message"),
     ({"messages": [{"role": "assistant", "content": "a"}]}, "the last message"),
-    ({"messages": [IMAGE]}, "parts of type 'image_url' are not supported"),
+    ({"messages": [IMAGE]}, "parts of it that are no text are not supported"),
     ({"messages": [CALL]}, "tool_calls is not supported"),
     ({"messages": [{"role": "user", "content": "长" * 9000}]}, "the context window takes 4096"),
     *[({**ASKED, name: value}, f"{name} is not supported") for name, value in NOT_DONE.items()],
@@ -209,16 +186,16 @@ def test_what_cannot_be_answered(port, capsys):
     assert ask(port, ASKED)[0] == 200
 
 
-def test_two_models(chat_model):
-    with serving(chat_model, Echo(chat_model, single=True)) as port:
-        listed = json.loads(ask(port, None, "GET", "/v1/models")[2])["data"]
+def test_two_models(chat_model, port):
+    with serving(chat_model, Echo(chat_model, single=True)) as two:
+        listed = json.loads(ask(two, None, "GET", "/v1/models")[2])["data"]
         assert [model["id"] for model in listed] == [chat_model.name, "echo"]
         assert [model["meta"]["single_questions"] for model in listed] == [False, True]
-        assert content(said(port, model="echo")) == "答1" and said(port)["model"] == chat_model.name
-        status, _, text = ask(port, {**ASKED, "model": "gpt-4"})
+        assert content(said(two, model="echo")) == "答1" and said(two)["model"] == chat_model.name
+        status, _, text = ask(two, {**ASKED, "model": "gpt-4"})
         assert status == 404 and f"wanted {chat_model.name} or echo" in text
-    with serving(chat_model) as port:  # the only model answers, whatever an app calls it
-        assert said(port, model="gpt-4")["model"] == said(port, model=[3])["model"] == chat_model.name
+    # the only model answers, whatever an app calls it
+    assert said(port, model="gpt-4")["model"] == said(port, model=[3])["model"] == chat_model.name
 
 
 # ---- HTTP
@@ -242,46 +219,27 @@ def test_a_body_in_chunks(port, chat_model):
     assert content(json.loads(answer.partition("\r\n\r\n")[2])) == expected(chat_model)[1]
 
 
-def test_a_body_that_is_broken_or_too_large(port, capsys):
-    for head, status in (
-        (b"Transfer-Encoding: chunked\r\n\r\nx\r\n", 400),
-        (b"Transfer-Encoding: chunked\r\n\r\n-5\r\n", 400),
-        (b"Transfer-Encoding: chunked\r\n\r\n2\r\nabcd\r\n", 400),
-        (b"Transfer-Encoding: chunked\r\n\r\nfffffff\r\n", 413),
-        (b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n", 400),
-        (b"Transfer-Encoding: gzip\r\n\r\n", 400),
-        (b"Content-Length: 1099511627776\r\n\r\n", 413),
-        (b"Content-Length: -1\r\n\r\n", 400),
-        (b"\r\n", 400),
-    ):
-        assert f"HTTP/1.1 {status} " in send(port, HEAD + head)
-        assert capsys.readouterr().err.count(f"refused ({status}) POST /v1/chat/completions") == 1
-    assert ask(port, ASKED)[0] == 200
-
-
 def test_what_is_no_request(port, capsys):
+    chunked = b"Transfer-Encoding: chunked\r\n"
+    for head in (
+        chunked + b"\r\nx\r\n",
+        chunked + b"\r\n-5\r\n",
+        chunked + b"\r\n2\r\nabcd\r\n",
+        chunked + b"\r\nfffffff\r\n",
+        chunked + b"Content-Length: 5\r\n\r\n",
+        b"Transfer-Encoding: gzip\r\n\r\n",
+        b"Content-Length: 1099511627776\r\n\r\n",
+        b"Content-Length: -1\r\n\r\n",
+        b"\r\n",
+    ):
+        assert "HTTP/1.1 400 " in send(port, HEAD + head)
+        assert (
+            capsys.readouterr().err.count("refused (400) POST /v1/chat/completions HTTP/1.1: wanted a body")
+            == 1
+        )
     assert "Bad request syntax" in send(port, b"nonsense\r\n\r\n")
     assert ask(port, None, "DELETE")[0] == 501
-    assert capsys.readouterr().err.count("refused (") == 2
-
-
-def test_a_browser_may_send_the_headers_it_asks_for(port):
-    asked = "authorization,content-type,x-stainless-os,x-stainless-helper-method"
-    headers = {"Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": asked}
-    status, sent, _ = ask(port, None, "OPTIONS", Origin="http://localhost:3000", **headers)
-    assert (status, sent["Access-Control-Allow-Headers"]) == (204, asked)
-    assert sent["Access-Control-Allow-Origin"] == "http://localhost:3000"
-    assert "POST" in sent["Access-Control-Allow-Methods"]
-    status, sent, _ = ask(port, None, "OPTIONS", Origin="https://example.com", **headers)
-    assert status == 403 and not sent["Access-Control-Allow-Headers"]
-
-
-def test_a_page_from_a_file_may_ask_if_that_is_wanted(chat_model, capsys):
-    with serving(chat_model, file_pages=True) as port:
-        status, sent, _ = ask(port, ASKED, Origin="null")
-        assert status == 200 and sent["Access-Control-Allow-Origin"] == "null"
-        assert ask(port, ASKED, Origin="https://example.com")[0] == 403
-    assert "refused (403)" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("refused (") == 2 and ask(port, ASKED)[0] == 200
 
 
 def test_the_page_runs_nothing_but_its_own_script(port):
@@ -306,29 +264,39 @@ def test_a_bug_is_an_error_of_the_server(port, chat_model, monkeypatch):
     assert ask(port, ASKED)[0] == 500
 
 
-def test_only_pages_of_this_machine_may_ask(port):
-    for headers, status in (
-        ({}, 200),
-        ({"Origin": "http://localhost:3000"}, 200),
-        ({"Origin": "http://127.0.0.1"}, 200),
-        ({"Origin": "https://example.com"}, 403),
-        ({"Origin": "null"}, 403),
-        ({"Host": "example.com"}, 403),
-        ({"Host": "localhost:8000"}, 200),
-    ):
-        got, sent, _ = ask(port, ASKED, **headers)
-        assert got == status
-        allowed = sent.get("Access-Control-Allow-Origin")
-        assert allowed == (headers.get("Origin") if status == 200 else None)
-        assert ask(port, None, "OPTIONS", **headers)[0] == (204 if status == 200 else 403)
-
-
-def test_a_key_is_asked_for(chat_model):
-    with serving(chat_model, key="secret") as port:
-        assert ask(port, ASKED)[0] == ask(port, ASKED, Authorization="Bearer wrong")[0] == 401
-        assert ask(port, None, "GET", "/v1/models", Authorization="Bearer 密".encode())[0] == 401
-        status, headers, _ = ask(port, ASKED, Authorization="Bearer secret", Origin="https://example.com")
-        assert status == 200 and headers["Access-Control-Allow-Origin"] == "https://example.com"
+def test_who_may_ask(port, chat_model):
+    cases = [
+        (port, {}, 200),
+        (port, {"Origin": "http://localhost:3000"}, 200),
+        (port, {"Origin": "http://127.0.0.1"}, 200),
+        (port, {"Origin": "https://example.com"}, 403),
+        (port, {"Origin": "null"}, 403),
+        (port, {"Host": "example.com"}, 403),
+        (port, {"Host": "localhost:8000"}, 200),
+    ]
+    wants = "authorization,content-type,x-stainless-os,x-stainless-helper-method"
+    key, wrong = {"Authorization": "Bearer secret"}, {"Authorization": "Bearer 密".encode()}
+    with serving(chat_model, file_pages=True) as open_to_files, serving(chat_model, key="secret") as keyed:
+        cases += [
+            (open_to_files, {"Origin": "null"}, 200),
+            (open_to_files, {"Origin": "https://example.com"}, 403),
+        ]
+        cases += [
+            (keyed, {}, 401),
+            (keyed, wrong, 401),
+            (keyed, {**key, "Origin": "https://example.com"}, 200),
+        ]
+        for where, headers, status in cases:
+            got, sent, _ = ask(where, ASKED, **headers)
+            assert got == status == ask(where, None, "GET", "/v1/models", **headers)[0], headers
+            assert sent.get("Access-Control-Allow-Origin") == (
+                headers.get("Origin") if status == 200 else None
+            )
+            # A browser asks first what it may send, without the key.
+            got, sent, _ = ask(where, None, "OPTIONS", **headers, Access_Control_Request_Headers=wants)
+            assert got == (403 if status == 403 else 204)
+            assert sent["Access-Control-Allow-Headers"] == (None if status == 403 else wants)
+            assert got == 403 or "POST" in sent["Access-Control-Allow-Methods"]
 
 
 @pytest.mark.parametrize("stream", [True, False])

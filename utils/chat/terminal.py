@@ -2,13 +2,9 @@
 
 import os
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TextIO
 
-from utils.files import show_path
-from utils.model.folder import written_at
 from utils.text import printable
 
 QUOTES = '"""'
@@ -24,14 +20,11 @@ def prepare_terminal(commands: Sequence[str]) -> None:
         return
     readline.parse_and_bind("set enable-bracketed-paste on")  # a paste of several lines is one message
     readline.set_completer_delims(" ")
-    readline.set_completer(lambda begun, number: [*completions(begun, commands), None][number])
+    readline.set_completer(
+        lambda begun, number: [*(name for name in commands if begun and name.startswith(begun)), None][number]
+    )
     libedit = "libedit" in (readline.__doc__ or "")  # macOS
     readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
-
-
-def completions(begun: str, commands: Sequence[str]) -> list[str]:
-    """The commands that begin so."""
-    return [command for command in commands if begun.startswith("/") and command.startswith(begun)]
 
 
 def read_message() -> str:
@@ -57,31 +50,18 @@ def note(text: str) -> None:
     print(dim(printable(text), sys.stderr), file=sys.stderr, flush=True)
 
 
-def loading(name: str) -> None:
-    """Say at a terminal that `name` is being loaded, which takes seconds."""
-    if sys.stderr.isatty():
-        note(f"loading {name} ...")
-
-
-def show_models(found: list[Path]) -> None:
-    """List model folders with a number, and when they were finished."""
-    for number, folder in enumerate(found, 1):
-        finished = time.strftime("%Y-%m-%d %H:%M", time.localtime(written_at(folder)))
-        note(f"  {number}  {show_path(folder):<40} {finished}")
-
-
 class AnswerPrinter:
-    """Prints the pieces of one answer as they come: the answer on stdout, if wanted, and the thinking on stderr, dimmed."""
+    """Prints the pieces of one answer as they come: the answer on stdout, and the thinking on stderr, dimmed."""
 
-    def __init__(self, show_answer: bool = True):
-        self.show_answer, self.thought = show_answer, False
+    thought = False  # the last piece was thinking
 
     def __call__(self, text: str, thinking: bool) -> None:
-        if thinking and text:
-            self.thought = True
-            print(dim(printable(text), sys.stderr), end="", file=sys.stderr, flush=True)
-        elif text and self.thought:
-            self.thought = False
+        if not text:
+            return
+        if self.thought and not thinking:
             print("\n", file=sys.stderr, flush=True)
-        if text and self.show_answer and not thinking:
+        self.thought = thinking
+        if thinking:
+            print(dim(printable(text), sys.stderr), end="", file=sys.stderr, flush=True)
+        else:
             print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
