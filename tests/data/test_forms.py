@@ -7,7 +7,7 @@ import pytest
 from data_rows import turns, write_lines
 
 from utils.data.messages import Reject, is_empty
-from utils.data.schemas import RowOptions, convert_row, parse_columns
+from utils.data.schemas import HALVES, RowOptions, convert_row, parse_columns
 from utils.errors import UserError
 
 STEM, HERBS = "善治项背强痛的药是", ["葛根", "独活", "杜仲", "续断"]
@@ -193,7 +193,7 @@ READ = [
     ({"instruction": "<user>: 一 <bot>: 二 <user>: 问", "output": "答"}, turns("一", "二", "问", "答"), []),
     ({"instruction": "Human: 问\n\nAssistant:", "output": "答"}, ASKED, []),
     ({"text": "### Human: 问### Assistant: 答"}, ASKED, []),
-    ({"instruction": "医生：您好\n患者：问", "output": "答"}, ASKED, []),
+    ({"instruction": "医生：您好\n患者：问", "output": "答"}, ASKED, [HALVES]),
     ({"instruction": "患者：一\n医生：二\n患者：问", "output": "答"}, turns("一", "二", "问", "答"), []),
     ({"instruction": "患者：男，四十岁。", "output": "答"}, turns("患者：男，四十岁。", "答"), []),
     ({"text": "Human: 问\nAssistant: 答", "source": "某处"}, ASKED, ["source"]),
@@ -257,8 +257,8 @@ TRIMMED = [  # a conversation, and the whole exchanges of it that are kept
 @pytest.mark.parametrize("messages, kept", TRIMMED)
 def test_turns_without_their_other_half_are_left_out_and_counted(messages, kept):
     item = convert_row({"messages": messages})
-    assert item.trimmed and item.body["messages"] == kept
-    assert not convert_row({"messages": kept}).trimmed
+    assert list(item.unused) == [HALVES] and item.body["messages"] == kept
+    assert not convert_row({"messages": kept}).unused
 
 
 GOOD, BAD = ({"role": "assistant", "content": text} for text in ("好", "坏"))

@@ -137,7 +137,6 @@ class Recognised:
         self.long_questions: dict[int, tuple[int, int]] = {}  # {text_key: where its text begins, its bytes}
         self.schemas: Counter[str] = Counter()  # names of schemas
         self.reasons: Counter[str] = Counter()  # why rows cannot be used
-        self.trimmed = 0  # conversations of which turns at an end were left out
         self.fields: Counter[tuple] = Counter()  # {(schema, a row's fields, those not used): rows}
         self.unused: dict[tuple[str, str], object] = {}  # {(schema, field not used): the first value of it}
         self.systems: Counter[str] = Counter()  # {system text: conversations}, SYSTEMS of them at most
@@ -219,11 +218,11 @@ def _add_row(found, number, file, place, row, item):
     rest = normalize(item.rest)
     mine = Row(number, place, found.write(text + original), len(text), len(original))
     mine.kind, mine.told, mine.content = sys.intern(item.kind), item.split or file.split, key
-    mine.rest, mine.long_rest, mine.characters = text_key(rest), len(rest) >= LONG_ANSWER, item.characters
+    mine.rest, mine.long_rest = text_key(rest), len(rest) >= LONG_ANSWER
+    mine.characters = len(item.questions[0]) + len(item.rest)
     mine.questions = tuple(_question_keys(found, item.questions))
     found.rows.append(mine)
     found.schemas[item.schema] += 1
-    found.trimmed += item.trimmed
     found.fields[item.schema, tuple(row), tuple(item.unused)] += 1
     for name, value in item.unused.items():
         found.unused.setdefault((item.schema, name), value)

@@ -80,16 +80,14 @@ def letters_alone(answer: str) -> str:
     return letters if len(letters) == len(set(letters)) else ""
 
 
-def exam_item(row: Fields) -> dict:
-    """{"question", "options": {letter: text}, "answer", "subject"} and, unless it is single choice, "kind".
+def exam_item(row: Fields, first: int | None = None) -> tuple[dict, bool]:
+    """({"question", "options": {letter: text}, "answer", "subject"} and, unless it is single choice, "kind"; was it guessed?).
 
-    It reads the forms of CMMLU, C-Eval, MMLU, CMB, CMExam, MedQA, ARC, MedMCQA, and options as a text. Where the row's
-    `first_option` is not known, a number that belongs to a list is counted from 0, any other from 1.
+    It reads the forms of CMMLU, C-Eval, MMLU, CMB, CMExam, MedQA, ARC, MedMCQA, and options as a text. If nobody knows the
+    number of the `first` option, a number that belongs to a list is counted from 0, which is guessed, any other from 1.
     """
     question = question_of(row, QUESTIONS)
     options, lettered = _options(row)
-    if options and all(letters_alone(text) == letter for letter, text in options.items()):
-        question, options = options_in(question)  # only letters are listed, the options stand in the question
     words = {_plain(option) for option in options.values()}
     asked_as = str(row.get("question_type") or "")
     true_false = "判断" in asked_as or len(options) == 2 and words & RIGHT and words & WRONG
@@ -100,20 +98,20 @@ def exam_item(row: Fields) -> dict:
     name = next((name for name in ANSWERS if row.peek(name) is not None), "")
     if not name:
         raise Reject("exam question without an answer", f"fields: {', '.join(map(str, row.row))}")
-    given, first = row.get(name), row.first_option
-    if name in COUNTED_FROM_0:
+    given, known = row.get(name), name in COUNTED_FROM_0
+    if known:
         row.get("answer")  # the same answer as a text
+    listed = type(given) in (int, float) and not lettered
+    guessed = first is None and listed and not known and given != 0
     if first is None:
-        number, known = type(given) in (int, float), name in COUNTED_FROM_0
-        row.guessed = number and not (known or lettered or given == 0)
-        first = int(not known and (lettered or not number) and given not in (0, "0"))
+        first = 0 if known or listed or given in (0, "0") else 1
     answer = _answer(given, options, first)
     several = len(answer) > 1 or re.search("多[项选]|multi", asked_as) or row.peek("kind") == MULTIPLE
     kind = MULTIPLE if several else TRUE_FALSE if true_false else SINGLE
     if row.peek("kind") == kind:
         row.get("kind")
     item = {"question": question, "options": options, "answer": answer, "subject": subject_of(row)}
-    return item if kind == SINGLE else item | {"kind": kind}
+    return (item if kind == SINGLE else item | {"kind": kind}), guessed
 
 
 def _options(row):
@@ -215,7 +213,7 @@ def exam_in(row: Fields, asked: str, answered: str) -> dict | None:
     letters = letters_alone(answered)
     stem, listed = options_in(asked if "\n" in asked else asked.replace("\\n", "\n")) if letters else ("", {})
     if listed:
-        item = exam_item(Fields({"question": stem, "options": listed, "answer": letters}))
+        item, _ = exam_item(Fields({"question": stem, "options": listed, "answer": letters}))
         return item | {"subject": subject_of(row)}
     if letters and list(letters) == sorted(letters):
         raise Reject("an option letter without its options", f"the answer is {answered}")

@@ -5,10 +5,12 @@ A file may be packed (.gz, .zip). An InputFile is one file of rows: a plain file
 
 import contextlib
 import gzip
+import io
 import itertools
 import re
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -46,11 +48,11 @@ EVALUATION = re.compile(
 TRAINING = re.compile("^train|^训练|训练集?$")
 BESIDE = set("set data dataset split file part final".split())
 
-# Errors of archives, books and Parquet files that are damaged, locked or packed in an unknown way.
+# Errors of the libraries that read archives, books and Parquet files, if those are damaged, locked or packed in an unknown way.
 DAMAGED = (
     ArithmeticError,
     EOFError,
-    KeyError,
+    LookupError,
     OSError,
     RuntimeError,
     ValueError,
@@ -75,19 +77,20 @@ class InputFile(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes of the file unpacked, about: a .gz of more than 4 GB states too little in its last four bytes."""
-        if self.member:
-            return zipfile.ZipFile(self.path).getinfo(self.member).file_size
-        packed = self.path.stat().st_size
-        with open(self.path, "rb") as file:
-            file.seek(max(packed - 4, 0))
-            return max(packed, int.from_bytes(file.read(), "little") * (self.path.suffix.lower() == ".gz"))
+        """Bytes of the file, unpacked."""
+        with told_if_damaged(self.path), self.open_bytes() as opened:
+            return opened.seek(0, 2)
 
     def open_bytes(self) -> IO[bytes]:
         """The file, unpacked; raises one of DAMAGED."""
         if self.member:
             return zipfile.ZipFile(self.path).open(self.member)
         return gzip.open(self.path) if self.path.suffix.lower() == ".gz" else open(self.path, "rb")
+
+    def lines(self, newline: str = "\n") -> Iterator[str]:
+        """The lines of a text file; lone surrogates stand for bytes that cannot be decoded."""
+        with told_if_damaged(self.path), self.open_bytes() as opened:
+            yield from io.TextIOWrapper(opened, self.encoding, "surrogateescape", newline)
 
 
 def find_input_files(
@@ -173,7 +176,7 @@ def _refuse_other_bytes(path):
 
 @contextlib.contextmanager
 def told_if_damaged(path: Path):
-    """One of DAMAGED becomes a UserError."""
+    """One of DAMAGED becomes a UserError. Calls of a library belong inside, and none of ours, whose mistakes it would hide."""
     try:
         yield
     except DAMAGED as error:

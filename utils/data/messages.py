@@ -109,9 +109,6 @@ class Fields:
     def __init__(self, row: dict, names: dict[str, tuple] | None = None, of_turn: bool = False):
         self.row, self.names = row, names or plain_names(tuple(row), of_turn)
         self.used, self.unused_in_turns = set(), {}
-        self.trimmed = False  # turns at an end of a conversation were left out
-        self.first_option = None  # the number of the first option of an exam, if it is known
-        self.guessed = False  # the number of an exam's answer was counted from 0 by default
 
     def field(self, name: str) -> object:
         """The row's own name of the field: of several the first that is not empty."""

@@ -114,7 +114,6 @@ def build_report(
         ],
         "skipped": dict(skipped),
         "schemas": dict(found.schemas.most_common()),
-        "conversations_trimmed": found.trimmed,
         "eval_answers_in_training": repeated,
         "characters": _spread([row.characters for row in trained]),
         "tokens": _spread(tokens),
@@ -163,8 +162,6 @@ def show(report: dict, found: Recognised) -> None:
         line(report[total], title, "\n")
         for name, count in report[counts].items():
             line(count, f"  {name}")
-    if count := report["conversations_trimmed"]:
-        line(count, "conversations without turns before the first question, or after the last answer", "\n")
     if count := report["eval_answers_in_training"]:
         stand = "held-out answers stand" if count > 1 else "held-out answer stands"
         line(count, f"{stand} word for word in training: the loss on them says little", "\n")

@@ -5,7 +5,6 @@ it raises Reject with the reason. To add a schema of questions and answers, add 
 for a field, one to ALIASES in messages.py. A reader takes the row's Fields and its schema's name, and returns (kind, schema, body).
 """
 
-import contextlib
 import functools
 import itertools
 import re
@@ -27,7 +26,7 @@ from utils.data.messages import (
     text_of,
     turns_of,
 )
-from utils.data.readers import Place, parse_row, read_rows
+from utils.data.readers import Place, read_rows
 
 # Question/further context/answer: a row is read by the first line of which it has all fields. Reasoning and system text may be
 # beside them.
@@ -44,6 +43,7 @@ WANTED_ROLES = ({"question", "answer"}, {"question", "chosen", "rejected"})  # o
 BESIDE_TEXT = {"id", "source", "url", "title", "meta", "metadata", "date", "timestamp", "lang", "language"}
 SPLITS = {"": "", "train": "train", **dict.fromkeys(("eval", "validation", "valid", "dev", "test"), "eval")}
 EVIDENCE_ROWS = 200  # of a file, which may tell if the answers of an exam are counted from 0 or from 1
+HALVES = "turns before the first question, or after the last answer"  # of a conversation, as a field not used
 GUESSED = "exam with answers counted from 0 by default"  # the schema of rows in which nothing proves 0 or 1
 
 
@@ -65,8 +65,6 @@ class ConvertedRow(NamedTuple):
     questions: list
     rest: str
     split: str  # "train" or "eval" if the row says so, else ""
-    characters: int
-    trimmed: bool  # turns at an end were left out
     unused: dict  # {field that holds something and was not used: its value}; of turns "messages[].name"
 
 
@@ -77,7 +75,6 @@ class RowOptions(NamedTuple):
     system: str = ""  # the system text of rows that have none
     max_characters: int | None = None  # of a row
     explained: bool = False  # exam items with an explanation become conversations with reasoning
-    first_option: int | None = None  # the number of an exam's first option, if it is known
 
 
 PLAIN = RowOptions()
@@ -98,35 +95,36 @@ def parse_columns(text: str) -> dict[str, str]:
 
 def convert_rows(
     file: InputFile, options: RowOptions = PLAIN
-) -> Iterator[tuple[Place, dict | None, ConvertedRow | Reject]]:
-    """(place, row, what it makes or why it is set aside) of every row of a file; `row` is None if it is no object.
+) -> Iterator[tuple[Place, dict | Reject, ConvertedRow | Reject]]:
+    """(place, row, what it makes or why it is set aside) of every row of a file.
 
     The first EVIDENCE_ROWS are read ahead: an answer that fits only one way tells if exam answers are counted from 0 or from 1.
     """
-    raws = read_rows(file)
-    ahead = list(itertools.islice(raws, EVIDENCE_ROWS))
-    for _, raw in ahead:
-        fits = []
-        for first in (0, 1):
-            with contextlib.suppress(Reject):
-                convert_row(parse_row(raw, file.encoding), options._replace(first_option=first))
-                fits.append(first)
+    rows = read_rows(file)
+    ahead = list(itertools.islice(rows, EVIDENCE_ROWS))
+    first = None
+    for _, row in ahead:
+        fits = [number for number in (0, 1) if isinstance(_attempt(row, options, number), ConvertedRow)]
         if len(fits) == 1:
-            options = options._replace(first_option=fits[0])
+            first = fits[0]
             break
-    for place, raw in itertools.chain(ahead, raws):
-        row = None
-        try:
-            row = parse_row(raw, file.encoding)
-            yield place, row, convert_row(row, options)
-        except Reject as problem:
-            problem.row = problem.row if row is None else row
-            yield place, row, problem
+    for place, row in itertools.chain(ahead, rows):
+        yield place, row, _attempt(row, options, first)
 
 
-def convert_row(row: dict, options: RowOptions = PLAIN) -> ConvertedRow:
-    """The ConvertedRow that a row makes; raises Reject."""
-    schema, read, names = _recognise(tuple(row), options.columns)
+def _attempt(row, options, first):
+    """What a row makes, or why it is set aside."""
+    if isinstance(row, Reject):
+        return row
+    try:
+        return convert_row(row, options, first)
+    except Reject as problem:
+        return Reject(problem.reason, problem.detail, row)
+
+
+def convert_row(row: dict, options: RowOptions = PLAIN, first: int | None = None) -> ConvertedRow:
+    """The ConvertedRow that a row makes; raises Reject. `first`: the number of an exam's first option, 0 or 1, if it is known."""
+    schema, read, names = _recognise(tuple(row), options.columns, first)
     fields = Fields(row, names)
     read = read or _by_values(fields, options.columns)
     told = fields.get("split")
@@ -135,7 +133,6 @@ def convert_row(row: dict, options: RowOptions = PLAIN) -> ConvertedRow:
         raise Reject("unknown split", f"{told!r}; wanted one of {', '.join(filter(None, SPLITS))}")
     if fields.peek("tools") is not None:
         raise Reject("tool calls are not trained", f"field {fields.field('tools')}")
-    fields.first_option = options.first_option
     kind, schema, body = read(fields, schema)
     if kind == "exam" and options.explained and fields.peek("explanation") is not None:
         kind, schema = "sft", "exam with explanation"
@@ -156,32 +153,32 @@ def convert_row(row: dict, options: RowOptions = PLAIN) -> ConvertedRow:
     size = len(questions[0]) + len(rest)
     if options.max_characters and size > options.max_characters:
         raise Reject("too long", f"{size:,} characters")
-    return ConvertedRow(kind, schema, body, questions, rest, split, size, fields.trimmed, fields.unused())
+    return ConvertedRow(kind, schema, body, questions, rest, split, fields.unused())
 
 
 @functools.lru_cache(maxsize=4096)
-def _recognise(fields, columns):
+def _recognise(fields, columns, first):
     """(schema name, its reader, {plain name: the row's fields}) for a row with these fields; reader None: not by its names."""
     options = {f"option {letter}": (own,) for letter, own in option_fields(fields).items()}
     names = plain_names(fields) | options
     given = {role: tuple(field.split("+")) if role == "options" else (field,) for role, field in columns}
     given = {role: own for role, own in given.items() if set(own) <= set(fields)}
     if not any(wanted <= set(given) for wanted in WANTED_ROLES):
-        return *_by_names(names), names
+        return *_by_names(names, first), names
     if len(given.get("options", ())) > 1:
         given.update({f"option {letter}": (own,) for letter, own in zip(LETTERS, given.pop("options"))})
         names.pop("options", None)
     # The user says which fields are the question and the answer: no other name counts.
     names = {name: own for name, own in names.items() if name not in (*QUESTIONS, *ANSWERS)} | given
     if "option A" in given or "options" in given:
-        return "--columns", _read_exam, names
+        return "--columns", functools.partial(_read_exam, first=first), names
     if "chosen" in given:
         return "--columns", _read_preference, names
     named = "question", "input" if "input" in given else "", "answer"
     return "--columns", functools.partial(_read_question_answer, named=named), names
 
 
-def _by_names(names):
+def _by_names(names, first):
     """(schema name, its reader) for a row with these plain names; ("", None) if they say nothing."""
     have = set(names)
     dialogue = next((name for name in ("messages", "conversations") if name in have), "")
@@ -189,7 +186,7 @@ def _by_names(names):
         return f"{'conversations' if 'conversations' in have else 'prompt'}/chosen/rejected", _read_preference
     listed, asked = {"options", "option A"} & have, set(QUESTIONS) & have and set(ANSWERS) & have
     if listed and (asked or "question" in have) or asked and "question_type" in have:
-        return "exam", _read_exam
+        return "exam", functools.partial(_read_exam, first=first)
     if dialogue:
         return dialogue, functools.partial(_read_dialogue, name=dialogue)
     if not (named := _question_answer_names(have)):
@@ -228,11 +225,11 @@ def _by_values(row, columns):
     raise Reject("fields not recognised", f"fields: {', '.join(map(str, row.row)) or 'none'}")
 
 
-def _read_exam(row, schema):
+def _read_exam(row, schema, first):
     listed = any(row.peek(name) is not None for name in ("options", "option A", "option B"))
     if listed or "判断" in str(row.peek("question_type") or ""):
-        item = exam_item(row)
-        return "exam", GUESSED if row.guessed and schema == "exam" else schema, item
+        item, guessed = exam_item(row, first)
+        return "exam", GUESSED if guessed and schema == "exam" else schema, item
     named = _question_answer_names(set(row.names))  # a question of an exam that is no choice
     if not named:
         raise Reject("missing or empty options", "0 options")
@@ -281,7 +278,8 @@ def _conversation(row, schema, turns, columns=""):
     if turns[0]["role"] != "system" and row.peek("system") is not None:
         turns = [{"role": "system", "content": text_of(row, "system", "system text")}, *turns]
     messages = exchanges(turns)
-    row.trimmed = len(messages) < len(turns)
+    if left_out := [turn for turn in turns if turn not in messages]:
+        row.unused_in_turns[HALVES] = left_out[0]
     paired = {"chosen", "rejected"} <= set(row.names)
     item = None if paired else exam_in(row, messages[-2]["content"], messages[-1]["content"])
     if item and len(messages) > 2 + (messages[0]["role"] == "system"):
