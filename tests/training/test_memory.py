@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from utils.device import Device
 from utils.model.folder import load_for_lora
 from utils.model.lm_head import HeadGradient
-from utils.model.packing import ROUNDED, item_length, measure_items, model_inputs
+from utils.model.packing import ROUNDED, item_length, measure, model_inputs
 from utils.model.qwen3_train import prepare_packed
 from utils.training import memory
 
@@ -132,11 +132,10 @@ def forecast_and_peak(method, tokens, passes, recompute, layers):
     batch = batch_for(method, tokens)
     tokens = batch["input_ids"].shape[1]
     items = [{"documents": [([0] * 80, [0] * answer) for answer in (81, 78)[: 1 + (method == "dpo")]]}]
-    sizes = measure_items(items)
+    length, alone, _ = measure(items[0])
     with cuda_shapes():
         model = qwen3(layers, method == "lora")
-        shared = max(0, int((sizes.tokens - sizes.lengths)[0]) - 1)
-        costs = memory.measure_costs(model, BF16, int(sizes.lengths[0]), shared)
+        costs = memory.measure_costs(model, BF16, length, max(0, alone - length - 1))
         forecast = memory.memory_parts(costs, tokens, recompute, Device("cuda", True, "test"), passes=passes)
         if recompute:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

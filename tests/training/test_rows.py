@@ -74,7 +74,7 @@ def test_tokens_of_pairs_are_those_of_chat(tokenizer, path):
     for _ in range(2):
         rows = load_pairs(path, tokenizer, 4096).rows
         assert items_of(rows) == expected
-        assert rows.sizes.lengths.tolist() == [item_length(item) for item in expected]
+        assert rows.lengths.tolist() == [item_length(item) for item in expected]
 
 
 def test_rows_are_packed_as_from_a_list(tokenizer, path, made):

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import bisect
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, NotRequired, TypedDict
+from collections.abc import Iterator, Sequence
+from typing import NotRequired, TypedDict
 
 import numpy
 import torch
@@ -68,38 +68,21 @@ def pack(lengths: Sequence[int] | ndarray, max_length: int, seed: int = 0) -> li
     return rows
 
 
-class Sizes(NamedTuple):
-    """Of each item, in tokens: arrays (items,)."""
-
-    lengths: ndarray  # what it takes in a row (item_length)
-    tokens: ndarray  # of its documents, each by itself
-    trained: ndarray  # of their answers
-
-
-def measure_items(items: Iterable[Item]) -> Sizes:
-    """The Sizes of items that are in memory."""
-    rows = []
-    for item in items:
-        prompts, answers = zip(*item["documents"])
-        trained = sum(map(len, answers))
-        rows.append((item_length(item), trained + sum(map(len, prompts)), trained))
-    return Sizes(*numpy.array(rows, dtype=numpy.int32).reshape(-1, 3).T)
-
-
-class PackedRows(torch.utils.data.Dataset):
+class PackedRows:
     """Rows of packed items; an element is the list of items of one row, read when it is asked for.
 
-    `tokens` and `trained_tokens` count over all documents, each by itself. `numbers`: further numbers of the items for the loss,
-    {"reference_chosen": (items,) array, ...}.
+    `lengths`: tokens of each item in a row; `tokens` and `trained_tokens` count over all documents, each by itself; `numbers`:
+    further numbers of the items for the loss, {"reference_chosen": (items,) array, ...}.
     """
 
-    def __init__(self, items: Sequence[Item], max_length: int, sizes: Sizes | None = None):
-        """`sizes`: of the items if they are known, else measured."""
-        self.items, self.max_length = items, max_length
-        self.sizes = measure_items(items) if sizes is None else sizes
-        self.rows = pack(self.sizes.lengths, max_length)
+    def __init__(self, items: Sequence[Item], max_length: int, sizes: ndarray | None = None):
+        """`sizes`: (items, 3), by measure, if they are known."""
+        if sizes is None:
+            sizes = numpy.array([measure(item) for item in items], dtype=numpy.int32).reshape(-1, 3)
+        self.items, self.max_length, self.lengths = items, max_length, sizes[:, 0]
+        self.tokens, self.trained_tokens = sizes[:, 1:].sum(0).tolist()
+        self.rows = pack(self.lengths, max_length)
         self.numbers: dict[str, ndarray] = {}
-        self.tokens, self.trained_tokens = int(self.sizes.tokens.sum()), int(self.sizes.trained.sum())
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -123,30 +106,36 @@ class PackedRows(torch.utils.data.Dataset):
 
     def fullest(self, count: int) -> int:
         """Tokens of the `count` fullest rows together: the most that a batch of `count` rows can hold."""
-        lengths = self.sizes.lengths.tolist()
+        lengths = self.lengths.tolist()
         return sum(sorted(sum(lengths[item] for item in row) for row in self.rows)[-count:])
 
 
-def shared_prefix_groups(item: Item) -> Iterator[tuple[list[int], list[Document]]]:
-    """The item's documents as (shared ids, [(rest of the prompt, answer), ...]), in their order.
+def shared_prefix_groups(item: Item) -> Iterator[tuple[GroupShape, list[int], list[Document]]]:
+    """The item's documents as (shape, shared ids, [(rest of the prompt, answer), ...]), in their order.
 
-    Of one prompt for all, all but the last token is shared: the last one predicts another token in each branch.
+    Of one prompt for all, all but the last token is shared: the last one predicts another token in each branch. The last token of
+    an answer predicts nothing, and is not fed.
     """
     documents = item["documents"]
     prompt = documents[0][0]
     if len(documents) > 1 and all(other == prompt for other, _ in documents):
-        yield prompt[:-1], [(prompt[-1:], answer) for _, answer in documents]
+        groups = [(prompt[:-1], [(prompt[-1:], answer) for _, answer in documents])]
     else:
-        yield from (([], [document]) for document in documents)
+        groups = [([], [document]) for document in documents]
+    for shared, branches in groups:
+        yield (len(shared), *(len(rest) + len(answer) - 1 for rest, answer in branches)), shared, branches
 
 
 def item_length(item: Item) -> int:
-    """Tokens that an item takes in a row. The last token of an answer predicts nothing, and is not fed."""
-    return sum(sum(_shape(shared, branches)) for shared, branches in shared_prefix_groups(item))
+    """Tokens that an item takes in a row."""
+    return sum(sum(shape) for shape, _, _ in shared_prefix_groups(item))
 
 
-def _shape(shared: list[int], branches: list[Document]) -> GroupShape:
-    return (len(shared), *(len(rest) + len(answer) - 1 for rest, answer in branches))
+def measure(item: Item) -> tuple[int, int, int]:
+    """(tokens of an item in a row, tokens of its documents, each by itself, tokens of their answers)."""
+    prompts, answers = zip(*item["documents"])
+    trained = sum(map(len, answers))
+    return item_length(item), trained + sum(map(len, prompts)), trained
 
 
 def collate(rows: list[list[Item]], device: Device | None = None, max_length: int = 0) -> PackedBatch:
@@ -170,8 +159,8 @@ def collate(rows: list[list[Item]], device: Device | None = None, max_length: in
     for row in rows:
         groups = []  # (shape, number of the first document, shared ids, branches)
         for item in row:
-            for shared, branches in shared_prefix_groups(item):
-                groups.append((_shape(shared, branches), number, shared, branches))
+            for shape, shared, branches in shared_prefix_groups(item):
+                groups.append((shape, number, shared, branches))
                 number += len(branches)
         groups_of_rows.append(groups)
     if not row_length:
@@ -213,11 +202,8 @@ def collate(rows: list[list[Item]], device: Device | None = None, max_length: in
 
 def to_device(batch: PackedBatch, device: Device) -> PackedBatch:
     """The batch with its tensors on the device. A CUDA device need not be waited for."""
-    free = device.name == "cuda"
-    return {
-        name: part.to(device.name, non_blocking=free) if torch.is_tensor(part) else part
-        for name, part in batch.items()
-    }
+    free, tensors = device.name == "cuda", {name for name, part in batch.items() if torch.is_tensor(part)}
+    return batch | {name: batch[name].to(device.name, non_blocking=free) for name in tensors}
 
 
 def model_inputs(batch: PackedBatch) -> dict:

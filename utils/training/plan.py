@@ -166,9 +166,10 @@ def plan_step(run: Run, model, train_rows: PackedRows) -> StepPlan:
     if device.name == "cuda":  # its forms of attention are others than a CPU's
         model.to(run.accelerator.device)
     possible = ways(settings.ROWS_PER_STEP // run.processes)
-    sizes = train_rows.sizes
-    shared = int((sizes.tokens - sizes.lengths).mean()) - 1  # of two answers' prompt; 0 for one document
-    costs = measure_costs(model, device, int(sizes.lengths.mean()), max(0, shared))
+    lengths = train_rows.lengths
+    saved = (train_rows.tokens - lengths.sum()) / len(lengths)  # tokens of an item that are not computed
+    shared = max(0, int(saved) - 1)  # of two answers' prompt; 0 for one document
+    costs = measure_costs(model, device, int(lengths.mean()), shared)
     (least,) = run.agree(-free_memory(device))
     free = int(-least)
 

@@ -26,7 +26,7 @@ from utils.errors import UserError
 from utils.files import atomic_write, id_key, read_jsonl, sha256_of, show_path
 from utils.kept import digest, is_kept, seal
 from utils.model.chat_format import answer_pieces, encode_pieces, prompt_pieces, without_modes
-from utils.model.packing import PackedRows, Sizes, item_length
+from utils.model.packing import PackedRows, measure
 from utils.text import printable, progress
 
 # Raise it with every change after which the same data would give other tokens (utils/model/chat_format.py, the functions below)
@@ -42,7 +42,7 @@ SCHEMA = pyarrow.schema(
         "thinking": pyarrow.bool_(),
         "later": pyarrow.bool_(),  # the answer has an earlier question before its own
         "joined": pyarrow.int32(),  # tokens that JOIN_SINGLE has put before it
-        "length": pyarrow.int32(),  # tokens, as in utils.model.packing.Sizes
+        "length": pyarrow.int32(),  # tokens, as in utils.model.packing.measure
         "tokens": pyarrow.int32(),
         "trained": pyarrow.int32(),
         # Of an item (utils.model.packing): SFT has one document, DPO two, chosen and rejected.
@@ -153,7 +153,7 @@ def encode_turns(tokenizer, turns: list[Turn]) -> list[dict]:
     for turn, thinks in zip(turns, thinking):
         prompt = next(ids)
         documents = [(prompt, next(ids)) for _ in turn.answers]
-        trained = sum(len(answer) for _, answer in documents)
+        length, tokens, trained = measure({"documents": documents})
         says = turn.row.get("messages") or [turn.row["prompt"], turn.row["chosen"]]
         items.append(
             {
@@ -162,8 +162,8 @@ def encode_turns(tokenizer, turns: list[Turn]) -> list[dict]:
                 "thinking": thinks,
                 "later": sum(message["role"] == "user" for message in turn.before) > 1,
                 "joined": 0,
-                "length": item_length({"documents": documents}),
-                "tokens": len(prompt) * len(documents) + trained,
+                "length": length,
+                "tokens": tokens,
                 "trained": trained,
                 "id": turn.row["id"],
                 "documents": documents,
@@ -195,7 +195,7 @@ def _pack(items: Dataset, path, max_length, count) -> Loaded:
             f"{show_path(path)}: no row fits into MAX_LENGTH = {max_length} tokens; the shortest needs {lengths.min()}"
         )
     chosen = items.select_columns(["id", "documents"]).select(kept)
-    rows = PackedRows(chosen, max_length, Sizes(*(part[kept] for part in sizes)))
+    rows = PackedRows(chosen, max_length, numpy.stack(sizes, 1)[kept])
     if more := int(joined[kept].sum()):
         print(
             f"{show_path(path)}: {numpy.count_nonzero(joined[kept]):,} of {len(kept):,} questions stand behind one to {MOST_BEFORE} "
