@@ -36,7 +36,7 @@ NEAR_DUPLICATE = 0.85                 # [0.5 to 1] long questions are alike from
 MAX_CHARACTERS = 50000                # [1, 2, ...] longer rows are set aside: 32,768 tokens, Qwen3's window, hold about 43,000 of Chinese
 MAX_LENGTH = 1024                     # [1, 2, ...] tokens; the report says what share of the rows a trainer with this limit keeps
 TOKENIZER_MODEL = "model_download/Qwen3-0.6B"   # its tokenizer counts the tokens, if the folder is there; "": none are counted
-TOKEN_ROWS = 3000                     # [0, 1, ...] rows, drawn at random, whose tokens are counted: 30 of them lie beyond the 99 % point
+TOKEN_ROWS = 3000                     # [1, 2, ...] rows, drawn at random, whose tokens are counted: 30 of them lie beyond the 99 % point
 SEED = 0                              # [0, 1, ...] another seed holds out other questions
 # ----
 # fmt: on
@@ -80,8 +80,7 @@ def main(argv=None):
     write_json(settings.OUTPUT_DIR / "report.json", summary)
     report.show(summary, found)
     print(f"\nwritten to {show_path(settings.OUTPUT_DIR)}; what was set aside, and why: set_aside.jsonl")
-    notes = report.notes(sources, found, settings.COLUMNS)
-    for note in (*notes, *replaced, *old_files(settings.OUTPUT_DIR, outputs)):
+    for note in (*report.notes(sources, found), *replaced, *old_files(settings.OUTPUT_DIR, outputs)):
         print(f"note: {note}")
     say_next(next_command(settings.OUTPUT_DIR, outputs))
     return 0

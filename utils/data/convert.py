@@ -32,8 +32,6 @@ LONG_ANSWER = 20  # characters: two rows do not share such an answer by chance
 SHORTEST_LATER_TURN = 8  # characters: later turns such as "请继续" are no question of their own
 BYTES_A_ROW = 1000  # of memory
 FORECAST_ROWS = 50_000  # rows after which the memory is forecast
-SYSTEMS = 1000  # system texts counted: one that nearly all rows share is among the first
-UNKNOWN_ROWS, UNKNOWN_CHARACTERS = 200, 300  # kept of a file to suggest columns by: rows, and of each text
 COURTESY_LEFT = 0.15  # of a turn's characters, beside words of courtesy
 
 _COMMON_MARKS = "，。、？；：（）！“”\n "  # signs of nearly every Chinese text
@@ -135,15 +133,9 @@ class Recognised:
         self.texts = tempfile.TemporaryFile(dir=folder)
         self.end = 0  # of the texts written so far, in bytes
         self.long_questions: dict[int, tuple[int, int]] = {}  # {text_key: where its text begins, its bytes}
-        self.schemas: Counter[str] = Counter()  # names of schemas
-        self.reasons: Counter[str] = Counter()  # why rows cannot be used
-        self.fields: Counter[tuple] = Counter()  # {(schema, a row's fields, those not used): rows}
-        self.unused: dict[tuple[str, str], object] = {}  # {(schema, field not used): the first value of it}
-        self.systems: Counter[str] = Counter()  # {system text: conversations}, SYSTEMS of them at most
-        # {file: (place, reason, detail) of its first row that cannot be used}
-        self.rejects: dict[int, tuple[int | str, str, str]] = {}
-        # {file: (place, row, its texts shortened) of its first rows with fields not recognised}
-        self.unknown: dict[int, list[tuple[int | str, dict]]] = {}
+        self.schemas: Counter[str] = Counter()  # {schema: rows}
+        self.used: dict[str, dict[str, None]] = {}  # {schema: the fields that were used, in order}
+        self.unused: dict[str, dict[str, list]] = {}  # {schema: {field not used: [rows, its first value]}}
 
     def write(self, text: bytes) -> int:
         """Write a text to the temporary file, which stands at its end; where it begins there."""
@@ -160,6 +152,10 @@ class Recognised:
         """The line of output that a row makes; of a row that cannot be used, the detail of its reason."""
         return self.read(row.at, row.size)
 
+    def given(self, row: Row) -> object:
+        """The row as it was read."""
+        return json.loads(self.read(row.at + row.size, row.original))
+
     def long_question(self, key: int) -> str:
         """The text of a long question, as it is compared."""
         return self.read(*self.long_questions[key]).decode("utf-8", "surrogatepass")
@@ -173,42 +169,25 @@ def recognise(files: list[InputFile], options: RowOptions, folder: Path) -> Reco
         for number, file in enumerate(files):
             for place, row, item in convert_rows(file, options):
                 if isinstance(item, Reject):
-                    _add_reject(found, number, place, item)
-                    strange = item.reason == "fields not recognised"
+                    detail, original = _encoded(item.detail), _encoded(item.row)
+                    row = Row(number, place, found.write(detail + original), len(detail), len(original))
+                    row.reason = sys.intern(item.reason)
+                    found.rows.append(row)
                 else:
                     _add_row(found, number, file, place, row, item)
-                    strange = options.columns and item.schema != "--columns"
-                if strange and len(unknown := found.unknown.setdefault(number, [])) < UNKNOWN_ROWS:
-                    texts = {name: value for name, value in row.items() if isinstance(value, str)}
-                    shown = {name: text[:UNKNOWN_CHARACTERS] for name, text in texts.items()}
-                    unknown.append((place, row | shown))
                 # About: the same rows take more or less as tables and arrays than as JSON lines.
                 given = min(given + found.rows[-1].original, size - 1)
-                if len(found.rows) == FORECAST_ROWS:
-                    _refuse_too_many(FORECAST_ROWS * size / given)
+                rows = FORECAST_ROWS * size / given
+                needed, free = BYTES_A_ROW * rows, memory_for_process()
+                if len(found.rows) == FORECAST_ROWS and needed > free:
+                    raise UserError(
+                        f"about {rows:,.0f} rows are to be compared, which takes {format_bytes(needed)} of memory, and "
+                        f"{format_bytes(free)} are free: convert the files in parts, each to its own --output-dir"
+                    )
                 if len(found.rows) % 1000 == 0:
                     meter.update(given - meter.n)
         meter.update(size - meter.n)
     return found
-
-
-def _refuse_too_many(rows):
-    needed, free = BYTES_A_ROW * rows, memory_for_process()
-    if needed > free:
-        raise UserError(
-            f"about {rows:,.0f} rows are to be compared, which takes {format_bytes(needed)} of memory, and {format_bytes(free)} "
-            "are free: convert the files in parts, each to its own --output-dir"
-        )
-
-
-def _add_reject(found, file, place, reject):
-    """Take in a row that cannot be used; the detail of its reason stands in place of an output line."""
-    text, original = _encoded(reject.detail), _encoded(reject.row)
-    row = Row(file, place, found.write(text + original), len(text), len(original))
-    row.reason = sys.intern(reject.reason)
-    found.reasons[reject.reason] += 1
-    found.rejects.setdefault(file, (place, reject.reason, reject.detail))
-    found.rows.append(row)
 
 
 def _add_row(found, number, file, place, row, item):
@@ -223,15 +202,13 @@ def _add_row(found, number, file, place, row, item):
     mine.questions = tuple(_question_keys(found, item.questions))
     found.rows.append(mine)
     found.schemas[item.schema] += 1
-    found.fields[item.schema, tuple(row), tuple(item.unused)] += 1
+    used = dict.fromkeys(str(name) for name in row if name not in item.unused)
+    found.used.setdefault(item.schema, {}).update(used)
+    unused = found.unused.setdefault(item.schema, {})
     for name, value in item.unused.items():
-        found.unused.setdefault((item.schema, name), value)
-    if item.kind == "sft":
-        first, last = item.body["messages"][0], item.body["messages"][-1]
-        mine.reasoning = "reasoning_content" in last  # the last turn decides what the row teaches
-        system = first["content"] if first["role"] == "system" else ""
-        if system in found.systems or len(found.systems) < SYSTEMS:
-            found.systems[system] += 1
+        unused.setdefault(name, [0, value])[0] += 1
+    if item.kind == "sft":  # the last turn decides what the row teaches
+        mine.reasoning = "reasoning_content" in item.body["messages"][-1]
 
 
 def _question_keys(found, questions):
@@ -270,15 +247,10 @@ def write_outputs(found: Recognised, files: list[InputFile], folder: Path) -> Co
         opened = {"set_aside": stack.enter_context(atomic_write(folder / "set_aside.jsonl", "wb"))}
         for row in found.rows:
             if row.reason:
-                detail = f"of {files[row.of.file].name}:{row.of.line}" if row.of else ""
-                detail = detail if row.kind else json.loads(found.line(row))
-                entry = {
-                    "file": files[row.file].name,
-                    "line": row.line,
-                    "reason": row.reason,
-                    "detail": detail,
-                }
-                entry["row"] = json.loads(found.read(row.at + row.size, row.original))
+                detail = json.loads(found.line(row)) if not row.kind else ""
+                detail = f"of {files[row.of.file].name}:{row.of.line}" if row.of else detail
+                entry = {"file": files[row.file].name, "line": row.line, "reason": row.reason}
+                entry |= {"detail": detail, "row": found.given(row)}
                 opened["set_aside"].write(_encoded(entry) + b"\n")
                 continue
             name = EXAM if row.split == EXAM else f"{row.kind}_{row.split}"
