@@ -17,16 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.errors import UserError, run
-from utils.files import (
-    atomic_write,
-    prepare_folder,
-    read_jsonl,
-    require_file,
-    sample_by_id,
-    show_path,
-    write_folder,
-    write_jsonl,
-)
+from utils.files import read_jsonl, require_file, sample_by_id, show_path, write_folder, write_jsonl
 from utils.model.folder import check_model, quiet_offline
 from utils.settings import ROOT, Settings, read_settings
 
@@ -62,12 +53,11 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. Load the finished model, an adapter merged
     from utils.model.export import FORMATS
-    from utils.model.export.card import compare_with_export, model_card
+    from utils.model.export.card import compare_with_export, write_card
     from utils.model.export.folders import load_source
 
     export = FORMATS[settings.FORMAT](name, settings.PRECISION, settings.BASE, place)
     export.check(folder)
-    prepare_folder(place)
     print(f"exporting {show_path(folder)} to {show_path(place)}", flush=True)
     source = load_source(folder, settings.FORMAT)
 
@@ -75,16 +65,15 @@ def main(argv: list[str] | None = None) -> None:
     write_folder(place, lambda partial: export.save(source, partial))
 
     # 4. Read it as another tool would: what did it cost?
-    cost = []
-    if questions and (found := export.read(source)):
+    cost, found = [], export.read(source) if questions else None
+    if found:
         cost = [compare_with_export(source, *found, questions, settings.MAX_NEW_TOKENS)]
     elif questions:
         where = "is not on this machine under that name"
         cost = [f"not tried: {export.base} {where}, so nothing shows that the adapter fits it"]
 
     # 5. The model card, and what to do next
-    with atomic_write(place / "README.md") as file:
-        file.write(model_card(source, export, [*cost, *export.commands(".")]))
+    write_card(source, export, [*cost, *export.commands(".")])
     print("\n".join([*cost, *export.commands(show_path(place))]))
     print(f"give it away (nothing is uploaded here): `hf upload YOUR-NAME/{name} {show_path(place)}`")
 
@@ -149,16 +138,17 @@ def row_of(form: str, prompt: list[dict], replies: list[dict]) -> dict:
 def export_folder(settings: Settings, name: str) -> Path:
     """OUTPUT_DIR, or the folder `name` among the exports; UserError if it holds anything but an export of this kind."""
     place = settings.OUTPUT_DIR or ROOT / "trainer_output" / "exports" / name
-    if (place / "run.json").is_file():
-        raise UserError(f"{show_path(place)} holds a training run; choose another --output-dir")
     models = [*place.glob("*config.json"), *place.glob("*.gguf")]
-    if place.resolve() == settings.DATA_DIR.resolve() or (place / "README.md").is_file() and not models:
-        raise UserError(f"{show_path(place)} holds files that would be lost; choose another --output-dir")
     other = "config.json" if settings.FORMAT == "adapter" else "adapter_config.json"
-    if (place / other).is_file():  # tools would load both together
-        raise UserError(
-            f"{show_path(place)} holds an export of another kind ({other}); choose another --output-dir"
-        )
+    holds = ""
+    if (place / "run.json").is_file():
+        holds = "a training run"
+    elif place.resolve() == settings.DATA_DIR.resolve() or (place / "README.md").is_file() and not models:
+        holds = "files that would be lost"
+    elif (place / other).is_file():  # tools would load both together
+        holds = f"an export of another kind ({other})"
+    if holds:
+        raise UserError(f"{show_path(place)} holds {holds}; choose another --output-dir")
     return place
 
 

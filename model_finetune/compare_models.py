@@ -5,10 +5,10 @@
     python model_finetune/compare_models.py --exam-file traditional_chinese_medicine.csv       # CMMLU, CMB, CMExam as they are
 
 Reads sft_eval.jsonl, dpo_eval.jsonl and exam.jsonl of data_prepare/qwen3/ and, of data_prepare/sample/, general_questions.jsonl.
-Held-out loss, exam (by option text and by option letter; true or false, and several right answers, by themselves), preference
-pairs, facts stated (alone, and as second and fourth question of a conversation), cautions, a control set of general questions,
-sample answers. Writes comparison.md, comparison.json and comparison.png to OUTPUT_DIR, every item's scores to
-OUTPUT_DIR/comparison/, and report.html in each training folder. A model measured before is not measured again.
+Held-out loss, exam (by option text and by option letter; true or false by itself), preference pairs, facts stated (alone, and as
+second and fourth question of a conversation), cautions, a control set of general questions, sample answers. Writes comparison.md,
+comparison.json and comparison.png to OUTPUT_DIR, every item's scores to OUTPUT_DIR/comparison/, and report.html in each training
+folder. A model measured before is not measured again. Exam questions with several right answers are left out, and counted.
 """
 
 import re
@@ -17,9 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `utils` is found from any folder
 
-from utils.errors import RunError, run
+from utils.errors import run
 from utils.files import prepare_folder, read_jsonl, require_file, sample_by_id, show_path
-from utils.model.folder import check_model, find_models, quiet_offline, usable_record
+from utils.model.folder import check_model, find_models, quiet_offline, run_folder, usable_record
 from utils.settings import ROOT, read_settings
 
 # fmt: off
@@ -34,7 +34,7 @@ TERMS_FILE = "data_prepare/sample/terms.jsonl"      # terms by which a generated
 OUTPUT_DIR = "trainer_output"                       # where the results go
 EVAL_ROWS = 300             # [0, 1, ...] conversations of EVAL_FILE, and as many pairs, that are scored; 0: all
 EXAM_ROWS = 0               # [0, 1, ...] exam questions that are scored; 0: all
-LETTER_ROWS = 0             # [-1, 0, ...] of those with one right answer, how many also by option letter: five times as long; 0: all, -1: none
+LETTER_ROWS = 0             # [-1, 0, ...] of these, how many also by option letter: five times as long; 0: all, -1: none
 GENERATE = 200              # [0, 1, ...] held-out questions answered in full, beside the general ones; 0: no answers at all
 FOLLOW_UPS = 100            # [0, 1, ...] of these, how many again as second and as fourth question of a conversation; 0: none
 THINKING = "off"            # [auto | on | off] of answers in full; auto: each folder's own mode; scores are taken with it off
@@ -48,15 +48,7 @@ PRECISION = "auto"          # [auto | bf16 | fp16 | fp32] auto: bf16 where the h
 # ----
 
 SET_ASIDE = r"\.\d{8}-\d{6}$"  # ends the name of a folder that --fresh moved an earlier run to
-
-# What makes a file that is not there.
-MADE_BY = {
-    "EVAL_FILE": "python data_prepare/convert_to_qwen3_format.py",
-    "EXAM_FILE": "python data_prepare/convert_to_qwen3_format.py",
-    "PAIRS_FILE": "python data_prepare/build_preference_pairs.py",
-    "GENERAL_FILE": "git checkout data_prepare/sample",
-    "TERMS_FILE": "python data_prepare/sample/make_sample.py",
-}
+CONVERT = "python data_prepare/convert_to_qwen3_format.py"
 # fmt: on
 
 
@@ -71,8 +63,6 @@ def main(argv=None):
     prepare_folder(settings.OUTPUT_DIR)
 
     # 2. Measure each model, one in memory at a time; what was measured before is read
-    import torch
-
     from utils.device import pick_device
     from utils.evaluation.measure import measured_or_kept, seen_in_training
     from utils.evaluation.report import make_comparison, terminal_lines, write_pages, write_report
@@ -91,9 +81,6 @@ def main(argv=None):
         except KeyboardInterrupt:
             stopped = f"stopped; the same command goes on with {name}: finished models are kept"
             raise KeyboardInterrupt(stopped) from None
-        except torch.OutOfMemoryError:
-            mend = "try --batch-size 8, or --device cpu"
-            raise RunError(f"not enough memory on {device.name} for {name}; {mend}") from None
 
     # 3. Metrics, and every two models against each other on the same items
     comparison = make_comparison(measured, settings, device, left_out, warnings)
@@ -121,8 +108,8 @@ def models_to_compare(settings):
     for number, given in enumerate(settings.MODELS or [settings.BASE_MODEL, *map(str, runs)]):
         model = check_model(given)
         folder = Path(model).resolve()
-        inside = folder.name == "merged" or folder.name.startswith("checkpoint-")
-        name = f"{folder.parent.name}/{folder.name}" if inside else folder.name
+        run_of = run_folder(folder)
+        name = folder.name if run_of == folder else f"{run_of.name}/{folder.name}"
         is_base = number == 0 and not (folder / "run.json").is_file()
         name = "base" if is_base else name.replace("_finetuned", "")
         named[name if name not in named else f"{name} ({number + 1})"] = model
@@ -134,32 +121,30 @@ def load_tests(settings):
     from utils.data.pairs import Terms
     from utils.evaluation.questions import Tests, read_exam
 
-    eval_file = require_file(settings.EVAL_FILE, MADE_BY["EVAL_FILE"])
-    heldout = sample_by_id(read_jsonl(eval_file, ["id", "messages"]), settings.EVAL_ROWS)
-    exam, left_out = read_exam(settings.EXAM_FILE) if is_there(settings, "EXAM_FILE") else ([], {})
+    heldout = read_jsonl(require_file(settings.EVAL_FILE, CONVERT), ["id", "messages"])
+    exam, left_out = read_exam(settings.EXAM_FILE) if is_there(settings, "EXAM_FILE", CONVERT) else ([], {})
     for reason, count in left_out.items():
         print(f"{show_path(settings.EXAM_FILE)}: {count:,} rows left out: {reason}")
-    pairs = optional_rows(settings, "PAIRS_FILE", ["id", "prompt", "chosen", "rejected"])
-    general = optional_rows(settings, "GENERAL_FILE", ["id", "question", "answer", "accept"])
+    pairs, general = [], []
+    if is_there(settings, "PAIRS_FILE", "python data_prepare/build_preference_pairs.py"):
+        pairs = read_jsonl(settings.PAIRS_FILE, ["id", "prompt", "chosen", "rejected"])
+    if is_there(settings, "GENERAL_FILE", "git checkout data_prepare/sample"):
+        general = list(read_jsonl(settings.GENERAL_FILE, ["id", "question", "answer", "accept"]))
     for row in general:
         pair = ("user", row["question"]), ("assistant", row["answer"])
         row["messages"] = [{"role": role, "content": text} for role, text in pair]
     return Tests(
-        heldout=heldout,
+        heldout=sample_by_id(heldout, settings.EVAL_ROWS),
         exam=sample_by_id(exam, settings.EXAM_ROWS),
         pairs=sample_by_id(pairs, settings.EVAL_ROWS),
         general=general,
-        terms=Terms(require_file(settings.TERMS_FILE, MADE_BY["TERMS_FILE"])),
+        terms=Terms(require_file(settings.TERMS_FILE, "python data_prepare/sample/make_sample.py")),
     ), left_out
 
 
-def optional_rows(settings, name, fields):
-    return list(read_jsonl(getattr(settings, name), fields)) if is_there(settings, name) else []
-
-
-def is_there(settings, name):
+def is_there(settings, name, command):
     """Whether to use the file of a setting: "" and a default that is not there mean no, and the latter is said."""
-    path, command = getattr(settings, name), MADE_BY[name]
+    path = getattr(settings, name)
     if path and name in settings.overridden:
         require_file(path, command)
     if path and not path.is_file():

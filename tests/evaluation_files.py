@@ -14,27 +14,15 @@ CPU = Device("cpu", False, "test")
 OPTIONS = {"A": "温", "B": "大寒", "C": "平", "D": "微温而辛"}
 NAMES = "麻黄 桂枝 甘草 人参 黄芪 当归 川芎 白芍 茯苓 白术".split()
 EXAM = [
-    {
-        "id": f"{n}",
-        "question": f"{name}的药性是什么？",
-        "answer": "ABCD"[n % 4],
-        "options": OPTIONS,
-        "subject": "中药",
-    }
+    {"id": f"{n}", "question": f"{name}的药性是什么？", "answer": "ABCD"[n % 4], "options": OPTIONS, "subject": "中药"}
     for n, name in enumerate(NAMES)
-]
-
-
-HERBS = {"A": "麻黄", "B": "桂枝", "C": "石膏", "D": "细辛", "E": "黄连"}
-SEVERAL = [
-    {"id": f"several {n}", "question": f"下列药物中{asked}的有？", "options": HERBS, "answer": answer, "subject": "", "kind": "multiple"}
-    for n, (asked, answer) in enumerate([("性温", "ABD"), ("性寒", "CE"), ("归肺经", "ABCD")])
 ]  # fmt: skip
 JUDGED = [
     {"id": f"judged {n}", "question": f"{herb}性温。", "options": dict(zip("AB", words)), "answer": answer, "subject": "中药",
      "kind": "true_false"}
     for n, (herb, words, answer) in enumerate([("麻黄", "对错", "A"), ("石膏", ("正确", "错误"), "B")])
 ]  # fmt: skip
+SEVERAL = {"id": "several", "question": "哪些药性温？", "options": OPTIONS, "answer": "AD", "subject": "", "kind": "multiple"}  # fmt: skip
 
 
 def user(text):
@@ -110,13 +98,13 @@ def make_arguments(folder):
         }
         for n, (prompt, good, bad) in enumerate(pairs)
     ]
-    exam = [*EXAM, *SEVERAL, *JUDGED]
     arguments = ["--output-dir", folder / "out", *"--max-new-tokens 6 --device cpu --precision fp32".split()]
-    for flag, name, lines in (
-        ("eval", "sft_eval", rows),
-        ("exam", "exam", exam),
-        ("pairs", "dpo_eval", pairs),
-    ):
+    files = {
+        "sft_eval": ("eval", rows),
+        "exam": ("exam", [*EXAM, SEVERAL, *JUDGED]),
+        "dpo_eval": ("pairs", pairs),
+    }
+    for name, (flag, lines) in files.items():
         write_jsonl(folder / f"{name}.jsonl", lines)
         arguments += [f"--{flag}-file", folder / f"{name}.jsonl"]
     return arguments

@@ -1,27 +1,17 @@
 """The script: every result agrees with a plain loop, what it writes and prints, what it compares by default, what it refuses."""
 
 import json
-import math
 import shutil
 
 import pytest
-from evaluation_files import (
-    EXAM,
-    SEVERAL,
-    alone,
-    compare,
-    letters_alone,
-    load_plain,
-    make_arguments,
-    prompt_of,
-)
+from evaluation_files import EXAM, alone, compare, letters_alone, load_plain, make_arguments, prompt_of
 from tiny_model import make_tiny_model
 
 from model_finetune import compare_models
 from utils.evaluation import report
 from utils.files import read_json
 
-KINDS = "exam exam_letter exam_true_false exam_true_false_letter exam_multiple preference".split()
+KINDS = "exam exam_letter exam_true_false exam_true_false_letter preference".split()
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +22,10 @@ def comparison(folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         draw = report.plot_comparison
         patch.setattr(
-            report, "plot_comparison", lambda panels, *more: (drawn.extend(panels), draw(panels, *more))
+            report, "plot_comparison", lambda panels, *more: drawn.append(panels) or draw(panels, *more)
         )
         assert compare("--models", folder, other, *make_arguments(place), "--follow-ups", 5) == 0
-    return place / "out", drawn
+    return place / "out", drawn[0]
 
 
 @pytest.mark.slow
@@ -43,38 +33,28 @@ def test_the_comparison_is_written(comparison):
     place, drawn = comparison
     written = read_json(place / "comparison.json")
     assert list(written["models"]) == ["base", "sft"]
-    counts = dict.fromkeys(("exam", "exam_letter", "heldout_loss"), 10) | {"preference": 12, "answers": 90}
-    counts |= {"exam_true_false": 2, "exam_multiple": 3, "second": 5, "fourth": 5, "caution": 1}
+    counts = dict.fromkeys(("exam", "exam_letter", "heldout_loss"), 10) | {
+        "preference": 12,
+        "mean_tokens": 90,
+    }
+    counts |= {"exam_true_false": 2, "second": 5, "fourth": 5, "caution": 1}
     for found in written["models"].values():
         assert {name: found[f"{name}_n"] for name in counts} == counts
-        assert {f"{name}_accuracy" for name in KINDS} <= found.keys() and "tokens_per_second" in found
+        assert {f"{name}_accuracy" for name in KINDS} <= found.keys()
         assert found["exam_interval"][0] <= found["exam_accuracy"] <= found["exam_interval"][1]
-        assert found["exam_chance"] == 0.25 and found["exam_multiple_chance"] == pytest.approx(1 / 31)
-        assert found["perplexity"] == pytest.approx(math.exp(found["heldout_loss"]))
+        assert (found["exam_chance"], found["preference_chance"]) == (0.25, 0.5)
     [pair] = written["differences"]
     assert (pair["from"], pair["to"]) == ("base", "sft") and pair.keys() >= {*KINDS, "heldout_loss", "second"}
     assert 0 <= pair["exam_letter"]["p"] <= 1
     told = (place / "comparison.md").read_text(encoding="utf-8")
-    for text in (
-        "sft - base",
-        "McNemar",
-        "comparison.png",
-        "- 5 of the held-out questions once more",
-        "sft against base",
-    ):
+    for text in ("sft - base", "McNemar", "comparison.png", "- 5 of the held-out questions once more",
+                 "sft against base", "1 rows of the exam file were left out: questions with several right answers",
+                 "| exam by option letter", "| second question", "| caution where not asked"):  # fmt: skip
         assert text in told
-    for label in (
-        "exam by option letter",
-        "exam, several answers",
-        "second question",
-        "caution where not asked",
-    ):
-        assert f"| {label}" in told
-    titles = {panel.title for panel in drawn}
-    assert titles >= {
+    assert {panel.title for panel in drawn} >= {
         "exam by option text, n = 10",
-        "exam, several answers, n = 3",
         "true or false, by text, n = 2",
+        "held-out loss (lower is better), n = 10",
     }
     assert (place / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
@@ -82,12 +62,11 @@ def test_the_comparison_is_written(comparison):
 @pytest.mark.slow
 def test_every_item_is_kept_and_agrees_with_a_plain_loop(comparison, folder):
     [path] = (comparison[0] / "comparison").glob("tiny-*.json")
-    items, (tokenizer, model), of = read_json(path)["value"]["items"], load_plain(folder), {}
+    items, (tokenizer, model), of = read_json(path)["value"], load_plain(folder), {}
     for item in items:
         of.setdefault(item["test"], []).append(item)
-    assert {test: len(found) for test, found in of.items()} == {
-        "heldout": 10, "general": 80, "exam": 15, "preference": 12, "answer": 90, "follow_up": 10, "caution": 2
-    }  # fmt: skip
+    counts = {"heldout": 10, "general": 80, "exam": 12, "preference": 12, "answer": 102}
+    assert {test: len(found) for test, found in of.items()} == counts
     answers = [tokenizer(text + "<|im_end|>")["input_ids"] for text in ("药性是温。", "寒。")]
     for row, loss, pair, exam in zip(EXAM, of["heldout"], of["preference"], of["exam"]):
         logps = [alone(model, prompt_of(tokenizer, row["question"]), answer) for answer in answers]
@@ -96,11 +75,6 @@ def test_every_item_is_kept_and_agrees_with_a_plain_loop(comparison, folder):
         rotations = [pytest.approx(rotation, abs=1e-3) for rotation in letters_alone(tokenizer, model, row)]
         assert exam["rotations"] == rotations and set(exam["text"]) == set("ABCD")
         assert exam["text_choice"] == max(exam["text"], key=exam["text"].get)
-    several = [item for item in of["exam"] if item.get("kind") == "multiple"]
-    assert [(item["id"], item["answer"]) for item in several] == [
-        (item["id"], item["answer"]) for item in SEVERAL
-    ]
-    assert all("said" in item and "text_choice" not in item for item in several)
     assert of["heldout"][0]["id"] == "0" and {item["tokens"] for item in of["answer"]} <= set(range(1, 7))
 
 
@@ -108,13 +82,13 @@ def test_only_what_was_asked_for_is_compared(folder, tmp_path, capsys):
     arguments = [*make_arguments(tmp_path), "--pairs-file", "", "--general-file", "", "--generate", 0]
     assert compare("--models", folder, *arguments, "--letter-rows", -1, "--precision", "bf16") == 0
     found = read_json(tmp_path / "out/comparison.json")["models"]["base"]
-    assert found["exam_multiple_n"] == 3 and "exam_letter_n" not in found
+    assert found["exam_n"] == 10 and "exam_letter_n" not in found
     said = capsys.readouterr().out
-    assert "| exam, several answers" in said and "preference" not in said
+    assert "| exam by option text" in said and "preference" not in said
+    assert "exam.jsonl: 1 rows left out: questions with several right answers" in said
     assert compare("--models", folder, *arguments, "--exam-file", "") == 0
     found = read_json(tmp_path / "out/comparison.json")["models"]["base"]
-    names = "folder weights heldout_loss heldout_loss_interval heldout_loss_n perplexity seconds"
-    assert found.keys() == set(names.split())
+    assert found.keys() == set("folder weights heldout_loss heldout_loss_interval heldout_loss_n".split())
 
 
 def test_the_default_is_the_base_and_every_finished_run(folder, tmp_path, monkeypatch, capsys):

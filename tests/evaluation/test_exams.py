@@ -1,8 +1,7 @@
-"""Exams: choices agree with a plain transformers loop, letters are not favoured and read as they stand, files are read as they are."""
+"""Exams: choices agree with a plain transformers loop, letters are not favoured, files are read as they are."""
 
 import json
 import re
-import sys
 import zipfile
 from dataclasses import replace
 
@@ -10,29 +9,14 @@ import openpyxl
 import pytest
 import torch
 from conftest import ROOT
-from evaluation_files import (
-    CPU,
-    EXAM,
-    HERBS,
-    JUDGED,
-    SEVERAL,
-    alone,
-    letters_alone,
-    load_packed,
-    load_plain,
-    prompt_of,
-)
+from evaluation_files import CPU, EXAM, JUDGED, alone, letters_alone, load_packed, load_plain, prompt_of
 from transformers import AutoTokenizer
 
 from utils.errors import UserError
 from utils.evaluation import exams
-from utils.evaluation.exams import letters_in
 from utils.evaluation.measure import letter_choices
 from utils.evaluation.questions import read_exam
-from utils.files import read_jsonl, write_json, write_jsonl
-from utils.model.generate import stop_tokens
-
-SAMPLE = ROOT / "data_prepare/sample"
+from utils.files import read_jsonl, write_jsonl
 
 
 def test_text_choices_equal_a_plain_loop(folder):
@@ -86,65 +70,17 @@ def test_a_favourite_letter_gains_nothing(folder, monkeypatch, favourite):
 
 def test_letters_are_chosen_in_float32_in_any_number_format(folder):
     tokenizer, model = load_plain(folder)
-    items, choices = [*SEVERAL, *EXAM], []
-    for changes in ({}, {"bf16": True}, {"fp16": True}):
-        choices.append(letter_choices(folder, tokenizer, items, 2, 4, replace(CPU, **changes)))
+    forms = ({}, {"bf16": True}, {"fp16": True})
+    choices = [letter_choices(folder, tokenizer, EXAM[:2], replace(CPU, **changes)) for changes in forms]
     assert choices[0] == choices[1] == choices[2]
-    assert len(choices[0]) == len(SEVERAL) + 2  # the number limits only the questions with one right answer
-    assert all(choices[0][item["id"]].keys() == {"letter_choice", "said"} for item in SEVERAL)
-    asked = [item for item in EXAM if item["id"] in choices[0]]
-    for item in asked:
+    for item in EXAM[:2]:
         choice, scores, rotations = choices[0][item["id"]].values()
         expected = letters_alone(tokenizer, model, item)
         assert [pytest.approx(rotation, abs=1e-4) for rotation in expected] == rotations
         means = {letter: sum(rotation[letter] for rotation in expected) / 4 for letter in "ABCD"}
         assert scores == pytest.approx(means, abs=1e-4) and choice == max(means, key=means.get)
-    rounded = letters_alone(tokenizer, model.to(torch.bfloat16), asked[0])  # bfloat16 would show
-    assert rounded[0] != pytest.approx(choices[0][asked[0]["id"]]["rotations"][0], abs=1e-4)
-    assert letter_choices(folder, tokenizer, EXAM, -1, 4, CPU) == {}
-
-
-# ---- Several right answers
-
-
-@pytest.mark.parametrize(
-    "answer, letters",
-    [("D、B、A", "ABD"), ("ＡＢＤ。", "ABD"), ("A. 麻黄\nB. 桂枝\nD. 细辛", "ABD"), ("题目问A还是C。答案是：A, B和D。", "ABD"),
-     ("AABD", "ABD"), ("ABF", "ABF"), ("麻黄、桂枝、细辛", ""), ("DNA, B12, Abd", ""), ("", "")],
-)  # fmt: skip
-def test_letters_are_read_from_an_answer(answer, letters):
-    assert letters_in(answer, HERBS.values()) == letters
-
-
-def test_letters_in_the_text_of_an_option_name_nothing():
-    assert letters_in("A. 维生素 C\nB. 维生素 D", ["维生素 C", "维生素 D", "维生素 E"]) == "AB"
-    assert letters_in("AB", ["AB", "CD"]) == "AB"
-
-
-def test_sets_are_what_transformers_generates(folder):
-    tokenizer, model = load_plain(folder)
-    stop = stop_tokens(model, tokenizer)
-    found = exams.choices_of_several(model, tokenizer, SEVERAL, stop, 2)
-    for item, choice in zip(SEVERAL, found):
-        options = "\n".join(f"{letter}. {text}" for letter, text in HERBS.items())
-        asked = "以下是关于中医中药的多项选择题，请直接给出正确答案的选项。\n\n题目："
-        prompt = prompt_of(tokenizer, f"{asked}{item['question']}\n{options}\n答案是：")
-        limits = {"do_sample": False, "max_new_tokens": exams.LONGEST_SET, "eos_token_id": sorted(stop)}
-        ids = model.generate(torch.tensor([prompt]), **limits)[0, len(prompt) :].tolist()
-        ids = ids[:-1] if ids[-1] in stop else ids
-        assert choice["said"] == tokenizer.decode(ids, skip_special_tokens=True).lstrip("\n")
-        assert choice["letter_choice"] == letters_in(choice["said"], HERBS.values())
-
-
-def test_letters_are_those_of_the_question_as_it_was_asked(folder, monkeypatch):
-    """The item has no option C: its D and E are asked as C and D, and an E was never there."""
-    tokenizer = load_plain(folder)[0]
-    item = {**SEVERAL[0], "options": {letter: HERBS[letter] for letter in "ABDE"}}
-    for said, letters in (("D、B、A", "ABE"), ("ABC", "ABD"), ("ABE", "AB?"), ("不知道", "")):
-        ids = tokenizer(said)["input_ids"]
-        monkeypatch.setattr(exams, "generate_tokens", lambda *_, ids=ids, **__: [ids])
-        [choice] = exams.choices_of_several(None, tokenizer, [item], set(), 1)
-        assert choice == {"letter_choice": letters, "said": said}
+    rounded = letters_alone(tokenizer, model.to(torch.bfloat16), EXAM[0])  # bfloat16 would show
+    assert rounded[0] != pytest.approx(choices[0]["0"]["rotations"][0], abs=1e-4)
 
 
 # ---- Exam files
@@ -176,18 +112,16 @@ def test_exam_files_are_read_as_they_are(tmp_path, name):
     (tmp_path / name).write_text(given, encoding="utf-8")
     exam, left_out = read_exam(tmp_path / name)
     found = [(item["question"], list(item["options"].values()), item["answer"]) for item in exam]
-    assert found == [*QUESTIONS, *([] if name.endswith("csv") else [TWO])] and not left_out
-    assert [item["kind"] for item in exam[2:]] == ["multiple"] * (len(exam) - 2)
+    several = {} if name.endswith("csv") else {"questions with several right answers": 1}
+    assert found == QUESTIONS and left_out == several
     assert len({item["id"] for item in exam}) == len(exam)
+    about = "中医" if name == "cmb.json" else "中医中药"  # the file's name is no subject
+    assert f"关于{about}的" in exams.letter_question(exam[0], ["B", "A"])
+    write_jsonl(tmp_path / "exam.jsonl", exam)
+    assert read_exam(tmp_path / "exam.jsonl") == (exam, {})
 
 
-def test_an_id_that_is_there_twice_is_not_taken_for_one_question(tmp_path):
-    rows = [{"id": "1", "question": q, "options": o, "answer": a} for q, o, a in QUESTIONS]
-    write_jsonl(tmp_path / "two.jsonl", rows)
-    assert [item["id"] for item in read_exam(tmp_path / "two.jsonl")[0]] == ["1", "two:2"]
-
-
-def test_every_item_of_an_archive_a_book_and_an_array_is_read(tmp_path):
+def test_every_item_of_an_archive_and_a_book_is_read(tmp_path):
     header, rows = ["题目", "A", "B", "C", "答案"], [[f"第{n}题", "甲", "乙", "丙", "B"] for n in range(8)]
     book = openpyxl.Workbook()
     for sheet, some in ((book.active, rows[:4]), (book.create_sheet("二"), rows[4:])):
@@ -197,30 +131,18 @@ def test_every_item_of_an_archive_a_book_and_an_array_is_read(tmp_path):
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
         for name, some in (("甲.csv", rows[:4]), ("in/乙.csv", rows[4:])):
             archive.writestr(name, "\n".join(map(",".join, [header, *some])))
-    write_json(tmp_path / "c.json", [dict(zip(header, row)) for row in rows])
-    for name in ("a.xlsx", "b.zip", "c.json"):
+    for name in ("a.xlsx", "b.zip"):
         exam, left_out = read_exam(tmp_path / name)
         assert [item["question"] for item in exam] == [row[0] for row in rows] and not left_out
         assert len({item["id"] for item in exam}) == 8
 
 
-def test_a_converted_exam_is_asked_as_the_file_it_came_from(tmp_path):
-    """Neither form knows a subject: the file's name is none."""
-    (tmp_path / "第一册.csv").write_text("题目,A,B,答案\n性温的是,麻黄,石膏,A\n", encoding="utf-8")
-    sys.path.insert(0, str(ROOT / "data_prepare"))
-    import convert_to_qwen3_format as script
-
-    places = ["--input-files", str(tmp_path / "第一册.csv"), "--output-dir", str(tmp_path / "out")]
-    assert script.main([*places, "--tokenizer-model", ""]) == 0
-    asked = [read_exam(path)[0] for path in (tmp_path / "第一册.csv", tmp_path / "out/exam.jsonl")]
-    (raw,), (converted,) = asked
-    questions = [exams.letter_question(item, ["B", "A"]) for item in (raw, converted)]
-    assert questions[0] == questions[1] and "关于中医中药的" in questions[0]
-
-
-def test_our_own_exam_is_read_whole():
-    exam, left_out = read_exam(SAMPLE / "tcm_exam.jsonl")
-    assert exam == list(read_jsonl(SAMPLE / "tcm_exam.jsonl")) and not left_out
+def test_an_id_that_is_there_twice_is_not_taken_for_one_question(tmp_path):
+    rows = [{"id": "1", "question": q, "options": o, "answer": a} for q, o, a in QUESTIONS]
+    write_jsonl(tmp_path / "two.jsonl", rows)
+    assert [item["id"] for item in read_exam(tmp_path / "two.jsonl")[0]] == ["1", "two:2"]
+    ours = ROOT / "data_prepare/sample/tcm_exam.jsonl"
+    assert read_exam(ours) == (list(read_jsonl(ours)), {})
 
 
 def test_a_file_without_exam_questions_is_refused(tmp_path):

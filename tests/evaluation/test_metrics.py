@@ -7,57 +7,32 @@ import pytest
 from utils import plots
 from utils.evaluation.metrics import Results, differences, mean_per_token, metrics, share_difference, wilson
 
-LOSS = {"test": "heldout", "id": "0", "loss": 1.0, "tokens": 2}
-
 
 def test_metrics_and_differences_follow_from_the_items():
     def made(right, loss):
         exam = {"test": "exam", "answer": "A", "letter_choice": "B", "options": {"A": "温", "B": "寒"}}
-        items = [exam | {"id": str(n), "text_choice": "A" if n < right else "B"} for n in range(20)]
-        items += [
-            {"test": "heldout", "id": str(n), "loss": loss * (n + 1), "tokens": n + 1} for n in range(4)
-        ]
-        answer = {
-            "test": "answer",
-            "about": "heldout",
-            "alone": None,
-            "tokens": 10,
-            "ended": True,
-            "repetition": 0.5,
-        }
-        items += [answer | {"right": right, "named": right} for right in (True, False, None)]
-        return Results("x", 1.0, 2.0, items)
+        items = [exam | {"text_choice": "A" if n < right else "B"} for n in range(20)]
+        items += [{"test": "heldout", "loss": loss * (n + 1), "tokens": n + 1} for n in range(4)]
+        judged = [("A", "B"), ("A", "A"), ("B", "B")]  # by text, by letter
+        items += [exam | {"kind": "true_false", "text_choice": a, "letter_choice": b} for a, b in judged]
+        answer = {"test": "answer", "about": "heldout", "alone": None, "tokens": 10, "ended": True}
+        items += [answer | {"right": right, "repetition": 0.5} for right in (True, False, None)]
+        return Results("x", items)
 
     one, other = made(8, 2.0), made(18, 1.5)
     found = metrics(one)
     assert (found["exam_accuracy"], found["exam_letter_accuracy"], found["exam_chance"]) == (0.4, 0.0, 0.5)
-    assert (found["heldout_loss"], found["tokens_per_second"]) == (2.0, 15.0)
-    assert (found["facts_accuracy"], found["facts_n"]) == (0.5, 2)
-    assert (found["names_accuracy"], found["names_n"]) == (0.5, 2)
-    change = differences(one, other)
-    assert change["exam"]["difference"] == pytest.approx(0.5) and change["exam"]["p"] == pytest.approx(
-        2 / 2**10
-    )
-    assert change["heldout_loss"]["difference"] == pytest.approx(-0.5)
-    other.items[-4]["tokens"] += 1  # another tokenizer: a loss a token is of something else
-    assert "heldout_loss" not in differences(one, other)
-
-
-def test_kinds_of_question_are_told_apart():
-    def item(kind, answer, **choices):
-        options = dict(zip("ABCDE" if kind == "multiple" else "AB", "温凉平寒热"))
-        return {"test": "exam", "kind": kind, "answer": answer, "options": options, **choices}
-
-    several = [("ABD", "ABD"), ("AB", "ABD"), ("ABDE", "ABD"), ("", "ABD"), ("C", "C")]
-    items = [item("multiple", answer, letter_choice=named, said="") for named, answer in several]
-    judged = [("A", "B"), ("A", "A"), ("B", "B")]  # by text, by letter
-    items += [item("true_false", "A", text_choice=text, letter_choice=letter) for text, letter in judged]
-    found = metrics(Results("x", 1.0, 0.0, [*items, LOSS]))
-    assert (found["exam_multiple_accuracy"], found["exam_multiple_n"]) == (0.4, 5)
-    assert (found["exam_multiple_chance"], found["exam_multiple_named"]) == (pytest.approx(1 / 31), 0.8)
     assert found["exam_true_false_accuracy"] == pytest.approx(2 / 3)
     assert found["exam_true_false_letter_accuracy"] == pytest.approx(1 / 3)
-    assert found["exam_true_false_chance"] == 0.5 and "exam_accuracy" not in found
+    assert (found["heldout_loss"], found["heldout_loss_n"]) == (2.0, 4)
+    assert (found["facts_accuracy"], found["facts_n"]) == (0.5, 2)
+    assert (found["ended_share"], found["repetition"], found["mean_tokens"]) == (1.0, 0.5, 10)
+    change = differences(one, other)
+    assert change["exam"]["difference"] == pytest.approx(0.5)
+    assert change["exam"]["p"] == pytest.approx(2 / 2**10) and "repetition" not in change
+    assert change["heldout_loss"]["difference"] == pytest.approx(-0.5)
+    other.items[20]["tokens"] += 1  # another tokenizer: a loss a token is of something else
+    assert "heldout_loss" not in differences(one, other)
 
 
 def test_shares_of_none_and_all_can_be_drawn_and_names_stay_apart(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ TERMS = Terms(ROOT / "data_prepare/sample/terms.jsonl")
 
 def question(number, *before):
     item = EXAM[number]
-    return Question("answer", "heldout", item["id"], [*before, user(item["question"])], "药性是温。")
+    return Question("heldout", item["id"], [*before, user(item["question"])], "药性是温。")
 
 
 # ---- Second and fourth questions
@@ -47,23 +47,13 @@ def test_conversations_hold_the_answers_that_the_model_gave_in_them():
 
     firsts = [question(number, {"role": "system", "content": "简短。"}) for number in range(5)]
     later = question(5, user("甘草？"), assistant("平。"))  # it came with a conversation of its own
-    alone = [
-        {"answer": f"1 {first.messages[-1]['content']}", "right": n == 3} for n, first in enumerate(firsts)
-    ]
+    texts = [EXAM[number]["question"] for number in range(5)]
+    alone = [{"answer": f"1 {text}", "right": n == 3} for n, text in enumerate(texts)]
     results = ask_in_conversations(ask, [*firsts, later], [*alone, {}], 9)
     places = [turn.about for turns in asked for turn in turns]
     assert places == ["second"] * 5 + ["third"] * 5 + ["fourth"] * 5
-    texts, talk = [EXAM[number]["question"] for number in range(5)], asked[2][3]
-    said = [
-        "简短。",
-        texts[0],
-        f"1 {texts[0]}",
-        texts[1],
-        f"4 {texts[1]}",
-        texts[2],
-        f"6 {texts[2]}",
-        texts[3],
-    ]
+    talk, answers = asked[2][3], (f"1 {texts[0]}", f"4 {texts[1]}", f"6 {texts[2]}")
+    said = ["简短。", *(text for pair in zip(texts, answers) for text in pair), texts[3]]
     assert [message["content"] for message in talk.messages] == said
     assert talk.id == EXAM[3]["id"] and talk.alone is True and asked[2][0].alone is False
     assert len(results) == 10  # the third answers are only on the way
@@ -77,7 +67,7 @@ def test_the_second_answer_is_what_transformers_generates(folder):
     ]
     limits = dict(GENERATE=4, FOLLOW_UPS=4, SEED=0, MAX_NEW_TOKENS=5, BATCH_SIZE=3, THINKING="off")
     tests = AllTests(rows, [], [], [], TERMS)
-    _, results = generated_answers(model, tokenizer, tests, SimpleNamespace(**limits))
+    results = generated_answers(model, tokenizer, tests, SimpleNamespace(**limits))
     said = {item["question"]: item["answer"] for item in results if item["about"] == "heldout"}
     second = [item for item in results if item["about"] == "second"]
     assert len(said) == len(second) == 4
@@ -93,29 +83,29 @@ def test_the_second_answer_is_what_transformers_generates(folder):
 # ---- Cautions
 
 
-def test_the_caution_is_judged_word_for_word():
-    asked = Question("caution", "wanted", "0", ASKED, WITH)
-    for answer, said, right in (
-        (WITH, True, True),
-        (WITHOUT, False, False),
-        ("发汗。使用注意：孕妇忌用。", True, False),
-        ("使用注意：", True, False),
-    ):
-        found = judge(asked, answer, [1], True, TERMS)
-        assert (found["caution"], found["right"]) == (said, right)
-
-
-def test_facts_are_counted_fairly_where_a_caution_is_there():
-    asked = Question("answer", "heldout", "0", ASKED, WITHOUT)
-    # a row whose own answer holds a caution asks for it
-    own = asked._replace(reference=WITH.replace("孕妇慎用", "阴虚有火者忌服"))
-    for one, answer, right in (
-        (asked, WITHOUT, True),
-        (asked, WITH, True),
-        (asked, "麻黄的功效是清热。使用注意：孕妇慎用。", False),
-        (own, WITHOUT, False),
-    ):
-        assert judge(one, answer, [1], True, TERMS)["right"] is right
+@pytest.mark.parametrize(
+    "about, reference, answer, right",
+    [
+        ("wanted", WITH, WITH, True),
+        ("wanted", WITH, WITHOUT, False),
+        ("wanted", WITH, "发汗。使用注意：孕妇忌用。", False),
+        ("wanted", WITH, "使用注意：", False),
+        ("unasked", WITHOUT, WITH, None),
+        # facts are counted fairly where a caution is there
+        ("heldout", WITHOUT, WITHOUT, True),
+        ("heldout", WITHOUT, WITH, True),
+        ("heldout", WITHOUT, "麻黄的功效是清热。使用注意：孕妇慎用。", False),
+        (
+            "heldout",
+            WITH.replace("孕妇慎用", "阴虚有火者忌服"),
+            WITHOUT,
+            False,
+        ),  # its own caution is asked for
+    ],
+)
+def test_a_caution_is_judged_by_itself(about, reference, answer, right):
+    found = judge(Question(about, "0", ASKED, reference), answer, [1], True, TERMS)
+    assert (found["caution"], found["right"]) == ("使用注意" in answer, right)
     assert parts_of(WITH) == (WITHOUT, "孕妇慎用") and parts_of(WITHOUT) == (WITHOUT, "")
 
 
@@ -131,8 +121,9 @@ def test_questions_about_cautions_are_those_of_pairs_that_differ_in_one():
 # ---- In the table
 
 
-def answered(about, test="follow_up", **fields):
-    return {"test": test, "about": about, "right": False, "alone": None, "caution": False, **fields}
+def answered(about, **fields):
+    numbers = {"tokens": 1, "ended": True, "repetition": 0, "alone": None, "caution": False}
+    return {"test": "answer", "about": about, "kind": "", **numbers, "right": False, **fields}
 
 
 LOSS = {"test": "heldout", "id": "0", "loss": 1.0, "tokens": 2}
@@ -141,45 +132,39 @@ LOSS = {"test": "heldout", "id": "0", "loss": 1.0, "tokens": 2}
 def test_what_stays_right_is_of_what_was_right_alone():
     cases = [(True, True), (False, True), (True, False), (True, None)]
     items = [answered("second", right=right, alone=alone) for right, alone in cases]
-    items += [answered("wanted", "caution", right=right, caution=True) for right in (True, False)]
-    items += [
-        answered("unasked", "caution", right=None, caution=said) for said in (True, False, False, False)
-    ]
-    one = Results("x", 1.0, 1.0, [*items, LOSS])
-    found = metrics(one)
+    items += [answered("wanted", right=right, caution=True) for right in (True, False)]
+    items += [answered("unasked", right=None, caution=said) for said in (True, False, False, False)]
+    found = metrics(Results("x", items))
     assert (found["second_accuracy"], found["second_n"]) == (0.75, 4)
     assert (found["second_kept_accuracy"], found["second_kept_n"]) == (0.5, 2)
     assert (found["caution_said"], found["caution_accuracy"], found["caution_unasked"]) == (1.0, 0.5, 0.25)
     assert found["caution_n"] == 2 and found["caution_unasked_n"] == 4 and "fourth_accuracy" not in found
-    other = Results("y", 1.0, 1.0, [*(item | {"alone": True} for item in items), LOSS])
-    assert "second" in differences(one, other) and "second_kept" not in differences(one, other)
+    other = Results("y", [item | {"alone": True} for item in items])
+    found = differences(Results("x", items), other)
+    assert "second" in found and "second_kept" not in found
 
 
-def test_samples_come_out_as_most_of_their_kind_do():
-    def heldout(number, kind, right=True):
-        texts = {"question": f"问{number}", "reference": "答", "answer": f"说{number}", "before": []}
-        return answered(
-            "heldout",
-            "answer",
-            right=right,
-            kind=kind,
-            tokens=1,
-            ended=True,
-            repetition=0,
-            named=None,
-            **texts,
-        )
+def test_samples_are_the_first_of_each_kind_with_the_count_of_right_ones():
+    def asked(number, about="heldout", **fields):
+        texts = {"question": f"问{number}", "reference": "答", "answer": f"说{number}", "before": ["问8"]}
+        return answered(about, **texts, **fields)
 
     kinds = ["herb.nature", "herb.nature", "herb.actions", "formula", "herb.nature"]
-    items = [heldout(number, kind, right=number > 0) for number, kind in enumerate(kinds)]
-    follow_up = heldout(9, "") | {"test": "follow_up", "about": "second", "before": ["问8"]}
-    measured = {"base": Results("x", 1.0, 1.0, [*items, follow_up, LOSS])}
-    wanted = ["问1 (as 2 of 3 of its kind)", "问2 (as 1 of 1 of its kind)", "问3 (as 1 of 1 of its kind)"]
-    wanted += ["问4 (as 2 of 3 of its kind)", "问9 (second question, after 问8; as 1 of 1 of its kind)"]
-    for show, expected in ((4, wanted), (0, [])):
+    items = [asked(number, kind=kind, right=number > 0) for number, kind in enumerate(kinds)]
+    items += [asked(9, "second"), asked(10, "unasked", right=None)]
+    measured = {"base": Results("x", [*items, LOSS])}
+    measured["sft"] = Results("y", [*(item | {"right": True, "answer": "新"} for item in items), LOSS])
+    notes = ["0 (right of 3 of its kind: base 2, sft 3)", "2 (right of 1 of its kind: base 1, sft 1)"]
+    notes += ["3 (right of 1 of its kind: base 1, sft 1)", "1 (right of 3 of its kind: base 2, sft 3)"]
+    others = ["9 (second question, after 问8; right of 1 of its kind: base 0, sft 1)", "10"]
+    for show, expected in ((4, [*notes, *others]), (2, [*notes[:2], *others]), (0, [])):
         settings = SimpleNamespace(SHOW=show, as_dict=dict)
         samples = make_comparison(measured, settings, "cpu", {}, [])["samples"]
-        assert [sample["question"] for sample in samples] == expected
+        assert len(samples) == len(expected)
+        for sample, note in zip(samples, expected):
+            assert sample["question"].startswith(f"问{note}")
+            number = note.partition(" ")[0]
+            assert sample["answers"] == {"reference": "答", "base": f"说{number}", "sft": "新"}
 
 
 # ---- Rows that a model has seen
@@ -234,19 +219,19 @@ def test_repetition_is_the_share_of_runs_said_before():
 
 
 @pytest.mark.parametrize(
-    "question, reference, answer, named, right",
+    "question, reference, answer, right",
     [
-        ("麻黄的药性是什么？", "麻黄的药性是温。", "麻黄性温。", True, True),
-        ("麻黄的药性是什么？", "麻黄的药性是温。", "麻桂的药性是温。", False, False),  # 麻桂 is no term
-        ("麻黄的药性是什么？", "麻黄的药性是温。", "黄芩的药性是温。", False, False),
-        ("麻黄的药性是什么？", "麻黄的药性是温。", "温。", False, False),
-        ("麻黄的药性是什么？\n请只写出答案。", "温。", "温。", None, True),
-        ("麻黄汤由哪些药组成？", "麻黄汤由麻黄、桂枝组成。", "麻黄由麻黄、桂枝组成。", False, False),
-        ("麻黄汤由哪些药组成？", "麻黄汤由麻黄、桂枝组成。", "麻黄汤由桂枝组成。", True, False),
-        ("麻黄汤由哪些药组成？", "麻黄汤由麻黄、桂枝组成。", "麻黄汤由麻黄、桂枝组成。", True, True),
-        ("麻黄的药性偏寒还是偏温？", "麻黄性温。", "麻黄性寒。", True, False),
-        ("麻黄好吗？", "好。", "好。", None, None),
+        ("麻黄的药性是什么？", "麻黄的药性是温。", "麻黄性温。", True),
+        ("麻黄的药性是什么？", "麻黄的药性是温。", "麻桂的药性是温。", False),  # 麻桂 is no term
+        ("麻黄的药性是什么？", "麻黄的药性是温。", "黄芩的药性是温。", False),
+        ("麻黄的药性是什么？", "麻黄的药性是温。", "温。", False),
+        ("麻黄的药性是什么？\n请只写出答案。", "温。", "温。", True),
+        ("麻黄汤由哪些药组成？", "麻黄汤由麻黄、桂枝组成。", "麻黄由麻黄、桂枝组成。", False),
+        ("麻黄汤由哪些药组成？", "麻黄汤由麻黄、桂枝组成。", "麻黄汤由桂枝组成。", False),
+        ("麻黄汤由哪些药组成？", "麻黄汤由麻黄、桂枝组成。", "麻黄汤由麻黄、桂枝组成。", True),
+        ("麻黄的药性偏寒还是偏温？", "麻黄性温。", "麻黄性寒。", False),
+        ("麻黄好吗？", "好。", "好。", None),
     ],
 )
-def test_an_answer_states_the_facts_and_names_of_the_reference(question, reference, answer, named, right):
-    assert states_facts(TERMS, reference, answer, question) == (named, right)
+def test_an_answer_states_the_facts_and_names_of_the_reference(question, reference, answer, right):
+    assert states_facts(TERMS, reference, answer, question) == right

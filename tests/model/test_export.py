@@ -148,8 +148,8 @@ def test_the_card_shows_scores_of_these_very_weights_only(export, place):
     row = "| exam by option text (n = 12) | 25.0% | 50.0% (25.0 to 75.0) |"
     assert f"|  | base | sft |\n|---|---|---|\n{row}\n\nOn" in card and "tokens/s" not in card
     other = {"models": models | {"sft": {"weights": "other"}}, "table": table}
-    for damaged in (other, {"models": {"sft": {}}}, []):
-        write_json(place / "comparison.json", damaged)
+    for another in (other, {"models": {"sft": {}}}):
+        write_json(place / "comparison.json", another)
         assert "have not been compared" in (export("sft") / "README.md").read_text(encoding="utf-8")
 
 

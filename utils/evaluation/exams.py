@@ -1,25 +1,15 @@
-"""Exams: the prompts that ask for an answer, and how options are chosen.
+"""Exams, single choice and true or false: the prompts that ask for an answer, and how the likeliest option is found, by the
+options' texts and by their letters."""
 
-Single choice and true or false are asked by the options' texts and by their letters, and the likeliest option counts; to a
-question with several right answers the model writes the letters.
-"""
-
-import re
-import unicodedata
-from collections.abc import Iterable
-from typing import Any
-
-from utils.data.exams import LETTERS, MULTIPLE, SINGLE, TRUE_FALSE
+from utils.data.exams import LETTERS, SINGLE, TRUE_FALSE
 from utils.device import Device
 from utils.evaluation.questions import ExamQuestion, kind_of
 from utils.model.chat_format import encode_prompt, encode_text
-from utils.model.generate import generate_tokens, read_answer
 from utils.model.logprobs import answer_logps, next_token_logps, pack_for_scoring
 from utils.text import progress
 
 # By option text: the options are not listed, and the instruction asks for the bare fact that they are. A statement alone does not
 # say that it is to be judged, nor in which of the usual pairs of words (对 and 错, 正确 and 错误): these are named.
-TEXT_PROMPT = "{question}\n{instruction}"
 INSTRUCTION = "请只写出答案。"
 JUDGE_INSTRUCTION = "请判断以上说法是否正确，只写出{words}。"
 
@@ -27,14 +17,8 @@ JUDGE_INSTRUCTION = "请判断以上说法是否正确，只写出{words}。"
 LETTER_PROMPT = (
     "以下是关于{subject}的{kind}，请直接给出正确答案的选项。\n\n题目：{question}\n{options}\n答案是："
 )
-KIND_NAMES = {SINGLE: "单项选择题", TRUE_FALSE: "判断题", MULTIPLE: "多项选择题"}
+KIND_NAMES = {SINGLE: "单项选择题", TRUE_FALSE: "判断题"}
 SUBJECT = "中医中药"
-LONGEST_SET = 64  # tokens of an answer that names several options: enough for most of their texts, too
-
-
-def prompt_texts() -> list[Any]:
-    """All texts and limits of this file that decide a score: part of the identity of kept results."""
-    return [TEXT_PROMPT, INSTRUCTION, JUDGE_INSTRUCTION, LETTER_PROMPT, KIND_NAMES, SUBJECT, LONGEST_SET]
 
 
 def choices_by_text(model, tokenizer, exam: list[ExamQuestion], device: Device) -> list[dict]:
@@ -43,15 +27,13 @@ def choices_by_text(model, tokenizer, exam: list[ExamQuestion], device: Device) 
     The score is the log-probability of an option's text as the answer, divided by its length in characters: acc_norm of
     lm-evaluation-harness, but for the two line breaks at the end of Qwen3's prompt, which the harness counts with the option.
     """
-    if not exam:
-        return []
     items, watch = [], progress(f"exam by option text, {len(exam):,} questions")
     for item in exam:
         instruction = INSTRUCTION
         if kind_of(item) == TRUE_FALSE:
             words = "或".join(f"“{option}”" for option in item["options"].values())
             instruction = JUDGE_INSTRUCTION.format(words=words)
-        prompt = _prompt(tokenizer, TEXT_PROMPT.format(question=item["question"], instruction=instruction))
+        prompt = _prompt(tokenizer, f"{item['question']}\n{instruction}")
         answers = [encode_text(tokenizer, text) for text in item["options"].values()]
         items.append({"documents": [(prompt, answer) for answer in answers]})
     choices = []
@@ -68,8 +50,6 @@ def choices_by_letter(model, tokenizer, exam: list[ExamQuestion], device: Device
     that each stands once under every letter; `rotations` holds the log-probabilities by the options' own letters. The score is
     their mean: what a model gives to a letter, whatever stands under it, adds the same to every option.
     """
-    if not exam:
-        return []
     asked, watch = [], progress(f"exam by option letter, {len(exam):,} questions, every rotation")
     for item in exam:
         own = list(item["options"])
@@ -97,43 +77,6 @@ def letter_question(item: ExamQuestion, order: list[str]) -> str:
     options = "\n".join(f"{letter}. {item['options'][own]}" for letter, own in zip(LETTERS, order))
     asked = {"subject": item["subject"] or SUBJECT, "kind": KIND_NAMES[kind_of(item)]}
     return LETTER_PROMPT.format(**asked, question=item["question"], options=options)
-
-
-def choices_of_several(
-    model, tokenizer, exam: list[ExamQuestion], stop: set[int], batch_size: int
-) -> list[dict]:
-    """{"letter_choice": "ABD", "said": the whole answer} of each question with several right answers, answered greedily as in
-    CMB (Wang et al. 2023). "" names no option, "?" one that is not there.
-
-    `model` as loaded, not prepared for packed rows; `stop`: the ids that end an answer.
-    """
-    watch = progress(f"exam, {len(exam):,} questions with several right answers")
-    prompts = [_prompt(tokenizer, letter_question(item, list(item["options"]))) for item in exam]
-    answers = generate_tokens(model, prompts, stop, LONGEST_SET, batch_size=batch_size, watch=watch)
-    choices = []
-    for item, prompt, ids in zip(exam, prompts, answers):
-        said = read_answer(tokenizer, prompt, ids).content
-        # a file may leave out an empty option: A, B, D are asked as A, B, C
-        asked = dict(zip(LETTERS, item["options"]))
-        letters = letters_in(said, item["options"].values())
-        choices.append({"letter_choice": "".join(asked.get(letter, "?") for letter in letters), "said": said})
-    return choices
-
-
-def letters_in(answer: str, options: Iterable[str] = ()) -> str:
-    """The option letters that an answer names, in order, each once: "A、B、D", "ABD" and "答案是：B，A 和 D。" are "ABD".
-
-    After the word 答案 only what follows it counts. Letters inside a word or beside a digit (DNA, B12) name nothing, nor do
-    those in the texts of `options` (维生素 C). Nothing is read out of a sentence: "不选 A" names A.
-    """
-    text = unicodedata.normalize("NFKC", answer)
-    for option in sorted(options, key=len, reverse=True):
-        option = unicodedata.normalize("NFKC", option)
-        if not set(option) <= set(LETTERS):
-            text = text.replace(option, " ")
-    text = re.split(r"答案(?:是|为|应该是|应该为|:)", text)[-1]
-    runs = re.findall(rf"(?<![A-Za-z0-9])[{LETTERS}]+(?![A-Za-z0-9])", text)
-    return "".join(sorted(set("".join(runs))))
 
 
 def _prompt(tokenizer, question):

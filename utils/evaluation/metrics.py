@@ -4,24 +4,22 @@ To add a metric, add a line to METRICS: the tables, the picture, the model card 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from utils.data.exams import MULTIPLE, SINGLE, TRUE_FALSE
+from utils.data.exams import SINGLE, TRUE_FALSE
 from utils.evaluation.questions import kind_of
 
 Z = 1.96  # a normal distribution holds 95 % within this many standard deviations
 
-Judge = Callable[[Any], bool | None]  # is this result right? None: the metric is not of such results
+# Of a result: True or False (the metric is a share), a number (a mean), or (loss, tokens); None: the metric is not of this result.
+Value = Callable[[Any], Any]
 
 
 class Results(NamedTuple):
-    """seconds: in all, and of first answers; `items`: one dict per item (utils/evaluation/measure.py);
-    `weights`: the sha256 of the model that was measured."""
+    """`items`: one dict per item (utils/evaluation/measure.py); `weights`: the sha256 of the model that was measured."""
 
     folder: str
-    seconds: float
-    generation_seconds: float
     items: list[Any]
     weights: str = ""
 
@@ -29,25 +27,28 @@ class Results(NamedTuple):
 class Metric(NamedTuple):
     """One figure of a model.
 
-    `key`: where comparison.json holds it; `form`: how it is written; `shown`: also as bars in comparison.png ("panel"), on the model
-    card of an export ("card"); `right`: makes it the share of the results that are right; `chance`: the share that guessing gets, if
-    the items do not tell it; `lower`: lower is better; `of_all`: it is of the same items for every model, so that two can be compared.
+    `key`: where comparison.json holds it; `shown`: also as bars in comparison.png ("panel"), on the model card of an export
+    ("card"); `form`: how it is written; `lower`: lower is better; `compared`: it is of the same items for every model, and says
+    which of two is better.
     """
 
     key: str
     label: str
-    form: str
     meaning: str
+    value: Value
     shown: str = ""
-    right: Judge | None = None
-    chance: float = 0
+    form: str = "{:.1%}"
     lower: bool = False
-    of_all: bool = True
+    compared: bool = True
 
     @property
     def name(self) -> str:
         """How comparison.json calls the rest: NAME_interval, NAME_n, NAME_chance, and NAME among the differences."""
         return self.key.removesuffix("_accuracy")
+
+    def values(self, results: Results) -> list[Any]:
+        """Those of all results that the metric is of."""
+        return [value for item in results.items if (value := self.value(item)) is not None]
 
     def cell(self, figures: dict[str, Any]) -> str:
         """The figure of one model with its interval: "50.0% (25.0 to 75.0)"."""
@@ -60,139 +61,99 @@ class Metric(NamedTuple):
 # ---- The table
 
 
-def _exam(kind: str, field: str) -> Judge:
-    """Judges exam questions of this kind by the field that holds the model's choice."""
-
-    def right(item):
-        if item["test"] == "exam" and kind_of(item) == kind and field in item:
-            return item[field] == item["answer"]
-
-    return right
+def _loss(test: str) -> Value:
+    return lambda item: (item["loss"], item["tokens"]) if item["test"] == test else None
 
 
-def _answers(about: str, field: str = "right", if_alone: bool = False) -> Judge:
-    """Judges answers in full by one of their fields, which is None if nothing can be told. `if_alone`: only if it was right alone."""
+def _exam(kind: str, field: str) -> Value:
+    """Exam questions of this kind, judged by the field that holds the model's choice."""
 
-    def right(item):
-        if item.get("about") == about and (item["alone"] or not if_alone):
-            return item[field]
+    def value(item):
+        asked = item["test"] == "exam" and kind_of(item) == kind and field in item
+        return item[field] == item["answer"] if asked else None
 
-    return right
+    return value
+
+
+def _answers(*about: str, field: str = "right", if_alone: bool = False) -> Value:
+    """Answers in full. `if_alone`: only if the question was answered right by itself."""
+
+    def value(item):
+        return item[field] if item.get("about") in about and (item["alone"] or not if_alone) else None
+
+    return value
 
 
 # fmt: off
-SHARE, BOTH = "{:.1%}", "panel card"
+BOTH, LOSS, FIRST = "panel card", "{:.3f}", ("heldout", "general")
 METRICS = [
-    Metric("heldout_loss", "held-out loss", "{:.3f}", "mean cross-entropy of the reference answers to held-out questions, in nats a token, "
-           "every token counted once; lower is better", BOTH, lower=True),
-    Metric("perplexity", "perplexity", "{:.2f}", "e to the held-out loss: among how many equally likely tokens the model hesitates"),
-    Metric("exam_accuracy", "exam by option text", SHARE, "single-choice questions whose right option is the likeliest as an answer, per "
-           "character; the options are not shown, so their order plays no part; chance is {chance:.0%}", BOTH, _exam(SINGLE, "text_choice")),
-    Metric("exam_letter_accuracy", "exam by option letter", SHARE, "the same questions asked as CMMLU asks them: options listed, the likeliest "
-           "letter counts; each is asked once for every rotation of its options and the scores are averaged, so that a favourite letter "
-           "gains nothing; chance is {chance:.0%}. A model that never saw such questions stays near chance", BOTH,
-           _exam(SINGLE, "letter_choice")),
-    Metric("exam_true_false_accuracy", "true or false, by text", SHARE, "statements of which the likelier of both words (right, wrong) is the "
-           "true one; both are named in the question; chance is {chance:.0%}, and a model that always says the same word gets the share of "
-           "statements it fits", BOTH, _exam(TRUE_FALSE, "text_choice")),
-    Metric("exam_true_false_letter_accuracy", "true or false, by letter", SHARE, "the same statements with both words as options A and B, asked "
-           "and averaged as the exam by option letter; chance is {chance:.0%}", BOTH, _exam(TRUE_FALSE, "letter_choice")),
-    Metric("exam_multiple_accuracy", "exam, several answers", SHARE, "questions with several right options: the model writes the letters, and the "
-           "set of them has to be exactly the right one, as in CMB; asked once, in the order of the file; guessing among all sets of "
-           "options is right in {chance:.1%}", BOTH, _exam(MULTIPLE, "letter_choice")),
-    Metric("exam_multiple_named", "answers naming options", "{:.0%}", "share of the answers to these that name any option by its letter; the "
-           "others count as wrong"),
-    Metric("preference_accuracy", "preference pairs", SHARE, "held-out pairs of which the better answer is the likelier one; chance is 50%", BOTH,
-           lambda item: item["chosen"] > item["rejected"] if item["test"] == "preference" else None, chance=0.5),
-    Metric("facts_accuracy", "facts stated right", SHARE, "generated answers that state exactly the terms (herbs, actions, channels, ...) of the "
-           "reference, about what the question names, where the reference repeats that name", BOTH, _answers("heldout")),
-    Metric("names_accuracy", "names right", SHARE, "of the answers that have to repeat a name of the question, such as a herb's, those that do; "
-           "the others speak of something else, or garble the name", BOTH, _answers("heldout", "named")),
-    Metric("second_accuracy", "second question", SHARE, "some of the same questions asked in a conversation after one other: share of answers that "
-           "state the facts right", BOTH, _answers("second")),
-    Metric("second_kept_accuracy", "second question, of those right alone", SHARE, "of the questions that the model answers right by themselves: "
-           "share that stays right as second question", "", _answers("second", if_alone=True), of_all=False),
-    Metric("fourth_accuracy", "fourth question", SHARE, "the same questions after three others in one conversation", BOTH, _answers("fourth")),
-    Metric("fourth_kept_accuracy", "fourth question, of those right alone", SHARE, "of the questions that the model answers right by themselves: "
-           "share that stays right as fourth question", "", _answers("fourth", if_alone=True), of_all=False),
-    Metric("caution_said", "caution said", SHARE, "questions to which the better answer of a held-out pair brings a caution: share of generated "
-           "answers that bring one", "", _answers("wanted", "caution")),
-    Metric("caution_accuracy", "caution right", SHARE, "of the same questions: share of answers whose caution is the right one, word for word", BOTH,
-           _answers("wanted")),
-    Metric("caution_unasked", "caution where not asked", SHARE, "questions to which the worse answer brings a caution: share of generated answers "
-           "that bring one; lower is better", "panel", _answers("unasked", "caution"), lower=True),
-    Metric("general_accuracy", "general questions right", SHARE, "generated answers to everyday questions that have nothing to do with Chinese "
-           "medicine: what falls here was forgotten. A model that never learned such things has nothing to forget", "card", _answers("general")),
-    Metric("general_loss", "general loss", "{:.3f}", "cross-entropy of the short reference answers to them, in nats a token", "panel", lower=True),
-    Metric("ended_share", "answers that end", "{:.0%}", "share of generated answers that ended by themselves within the limit"),
-    Metric("repetition", "repetition", SHARE, "share of runs of four tokens that the same answer said before"),
-    Metric("mean_tokens", "mean answer, tokens", "{:.1f}", "mean length of the generated answers"),
-    Metric("tokens_per_second", "tokens/s", "{:.0f}", "speed of generating, all answers of a batch together, on this machine"),
+    Metric("heldout_loss", "held-out loss", "mean cross-entropy of the reference answers to held-out questions, in nats a token, every token "
+           "counted once; lower is better", _loss("heldout"), BOTH, LOSS, lower=True),
+    Metric("exam_accuracy", "exam by option text", "single-choice questions whose right option is the likeliest as an answer, per character; "
+           "the options are not shown, so their order plays no part; chance is {chance:.0%}", _exam(SINGLE, "text_choice"), BOTH),
+    Metric("exam_letter_accuracy", "exam by option letter", "the same questions asked as CMMLU asks them: options listed, the likeliest letter "
+           "counts; each is asked once for every rotation of its options and the scores are averaged, so that a favourite letter gains "
+           "nothing; chance is {chance:.0%}. A model that never saw such questions stays near chance", _exam(SINGLE, "letter_choice"), BOTH),
+    Metric("exam_true_false_accuracy", "true or false, by text", "statements of which the likelier of both words (right, wrong) is the true "
+           "one; both are named in the question; chance is {chance:.0%}, and a model that always says the same word gets the share of "
+           "statements it fits", _exam(TRUE_FALSE, "text_choice"), BOTH),
+    Metric("exam_true_false_letter_accuracy", "true or false, by letter", "the same statements with both words as options A and B, asked and "
+           "averaged as the exam by option letter; chance is {chance:.0%}", _exam(TRUE_FALSE, "letter_choice"), BOTH),
+    Metric("preference_accuracy", "preference pairs", "held-out pairs of which the better answer is the likelier one; chance is {chance:.0%}",
+           lambda item: item["chosen"] > item["rejected"] if item["test"] == "preference" else None, BOTH),
+    Metric("facts_accuracy", "facts stated right", "generated answers that state exactly the terms (herbs, actions, channels, ...) of the "
+           "reference, about what the question names, where the reference repeats that name", _answers("heldout"), BOTH),
+    Metric("second_accuracy", "second question", "some of the same questions asked in a conversation after one other: share of answers that "
+           "state the facts right", _answers("second"), BOTH),
+    Metric("second_kept_accuracy", "second question, of those right alone", "of the questions that the model answers right by themselves: share "
+           "that stays right as second question", _answers("second", if_alone=True), compared=False),
+    Metric("fourth_accuracy", "fourth question", "the same questions after three others in one conversation", _answers("fourth"), BOTH),
+    Metric("fourth_kept_accuracy", "fourth question, of those right alone", "of the questions that the model answers right by themselves: share "
+           "that stays right as fourth question", _answers("fourth", if_alone=True), compared=False),
+    Metric("caution_said", "caution said", "questions to which the better answer of a held-out pair brings a caution: share of generated "
+           "answers that bring one", _answers("wanted", field="caution")),
+    Metric("caution_accuracy", "caution right", "of the same questions: share of answers whose caution is the right one, word for word",
+           _answers("wanted"), BOTH),
+    Metric("caution_unasked", "caution where not asked", "questions to which the worse answer brings a caution: share of generated answers "
+           "that bring one; lower is better", _answers("unasked", field="caution"), "panel", lower=True),
+    Metric("general_accuracy", "general questions right", "generated answers to everyday questions that have nothing to do with Chinese "
+           "medicine: what falls here was forgotten. A model that never learned such things has nothing to forget", _answers("general"), "card"),
+    Metric("general_loss", "general loss", "cross-entropy of the short reference answers to them, in nats a token", _loss("general"), "panel",
+           LOSS, lower=True),
+    Metric("ended_share", "answers that end", "share of generated answers that ended by themselves within the limit", _answers(*FIRST, field="ended"),
+           compared=False),
+    Metric("repetition", "repetition", "share of runs of four tokens that the same answer said before", _answers(*FIRST, field="repetition"),
+           compared=False),
+    Metric("mean_tokens", "mean answer, tokens", "mean length of the generated answers", _answers(*FIRST, field="tokens"), form="{:.1f}", compared=False),
 ]
 # fmt: on
-
-# The metrics by which two models are compared, by name.
-COMPARED = {
-    metric.name: metric
-    for metric in METRICS
-    if metric.right and metric.of_all or metric.key.endswith("_loss")
-}
 
 
 def metrics(results: Results) -> dict[str, Any]:
     """The figures of one model, as in comparison.json; a test that was not made is missing. Losses are nats a token, intervals
     95 %."""
     found: dict[str, Any] = {"folder": results.folder, "weights": results.weights}
-    judged = shares(results)
-    for metric in [metric for metric in METRICS if metric.name in judged]:
-        right = judged[metric.name]
-        found[metric.key] = sum(right) / len(right)
-        found[f"{metric.name}_interval"] = wilson(sum(right), len(right))
-        found[f"{metric.name}_n"] = len(right)
-        guessed = [guessed_right(item) for item in results.items if metric.right(item) is not None]
-        if guessed[0]:
-            found[f"{metric.name}_chance"] = sum(guessed) / len(guessed)
-    for name, (sums, tokens) in losses(results).items():
-        found[name], found[f"{name}_interval"] = mean_per_token(sums, tokens)
-        found[f"{name}_n"] = len(sums)
-    found["perplexity"] = math.exp(found["heldout_loss"])
-    several = [bool(item["letter_choice"]) for item in results.items if kind_of(item) == MULTIPLE]
-    if several:
-        found["exam_multiple_named"] = sum(several) / len(several)
-    if answers := [item for item in results.items if item["test"] == "answer"]:
-        tokens = sum(item["tokens"] for item in answers)
-        found["ended_share"] = sum(item["ended"] for item in answers) / len(answers)
-        found["repetition"] = sum(item["repetition"] for item in answers) / len(answers)
-        found["mean_tokens"] = tokens / len(answers)
-        found["tokens_per_second"] = tokens / results.generation_seconds
-        found["answers_n"] = len(answers)
-    return found | {"seconds": results.seconds}
+    for metric in METRICS:
+        values = metric.values(results)
+        if not values:
+            continue
+        if isinstance(values[0], tuple):
+            found[metric.key], found[f"{metric.name}_interval"] = mean_per_token(*zip(*values))
+        else:
+            found[metric.key] = sum(values) / len(values)
+        if isinstance(values[0], bool):
+            found[f"{metric.name}_interval"] = wilson(sum(values), len(values))
+            guessed = [guessed_right(item) for item in results.items if metric.value(item) is not None]
+            if any(guessed):
+                found[f"{metric.name}_chance"] = sum(guessed) / len(guessed)
+        found[f"{metric.name}_n"] = len(values)
+    return found
 
 
 def guessed_right(item: Any) -> float:
-    """The probability that an exam item is guessed: one option of n, or one of the 2^n - 1 sets that hold an option; else 0."""
-    count = len(item.get("options", ()))
-    sets = 2**count - 1 if kind_of(item) == MULTIPLE else count
-    return 1 / sets if count else 0
-
-
-def shares(results: Results) -> dict[str, list[bool]]:
-    """{metric: is each of its items right?}; a test that was not made is missing."""
-    found = {}
-    for metric in METRICS:
-        judged = [metric.right(item) for item in results.items] if metric.right else []
-        if right := [right for right in judged if right is not None]:
-            found[metric.name] = right
-    return found
-
-
-def losses(results: Results) -> dict[str, tuple[list[float], list[int]]]:
-    """{metric: (the sum of losses, the tokens) of each item}; a test that was not made is missing."""
-    found = {}
-    for test in ("heldout", "general"):
-        if items := [item for item in results.items if item["test"] == test]:
-            found[f"{test}_loss"] = [item["loss"] for item in items], [item["tokens"] for item in items]
-    return found
+    """The probability that guessing gets it right: one option of an exam question, one answer of a pair; else 0."""
+    pair = 0.5 * (item["test"] == "preference")
+    return 1 / len(item["options"]) if "options" in item else pair
 
 
 def differences(one: Results, other: Results) -> dict[str, dict[str, Any]]:
@@ -201,16 +162,18 @@ def differences(one: Results, other: Results) -> dict[str, dict[str, Any]]:
     Losses a token of two models with different tokenizers cannot be compared: left out.
     """
     found: dict[str, dict[str, Any]] = {}
-    ours, theirs = shares(one), shares(other)
-    for name in COMPARED:
-        if name in ours and name in theirs:
-            found[name] = share_difference(ours[name], theirs[name])
-    theirs = losses(other)
-    for name, (sums, tokens) in losses(one).items():
-        other_sums, other_tokens = theirs.get(name, ([], []))
-        if tokens == other_tokens:
-            mean, interval = mean_per_token([b - a for a, b in zip(sums, other_sums)], tokens)
-            found[name] = {"difference": mean, "interval": interval}
+    for metric in METRICS:
+        ours, theirs = metric.values(one), metric.values(other)
+        if not metric.compared or not ours or not theirs:
+            continue
+        if isinstance(ours[0], bool):
+            found[metric.name] = share_difference(ours, theirs)
+            continue
+        (our_sums, our_tokens), (their_sums, their_tokens) = zip(*ours), zip(*theirs)
+        if our_tokens == their_tokens:
+            changes = [b - a for a, b in zip(our_sums, their_sums)]
+            mean, interval = mean_per_token(changes, our_tokens)
+            found[metric.name] = {"difference": mean, "interval": interval}
     return found
 
 
@@ -242,7 +205,7 @@ def wilson(right: int, total: int) -> list[float]:
     return [max(0.0, centre - half), min(1.0, centre + half)]  # rounding alone would leave -0.0
 
 
-def mean_per_token(sums: list[float], tokens: list[int]) -> tuple[float, list[float] | None]:
+def mean_per_token(sums: Sequence[float], tokens: Sequence[int]) -> tuple[float, list[float] | None]:
     """(mean, [low, high]) of sum(sums) / sum(tokens), one of each per item (ratio estimate, Cochran 1977).
 
     Items count as independent; the tokens of one answer are not. The interval of one item alone is None.

@@ -3,11 +3,11 @@
 import random
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.data.exams import SINGLE
+from utils.data.exams import MULTIPLE, SINGLE
 from utils.data.inputs import find_input_files
 from utils.data.messages import Reject
 from utils.data.pairs import Terms
@@ -19,7 +19,7 @@ from utils.files import show_path
 CAUTION = "使用注意："
 DIGITS = "0-9一二三四五六七八九十百千"
 
-# {"id", "question", "options": {letter: text}, "answer": the right letters in order, "subject", "kind" unless it is SINGLE}
+# {"id", "question", "options": {letter: text}, "answer": the right letter, "subject", "kind" unless it is SINGLE}
 ExamQuestion = dict[str, Any]
 
 
@@ -37,22 +37,19 @@ class Tests(NamedTuple):
 class Question(NamedTuple):
     """One that is answered in full.
 
-    `test` and `about`: answer: heldout or general; follow_up: second, third or fourth; caution: wanted or unasked. `accept`:
-    texts one of which the answer has to hold; None: the facts of `reference`. `alone`: was it answered right by itself?
+    `about`: heldout, general; second, third or fourth (in a conversation); wanted or unasked (a caution). `accept`: texts one of
+    which the answer has to hold; none: the facts of `reference`. `alone`: was it answered right by itself?
     """
 
-    test: str
     about: str
     id: str
     messages: list[dict]
     reference: str
-    accept: list[str] | None = None
+    accept: Sequence[str] = ()
     alone: bool | None = None
 
 
-Ask = Callable[
-    [list[Question], str], list[dict]
-]  # (questions, a label for the progress) -> what judge() says
+Ask = Callable[[list[Question], str], list[dict]]  # (questions, a label for the progress): what judge() says
 
 
 def kind_of(item: ExamQuestion) -> str:
@@ -71,12 +68,16 @@ def read_exam(path: Path) -> tuple[list[ExamQuestion], Counter[str]]:
     left_out: Counter[str] = Counter()
     for file in files:
         for place, row, item in convert_rows(file):
-            if isinstance(item, Reject) or item.kind != "exam":
-                left_out[item.reason if isinstance(item, Reject) else "another kind of row"] += 1
-                continue
-            given, own = str(row.get("id") or ""), f"{file.name if file.member else path.stem}:{place}"
-            name = own if not given or given in exam else given  # results are found by id: each once
-            exam[name] = {"id": name, **item.body}
+            if isinstance(item, Reject):
+                left_out[item.reason] += 1
+            elif item.kind != "exam":
+                left_out["another kind of row"] += 1
+            elif kind_of(item.body) == MULTIPLE:
+                left_out["questions with several right answers"] += 1
+            else:
+                given, own = str(row.get("id") or ""), f"{file.name if file.member else path.stem}:{place}"
+                name = own if not given or given in exam else given  # results are found by id: each once
+                exam[name] = {"id": name, **item.body}
     if not exam:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in left_out.items()) or "it is empty"
         raise UserError(f"{show_path(path)}: no exam question in it ({reasons})")
@@ -92,8 +93,7 @@ def first_questions(tests: Tests, count: int, seed: int) -> list[Question]:
     for about, rows in (("heldout", heldout), ("general", tests.general)):
         for row in rows:
             *messages, answer = row["messages"]
-            accept = row.get("accept")
-            questions.append(Question("answer", about, row["id"], messages, answer["content"], accept))
+            questions.append(Question(about, row["id"], messages, answer["content"], row.get("accept", ())))
     return questions
 
 
@@ -105,9 +105,9 @@ def ask_in_conversations(ask: Ask, questions: list[Question], answers: list[dict
     """
     alone = []
     for asked, found in zip(questions, answers):
-        if asked.about == "heldout" and all(message["role"] != "assistant" for message in asked.messages):
+        single = all(message["role"] != "assistant" for message in asked.messages)
+        if single and asked.about == "heldout" and len(alone) < count:
             alone.append((asked, found))
-    del alone[count:]
     if len(alone) < 4:  # no three others
         return []
     talks, said, results = [asked.messages for asked, _ in alone], [found["answer"] for _, found in alone], []
@@ -115,7 +115,7 @@ def ask_in_conversations(ask: Ask, questions: list[Question], answers: list[dict
         turns = []
         for i, (asked, found) in enumerate(alone):
             talk = [*talks[i - 1], {"role": "assistant", "content": said[i - 1]}, asked.messages[-1]]
-            turns.append(asked._replace(test="follow_up", about=place, messages=talk, alone=found["right"]))
+            turns.append(asked._replace(about=place, messages=talk, alone=found["right"]))
         found = ask(turns, f"answers to {place} questions")
         talks, said = [turn.messages for turn in turns], [each["answer"] for each in found]
         results += found if place != "third" else []
@@ -130,7 +130,7 @@ def caution_questions(pairs: list[dict]) -> list[Question]:
         chosen, rejected = (pair[side][-1]["content"] for side in ("chosen", "rejected"))
         if (CAUTION in chosen) != (CAUTION in rejected):
             about = "wanted" if CAUTION in chosen else "unasked"
-            questions.append(Question("caution", about, pair["id"], pair["prompt"], chosen))
+            questions.append(Question(about, pair["id"], pair["prompt"], chosen))
     return questions
 
 
@@ -140,37 +140,26 @@ def caution_questions(pairs: list[dict]) -> list[Question]:
 def judge(asked: Question, answer: str, said: list[int], ended: bool, terms: Terms) -> dict[str, Any]:
     """The result of one answer: its text, the ids `said` (less the end token), and `ended`: it ended by itself.
 
-    right: None if it cannot be told; named: does it name what the reference names of the question? kind: of the fact asked for.
-    A caution that the reference has not is not held against an answer's facts: it is judged by itself.
+    right: None if it cannot be told; kind: of the fact that a held-out question asks for. A caution that the reference has not
+    is not held against an answer's facts: it is judged by itself.
     """
     question, (facts, caution) = asked.messages[-1]["content"], parts_of(answer)
-    named, right, kind = None, None, ""
-    if asked.test == "caution":
-        right = caution == parts_of(asked.reference)[1] if CAUTION in asked.reference else None
+    right, kind = None, ""
+    if asked.about in ("wanted", "unasked"):
+        right = caution == parts_of(asked.reference)[1] if asked.about == "wanted" else None
     elif asked.accept:
         right = states_one_of(answer, asked.accept)
-    elif asked.accept is None:
+    else:
         facts = answer if CAUTION in asked.reference else facts
-        named, right = states_facts(terms, asked.reference, facts, question)
+        right = states_facts(terms, asked.reference, facts, question)
+    if asked.about == "heldout":
         stated = [term for _, _, term in terms.find(asked.reference) if term not in question]
         kind = terms.kinds[stated[0]][0] if stated else ""
-    return {
-        "test": asked.test,
-        "about": asked.about,
-        "id": asked.id,
-        "alone": asked.alone,
-        "kind": kind,
-        "before": [message["content"] for message in asked.messages[:-1] if message["role"] == "user"],
-        "question": question,
-        "reference": asked.reference,
-        "answer": answer,
-        "tokens": len(said) + ended,
-        "ended": ended,
-        "repetition": repetition(said),
-        "right": right,
-        "named": named,
-        "caution": CAUTION in answer,
-    }
+    before = [message["content"] for message in asked.messages[:-1] if message["role"] == "user"]
+    found = {"test": "answer", "about": asked.about, "id": asked.id, "alone": asked.alone, "kind": kind}
+    found |= {"before": before, "question": question, "reference": asked.reference, "answer": answer}
+    found |= {"tokens": len(said) + ended, "ended": ended, "repetition": repetition(said)}
+    return found | {"right": right, "caution": CAUTION in answer}
 
 
 def parts_of(answer: str) -> tuple[str, str]:
@@ -179,9 +168,9 @@ def parts_of(answer: str) -> tuple[str, str]:
     return facts, caution.strip().rstrip("。")
 
 
-def states_facts(terms: Terms, reference: str, answer: str, question: str) -> tuple[bool | None, bool | None]:
-    """Does `answer` hold the names of the question that `reference` repeats, such as the herb's? Does it hold them and state
-    exactly the terms that `reference` states beyond the question's? None where the reference holds none.
+def states_facts(terms: Terms, reference: str, answer: str, question: str) -> bool | None:
+    """Does `answer` hold the names of the question that `reference` repeats, such as the herb's, and state exactly the terms that
+    `reference` states beyond the question's? None if it states none.
 
     A term counts if it is part of a name in the question: 麻黄 is an ingredient of 麻黄汤.
     """
@@ -189,12 +178,11 @@ def states_facts(terms: Terms, reference: str, answer: str, question: str) -> tu
         {term for _, _, term in terms.find(text)} for text in (question, reference, answer)
     )
     names = {term for term in asked & wanted if len(term) > 1}
-    named = names <= stated if names else None
-    right = stated - asked == wanted - asked if wanted - asked else None
-    return named, False if right and named is False else right
+    facts = wanted - asked
+    return (names <= stated and stated - asked == facts) if facts else None
 
 
-def states_one_of(answer: str, accept: list[str]) -> bool:
+def states_one_of(answer: str, accept: Sequence[str]) -> bool:
     """Is one of the texts in `accept` in the answer? A number has to stand by itself: no 2 in 1024."""
     for text in accept:
         pattern = re.escape(text)

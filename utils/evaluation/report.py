@@ -6,15 +6,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from utils.evaluation.metrics import (
-    COMPARED,
-    METRICS,
-    Results,
-    difference_cell,
-    differences,
-    is_clear,
-    metrics,
-)
+from utils.evaluation.metrics import METRICS, Results, difference_cell, differences, is_clear, metrics
 from utils.files import atomic_write, render, show_path, write_json
 from utils.model.folder import usable_record
 from utils.plots import Panel, plot_comparison
@@ -32,23 +24,26 @@ def make_comparison(
     """The content of comparison.json. `left_out`: {reason: rows of the exam file}; `warnings`: sentences about the test files.
 
     "table" has the figures as people read them, one row per metric: {"label", "n", "on_card", "meaning", "cells": {model:
-    text}}.
+    text}}; "verdicts" the differences in words: {"sft against base": "better in ...; worse in ..."}.
     """
     models = {name: metrics(results) for name, results in measured.items()}
-    first, table = next(iter(models.values())), []
+    first, table, pairs = next(iter(models.values())), [], []
     for metric in METRICS:
         if any(metric.key in figures for figures in models.values()):
             count, chance = (first.get(f"{metric.name}_{part}", 0) for part in ("n", "chance"))
             row = {"label": metric.label, "n": f"{count:,}", "on_card": "card" in metric.shown}
             row |= {"meaning": metric.meaning.format(chance=chance)}
             table.append(row | {"cells": {name: metric.cell(figures) for name, figures in models.items()}})
+    for one, other in itertools.combinations(measured, 2):
+        pairs.append({"from": one, "to": other, **differences(measured[one], measured[other])})
+    base = next(iter(models))
     return {
         "models": models,
         "table": table,
-        "differences": [
-            {"from": one, "to": other, **differences(measured[one], measured[other])}
-            for one, other in itertools.combinations(measured, 2)
-        ],
+        "differences": pairs,
+        "verdicts": {
+            f"{pair['to']} against {base}": _verdict(pair) for pair in pairs if pair["from"] == base
+        },
         "settings": settings.as_dict(),
         "samples": _samples(measured, settings.SHOW),
         "device": str(device),
@@ -63,25 +58,25 @@ def write_report(comparison: dict[str, Any], place: Path) -> None:
     for metric in METRICS:
         shown = [figures for figures in models.values() if metric.key in figures]
         if "panel" in metric.shown and shown:
-            count = max(figures.get(f"{metric.name}_n", 0) for figures in shown)
-            title = f"{metric.label}{' (lower is better)' if metric.lower else ''}, n = {count:,}"
+            title = (
+                f"{metric.label}{' (lower is better)' * metric.lower}, n = {shown[0][f'{metric.name}_n']:,}"
+            )
             values = [figures.get(metric.key, 0.0) for figures in models.values()]
             intervals = [figures.get(f"{metric.name}_interval") for figures in models.values()]
-            chance = shown[0].get(f"{metric.name}_chance", metric.chance)
-            panels.append(Panel(title, values, intervals, bool(metric.right), chance))
+            chance = shown[0].get(f"{metric.name}_chance", 0)
+            panels.append(Panel(title, values, intervals, "%" in metric.form, chance))
     plot_comparison(panels, list(models), place / "comparison.png")
     pairs = comparison["differences"]
-    names = [name for name in COMPARED if any(name in pair for pair in pairs)]
-    changes = [["", *(COMPARED[name].label for name in names)]]
+    compared = [metric for metric in METRICS if any(metric.name in pair for pair in pairs)]
+    changes = [["", *(metric.label for metric in compared)]]
     for pair in pairs:
-        cells = [difference_cell(pair.get(name)) for name in names]
+        cells = [difference_cell(pair.get(metric.name)) for metric in compared]
         changes.append([f"{pair['to']} - {pair['from']}", *cells])
     text = render(
         TEMPLATE,
         **comparison,
         first=next(iter(models.values())),
         date=datetime.date.today(),
-        verdicts=_verdicts(comparison),
         figures_table="\n".join(_figures_table(comparison)),
         differences_table="\n".join(_table(changes)),
     )
@@ -105,8 +100,8 @@ def write_pages(folders: dict[str, str], comparison: dict[str, Any], place: Path
 def terminal_lines(comparison: dict[str, Any]) -> list[str]:
     """The metrics, the differences in words, and the sample answers."""
     lines = [*_figures_table(comparison), ""]
-    if verdicts := _verdicts(comparison):
-        lines += [f"{name}: {verdict}" for name, verdict in verdicts]
+    if comparison["verdicts"]:
+        lines += [f"{name}: {verdict}" for name, verdict in comparison["verdicts"].items()]
         lines += ["(each difference with its interval and p: comparison.md)", ""]
     for sample in comparison["samples"]:
         width = max(map(text_width, sample["answers"]))
@@ -118,25 +113,17 @@ def terminal_lines(comparison: dict[str, Any]) -> list[str]:
 
 
 def _figures_table(comparison):
-    models = list(comparison["models"])
-    rows = [[row["label"], *(row["cells"][name] for name in models)] for row in comparison["table"]]
-    return _table([["", *models], *rows])
+    rows = [[row["label"], *row["cells"].values()] for row in comparison["table"]]
+    return _table([["", *comparison["models"]], *rows])
 
 
-def _verdicts(comparison):
-    """[("sft against base", "better in ...; worse in ..."), ...]: every model against the first."""
-    base, verdicts = next(iter(comparison["models"])), []
-    for pair in comparison["differences"]:
-        if pair["from"] != base:
-            continue
-        groups = {"better in": [], "worse in": [], "no clear difference in": []}
-        for name, metric in COMPARED.items():
-            if name in pair:
-                word = "better in" if (pair[name]["difference"] > 0) != metric.lower else "worse in"
-                groups[word if is_clear(pair[name]) else "no clear difference in"].append(metric.label)
-        words = "; ".join(f"{word} {', '.join(labels)}" for word, labels in groups.items() if labels)
-        verdicts.append((f"{pair['to']} against {base}", f"{words}."))
-    return verdicts
+def _verdict(pair):
+    groups = {"better in": [], "worse in": [], "no clear difference in": []}
+    for metric in METRICS:
+        if found := pair.get(metric.name):
+            word = "better in" if (found["difference"] > 0) != metric.lower else "worse in"
+            groups[word if is_clear(found) else "no clear difference in"].append(metric.label)
+    return "; ".join(f"{word} {', '.join(labels)}" for word, labels in groups.items() if labels) + "."
 
 
 def _table(rows):
@@ -150,34 +137,24 @@ def _table(rows):
 
 
 def _samples(measured, count):
-    """[{"question", "answers": {"reference" or model name: answer}}, ...], right or wrong as most of their kind.
-
-    `count` held-out questions that ask for as many kinds of fact as there are, and one of each of OTHERS that was asked. Of a kind,
-    the outcome (which models are right, which name a caution) that most of its questions have is shown, with its count.
-    """
-    answers = {name: [item for item in found.items if "about" in item] for name, found in measured.items()}
-    kinds = defaultdict(lambda: defaultdict(list))  # {(about, kind): {outcome: numbers of the questions}}
-    for number, items in enumerate(zip(*answers.values())):
-        asked = items[0]
-        kind = (asked["about"], asked["kind"] if asked["about"] == "heldout" else "")
-        kinds[kind][tuple((item["right"], item["caution"]) for item in items)].append(number)
-    heldout, others = [], {}
-    for (about, _), outcomes in kinds.items():
-        usual = max(outcomes.values(), key=len)
-        share = f"as {len(usual)} of {sum(map(len, outcomes.values()))} of its kind"
-        others[about] = (usual[0], share)
-        if about == "heldout":  # the first of every kind come before the second ones
-            heldout += [(rank, number, share) for rank, number in enumerate(usual)]
-    chosen = [(number, share) for _, number, share in sorted(heldout)[:count]]
-    chosen += [others[about] for about in OTHERS if count and about in others]
+    """[{"question", "answers": {"reference" or model name: answer}}, ...]: `count` held-out questions, the first of each kind of
+    fact before the second ones, and the first of each of OTHERS; beside a question, how many of its kind each model has right."""
+    kinds = defaultdict(list)  # {(about, kind of fact): [{model: result}, ...]}
+    for items in zip(*([item for item in found.items if "about" in item] for found in measured.values())):
+        kinds[items[0]["about"], items[0]["kind"]].append(dict(zip(measured, items)))
+    groups = [group for (about, _), group in kinds.items() if about == "heldout"]
+    turns = itertools.zip_longest(*groups)
+    chosen = [(found, group) for turn in turns for found, group in zip(turn, groups) if found][:count]
+    others = [kinds[about, ""] for about in OTHERS if count and (about, "") in kinds]
     samples = []
-    for number, share in chosen:
-        shown = {name: items[number] for name, items in answers.items()}
-        asked = next(iter(shown.values()))
-        if asked["test"] == "follow_up":
-            share = f"{asked['about']} question, after {asked['before'][-1]}; {share}"
-        texts = {"reference": asked["reference"], **{name: item["answer"] for name, item in shown.items()}}
-        texts = {name: printable(shorten(text, LONGEST)) for name, text in texts.items()}
-        question = printable(shorten(f"{asked['question']} ({share})", LONGEST))
-        samples.append({"question": question, "answers": texts})
+    for found, group in chosen + [(group[0], group) for group in others]:
+        asked = next(iter(found.values()))
+        notes = [f"second question, after {asked['before'][-1]}"] if asked["about"] == "second" else []
+        if asked["right"] is not None:
+            counts = [f"{name} {sum(each[name]['right'] for each in group)}" for name in measured]
+            notes.append(f"right of {len(group)} of its kind: {', '.join(counts)}")
+        question = f"{asked['question']} ({'; '.join(notes)})" if notes else asked["question"]
+        answers = {"reference": asked["reference"], **{name: item["answer"] for name, item in found.items()}}
+        answers = {name: printable(shorten(text, LONGEST)) for name, text in answers.items()}
+        samples.append({"question": printable(shorten(question, LONGEST)), "answers": answers})
     return samples

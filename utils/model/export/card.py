@@ -1,6 +1,5 @@
 """What an export costs, measured against the folder, and the model card (README.md) that says it and how the model was made."""
 
-import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -8,23 +7,18 @@ from typing import Any
 import torch
 
 from utils.errors import RunError
-from utils.files import read_json, render, sha256_of
+from utils.files import atomic_write, read_json, render, sha256_of
 from utils.model.chat_format import encode_prompt
-from utils.model.export.folders import Export, Source
+from utils.model.export.folders import CONFIG_OF_4, Export, Source, training_file
 from utils.model.folder import model_sha256, run_folder
 from utils.model.generate import generate_tokens, stop_tokens
-from utils.settings import ROOT
 from utils.text import progress
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 # Fields of a Qwen3Config that decide what the model computes. Short answers of a small model hardly tell a RoPE base of 10,000 from
 # one of a million; a long conversation does.
-DECIDE = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters", "attention_bias"),
-    *("max_position_embeddings", "tie_word_embeddings"),
-)
+DECIDE = (*CONFIG_OF_4, "rope_parameters")
 LARGEST_KL = 0.1  # nats a token; q8_0 costs about 0.001, an LM head that is lost more than 0.5
 WRONG = "the export is not what the folder is"
 
@@ -41,27 +35,28 @@ def compare_with_export(
         if one != other and not (isinstance(one, float) and math.isclose(one, other, rel_tol=1e-6)):
             raise RunError(f"{WRONG}: {name} is read as {other}, wanted {one}")
     prompts = [encode_prompt(source.tokenizer, messages) for messages in questions]
-    asked = {"tokenize": False, "add_generation_prompt": True}
     for mode in ({}, {"enable_thinking": True}):  # llama.cpp and mlx-lm always ask for thinking
         for messages, prompt in zip(questions, prompts):
-            text = tokenizer.apply_chat_template(messages, **asked, **mode)
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **mode)
             if tokenizer(text, add_special_tokens=False)["input_ids"] != prompt:
-                other = "makes another prompt than the folder's"
-                raise RunError(f"the export's chat template or tokenizer {other}")
-    stop, models = stop_tokens(source.model, source.tokenizer), {"folder": source.model, "export": exported}
-    found = {}
-    for name, model in models.items():
-        watch = progress(f"{len(prompts)} answers: {name}")
-        found[name] = generate_tokens(model, prompts, stop, max_new_tokens, watch=watch)
-    answers, total = found["folder"], 0.0
-    for prompt, answer in progress("probabilities", "answers")(list(zip(prompts, answers))):
+                raise RunError(
+                    "the export's chat template or tokenizer makes another prompt than the folder's"
+                )
+    stop, watch = (
+        stop_tokens(source.model, source.tokenizer),
+        progress(f"{len(prompts)} answers of the folder"),
+    )
+    answers = generate_tokens(source.model, prompts, stop, max_new_tokens, watch=watch)
+    same, total = 0, 0.0
+    for prompt, answer in progress("the same of the export")(list(zip(prompts, answers))):
         ids, count = torch.tensor([prompt + answer[:-1]]), len(answer)
-        with torch.inference_mode():
-            logits = [model(input_ids=ids, logits_to_keep=count).logits[0] for model in models.values()]
-        # (tokens of the answer, vocabulary)
-        ours, theirs = (each.double().log_softmax(-1) for each in logits)
+        with torch.inference_mode():  # (tokens of the answer, vocabulary)
+            ours, theirs = (
+                model(input_ids=ids, logits_to_keep=count).logits[0].double().log_softmax(-1)
+                for model in (source.model, exported)
+            )
+        same += theirs.argmax(-1).tolist() == answer  # then it would give this answer
         total += (ours.exp() * (ours - theirs)).sum().item()
-    same = sum(one == other for one, other in zip(answers, found["export"]))
     kl = total / sum(map(len, answers))
     counts = f"{same} of {len(answers)} greedy answers the same as the folder's, KL {kl:.1e} nats a token"
     if kl > LARGEST_KL:
@@ -69,21 +64,17 @@ def compare_with_export(
     return f"read as other tools do, computed in float32: {counts}"
 
 
-def model_card(source: Source, export: Export, notes: list[str]) -> str:
-    """The card as Markdown. `notes`: what the export cost, how it is used."""
+def write_card(source: Source, export: Export, notes: list[str]) -> None:
+    """Write README.md of an export. `notes`: what the export cost, how it is used."""
     weights = [path for path in sorted(export.place.iterdir()) if path.suffix in (".safetensors", ".gguf")]
     columns, table = _scores_of(source.folder)
     runs = []
     for run in reversed(source.runs):
-        path = ROOT / str(run["settings"].get("TRAIN_FILE"))
+        path, is_same = training_file(run)
         digest = str(run["identity"].get("TRAIN_FILE")).removeprefix("sha256 ")
-        unchanged = path.is_file() and sha256_of(path) == digest
-        results, numbers = run.get("results", {}), ("steps", "eval_loss_before", "eval_loss")
-        whole = all(isinstance(results.get(name), int | float) for name in numbers)
-        more = {"results": results if whole and isinstance(run.get("versions"), dict) else None}
-        more |= {"model": Path(run["settings"]["MODEL"]).name, "file": path.name, "digest": digest}
-        runs.append({**run, **more, "origins": _origins(path.parent) if unchanged else None})
-    return render(
+        about = {"model": Path(run["settings"]["MODEL"]).name, "file": path.name, "digest": digest}
+        runs.append({**run, **about, "origins": _origins(path.parent) if is_same else None})
+    text = render(
         TEMPLATE,
         export=export,
         base=export.base or Path(source.base).name,
@@ -94,14 +85,15 @@ def model_card(source: Source, export: Export, notes: list[str]) -> str:
         table=table,
         files=[(path.name, sha256_of(path)) for path in weights],
     )
+    with atomic_write(export.place / "README.md") as file:
+        file.write(text)
 
 
 def _origins(folder):
     """The files that the report of a data folder names, with the sources that raw/ beside it knows."""
-    report, known = folder / "report.json", {}
-    for path in sorted((folder.parent / "raw").glob("*.source.json")):
-        source = read_json(path)
-        known[source["sha256"]] = source
+    sources = map(read_json, sorted((folder.parent / "raw").glob("*.source.json")))
+    known = {source["sha256"]: source for source in sources}
+    report = folder / "report.json"
     files = read_json(report)["files"] if report.is_file() else []
     return [{**file, "file": Path(file["file"]).name, "source": known.get(file["sha256"])} for file in files]
 
@@ -111,8 +103,7 @@ def _scores_of(folder):
     else ([], [])."""
     path = run_folder(folder).parent / "comparison.json"
     found, wanted = read_json(path) if path.is_file() else {"models": {}}, model_sha256(folder)
-    with contextlib.suppress(KeyError, AttributeError, TypeError):  # of an earlier version
-        for name, figures in found["models"].items():
-            if figures["weights"] == wanted:
-                return list(dict.fromkeys([next(iter(found["models"])), name])), found["table"]
+    for name, figures in found["models"].items():
+        if figures.get("weights") == wanted:
+            return list(dict.fromkeys([next(iter(found["models"])), name])), found["table"]
     return [], []

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from utils.errors import RunError, UserError
-from utils.files import read_json, show_path, write_json
+from utils.files import read_json, sha256_of, show_path, write_json
 from utils.model.chat_format import with_default_mode
 from utils.model.folder import (
     adapter_base,
@@ -18,28 +18,28 @@ from utils.model.folder import (
     load_model,
     load_tokenizer,
     run_folder,
+    save_model,
     usable_record,
     write_config_for_other_tools,
 )
 from utils.model.generate import thinks_by_default
 from utils.settings import ROOT
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-# What transformers 4.57 reads in a Qwen3's config.json, and what it takes for a name that is not there. Other names, such as
-# version 5's rope_parameters, it ignores.
+# What transformers 4.57 reads in a Qwen3's config.json, beside rope_theta and rope_scaling, and what it takes for a name that is
+# not there. Other names, such as version 5's rope_parameters, it ignores.
 CONFIG_OF_4 = {
     **{"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32},
     **{"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "hidden_act": "silu"},
     **{"max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "attention_bias": False},
-    **{"tie_word_embeddings": False, "rope_theta": 10000.0, "rope_scaling": None},
+    **{"tie_word_embeddings": False},
 }
 
 
 class Source(NamedTuple):
-    """`model` is whole (an adapter is merged), float32, on the CPU; `runs`: run.json of the folder and of those it was trained from,
-    the last training first; `base`: the model before all of them; `system`: the system text of training ("": unknown, none)."""
+    """`model` is whole (an adapter is merged), float32, on the CPU; `runs`, `base`: see training_history; `system`: the system text
+    of training ("": unknown, none)."""
 
     folder: Path
     model: Any
@@ -74,6 +74,12 @@ def training_history(folder: Path) -> tuple[list[dict], str]:
         base = record["settings"]["MODEL"]  # inside the repository: relative to it
         above = run_folder(ROOT / base)
     return runs, base
+
+
+def training_file(run: dict) -> tuple[Path, bool]:
+    """(the training file that a run.json names, True if it still holds what the run was trained on)."""
+    path = ROOT / str(run["settings"].get("TRAIN_FILE"))
+    return path, path.is_file() and run["identity"].get("TRAIN_FILE") == f"sha256 {sha256_of(path)}"
 
 
 def _refuse_what_is_lost(folder, form):
@@ -125,18 +131,16 @@ class FolderExport(Export):
         exact = {weight: weight.data for weight in source.model.parameters()}
         for weight in exact:  # not model.to(dtype), which would round the rotary frequencies as well
             weight.data = weight.data.to(DTYPES[self.precision])
-        source.model.save_pretrained(partial)
+        save_model(source.model, source.tokenizer, partial)
         for weight, data in exact.items():
             weight.data = data
-        source.model.generation_config.save_pretrained(partial)
-        save_tokenizer(source, partial)
 
     def read(self, source: Source) -> tuple[Any, Any]:
         """(tokenizer, model in float32) as transformers 4.57 understands the exported files."""
         given = read_json(self.place / "config.json")
         config = {name: given.get(name, default) for name, default in CONFIG_OF_4.items()}
-        rope = {"rope_type": "default", **(config.pop("rope_scaling") or {})}
-        config["rope_parameters"] = rope | {"rope_theta": config.pop("rope_theta")}
+        scaling = given.get("rope_scaling") or {"rope_type": "default"}
+        config["rope_parameters"] = {**scaling, "rope_theta": given.get("rope_theta", 10000.0)}
         weights: dict[str, torch.Tensor] = {}
         for path in sorted(self.place.glob("*.safetensors")):
             weights |= load_file(path)
@@ -171,13 +175,13 @@ class AdapterExport(Export):
 
     def save(self, source: Source, partial: Path) -> None:
         """adapter_config.json names `base`, or, if that is empty, the base by its absolute path on this machine."""
-        named, _ = _base_of(source.folder)
-        base = self.base or (str(Path(named).resolve()) if Path(named).is_dir() else named)
         config = read_json(source.folder / "adapter_config.json")
-        write_json(partial / "adapter_config.json", config | {"base_model_name_or_path": base})
+        config["base_model_name_or_path"] = self.base or _base_of(source.folder)[0]
+        write_json(partial / "adapter_config.json", config)
         shutil.copyfile(source.folder / "adapter_model.safetensors", partial / "adapter_model.safetensors")
         source.model.generation_config.save_pretrained(partial)
-        save_tokenizer(source, partial)
+        source.tokenizer.save_pretrained(partial)
+        write_config_for_other_tools(partial)
 
     def read(self, source: Source) -> tuple[Any, Any] | None:
         """(tokenizer, model in float32): the exported adapter, merged by PEFT into the base that it names.
@@ -188,8 +192,7 @@ class AdapterExport(Export):
 
         base = read_json(self.place / "adapter_config.json")["base_model_name_or_path"]
         named, origin = _base_of(source.folder)
-        if not Path(base).is_dir() and base == origin:
-            base = named
+        base = named if base == origin else base
         if not Path(base).is_dir():
             return None
         whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
@@ -207,22 +210,6 @@ def _base_of(folder):
     origin = Path(named) / "source.json"
     repo = read_json(origin).get("repo", "") if origin.is_file() else ""
     return named, repo if Path(named).is_dir() else named
-
-
-def save_tokenizer(source: Source, place: Path) -> None:
-    """The tokenizer in `place`: file by file as its base has it if training left it unchanged, with the trained mode."""
-    source.tokenizer.save_pretrained(place)
-    published = ROOT / source.base
-    if source.base and (published / "tokenizer.json").is_file():
-        if read_json(published / "tokenizer.json") == read_json(place / "tokenizer.json"):
-            for name in TOKENIZER_FILES:
-                if (published / name).is_file():
-                    shutil.copyfile(published / name, place / name)
-    config = read_json(place / "tokenizer_config.json")
-    if "chat_template" in config:  # some tools look here, some in chat_template.jinja
-        config["chat_template"] = source.tokenizer.chat_template
-        write_json(place / "tokenizer_config.json", config)
-    write_config_for_other_tools(place)
 
 
 def build_model(
