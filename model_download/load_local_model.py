@@ -57,7 +57,7 @@ NO_ADVICE = ("For study and research only, not medical advice.", "仅供学习�
 def main(argv: list[str] | None = None) -> None:
     # 1. Settings
     settings = read_settings(globals(), argv, positional="MODEL")
-    chatting = check_settings(settings)
+    check_settings(settings)
 
     # 2. Which model: checked before torch is imported, which takes seconds
     names = [settings.MODEL or choose_model(), settings.BESIDE_MODEL]
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     models = [load(folder) for folder in folders]
 
     # 4. Chat
-    if chatting:
+    if sys.stdin.isatty() and not (settings.SERVE or settings.PROMPT or settings.JSON):
         from utils.chat.session import TYPED, Chat
 
         prepare_terminal(TYPED)
@@ -114,8 +114,8 @@ def choose_model() -> str:
     return str(found[0])
 
 
-def check_settings(settings: Settings) -> bool:
-    """Tell whether this is a chat at a terminal; UserError for settings that exclude one another."""
+def check_settings(settings: Settings) -> None:
+    """UserError for settings that exclude one another."""
     if settings.GREEDY and settings.TEMPERATURE > 0:
         raise UserError("--greedy and --temperature exclude each other")
     if "PROMPT" in settings.overridden and not settings.PROMPT.strip():
@@ -123,15 +123,10 @@ def check_settings(settings: Settings) -> bool:
     if settings.SERVE and (settings.PROMPT or settings.JSON or settings.SEED >= 0):
         raise UserError("--serve takes no --prompt, --json or --seed: a request brings its own")
     if settings.SERVE and settings.HOST not in LOOPBACK and not settings.API_KEY:
-        raise UserError(
-            f"--host {settings.HOST}: others could ask there; a key is wanted too: --api-key TEXT"
-        )
+        others = f"--host {settings.HOST}: others could ask there"
+        raise UserError(f"{others}; a key is wanted too: --api-key TEXT")
     if settings.BESIDE_MODEL and not settings.SERVE:
         raise UserError("--beside-model is for --serve, whose page shows two models side by side")
-    chatting = not settings.SERVE and not settings.PROMPT and sys.stdin.isatty()
-    if chatting and settings.JSON:
-        raise UserError('--json is for questions from --prompt "..." or from a pipe, not for a chat')
-    return chatting
 
 
 def read_questions(stream: BinaryIO) -> Iterator[tuple[str, str]]:
@@ -152,8 +147,7 @@ def read_questions(stream: BinaryIO) -> Iterator[tuple[str, str]]:
 def answer_once(chat_model, options, place: str, question: str, as_json: bool) -> None:
     """Answer one question that came from `place` by itself, its cache new: on stdout the answer and nothing else."""
     chat_model.stream.reset()
-    system = [{"role": "system", "content": chat_model.system}] if chat_model.system else []
-    prompt = chat_model.encode([*system, {"role": "user", "content": question}], options)
+    prompt = chat_model.encode([{"role": "user", "content": question}], options)
     try:
         chat_model.check_length(prompt)
     except UserError as error:
@@ -161,10 +155,10 @@ def answer_once(chat_model, options, place: str, question: str, as_json: bool) -
     reply = chat_model.answer(prompt, options, (lambda *_: None) if as_json else AnswerPrinter())
     if reply.end == "Ctrl-C":
         raise KeyboardInterrupt
-    if as_json:
-        row = {"question": question, "answer": reply.content, "tokens": reply.tokens}
-        print(json.dumps(row | {"seconds": round(reply.seconds, 3)}, ensure_ascii=False), end="")
-    print(flush=True)
+    row = {"question": question, "answer": reply.content, "tokens": reply.tokens}
+    row["seconds"] = round(reply.seconds, 3)
+    # Without --json the answer has been printed as it came.
+    print(json.dumps(row, ensure_ascii=False) if as_json else "", flush=True)
     note(f"[{place}: {reply}]")
 
 

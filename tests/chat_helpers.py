@@ -56,4 +56,4 @@ def talk(chat, *lines):
 
 
 def plain(chat):
-    return [(turn.question, turn.answer) for turn in chat.turns]
+    return [tuple(message["content"] for message in turn.messages) for turn in chat.turns]

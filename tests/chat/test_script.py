@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 from chat_helpers import QUESTIONS, prompts_of, reference
 from conftest import ROOT
-from small_runs import arguments, make_place
+from small_runs import make_place, train
 
 from utils.errors import UserError, run
 from utils.model.chat_format import DECODING
@@ -52,33 +51,22 @@ def test_the_newest_model_is_taken_where_none_is_named(script, tiny_folder, tmp_
 
 
 def test_prompt_prints_the_answer_and_nothing_else(script, tiny_folder, chat_model, capsys):
-    command = [str(tiny_folder), "--prompt", "甘草", "--max-new-tokens", "12", *CPU]
-    script.main([*command, "--greedy"])
-    output = capsys.readouterr()
-    prompt = prompts_of(chat_model)[0]
-    answer = read_answer(chat_model.tokenizer, prompt, reference(chat_model, prompt, 12))
-    assert output.out == answer.content + "\n"
-    for told in ("not medical advice", "12 tokens", "cut at the limit"):
-        assert told in output.err
-    answers = []
-    for seed in (5, 5, 6):
-        script.main([*command, "--seed", str(seed)])
-        answers.append(capsys.readouterr().out)
-    assert answers[0] == answers[1] != answers[2]
-
-
-def test_sampling_by_flags(script, tiny_folder, capsys):
-    command = [str(tiny_folder), "--prompt", "甘草", "--max-new-tokens", "12", "--seed", "3", *CPU]
-
     def said(*flags):
-        script.main([*command, *flags])
+        script.main([str(tiny_folder), "--prompt", "甘草", "--max-new-tokens", "12", *CPU, *flags])
         return capsys.readouterr()
 
-    greedy = said("--greedy").out
-    assert said("--temperature", "0").out == greedy == said("--top-k", "1").out
+    prompt = prompts_of(chat_model)[0]
+    answer = read_answer(chat_model.tokenizer, prompt, reference(chat_model, prompt, 12))
+    greedy = said("--greedy")
+    assert greedy.out == answer.content + "\n"
+    for told in ("not medical advice", "12 tokens", "cut at the limit"):
+        assert told in greedy.err
+    assert said("--temperature", "0").out == greedy.out == said("--top-k", "1").out
+    seeds = [said("--seed", str(seed)) for seed in (5, 5, 6)]
+    assert seeds[0].out == seeds[1].out != seeds[2].out
+    assert "temperature 0.6, top_p 0.95, top_k 20;" in seeds[0].err  # as the folder says
     told = said("--temperature", "1.5", "--top-p", "0.5", "--top-k", "9", "--repetition-penalty", "1.2").err
     assert "temperature 1.5, top_p 0.5, top_k 9, repetition_penalty 1.2" in told
-    assert "temperature 0.6, top_p 0.95, top_k 20;" in said().err  # as the folder says
 
 
 def test_questions_from_a_pipe(script, tiny_folder, chat_model, monkeypatch, capsys):
@@ -97,21 +85,14 @@ def test_questions_from_a_pipe(script, tiny_folder, chat_model, monkeypatch, cap
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method, inside", [("sft", ""), ("lora", "merged")])
-def test_a_trained_folder_answers_the_same_through_the_code_in_the_docs(
-    script, tmp_path, capsys, monkeypatch, method, inside
-):
-    # The trainer's handlers of Ctrl-C are its script's.
-    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-    trainer = importlib.import_module(f"model_finetune.finetune_{method}")
-    place = make_place(tmp_path)
-    flags = arguments(method, place, tmp_path / "trained", "--rows-per-step", "4", "--epochs", "4")
-    assert trainer.main(flags) in (None, 0)
+def test_a_trained_folder_answers_the_same_through_the_code_in_the_docs(script, tmp_path, capsys):
+    more = ["--rows-per-step", "4", "--epochs", "4"]
+    assert train("lora", make_place(tmp_path), tmp_path / "trained", *more) == 0
     page = (ROOT / "docs/other_tools.md").read_text(encoding="utf-8")
     [code] = re.findall(r"```python\n(from transformers import .*?)```", page, re.DOTALL)
     assert len([line for line in code.splitlines() if line]) <= 10
     question = re.search('"content": "(.*?)"', code)[1]
-    folder = str(tmp_path / "trained" / inside)
+    folder = str(tmp_path / "trained/merged")
     code = re.sub('folder = ".*"', f"folder = {folder!r}", code)
     greedy = "max_new_tokens=60, do_sample=False"
     code = re.sub(r"max_new_tokens=\d+(, do_sample=False)?", greedy, code)
@@ -123,36 +104,26 @@ def test_a_trained_folder_answers_the_same_through_the_code_in_the_docs(
     assert capsys.readouterr().out == ours and len(set(ours)) > 3
 
 
-@pytest.mark.parametrize(
-    "lines, message",
-    [
+def test_questions_that_cannot_be_answered(script, tiny_folder, monkeypatch):
+    for lines, message in (
         ("甘草\n".encode() + b"\xb8\xca", "stdin, line 2: not UTF-8"),
         (("长" * 5000).encode(), "stdin, line 1: the question has"),
         (b" \n\n", "no question on stdin"),
-    ],
-)
-def test_questions_that_cannot_be_answered(script, tiny_folder, monkeypatch, lines, message):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
-    with pytest.raises(UserError, match=message):
-        script.main([str(tiny_folder), "--max-new-tokens", "2", "--precision", "fp32"])
+    ):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+        with pytest.raises(UserError, match=message):
+            script.main([str(tiny_folder), "--max-new-tokens", "2", *CPU])
 
 
-WRONG = [
+WRONG = [  # and what tests/test_settings.py says of flags
     (["no/such/tiny_folder/at/all", "--prompt", "x"], "does not exist"),
+    ([str(ROOT / "utils"), "--prompt", "x"], "is not a model folder"),
     (["--prompt", " "], "--prompt: wanted a question"),
-    (["--thinking", "maybe", "--prompt", "x"], "--thinking is 'maybe'"),
-    (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
     (["--temperature", "11"], "--temperature is 11.0, wanted a number: -1 or 0 to 10"),
-    (["--top-p", "2"], "--top-p is 2.0, wanted a number: -1 or > 0, at most 1"),
-    (["--repetition-penalty", "0"], "--repetition-penalty is 0.0, wanted"),
     ([TINY, "--serve", "--host", "0.0.0.0"], "a key is wanted too: --api-key TEXT"),
     (["--serve", "--prompt", "甘草"], "--serve takes no --prompt"),
-    (["--serve", "--port", "70000"], "--port is 70000, wanted a whole number: 0, 1, ... 65535"),
+    (["--beside-model", TINY], "--beside-model is for --serve"),
     (["--greedy", "--temperature", "0.5"], "--greedy and --temperature exclude each other"),
-    ([str(ROOT / "utils"), "--prompt", "x"], "is not a model folder"),
-    (["--promt", "x"], "did you mean --prompt?"),
-    ([TINY, "--prompt", "x", "--device", "abacus"], "--device is 'abacus'"),
-    ([TINY, "--prompt", "x", "--precision", "fp8"], "--precision is 'fp8'"),
 ]
 
 

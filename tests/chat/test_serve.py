@@ -12,13 +12,14 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import pytest
 from chat_helpers import QUESTIONS, Echo, reference
 from conftest import ROOT
 
 from utils.chat import serve
-from utils.chat.model import Options
+from utils.chat.model import Options, Reply
 from utils.chat.serve import Server
 from utils.errors import RunError
 from utils.model.chat_format import encode_prompt
@@ -242,56 +243,42 @@ def test_what_is_no_request(port, capsys):
     assert capsys.readouterr().err.count("refused (") == 2 and ask(port, ASKED)[0] == 200
 
 
-def test_the_page_runs_nothing_but_its_own_script(port):
+def test_the_page_runs_its_own_script_and_no_file_is_reached(port):
     status, headers, text = ask(port, None, "GET", "/?a=b")
     rules = headers["Content-Security-Policy"]
     assert status == 200 and "<textarea" in text and rules.startswith("default-src 'none'")
     [once] = re.findall('<script nonce="(.*?)">', text)
     assert f"script-src 'nonce-{once}';" in rules and once not in ask(port, None, "GET", "/")[2]
     assert not re.findall(r"(?:src|href)=\"(?!data:)|innerHTML|https?://|eval\(", text)
-
-
-def test_no_file_of_the_machine_is_reached(port):
-    paths = "/page.html /../serve.py //etc/passwd /v1/../etc/passwd /%2e%2e/serve.py /v1/nothing".split()
-    for path in paths:
+    for path in "/page.html /../serve.py //etc/passwd /v1/../etc/passwd /%2e%2e/serve.py /v1/nothing".split():
         for method, body in (("GET", None), ("POST", ASKED)):
             status, _, text = ask(port, body, method, path)
             assert status == 404 and list(json.loads(text)) == ["error"]
 
 
-def test_a_bug_is_an_error_of_the_server(port, chat_model, monkeypatch):
-    monkeypatch.setattr(type(chat_model), "encode", lambda *_: 1 / 0)
-    assert ask(port, ASKED)[0] == 500
-
-
 def test_who_may_ask(port, chat_model):
-    cases = [
-        (port, {}, 200),
-        (port, {"Origin": "http://localhost:3000"}, 200),
-        (port, {"Origin": "http://127.0.0.1"}, 200),
-        (port, {"Origin": "https://example.com"}, 403),
-        (port, {"Origin": "null"}, 403),
-        (port, {"Host": "example.com"}, 403),
-        (port, {"Host": "localhost:8000"}, 200),
-    ]
+    page, foreign = {"Origin": "http://localhost:3000"}, {"Origin": "https://example.com"}
+    file, key = {"Origin": "null"}, {"Authorization": "Bearer secret"}
     wants = "authorization,content-type,x-stainless-os,x-stainless-helper-method"
-    key, wrong = {"Authorization": "Bearer secret"}, {"Authorization": "Bearer 密".encode()}
-    with serving(chat_model, file_pages=True) as open_to_files, serving(chat_model, key="secret") as keyed:
-        cases += [
-            (open_to_files, {"Origin": "null"}, 200),
-            (open_to_files, {"Origin": "https://example.com"}, 403),
-        ]
-        cases += [
+    with serving(chat_model, file_pages=True) as files, serving(chat_model, key="secret") as keyed:
+        for where, headers, status in (
+            (port, {}, 200),
+            (port, page, 200),
+            (port, {"Origin": "http://127.0.0.1"}, 200),
+            (port, {"Host": "localhost:8000"}, 200),
+            (port, foreign, 403),
+            (port, file, 403),
+            (port, {"Host": "example.com"}, 403),
+            (files, file, 200),
+            (files, foreign, 403),
             (keyed, {}, 401),
-            (keyed, wrong, 401),
-            (keyed, {**key, "Origin": "https://example.com"}, 200),
-        ]
-        for where, headers, status in cases:
+            (keyed, {"Authorization": "Bearer 密".encode()}, 401),
+            (keyed, key | foreign, 200),
+        ):
             got, sent, _ = ask(where, ASKED, **headers)
             assert got == status == ask(where, None, "GET", "/v1/models", **headers)[0], headers
-            assert sent.get("Access-Control-Allow-Origin") == (
-                headers.get("Origin") if status == 200 else None
-            )
+            origin = headers.get("Origin") if status == 200 else None
+            assert sent.get("Access-Control-Allow-Origin") == origin
             # A browser asks first what it may send, without the key.
             got, sent, _ = ask(where, None, "OPTIONS", **headers, Access_Control_Request_Headers=wants)
             assert got == (403 if status == 403 else 204)
@@ -299,65 +286,56 @@ def test_who_may_ask(port, chat_model):
             assert got == 403 or "POST" in sent["Access-Control-Allow-Methods"]
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_ends_its_answer(port, chat_model, stream, monkeypatch):
-    begun, ended = threading.Event(), []
-    answer = type(chat_model).answer
-
-    def watched(self, prompt, options, show):
-        def show_slowly(text, thinking):
-            begun.set()
-            time.sleep(0.02)
-            show(text, thinking)
-
-        ended.append(answer(self, prompt, options, show_slowly))  # not reached where the answer is broken off
-        return ended[-1]
-
-    monkeypatch.setattr(type(chat_model), "answer", watched)
-    body = json.dumps({**ASKED, "max_tokens": 50, "stream": stream}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", port)) as client:
-        client.sendall(head.encode() + body)
-        assert begun.wait(20)
-    assert ask(port, ASKED)[0] == 200
-    assert [reply.tokens for reply in ended] == [12]
+# ---- Several clients, and those that leave
 
 
-def test_a_client_that_leaves_while_another_is_answered_is_not(chat_model, monkeypatch):
-    model, begun, go_on = Echo(chat_model), threading.Event(), threading.Event()
-    answer = model.answer
-    monkeypatch.setattr(model, "answer", lambda *asked: (begun.set(), go_on.wait(20), answer(*asked))[2])
-    body = json.dumps(ASKED).encode()
-    with serving(model) as port, ThreadPoolExecutor(1) as pool:
-        first = pool.submit(ask, port, ASKED)
-        assert begun.wait(20)
-        with socket.create_connection(("127.0.0.1", port)) as client:
-            client.sendall(HEAD + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
-        go_on.set()
-        assert first.result()[0] == ask(port, ASKED)[0] == 200
-        time.sleep(0.3)  # in which it would have been answered
-    assert len(model.seen) == 2
+def leave(port, **more):
+    """Ask, and leave without waiting for the answer."""
+    body = json.dumps({**ASKED, **more}).encode()
+    client = socket.create_connection(("127.0.0.1", port))
+    client.sendall(HEAD + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+    return client
 
 
-def test_a_client_that_leaves_before_its_refusal(port, monkeypatch, capsys):
-    def broken(*_):
-        raise BrokenPipeError
+def test_a_client_that_leaves_is_not_answered(chat_model, monkeypatch):
+    model, begun, go_on, ended = Echo(chat_model), threading.Event(), threading.Event(), []
 
-    monkeypatch.setattr(serve._Handler, "_send", broken)
+    def answer(prompt, options, show):
+        begun.set()
+        for _ in range(options.limit):
+            go_on.wait(20)
+            time.sleep(0.01)
+            show("甘", False)
+        ended.append(options.limit)  # not reached where the answer is broken off
+        return Reply("甘", "", options.limit, 0.1, 1.0, "length")
+
+    monkeypatch.setattr(model, "answer", answer)
+    with serving(model) as port, ThreadPoolExecutor(3) as pool:
+        for stream in (True, False):
+            go_on.clear()
+            begun.clear()
+            first = leave(port, max_tokens=2000, stream=stream)
+            assert begun.wait(20)
+            leave(port, max_tokens=5).close()  # while the other is answered
+            first.close()
+            go_on.set()
+            asked = [pool.submit(ask, port, ASKED) for _ in range(3)]  # one answer at a time
+            assert [one.result()[0] for one in asked] == 3 * [200]
+    assert ended == 6 * [12]
+
+
+def test_a_bug_an_address_that_is_taken_and_a_refusal_that_nobody_reads(
+    port, chat_model, monkeypatch, capsys
+):
+    monkeypatch.setattr(type(chat_model), "encode", lambda *_: 1 / 0)
+    assert ask(port, ASKED)[0] == 500
+    with pytest.raises(RunError, match="cannot be used .*; choose another --port"):
+        Server([chat_model], Options(), "127.0.0.1", port, "", False)
+    capsys.readouterr()
+    monkeypatch.setattr(serve._Handler, "_send", Mock(side_effect=BrokenPipeError))
     assert send(port, b"nonsense\r\n\r\n") == send(port, HEAD + b"\r\n") == ""
     said = capsys.readouterr().err
     assert said.count("refused (400)") == 2 and "Traceback" not in said
-
-
-def test_three_clients_at_once(port, chat_model):
-    with ThreadPoolExecutor(3) as pool:
-        answers = list(pool.map(lambda number: content(said(port)), range(3)))
-    assert answers == 3 * [expected(chat_model)[1]]
-
-
-def test_an_address_that_is_taken(chat_model, port):
-    with pytest.raises(RunError, match="cannot be used .*; choose another --port"):
-        Server([chat_model], Options(), "127.0.0.1", port, "", False)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from chat_helpers import CPU, Echo, damaged, plain, talk
 from conftest import ROOT
 
 from utils.chat.model import ChatModel, Options
-from utils.chat.session import COMMANDS, Chat, Turn
+from utils.chat.session import COMMANDS, Chat
 from utils.chat.terminal import read_message
 from utils.model.chat_format import encode_turns
 from utils.model.generate import TokenStream
@@ -28,7 +28,7 @@ def test_what_is_typed(chat, monkeypatch):
         assert read_message() == "\n".join(typed) and next(lines, None) is None
     assert not any(chat.handle(line) for line in ("/exit", "exit", "quit", "／exit"))
     talk(chat, "what does exit mean?", '"""\n第一行\n/undo\n"""', '"""/help"""')
-    assert [turn.question for turn in chat.turns] == ["what does exit mean?", "第一行\n/undo", "/help"]
+    assert [asked for asked, _ in plain(chat)] == ["what does exit mean?", "第一行\n/undo", "/help"]
 
 
 def test_help_in_the_language_of_the_user(chat, capsys, monkeypatch):
@@ -69,7 +69,7 @@ def test_commands_that_change_the_conversation(chat, capsys):
 
 def test_thinking_is_kept_apart_and_not_shown_to_the_next_turn(chat, capsys):
     talk(chat, "/think on", "一", "二")
-    assert chat.turns[0] == Turn("一", "答1", "想", True)
+    assert chat.turns[0].messages[1]["reasoning_content"] == "想" and chat.turns[0].whole
     assert "想" not in chat.chat_model.seen[1]
     assert chat.chat_model.seen[1].endswith("<|im_start|>assistant\n")
     talk(chat, "/think maybe", "/think off", "/think")
@@ -117,7 +117,7 @@ def test_oldest_turns_are_left_out_whole(chat, chat_model, capsys):
     assert f"the oldest {left_out} of 7 turns are left out" in capsys.readouterr().err
     assert len(chat.turns) == 8  # /save and /undo still know them
     talk(chat, "长" * 10_000, "/undo", "短")
-    assert "the context window takes 256" in capsys.readouterr().err and chat.turns[-1].question == "短"
+    assert "the context window takes 256" in capsys.readouterr().err and plain(chat)[-1][0] == "短"
     assert chat.start == left_out
 
 
@@ -140,7 +140,7 @@ def test_model_changes_and_the_conversation_goes_on(chat, tiny_folder, capsys, m
     assert "  1  " in said and "(echo is answering; /model FOLDER" in said
     assert f"{tiny_folder} on cpu, fp32" in said
     assert "7 does not exist" in said and "no/such/folder does not exist" in said
-    assert [turn.question for turn in chat.turns] == ["一", "二"]
+    assert [asked for asked, _ in plain(chat)] == ["一", "二"]
     assert chat.chat_model.name == str(tiny_folder) and chat.chat_model.system == ""
 
 

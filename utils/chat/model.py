@@ -54,6 +54,11 @@ class Reply(NamedTuple):
     rate: float
     end: str
 
+    def message(self) -> dict:
+        """The answer as a message of a conversation."""
+        reasoning = {"reasoning_content": self.reasoning} if self.reasoning else {}
+        return {"role": "assistant", "content": self.content, **reasoning}
+
     def __str__(self) -> str:
         """Tokens, speed and what cut the answer, in words."""
         ends = {"length": "; cut at the limit (--max-new-tokens)", "Ctrl-C": "; stopped by Ctrl-C"}
@@ -83,7 +88,9 @@ class ChatModel:
         self.system = record.get("system") or "" if system is None else system
 
     def encode(self, messages: list[dict], options: Options) -> list[int]:
-        """The ids that ask for an answer to `messages`."""
+        """The ids that ask for an answer to `messages`, before which the system text stands unless they bring their own."""
+        if self.system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
         return encode_prompt(self.tokenizer, messages, options.thinking)
 
     def check_length(self, prompt: list[int]) -> None:

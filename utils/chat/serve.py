@@ -21,7 +21,6 @@ import time
 import uuid
 from dataclasses import asdict
 from http import HTTPStatus
-from http.client import HTTPMessage
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -163,7 +162,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     timeout = 60  # seconds that a client may take between two bytes
-    headers = HTTPMessage()  # until they are read
     origin = ""  # of the page that asks, once it is known to be allowed
     streaming = False  # the head of a stream is sent
 
@@ -177,8 +175,8 @@ class _Handler(BaseHTTPRequestHandler):
             match self.command, path:
                 case "OPTIONS", _:
                     asked = " ".join(self.headers.get("Access-Control-Request-Headers", "").split())
-                    allowed = {"Methods": "GET, POST", "Headers": asked or "authorization, content-type"}
-                    headers = {f"Access-Control-Allow-{name}": text for name, text in allowed.items()}
+                    headers = {"Access-Control-Allow-Headers": asked or "authorization, content-type"}
+                    headers["Access-Control-Allow-Methods"] = "GET, POST"
                     self._send(HTTPStatus.NO_CONTENT, b"", headers)
                 case "GET", "":
                     self._send_page()
@@ -228,8 +226,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _chat(self, request, messages, options):
         chat_model, stream = self._model_named(request.get("model")), request.get("stream")
-        if chat_model.system and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": chat_model.system}, *messages]
         prompt = chat_model.encode(messages, options)
         chat_model.check_length(prompt)
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chat_model.name}
@@ -262,9 +258,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send_event({**about, "choices": [], **usage})
             self.wfile.write(b"data: [DONE]\n\n")
         else:
-            reasoning = {"reasoning_content": reply.reasoning} if reply.reasoning else {}
-            message = {"role": "assistant", "content": reply.content, **reasoning}
-            choice = {"index": 0, "message": message, "finish_reason": reply.end}
+            choice = {"index": 0, "message": reply.message(), "finish_reason": reply.end}
             self._send_json(HTTPStatus.OK, {**about, "choices": [choice], **usage})
 
     def _model_named(self, name):

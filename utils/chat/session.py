@@ -29,11 +29,9 @@ TYPED = [f"/{name}" for name in COMMANDS]  # as Tab completes them
 
 
 class Turn(NamedTuple):
-    """A question and its answer; `whole` is False if Ctrl-C or the token limit cut the answer."""
+    """The messages of a question and of its answer; `whole` is False if Ctrl-C or the token limit cut the answer."""
 
-    question: str
-    answer: str
-    reasoning: str
+    messages: list[dict]
     whole: bool
 
 
@@ -88,7 +86,9 @@ class Chat:
         print(flush=True)
         note(f"[{reply}]")
         if reply.content:
-            self.turns.append(Turn(question, reply.content, reply.reasoning, reply.end == "stop"))
+            self.turns.append(
+                Turn([{"role": "user", "content": question}, reply.message()], reply.end == "stop")
+            )
         else:
             note("(no answer, so the question is not kept)")
 
@@ -98,28 +98,17 @@ class Chat:
         model, count, start = self.chat_model, len(self.turns), min(self.start, len(self.turns))
         while True:
             turns = [] if model.single else self.turns[start:]
-            prompt = model.encode(
-                [*self._messages(turns), {"role": "user", "content": question}], self.options
-            )
+            messages = [message for turn in turns for message in turn.messages]
+            prompt = model.encode([*messages, {"role": "user", "content": question}], self.options)
             if not turns or len(prompt) + min(self.options.limit, model.context // 2) <= model.context:
                 break
             start += 1
         model.check_length(prompt)
         if start > self.start:
-            note(
-                f"(the window of {model.context} tokens is full: the oldest {start} of {count} turns are left out)"
-            )
+            left_out = f"the oldest {start} of {count} turns are left out"
+            note(f"(the context window of {model.context} tokens is full: {left_out})")
         self.start = start
         return prompt
-
-    def _messages(self, turns):
-        """The system text, if there is one, and some turns as a model's messages."""
-        messages = [{"role": "system", "content": self.chat_model.system}] * bool(self.chat_model.system)
-        for turn in turns:
-            reasoning = {"reasoning_content": turn.reasoning} if turn.reasoning else {}
-            messages.append({"role": "user", "content": turn.question})
-            messages.append({"role": "assistant", "content": turn.answer, **reasoning})
-        return messages
 
     # ---- commands: each takes the text after its name
 
@@ -134,12 +123,12 @@ class Chat:
     def _undo(self, text):
         if not self.turns:
             raise UserError("nothing to take back")
-        note(f"(taken back: {self.turns.pop().question})")
+        note(f"(taken back: {self.turns.pop().messages[0]['content']})")
 
     def _retry(self, text):
         if not self.turns:
             raise UserError("nothing to answer again")
-        self.ask(self.turns.pop().question)
+        self.ask(self.turns.pop().messages[0]["content"])
 
     def _system(self, text):
         self.chat_model.system = text
@@ -165,11 +154,12 @@ class Chat:
         path = Path(os.path.expanduser(text))
         if path.suffix != ".jsonl":
             raise UserError("/save needs the name of a .jsonl file, as in /save my_chats.jsonl")
-        whole = [turn for turn in self.turns if turn.whole]
+        whole = [turn.messages for turn in self.turns if turn.whole]
         if not whole:
             raise UserError("nothing to save: no answer that came to its end")
-        rows = [[turn] for turn in whole] if self.chat_model.single else [whole]
-        rows = [json.dumps({"messages": self._messages(turns)}, ensure_ascii=False) + "\n" for turns in rows]
+        system = [{"role": "system", "content": self.chat_model.system}] if self.chat_model.system else []
+        rows = [system + turn for turn in whole] if self.chat_model.single else [sum(whole, system)]
+        rows = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in rows]
         before = path.read_bytes() if path.exists() else b""
         gap = "\n" if before and not before.endswith(b"\n") else ""  # as a file edited by hand may need it
         with open(path, "a", encoding="utf-8", newline="\n") as file:
