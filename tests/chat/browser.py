@@ -6,7 +6,6 @@ with Browser(folder_for_downloads) as browser:
     browser.wait("document.querySelector('.answer').textContent")
 """
 
-import base64
 import json
 import re
 import shutil
@@ -100,6 +99,3 @@ class Browser:
 
     def _emulate(self, command, how):
         self._call("POST", "/goog/cdp/execute", {"cmd": f"Emulation.{command}", "params": how})
-
-    def picture(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self._call("GET", "/screenshot")))
