@@ -52,25 +52,10 @@ def write_source(path: Path, **origin: str | None) -> None:
         **origin,
         "sha256": sha256_of(path),
         "size": path.stat().st_size,
-        "rows": count_rows(path),
         "downloaded": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
     write_json(source_of(path), record)
-    rows = "" if record["rows"] is None else f", {record['rows']:,} rows"
-    say(f"{show_path(path)}: {record['size']:,} bytes{rows}, licence: {record['licence'] or 'not stated'}")
-
-
-def count_rows(path: Path) -> int | None:
-    """Rows of a file of JSON lines (some are named .json), None for any other kind. Blank lines are no rows."""
-    if path.suffix not in (".jsonl", ".json"):
-        return None
-    with open(path, "rb") as file:
-        if path.suffix == ".json":
-            start = file.readline().strip().removeprefix(b"\xef\xbb\xbf")
-            if not (start.startswith(b"{") and start.endswith(b"}")):
-                return None  # an array, or one object over many lines
-            file.seek(0)
-        return sum(1 for line in file if line.strip())
+    say(f"{show_path(path)}: {record['size']:,} bytes, licence: {record['licence'] or 'not stated'}")
 
 
 def copy_sample(folder: Path) -> None:

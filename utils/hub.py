@@ -22,15 +22,6 @@ from utils.text import bar, format_bytes, say
 HOME = "https://huggingface.co"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SPARE_BYTES = 64 << 20  # to leave free on the disk
-# What the client's errors mean; the first that fits.
-REFUSALS = {
-    "GatedRepoError": "{id} is gated: accept its terms at {page}, then set HF_TOKEN to a token of that account",
-    "RevisionNotFoundError": "{id} has no revision {commit!r}; see {page}/commits/main",
-    "EntryNotFoundError": "{id} at {commit} lacks a file that was listed ({cause}); see {page}/tree/main",
-    "RepositoryNotFoundError": "no {kind} {id} on {endpoint} ({cause}); check the name, or set HF_TOKEN if it is private",
-    401: "the token in HF_TOKEN was refused ({cause}); unset it, or make one at " + HOME + "/settings/tokens",
-    403: "reading {id} is not allowed ({cause}); ask for access at {page}",
-}
 
 
 class HubFile(NamedTuple):
@@ -69,7 +60,7 @@ def look_up(kind: str, repo_id: str, revision: str) -> Repo:
         wanted = {"repo_type": kind, "revision": revision, "files_metadata": True}
         info = HfApi(_endpoint()).repo_info(repo_id, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, **wanted)
         if not COMMIT.fullmatch(info.sha) or COMMIT.fullmatch(revision) and revision != info.sha:
-            raise RunError(f"{_endpoint()} gives commit {info.sha[:40]} for {repo_id} at {revision}")
+            raise ValueError(info.sha)
         licence = next((tag[8:] for tag in info.tags or [] if tag.startswith("license:")), None)
         files = {}
         for entry in info.siblings:
@@ -84,7 +75,7 @@ def look_up(kind: str, repo_id: str, revision: str) -> Repo:
 
 
 def download(repo: Repo, wanted: Mapping[Path, HubFile], ours: Collection[Path]) -> Iterator[Path]:
-    """Put `wanted` ({path on disk: HubFile}) in place and yield each path as soon as it is whole and the listed one.
+    """Put `wanted` ({path in one folder: HubFile}) in place and yield each path as soon as it is whole and the listed one.
 
     A file that is there is kept if it is the right one, replaced if an earlier run brought it (`ours`) and it was damaged
     since, and never overwritten otherwise (UserError). RunError for too little disk, or a transfer that fails for good; what
@@ -98,16 +89,15 @@ def download(repo: Repo, wanted: Mapping[Path, HubFile], ours: Collection[Path])
             raise UserError(f"{what}; delete it, or choose another folder with --output-dir")
         if problem or not path.exists():
             missing[path] = max(0, file.size - _size(_part(path, file)))
-    fetch = format_bytes(sum(missing.values()))
-    total = format_bytes(sum(file.size for file in wanted.values()))
-    files = f"{len(wanted)} file{'s' * (len(wanted) > 1)}, {total}, {fetch} to fetch"
-    say(f"{repo.id} at {repo.commit[:7]} from {_endpoint()}: {files}", flush=True)
-    for folder in {path.parent for path in missing}:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if free < sum(missing.values()) + SPARE_BYTES:
-            short = f"{fetch} to fetch, but only {format_bytes(free)} free in {show_path(folder)}"
-            raise RunError(f"{short}; free some space, or choose another disk with --output-dir")
+    needed, total = sum(missing.values()), sum(file.size for file in wanted.values())
+    fetch = f"{len(wanted)} files, {format_bytes(total)}, {format_bytes(needed)} to fetch"
+    say(f"{repo.id} at {repo.commit[:7]} from {_endpoint()}: {fetch}", flush=True)
+    folder = next(iter(wanted)).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if missing and free < needed + SPARE_BYTES:
+        short = f"{format_bytes(needed)} to fetch, but only {format_bytes(free)} free in {show_path(folder)}"
+        raise RunError(f"{short}; free some space, or choose another disk with --output-dir")
     for path, file in wanted.items():
         if path in missing:
             _fetch(repo, file, path)
@@ -131,16 +121,16 @@ def _fetch(repo, file, path):
         headers = build_hf_headers() | {"Accept-Encoding": "identity"}
         # 10 MiB, on a slow line, are minutes without a sign, and lost by a kill.
         constants.DOWNLOAD_CHUNK_SIZE = 64 << 10
-        while (done := _size(part)) < file.size or not part.exists():
-            if done:
-                there = f"{format_bytes(done)} of {format_bytes(file.size)}"
-                say(f"  {file.path}: going on at {there}", flush=True)
+        while not part.exists() or _size(part) < file.size:
+            if done := _size(part):
+                arrived = f"{format_bytes(done)} of {format_bytes(file.size)}"
+                say(f"  {file.path}: going on at {arrived}", flush=True)
             try:
                 part.touch()
                 with open(part, "r+b") as out:  # two runs at once write the same bytes to the same places
                     out.seek(done)
-                    named = {"displayed_filename": file.path, "tqdm_class": bar}
-                    http_get(url, out, resume_size=done, headers=headers, **named)
+                    shown = {"displayed_filename": file.path, "tqdm_class": bar}
+                    http_get(url, out, resume_size=done, headers=headers, **shown)
                     out.flush()
                     os.fsync(out.fileno())
                 break
@@ -159,11 +149,11 @@ def damage(path: Path, file: HubFile) -> str:
     """Say how the file on disk differs from the listed one; "" if it does not. Reads all of it."""
     if _size(path) != file.size:
         return f"{_size(path):,} bytes, wanted {file.size:,}"
-    kind, found = "sha256", sha256_of(path)
+    found = sha256_of(path)
     if COMMIT.fullmatch(file.digest):
-        kind, content = "git blob id", path.read_bytes()
+        content = path.read_bytes()
         found = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-    return "" if found == file.digest else f"{kind} {found[:12]}..., wanted {file.digest[:12]}..."
+    return "" if found == file.digest else f"digest {found[:12]}..., wanted {file.digest[:12]}..."
 
 
 def _part(path, file):
@@ -178,8 +168,7 @@ def _size(path):
 def read_record(path: Path, **origin: str) -> dict[str, Any]:
     """A source.json as a dict; {} if there is none. UserError if it is of another `origin` (repo, revision, file)."""
     record = read_json(path) if path.exists() else {}
-    files = record.get("files", {}) if isinstance(record, dict) else None
-    if not isinstance(files, dict) or not all(isinstance(file, dict) for file in files.values()):
+    if not isinstance(record, dict) or not isinstance(record.get("files", {}), dict):
         raise UserError(f"{show_path(path)} is not a record of a download; delete it and run this again")
     there = {name: str(record.get(name)) for name in origin}
     if record and there != origin:
@@ -202,44 +191,30 @@ def _errors_told(repo):
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "30")  # seconds without a byte
     import httpx2
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
     from huggingface_hub.utils.logging import set_verbosity_error
 
     set_verbosity_error()  # its words for a repeated request hold long addresses
-    endpoint, again = _endpoint(), "; the same command goes on from here"
-    if not re.match(r"https?://[^/]", endpoint):
-        raise UserError(f"HF_ENDPOINT is {endpoint!r}, wanted an address such as {HOME}")
-    if not os.environ.get("HF_TOKEN", "").isascii():
-        raise UserError("HF_TOKEN is not a token: it holds characters that no token has")
+    endpoint, again = _endpoint(), "the same command goes on from here"
     try:
         yield
-    except OfflineModeIsEnabled:
-        raise UserError("HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it") from None
     except HfHubHTTPError as error:
-        status = error.response.status_code
-        names = [*(kind.__name__ for kind in type(error).__mro__), status]
-        if refusal := next((REFUSALS[name] for name in REFUSALS if name in names), ""):
-            about = {**repo._asdict(), "page": repo.page, "endpoint": endpoint, "cause": _cause(error)}
-            raise UserError(refusal.format(**about)) from None
-        mirror = "try later, or another mirror in HF_ENDPOINT"
-        mend = "wait some minutes, or set HF_TOKEN" if status == 429 else mirror
-        raise RunError(f"{_cause(error)}; {mend}{again}") from None
-    except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, httpx2.LocalProtocolError, ImportError) as error:
-        check = "check HF_ENDPOINT, HF_TOKEN and the proxy"
-        raise UserError(f"no request to {endpoint} can be made ({error}); {check}") from None
-    except httpx2.HTTPError as error:
-        raise RunError(f"{_cause(error)}; check the network and HF_ENDPOINT ({endpoint}){again}") from None
+        response, status = error.response, error.response.status_code
+        reason = response.headers.get("X-Error-Message") or response.reason_phrase
+        cause = f"{response.url.host} answered {status} ({reason})"
+        if isinstance(error, GatedRepoError):
+            terms = f"accept its terms at {repo.page}, then set HF_TOKEN to a token of that account"
+            raise UserError(f"{repo.id} is gated: {terms}") from None
+        if isinstance(error, RepositoryNotFoundError) or status == 404:
+            missing = f"no {repo.kind} {repo.id} at {repo.commit} on {endpoint}: {cause}"
+            raise UserError(f"{missing}; check the names, or set HF_TOKEN if it is private") from None
+        if status in (401, 403):
+            raise UserError(f"{cause}; check the token in HF_TOKEN, see {HOME}/settings/tokens") from None
+        raise RunError(f"{cause}; try later, or another mirror in HF_ENDPOINT; {again}") from None
+    except (httpx2.HTTPError, httpx2.InvalidURL, UnicodeError, ImportError) as error:
+        cause = (str(error) or type(error).__name__).splitlines()[0]
+        check = "check the network, HF_ENDPOINT, HF_TOKEN and the proxy"
+        raise RunError(f"no connection to {endpoint} ({cause}); {check}; {again}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         check = "check HF_ENDPOINT and the network's login page"
         raise RunError(f"{endpoint} does not answer as the Hub does; {check}") from None
-
-
-def _cause(error):
-    """Say what went wrong, without the lines of advice that huggingface_hub adds."""
-    if response := getattr(error, "response", None):
-        reason = response.headers.get("X-Error-Message") or response.reason_phrase
-        return f"{response.url.host} answered {response.status_code} ({reason})"
-    connecting = type(error).__name__ in ("ConnectError", "ProxyError")
-    what = "cannot connect to" if connecting else "the connection broke:"
-    text = (str(error) or type(error).__name__).splitlines()[0]
-    return f"{what} {error.request.url.host} ({text})"
