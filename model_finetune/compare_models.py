@@ -65,8 +65,9 @@ def main(argv=None):
     # 2. Measure each model, one in memory at a time; what was measured before is read
     from utils.device import pick_device
     from utils.evaluation.measure import measured_or_kept, seen_in_training
-    from utils.evaluation.report import make_comparison, terminal_lines, write_pages, write_report
+    from utils.evaluation.report import make_comparison, terminal_lines, write_report
     from utils.model.prove import prove, prove_answers
+    from utils.training.log import write_page
 
     device = prove_answers(prove(pick_device(settings.DEVICE, settings.PRECISION)))
     print(f"device: {device}")
@@ -87,12 +88,13 @@ def main(argv=None):
 
     # 4. Write and print
     write_report(comparison, settings.OUTPUT_DIR)
-    pages = write_pages(folders, comparison, settings.OUTPUT_DIR)
     print("\n" + "\n".join(terminal_lines(comparison)))
     place = show_path(settings.OUTPUT_DIR)
     print(f"written: {place}/comparison.md, comparison.json, comparison.png; every item: comparison/")
-    for page in pages:
-        print(f"report: {show_path(page)}")
+    for name, folder in folders.items():
+        if (usable_record(folder) or {}).get("status") == "finished":
+            page = write_page(Path(folder), comparison, name, settings.OUTPUT_DIR)
+            print(f"report: {show_path(page)}")
 
 
 def models_to_compare(settings):

@@ -65,7 +65,7 @@ def test_every_item_is_kept_and_agrees_with_a_plain_loop(comparison, folder):
     items, (tokenizer, model), of = read_json(path)["value"], load_plain(folder), {}
     for item in items:
         of.setdefault(item["test"], []).append(item)
-    counts = {"heldout": 10, "general": 80, "exam": 12, "preference": 12, "answer": 102}
+    counts = {"heldout": 10, "exam": 12, "preference": 12, "answer": 102}
     assert {test: len(found) for test, found in of.items()} == counts
     answers = [tokenizer(text + "<|im_end|>")["input_ids"] for text in ("药性是温。", "寒。")]
     for row, loss, pair, exam in zip(EXAM, of["heldout"], of["preference"], of["exam"]):

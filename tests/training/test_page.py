@@ -8,7 +8,6 @@ from html.parser import HTMLParser
 import pytest
 
 from utils.errors import UserError
-from utils.evaluation.report import write_pages
 from utils.files import read_json, write_json
 from utils.training.log import write_page
 
@@ -111,21 +110,12 @@ def test_nothing_on_the_page_can_run_or_load(folder, compared):
 
 
 def test_a_comparison_comes_with_answers_before_and_after(folder, compared):
-    assert write_pages({"sft": str(folder), "base": "Qwen/Qwen3-0.6B"}, *compared) == [folder / "report.html"]
-    cells = Page((folder / "report.html").read_text(encoding="utf-8")).cells
+    comparison, place = compared
+    cells = Page(write_page(folder, comparison, "sft", place).read_text(encoding="utf-8")).cells
     row = cells.index("麻黄汤的功效？")
     assert cells[row + 1 : row + 4] == ["发汗解表", HOSTILE.replace("\x1b", "\ufffd"), "宣肺平喘"]
     row = cells.index("held-out loss")
     assert cells[row + 1 : row + 4] == ["3.000 (2.900 to 3.100)", "2.000", "0.500"]
-
-
-@pytest.mark.parametrize(
-    "odd", [{"results": {"peak_memory_bytes": "many"}}, {"started": 3}, {"versions": []}, {"status": 1}]
-)
-def test_a_damaged_record_costs_its_page_and_no_more(folder, compared, capsys, odd):
-    write_json(folder / "run.json", read_json(folder / "run.json") | odd)
-    assert write_pages({"sft": str(folder)}, *compared) == []
-    assert "left out: " in capsys.readouterr().out
 
 
 def test_the_page_of_dpo_has_its_pairs_and_its_warnings(folder, tmp_path):

@@ -1,9 +1,9 @@
 """Ask one model every question, once: its results are kept in OUTPUT_DIR/comparison/ under all that decides them.
 
 A result is a dict with "test" and "id":
-    heldout, general   loss (nats, the sum over an answer), tokens
+    heldout            loss (nats, the sum over an answer), tokens
     exam               the question; text_choice, text, letter_choice, letter, rotations: see utils/evaluation/exams.py
-    preference         kind; chosen, rejected: the log-probabilities of both answers
+    preference         chosen, rejected: the log-probabilities of both answers
     answer             see judge() in utils/evaluation/questions.py
 """
 
@@ -108,11 +108,10 @@ def measure(folder: str, tests: Tests, settings: Settings, device: Device) -> li
         packed = pack_for_scoring([{"documents": each} for each in documents])
         return answer_logps(model, packed, device, progress(label))
 
-    for test, rows in (("heldout", tests.heldout), ("general", tests.general)):
-        turns = [(row["id"], turn) for row in rows for turn in encode_turns(tokenizer, row["messages"])]
-        logps = scores([[turn] for _, turn in turns], f"loss on {len(turns):,} {test} answers")
-        for (row_id, (_, answer)), [logp] in zip(turns, logps):
-            results.append({"test": test, "id": row_id, "loss": -logp, "tokens": len(answer)})
+    turns = [(row["id"], turn) for row in tests.heldout for turn in encode_turns(tokenizer, row["messages"])]
+    logps = scores([[turn] for _, turn in turns], f"loss on {len(turns):,} held-out answers")
+    for (row_id, (_, answer)), [logp] in zip(turns, logps):
+        results.append({"test": "heldout", "id": row_id, "loss": -logp, "tokens": len(answer)})
     by_text = choices_by_text(model, tokenizer, tests.exam, device) if tests.exam else []
     for item, choice in zip(tests.exam, by_text):
         results.append({**item, "test": "exam", **choice, **by_letter.get(item["id"], {})})
@@ -122,8 +121,7 @@ def measure(folder: str, tests: Tests, settings: Settings, device: Device) -> li
         sides = (pair["chosen"][-1], pair["rejected"][-1])
         documents.append([(prompt, encode_answer(tokenizer, message)) for message in sides])
     for pair, (good, bad) in zip(tests.pairs, scores(documents, f"{len(documents):,} preference pairs")):
-        about = {"test": "preference", "id": pair["id"], "kind": pair.get("kind", "")}
-        results.append({**about, "chosen": good, "rejected": bad})
+        results.append({"test": "preference", "id": pair["id"], "chosen": good, "rejected": bad})
     return results
 
 

@@ -27,17 +27,16 @@ class Results(NamedTuple):
 class Metric(NamedTuple):
     """One figure of a model.
 
-    `key`: where comparison.json holds it; `shown`: also as bars in comparison.png ("panel"), on the model card of an export
-    ("card"); `form`: how it is written; `lower`: lower is better; `compared`: it is of the same items for every model, and says
-    which of two is better.
+    `key`: where comparison.json holds it; `shown`: also as bars in comparison.png, and on the model card of an export; `form`: how
+    it is written; `lower`: lower is better; `compared`: it is of the same items for every model, and says which of two is better.
     """
 
     key: str
     label: str
     meaning: str
     value: Value
-    shown: str = ""
     form: str = "{:.1%}"
+    shown: bool = True
     lower: bool = False
     compared: bool = True
 
@@ -61,10 +60,6 @@ class Metric(NamedTuple):
 # ---- The table
 
 
-def _loss(test: str) -> Value:
-    return lambda item: (item["loss"], item["tokens"]) if item["test"] == test else None
-
-
 def _exam(kind: str, field: str) -> Value:
     """Exam questions of this kind, judged by the field that holds the model's choice."""
 
@@ -85,46 +80,46 @@ def _answers(*about: str, field: str = "right", if_alone: bool = False) -> Value
 
 
 # fmt: off
-BOTH, LOSS, FIRST = "panel card", "{:.3f}", ("heldout", "general")
+FIRST = ("heldout", "general")
 METRICS = [
     Metric("heldout_loss", "held-out loss", "mean cross-entropy of the reference answers to held-out questions, in nats a token, every token "
-           "counted once; lower is better", _loss("heldout"), BOTH, LOSS, lower=True),
+           "counted once; lower is better", lambda item: (item["loss"], item["tokens"]) if item["test"] == "heldout" else None, "{:.3f}",
+           lower=True),
     Metric("exam_accuracy", "exam by option text", "single-choice questions whose right option is the likeliest as an answer, per character; "
-           "the options are not shown, so their order plays no part; chance is {chance:.0%}", _exam(SINGLE, "text_choice"), BOTH),
-    Metric("exam_letter_accuracy", "exam by option letter", "the same questions asked as CMMLU asks them: options listed, the likeliest letter "
-           "counts; each is asked once for every rotation of its options and the scores are averaged, so that a favourite letter gains "
-           "nothing; chance is {chance:.0%}. A model that never saw such questions stays near chance", _exam(SINGLE, "letter_choice"), BOTH),
-    Metric("exam_true_false_accuracy", "true or false, by text", "statements of which the likelier of both words (right, wrong) is the true "
-           "one; both are named in the question; chance is {chance:.0%}, and a model that always says the same word gets the share of "
-           "statements it fits", _exam(TRUE_FALSE, "text_choice"), BOTH),
+           "the options are not shown, so their order plays no part; chance is {chance:.0%}", _exam(SINGLE, "text_choice")),
+    Metric("exam_letter_accuracy", "exam by option letter", "the same questions as CMMLU asks them: options listed, the likeliest letter counts; "
+           "scores are averaged over every rotation of the options, so that a favourite letter gains nothing; chance is {chance:.0%}. A model "
+           "that never saw such questions stays near chance", _exam(SINGLE, "letter_choice")),
+    Metric("exam_true_false_accuracy", "true or false, by text", "statements of which the likelier of both words (right, wrong) is the true one; "
+           "both are named in the question; chance is {chance:.0%}, and who always says the same word gets the share of statements it fits",
+           _exam(TRUE_FALSE, "text_choice")),
     Metric("exam_true_false_letter_accuracy", "true or false, by letter", "the same statements with both words as options A and B, asked and "
-           "averaged as the exam by option letter; chance is {chance:.0%}", _exam(TRUE_FALSE, "letter_choice"), BOTH),
+           "averaged as the exam by option letter; chance is {chance:.0%}", _exam(TRUE_FALSE, "letter_choice")),
     Metric("preference_accuracy", "preference pairs", "held-out pairs of which the better answer is the likelier one; chance is {chance:.0%}",
-           lambda item: item["chosen"] > item["rejected"] if item["test"] == "preference" else None, BOTH),
+           lambda item: item["chosen"] > item["rejected"] if item["test"] == "preference" else None),
     Metric("facts_accuracy", "facts stated right", "generated answers that state exactly the terms (herbs, actions, channels, ...) of the "
-           "reference, about what the question names, where the reference repeats that name", _answers("heldout"), BOTH),
+           "reference, about what the question names, where the reference repeats that name", _answers("heldout")),
     Metric("second_accuracy", "second question", "some of the same questions asked in a conversation after one other: share of answers that "
-           "state the facts right", _answers("second"), BOTH),
-    Metric("second_kept_accuracy", "second question, of those right alone", "of the questions that the model answers right by themselves: share "
-           "that stays right as second question", _answers("second", if_alone=True), compared=False),
-    Metric("fourth_accuracy", "fourth question", "the same questions after three others in one conversation", _answers("fourth"), BOTH),
-    Metric("fourth_kept_accuracy", "fourth question, of those right alone", "of the questions that the model answers right by themselves: share "
-           "that stays right as fourth question", _answers("fourth", if_alone=True), compared=False),
+           "state the facts right", _answers("second")),
+    Metric("second_kept_accuracy", "second question, of those right alone", "share that stays right as second question, of the questions that "
+           "the model answers right by themselves", _answers("second", if_alone=True), shown=False, compared=False),
+    Metric("fourth_accuracy", "fourth question", "the same questions after three others in one conversation", _answers("fourth")),
+    Metric("fourth_kept_accuracy", "fourth question, of those right alone", "share that stays right as fourth question",
+           _answers("fourth", if_alone=True), shown=False, compared=False),
     Metric("caution_said", "caution said", "questions to which the better answer of a held-out pair brings a caution: share of generated "
-           "answers that bring one", _answers("wanted", field="caution")),
+           "answers that bring one", _answers("wanted", field="caution"), shown=False),
     Metric("caution_accuracy", "caution right", "of the same questions: share of answers whose caution is the right one, word for word",
-           _answers("wanted"), BOTH),
+           _answers("wanted")),
     Metric("caution_unasked", "caution where not asked", "questions to which the worse answer brings a caution: share of generated answers "
-           "that bring one; lower is better", _answers("unasked", field="caution"), "panel", lower=True),
+           "that bring one; lower is better", _answers("unasked", field="caution"), lower=True),
     Metric("general_accuracy", "general questions right", "generated answers to everyday questions that have nothing to do with Chinese "
-           "medicine: what falls here was forgotten. A model that never learned such things has nothing to forget", _answers("general"), "card"),
-    Metric("general_loss", "general loss", "cross-entropy of the short reference answers to them, in nats a token", _loss("general"), "panel",
-           LOSS, lower=True),
-    Metric("ended_share", "answers that end", "share of generated answers that ended by themselves within the limit", _answers(*FIRST, field="ended"),
-           compared=False),
+           "medicine: what falls here was forgotten. A model that never learned such things has nothing to forget", _answers("general")),
+    Metric("ended_share", "answers that end", "share of generated answers that ended by themselves within the limit",
+           _answers(*FIRST, field="ended"), shown=False, compared=False),
     Metric("repetition", "repetition", "share of runs of four tokens that the same answer said before", _answers(*FIRST, field="repetition"),
-           compared=False),
-    Metric("mean_tokens", "mean answer, tokens", "mean length of the generated answers", _answers(*FIRST, field="tokens"), form="{:.1f}", compared=False),
+           shown=False, compared=False),
+    Metric("mean_tokens", "mean answer, tokens", "mean length of the generated answers", _answers(*FIRST, field="tokens"), "{:.1f}",
+           shown=False, compared=False),
 ]
 # fmt: on
 

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.evaluation.metrics import METRICS, Results, difference_cell, differences, is_clear, metrics
-from utils.files import atomic_write, render, show_path, write_json
-from utils.model.folder import usable_record
+from utils.files import atomic_write, render, write_json
 from utils.plots import Panel, plot_comparison
 from utils.text import printable, shorten, text_width
-from utils.training.log import write_page
 
 LONGEST = 300  # characters of a sample answer that are shown
 OTHERS = ("second", "wanted", "unasked", "general")  # `about` of the answers of which one sample is shown
@@ -31,19 +29,18 @@ def make_comparison(
     for metric in METRICS:
         if any(metric.key in figures for figures in models.values()):
             count, chance = (first.get(f"{metric.name}_{part}", 0) for part in ("n", "chance"))
-            row = {"label": metric.label, "n": f"{count:,}", "on_card": "card" in metric.shown}
+            row = {"label": metric.label, "n": f"{count:,}", "on_card": metric.shown}
             row |= {"meaning": metric.meaning.format(chance=chance)}
             table.append(row | {"cells": {name: metric.cell(figures) for name, figures in models.items()}})
     for one, other in itertools.combinations(measured, 2):
         pairs.append({"from": one, "to": other, **differences(measured[one], measured[other])})
     base = next(iter(models))
+    from_base = {pair["to"]: pair for pair in pairs if pair["from"] == base}
     return {
         "models": models,
         "table": table,
         "differences": pairs,
-        "verdicts": {
-            f"{pair['to']} against {base}": _verdict(pair) for pair in pairs if pair["from"] == base
-        },
+        "verdicts": {f"{name} against {base}": _verdict(pair) for name, pair in from_base.items()},
         "settings": settings.as_dict(),
         "samples": _samples(measured, settings.SHOW),
         "device": str(device),
@@ -57,10 +54,9 @@ def write_report(comparison: dict[str, Any], place: Path) -> None:
     models, panels = comparison["models"], []
     for metric in METRICS:
         shown = [figures for figures in models.values() if metric.key in figures]
-        if "panel" in metric.shown and shown:
-            title = (
-                f"{metric.label}{' (lower is better)' * metric.lower}, n = {shown[0][f'{metric.name}_n']:,}"
-            )
+        if metric.shown and shown:
+            count = shown[0][f"{metric.name}_n"]
+            title = f"{metric.label}{' (lower is better)' * metric.lower}, n = {count:,}"
             values = [figures.get(metric.key, 0.0) for figures in models.values()]
             intervals = [figures.get(f"{metric.name}_interval") for figures in models.values()]
             chance = shown[0].get(f"{metric.name}_chance", 0)
@@ -83,18 +79,6 @@ def write_report(comparison: dict[str, Any], place: Path) -> None:
     with atomic_write(place / "comparison.md") as file:
         file.write(text)
     write_json(place / "comparison.json", comparison)
-
-
-def write_pages(folders: dict[str, str], comparison: dict[str, Any], place: Path) -> list[Path]:
-    """report.html of each finished run among {name: folder}, with the comparison and its pictures in `place`; their paths."""
-    pages = []
-    for name, folder in folders.items():
-        if (usable_record(folder) or {}).get("status") == "finished":
-            try:
-                pages.append(write_page(Path(folder), comparison, name, place))
-            except (AttributeError, KeyError, TypeError, ValueError):
-                print(f"left out: report.html of {name}, because {show_path(folder)}/run.json is damaged")
-    return pages
 
 
 def terminal_lines(comparison: dict[str, Any]) -> list[str]:

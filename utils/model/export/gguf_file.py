@@ -152,7 +152,7 @@ def _vocabulary(tokenizer, size):
         tokens.append(token)
         kinds.append(kind)
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    return tokens, kinds, [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    return tokens, kinds, [" ".join(pair) for pair in merges]
 
 
 def _add_weights(writer, model, kind):
@@ -160,11 +160,8 @@ def _add_weights(writer, model, kind):
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, model.config.num_hidden_layers)
     for name, weight in model.named_parameters():  # names a tied weight once
         values = weight.detach().to(torch.float32).numpy()
-        gguf_name = names.get_name(name, try_suffixes=(".weight",))
         form = gguf.GGMLQuantizationType.F32 if values.ndim == 1 else kind
-        if form == gguf.GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:
-            raise UserError(f"{name} holds values above 65,504, which f16 cannot hold; --precision bf16 can")
-        writer.add_tensor(gguf_name, gguf.quantize(values, form), raw_dtype=form)
+        writer.add_tensor(names.get_name(name, (".weight",)), gguf.quantize(values, form), raw_dtype=form)
 
 
 def _tokenizer_of(fields):
