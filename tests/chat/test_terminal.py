@@ -8,10 +8,11 @@ import sys
 import time
 
 import pytest
-from chat_helpers import QUESTIONS, damaged, prompts_of, reference
+from chat_helpers import damaged, prompts_of, reference
 from conftest import ROOT
 
 from utils.chat.terminal import AnswerPrinter
+from utils.model.chat_format import encode_prompt
 
 SCRIPT = ROOT / "model_download/load_local_model.py"
 
@@ -72,8 +73,9 @@ def test_session_in_a_terminal(tiny_folder, chat_model, tmp_path):
     end = reference(chat_model, prompts_of(chat_model)[0], 40)[9]
     settings["eos_token_id"].append(end)
     (own / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    # The answer for Ctrl-C does not end soon.
-    assert end not in reference(chat_model, prompts_of(chat_model, False)[3], 500)
+    question = "麻黄\n\\\n汤"  # whose answer, for Ctrl-C, does not end soon
+    prompt = encode_prompt(chat_model.tokenizer, [{"role": "user", "content": question}], thinking=False)
+    assert end not in reference(chat_model, prompt, 500)
     flags = "--greedy --precision fp32 --max-new-tokens 3000".split()
     command = [sys.executable, str(ROOT / SCRIPT), str(own), *flags]
     terminal = Terminal(*command, OMP_NUM_THREADS="1", LC_ALL="C.UTF-8")
@@ -82,34 +84,31 @@ def test_session_in_a_terminal(tiny_folder, chat_model, tmp_path):
 
     assert "/undo" in terminal.type("/help\n")
     terminal.type("甘草\n", answered)
+    terminal.type("/retry\n", answered)
     assert "1 turn appended" in terminal.type(f"/save {saved}\n")
     assert "set" in terminal.type("/system 你是中医师。\n")
     assert "thinking off" in terminal.type("/think off\n")
     # three steps left, two typed, one deleted
-    terminal.type("麻黄的功效\x1b[D\x1b[D\x1b[D汤龘\x7f\n", answered)
-    assert "taken back: 麻黄汤的功效)" in terminal.type("/undo\n")
-    terminal.type("/retry\n", answered)
-    terminal.type("\x1b[200~合谷是什么？\n为什么？\x1b[201~\n", answered)  # a paste of two lines
-    assert "taken back: 合谷是什么？\n为什么？)" in terminal.type("/undo\n")
-    assert "/help lists them" in terminal.type("/udno\n")
+    left = "\x1b[D\x1b[D\x1b[D"
+    assert "no command /麻黄汤的功效; /help" in terminal.type(f"/麻黄的功效{left}汤龘\x7f\n")
+    # a paste of two lines is one message
+    assert "no command /合谷 为什么？; /help" in terminal.type("\x1b[200~/合谷\n为什么？\x1b[201~\n")
     assert "thinking off" in terminal.type("/thi\t\n")  # Tab makes it /think
-    terminal.type('"""麻黄\n\\\n汤"""\n', answered)
-    assert "taken back: 麻黄\n\\\n汤)" in terminal.type("/undo\n")
     terminal.type("龘", "龘$")
     # CPython loses a Ctrl-C that comes in the microseconds between the echo and its wait for the next key.
     time.sleep(0.5)
     assert "stopped" in terminal.type("\x03", r"stopped; .*\n> $")  # it drops what is being typed
-    terminal.type(b"/system \xe7\x94\xb2\xe7\n", r"set.*\n> $")  # half a character
     terminal.type("/system\n", r"removed.*\n> $")
     terminal.type("/clear\n")
 
     # Ctrl-C in the middle of an answer; afterwards the same question as in the beginning gets the same answer.
-    terminal.type(QUESTIONS[3] + "\n", r"说明。\n+[^\n]{5}")
+    terminal.type(f'"""{question}"""\n', r'汤"""\n+[^\n]{5}')
     assert "stopped by Ctrl-C" in terminal.type("\x03", answered)
-    terminal.type("/undo\n")
+    assert f"taken back: {question})" in terminal.type("/undo\n")
     terminal.type("/think auto\n")
     terminal.type("甘草\n", answered)
     assert "1 turn appended" in terminal.type(f"/save {saved}\n")
+    terminal.type(b"/system \xe7\x94\xb2\xe7\n", r"set.*\n> $")  # half a character
     terminal.type("/exit\n", r"\n$")
     assert os.waitpid(terminal.pid, 0)[1] == 0
     assert "Traceback" not in terminal.screen
