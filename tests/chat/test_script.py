@@ -1,7 +1,6 @@
 """The chat script: which model it offers, answers for other programs, wrong arguments."""
 
 import functools
-import importlib.util
 import io
 import json
 import os
@@ -16,6 +15,7 @@ from chat_helpers import QUESTIONS, prompts_of, reference
 from conftest import ROOT
 from small_runs import make_place, train
 
+from model_download import load_local_model as script
 from utils.errors import UserError, run
 from utils.model.chat_format import DECODING
 from utils.model.folder import find_models
@@ -26,21 +26,16 @@ TINY = str(ROOT / "model_download/tiny_qwen3_tcm")
 CPU = "--device cpu --precision fp32".split()
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("load_local_model", ROOT / SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_newest_model_is_taken_where_none_is_named(script, tiny_folder, tmp_path, monkeypatch, capsys):
+def test_the_newest_model_is_taken_where_none_is_named(tiny_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("utils.model.folder.ROOT", tmp_path)
     with pytest.raises(UserError, match="download_model.py"):
         script.choose_model()
-    places = (
-        "model_download/tiny model_download/Qwen3-0.6B trainer_output/demo/new trainer_output/old".split()
-    )
+    places = [
+        "model_download/tiny",
+        "model_download/Qwen3-0.6B",
+        "trainer_output/demo/new",
+        "trainer_output/old",
+    ]
     for age, name in enumerate(places):
         shutil.copytree(tiny_folder, tmp_path / name)
         os.utime(tmp_path / name / "model.safetensors", (1e9 - age, 1e9 - age))
@@ -50,7 +45,7 @@ def test_the_newest_model_is_taken_where_none_is_named(script, tiny_folder, tmp_
     assert "demo/new (/model lists all)" in capsys.readouterr().err
 
 
-def test_prompt_prints_the_answer_and_nothing_else(script, tiny_folder, chat_model, capsys):
+def test_prompt_prints_the_answer_and_nothing_else(tiny_folder, chat_model, capsys):
     def said(*flags):
         script.main([str(tiny_folder), "--prompt", "甘草", "--max-new-tokens", "12", *CPU, *flags])
         return capsys.readouterr()
@@ -69,7 +64,7 @@ def test_prompt_prints_the_answer_and_nothing_else(script, tiny_folder, chat_mod
     assert "temperature 1.5, top_p 0.5, top_k 9, repetition_penalty 1.2" in told
 
 
-def test_questions_from_a_pipe(script, tiny_folder, chat_model, monkeypatch, capsys):
+def test_questions_from_a_pipe(tiny_folder, chat_model, monkeypatch, capsys):
     questions = "\ufeff" + "\r\n\n".join(QUESTIONS)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(questions.encode()), encoding="ascii"))
     script.main([str(tiny_folder), "--json", "--max-new-tokens", "12", "--seed", "4", *CPU])
@@ -85,7 +80,7 @@ def test_questions_from_a_pipe(script, tiny_folder, chat_model, monkeypatch, cap
 
 
 @pytest.mark.slow
-def test_a_trained_folder_answers_the_same_through_the_code_in_the_docs(script, tmp_path, capsys):
+def test_a_trained_folder_answers_the_same_through_the_code_in_the_docs(tmp_path, capsys):
     more = ["--rows-per-step", "4", "--epochs", "4"]
     assert train("lora", make_place(tmp_path), tmp_path / "trained", *more) == 0
     page = (ROOT / "docs/other_tools.md").read_text(encoding="utf-8")
@@ -104,7 +99,7 @@ def test_a_trained_folder_answers_the_same_through_the_code_in_the_docs(script, 
     assert capsys.readouterr().out == ours and len(set(ours)) > 3
 
 
-def test_questions_that_cannot_be_answered(script, tiny_folder, monkeypatch):
+def test_questions_that_cannot_be_answered(tiny_folder, monkeypatch):
     for lines, message in (
         ("甘草\n".encode() + b"\xb8\xca", "stdin, line 2: not UTF-8"),
         (("长" * 5000).encode(), "stdin, line 1: the question has"),
@@ -127,7 +122,7 @@ WRONG = [  # and what tests/test_settings.py says of flags
 ]
 
 
-def test_wrong_arguments_are_refused_in_one_line(script, capsys):
+def test_wrong_arguments_are_refused_in_one_line(capsys):
     for words, message in WRONG:
         assert run(functools.partial(script.main, words)) == 2, words
         printed = capsys.readouterr()

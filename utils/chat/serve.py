@@ -140,7 +140,6 @@ class Server(ThreadingHTTPServer):
     ):
         self.models, self.options, self.key, self.file_pages = models, options, key, file_pages
         self.one_at_a_time = threading.Lock()
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
@@ -149,8 +148,7 @@ class Server(ThreadingHTTPServer):
 
     def run(self) -> None:
         """Say where it is, and answer requests until Ctrl-C."""
-        host, port = self.server_address[:2]
-        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        address = "http://{}:{}".format(*self.server_address)
         with self:
             note(f"{address}/ is a page to talk to it; Ctrl-C stops it")
             note(f"{address}/v1 answers as OpenAI's chat completions do")

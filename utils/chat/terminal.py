@@ -8,7 +8,7 @@ from typing import TextIO
 from utils.text import printable
 
 QUOTES = '"""'
-LOOPBACK = ("127.0.0.1", "localhost", "::1")  # addresses of this machine alone
+LOOPBACK = ("127.0.0.1", "localhost")  # addresses of this machine alone
 
 
 def prepare_terminal(commands: Sequence[str]) -> None:
