@@ -37,20 +37,15 @@ def test_what_killed_processes_left_of_a_file_is_gone_after_its_next_writing(tmp
 
 
 @pytest.mark.parametrize(
-    "fields, told",
-    [
-        ('"content": "\\ud800"', "messages is not a list"),
-        ('"content": null', "messages is not a list"),
-        ('"content": "x", "reasoning_content": 5', "messages is not a list"),
-        ('"content": ""', "an answer is empty"),
-    ],
+    "fields",
+    ['"content": "\\ud800"', '"content": null', '"content": "x", "reasoning_content": 5', '"content": ""'],
 )
-def test_messages_that_are_no_text_are_told_by_line(tmp_path, fields, told):
+def test_messages_that_are_no_text_are_told_by_line(tmp_path, fields):
     question = '{"role": "user", "content": "q"}'
     (tmp_path / "rows.jsonl").write_text(
         f'{{"messages": [{question}, {{"role": "assistant", {fields}}}]}}\n', encoding="utf-8"
     )
-    with pytest.raises(UserError, match=f"line 1: {told}"):
+    with pytest.raises(UserError, match="line 1: messages is not as a script here writes it"):
         list(read_jsonl(tmp_path / "rows.jsonl", ["messages"]))
 
 

@@ -39,13 +39,11 @@ NO_MEMORY = (
     "can't start new thread",
     "returned NULL without setting an exception",
 )
-# In these words libraries (safetensors, torch) report what is no OSError for them.
+# The system's words, which libraries (safetensors, torch) repeat in errors of their own.
 SIGNS = {"No space left on device": FULL, "Disk quota exceeded": FULL, "File too large": TOO_LARGE}
 SIGNS |= dict.fromkeys(NO_MEMORY, MORE_MEMORY)
 SIGNS[" requested and "] = FULL  # numpy: so many items, so many written
-# Windows has other words for these, and no EDQUOT.
-CODES = {errno.ENOSPC: FULL, errno.EFBIG: TOO_LARGE, errno.ENOMEM: MORE_MEMORY}
-CODES[getattr(errno, "EDQUOT", errno.ENOSPC)] = FULL
+CODES = {errno.ENOSPC: FULL, errno.ENOMEM: MORE_MEMORY}  # Windows has other words
 OWN_THRESHOLDS = gc.get_threshold()  # Python's
 
 
@@ -94,27 +92,23 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return str(error) or STOPPED, 130
-    if isinstance(error, BrokenPipeError | MemoryError):
-        return MORE_MEMORY if isinstance(error, MemoryError) else READER_LEFT, 1
+    if isinstance(error, MemoryError):
+        return MORE_MEMORY, 1
+    if isinstance(error, BrokenPipeError):
+        return READER_LEFT, 1
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("utils"):
         python = ".venv\\Scripts\\python.exe" if os.name == "nt" else ".venv/bin/python"
         mend = f"run the script with {python}, which `python3.11 tasks.py install` makes"
         return f"the package {error.name} is not installed for {sys.executable}; {mend}", 2
-    if isinstance(error, OSError):
-        return explain_os_error(error), 1
-    return next(((line.format(where=""), 1) for sign, line in SIGNS.items() if sign in str(error)), None)
-
-
-def explain_os_error(error: OSError) -> str:
-    """One line for an OSError: the cause, the path, and what to do."""
-    where = f" ({error.filename})" if error.filename else ""
-    known = [CODES.get(error.errno), *(line for sign, line in SIGNS.items() if sign in str(error))]
-    if told := next(filter(None, known), None):
-        return told.format(where=where)
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    code, name = getattr(error, "errno", None), getattr(error, "filename", None)
+    where = f" ({name})" if name else ""
+    for line in [CODES.get(code), *(line for sign, line in SIGNS.items() if sign in str(error))]:
+        if line:
+            return line.format(where=where), 1
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         mend = "close the program that has it open, or " if os.name == "nt" else ""
-        return f"no permission to write or read{where}; {mend}choose another folder or change its owner"
-    return f"{error.strerror or error}{where}"
+        return f"no permission to write or read{where}; {mend}choose another folder or change its owner", 1
+    return (f"{error.strerror or error}{where}", 1) if isinstance(error, OSError) else None
 
 
 def prepare_streams() -> None:

@@ -23,6 +23,7 @@ HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 # The fields of our files that hold a text, and those that hold messages.
 TEXTS = ("id", "text", "question", "kind", "term")
 MESSAGES = ("messages", "prompt", "chosen", "rejected")
+OURS = 'as a script here writes it: a text, or a list of {"role", "content"} with a user and an answer that is not empty'
 
 
 def show_path(path: str | Path) -> str:
@@ -61,16 +62,20 @@ def missing(path: Path, mend: str = "") -> UserError:
 def read_jsonl(path: str | Path, wanted: Sequence[str] = ()) -> Iterator[dict]:
     """Yield the dicts of a JSON lines file that a script here wrote; every dict has the fields in `wanted`.
 
-    UserError, with the line, if it is damaged: not UTF-8, not JSON, not objects, empty, or a field is missing or holds what it
-    never holds in our files.
+    UserError, with the line, if it is damaged: not UTF-8, not JSON, empty, or a field is missing or not one of ours.
     """
     number = 0
     with open(path, encoding="utf-8-sig", newline="\n") as lines:
         try:
             for number, line in enumerate(lines, 1):
                 row = json.loads(line)
-                if problem := _problem_of(row, wanted):
-                    raise UserError(f"{show_path(path)}, line {number}: {problem}")
+                lacking = (
+                    [name for name in wanted if name not in row] if isinstance(row, dict) else ["at all"]
+                )
+                if lacking:
+                    raise UserError(f"{show_path(path)}, line {number}: no field {', '.join(lacking)}")
+                if odd := [name for name in wanted if not _is_ours(name, row[name])]:
+                    raise UserError(f"{show_path(path)}, line {number}: {odd[0]} is not {OURS}")
                 yield row
         except UnicodeDecodeError as error:
             raise UserError(f"{show_path(path)}, line {number + 1}: not UTF-8 ({error.reason})") from None
@@ -81,30 +86,22 @@ def read_jsonl(path: str | Path, wanted: Sequence[str] = ()) -> Iterator[dict]:
         raise UserError(f"{show_path(path)} is empty")
 
 
-def _problem_of(row, wanted):
-    """Why a row is not one of ours, or ""."""
-    lacking = [name for name in wanted if name not in row] if isinstance(row, dict) else ["at all"]
-    if lacking:
-        return f"no field {', '.join(lacking)}"
-    for name in wanted:
-        value = row[name]
-        if name in TEXTS and not is_text(value):
-            return f"{name} is not a text"
-        if name in MESSAGES and not _are_messages(value):
-            return f'{name} is not a list of {{"role", "content"}}'
-        roles = [message["role"] for message in value] if name == "messages" else ["user", "assistant"]
-        if "user" not in roles or "assistant" not in roles[roles.index("user") :]:
-            return f'{name} is not a list of {{"role", "content"}} with a user and after it an assistant'
-        if name == "messages" and any(not turn["content"] for turn in value if turn["role"] == "assistant"):
-            return "an answer is empty"
-    return ""
-
-
-def _are_messages(value):
-    if not value or not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        return False
-    texts = [[one.get("role"), one.get("content"), one.get("reasoning_content") or ""] for one in value]
-    return all(is_text(text) for three in texts for text in three)
+def _is_ours(name, value):
+    """Tell whether a field holds what it holds in our files."""
+    if name in TEXTS:
+        return is_text(value)
+    if name not in MESSAGES:
+        return True
+    with contextlib.suppress(TypeError, AttributeError, KeyError, ValueError):
+        turns = [(turn["role"], turn["content"], turn.get("reasoning_content") or "") for turn in value]
+        if not turns or not all(is_text(text) for turn in turns for text in turn):
+            return False
+        if name != "messages":
+            return True
+        roles = [role for role, _, _ in turns]
+        answered = "assistant" in roles[roles.index("user") :]
+        return answered and all(content for role, content, _ in turns if role == "assistant")
+    return False
 
 
 def is_text(value: object) -> bool:
@@ -189,15 +186,12 @@ def sha256_of(path: str | Path) -> str:
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The entries of a training_log.jsonl. Lines that are no entry, such as one that a kill has cut, are left out, which is said."""
-    entries, damaged = [], 0
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    entries, lines = [], Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
     for line in lines[:-1]:  # after the last line break: nothing, or a line cut by a kill
-        try:
+        with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
             entry = json.loads(line)
             entries.append({**entry, "step": int(entry["step"])})
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            damaged += 1
-    if damaged:
+    if damaged := len(lines) - 1 - len(entries):
         print(f"{show_path(path)}: {damaged} damaged lines are left out of the curve")
     return entries
 

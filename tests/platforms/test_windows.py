@@ -86,7 +86,7 @@ def test_on_windows_a_file_that_is_open_elsewhere_is_thought_of(monkeypatch):
     refused = PermissionError(13, "Permission denied", "comparison.png")
     with monkeypatch.context() as windows:  # as short as can be: pathlib looks at this name too
         windows.setattr(errors.os, "name", "nt")
-        said = errors.explain_os_error(refused)
+        said = errors.explain(refused)[0]
     assert "(comparison.png); close the program that has it open, or choose another folder" in said
 
 

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 from utils.chat.model import ChatModel, Options
 from utils.chat.terminal import LOOPBACK, note
-from utils.errors import RunError, UserError, explain, explain_os_error
+from utils.errors import RunError, UserError, explain
 from utils.files import is_text
 from utils.settings import read_number
 
@@ -143,7 +143,7 @@ class Server(ThreadingHTTPServer):
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
-            why = f"{host}:{port} cannot be used ({explain_os_error(error)}); choose another --port"
+            why = f"{host}:{port} cannot be used ({explain(error)[0]}); choose another --port"
             raise RunError(why) from None
 
     def run(self) -> None:
