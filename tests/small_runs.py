@@ -44,7 +44,7 @@ def arguments(method, place, output, *more, precision="fp32"):
     return [str(word) for word in (*words, *more)]
 
 
-def no_picture(entries, path, title, best=None):
+def no_picture(entries, path, *more):
     """In the place of plot_training: the curves of a hundred runs take minutes to draw. They are tested in tests/test_plots.py
     and by whole scripts in tests/faults."""
     path.write_bytes(b"\x89PNG\r\n\x1a\n")

@@ -107,11 +107,14 @@ def _draw_bars(axis, panel, names):
 # ---- Curves of training
 
 
-def plot_training(log: list[Entry], path: Path, title: str, best_step: int | None = None) -> None:
+def plot_training(
+    log: list[Entry], path: Path, title: str, best_step: int | None = None, evaluated: str = "held-out rows"
+) -> None:
     """Draw a run from its log (entries as in training_log.jsonl) to a PNG at `path`.
 
     Training loss, each step and smoothed; evaluations as points with their values, that of `best_step` ringed; the learning
     rate below. DPO has three more panels: pairs told apart, the reward margin, and the log-probabilities of both answers.
+    `evaluated` names the rows of the evaluations.
     """
     from matplotlib import rc_context
 
@@ -130,7 +133,7 @@ def plot_training(log: list[Entry], path: Path, title: str, best_step: int | Non
         figure = _figure(*size)
         panels = figure.subplot_mosaic(mosaic, height_ratios=heights)
         for panel, its_title, quantity, colour in drawn:
-            _draw_quantity(panels[panel], log, quantity, best_step, colour)
+            _draw_quantity(panels[panel], log, quantity, best_step, colour, evaluated)
             panels[panel].set_title(its_title, loc="left")
         if "accuracy" in panels:
             panels["accuracy"].set_ylim(-0.05, 1.18)
@@ -148,7 +151,7 @@ def plot_training(log: list[Entry], path: Path, title: str, best_step: int | Non
         _save(figure, path)
 
 
-def _draw_quantity(axis, log, name, best_step, colour):
+def _draw_quantity(axis, log, name, best_step, colour, evaluated):
     """Training values, raw and smoothed, and the evaluations of one quantity as points with their values."""
     if name.startswith("reward"):  # before the first update they are 0 by definition: a jump that is none
         log = [entry for entry in log if entry["step"] > ("loss" in entry)]
@@ -157,7 +160,7 @@ def _draw_quantity(axis, log, name, best_step, colour):
     _draw_line(axis, steps, smooth(values), color=colour, linewidth=2.2, label="training, smoothed")
     steps, values = points(log, f"eval_{name}")
     points_colour = colour if "logps" in name else "black"
-    axis.plot(steps, values, "o", color=points_colour, markersize=6, label="held-out rows", zorder=4)
+    axis.plot(steps, values, "o", color=points_colour, markersize=6, label=evaluated, zorder=4)
     best = [index for index, step in enumerate(steps) if step == best_step]
     if best:
         ring = {"markersize": 15, "markerfacecolor": "none", "markeredgewidth": 2, "color": "C2", "zorder": 5}

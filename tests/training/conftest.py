@@ -6,26 +6,26 @@ import pytest
 from small_runs import METHODS, make_place, no_picture, train
 
 from utils.files import read_json, write_json
-from utils.training import log, plan
+from utils.training import log, memory
 
 PRECISIONS = ("fp32", "bf16")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def quick():
-    """No pictures, and the memory of a kind of model is measured once: a third of the time of a small run."""
-    measure, found = plan.measure_costs, {}
+    """No pictures, and the memory of a kind of model is counted once: a third of the time of a small run."""
+    count, found = memory.bytes_kept, {}
 
-    def measure_once(model, device, *lengths):
+    def count_once(model, batch, device):
         trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-        kind = trained, device.format, lengths
+        kind = trained, device.format, tuple(batch["layout"])
         if kind not in found:
-            found[kind] = measure(model, device, *lengths)._replace(head=None)
-        return found[kind]._replace(head=model.get_output_embeddings().weight)
+            found[kind] = count(model, batch, device)
+        return found[kind]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(log, "plot_training", no_picture)
-        patch.setattr(plan, "measure_costs", measure_once)
+        patch.setattr(memory, "bytes_kept", count_once)
         yield
 
 

@@ -131,7 +131,7 @@ def test_the_best_of_pairs_is_by_accuracy_then_loss():
         (entry(0, 2.0), [entry(5, 1.5), entry(9, 1.6)], [3, 1], "kept: step 5, 1.5000; last: step 9, 1.6000"),
         (entry(0, 2.0), [entry(5, 2.1), entry(9, 2.2)], [3, 1], "lower LEARNING_RATE, or give it more rows"),
         (entry(0, 2.0), [entry(5, 2.0), entry(9, 2.1)], [3, 3], "the training loss did not fall either"),
-        (entry(0, 0.7, 0), [entry(5, 0.7, 0.5)], [3, 1], "the best evaluation is at chance"),
+        (entry(0, 0.7, 0), [entry(5, 0.7, 0.5)], [3, 1], "the best evaluation is no better than chance"),
         (entry(0, 0.7, 0), [entry(5, 0.6, 0.9), entry(9, 0.5, 0.8)], [3, 1], "the last step is clearly worse"),
     ],
 )  # fmt: skip

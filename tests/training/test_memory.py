@@ -1,7 +1,9 @@
 """The forecast of memory: what grows with the tokens is told from what does not, and limits are obeyed."""
 
+import copy
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +16,10 @@ from transformers import AutoModelForCausalLM
 from utils.device import Device
 from utils.model.folder import load_for_lora
 from utils.model.lm_head import HeadGradient
-from utils.model.packing import ROUNDED, item_length, measure, model_inputs
+from utils.model.packing import ROUNDED, PackedRows, collate, model_inputs
 from utils.model.qwen3_train import prepare_packed
 from utils.training import memory
+from utils.training.memory import MemoryForecast, StepPlan
 
 CPU, BF16 = Device("cpu", False, "test"), Device("cpu", True, "test")
 
@@ -25,57 +28,82 @@ def model_of(place):
     return prepare_packed(AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.float32))
 
 
+def rows_of(count, answers=1, max_length=1000):
+    """Rows of so many documents of 150 to 170 tokens, or of pairs of two answers to one prompt."""
+    items = []
+    for number in range(count):
+        prompt, answer = [0] * 80, [0] * (70 + 7 * number % 20)
+        items.append({"documents": [(prompt, answer + [0] * side) for side in range(answers)]})
+    return PackedRows(items, max_length)
+
+
 @pytest.fixture(scope="module")
-def costs(place):
-    return memory.measure_costs(model_of(place), CPU, 160)
+def forecast(place):
+    return MemoryForecast(model_of(place), CPU, rows_of(30))
 
 
-@pytest.mark.parametrize("shared", [0, 60])
+@pytest.mark.parametrize("answers", [1, 2])
 @pytest.mark.parametrize("device", [CPU, BF16], ids=str)
-def test_what_is_kept_grows_with_the_tokens_and_the_copies_of_weights_do_not(place, device, shared):
-    model = model_of(place)
-    costs, row = memory.measure_costs(model, device, 160, shared), memory._probe(17, 160, shared)
-    tokens = sum(map(item_length, row))
-    assert not tokens % ROUNDED and 17 * 160 <= tokens < 17 * 180
-    many = memory._bytes_kept(model, row, device)
-    assert costs.kept + costs.kept_per_token * tokens == pytest.approx(many, rel=0.02)
+def test_what_is_kept_grows_with_the_tokens_and_the_copies_of_weights_do_not(place, device, answers):
+    model, rows = model_of(place), rows_of(60, answers=answers)
+    found = MemoryForecast(model, device, rows)
+    batch = collate([rows[row] for row in range(6)], device)
+    many, tokens = memory.bytes_kept(model, batch, device), batch["input_ids"].shape[1]
+    assert found.kept + found.kept_per_token * tokens == pytest.approx(many, rel=0.02)
     linear = sum(part.weight.numel() for part in model.model.modules() if isinstance(part, torch.nn.Linear))
-    assert costs.kept == pytest.approx(2 * linear if device.bf16 else 0, rel=0.05, abs=0.02 * many)
+    assert found.kept == pytest.approx(2 * linear if device.bf16 else 0, rel=0.05, abs=0.02 * many)
 
 
-def test_recomputing_keeps_the_input_of_every_layer_and_one_layer_as_a_whole(costs):
+@pytest.mark.parametrize("device", [CPU, BF16], ids=str)
+def test_what_is_counted_on_three_layers_without_memory_is_what_five_keep(place, device):
+    """Counted again in a real forward pass, which keeps every tensor that it saves."""
+    model, batch = model_of(place), collate([rows_of(10)[0]], device)
+    first, last = model.model.layers
+    model.model.layers = torch.nn.ModuleList([first, *(copy.deepcopy(first) for _ in range(3)), last])
+    counted = memory.bytes_kept(model, batch, device)
+    assert len(model.model.layers) == 5 and not first._forward_hooks and not first._forward_pre_hooks
+    weights, saved = {weight.untyped_storage()._cdata for weight in model.parameters()}, {}
+
+    def save(tensor):
+        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), device.autocast():
+        hidden = model(**model_inputs(batch))
+    assert counted == sum(saved[key].nbytes() for key in saved.keys() - weights) and hidden.requires_grad
+
+
+def test_recomputing_keeps_the_input_of_every_layer_and_one_layer_as_a_whole(forecast, monkeypatch):
     """On a GPU that layer finds the room of the head's scores."""
-    inputs, layer = (
-        (costs.layers + 1) * costs.head.shape[1] * 4000,
-        costs.kept_per_token * 1000 / costs.layers,
-    )
-    cpu, cuda = (
-        memory.memory_parts(costs, 1000, True, Device(name, False, "test")) for name in ("cpu", "cuda")
-    )
-    assert cpu["activations"] == pytest.approx(inputs + layer, abs=2)
-    assert cuda["activations"] == pytest.approx(inputs + max(0, layer - cuda["scores"]), abs=2)
+    way, tokens = StepPlan(1, 2, True), forecast.rows.fullest(1)
+    tokens += -tokens % ROUNDED
+    inputs = (forecast.layers + 1) * forecast.head.shape[1] * 4 * tokens
+    layer = forecast.kept_per_token * tokens / forecast.layers
+    cpu = forecast.parts(way)
     # bfloat16 copies of all weights stay from the forward pass to the loss, recomputed or not
-    copies = costs._replace(kept=costs.kept + (1 << 30))
-    assert memory.memory_parts(copies, 1000, True, CPU)["activations"] > 1 << 30
+    assert cpu["activations"] == pytest.approx(inputs + layer + forecast.kept, abs=2)
+    monkeypatch.setattr(forecast, "device", Device("cuda", False, "test"))
+    cuda = forecast.parts(way)
+    room = max(0, layer - cuda["scores"])
+    assert cuda["activations"] == pytest.approx(inputs + room + forecast.kept, abs=2)
 
 
-def test_attention_without_a_fused_kernel_keeps_the_square_of_a_row(costs):
-    mps = Device("mps", False, "test", equal_rows=True)
-    squares = costs.layers * costs.heads * 2 * 512 * 512 * 4  # two rows
-    with_squares = memory.memory_parts(costs, 1024, False, mps, 512)["activations"]
-    assert with_squares - memory.memory_parts(costs, 1024, False, mps)["activations"] == squares
+def test_attention_without_a_fused_kernel_keeps_the_square_of_a_row(forecast, monkeypatch):
+    monkeypatch.setattr(forecast, "device", Device("cuda", False, "test", equal_rows=True))
+    without = forecast.parts(StepPlan(2, 2, False))["activations"]
+    monkeypatch.setattr(forecast, "device", Device("mps", False, "test", equal_rows=True))
+    squares = forecast.layers * forecast.heads * 2 * 1000 * 1000 * 4  # two rows
+    assert forecast.parts(StepPlan(2, 2, False))["activations"] - without == squares
 
 
-def test_weights_gradients_and_optimizer(costs, place):
-    parts = memory.memory_parts(costs, 1000, False, CPU)
+def test_weights_gradients_and_optimizer(forecast, place):
+    parts = forecast.parts(StepPlan(1, 2, False))
     assert parts["weights"] == parts["gradients"] == 4 * model_of(place).num_parameters()
     assert parts["optimizer"] == 2 * parts["weights"]
-
-
-def test_with_one_pass_gradients_come_as_activations_go(costs):
-    head, whole = costs.head.nbytes, costs.gradients
-    for tokens in (64, 4000):  # fewer bytes of activations than of gradients, and more
-        parts = memory.memory_parts(costs, tokens, False, CPU, passes=1)
+    # With one pass the layers' gradients come as the activations go: of fewer bytes than those, and of more.
+    head, whole = forecast.head.nbytes, forecast.gradients
+    for rows in (1, 4):
+        parts = forecast.parts(StepPlan(rows, 1, False))
         coming = max(0, whole - head - parts["activations"] / 2)
         assert parts["gradients"] == pytest.approx(head + coming, abs=2)
 
@@ -91,10 +119,10 @@ def test_counting_leaves_nothing_behind(place):
         gc.collect()
         return sum(part.nbytes for part in gc.get_objects() if type(part) is torch.Tensor)
 
-    model = model_of(place)
-    memory.measure_costs(model, BF16, 160)
+    model, rows = model_of(place), rows_of(8)
+    MemoryForecast(model, BF16, rows)
     before = bytes_alive()
-    memory.measure_costs(model, BF16, 160)
+    MemoryForecast(model, BF16, rows)
     assert bytes_alive() - before < 10_000
 
 
@@ -131,12 +159,12 @@ def forecast_and_peak(method, tokens, passes, recompute, layers):
     """Bytes of the last pass of a step, as forecast and as counted, on CUDA in bfloat16."""
     batch = batch_for(method, tokens)
     tokens = batch["input_ids"].shape[1]
-    items = [{"documents": [([0] * 80, [0] * answer) for answer in (81, 78)[: 1 + (method == "dpo")]]}]
-    length, alone, _ = measure(items[0])
     with cuda_shapes():
         model = qwen3(layers, method == "lora")
-        costs = memory.measure_costs(model, BF16, length, max(0, alone - length - 1))
-        forecast = memory.memory_parts(costs, tokens, recompute, Device("cuda", True, "test"), passes=passes)
+        forecast = MemoryForecast(model, BF16, rows_of(120, 1 + (method == "dpo"), 8192))
+        forecast.rows = SimpleNamespace(max_length=tokens, fullest=lambda count: tokens)
+        forecast.device = Device("cuda", True, "test")
+        forecast = forecast.parts(StepPlan(1, passes, recompute))
         if recompute:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         with FakeTensorMode(allow_non_fake_inputs=True):

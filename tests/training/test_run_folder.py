@@ -1,5 +1,6 @@
 """The life of a training folder: finished, changed, moved aside, held by another run, damaged."""
 
+import itertools
 import shutil
 
 import filelock
@@ -8,6 +9,7 @@ from small_runs import same_run, same_weights, train
 
 from utils.files import read_json, write_json
 from utils.training import log
+from utils.training import run as run_module
 
 
 def test_a_finished_run_says_so_and_is_left_alone(runs, place, capsys):
@@ -92,7 +94,9 @@ def test_a_damaged_record_is_told(runs, place, tmp_path, capsys, field):
     write_json(output / "run.json", read_json(runs("sft") / "run.json") | {field: 5})
     assert train("sft", place, output) == 2
     said = capsys.readouterr().err
-    assert "run.json is damaged; restore" in said and said.count("\n") == 1
+    assert (
+        "run.json is damaged; restore the file, or start over with --fresh" in said and said.count("\n") == 1
+    )
 
 
 @pytest.mark.slow
@@ -116,8 +120,11 @@ def test_the_reference_is_that_of_this_model_and_these_pairs(runs, place, tmp_pa
 def test_a_busy_machine_is_told(place, tmp_path, capsys, monkeypatch):
     """Steps are slower than planned, and other programs use the cores. Without those nothing is said."""
     monkeypatch.setattr(log, "SLOWER", 0.0)
-    for others, told in ((1e6, True), (0.0, False)):
-        used = iter([(0.0, 0.0), (1.0, 1.0 + others)])
-        monkeypatch.setattr(log, "busy_seconds", used.__next__)
-        assert train("sft", place, tmp_path / str(others), "--max-steps", 4) == 0
-        assert ("as slow as planned: other programs use" in capsys.readouterr().out) == told
+    for ours, told in ((0.1, True), (1.0, False)):
+        times = ((second, ours * second) for second in itertools.count())
+        for module in (log, run_module):
+            monkeypatch.setattr(module, "cpu_seconds", times.__next__)
+        assert train("sft", place, tmp_path / str(ours), "--max-steps", 4) == 0
+        said = capsys.readouterr().out
+        assert ("as slow as planned: other programs use" in said) == told
+        assert ("judged by a forward pass while other programs use" in said) == told

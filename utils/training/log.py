@@ -30,16 +30,24 @@ WORSE_LOSS, WORSE_ACCURACY = 0.02, 0.03  # a loss higher by this share, or an ac
 CHANCE, ENOUGH_PAIRS = 0.5, 100  # of preferring the chosen answer; pairs from which on that says something
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 RESULTS = (  # of run.json: the field, its name for people, its form
-    ("eval_loss_before", "loss before training", "{:.4f}"),
-    ("eval_loss", "loss of the finished model", "{:.4f}"),
-    ("eval_loss_last", "loss after the last step", "{:.4f}"),
-    ("eval_reward_accuracy", "pairs in which the chosen answer gained more than the rejected one", "{:.1%}"),
-    ("measured_on", "measured on", "{}"),
-    ("kept_step", "step of the finished model", "{:,}"),
-    ("best_step", "best step", "{:,}"),
-    ("steps", "steps", "{:,}"),
-    ("tokens", "tokens trained on", "{:,}"),
-    ("tokens_per_second", "tokens a second", "{:,.0f}"),
+    ("eval_loss_before", "loss before training", "{:.4f}".format),
+    ("eval_loss", "loss of the finished model", "{:.4f}".format),
+    ("eval_loss_last", "loss after the last step", "{:.4f}".format),
+    (
+        "eval_reward_accuracy",
+        "pairs in which the chosen answer gained more than the rejected one",
+        "{:.1%}".format,
+    ),
+    ("measured_on", "measured on", str),
+    ("kept_step", "step of the finished model", "{:,}".format),
+    ("best_step", "best step", "{:,}".format),
+    ("steps", "steps", "{:,}".format),
+    ("tokens", "tokens trained on", "{:,}".format),
+    ("tokens_per_second", "tokens a second", "{:,.0f}".format),
+    ("seconds", "time", duration),
+    ("time_forecast_seconds", "time, as forecast", duration),
+    ("peak_memory_bytes", "peak memory", format_bytes),
+    ("memory_forecast_bytes", "peak memory, as forecast", format_bytes),
 )
 
 Entry = dict[str, Any]  # a line of training_log.jsonl
@@ -102,9 +110,10 @@ def done_at(seconds: float) -> str:
 class RunLog:
     """Log, picture and progress line of one run, in the process that writes (`main`); elsewhere only the entries."""
 
-    def __init__(self, folder: Path, main: bool, title: str):
+    def __init__(self, folder: Path, main: bool, title: str, evaluated: str = "held-out rows"):
+        """title: of the picture; evaluated: the rows that evaluations are on, for its legend."""
         self.path, self.picture = folder / "training_log.jsonl", folder / "loss_curve.png"
-        self.main, self.title, self.entries = main, title, []
+        self.main, self.title, self.evaluated, self.entries = main, title, evaluated, []
         self.last_drawn = self.last_line = time.monotonic()  # a picture of the first step alone shows nothing
 
     def begin(self, step: int, progress: float, plan) -> list[Entry]:
@@ -112,7 +121,7 @@ class RunLog:
         found = read_log(self.path) if step and self.path.is_file() else []
         self.entries = [entry for entry in found if entry["step"] <= step]
         self.plan, self.first_step, self.step_seconds = plan, step, 0.0
-        self.began, self.first, self.busy = time.monotonic(), progress, busy_seconds()
+        self.began, self.first, self.used = time.monotonic(), progress, cpu_seconds()
         if self.main:
             with atomic_write(self.path) as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in self.entries)
@@ -159,7 +168,7 @@ class RunLog:
         self.last_drawn = time.monotonic()
         best = best_of(self.evaluations())["step"] if self.evaluations() else None
         try:
-            plot_training(self.entries, self.picture, self.title, best)
+            plot_training(self.entries, self.picture, self.title, best, self.evaluated)
         except PermissionError as error:  # on Windows, while a picture viewer has it open
             self.tell(f"{show_path(self.picture)} cannot be redrawn now ({error.strerror}); training goes on")
 
@@ -173,12 +182,9 @@ class RunLog:
 
     def _show_step(self, entry, progress):
         if entry["step"] == self.first_step + SETTLED:
-            slower = self.plan.train_rate / self.tokens_per_second()
-            own, everyone = (now - before for now, before in zip(busy_seconds(), self.busy))
-            others = (everyone - own) / max(time.monotonic() - self.began, 1e-9)
-            if slower > SLOWER and others > BUSY * psutil.cpu_count():
-                used = f"other programs use {others:.1f} of {psutil.cpu_count()} cores"
-                self.tell(f"steps are {slower:.1f} times as slow as planned: {used}")
+            slower, others = self.plan.train_rate / self.tokens_per_second(), other_programs(self.used)
+            if slower > SLOWER and others:
+                self.tell(f"steps are {slower:.1f} times as slow as planned: {others}")
         pause = 1 if sys.stdout.isatty() else PLAIN_SECONDS
         if progress < 1 and time.monotonic() - self.last_line < pause:
             return
@@ -191,10 +197,18 @@ class RunLog:
         self.tell(f"{text}  {duration(left)} left{end}", progress >= 1)
 
 
-def busy_seconds() -> tuple[float, float]:
-    """Seconds that cores have computed so far: for this process, and for all."""
-    own, everyone = psutil.Process().cpu_times(), psutil.cpu_times()
-    return own.user + own.system, sum(everyone) - everyone.idle - getattr(everyone, "iowait", 0.0)
+def cpu_seconds() -> tuple[float, float]:
+    """Seconds of all cores so far, and those of them in which they were idle or computed for this process."""
+    own, all_cores = psutil.Process().cpu_times(), psutil.cpu_times()
+    free = all_cores.idle + getattr(all_cores, "iowait", 0.0)
+    return sum(all_cores), own.user + own.system + free
+
+
+def other_programs(before: tuple[float, float]) -> str:
+    """The cores that other programs have used since cpu_seconds() gave `before`, in words; "" if hardly any."""
+    total, ours = (now - then for now, then in zip(cpu_seconds(), before))
+    share, cores = 1 - ours / max(total, 1e-9), psutil.cpu_count()
+    return f"other programs use {share * cores:.1f} of {cores} cores" if share > BUSY else ""
 
 
 def best_of(evaluations: list[Entry]) -> Entry:
@@ -216,33 +230,32 @@ def verdict(
     start: the evaluation before training; kept: that of the finished model; count: examples of each. Of fewer than 100 pairs nothing
     follows.
     """
-    best, last = best_of(evaluations), evaluations[-1]
-    pairs, accuracy = "eval_reward_accuracy" in last, "eval_reward_accuracy"
-    told = []
+    best, last, accuracy = best_of(evaluations), evaluations[-1], "eval_reward_accuracy"
+    told, pairs = [], accuracy in last
     for name, entry in {"kept": kept, "best": best, "last": last}.items():
         if name == "kept" or entry is not kept:
             share = f"{entry[accuracy]:.1%} of the pairs, loss " if pairs else ""
             told.append(f"{name}: step {entry['step']}, {share}{entry['eval_loss']:.4f}")
-    lines = ["; ".join(told)]
-    if pairs:
-        worse = last[accuracy] < best[accuracy] - WORSE_ACCURACY
-        no_better, than = best[accuracy] <= CHANCE, "at chance"
-    else:
-        worse = last["eval_loss"] > (1 + WORSE_LOSS) * best["eval_loss"]
-        no_better, than = best["eval_loss"] >= start["eval_loss"], "no better than before training"
-    few = max(1, len(losses) // 10)
+    told = ["; ".join(told)]
     if pairs and count < ENOUGH_PAIRS:
-        return lines
+        return told
+    no_better, than = best["eval_loss"] >= start["eval_loss"], "before training"
+    worse = last["eval_loss"] > (1 + WORSE_LOSS) * best["eval_loss"]
+    if pairs:
+        no_better, than = best[accuracy] <= CHANCE, "chance"
+        worse = last[accuracy] < best[accuracy] - WORSE_ACCURACY
+    few = max(1, len(losses) // 10)
+    change = "did not fall either: try another LEARNING_RATE (a tenth first), then more EPOCHS"
+    if sum(losses[-few:]) < sum(losses[:few]):
+        change = "fell, so it learns the training rows by heart: lower LEARNING_RATE, or give it more rows"
     if no_better:
-        change = "the training loss did not fall either: try another LEARNING_RATE (a tenth first), then more EPOCHS"
-        if sum(losses[-few:]) < sum(losses[:few]):
-            change = "the training loss fell, so it learns the training rows by heart: lower LEARNING_RATE, or give it more rows"
-        lines.append(f"warning: the best evaluation is {than}; {change}")
+        told.append(f"warning: the best evaluation is no better than {than}; the training loss {change}")
     elif worse:
         take = "" if kept is best else ", or take --keep best"
-        why = "the run was too long or too fast; lower EPOCHS or LEARNING_RATE"
-        lines.append(f"warning: the last step is clearly worse than the best: {why}{take}")
-    return lines
+        told.append(
+            f"warning: the last step is clearly worse than the best: lower EPOCHS or LEARNING_RATE{take}"
+        )
+    return told
 
 
 # ---- report.html: a run on one page that needs nothing else: no network, no scripts, pictures inside
@@ -260,31 +273,21 @@ def write_page(
     if record is None:
         raise UserError(f"{show_path(folder)} holds no run.json: it is no training folder")
     settings, results = record["settings"], record.get("results", {})
-    data = Path(str(settings.get("TRAIN_FILE")))
+    data, found = Path(str(settings.get("TRAIN_FILE"))), {**record, **results}
     report = ROOT / data.parent / ("dpo_report.json" if "BETA" in settings else "report.json")
-    sizes = [record.get("memory_forecast_bytes"), results.get("peak_memory_bytes")]
-    forecasts = [("memory", *(format_bytes(size) if size else "-" for size in sizes))]
-    if record.get("started") and record.get("finished"):
-        began, ended = (datetime.datetime.fromisoformat(record[name]) for name in ("started", "finished"))
-        planned = settings.get("HOURS", 0) * 3600 or record.get("time_forecast_seconds")
-        taken = duration((ended - began).total_seconds())
-        forecasts.append(("time, start to end", duration(planned) if planned else "-", taken))
-    models = list(comparison["models"]) if comparison else []
     text = render(
         TEMPLATE,
         title=f"{folder.resolve().name}: {Path(str(settings.get('MODEL'))).name} trained on {data.name}",
         record=[(key, record.get(key)) for key in ("status", "started", "finished")],
-        results=[(label, form.format(results[key])) for key, label, form in RESULTS if key in results],
+        results=[(label, form(found[key])) for key, label, form in RESULTS if key in found],
         told=[str(line) for line in record.get("told", [])],
         curve=_picture(folder / "loss_curve.png"),
         files=[(name, settings.get(name)) for name in ("TRAIN_FILE", "EVAL_FILE")],
         report=read_json(report) if report.is_file() else {},
-        forecasts=forecasts,
         settings=[(key, str(value)) for key, value in settings.items()],
         versions=[("device", record.get("device")), *record.get("versions", {}).items()],
         comparison=comparison,
-        models=models,
-        columns=list(dict.fromkeys([*models[:1], name])),
+        name=name,
         bars=_picture(pictures / "comparison.png") if pictures else "",
     )
     path = folder / "report.html"

@@ -1,11 +1,12 @@
 """The memory of a training step, counted before it runs, and the memory there is.
 
 The peak is reached between the forward and the backward pass of an optimizer step's last batch: weights, gradients of the batches
-before, the optimizer's two moments, what autograd keeps of this batch, and the LM head's scores. What autograd keeps is counted on
-two forward passes of the real model with tensors that have shapes and no memory (torch's FakeTensorMode): one part grows with the
-tokens, another, such as bfloat16 copies of the weights, does not.
+before, the optimizer's two moments, what autograd keeps of this batch, and the LM head's scores. What autograd keeps is counted in
+forward passes of one and of two of the rows with tensors that have shapes and no memory (torch's FakeTensorMode): one part grows
+with the tokens, another, such as bfloat16 copies of the weights, does not.
 """
 
+import math
 import sys
 from typing import NamedTuple
 
@@ -15,12 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from utils.device import Device, memory_for_process
 from utils.model.lm_head import CHUNK
-from utils.model.packing import ROUNDED, Item, collate, item_length, model_inputs
+from utils.model.packing import ROUNDED, PackedBatch, PackedRows, collate, model_inputs
+from utils.model.qwen3_train import Model
 
-PROBES = (
-    2,
-    6,
-)  # items of the two passes; attention takes other forms for short ones, so they are as long as those of the data
 FLOAT, HALF = 4, 2  # bytes
 LIBRARIES = 510 << 20  # bytes of Python, torch, transformers and their threads in a training process
 KERNELS = 450 << 20  # bytes of those that oneDNN keeps for bfloat16 (utils.device.pick_device)
@@ -46,61 +44,77 @@ def ways(rows: int) -> list[StepPlan]:
     return [StepPlan(count, rows // count, False) for count in divisors] + [StepPlan(1, rows, True)]
 
 
-class Costs(NamedTuple):
-    """What a model costs in training, in bytes."""
+class MemoryForecast:
+    """The memory of a training step of `model`: prepared for packed `rows`, adapters on, on the device that will compute."""
 
-    weights: int
-    gradients: int  # of all that is trained; each of the optimizer's two moments takes as much
-    kept: int  # by autograd, whatever the tokens
-    kept_per_token: float
-    head: torch.nn.Parameter  # of the LM head: (vocabulary, hidden)
-    layers: int
-    heads: int  # of attention
+    def __init__(self, model, device: Device, rows: PackedRows):
+        self.device, self.rows, self.head = device, rows, model.get_output_embeddings().weight
+        self.layers, self.heads = model.config.num_hidden_layers, model.config.num_attention_heads
+        parameters = list(model.parameters())
+        self.weights = sum(weight.nbytes for weight in parameters)
+        # Of all that is trained. Each of the optimizer's two moments takes as much.
+        self.gradients = FLOAT * sum(weight.numel() for weight in parameters if weight.requires_grad)
+        few = [rows[0], rows[min(1, len(rows) - 1)]]
+        batches = [collate(few[:count], device, rows.max_length) for count in (1, 2)]
+        kept = [bytes_kept(model, batch, device) for batch in batches]
+        tokens = [batch["input_ids"].shape[1] for batch in batches]
+        self.kept_per_token = (kept[1] - kept[0]) / (tokens[1] - tokens[0])
+        self.kept = max(0, round(kept[0] - self.kept_per_token * tokens[0]))  # whatever the tokens
+
+    def parts(self, way: StepPlan) -> dict[str, int]:
+        """{what: bytes} at the peak of a step that is computed in this way."""
+        device, row_length = self.device, self.rows.max_length
+        tokens = way.rows_at_once * row_length  # of the largest batch
+        if not device.equal_rows:
+            tokens = math.ceil(self.rows.fullest(way.rows_at_once) / ROUNDED) * ROUNDED
+        cpu, cuda, reduced = device.name == "cpu", device.name == "cuda", device.format != "fp32"
+        vocabulary, hidden = self.head.shape
+        states = tokens * hidden * FLOAT
+        head = self.head.numel() * FLOAT * self.head.requires_grad
+        # A chunk's scores in float32, on CUDA twice, else also in the format of the products; the head's states and their gradients.
+        each = FLOAT + (FLOAT if cuda else HALF) * reduced
+        scores = min(CHUNK, tokens) * vocabulary * each + 2 * states
+        if reduced and self.head.dtype is torch.float32:  # is copied
+            scores += self.head.numel() * HALF
+        # The head's gradient is formed beside the sum of it. On one CPU it is not, but peaks were measured that came as near.
+        if not cuda or torch.distributed.is_initialized():
+            scores += head
+        kept = self.kept_per_token * tokens
+        if device.name == "mps":  # has no fused kernel for training: every layer's weights of attention
+            kept += self.layers * self.heads * tokens * row_length * FLOAT
+        if (
+            way.recompute
+        ):  # the inputs of all layers and of the last norm, and one layer, on a GPU in the room of the scores
+            layer = kept / self.layers
+            kept = (self.layers + 1) * states + (layer if cpu else max(0, layer - scores))
+        kept += self.kept  # recomputed or not, as the copies of all weights stay until the loss
+        gradients = self.gradients
+        if (
+            way.passes == 1
+        ):  # the layers' gradients come as their activations go, and find half of their memory
+            gradients = head + max(0, gradients - head - round(kept / 2))
+        return {
+            "weights": self.weights,
+            "gradients": gradients,
+            "optimizer": 2 * self.gradients,
+            "activations": round(kept),
+            "fragments": round(FRAGMENTS * kept) if way.passes > 1 and cpu else 0,
+            "scores": scores,
+            "program": 0 if cuda else LIBRARIES + KERNELS * (cpu and reduced),
+        }
 
 
-def measure_costs(model, device: Device, length: int, shared: int = 0) -> Costs:
-    """Count the Costs of `model` as it will be trained: prepared for packed rows, adapters on, on its device.
+def bytes_kept(model, batch: PackedBatch, device: Device) -> int:
+    """Bytes that autograd keeps between the forward and the backward pass of a batch, weights not counted.
 
-    length: tokens of a usual item; shared: those of a prompt that it has two answers to, 0: it is one document.
+    The first two layers and the last one are computed: those between are like the second. The first also keeps what all share.
     """
-    probes = [_probe(count, length, shared) for count in PROBES]
-    tokens = [sum(map(item_length, row)) for row in probes]
-    kept = [_bytes_kept(model, row, device) for row in probes]
-    per_token = (kept[1] - kept[0]) / (tokens[1] - tokens[0])
-    parameters = list(model.parameters())
-    return Costs(
-        weights=sum(weight.nbytes for weight in parameters),
-        gradients=FLOAT * sum(weight.numel() for weight in parameters if weight.requires_grad),
-        kept=max(0, round(kept[0] - per_token * tokens[0])),
-        kept_per_token=per_token,
-        head=model.get_output_embeddings().weight,
-        layers=model.config.num_hidden_layers,
-        heads=model.config.num_attention_heads,
-    )
-
-
-def _probe(count: int, length: int, shared: int) -> list[Item]:
-    """A packed row of `count` items, trained on as a whole but for their prompts. None is as long as another, with which it would be
-    computed together, and the row is as long as the forward pass rounds it to."""
-    row: list[Item] = []
-    for number in range(count):
-        tokens = length + number
-        if number == count - 1:
-            tokens += -(sum(map(item_length, row)) + tokens) % ROUNDED
-        prompt, answers = [0] * max(1, shared), [tokens]
-        if shared:
-            both = tokens + 1 - shared
-            answers = [both // 2, both - both // 2]
-        row.append({"documents": [(prompt, [0] * answer) for answer in answers]})
-    return row
-
-
-def _bytes_kept(model, row: list[Item], device: Device) -> int:
-    """Bytes that autograd keeps between forward and backward pass of a packed row, weights not counted."""
+    decoder = next(part for part in model.modules() if isinstance(part, Model))
+    layers, seen, marks = decoder.layers, {}, []
+    decoder.layers = layers[:2] + layers[2:][-1:]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     weights = [fake for weight in model.parameters() for fake in (weight, mode.from_tensor(weight))]
     weights = {weight.untyped_storage()._cdata: weight for weight in weights}
-    seen = {}
 
     def count(tensor):
         storage = tensor.untyped_storage()
@@ -108,57 +122,30 @@ def _bytes_kept(model, row: list[Item], device: Device) -> int:
             seen[storage._cdata] = storage  # alive from now on, so that no address comes twice
         # The graph gets nothing: a tensor that a node saves of its own output would keep the whole graph alive for ever.
 
-    inputs = model_inputs(collate([row], device, sum(map(item_length, row))))
-    with (
-        mode,
-        torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing),
-        torch.autocast(model.device.type, device.dtype, enabled=device.format != "fp32"),
-    ):
-        for name, value in inputs.items():
-            if torch.is_tensor(value):
-                inputs[name] = mode.from_tensor(value).to(model.device)
-        hidden = model.train()(**inputs)
-    kept = sum(storage.nbytes() for storage in seen.values())
+    def total(*_):
+        marks.append(sum(storage.nbytes() for storage in seen.values()))
+
+    second = layers[min(1, len(layers) - 1)]
+    hooks = [second.register_forward_pre_hook(total), second.register_forward_hook(total)]
+    inputs = model_inputs(batch)
+    try:
+        with (
+            mode,
+            torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing),
+            torch.autocast(model.device.type, device.dtype, enabled=device.format != "fp32"),
+        ):
+            for name, value in inputs.items():
+                if torch.is_tensor(value):
+                    inputs[name] = mode.from_tensor(value).to(model.device)
+            hidden = model.train()(**inputs)
+    finally:
+        decoder.layers = layers
+        for hook in hooks:
+            hook.remove()
+    total()
     del hidden
-    return kept
-
-
-def memory_parts(
-    costs: Costs, tokens: int, recompute: bool, device: Device, row_length: int = 0, passes: int = 2
-) -> dict[str, int]:
-    """{what: bytes} at the peak of a training step whose largest batch holds `tokens` packed tokens.
-
-    `row_length`: tokens of a row where every token sees its whole row, in attention without a fused kernel; else 0. With one pass
-    a step the layers' gradients come as their activations go, and find half of their memory.
-    """
-    cpu, cuda, reduced = device.name == "cpu", device.name == "cuda", device.format != "fp32"
-    vocabulary, hidden = costs.head.shape
-    states, head = tokens * hidden * FLOAT, costs.head.numel() * FLOAT * costs.head.requires_grad
-    # A chunk's scores in float32, on CUDA twice, else also in the format of the products; the head's states and their gradients.
-    scores = min(CHUNK, tokens) * vocabulary * (FLOAT + (FLOAT if cuda else HALF) * reduced) + 2 * states
-    if reduced and costs.head.dtype is torch.float32:  # is copied
-        scores += costs.head.numel() * HALF
-    # The head's gradient is formed beside the sum of it. On one CPU it is not, but peaks were measured that came as near.
-    if not cuda or torch.distributed.is_initialized():
-        scores += head
-    kept = costs.kept_per_token * tokens
-    kept += costs.layers * costs.heads * tokens * row_length * FLOAT  # every layer's weights of attention
-    if recompute:  # the inputs of all layers and of the last norm, and one layer, which has room on a GPU where the scores were
-        layer = kept / costs.layers
-        kept = (costs.layers + 1) * states + (layer if cpu else max(0, layer - scores))
-    kept += costs.kept  # recomputed or not, as the copies of all weights stay until the loss
-    gradients = costs.gradients
-    if passes == 1:
-        gradients = head + max(0, gradients - head - round(kept / 2))
-    return {
-        "weights": costs.weights,
-        "gradients": gradients,
-        "optimizer": 2 * costs.gradients,
-        "activations": round(kept),
-        "fragments": round(FRAGMENTS * kept) if passes > 1 and cpu else 0,
-        "scores": scores,
-        "program": 0 if cuda else LIBRARIES + KERNELS * (cpu and reduced),
-    }
+    before, after, kept = marks
+    return kept + max(0, len(layers) - 3) * (after - before)
 
 
 def free_memory(device: Device) -> int:

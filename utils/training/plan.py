@@ -13,16 +13,15 @@ from typing import NamedTuple
 
 import torch
 
-from utils.device import Device
 from utils.errors import UserError
 from utils.files import show_path
 from utils.model.folder import read_record, run_folder
 from utils.model.lm_head import cross_entropy_sum
-from utils.model.packing import ROUNDED, PackedRows, collate
+from utils.model.packing import PackedRows, collate
 from utils.model.qwen3_train import forward
 from utils.text import duration, format_bytes
-from utils.training.log import DISK, ENDING, done_at
-from utils.training.memory import FLOAT, StepPlan, free_memory, measure_costs, memory_parts, ways
+from utils.training.log import DISK, ENDING, done_at, other_programs
+from utils.training.memory import FLOAT, MemoryForecast, StepPlan, free_memory, ways
 from utils.training.rows import Loaded, tell_shared_rows
 from utils.training.run import Run
 
@@ -78,36 +77,43 @@ def plan_run(run: Run, model, train: Loaded, load_eval: Callable[[int], Loaded])
     """
     settings, rows, pairs = run.settings, train.rows, "BETA" in vars(run.settings)
     way = plan_step(run, model, rows)
-    (rate,) = run.agree(forward_rate(run, model, rows, way))  # of a forward pass
-    rate *= run.processes
-    trained = [weight.numel() for weight in model.parameters() if weight.requires_grad]
-    trained, stored = FLOAT * sum(trained), FLOAT * sum(weight.numel() for weight in model.parameters())
-    passes = 3 if 2 * trained > stored else 2  # a step, in forward passes: the backward one takes one or two
-    rows_per_step = way.rows_at_once * way.passes * run.processes
+    rows_per_step = settings.ROWS_PER_STEP
     if run.processes > 1:
         rows.even_out(rows_per_step)
     steps_per_epoch = math.ceil(len(rows) / rows_per_step)
     steps = settings.MAX_STEPS or math.ceil(steps_per_epoch * settings.EPOCHS)
-    _tell_training(run, rows, steps)
-
-    train_rate = rate / passes * (3 / 4 if way.recompute else 1)
     tokens_per_step = rows.tokens / steps_per_epoch
-    # DPO's reference log-probabilities cost a forward pass over all pairs before the first step.
+    processes = f" on {run.processes} processes" if run.processes > 1 else ""
+    print(
+        f"training: {len(rows.items):,} examples, {rows.tokens:,} tokens ({rows.trained_tokens:,} trained) in "
+        f"{len(rows):,} packed row{'s' * (len(rows) > 1)}; {steps:,} step{'s' * (steps > 1)}{processes}"
+    )
+    if steps < FEW_STEPS and not settings.MAX_STEPS:
+        fewer = int(len(rows) * settings.EPOCHS // FEW_STEPS)
+        if not fewer:
+            fewer = f"1 and EPOCHS to {math.ceil(FEW_STEPS / len(rows))}; more rows are better"
+        print(f"warning: too few optimizer steps to learn much; set ROWS_PER_STEP to {fewer}")
+
+    # Time: of a forward pass, of a step, of DPO's reference log-probabilities before the first step
+    trained = FLOAT * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    stored = FLOAT * sum(weight.numel() for weight in model.parameters())
+    rate = run.processes * run.agree(forward_rate(run, model, rows, way))[0]
+    passes = 3 if 2 * trained > stored else 2  # a step, in forward passes: the backward one takes one or two
+    train_rate = rate / passes * (3 / 4 if way.recompute else 1)
     reference = rows.tokens / rate if pairs and not run.checkpoint else 0.0
-    if settings.HOURS and reference >= 3600 * settings.HOURS:
+    given, planned = 3600 * settings.HOURS, steps
+    if given and reference >= given:
         takes = f"the reference log-probabilities of {len(rows.items):,} pairs alone take about {duration(reference)}"
         raise UserError(f"{takes}, and HOURS is {settings.HOURS:g}; raise it, or give fewer pairs")
-    fits = max(1, int((3600 * settings.HOURS - reference) * train_rate / tokens_per_step))
-    planned = min(steps, fits) if settings.HOURS else steps
-    per_row = rows.tokens / len(rows.items)
-    count, evaluations = plan_evaluations(
-        settings.EVAL_ROWS, settings.EVALUATIONS, planned * tokens_per_step, per_row
-    )
+    if given:
+        planned = max(1, min(steps, int((given - reference) * train_rate / tokens_per_step)))
+
+    tokens, per_row = planned * tokens_per_step, rows.tokens / len(rows.items)
+    count, evaluations = plan_evaluations(settings.EVAL_ROWS, settings.EVALUATIONS, tokens, per_row)
     held_out = load_eval(run.keep("eval_rows", count))
     tell_shared_rows(settings.TRAIN_FILE, train, settings.EVAL_FILE, held_out)
-    share = settings.WARMUP if settings.HOURS else 0.0
-    schedule = Schedule(steps, math.ceil(settings.WARMUP * planned), evaluations, share)
-    schedule = Schedule(*run.keep("schedule", list(schedule)))
+    warmup, share = math.ceil(settings.WARMUP * planned), settings.WARMUP if given else 0.0
+    schedule = Schedule(*run.keep("schedule", [steps, warmup, evaluations, share]))
     several = [train.conversations]
     if pairs:  # of single questions do not take away that a model knows conversations
         several.append((read_record(run_folder(settings.MODEL)) or {}).get("conversations"))
@@ -115,7 +121,7 @@ def plan_run(run: Run, model, train: Loaded, load_eval: Callable[[int], Loaded])
     check_disk(run, trained, stored)
     weights = 3 * trained, stored
     plan = Plan(rows, held_out.rows, schedule, steps_per_epoch, tokens_per_step, train_rate, weights)
-    _tell_hours(run, plan, planned, rate, pairs)
+    tell_time(run, plan, planned, rate, reference)
     return plan
 
 
@@ -134,24 +140,6 @@ def plan_evaluations(rows: int, evaluations: int, tokens: float, tokens_per_row:
     return rows, max(1, min(evaluations, math.floor(affordable / rows) - 1))
 
 
-def _tell_training(run, rows, steps):
-    """Print what is trained on, and a warning with what would help if the steps are few."""
-    epochs, count = run.settings.EPOCHS, len(rows)
-    processes = f" on {run.processes} processes" if run.processes > 1 else ""
-    print(
-        f"training: {len(rows.items):,} examples, {rows.tokens:,} tokens ({rows.trained_tokens:,} trained) in "
-        f"{count:,} packed row{'s' * (count > 1)}; {steps:,} step{'s' * (steps > 1)}{processes}"
-    )
-    if steps < FEW_STEPS and not run.settings.MAX_STEPS:
-        fewer = int(count * epochs // FEW_STEPS)
-        if not fewer:
-            fewer = f"1 and EPOCHS to {math.ceil(FEW_STEPS / count)}; more rows are better"
-        print(f"warning: too few optimizer steps to learn much; set ROWS_PER_STEP to {fewer}")
-
-
-# ---- Memory and disk
-
-
 def plan_step(run: Run, model, train_rows: PackedRows) -> StepPlan:
     """Choose how steps are computed, print it with the memory it needs, and return it; UserError if nothing fits.
 
@@ -165,28 +153,16 @@ def plan_step(run: Run, model, train_rows: PackedRows) -> StepPlan:
         )
     if device.name == "cuda":  # its forms of attention are others than a CPU's
         model.to(run.accelerator.device)
-    possible = ways(settings.ROWS_PER_STEP // run.processes)
-    lengths = train_rows.lengths
-    saved = (train_rows.tokens - lengths.sum()) / len(lengths)  # tokens of an item that are not computed
-    shared = max(0, int(saved) - 1)  # of two answers' prompt; 0 for one document
-    costs = measure_costs(model, device, int(lengths.mean()), shared)
-    (least,) = run.agree(-free_memory(device))
-    free = int(-least)
-
-    def parts(way: StepPlan) -> dict[str, int]:
-        # MPS has no fused kernel for training.
-        row_length = train_rows.max_length if device.name == "mps" else 0
-        tokens = tokens_at_once(train_rows, way, device)
-        return memory_parts(costs, tokens, way.recompute, device, row_length, way.passes)
-
-    needed = {way: sum(parts(way).values()) for way in possible}
-    way = (
-        run.way(run.step) if run.checkpoint else choose(possible, needed, free, train_rows.max_length, device)
-    )
+    forecast = MemoryForecast(model, device, train_rows)
+    parts = {way: forecast.parts(way) for way in ways(settings.ROWS_PER_STEP // run.processes)}
+    needed = {way: sum(sizes.values()) for way, sizes in parts.items()}
+    free = int(-run.agree(-free_memory(device))[0])
+    enough = max(1, ENOUGH_TOKENS[device.name] // train_rows.max_length)
+    way = run.way(run.step) if run.checkpoint else choose(needed, free, enough)
     if settings.ESTIMATE:
-        for each in possible:
-            fits = "chosen" if each == way else "fits" if needed[each] <= free else "does not fit"
-            print(f"  {each!s:<72} {format_bytes(needed[each]):>9}  {fits}")
+        for each, size in needed.items():
+            fits = "chosen" if each == way else "fits" if size <= free else "does not fit"
+            print(f"  {each!s:<72} {format_bytes(size):>9}  {fits}")
     if way is None:
         raise UserError(
             f"the run needs {format_bytes(min(needed.values()))} of memory even with one row at once and activations recomputed, "
@@ -194,25 +170,15 @@ def plan_step(run: Run, model, train_rows: PackedRows) -> StepPlan:
         )
     run.keep("plan", [[0, *way]])
     run.keep("memory_forecast_bytes", needed[way])
-    named = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts(way).items() if size)
+    named = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts[way].items() if size)
     print(f"memory: {format_bytes(needed[way])} needed ({named}), {format_bytes(free)} free; {way}")
     return way
 
 
-def choose(
-    possible: list[StepPlan], needed: dict[StepPlan, int], free: int, max_length: int, device: Device
-) -> StepPlan | None:
-    """The first way that fits and is worth it: no more tokens at once than bring speed on this device."""
-    enough = max(1, ENOUGH_TOKENS[device.name] // max_length)
-    worth = [way for way in possible if way.rows_at_once <= enough or way == possible[-1]]
+def choose(needed: dict[StepPlan, int], free: int, enough: int) -> StepPlan | None:
+    """The first way that fits into `free` bytes, with no more than `enough` rows at once, which bring speed on this device."""
+    worth = [way for way in needed if way.rows_at_once <= enough or way.recompute]
     return next((way for way in worth if needed[way] <= free), None)
-
-
-def tokens_at_once(train_rows: PackedRows, way: StepPlan, device: Device) -> int:
-    """Tokens of the largest batch."""
-    if device.equal_rows:
-        return way.rows_at_once * train_rows.max_length
-    return math.ceil(train_rows.fullest(way.rows_at_once) / ROUNDED) * ROUNDED
 
 
 def check_disk(run: Run, trained: int, stored: int) -> None:
@@ -228,9 +194,6 @@ def check_disk(run: Run, trained: int, stored: int) -> None:
             f"{show_path(run.folder)} needs {format_bytes(needed)} of disk and {format_bytes(free)} are free; free some, lower "
             "KEEP_CHECKPOINTS, or choose another --output-dir"
         )
-
-
-# ---- Hours
 
 
 @torch.no_grad()
@@ -254,7 +217,7 @@ def forward_rate(run: Run, model, train_rows: PackedRows, way: StepPlan) -> floa
     return sum(len(prompt) + len(answer) for prompt, answer in documents) / seconds
 
 
-def _tell_hours(run: Run, plan: Plan, planned: int, rate: float, pairs: bool) -> None:
+def tell_time(run: Run, plan: Plan, planned: int, rate: float, reference: float) -> None:
     """Print how often is evaluated, and the hours to the end. rate: tokens a second of a forward pass."""
     settings, schedule, eval_tokens = run.settings, plan.schedule, plan.eval_rows.tokens
     left = max(0, planned - run.step)
@@ -262,19 +225,23 @@ def _tell_hours(run: Run, plan: Plan, planned: int, rate: float, pairs: bool) ->
     evaluations = schedule.evaluations + 1 - schedule.evaluations_due(min(1.0, run.step / planned))
     by_clock = training / (60 * settings.CHECKPOINT_MINUTES) if settings.CHECKPOINT_MINUTES else 0
     checkpoint, model = (size / DISK for size in plan.weights)
-    reference = plan.train_rows.tokens + eval_tokens if pairs and not run.checkpoint else 0
     parts = {
-        "reference": reference / rate,
+        "reference": reference and reference + eval_tokens / rate,
         f"training at {plan.train_rate:,.0f} tokens/s": training,
         "evaluations": evaluations * eval_tokens / rate,
         "saving": (by_clock + math.ceil(left / plan.steps_per_epoch)) * checkpoint + model + ENDING,
     }
     total = sum(parts.values())
     run.keep("time_forecast_seconds", round(total, 1))
-    count, epochs = len(plan.eval_rows.items), planned / plan.steps_per_epoch
-    print(f"evaluation: {count:,} examples of {settings.EVAL_FILE.name}, {evaluations} times")
+    print(
+        f"evaluation: {len(plan.eval_rows.items):,} examples of {settings.EVAL_FILE.name}, {evaluations} times"
+    )
     if settings.HOURS:
+        epochs = planned / plan.steps_per_epoch
         print(f"hours: {settings.HOURS:g} h given, about {planned:,} steps or {epochs:.2g} epochs")
     named = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds)
-    judged = "judged by a forward pass, the first steps will tell better"
-    print(f"time: about {duration(total)}, done at {done_at(total)} ({named}; {judged})")
+    others = other_programs(run.used)
+    judged = "judged by a forward pass" + (f" while {others}" if others else "")
+    print(
+        f"time: about {duration(total)}, done at {done_at(total)} ({named}; {judged}, the first steps will tell better)"
+    )

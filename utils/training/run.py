@@ -31,7 +31,7 @@ from utils.files import read_json, sha256_of, show_path, write_folder, write_jso
 from utils.kept import damage, record_path, seal
 from utils.model.folder import RECORD, model_sha256, read_record
 from utils.text import duration, format_bytes
-from utils.training.log import Clock, RunLog, best_of, write_page
+from utils.training.log import Clock, RunLog, best_of, cpu_seconds, write_page
 from utils.training.memory import StepPlan
 
 # Settings that decide where and how a run is shown, not what it computes.
@@ -40,9 +40,7 @@ NOT_IDENTITY = set(
 )
 LOCK, HOLDER = ".lock", ".lock.pid"  # the lock file, and the number of the process that holds it
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, for each weight
-# The last barrier's record is kept until the interpreter ends: were gloo's thread the last to let go of it, it would wait for the
-# interpreter, which waits for it. 2 of 30 runs ended well and then hung for ever (torch 2.13; pytorch issue 190489).
-LAST_MEETING = []
+LAST_MEETING = []  # keeps gloo's last barrier: let go of by gloo's own thread, it hung 2 of 30 processes at their end (torch 2.13)
 
 
 class Run:
@@ -64,7 +62,8 @@ class Run:
         self.asked_to_stop: float | None = None  # when, in monotonic seconds
         self.record: dict[str, Any] = {}
         title = f"{title} of {Path(settings.MODEL).name} on {settings.TRAIN_FILE.name}, {_now()[:10]}"
-        self.log = RunLog(self.folder, self.main, title)
+        evaluated = "training rows" if settings.EVAL_FILE == settings.TRAIN_FILE else "held-out rows"
+        self.log, self.used = RunLog(self.folder, self.main, title, evaluated), cpu_seconds()
         torch.manual_seed(settings.SEED)  # of an adapter's initial weights
         if settings.ESTIMATE or settings.SHOW_EXAMPLE:  # looks, and touches nothing
             return
@@ -78,9 +77,12 @@ class Run:
             self._open(identity)
 
     def _open(self, identity):
-        record, place = read_record(self.folder), show_path(self.folder)
+        record, place, checkpoints = (
+            read_record(self.folder),
+            show_path(self.folder),
+            list_checkpoints(self.folder),
+        )
         self.finished = bool(record) and record["status"] == "finished"
-        checkpoints = list_checkpoints(self.folder)
         if not record and (checkpoints or any(self.folder.glob("*.safetensors"))):
             raise UserError(f"{place} holds a model that this script did not train; --fresh moves it aside")
         if record and (checkpoints or self.finished):  # else there is nothing to go on from or to lose
@@ -98,17 +100,16 @@ class Run:
                 return
             then = "starting over" if path == checkpoints[0] else "going back to the one before"
             print(f"{show_path(path)} is {why}; {then}")
-        versions = {
-            name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")
-        }
+        packages = ("torch", "transformers", "peft", "accelerate")
         self.record = {
             "status": "running",
             "identity": identity,
             "settings": self.settings.as_dict(),
             "device": str(self.device),
-            "versions": versions | {"python": platform.python_version()},
+            "versions": {name: importlib.metadata.version(name) for name in packages},
             "started": _now(),
         }
+        self.record["versions"]["python"] = platform.python_version()
 
     def keep(self, name: str, value: Any) -> Any:
         """`value`, which run.json keeps under this name; what it has kept already, if the run goes on."""
