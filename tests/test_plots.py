@@ -60,15 +60,14 @@ def test_a_curve_is_a_png_and_its_smoothed_line_a_centred_mean(tmp_path):
     assert list(smooth(plots.numpy.array([0.0, 3.0, 6.0, 0.0]))) == [1.5, 3.0, 3.0, 3.0]
 
 
-def test_shares_are_drawn_to_100_percent_with_their_values_in_the_panel(tmp_path, figures):
-    share = Panel("exam", [1.0, 0.97, 0.5, 0.0], [[0.99, 1.0], [0.9, 0.99], [0.4, 0.6], [0.0, 0.02]], True)
-    plot_comparison([share], ["a", "b", "c", "d"], tmp_path / "comparison.png")
-    axis = figures[0].axes[0]
-    assert axis.get_xlim() == (0, 1) and axis.get_xticks()[-1] == 1
-    figures[0].draw_without_rendering()
-    for text in axis.texts:
-        box = text.get_window_extent()
-        assert axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1, text.get_text()
+def test_bars_have_names_and_values_beside_them_and_shares_go_to_100_percent(tmp_path, figures):
+    share = Panel("exam", [1.0, 0.97, 0.0], [[0.99, 1.0], [0.9, 0.99], [0.0, 0.02]], True)
+    plot_comparison([share, Panel("loss", [1, 2, 3], [None] * 3, False)], ["a", "药", "c" * 30], tmp_path)
+    shares, losses = figures[0].axes[:2]
+    assert shares.get_xlim() == (0, 1) and losses.get_xlim()[1] > 3
+    names = [label.get_text() for label in shares.get_yticklabels()]
+    assert names == ["a  100.0%", "model 2  97.0%", f"{'c' * 10}...{'c' * 10}  0.0%"]
+    assert losses.get_yticklabels()[0].get_text() == "a  1.000"
 
 
 def test_rewards_are_drawn_from_the_first_update_on(tmp_path, figures):

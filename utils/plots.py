@@ -13,8 +13,7 @@ from utils.files import atomic_write
 
 SMOOTHING = 0.05  # the smoothed curve averages over about this share of the run
 MOST_VALUES = 12  # evaluations with their values beside them; of more, only the first, the best and the last have theirs
-LONGEST_NAME = 24  # characters of a model's name beside its bars
-INSIDE = 0.82  # a share whose interval ends beyond this has its value inside the bar: the axis ends at 100 %
+LONGEST_NAME = 20  # characters of a model's name beside its bars
 TEXT = {"font.size": 13, "axes.titlesize": 14, "legend.fontsize": 12}  # readable on a slide
 
 Entry = dict[str, Any]  # a line of training_log.jsonl
@@ -61,7 +60,7 @@ def label_text(text: str, instead: str = "") -> str:
 
 
 def plot_comparison(panels: list[Panel], models: list[str], path: Path) -> None:
-    """Draw the comparison to a PNG: one panel per measure, one bar per model, its name beside it, so that no two overlap."""
+    """Draw the comparison to a PNG: one panel per measure, one bar per model, its name and value beside it."""
     rows, height = (len(panels) + 2) // 3, 1.2 + 0.45 * len(models)
     figure = _figure(15, height * rows + 0.4)
     axes = figure.subplots(rows, min(len(panels), 3), squeeze=False)
@@ -77,23 +76,15 @@ def plot_comparison(panels: list[Panel], models: list[str], path: Path) -> None:
 
 
 def _draw_bars(axis, panel, names):
-    places = range(len(names))
-    ends = [interval or [value, value] for value, interval in zip(panel.values, panel.intervals)]
-    # at 0 % and 100 % the interval begins at the share itself, give or take a rounding error
-    below = [max(0.0, value - low) for value, (low, _) in zip(panel.values, ends)]
-    above = [max(0.0, high - value) for value, (_, high) in zip(panel.values, ends)]
-    axis.barh(places, panel.values, color=[f"C{place}" for place in places], alpha=0.8)
-    axis.errorbar(panel.values, places, xerr=[below, above], fmt="none", ecolor="black", capsize=4)
-    for place, value, (low, high) in zip(places, panel.values, ends):
-        text = f"{value:.1%}" if panel.is_share else f"{value:.3f}"
-        at, offset, side = max(high, value), 5, "left"
-        if panel.is_share and at > INSIDE:
-            at, offset, side = min(low, value), -5, "right"
-        form = {"textcoords": "offset points", "va": "center", "ha": side, "fontsize": 9}
-        axis.annotate(text, (at, place), (offset, 0), **form)
-    axis.set_yticks(places, names)
+    places, values = range(len(names)), numpy.array(panel.values)
+    ends = numpy.array([interval or [value, value] for value, interval in zip(values, panel.intervals)])
+    # At 0 % and 100 % the interval begins at the share itself, give or take a rounding error.
+    reach = numpy.maximum([values - ends[:, 0], ends[:, 1] - values], 0)
+    axis.barh(places, values, color=[f"C{place}" for place in places], alpha=0.8)
+    axis.errorbar(values, places, xerr=reach, fmt="none", ecolor="black", capsize=4)
+    shown = [f"{value:.1%}" if panel.is_share else f"{value:.3f}" for value in values]
+    axis.set_yticks(places, [f"{name}  {value}" for name, value in zip(names, shown)])
     axis.invert_yaxis()  # the first model on top
-    axis.margins(x=0.18)
     if panel.is_share:
         axis.set_xlim(0, 1)
         axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
@@ -101,7 +92,7 @@ def _draw_bars(axis, panel, names):
     if panel.chance:
         chance = f" (dotted: chance {panel.chance:.{0 if panel.chance > 0.1 else 1}%})"
         axis.axvline(panel.chance, color="grey", linestyle=":")
-    axis.set_title(panel.title + chance, fontsize=10)
+    axis.set_title(panel.title + chance, fontsize=10, loc="right")
 
 
 # ---- Curves of training
@@ -120,7 +111,7 @@ def plot_training(
 
     mosaic, heights, size = [["loss"], ["rate"]], [5, 1], (11, 6.2)
     drawn = [("loss", "loss", "loss", "C0")]  # panel, its title, quantity, colour
-    if is_preference(log):
+    if any("reward_margin" in entry for entry in log):  # a run of DPO
         mosaic = [["loss", "accuracy"], ["margin", "logps"], ["rate", "rate"]]
         heights, size = [5, 5, 1.4], (16, 9)
         both = "log-probability of the answers: chosen blue, rejected red"
@@ -176,11 +167,6 @@ def _draw_quantity(axis, log, name, best_step, colour, evaluated):
 def _draw_line(axis, steps, values, **form):
     """A line, with its points where they are a handful: a line through one point is nothing to see."""
     axis.plot(steps, values, marker="." if len(steps) < 4 else "", markersize=8, **form)
-
-
-def is_preference(log: list[Entry]) -> bool:
-    """Tell whether it is the log of a DPO run, whose loss is another quantity than that of SFT and LoRA."""
-    return any("reward_margin" in entry for entry in log)
 
 
 def points(log: list[Entry], name: str) -> tuple[numpy.ndarray, numpy.ndarray]:
