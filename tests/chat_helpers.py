@@ -1,8 +1,5 @@
 """Shared by the tests of answering and of chat: a few questions, and what transformers' own generate says to them."""
 
-import json
-import shutil
-
 import torch
 
 from utils.chat.model import ChatModel, Reply
@@ -23,14 +20,6 @@ def reference(chat_model, prompt, length, **options):
     ids, options = torch.tensor([prompt]), {"do_sample": False, "max_new_tokens": length, **options}
     found = chat_model.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     return found[0, len(prompt) :].tolist()
-
-
-def damaged(folder, where, **changes):
-    """A copy of `folder` with fields of its config.json changed."""
-    shutil.copytree(folder, where)
-    config = json.loads((where / "config.json").read_text(encoding="utf-8"))
-    (where / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
-    return where
 
 
 class Echo(ChatModel):

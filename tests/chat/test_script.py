@@ -21,7 +21,6 @@ from utils.model.chat_format import DECODING
 from utils.model.folder import find_models
 from utils.model.generate import Decoding, TokenStream, read_answer
 
-SCRIPT = "model_download/load_local_model.py"
 TINY = str(ROOT / "model_download/tiny_qwen3_tcm")
 CPU = "--device cpu --precision fp32".split()
 
@@ -130,11 +129,8 @@ def test_wrong_arguments_are_refused_in_one_line(capsys):
 
 
 def test_help_needs_no_torch():
-    code = (
-        "import runpy, sys\nsys.argv = ['x', '--help']\n"
-        f"try: runpy.run_path({str(ROOT / SCRIPT)!r}, run_name='__main__')\n"
-        "except SystemExit: print('torch' in sys.modules or 'transformers' in sys.modules)"
-    )
-    command, form = [sys.executable, "-c", code], {"text": True, "encoding": "utf-8"}
+    code = "import sys\nfrom model_download import load_local_model\n"
+    code += "try: load_local_model.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    command, form = [sys.executable, "-c", code], {"text": True, "encoding": "utf-8", "cwd": ROOT}
     output = subprocess.run(command, capture_output=True, **form).stdout
     assert "--thinking" in output and output.endswith("False\n")

@@ -67,6 +67,16 @@ def content(answer):
     return answer["choices"][0]["message"]["content"]
 
 
+def streamed(port, **more):
+    """(the events of the same as a stream, the text in them)."""
+    status, headers, text = ask(port, {**ASKED, **more, "stream": True})
+    assert status == 200 and headers["Content-Type"].startswith("text/event-stream")
+    assert text.endswith("data: [DONE]\n\n")
+    events = [json.loads(event) for event in re.findall("^data: ({.*)$", text, re.MULTILINE)]
+    deltas = [choice["delta"] for event in events for choice in event["choices"]]
+    return events, "".join(delta.get("content", "") for delta in deltas)
+
+
 def expected(chat_model, messages=ASKED["messages"], length=12):
     prompt = encode_prompt(chat_model.tokenizer, messages)
     return prompt, read_answer(chat_model.tokenizer, prompt, reference(chat_model, prompt, length)).content
@@ -75,28 +85,19 @@ def expected(chat_model, messages=ASKED["messages"], length=12):
 # ---- Answers
 
 
-def events_of(text):
-    return [json.loads(event) for event in re.findall("^data: ({.*)$", text, re.MULTILINE)]
-
-
 def test_an_answer_whole_and_piece_by_piece(port, chat_model):
     answer, same = (json.loads(ask(port, ASKED, path=f"{base}/chat/completions")[2]) for base in ("/v1", ""))
-    assert answer["choices"] == same["choices"]
     prompt, text = expected(chat_model)
-    assert answer["object"] == "chat.completion" and answer["model"] == chat_model.name
+    assert answer["choices"] == same["choices"] and answer["model"] == chat_model.name
     assert content(answer) == text and answer["choices"][0]["finish_reason"] == "length"
     tokens = {"prompt_tokens": len(prompt), "completion_tokens": 12, "total_tokens": len(prompt) + 12}
     assert answer["usage"] == tokens
 
-    status, headers, sent = ask(port, {**ASKED, "stream": True, "stream_options": {"include_usage": True}})
-    assert status == 200 and headers["Content-Type"].startswith("text/event-stream")
-    events = events_of(sent)
-    assert sent.endswith("data: [DONE]\n\n") and events.pop()["usage"] == tokens
-    deltas = [event["choices"][0]["delta"] for event in events]
-    assert deltas[0] == {"role": "assistant", "content": ""} and deltas[-1] == {}
-    assert "".join(delta.get("content", "") for delta in deltas) == text
+    events, pieces = streamed(port, stream_options={"include_usage": True})
+    assert pieces == text and events.pop()["usage"] == tokens
+    assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert events[-1]["choices"][0] == {"index": 0, "delta": {}, "finish_reason": "length"}
     assert len({event["id"] for event in events}) == 1
-    assert events[-1]["choices"][0]["finish_reason"] == "length"
 
 
 def test_several_turns_parts_system_and_thinking(port, chat_model, monkeypatch):
@@ -113,66 +114,50 @@ def test_several_turns_parts_system_and_thinking(port, chat_model, monkeypatch):
         assert tokens == len(encode_prompt(chat_model.tokenizer, [same, *plain], thinking))
 
 
-def test_settings_of_a_request(port):
-    texts = [
-        content(said(port, temperature=1, **more)) for more in ({"seed": 7}, {"seed": 7}, {"seed": 8}, {}, {})
-    ]
+def test_settings_of_a_request(port, chat_model):
+    seeds = [{"seed": 7}, {"seed": 7}, {"seed": 8}, {}, {}]
+    texts = [content(said(port, temperature=1, **seed)) for seed in seeds]
     assert texts[0] == texts[1] != texts[2] and texts[3] != texts[4]
     plain = content(said(port, max_tokens=40))
     assert content(said(port, max_tokens=40, repetition_penalty=1.5)) != plain
     assert said(port, max_tokens=None, max_completion_tokens=3)["usage"]["completion_tokens"] == 3
+    neutral = dict(n=1, logprobs=False, min_p=0, response_format={"type": "text"}, tools=[], logit_bias={})
+    harmless = dict(user="我", metadata={"a": "b"}, presence_penalty=0, parallel_tool_calls=True, stop=None)
+    assert content(said(port, **neutral, **harmless)) == expected(chat_model)[1]
 
 
 def test_a_stop_text_ends_an_answer(port, chat_model):
     whole = expected(chat_model)[1]
-    for stop, kept, reason in (
-        (whole[3:5], whole[: whole.index(whole[3:5])], "stop"),
-        (["没有这个", whole[3:5], whole[5:9]], whole[: whole.index(whole[3:5])], "stop"),
+    before = whole[: whole.index(whole[3:5])]
+    for stop, kept, end in (
+        (whole[3:5], before, "stop"),
+        (["没有这个", whole[3:5], whole[5:9]], before, "stop"),
         (whole[-3:] + "。", whole, "length"),  # it begins, and does not come
     ):
-        answer = said(port, stop=stop)
-        assert content(answer) == kept and answer["choices"][0]["finish_reason"] == reason
-        choices = [
-            event["choices"][0] for event in events_of(ask(port, {**ASKED, "stop": stop, "stream": True})[2])
-        ]
-        assert "".join(choice["delta"].get("content", "") for choice in choices) == kept
-        assert choices[-1]["finish_reason"] == reason
+        answer, (events, pieces) = said(port, stop=stop), streamed(port, stop=stop)
+        assert content(answer) == pieces == kept
+        assert answer["choices"][0]["finish_reason"] == events[-1]["choices"][0]["finish_reason"] == end
 
 
-def test_fields_that_ask_for_nothing(port, chat_model):
-    neutral = dict(
-        n=1, logprobs=False, min_p=0, response_format={"type": "text"}, tools=[], stop=None, logit_bias={}
-    )
-    harmless = dict(user="我", metadata={"a": "b"}, presence_penalty=0, parallel_tool_calls=True)
-    assert content(said(port, **neutral, **harmless)) == expected(chat_model)[1]
-
-
-NOT_DONE = dict(
-    n=2, response_format={"type": "json_object"}, logprobs=True, logit_bias={"100": -100}, min_p=0.1
-)
+NOT_DONE = dict(n=2, response_format={"type": "json_object"}, logprobs=True, logit_bias={"100": -100})
 NOT_DONE |= dict(presence_penalty=1, frequency_penalty=-0.5, reasoning_effort="high", something_new="x")
-NOT_DONE |= dict(tools=[{"type": "function"}], chat_template_kwargs=3)
-IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+NOT_DONE |= dict(min_p=0.1, tools=[{"type": "function"}], chat_template_kwargs=3)
 CALL = {"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}
+NO_TEXT = [None, "\ud800", [{"type": "image_url", "image_url": {"url": "x"}}]]
 WRONG = [
     (b"{", "not JSON"),
     (b"[" * 100_000, "not JSON"),
     (b"[]", "wanted {"),
-    ({"messages": [3]}, "every message"),
-    ({"messages": [{"role": "tool", "content": "a"}]}, "every message"),
-    ({"messages": [{"role": "user", "content": None}]}, "every message"),
-    ({"messages": [{"role": "user", "content": "\ud800"}]}, "every message"),
-    ({"messages": []}, "the last message"),
-    ({"messages": [{"role": "assistant", "content": "a"}]}, "the last message"),
-    ({"messages": [IMAGE]}, "parts of it that are no text are not supported"),
+    *[({"messages": [one]}, "every message is wanted as") for one in (3, {"role": "tool", "content": "a"})],
+    *[({"messages": [{"role": "user", "content": value}]}, "that are no text") for value in NO_TEXT],
+    *[({"messages": messages}, "the last message") for messages in ([], [{**CALL, "tool_calls": []}])],
     ({"messages": [CALL]}, "tool_calls is not supported"),
     ({"messages": [{"role": "user", "content": "长" * 9000}]}, "the context window takes 4096"),
     *[({**ASKED, name: value}, f"{name} is not supported") for name, value in NOT_DONE.items()],
     ({**ASKED, "chat_template_kwargs": {"thinking_budget": 9}}, "chat_template_kwargs.thinking_budget is"),
     ({**ASKED, "enable_thinking": "yes"}, "enable_thinking: wanted true or false"),
     ({**ASKED, "stream": 1}, "stream: wanted true or false"),
-    ({**ASKED, "stop": [""]}, "stop: wanted a text, or"),
-    ({**ASKED, "stop": {"a": 1}}, "stop: wanted a text, or"),
+    *[({**ASKED, "stop": stop}, "stop: wanted a text, or") for stop in ([""], {"a": 1})],
     ({**ASKED, "temperature": 11}, "temperature is 11.0, wanted a number: 0 to 10"),
     ({**ASKED, "temperature": "warm"}, "temperature is 'warm', wanted"),
     ({**ASKED, "max_tokens": [1]}, "max_tokens is [1], wanted"),

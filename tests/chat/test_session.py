@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 
-from chat_helpers import CPU, Echo, damaged, plain, talk
+from chat_helpers import CPU, Echo, plain, talk
 from conftest import ROOT
 
 from utils.chat.model import ChatModel, Options
@@ -145,9 +145,9 @@ def test_model_changes_and_the_conversation_goes_on(chat, tiny_folder, capsys, m
 
 
 def test_nothing_ends_the_chat(chat, tiny_folder, tmp_path, capsys, monkeypatch):
-    broken = damaged(tiny_folder, tmp_path / "BROKEN")  # its chat template raises an error of its own
+    broken = shutil.copytree(tiny_folder, tmp_path / "BROKEN")  # its chat template raises an error of its own
     (broken / "chat_template.jinja").write_text("{{ 1 / 0 }}", encoding="utf-8")
-    (damaged(tiny_folder, tmp_path / "CUT") / "model.safetensors").write_bytes(b"\0" * 100)
+    (shutil.copytree(tiny_folder, tmp_path / "CUT") / "model.safetensors").write_bytes(b"\0" * 100)
     wrong = ["/save ~nobody_here/x.jsonl", "/save a\0b.jsonl", f"/save {'x' * 300}.jsonl"]
     wrong += [
         f"/model {name}" for name in ("~nobody_here/x", "x" * 5000, "9" * 5000, broken, tmp_path / "CUT")

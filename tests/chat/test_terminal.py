@@ -4,11 +4,12 @@ import json
 import os
 import re
 import select
+import shutil
 import sys
 import time
 
 import pytest
-from chat_helpers import damaged, prompts_of, reference
+from chat_helpers import prompts_of, reference
 from conftest import ROOT
 
 from utils.chat.terminal import AnswerPrinter
@@ -68,7 +69,7 @@ class Terminal:
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pty")
 def test_session_in_a_terminal(tiny_folder, chat_model, tmp_path):
     # A folder whose answer to the first question ends soon: the tenth token of that answer becomes an end token.
-    own = damaged(tiny_folder, tmp_path / "中医模型")
+    own = shutil.copytree(tiny_folder, tmp_path / "中医模型")
     settings = json.loads((tiny_folder / "generation_config.json").read_text(encoding="utf-8"))
     end = reference(chat_model, prompts_of(chat_model)[0], 40)[9]
     settings["eos_token_id"].append(end)
