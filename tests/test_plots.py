@@ -61,13 +61,16 @@ def test_a_curve_is_a_png_and_its_smoothed_line_a_centred_mean(tmp_path):
 
 
 def test_bars_have_names_and_values_beside_them_and_shares_go_to_100_percent(tmp_path, figures):
-    share = Panel("exam", [1.0, 0.97, 0.0], [[0.99, 1.0], [0.9, 0.99], [0.0, 0.02]], True)
-    plot_comparison([share, Panel("loss", [1, 2, 3], [None] * 3, False)], ["a", "药", "c" * 30], tmp_path)
+    names = ["base", "中医", "lora_rank_8_of_all_layers_at_1e-4", "lora_rank_8_of_all_layers_at_2e-4"]
+    ends = [[-1e-17, 0.01], [0.9, 0.99], [0.99, 1 - 1e-16], None]  # of 0 and of 1 with a rounding error
+    panels = [Panel("exam", [0.0, 0.97, 1.0, 0.5], ends, True, 0.25), Panel("loss", [2.0] * 4, ends, False)]
+    plot_comparison(panels, names, tmp_path)
     shares, losses = figures[0].axes[:2]
-    assert shares.get_xlim() == (0, 1) and losses.get_xlim()[1] > 3
-    names = [label.get_text() for label in shares.get_yticklabels()]
-    assert names == ["a  100.0%", "model 2  97.0%", f"{'c' * 10}...{'c' * 10}  0.0%"]
-    assert losses.get_yticklabels()[0].get_text() == "a  1.000"
+    assert shares.get_xlim() == (0, 1) and losses.get_xlim()[1] > 2
+    assert [label.get_text() for label in shares.get_yticklabels()] == [
+        "base  0.0%", "model 2  97.0%", "lora_rank_...rs_at_1e-4  100.0%", "lora_rank_...rs_at_2e-4  50.0%"
+    ]  # fmt: skip
+    assert losses.get_yticklabels()[0].get_text() == "base  2.000"
 
 
 def test_rewards_are_drawn_from_the_first_update_on(tmp_path, figures):

@@ -4,7 +4,6 @@ import random
 
 import pytest
 
-from utils import plots
 from utils.evaluation.metrics import Results, differences, mean_per_token, metrics, share_difference, wilson
 
 
@@ -33,19 +32,6 @@ def test_metrics_and_differences_follow_from_the_items():
     assert change["heldout_loss"]["difference"] == pytest.approx(-0.5)
     other.items[20]["tokens"] += 1  # another tokenizer: a loss a token is of something else
     assert "heldout_loss" not in differences(one, other)
-
-
-def test_shares_of_none_and_all_can_be_drawn_and_names_stay_apart(tmp_path, monkeypatch):
-    drawn, save = [], plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (drawn.append(figure), save(figure, path)))
-    models = ["base", "中医", "lora_rank_8_of_all_layers_at_1e-4", "lora_rank_8_of_all_layers_at_2e-4"]
-    for right in (0, 401):
-        share = plots.Panel("pairs", [right / 401] * 4, [wilson(right, 401)] * 4, True, 0.5)
-        loss = plots.Panel("loss", [1.0] * 4, [None] * 4, False)
-        plots.plot_comparison([share, loss], models, tmp_path / "comparison.png")
-        assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    names = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
-    assert names == ["base", "model 2", "lora_rank_8_...yers_at_1e-4", "lora_rank_8_...yers_at_2e-4"]
 
 
 # ---- How sure a figure is
