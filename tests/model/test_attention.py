@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from utils.device import Device
 from utils.model import attention, mixed
-from utils.model.attention import by_document, by_mask, by_varlen, fused_attend, plain_attend
+from utils.model.attention import PlainAttention, by_document, by_mask, by_varlen, fused_attend
 from utils.model.lm_head import CHUNK, cross_entropy_sum, token_logps
 from utils.model.packing import collate, model_inputs
 from utils.model.qwen3_train import prepare_packed
@@ -20,6 +20,10 @@ from utils.model.qwen3_train import prepare_packed
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
 CPU = torch.device("cpu")
 EQUAL = Device("mps", False, "", equal_rows=True)
+
+
+def plain_attend(*given, dtype=torch.bfloat16):
+    return PlainAttention.apply(*given, dtype)
 
 
 def states_for(tokens, dtype=torch.float64):

@@ -1,10 +1,9 @@
 """Attention within each document of a packed row, in the form that suits the device.
 
-Three forms of the same computation. `by_document` loops over the groups: the cost is the sum of the squared document lengths, not
-the square of their sum. It is the one for CPUs, and what the others are tested against. In bfloat16 it computes softmax(q k^T) v as
-plain products, since torch's fused kernel for CPUs is slow there; short documents go to that kernel in float32. `by_varlen` is one
-call of torch's variable-length kernel (FlashAttention) a layer, for CUDA in bfloat16 and float16. `by_mask` is one masked call a layer
-over rows of one length, for other CUDA devices and for Apple GPUs, which compile a graph for every new shape.
+`by_document` loops over the groups, so that the cost is the sum of the squared document lengths: for CPUs, and what the others are
+tested against. `by_varlen` is one call of torch's variable-length kernel (FlashAttention) a layer, for CUDA in bfloat16 and float16.
+`by_mask` is one masked call a layer over rows of one length, for other CUDA devices and for Apple GPUs, which compile a graph for
+every new shape.
 
 Shapes: query (1, heads, T, head_dim), key and value (1, kv heads, T, head_dim), result (1, T, heads, head_dim).
 """
@@ -33,26 +32,23 @@ def plan_attention(
     layout: list[GroupShape], row_length: int, states: torch.Tensor, dtype: torch.dtype
 ) -> Attention:
     """The attention of one forward pass, for all its layers. `layout` and `row_length` are collate's, `dtype` is that of products."""
-    device = states.device
     if row_length:
-        mask = row_masks(layout, row_length, device)
+        mask = row_masks(layout, row_length, states.device)
         return functools.partial(by_mask, mask=as_numbers(mask, dtype) if on_gpu(states) else mask)
     if on_cuda(states) and dtype in REDUCED:
-        key_index, sequences = varlen_sequences(layout, device)
+        key_index, sequences = varlen_sequences(layout, states.device)
         return functools.partial(by_varlen, key_index=key_index, sequences=sequences)
-    reduced = device.type == "cpu" and dtype == torch.bfloat16
-    return functools.partial(
-        by_document, layout=layout, masks={}, attend=attend_in_bfloat16 if reduced else fused_attend
-    )
+    reduced = states.device.type == "cpu" and dtype == torch.bfloat16
+    attend = attend_in_bfloat16 if reduced else fused_attend
+    return functools.partial(by_document, layout=layout, masks={}, attend=attend)
 
 
 def fused_attend(query, key, value, scaling, masks) -> torch.Tensor:
     """Causal attention (count, heads, L, head_dim) to the keys (count, kv heads, K, head_dim), of which the last L are the queries'
     own. `masks`: a dict that the calls of one pass share."""
     queries, keys = query.shape[2], key.shape[2]
-    attend = functools.partial(
-        F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-    )
+    shared = query.shape[1] != key.shape[1]
+    attend = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=shared)
     if queries == keys:
         return attend(query, key, value, is_causal=True)
     if (queries, keys) not in masks:
@@ -62,41 +58,33 @@ def fused_attend(query, key, value, scaling, masks) -> torch.Tensor:
 
 
 def attend_in_bfloat16(query, key, value, scaling, masks) -> torch.Tensor:
-    """Plain products in bfloat16, or, of few, the fused kernel in float32."""
+    """Plain products in bfloat16, since torch's fused kernel for CPUs is slow in it; of few, that kernel in float32."""
     if query.numel() * key.shape[2] > FEW:
-        return plain_attend(query, key, value, scaling, masks)
+        return PlainAttention.apply(query, key, value, scaling, masks, torch.bfloat16)
     with torch.autocast("cpu", enabled=False):  # which would cast to bfloat16
         # Copies: what autograd keeps of a few tokens would otherwise hold the queries and keys of the whole row.
         parts = (part.to(torch.float32, copy=True) for part in (query, key, value))
         return fused_attend(*parts, scaling, masks)
 
 
-def plain_attend(query, key, value, scaling, masks, dtype=torch.bfloat16) -> torch.Tensor:
-    """The same as fused_attend, in products of `dtype`."""
-    return _PlainAttention.apply(query, key, value, scaling, masks, dtype)
+class PlainAttention(torch.autograd.Function):
+    """fused_attend in products of `dtype`: softmax(q k^T) v, BLOCK queries at a time. Heads that share a key are one product.
 
-
-class _PlainAttention(torch.autograd.Function):
-    """softmax(q k^T) v, BLOCK queries at a time. The S heads that share a key stand below one another in one product.
-
-    Shapes: queries and results (count, kv heads, S, L, width), keys and values (count, kv heads, K, width); of a block of queries
-    that see the first k keys: weights and scores (count, kv heads, S x block, k).
-    Only queries, keys and values are kept: the weights, which grow with the square of the length, are computed again in the
-    backward pass.
+    Shapes: queries (count, kv heads, sharing heads, L, width), keys and values (count, kv heads, K, width); weights and scores of a
+    block, which sees the first k keys (count, kv heads, sharing heads x block, k). The weights, which grow with the square of the
+    length, are computed again in the backward pass.
     """
 
     @staticmethod
     def forward(ctx, query, key, value, scaling, masks, dtype):
         count, heads, length, width = query.shape
         ctx.scaling, ctx.masks, ctx.dtypes = scaling, masks, (query.dtype, key.dtype, value.dtype)
-        query = (query * scaling).to(
-            dtype, memory_format=torch.contiguous_format
-        )  # scaled before it is rounded
+        # Scaled before it is rounded.
+        query = (query * scaling).to(dtype, memory_format=torch.contiguous_format)
         query, key, value = query.unflatten(1, (key.shape[1], -1)), key.to(dtype), value.to(dtype)
         ctx.save_for_backward(query, key, value)
         result = query.new_empty(count, length, heads, width).transpose(1, 2)
-        for block, seen in _blocks(length, key.shape[2]):
-            weights = _weights(query[..., block, :], key[:, :, :seen], masks)
+        for block, seen, weights in _blocks(query, key, masks):
             result[:, :, block] = (weights @ value[:, :, :seen]).view(count, heads, -1, width)
         return result
 
@@ -107,46 +95,38 @@ class _PlainAttention(torch.autograd.Function):
         exact = torch.promote_types(query.dtype, torch.float32)
         d_query = torch.empty_like(query, dtype=exact)
         d_key, d_value = (torch.zeros_like(states, dtype=exact) for states in (key, value))
-        for block, seen in _blocks(query.shape[3], key.shape[2]):
-            weights = _weights(query[..., block, :], key[:, :, :seen], ctx.masks)
-            block_query, block_d_result = (
-                states[..., block, :].flatten(2, 3) for states in (query, d_result)
-            )
-            d_value[:, :, :seen] += weights.transpose(2, 3) @ block_d_result
-            d_weights = block_d_result @ value[:, :, :seen].transpose(2, 3)
+        for block, seen, weights in _blocks(query, key, ctx.masks):
+            own, d_own = (states[..., block, :].flatten(2, 3) for states in (query, d_result))
+            d_value[:, :, :seen] += weights.transpose(2, 3) @ d_own
+            d_weights = d_own @ value[:, :, :seen].transpose(2, 3)
             d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-            d_key[:, :, :seen] += d_scores.transpose(2, 3) @ block_query
+            d_key[:, :, :seen] += d_scores.transpose(2, 3) @ own
             d_query[..., block, :] = (d_scores @ key[:, :, :seen]).view_as(query[..., block, :])
         gradients = d_query.mul_(ctx.scaling).flatten(1, 2), d_key, d_value
         return *(gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes)), None, None, None
 
 
-def _blocks(queries: int, keys: int):
-    """(queries of a block, number of keys that its last one sees)."""
-    for start in range(0, queries, BLOCK):
-        end = min(start + BLOCK, queries)
-        yield slice(start, end), keys - queries + end
-
-
-def _weights(query, key, masks):
-    """The attention (count, kv heads, sharing x L, K) of the queries (count, kv heads, sharing, L, width), whose own keys are the
-    last L of `key`."""
-    own = query.shape[3]
-    if own not in masks:
-        masks[own] = query.new_full((own, own), -torch.inf).triu_(1)
-    scores = query.flatten(2, 3) @ key.transpose(2, 3)
-    scores.unflatten(2, query.shape[2:4])[..., -own:] += masks[own]
-    return scores.softmax(dim=-1)
+def _blocks(query, key, masks):
+    """(queries of a block, number of keys that its last one sees, the attention weights between them)."""
+    for start in range(0, query.shape[3], BLOCK):
+        block = query[..., start : start + BLOCK, :]
+        own = block.shape[3]
+        seen = key.shape[2] - query.shape[3] + start + own
+        if own not in masks:
+            masks[own] = query.new_full((own, own), -torch.inf).triu_(1)
+        weights = block.flatten(2, 3) @ key[:, :, :seen].transpose(2, 3)
+        weights.unflatten(2, block.shape[2:4])[..., -own:] += masks[own]
+        weights = weights.softmax(dim=-1)
+        yield slice(start, start + own), seen, weights
 
 
 def by_document(query, key, value, scaling, layout, masks, attend=fused_attend) -> torch.Tensor:
     """A call of `attend` for each run of groups of one shape. `masks`: a dict that the layers of one pass share."""
     runs = [(shape, len(list(run))) for shape, run in itertools.groupby(layout)]
     spans = [sum(shape) * count for shape, count in runs]
+    of_runs = (states[0].split(spans, dim=1) for states in (query, key, value))
     parts = []
-    for (shape, count), *states in zip(
-        runs, *(states[0].split(spans, dim=1) for states in (query, key, value))
-    ):
+    for (shape, count), *states in zip(runs, *of_runs):
         # (heads, count x length, head_dim) -> (count, heads, length, head_dim)
         states = (part.unflatten(1, (count, sum(shape))).transpose(0, 1) for part in states)
         result = _group_attention(*states, shape, lambda *states: attend(*states, scaling, masks))
@@ -167,10 +147,9 @@ def _group_attention(query, key, value, shape, attend):
 
 
 def varlen_sequences(layout: list[GroupShape], device: torch.device) -> tuple[torch.Tensor | None, tuple]:
-    """A packed row as FlashAttention's sequences of queries and of keys: (key index, what varlen_attn takes of them).
+    """A packed row as FlashAttention's sequences: (key index, what varlen_attn takes of their ends and lengths).
 
-    The queries stand as they are in the row. A branch's keys are those of its prefix and its own, so that keys of a shared prefix are
-    taken several times: `key index` holds their positions, None if keys stand as they are.
+    A branch's keys are those of its prefix and its own: `key index` holds their positions, None if keys stand as they are.
     """
     queries, keys, index, start = [], [], [], 0
     for shared, *branches in layout:
@@ -187,8 +166,8 @@ def varlen_sequences(layout: list[GroupShape], device: torch.device) -> tuple[to
 
 
 def by_varlen(query, key, value, scaling, key_index, sequences) -> torch.Tensor:
-    """One call of torch's variable-length kernel. It aligns the causal mask at the ends of queries and keys, as FlashAttention
-    2.1 does: the last query of a branch sees all its keys. `key_index`, `sequences`: of varlen_sequences."""
+    """One call of torch's variable-length kernel over varlen_sequences. The last query of a branch sees all its keys: the kernel
+    aligns the causal mask at the ends, as FlashAttention 2.1 does."""
     dtype = query.dtype if query.dtype in REDUCED else torch.bfloat16
     query, key, value = (states.squeeze(0).transpose(0, 1).to(dtype) for states in (query, key, value))
     if key_index is not None:
@@ -216,7 +195,7 @@ def as_numbers(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def by_mask(query, key, value, scaling, mask) -> torch.Tensor:
     """One masked call over all rows. Keys and values are repeated for the heads that share them: with `enable_gqa` and a mask,
-    CUDA has the slow math kernel only."""
+    CUDA has only the slow math kernel."""
     rows, _, length, _ = mask.shape
     query, key, value = (
         states.squeeze(0).unflatten(1, (rows, length)).transpose(0, 1) for states in (query, key, value)

@@ -5,8 +5,6 @@ and keep less for the backward pass: a norm keeps its normalised states and not 
 layer goes on after its attention with the trained positions only. Weights, their names and the saved files stay as they are.
 
 Shapes: states (1, T, hidden) of one packed row of T tokens; heads (1, T, heads, head_dim).
-Formulas: RMSNorm, Zhang and Sennrich 2019 (arXiv:1910.07467); rotary positions, Su et al. 2021 (arXiv:2104.09864); SwiGLU,
-Shazeer 2020 (arXiv:2002.05202).
 """
 
 import torch
@@ -26,16 +24,16 @@ Turn = tuple[Tensor, Tensor]  # cosines and sines (1, T, head_dim) of the rotary
 
 
 class RMSNorm(modeling_qwen3.Qwen3RMSNorm):
-    """states / root mean square x weight; with `turn`, heads are rotated to their positions afterwards. On CUDA in `dtype`, if given."""
+    """states / root mean square x weight. On CUDA in `dtype`, if given."""
 
     rounded: Tensor | None = None  # utils.model.mixed.round_weights
 
-    def forward(self, states: Tensor, turn: Turn = (None, None), dtype: torch.dtype | None = None) -> Tensor:
-        given = self.weight, self.variance_epsilon, *turn
+    def forward(self, states: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         if not on_cuda(states):
-            return _RMSNorm.apply(states, *given)
+            return _RMSNorm.apply(states, self.weight, self.variance_epsilon)
         copy = self.weight.detach() if self.weight.dtype == states.dtype else self.rounded
-        return _FusedRMSNorm.apply(states, *given, copy, dtype or states.dtype)
+        given = self.weight, self.variance_epsilon, copy, dtype or states.dtype
+        return _FusedRMSNorm.apply(states, *given)
 
 
 class SelfAttention(modeling_qwen3.Qwen3Attention):
@@ -44,7 +42,8 @@ class SelfAttention(modeling_qwen3.Qwen3Attention):
     def forward(self, states: Tensor, turn: Turn, attention: Attention, wanted: Tensor | None) -> Tensor:
         heads = (*states.shape[:-1], -1, self.head_dim)
         query, key, value = products(states, self.q_proj, self.k_proj, self.v_proj)
-        query, key = self.q_norm(query.view(heads), turn), self.k_norm(key.view(heads), turn)
+        query = _Rotate.apply(self.q_norm(query.view(heads)), *turn, 1)
+        key = _Rotate.apply(self.k_norm(key.view(heads)), *turn, 1)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value.view(heads)))
         attended = attention(query, key, value, self.scaling).flatten(2)
         return self.o_proj(attended if wanted is None else attended.index_select(1, wanted))
@@ -64,9 +63,9 @@ class Layer(modeling_qwen3.Qwen3DecoderLayer):
         self, states: Tensor, turn: Turn, attention: Attention, wanted: Tensor | None = None
     ) -> Tensor:
         dtype = reduced_dtype(states)
-        attended = self.self_attn(self.input_layernorm(states, dtype=dtype), turn, attention, wanted)
+        attended = self.self_attn(self.input_layernorm(states, dtype), turn, attention, wanted)
         states = attended + (states if wanted is None else states.index_select(1, wanted))
-        return states + self.mlp(self.post_attention_layernorm(states, dtype=dtype))
+        return states + self.mlp(self.post_attention_layernorm(states, dtype))
 
 
 class Model(modeling_qwen3.Qwen3Model):
@@ -91,7 +90,7 @@ class Qwen3ForCausalLM(transformers.Qwen3ForCausalLM):
         row_length: int,
         **unset,  # PEFT adds arguments that are None
     ) -> Tensor:
-        """The final hidden states (N, hidden) of the N positions that have a label. Takes utils.model.packing.model_inputs.
+        """The final hidden states (N, hidden) of the N positions that have a label, from utils.model.packing.model_inputs.
 
         On a device of few fixed sizes, rows without meaning follow, up to a multiple of CHUNK.
         """
@@ -138,59 +137,64 @@ def forward(model: torch.nn.Module, batch: PackedBatch, device: Device) -> tuple
 
 
 class _RMSNorm(torch.autograd.Function):
-    """RMSNorm over the last dimension; with cos and sin (1, T, head_dim), heads (1, T, heads, head_dim) are rotated after it."""
+    """RMSNorm over the last dimension."""
 
     @staticmethod
-    def forward(ctx, states, weight, epsilon, cos, sin):
+    def forward(ctx, states, weight, epsilon):
         exact = states.to(torch.promote_types(states.dtype, torch.float32))
         factor = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + epsilon)
         normed = (exact * factor).to(states.dtype)
-        ctx.save_for_backward(normed, factor, weight, cos, sin)
-        scaled = normed * weight
-        return scaled if cos is None else _rotate(scaled, cos, sin)
+        ctx.save_for_backward(normed, factor, weight)
+        return normed * weight
 
     @staticmethod
     def backward(ctx, upstream):
-        normed, factor, weight, cos, sin = ctx.saved_tensors
-        if cos is not None:
-            upstream = _rotate(upstream, cos, sin, back=True)
+        normed, factor, weight = ctx.saved_tensors
         both = (upstream * normed).flatten(0, -2)
         # Only the part of the gradient at right angles to `normed` counts: the norm cancels any change of length.
         along = (both @ weight / weight.shape[0]).view(factor.shape)
         gradient = (upstream * weight).addcmul_(normed, along, value=-1).mul_(factor)
-        return gradient, both.sum(0) if ctx.needs_input_grad[1] else None, None, None, None
+        return gradient, both.sum(0) if ctx.needs_input_grad[1] else None, None
 
 
 class _FusedRMSNorm(torch.autograd.Function):
     """The same by torch's kernel for CUDA, from a copy of the weight in the states' format to a result in `dtype`."""
 
     @staticmethod
-    def forward(ctx, states, weight, epsilon, cos, sin, copy, dtype):
+    def forward(ctx, states, weight, epsilon, copy, dtype):
         normed, factor = torch.ops.aten._fused_rms_norm(states, copy.shape, copy, epsilon)
-        ctx.save_for_backward(states, factor, copy, cos, sin)
+        ctx.save_for_backward(states, factor, copy)
         ctx.weight_dtype = weight.dtype
-        normed = normed.to(dtype)
-        return normed if cos is None else _rotate(normed, cos, sin)
+        return normed.to(dtype)
 
     @staticmethod
     def backward(ctx, upstream):
-        states, factor, copy, cos, sin = ctx.saved_tensors
-        if cos is not None:
-            upstream = _rotate(upstream, cos, sin, back=True)
-        upstream, wanted = upstream.to(states.dtype), list(ctx.needs_input_grad[:2])
+        states, factor, copy = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:2])
         d_states, d_weight = torch.ops.aten._fused_rms_norm_backward(
-            upstream, states, copy.shape, factor, copy, wanted
+            upstream.to(states.dtype), states, copy.shape, factor, copy, wanted
         )
-        return d_states, d_weight.to(ctx.weight_dtype) if wanted[1] else None, *[None] * 5
+        return d_states, d_weight.to(ctx.weight_dtype) if wanted[1] else None, None, None, None
 
 
-def _rotate(heads: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
-    """Heads turned by angles, or `back`. The cosines and sines (1, T, head_dim) have two halves that are the same."""
-    cos, sin, half = cos[:, :, None], sin[:, :, None, : cos.shape[-1] // 2], cos.shape[-1] // 2
-    turned = torch.mul(heads, cos, out=torch.empty_like(heads))  # rounded once, to the format of the heads
-    turned[..., :half].addcmul_(heads[..., half:], sin, value=1 if back else -1)
-    turned[..., half:].addcmul_(heads[..., :half], sin, value=-1 if back else 1)
-    return turned
+class _Rotate(torch.autograd.Function):
+    """Heads (1, T, heads, head_dim) turned by the angles of their positions: `sign` 1, or back, as gradients are: -1."""
+
+    @staticmethod
+    def forward(ctx, heads, cos, sin, sign):
+        ctx.save_for_backward(cos, sin)
+        half = cos.shape[-1] // 2
+        cos, sin = cos[:, :, None], sin[:, :, None, :half]  # both halves of the sines are the same
+        turned = torch.mul(
+            heads, cos, out=torch.empty_like(heads)
+        )  # rounded once, to the format of the heads
+        turned[..., :half].addcmul_(heads[..., half:], sin, value=-sign)
+        turned[..., half:].addcmul_(heads[..., :half], sin, value=sign)
+        return turned
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return _Rotate.apply(upstream, *ctx.saved_tensors, -1), None, None, None
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -208,11 +212,8 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class _TiedEmbedding(torch.autograd.Function):
-    """Embedding of ids (1, T) whose gradient is that of the T rows of `weight` (vocabulary, hidden) that it touches.
-
-    The usual gradient is a second matrix of 0.6 GB, nearly all zeros. If the LM head's gradient of the same weight has been added to
-    `weight.grad` already (utils.model.lm_head), the rows are added there too; else they become a sparse gradient.
-    """
+    """Embedding of ids (1, T) whose gradient is T rows, not a second matrix of 0.6 GB, nearly all zeros: added to `weight.grad`, if
+    the LM head's is there already (utils.model.lm_head), else sparse."""
 
     @staticmethod
     def forward(ctx, weight, ids):
