@@ -7,7 +7,7 @@ import runpy
 import pytest
 from conftest import ROOT
 
-from utils.errors import UserError, run
+from utils.errors import UserError
 from utils.settings import command, flag_of, read_constants, read_settings
 
 SCRIPT = '''"""A script.
@@ -74,9 +74,8 @@ def test_flags_override_constants_and_paths_follow_their_origin(script, tmp_path
 
 
 def test_a_switch_does_not_take_the_next_word_for_its_value(script, tmp_path):
-    (tmp_path / "model").mkdir()
-    settings = read_settings(script(), ["--fast", str(tmp_path / "model")], positional="MODEL")
-    assert settings.FAST is True and settings.MODEL == str(tmp_path / "model")
+    settings = read_settings(script(), ["--fast", str(tmp_path)], positional="MODEL")
+    assert settings.FAST is True and settings.MODEL == str(tmp_path)
     assert read_settings(script(), ["--fast", "false"]).FAST is False
 
 
@@ -100,15 +99,6 @@ def test_a_constant_that_does_not_fit_is_told_by_its_name(script, line, wanted):
     with pytest.raises(UserError) as refused:
         read_settings(script(**{name: line}), [])
     assert str(refused.value).endswith(f"script.py, line {read_constants(SCRIPT)[name][0]}: {wanted}")
-
-
-def test_a_misspelt_constant_is_told_with_the_one_meant(script, capsys):
-    settings = read_settings(script(RATE="RTAE = 1e-5"), [])
-    assert run(lambda: print(settings.RATE)) == 2
-    assert capsys.readouterr().err == (
-        "error: the settings at the top of the script have no RATE; did you mean RTAE?\n"
-    )
-    assert not hasattr(settings, "anything_else")
 
 
 @pytest.mark.parametrize(
@@ -150,6 +140,7 @@ def test_settings_are_shown_in_short(script, capsys):
     "arguments, message",
     [
         (["--stepz", "4"], "unknown argument --stepz; did you mean --steps?"),
+        (["--lx", "1"], "unknown argument --lx; python "),
         (["--steps", "many"], "--steps is 'many', wanted a whole number: 0, 1, ..."),
         (["--rate", "fast"], "--rate is 'fast', wanted a number: > 0, at most 0.1"),
         (["--fast", "perhaps"], "--fast is 'perhaps', wanted true or false"),
@@ -167,17 +158,12 @@ def test_settings_are_shown_in_short(script, capsys):
 def test_wrong_flags_are_refused_in_one_line(script, arguments, message):
     with pytest.raises(UserError) as refused:
         read_settings(script(), arguments)
-    assert str(refused.value) == message
-
-
-def test_a_flag_that_is_like_no_other_is_not_guessed(script):
-    with pytest.raises(UserError, match="unknown argument --lx; python .* --help lists the flags"):
-        read_settings(script(), ["--lx", "1"])
+    assert str(refused.value).startswith(message)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_is_fast_and_tells_every_setting_and_other_flags_are_refused(script, run_script):
+def test_help_is_fast_and_tells_every_setting(script, run_script):
     before = sum(os.times()[2:4])  # of the processor, for ended processes: other programs do not count
     shown = run_script(script, "--help")
     assert shown.returncode == 0, shown.stderr
@@ -187,9 +173,6 @@ def test_help_is_fast_and_tells_every_setting_and_other_flags_are_refused(script
         assert flag_of(name) in shown.stdout and comment, name
         assert rule or type(runpy.run_path(str(ROOT / script))[name]) not in (int, float), name
     assert f"python {script}" in source.split('"""')[1]  # the docstring is the exact command
-    shown = run_script(script, "--no-such-flag", "1")
-    assert shown.returncode == 2 and shown.stderr.startswith("error: unknown argument --no-such-flag")
-    assert shown.stderr.count("\n") == 1
 
 
 def test_utils_import_nothing_heavy(tmp_path, run_script):

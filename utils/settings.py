@@ -13,9 +13,8 @@ A comment may begin with a rule in brackets, for the constant and for its flag a
     [> 0]  [0 or more]  [0 to 1]  [> 0, at most 0.1]  [-1 or > 0]  numbers, with or without a fraction
     [best | last]  [bf16 | fp32 | empty]                          one of these texts; empty stands for ""
 
-A constant whose name ends in _DIR, _FILE or _FILES is a path: relative to the repository in the script, and to the folder the
-user stands in as a flag. A name that ends in MODEL(S) may be a folder or a Hub id: what exists as a folder becomes its path. A path
-may be empty where the comment says what `empty` or `""` stands for.
+A constant whose name ends in _DIR, _FILE or _FILES is a path, one in MODEL or MODELS a path or a Hub id: relative to the repository
+in the script, and to the folder the user stands in as a flag. It may be empty where the comment says what `empty` or `""` stands for.
 """
 
 import argparse
@@ -40,8 +39,8 @@ LARGEST = 2**32 - 1  # if a rule names no last number; numpy takes no larger see
 RULE = re.compile(
     r"(-1 or )?(> )?(-?[\d.]+)((?:, -?\d+)*, \.\.\.)?(?: or more)?(?:(?: to|, at most|) ([\d.]+))?"
 )
-WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}
-WANTED[list] = "a list of texts"
+WANTED = {int: "a whole number", float: "a number", bool: "true or false"}
+WANTED |= {str: "a text in quotes", list: "a list of texts"}
 PATHS = ("_DIR", "_FILE", "_FILES", "MODEL", "MODELS")  # how the names of constants that are paths end
 BOOLEANS = {"true": True, "false": False}
 
@@ -52,20 +51,14 @@ class Settings:
     def __init__(self, values: dict[str, Any], overridden: set[str]):
         vars(self).update(values, overridden=overridden, began=time.monotonic())
 
-    def __getattr__(self, name):
-        """Only asked for what is not there: a constant that was misspelt, or left out, at the top of the script."""
-        if not name.isupper():
-            raise AttributeError(name)
-        raise UserError(f"the settings at the top of the script have no {name}{_nearest(name, vars(self))}")
-
     def as_dict(self) -> dict[str, Any]:
         """{name: value}, with paths inside the repository written relative to it (for printing and run.json)."""
         return {name: _plain(value) for name, value in vars(self).items() if name.isupper()}
 
     def show(self) -> None:
         """Print MODEL and the settings that the command line gave."""
-        shown = {name: value for name, value in self.as_dict().items() if name in {"MODEL", *self.overridden}}
-        words = [f"{name}={value!r}, " for name, value in shown.items()]
+        shown = {"MODEL", *self.overridden}
+        words = [f"{name}={value!r}, " for name, value in self.as_dict().items() if name in shown]
         print(f"settings: {''.join(words)}{'the rest ' if words else ''}as in the script")
 
 
@@ -100,8 +93,9 @@ def read_settings(namespace: dict[str, Any], argv: list[str] | None = None, posi
                 words = [*words[:at], f"{word}=true", *words[at + 1 :]]  # or it would take the word after it
     given, unknown = parser.parse_known_args(words)
     if unknown:
-        near = _nearest(unknown[0].split("=")[0], [flag_of(name) for name in constants])
-        raise UserError(f"unknown argument {unknown[0]}{near or f'; {parser.prog} --help lists the flags'}")
+        near = difflib.get_close_matches(unknown[0].split("=")[0], map(flag_of, constants), 1, 0.55)
+        mend = f"did you mean {near[0]}?" if near else f"{parser.prog} --help lists the flags"
+        raise UserError(f"unknown argument {unknown[0]}; {mend}")
     values = {}
     for name, (line, rule, comment) in constants.items():
         label, value, base = f"{_plain(script)}, line {line}: {name}", namespace[name], ROOT
@@ -150,7 +144,7 @@ def read_constants(source: str) -> dict[str, tuple[int, str, str]]:
 def read_number(label: str, value: object, rule: str) -> Any:
     """A number, or the text of one, by a rule such as "0 to 1" or "0, 1, ..."; UserError, which names `label`, for any other."""
     kind = _kind("", rule, 0)
-    return _checked(label, _from_text(kind, value), kind, rule)
+    return _checked(label, _from_text(kind, value) if isinstance(value, str) else value, kind, rule)
 
 
 def flag_of(name: str) -> str:
@@ -165,26 +159,20 @@ class _Parser(argparse.ArgumentParser):
 
 def _from_text(kind, text):
     """A flag's text in its type. It stays as it is if it is no number or truth value: _checked refuses it then."""
-    if kind is bool and isinstance(text, str):
+    if kind is bool:
         return BOOLEANS.get(text.lower(), text)
     with contextlib.suppress(ValueError):
-        return kind(text) if kind in (int, float) and isinstance(text, str) else text
+        return kind(text) if kind in (int, float) else text
     return text
-
-
-def _nearest(word, known):
-    return "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(word, known, 1, 0.55))
 
 
 def _kind(name, rule, value):
     """The type of a constant: by its rule, else by its name, else by its value in the script."""
     if limits := RULE.fullmatch(rule):
         return int if limits[4] else float
-    if "|" in rule or name.endswith(("_DIR", "_FILE", "MODEL")):
-        return str
     if name.endswith(("FILES", "MODELS")):
         return list
-    return type(value) if type(value) in WANTED else str
+    return type(value) if type(value) in WANTED and "|" not in rule and not name.endswith(PATHS) else str
 
 
 def _checked(label, value, kind, rule):
@@ -212,19 +200,19 @@ def _checked(label, value, kind, rule):
 
 
 def _resolve(name, value, base):
-    """A value with its paths made whole, from the folder `base` on."""
-    if name.endswith(("MODELS", "_FILES")):
+    """A value with its paths made whole, from the folder `base` on. An empty path is None, an empty model stays a text."""
+    if not name.endswith(PATHS):
+        return value
+    if isinstance(value, list):
         return [_resolve(name[:-1], item, base) for item in value]
-    if not name.endswith(("MODEL", "_DIR", "_FILE")) or not value:
-        return None if name.endswith(("_DIR", "_FILE")) else value
     path = base / os.path.expanduser(value)
     if name.endswith("MODEL"):
-        return str(path) if path.exists() else value
-    if name.endswith("_DIR"):
+        return str(path) if value and path.exists() else value
+    if name.endswith("_DIR") and value:
         for part in (path, *path.parents):
             if part.is_file():
                 raise UserError(f"{flag_of(name)}: {part} is a file, wanted a folder")
-    return path
+    return path if value else None
 
 
 def _plain(value):
