@@ -39,7 +39,7 @@ class Terminal:
         self.pid, self.file = pty.fork()
         if self.pid == 0:
             os.execve(command[0], command, {**os.environ, "TERM": "xterm", **environment})
-        self.screen = ""
+        self.screen = b""
 
     def type(self, text, wanted=r"> $"):
         """Returns what was printed from then on, up to the regular expression `wanted`."""
@@ -47,22 +47,19 @@ class Terminal:
         os.write(self.file, text if isinstance(text, bytes) else text.encode())
         return self.read(wanted, start)
 
-    def read(self, wanted, start=0, seconds=60):
-        deadline, raw = time.monotonic() + seconds, b""
-        while not re.search(wanted, self._plain(self.screen[start:])):
-            assert time.monotonic() < deadline, f"no {wanted!r} in {self.screen[start:]!r}"
+    def read(self, wanted, start=0):
+        deadline = time.monotonic() + 60
+        while not re.search(wanted, self.said(start)):
+            assert time.monotonic() < deadline, f"no {wanted!r} in {self.said(start)!r}"
             if select.select([self.file], [], [], 0.1)[0]:
                 try:
-                    raw += os.read(self.file, 65536)
+                    self.screen += os.read(self.file, 65536)
                 except OSError:  # Linux says EIO once the other end is closed
                     break
-                whole = raw.decode("utf-8", "ignore")
-                self.screen, raw = self.screen + whole, raw[len(whole.encode()) :]
-        return self._plain(self.screen[start:])
+        return self.said(start)
 
-    @staticmethod
-    def _plain(text):
-        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", text)
+    def said(self, start=0):
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", self.screen[start:].decode("utf-8", "ignore"))
 
 
 @pytest.mark.slow
@@ -112,6 +109,6 @@ def test_session_in_a_terminal(tiny_folder, chat_model, tmp_path):
     terminal.type(b"/system \xe7\x94\xb2\xe7\n", r"set.*\n> $")  # half a character
     terminal.type("/exit\n", r"\n$")
     assert os.waitpid(terminal.pid, 0)[1] == 0
-    assert "Traceback" not in terminal.screen
+    assert "Traceback" not in terminal.said()
     first, second = (json.loads(line)["messages"] for line in saved.read_text(encoding="utf-8").splitlines())
     assert first == second and first[0] == {"role": "user", "content": "甘草"} and len(first) == 2
