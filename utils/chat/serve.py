@@ -219,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
                 pass  # fields after the last chunk, which no client needs
         except ValueError:
             wanted = f"a body of at most {LARGEST_BODY} bytes, with a Content-Length or in chunks"
-            raise Refused(HTTPStatus.BAD_REQUEST, f"wanted {wanted}") from None
+            raise UserError(f"wanted {wanted}") from None
         return body
 
     def _chat(self, request, messages, options):
