@@ -122,16 +122,15 @@ def _options(row):
             options = ast.literal_eval(options)
     if isinstance(options, str):
         text = options.replace("\\n", "\n").replace("|", "\n")
-        lines = [line for line in text.split("\n") if line.strip()]
-        options = options_in(text)[1] or (lines if len(lines) > 1 else {})
+        options = options_in(text)[1] or list(filter(str.strip, text.split("\n")))
     if isinstance(options, dict) and isinstance(options.get("text"), list) and "label" in options:  # ARC
         options = dict(zip(options["label"], options["text"]))
     if isinstance(options, list) and all(isinstance(option, dict) for option in options):
-        if all(len(option) == 1 for option in options):
-            options = {letter: text for option in options for letter, text in option.items()}
-        else:
-            keys, texts = ([_first(option, names) for option in options] for names in (_KEYS, _TEXTS))
-            options = texts if None in keys else dict(zip(keys, texts))
+        pairs = [
+            next(iter(option.items())) if len(option) == 1 else _key_and_text(option) for option in options
+        ]
+        texts = [text for _, text in pairs]
+        options = texts if None in dict(pairs) else dict(pairs)
     lettered = isinstance(options, dict)
     if isinstance(options, list) and len(options) <= len(LETTERS):
         options = dict(zip(LETTERS, _without_letters(options)))
@@ -145,19 +144,19 @@ def _options(row):
     return {letter: text.strip() for letter, text in given.items()}, lettered
 
 
-def _first(fields, names):
-    return next((fields[name] for name in names if not is_empty(fields.get(name))), None)
+def _key_and_text(option):
+    """(letter or None, text or None) of an option that is an object."""
+    held = {name: value for name, value in option.items() if not is_empty(value)}
+    return tuple(next((held[name] for name in names if name in held), None) for names in (_KEYS, _TEXTS))
 
 
 def _without_letters(options):
     """The options of a list without the letters or numbers that all begin with ("A. 麻黄", "A 麻黄", "1. 麻黄")."""
-    if not all(isinstance(option, str) for option in options):
-        return options
-    for marks, sign in ((LETTERS, rf"(?:{_SIGN}|\s+)"), ("123456789", _SIGN)):
-        begins = [re.match(rf"\s*[(（]?{mark}{sign}", option) for mark, option in zip(marks, options)]
-        if all(begins):
-            return [option[begin.end() :] for begin, option in zip(begins, options)]
-    return options
+    begins = [
+        re.match(rf"\s*[(（]?(?:{letter}(?:{_SIGN}|\s+)|{number}{_SIGN})", str(option))
+        for number, (letter, option) in enumerate(zip(LETTERS, options), 1)
+    ]
+    return [option[begin.end() :] for begin, option in zip(begins, options)] if all(begins) else options
 
 
 def _answer(given, options, first):

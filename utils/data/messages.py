@@ -104,7 +104,7 @@ def plain_names(fields: tuple, of_turn: bool = False) -> dict[str, tuple]:
 
 
 class Fields:
-    """The fields of a row or turn under their plain names. It remembers which of them were used."""
+    """The fields of a row or turn under their plain names, and which of them were used."""
 
     def __init__(self, row: dict, names: dict[str, tuple] | None = None, of_turn: bool = False):
         self.row, self.names = row, names or plain_names(tuple(row), of_turn)
@@ -117,8 +117,8 @@ class Fields:
 
     def peek(self, name: str) -> object:
         """The field's value, or None if it is empty or missing."""
-        values = map(self.row.get, self.names.get(name, ()))
-        return next((value for value in values if not is_empty(value)), None)
+        value = self.row.get(self.field(name)) if name in self.names else None
+        return None if is_empty(value) else value
 
     def get(self, name: str) -> object:
         """The field's value, or None if it is empty or missing; the field counts as used."""
@@ -198,29 +198,24 @@ def _turn(turn, place):
         wanted = "system, user (human), assistant (gpt)"
         raise Reject("roles out of order", f"{place}: role {said!r}; wanted {wanted}")
     text = text_of(turn, "content", "answer" if role == "assistant" else "question", role == "system")
+    refuse_unlearnt(turn, f"{place}: ", answer=role == "assistant")
     if role == "assistant":
-        refuse_unlearnt(turn, f"{place}: ")
         return [assistant_message(text, text_of(turn, "reasoning", "reasoning", optional=True))]
-    turn.used |= {turn.field(mark) for mark in LEARNT_MARKS if _sign(turn, mark) is False}
     return [{"role": role, "content": text}] if text else []
 
 
-def refuse_unlearnt(row: Fields, place: str = "", turns: Sequence[dict] = ()) -> None:
-    """Reject of a row or turn that is marked as not to be learnt; of a row's list of signs, one a turn, those of answers count."""
+def refuse_unlearnt(row: Fields, place: str = "", answer: bool = True, turns: Sequence[dict] = ()) -> None:
+    """Reject of an `answer`, or a row, that is marked as not to be learnt; of a list of signs, one a turn, those of answers count."""
     for mark in (*LEARNT_MARKS, *MASKS):
-        value, sign = row.peek(mark), _sign(row, mark)
+        value = row.peek(mark)
+        sign = SIGNS.get(str(value).strip().lower())
         if turns and isinstance(value, list):
             learnt = [mine for mine, turn in zip(value, turns) if turn["role"] == "assistant"]
             sign = len(value) == len(turns) and all(learnt)
         if sign is not None:
             row.get(mark)
-        if sign is False or mark in MASKS and value is not None:
+        if answer and (sign is False or mark in MASKS and value is not None):
             raise Reject("marked as not to be learnt", f"{place}{row.field(mark)} is {value!r}")
-
-
-def _sign(row, mark):
-    """True or False if the field says it, else None."""
-    return SIGNS.get(str(row.peek(mark)).strip().lower())
 
 
 def marked_turns(text: str, both: bool = True) -> list[dict]:

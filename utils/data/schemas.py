@@ -42,6 +42,8 @@ ROLES = ("question", "input", "reasoning", "answer", "system", "options", "chose
 WANTED_ROLES = ({"question", "answer"}, {"question", "chosen", "rejected"})  # one of the two
 BESIDE_TEXT = {"id", "source", "url", "title", "meta", "metadata", "date", "timestamp", "lang", "language"}
 SPLITS = {"": "", "train": "train", **dict.fromkeys(("eval", "validation", "valid", "dev", "test"), "eval")}
+# Names of questions, answers and conversations, which do not count in a row that --columns reads.
+NAMED_BY_USER = {*QUESTIONS, *ANSWERS, "context", "messages", "conversations", "chosen", "rejected"}
 EVIDENCE_ROWS = 200  # of a file, which may tell if the answers of an exam are counted from 0 or from 1
 HALVES = "turns before the first question, or after the last answer"  # of a conversation, as a field not used
 GUESSED = "exam with answers counted from 0 by default"  # the schema of rows in which nothing proves 0 or 1
@@ -124,16 +126,15 @@ def _attempt(row, options, first):
 
 def convert_row(row: dict, options: RowOptions = PLAIN, first: int | None = None) -> ConvertedRow:
     """The ConvertedRow that a row makes; raises Reject. `first`: the number of an exam's first option, 0 or 1, if it is known."""
-    schema, read, names = _recognise(tuple(row), options.columns, first)
+    names, schema = _names(tuple(row), options.columns)
     fields = Fields(row, names)
-    read = read or _by_values(fields, options.columns)
     told = fields.get("split")
     split = SPLITS.get(str(told or "").strip().lower())
     if split is None:
         raise Reject("unknown split", f"{told!r}; wanted one of {', '.join(filter(None, SPLITS))}")
     if fields.peek("tools") is not None:
         raise Reject("tool calls are not trained", f"field {fields.field('tools')}")
-    kind, schema, body = read(fields, schema)
+    kind, schema, body = _read(fields, schema, first)
     if kind == "exam" and options.explained and fields.peek("explanation") is not None:
         kind, schema = "sft", "exam with explanation"
         body = {"messages": as_conversation(body, text_of(fields, "explanation", "explanation"))}
@@ -157,52 +158,50 @@ def convert_row(row: dict, options: RowOptions = PLAIN, first: int | None = None
 
 
 @functools.lru_cache(maxsize=4096)
-def _recognise(fields, columns, first):
-    """(schema name, its reader, {plain name: the row's fields}) for a row with these fields; reader None: not by its names."""
-    options = {f"option {letter}": (own,) for letter, own in option_fields(fields).items()}
-    names = plain_names(fields) | options
+def _names(fields, columns):
+    """({name that a field is read under: the row's fields}, "--columns" if these say how such a row is read, else "")."""
+    names = plain_names(fields)
+    names = names | {f"option {letter}": (own,) for letter, own in option_fields(fields).items()}
     given = {role: tuple(field.split("+")) if role == "options" else (field,) for role, field in columns}
     given = {role: own for role, own in given.items() if set(own) <= set(fields)}
     if not any(wanted <= set(given) for wanted in WANTED_ROLES):
-        return *_by_names(names, first), names
+        return names, ""
     if len(given.get("options", ())) > 1:
         given.update({f"option {letter}": (own,) for letter, own in zip(LETTERS, given.pop("options"))})
         names.pop("options", None)
+    if "input" in given:
+        given["context"] = given.pop("input")
     # The user says which fields are the question and the answer: no other name counts.
-    names = {name: own for name, own in names.items() if name not in (*QUESTIONS, *ANSWERS)} | given
-    if "option A" in given or "options" in given:
-        return "--columns", functools.partial(_read_exam, first=first), names
-    if "chosen" in given:
-        return "--columns", _read_preference, names
-    named = "question", "input" if "input" in given else "", "answer"
-    return "--columns", functools.partial(_read_question_answer, named=named), names
+    return {name: own for name, own in names.items() if name not in NAMED_BY_USER} | given, "--columns"
 
 
-def _by_names(names, first):
-    """(schema name, its reader) for a row with these plain names; ("", None) if they say nothing."""
-    have = set(names)
-    dialogue = next((name for name in ("messages", "conversations") if name in have), "")
-    if {"chosen", "rejected"} <= have:
-        return f"{'conversations' if 'conversations' in have else 'prompt'}/chosen/rejected", _read_preference
-    listed, asked = {"options", "option A"} & have, set(QUESTIONS) & have and set(ANSWERS) & have
-    if listed and (asked or "question" in have) or asked and "question_type" in have:
-        return "exam", functools.partial(_read_exam, first=first)
-    if dialogue:
-        return dialogue, functools.partial(_read_dialogue, name=dialogue)
-    if not (named := _question_answer_names(have)):
-        return "", None
-    shown = [names[name][0] for name in (*named[:2], "reasoning", named[2]) if name in have]
-    return "/".join(map(str, shown)), functools.partial(_read_question_answer, named=named)
-
-
+@functools.lru_cache(maxsize=4096)
 def _question_answer_names(have):
     """[question, context or "", answer] of the first line of QUESTION_ANSWER that these names fit, or None."""
     lines = (line.split("/") for line in QUESTION_ANSWER + (REASONED if "reasoning" in have else []))
-    return next((line for line in lines if have.issuperset(filter(None, line))), None)
+    return next((line for line in lines if set(have).issuperset(filter(None, line))), None)
 
 
-def _by_values(row, columns):
-    """The reader of a row that holds one list of turns, or one text that is a dialogue, under whatever name; else Reject."""
+def _read(row, schema, first):
+    """(kind, schema, body) that a row makes: by the names of its fields, else by what they hold. `schema`: "--columns" or ""."""
+    have = row.names.keys()
+    if {"chosen", "rejected"} <= have:
+        return _read_preference(row, schema or "prompt/chosen/rejected")
+    listed = any(row.peek(name) is not None for name in ("options", "option A", "option B"))
+    asked = not have.isdisjoint(QUESTIONS) and not have.isdisjoint(ANSWERS)
+    if listed and (asked or "question" in have) or asked and "判断" in str(row.peek("question_type")):
+        item, guessed = exam_item(row, first)
+        return "exam", schema or (GUESSED if guessed else "exam"), item
+    dialogue = next((name for name in ("messages", "conversations") if name in have), "")
+    named = _question_answer_names(tuple(have))
+    if dialogue or not named:
+        return _read_dialogue(row, dialogue or _dialogue_field(row))
+    shown = [str(row.names[name][0]) for name in (*named[:2], "reasoning", named[2]) if name in have]
+    return _read_question_answer(row, schema or "/".join(shown), *named)
+
+
+def _dialogue_field(row):
+    """The field that holds a list of turns, under whatever name, or a text that is a dialogue; else Reject."""
 
     def is_turn(value):
         if isinstance(value, str):
@@ -210,34 +209,20 @@ def _by_values(row, columns):
         return isinstance(value, dict) and not {"role", "from", "speaker", "human"}.isdisjoint(value)
 
     values = {name: row.peek(name) for name in row.names}
-    lists = [name for name in values if isinstance(values[name], list)]
-    dialogues = [name for name in lists if all(map(is_turn, values[name]))]
-    texts = [name for name in values if isinstance(values[name], str)]
+    texts = {name: value for name, value in values.items() if isinstance(value, str)}
     told = [name for name in texts if name not in BESIDE_TEXT]
-    if not dialogues and len(told) == 1 and marked_turns(values[told[0]]):
-        dialogues = told
-    if dialogues:
-        return functools.partial(_read_dialogue, name=dialogues[0])
-    for name in texts:
-        check_text(values[name])
-    if not columns and set(row.names) - BESIDE_TEXT in ({"text"}, {"content"}, {"文本"}):
+    for name, value in values.items():
+        alone = told == [name] and marked_turns(value)
+        if alone or isinstance(value, list) and all(map(is_turn, value)):
+            return name
+    for text in texts.values():
+        check_text(text)
+    if set(row.names) - BESIDE_TEXT == {"text"}:
         raise Reject("plain text", "continued pre-training is not done here; wanted questions and answers")
     raise Reject("fields not recognised", f"fields: {', '.join(map(str, row.row)) or 'none'}")
 
 
-def _read_exam(row, schema, first):
-    listed = any(row.peek(name) is not None for name in ("options", "option A", "option B"))
-    if listed or "判断" in str(row.peek("question_type") or ""):
-        item, guessed = exam_item(row, first)
-        return "exam", GUESSED if guessed and schema == "exam" else schema, item
-    named = _question_answer_names(set(row.names))  # a question of an exam that is no choice
-    if not named:
-        raise Reject("missing or empty options", "0 options")
-    return _read_question_answer(row, "/".join(filter(None, named)), named)
-
-
-def _read_question_answer(row, schema, named):
-    question, context, answer = named
+def _read_question_answer(row, schema, question, context, answer):
     value = row.peek(question)
     if isinstance(value, list) and all(isinstance(turn, dict) and "type" not in turn for turn in value):
         turns = turns_of(row.get(question), question, row)  # TRL's prompt/completion in message form
@@ -265,10 +250,10 @@ def _history_of(row):
     return turns_of(history, "history", row) if history else []
 
 
-def _read_dialogue(row, schema, name):
+def _read_dialogue(row, name):
     value = row.get(name)
     turns = turns_of([value] if isinstance(value, str) else value, name, row)
-    return _conversation(row, schema or name, turns)
+    return _conversation(row, name, turns)
 
 
 def _conversation(row, schema, turns, columns=""):
