@@ -177,12 +177,12 @@ def _answer(given, options, first):
     for letters in (re.sub(r"[\s,、;]", "", text).upper(), letters_alone(text)):
         if letters and set(letters) <= set(options):
             return "".join(sorted(set(letters)))
-    letter = text[:1].upper()
-    right = unicodedata.normalize("NFKC", options.get(letter, "")).strip()
-    if right and re.fullmatch(r"[.、:)]?\s*", text[1:].replace(right, "")):
-        return letter
-    alike = next((words for words in (RIGHT, WRONG) if _plain(text) in words), {_plain(text)})
-    same = [letter for letter, option in options.items() if _plain(option) in alike]
+    text = _plain(text)
+    alike = next((words for words in (RIGHT, WRONG) if text in words), {text})
+    plain = {letter: _plain(option) for letter, option in options.items()}
+    joined = re.sub(r"^([A-J])[.、:)]?\s*", r"\1", text)  # of "C. 经闭"
+    same = [letter for letter in plain if plain[letter] in alike]
+    same = same or [letter for letter in plain if joined == letter + plain[letter]]
     if len(same) == 1:
         return same[0]
     raise Reject("answer not among the options", f"{text[:40]} of {', '.join(options)}")

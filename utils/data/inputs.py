@@ -21,8 +21,11 @@ from utils.settings import ROOT
 TEXT_ENDINGS = (".jsonl", ".json", ".csv", ".tsv")
 DATA_ENDINGS = (*TEXT_ENDINGS, ".parquet", ".arrow", ".xlsx")
 OLD_EXCEL = "an old Excel file: save it as .xlsx"
-PLAIN_TEXT = "plain text: continued pre-training is not done here"
-NOT_READ = {".txt": PLAIN_TEXT, ".md": "a text for people", ".xls": OLD_EXCEL}
+NOT_READ = {
+    ".txt": "plain text: continued pre-training is not done here",
+    ".md": "a text for people",
+    ".xls": OLD_EXCEL,
+}
 ENCODING_LINES = 1000  # non-ASCII lines looked at to tell UTF-8 from GB18030
 BOM = b"\xef\xbb\xbf"
 SURROGATES = re.compile("[\udc80-\udcff]")  # stand for bytes that could not be decoded
@@ -35,9 +38,7 @@ FIRST_BYTES = (
     (rb"\xd0\xcf\x11\xe0", OLD_EXCEL, ()),
     (rb"\xff\xfe|\xfe\xff", "UTF-16: save it as UTF-8", ()),
     (rb"PK\x03\x04", "a .zip or .xlsx file under another name: rename it", (".zip", ".xlsx")),
-    (rb"PAR1", "a .parquet file under another name: rename it", (".parquet",)),
-    (rb"ARROW1", "an .arrow file under another name: rename it", (".arrow",)),
-    (rb"\x1f\x8b", "a .gz file under another name: rename it", (".gz",)),
+    (rb"PAR1|\x1f\x8b", "a .parquet or .gz file under another name: rename it", (".parquet", ".gz")),
 )  # fmt: skip
 
 # Words of names: of an evaluation split, of training, and those beside them, as in test_set.
@@ -49,16 +50,7 @@ TRAINING = re.compile("^train|^训练|训练集?$")
 BESIDE = set("set data dataset split file part final".split())
 
 # Errors of the libraries that read archives, books and Parquet files, if those are damaged, locked or packed in an unknown way.
-DAMAGED = (
-    ArithmeticError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    ValueError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+DAMAGED = (EOFError, LookupError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error)
 
 
 class InputFile(NamedTuple):
@@ -197,8 +189,8 @@ def detect_encoding(file: InputFile) -> str:
         seen = list(itertools.islice((line for line in lines if not line.isascii()), ENCODING_LINES))
     if seen and seen[0].startswith(BOM):
         return "utf-8-sig"
-    damaged = {"utf-8": 0, "gb18030": 0}
-    for line, encoding in itertools.product(seen, damaged):
-        damaged[encoding] += bool(SURROGATES.search(line.decode(encoding, "surrogateescape")))
-    utf8, gb18030 = damaged.values()
-    return "gb18030" if 2 * utf8 > len(seen) and gb18030 < utf8 else "utf-8"
+    damaged = []
+    for encoding in ("utf-8", "gb18030"):
+        texts = (line.decode(encoding, "surrogateescape") for line in seen)
+        damaged.append(sum(1 for text in texts if SURROGATES.search(text)))
+    return "gb18030" if 2 * damaged[0] > len(seen) and damaged[1] < damaged[0] else "utf-8"
