@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.data.inputs import find_input_files
-from utils.data.schemas import OUTPUTS, RowOptions, parse_columns
+from utils.data.schemas import OUTPUTS, parse_columns
 from utils.errors import UserError, run
 from utils.files import read_json, show_path, write_json
 from utils.settings import command, read_settings
@@ -99,12 +99,13 @@ def next_command(folder, outputs):
 
 
 def row_options(settings):
-    """How rows are read, out of the settings; UserError if COLUMNS is wrong."""
+    """How rows are read (of convert_row), out of the settings; UserError if COLUMNS is wrong."""
     try:
         columns = parse_columns(settings.COLUMNS)
     except ValueError as error:
         raise UserError(f"--columns: {error}") from None
-    return RowOptions(tuple(columns.items()), settings.SYSTEM, settings.MAX_CHARACTERS, settings.EXPLAINED)
+    limits = {"explained": settings.EXPLAINED, "max_characters": settings.MAX_CHARACTERS}
+    return {"columns": tuple(columns.items()), "system": settings.SYSTEM, **limits}
 
 
 def refuse_to_overwrite(sources, folder):

@@ -7,7 +7,7 @@ import pytest
 from data_rows import turns, write_lines
 
 from utils.data.messages import Reject, is_empty
-from utils.data.schemas import HALVES, RowOptions, convert_row, parse_columns
+from utils.data.schemas import HALVES, convert_row, parse_columns
 from utils.errors import UserError
 
 STEM, HERBS = "善治项背强痛的药是", ["葛根", "独活", "杜仲", "续断"]
@@ -101,14 +101,14 @@ def test_kinds_of_exam_items(row, wanted):
 
 def test_explanations_become_reasoning_on_request():
     row = {"question": STEM, "options": LETTERED, "answer": "A", "解析": "葛根解肌。"}
-    item = convert_row(row, RowOptions(explained=True))
+    item = convert_row(row, explained=True)
     asked = STEM + "".join(f"\n{letter}. {text}" for letter, text in LETTERED.items())
     told = {"role": "assistant", "content": "A. 葛根", "reasoning_content": "葛根解肌。"}
     assert (item.kind, item.schema) == ("sft", "exam with explanation")
     assert item.body["messages"] == [*turns(asked), told]
     assert convert_row(row).kind == "exam"
     for empty in ("", "nan", float("nan"), None):
-        assert convert_row({**row, "解析": empty}, RowOptions(explained=True)).kind == "exam"
+        assert convert_row({**row, "解析": empty}, explained=True).kind == "exam"
 
 
 COUNTED = [  # answers of a file, their letters, and whether it is told that nothing proves from where they are counted
@@ -137,7 +137,7 @@ def test_an_exam_item_holds_neither_system_text_nor_reasoning():
 
 
 def read_by(columns, row, system=""):
-    return convert_row(row, RowOptions(tuple(parse_columns(columns).items()), system))
+    return convert_row(row, tuple(parse_columns(columns).items()), system)
 
 
 def test_columns_name_fields():
@@ -390,7 +390,7 @@ ASIDE = [
 @pytest.mark.parametrize("row, reason", ASIDE)
 def test_what_changes_the_meaning_of_a_row_sets_it_aside(row, reason):
     with pytest.raises(Reject) as caught:
-        convert_row(row, RowOptions(max_characters=50_000))
+        convert_row(row, max_characters=50_000)
     assert caught.value.reason == reason
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from utils.data.inputs import InputFile
 from utils.data.messages import Reject
-from utils.data.schemas import RowOptions, convert_rows
+from utils.data.schemas import convert_rows
 from utils.device import memory_for_process
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -161,13 +161,13 @@ class Recognised:
         return self.read(*self.long_questions[key]).decode("utf-8", "surrogatepass")
 
 
-def recognise(files: list[InputFile], options: RowOptions, folder: Path) -> Recognised:
-    """Read and recognise every row; UserError if they would not fit into the memory."""
+def recognise(files: list[InputFile], options: dict, folder: Path) -> Recognised:
+    """Read and recognise every row; UserError if they would not fit into the memory. `options`: of convert_row."""
     size, given = sum(file.size for file in files), 0
     found = Recognised(folder)
     with bar(desc="rows recognised", total=size, unit="B", unit_scale=True) as meter:
         for number, file in enumerate(files):
-            for place, row, item in convert_rows(file, options):
+            for place, row, item in convert_rows(file, **options):
                 if isinstance(item, Reject):
                     detail, original = _encoded(item.detail), _encoded(item.row)
                     row = Row(number, place, found.write(detail + original), len(detail), len(original))
@@ -177,17 +177,21 @@ def recognise(files: list[InputFile], options: RowOptions, folder: Path) -> Reco
                     _add_row(found, number, file, place, row, item)
                 # About: the same rows take more or less as tables and arrays than as JSON lines.
                 given = min(given + found.rows[-1].original, size - 1)
-                rows = FORECAST_ROWS * size / given
-                needed, free = BYTES_A_ROW * rows, memory_for_process()
-                if len(found.rows) == FORECAST_ROWS and needed > free:
-                    raise UserError(
-                        f"about {rows:,.0f} rows are to be compared, which takes {format_bytes(needed)} of memory, and "
-                        f"{format_bytes(free)} are free: convert the files in parts, each to its own --output-dir"
-                    )
+                if len(found.rows) == FORECAST_ROWS:
+                    _refuse_too_many(FORECAST_ROWS * size / given)
                 if len(found.rows) % 1000 == 0:
                     meter.update(given - meter.n)
         meter.update(size - meter.n)
     return found
+
+
+def _refuse_too_many(rows):
+    needed, free = BYTES_A_ROW * rows, memory_for_process()
+    if needed > free:
+        raise UserError(
+            f"about {rows:,.0f} rows are to be compared, which takes {format_bytes(needed)} of memory, and {format_bytes(free)} "
+            "are free: convert the files in parts, each to its own --output-dir"
+        )
 
 
 def _add_row(found, number, file, place, row, item):

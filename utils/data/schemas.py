@@ -7,9 +7,10 @@ for a field, one to ALIASES in messages.py. A reader takes the row's Fields and 
 
 import functools
 import itertools
+import math
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from utils.data.exams import ANSWERS, LETTERS, QUESTIONS, as_conversation, exam_in, exam_item, option_fields
 from utils.data.inputs import InputFile
@@ -70,18 +71,6 @@ class ConvertedRow(NamedTuple):
     unused: dict  # {field that holds something and was not used: its value}; of turns "messages[].name"
 
 
-class RowOptions(NamedTuple):
-    """How rows are to be read."""
-
-    columns: tuple = ()  # pairs (role, field) for an unknown schema
-    system: str = ""  # the system text of rows that have none
-    max_characters: int | None = None  # of a row
-    explained: bool = False  # exam items with an explanation become conversations with reasoning
-
-
-PLAIN = RowOptions()
-
-
 def parse_columns(text: str) -> dict[str, str]:
     """{role: field} of a setting such as "question=Content,answer=Summary"; ValueError says what is wrong with it."""
     columns = {}
@@ -96,37 +85,46 @@ def parse_columns(text: str) -> dict[str, str]:
 
 
 def convert_rows(
-    file: InputFile, options: RowOptions = PLAIN
+    file: InputFile, **options: Any
 ) -> Iterator[tuple[Place, dict | Reject, ConvertedRow | Reject]]:
-    """(place, row, what it makes or why it is set aside) of every row of a file.
+    """(place, row, what it makes or why it is set aside) of every row of a file. `options`: of convert_row.
 
     The first EVIDENCE_ROWS are read ahead: an answer that fits only one way tells if exam answers are counted from 0 or from 1.
     """
+
+    def attempt(row, first):
+        if isinstance(row, Reject):
+            return row
+        try:
+            return convert_row(row, first=first, **options)
+        except Reject as problem:
+            return Reject(problem.reason, problem.detail, row)
+
     rows = read_rows(file)
-    ahead = list(itertools.islice(rows, EVIDENCE_ROWS))
-    first = None
+    ahead, first = list(itertools.islice(rows, EVIDENCE_ROWS)), None
     for _, row in ahead:
-        fits = [number for number in (0, 1) if isinstance(_attempt(row, options, number), ConvertedRow)]
+        fits = [number for number in (0, 1) if isinstance(attempt(row, number), ConvertedRow)]
         if len(fits) == 1:
             first = fits[0]
             break
     for place, row in itertools.chain(ahead, rows):
-        yield place, row, _attempt(row, options, first)
+        yield place, row, attempt(row, first)
 
 
-def _attempt(row, options, first):
-    """What a row makes, or why it is set aside."""
-    if isinstance(row, Reject):
-        return row
-    try:
-        return convert_row(row, options, first)
-    except Reject as problem:
-        return Reject(problem.reason, problem.detail, row)
+def convert_row(
+    row: dict,
+    columns: tuple = (),
+    system: str = "",
+    explained: bool = False,
+    max_characters: float = math.inf,
+    first: int | None = None,
+) -> ConvertedRow:
+    """The ConvertedRow that a row makes; raises Reject.
 
-
-def convert_row(row: dict, options: RowOptions = PLAIN, first: int | None = None) -> ConvertedRow:
-    """The ConvertedRow that a row makes; raises Reject. `first`: the number of an exam's first option, 0 or 1, if it is known."""
-    names, schema = _names(tuple(row), options.columns)
+    `columns`: pairs (role, field) for an unknown schema; `system`: the system text of rows that have none; `explained`: exam
+    items with an explanation become conversations with reasoning; `first`: the number of an exam's first option, if it is known.
+    """
+    names, schema = _names(tuple(row), columns)
     fields = Fields(row, names)
     told = fields.get("split")
     split = SPLITS.get(str(told or "").strip().lower())
@@ -135,15 +133,15 @@ def convert_row(row: dict, options: RowOptions = PLAIN, first: int | None = None
     if fields.peek("tools") is not None:
         raise Reject("tool calls are not trained", f"field {fields.field('tools')}")
     kind, schema, body = _read(fields, schema, first)
-    if kind == "exam" and options.explained and fields.peek("explanation") is not None:
+    if kind == "exam" and explained and fields.peek("explanation") is not None:
         kind, schema = "sft", "exam with explanation"
         body = {"messages": as_conversation(body, text_of(fields, "explanation", "explanation"))}
     if kind == "exam":
         questions, others = [body["question"]], [*body["options"].values(), body["answer"]]
     else:
         prompt = body["messages" if kind == "sft" else "prompt"]
-        if options.system and prompt[0]["role"] != "system":
-            prompt.insert(0, {"role": "system", "content": options.system})
+        if system and prompt[0]["role"] != "system":
+            prompt.insert(0, {"role": "system", "content": system})
         turns = prompt + body.get("chosen", []) + body.get("rejected", [])
         questions = [turn["content"] for turn in turns if turn["role"] == "user"]
         others = [text for turn in turns for text in (turn.get("reasoning_content"), turn["content"]) if text]
@@ -152,7 +150,7 @@ def convert_row(row: dict, options: RowOptions = PLAIN, first: int | None = None
     for text in (questions[0], rest, body.get("subject", ""), body.get("kind", "")):
         check_text(text)
     size = len(questions[0]) + len(rest)
-    if options.max_characters and size > options.max_characters:
+    if size > max_characters:
         raise Reject("too long", f"{size:,} characters")
     return ConvertedRow(kind, schema, body, questions, rest, split, fields.unused())
 
