@@ -30,10 +30,8 @@ def cross_entropy_sum(
     """Sum over the positions of token_weight x cross-entropy, differentiable in `hidden` and `weight`.
 
     token_weights: (N,) float32, or None for ones; no gradient flows to them. The gradient is formed in the forward pass, chunk by
-    chunk, and scaled in place in the backward pass, which can therefore run only once.
-
-    With `kept` the gradient of the weight is added to `weight.grad` at once, not by autograd. That saves a second matrix of its
-    size (0.6 GB) and two passes over it. The sum must be the loss then: scaling it is an error in its backward pass.
+    chunk, and scaled in place in the backward pass, which can therefore run only once. With `kept` the gradient of the weight is
+    added to `weight.grad` at once, which saves a second matrix of its size (0.6 GB): the sum must be the loss then, unscaled.
     """
     if token_weights is None:
         token_weights = torch.ones(len(targets), device=hidden.device)
@@ -45,10 +43,8 @@ def cross_entropy_sum(
 
 
 class HeadGradient:
-    """The memory of the head's gradient, kept from one optimizer step to the next.
-
-    Made anew, its 0.6 GB would often come from the system page by page, as no freed block fits: 0.4 to 1.0 s of a step of 6.
-    """
+    """The memory of the head's gradient, kept from one optimizer step to the next: fresh 0.6 GB would come page by page, in 0.4 to
+    1.0 s of a step of 6."""
 
     def __init__(self) -> None:
         self.memory: Tensor | None = None
@@ -96,9 +92,7 @@ class _CrossEntropySum(torch.autograd.Function):
     def backward(ctx, upstream):
         hidden_gradient, weight_gradient = ctx.saved_tensors
         if ctx.into_grad and not on_cuda(upstream) and upstream != 1:  # a GPU would have to be waited for
-            raise RuntimeError(
-                f"the loss was scaled by {upstream.item()} after its gradient had been added up"
-            )
+            raise RuntimeError("the loss was scaled after its gradient had been added up")
         if hidden_gradient is not None:
             hidden_gradient = hidden_gradient.mul_(upstream).to(ctx.hidden_dtype)
         if weight_gradient is not None:
@@ -107,10 +101,8 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor, token_weights: Tensor) -> Tensor:
-    """The loss of one chunk; its gradient d loss / d logits takes the place of the `logits`.
-
-    On a CPU a few positions at a time: their passes over the vocabulary stay in the cache, and no second matrix is made.
-    """
+    """The loss of one chunk, of which d loss / d logits takes the place of the `logits`: on a CPU a few positions at a time, whose
+    passes over the vocabulary stay in the cache."""
     losses = []
     size = CACHED if logits.device.type == "cpu" else len(targets)
     for block, wanted, weights in zip(logits.split(size), targets.split(size), token_weights.split(size)):
@@ -128,10 +120,8 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, token_weights: Tensor) -
 
 
 def _loss_on_cuda(states, head, targets, token_weights, hidden_gradient, weight_gradient) -> Tensor:
-    """The loss of one chunk, of which the gradients are written to `hidden_gradient` (n, H) and added to `weight_gradient` (V, H).
-
-    In as few passes over the scores (n, V) as torch's kernels allow; the much smaller states take the token weights.
-    """
+    """The loss of one chunk, its gradients written to `hidden_gradient` (n, H) and added to `weight_gradient` (V, H), in as few passes
+    over the scores (n, V) as torch's kernels allow: the much smaller states take the token weights."""
     logps = torch.log_softmax(torch.mm(states, head.T, out_dtype=torch.float32), dim=1)
     right = logps.gather(1, targets[:, None])
     loss = -(right[:, 0] * token_weights).sum()
@@ -155,10 +145,9 @@ def backward_through_head(
     loss_of_logps: Callable[[Tensor], Tensor],
     kept: HeadGradient | None = None,
 ) -> Tensor:
-    """The loss `loss_of_logps(logps)`, a scalar function of the targets' log-probabilities (N,), differentiable in `hidden` and `weight`.
+    """The loss `loss_of_logps(logps)` of the targets' log-probabilities (N,), differentiable in `hidden` and `weight`.
 
     The first pass over the head gives d loss / d logp of each token, the second the gradient with these as token weights.
-    `kept`: as for cross_entropy_sum.
     """
     logps = token_logps(hidden.detach(), weight, targets)
     if not torch.is_grad_enabled():
@@ -180,18 +169,17 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         for part in _chunks(len(targets)):
             states = hidden[part].to(head.dtype)
             if on_cuda(hidden) and head.dtype in REDUCED:
-                scores = torch.mm(states, head.T, out_dtype=torch.float32)
-                scores = torch.log_softmax(scores, dim=1)
+                scores = torch.log_softmax(torch.mm(states, head.T, out_dtype=torch.float32), dim=1)
                 parts.append(scores.gather(1, targets[part, None])[:, 0])
-                del scores  # before the next ones are made
-                continue
-            logits = (states @ head.T).to(_exact_dtype(hidden))
-            parts.append(logits.gather(1, targets[part, None])[:, 0] - torch.logsumexp(logits, dim=1))
+            else:
+                scores = (states @ head.T).to(_exact_dtype(hidden))
+                parts.append(scores.gather(1, targets[part, None])[:, 0] - torch.logsumexp(scores, dim=1))
+            del scores  # before the next ones are made
     return torch.cat(parts)[:count]
 
 
 def _chunks(count: int) -> Iterator[slice]:
-    """Slices of at most CHUNK, as equal as can be: the matrix product of a short rest is slow for what it computes."""
+    """Slices of at most CHUNK, as equal as can be: the product of a short rest is slow for what it computes."""
     size = math.ceil(count / max(1, math.ceil(count / CHUNK))) or 1
     return (slice(start, start + size) for start in range(0, max(1, count), size))
 

@@ -58,9 +58,8 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
     wanting = []
     for module in model.modules():
         if hasattr(module, "rounded"):
-            held = module.weight.dtype == dtype
-            module.rounded = module.weight.detach() if held else None
-            wanting += [] if held else [module]
+            module.rounded = module.weight.detach() if module.weight.dtype == dtype else None
+            wanting += [module] if module.rounded is None else []
     if wanting:  # now that the copies of the pass before are gone
         wanting.sort(key=lambda module: module.weight.shape)
         weights = [module.weight for module in wanting]
@@ -100,7 +99,7 @@ class _Products(torch.autograd.Function):
         if ctx.adapted:
             # They lie one behind the other: round_weights has put them there.
             down = downs[0].as_strided((sum(map(len, downs)), states.shape[-1]), downs[0].stride())
-            small = _scaled(states.flatten(0, -2), down.T, scaling)
+            small = torch.addmm(down[0, 0], states.flatten(0, -2), down.T, beta=0, alpha=scaling)
             for result, part, up in zip(results, small.split(len(downs[0]), 1), ups):
                 result.flatten(0, -2).addmm_(part, up.T)
         ctx.save_for_backward(states, down, small, *copies, *ups)
@@ -122,7 +121,7 @@ class _Products(torch.autograd.Function):
         if ctx.adapted:
             along, rank = torch.empty_like(small), small.shape[1] // count
             for part, up, one in zip(upstream, copies[count:], along.split(rank, 1)):
-                _scaled(part, up, ctx.scaling, one)
+                torch.addmm(one, part, up, beta=0, alpha=ctx.scaling, out=one)
             if d_states is not None:
                 d_states.addmm_(along, down)
             d_weights += torch.mm(along.T, flat, out_dtype=torch.float32).split(rank)
@@ -131,17 +130,9 @@ class _Products(torch.autograd.Function):
         return None if d_states is None else d_states.view_as(states), None, None, None, *d_weights
 
 
-def _scaled(left: Tensor, right: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
-    """left (T, I) x right (I, R) x scaling, in one product."""
-    out = left.new_empty(len(left), right.shape[1]) if out is None else out
-    return torch.addmm(out, left, right, beta=0, alpha=scaling, out=out)
-
-
 def weight_gradient(weight: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
-    """left (O, T) x right (T, I), summed in float32: added to `weight.grad`, or returned if there is none yet.
-
-    Several processes exchange the gradients that autograd gets, so that it gets all of them there.
-    """
+    """left (O, T) x right (T, I), summed in float32: added to `weight.grad`, or returned if there is none yet, or if several
+    processes exchange what autograd gets."""
     if weight.grad is None or torch.distributed.is_initialized():
         return torch.mm(left, right, out_dtype=torch.float32)
     torch.addmm(weight.grad, left, right, out_dtype=torch.float32, out=weight.grad)
