@@ -102,13 +102,13 @@ def test_batched_equals_one_by_one(chat_model):
 
 def test_a_prompt_of_several_answers_is_read_once(chat_model, monkeypatch):
     one, two = prompts_of(chat_model)[:2]
-    fed, feed_rows = [], CachedModel.feed_rows
+    fed, feed = [], CachedModel.feed
 
     def watched(self, ids):
         fed.append(ids.shape)
-        return feed_rows(self, ids)
+        return feed(self, ids)
 
-    monkeypatch.setattr(CachedModel, "feed_rows", watched)
+    monkeypatch.setattr(CachedModel, "feed", watched)
     order = [one, two, one, two, one]
     answers = generate_tokens(chat_model.model, order, set(), 12, batch_size=5)
     assert fed[0][0] == 2 and fed[1:] == [(5, 1)] * 11
@@ -134,7 +134,7 @@ def test_generate_answers(chat_model):
 def test_cache_is_reused_and_changes_nothing(chat_model, monkeypatch):
     stream, fed, history = TokenStream(chat_model.model, set()), [], []
     feed = CachedModel.feed
-    monkeypatch.setattr(CachedModel, "feed", lambda self, new: (fed.append(len(new)), feed(self, new))[1])
+    monkeypatch.setattr(CachedModel, "feed", lambda self, new: (fed.append(new.shape[1]), feed(self, new))[1])
     shared = 0
     for question in QUESTIONS:
         history.append({"role": "user", "content": question})
@@ -155,7 +155,7 @@ def test_ctrl_c_within_a_pass_leaves_a_usable_cache(chat_model):
     stream = TokenStream(chat_model.model, set())
     prompt = prompts_of(chat_model)[1]
     expected = answer(chat_model, prompt, 12)
-    layers = stream.cached.weights.layers
+    layers = stream.cached.layers
     second = layers[1]  # the first is in the cache already when it comes to this one
 
     def press(states):

@@ -70,7 +70,7 @@ def test_a_token_of_an_answer_on_cuda(rows, decoding, monkeypatch):
             for weight in without_content(model):
                 weight.data = weight.data.bfloat16()
             cached = CachedModel(model, torch.zeros(rows, dtype=torch.long) if rows > 1 else None)
-            feed = CachedModel.feed_rows.__wrapped__  # fake tensors know no inference mode
+            feed = CachedModel.feed.__wrapped__  # fake tensors know no inference mode
             feed(cached, torch.zeros(rows, 200, dtype=torch.long))
             with counts:
                 logits = feed(cached, torch.zeros(rows, 1, dtype=torch.long))

@@ -19,6 +19,11 @@ def some_ids(count):
     return torch.randint(2500, (count,), generator=torch.Generator().manual_seed(count)).tolist()
 
 
+def fed(cached, ids):
+    """The logits, float32 (vocabulary,), after more tokens of one conversation."""
+    return cached.feed(torch.tensor([ids]))[0].float()
+
+
 def close(ours, theirs, accuracy):
     """Largest difference of two vectors of logits, relative to their spread."""
     return (ours - theirs).abs().max() / theirs.std() < accuracy
@@ -33,13 +38,13 @@ def test_feeding_by_parts_equals_one_pass_of_transformers(dtype, accuracy):
         theirs, double = (given(torch.tensor([ids])).logits[0].double() for given in (model, exact))
     start = 0
     for end in (*range(1, 4), 255, 256, 257, 300, 301, 450, 699, 700):
-        logits = cached.feed(ids[start:end])
-        assert logits.dtype == torch.float32 and cached.length == end
+        logits = fed(cached, ids[start:end])
+        assert cached.length == end
         for found in (logits.double(), theirs[end - 1]):
             assert close(found, double[end - 1], accuracy), end
         start = end
     cached.keep(300)
-    assert close(cached.feed(ids[300:450]).double(), theirs[449], accuracy)
+    assert close(fed(cached, ids[300:450]).double(), theirs[449], accuracy)
     cached.keep(900)  # more than there is: nothing to forget
     assert cached.length == 450
 
@@ -52,9 +57,9 @@ def test_bfloat16_weights_lose_nothing_as_float16():
         double = exact(torch.tensor([ids])).logits[0, -1]
     halved = load_for_answers(TINY, Device("cpu", False, "test", "half"))
     assert not [name for name, _ in halved.named_parameters() if "proj" in name]  # those weights are gone
-    assert close(CachedModel(halved).feed(ids).double(), double, 1e-5)
+    assert close(fed(CachedModel(halved), ids).double(), double, 1e-5)
     one_by_one = CachedModel(halved)
-    assert close([one_by_one.feed([token]) for token in ids][-1].double(), double, 1e-5)
+    assert close([fed(one_by_one, [token]) for token in ids][-1].double(), double, 1e-5)
 
 
 @NEEDS_FBGEMM
@@ -65,7 +70,7 @@ def test_float32_weights_lose_least_in_half_and_most_in_int8():
         for weight in model.parameters():
             weight.data *= 1 + torch.rand_like(weight) / 100  # now they have 24 bits
         change(model)
-        return CachedModel(model).feed(some_ids(100)).double()
+        return fed(CachedModel(model), some_ids(100)).double()
 
     exact = logits(torch.nn.Module.double)
     changes = {
@@ -89,7 +94,7 @@ def test_weights_that_a_form_cannot_hold_stay(value, form, dtype):
     hold_weights(model, form)
     assert hasattr(model.model.layers[1].mlp.up_proj, "weight") == (form != "int8" or value != 7e4)
     assert not hasattr(model.model.layers[1].mlp.down_proj, "weight")
-    assert torch.isfinite(CachedModel(model).feed([1, 2])).all() == (value == 7e4)
+    assert torch.isfinite(fed(CachedModel(model), [1, 2])).all() == (value == 7e4)
 
 
 def test_joined_weights_are_the_model_s_own():
@@ -103,12 +108,12 @@ def test_joined_weights_are_the_model_s_own():
     for parts in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
         assert len({part.weight.untyped_storage().data_ptr() for part in parts}) == 1
     attention.k_proj.weight.data.zero_()  # seen by the joined product
-    assert not torch.equal(CachedModel(model).feed(ids[0].tolist()), before[0, -1])
+    assert not torch.equal(fed(CachedModel(model), ids[0].tolist()), before[0, -1])
 
 
 def test_onednn_is_as_it_was():
     model, enabled = load_model(TINY, torch.bfloat16).eval(), torch.backends.mkldnn.enabled
-    CachedModel(model).feed([1])
+    fed(CachedModel(model), [1])
     assert torch.backends.mkldnn.enabled == enabled
 
 
@@ -124,7 +129,7 @@ def test_several_conversations_equal_each_alone(dtype, accuracy, gpu, monkeypatc
     batch, exact = CachedModel(model, padding), load_model(TINY, torch.float32).double().eval()
     new = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding.tolist(), prompts)])
     for step in range(320):
-        logits = batch.feed_rows(new)
+        logits = batch.feed(new)
         if step == 100:
             batch.keep_rows(torch.tensor([0, 2]))
             logits, prompts = logits[[0, 2]], [prompts[0], prompts[2]]

@@ -123,14 +123,14 @@ class TokenStream:
         new = prompt_ids[shared:]
         for _ in range(max_new_tokens):
             try:
-                logits = self.cached.feed(new)
+                logits = self.cached.feed(torch.tensor([new], device=self.model.device))
             except torch.OutOfMemoryError:
                 tokens = len(self.ids) + len(new)
                 self.reset()
                 few = f"not enough GPU memory for a conversation of {tokens} tokens; start a shorter one"
                 raise RunError(few) from None
             self.ids += new
-            new = choose(logits[None], decoding, generator, [self.ids])
+            new = choose(logits, decoding, generator, [self.ids])
             yield new[0]
             if new[0] in self.stop:
                 return
@@ -186,7 +186,7 @@ def _generate_batch(model, prompts, stop, max_new_tokens, decoding, generator):
     width = max(map(len, places))
     padding = [width - len(prompt) for prompt in places]  # on the left, so that all answers begin at once
     cached = CachedModel(model, tensor(padding))
-    logits = cached.feed_rows(tensor([[0] * pad + [*prompt] for pad, prompt in zip(padding, places)]))
+    logits = cached.feed(tensor([[0] * pad + [*prompt] for pad, prompt in zip(padding, places)]))
     if len(places) < len(prompts):
         logits = logits[tensor(rows)]
         cached.keep_rows(tensor(rows))
@@ -202,7 +202,7 @@ def _generate_batch(model, prompts, stop, max_new_tokens, decoding, generator):
         if len(kept) < len(going):
             cached.keep_rows(tensor(kept))
         going = [going[place] for place in kept]
-        logits = cached.feed_rows(tensor([[tokens[place]] for place in kept]))
+        logits = cached.feed(tensor([[tokens[place]] for place in kept]))
     return [ids[len(prompt) :] for ids, prompt in zip(seen, prompts)]
 
 

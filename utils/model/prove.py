@@ -140,8 +140,8 @@ def answers(device: Device) -> Results:
     alone, both = CachedModel(model), CachedModel(model, torch.tensor([0, 7]).to(device.name))
     found = {}
     for name, start, end in ("first turn", 0, 60), ("next token", 60, 61), ("second turn", 61, 100):
-        found[name] = alone.feed_rows(ids[:1, start:end])
-        found[f"{name} of two"] = both.feed_rows(ids[:, start:end])
+        found[name] = alone.feed(ids[:1, start:end])
+        found[f"{name} of two"] = both.feed(ids[:, start:end])
     return found
 
 

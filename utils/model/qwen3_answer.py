@@ -1,18 +1,15 @@
 """Qwen3's forward pass for answers, with its KV cache: the results of transformers, with fewer and larger operations.
 
-It saves transformers' own Python in every layer and its copy of the whole cache for every token. bfloat16 is rounded where
-transformers rounds it; utils/model/qwen3_train.py, for training, rounds less often.
-
 Every token reads every weight once, which on a CPU takes most of the time. So query, key and value of an attention layer are one
-product here, and so are gate and up of an MLP. The weights are held in one of four forms:
+product here, and so are gate and up of an MLP; the cache grows in place. The weights are held in one of four forms:
 
     plain   as the model has them. Joined weights share the model's memory.
     fp16    float16, as are the states that they are multiplied with, for Apple GPUs. The residual stream and the norms stay float32,
             so that large activations do not overflow.
     half    float16, for x86 CPUs without bfloat16 instructions. Products and sums stay float32. A bfloat16 weight keeps its value
-            (one below 8e-6 moves by 3e-8 at most); a float32 weight is rounded to 11 bits, where bfloat16 would keep 8.
+            (one below 8e-6 moves by 3e-8 at most); a float32 weight is rounded to 11 bits.
     int8    8 bits, with a scale for each row of a matrix. States are split into two 8-bit numbers each: the second holds what the
-            first has rounded off. It costs no time, since the product takes as long for two rows as for one.
+            first has rounded off, in a second row of the same product, which takes no longer.
 """
 
 import warnings
@@ -44,14 +41,6 @@ class LayerWeights(NamedTuple):
     down: Product
 
 
-class AnswerWeights(NamedTuple):
-    """The weights that answers are computed with; `head` makes the logits. `dtype`: of keys and values, if not the model's own."""
-
-    layers: list[LayerWeights]
-    head: Product
-    dtype: torch.dtype | None
-
-
 class CachedModel:
     """A model and the keys and values of the `length` tokens it has seen, of one conversation or of several.
 
@@ -61,12 +50,12 @@ class CachedModel:
     def __init__(self, model: Qwen3ForCausalLM, padding: torch.Tensor | None = None):
         if not hasattr(model, "answer_weights"):
             hold_weights(model, "plain")
-        self.model, self.weights, self.config = model, model.answer_weights, model.config
-        self.padding, self.length = padding, 0
-        self.dtype = self.weights.dtype or model.model.norm.weight.dtype  # of keys, values and attention
-        config, places = model.config, 2 * model.config.num_hidden_layers
+        self.layers, self.head, self.dtype = model.answer_weights
+        self.model, self.config, self.padding, self.length = model, model.config, padding, 0
+        config = model.config
         nothing = torch.empty(1, config.num_key_value_heads, 0, config.head_dim, device=model.device)
-        self.cache = [nothing] * places  # keys and values in turn: (rows, heads, capacity, head_dim) each
+        # Keys and values in turn: (rows, heads, capacity, head_dim) each.
+        self.cache = [nothing] * (2 * config.num_hidden_layers)
 
     def keep(self, count: int) -> None:
         """Forget all but the first `count` tokens."""
@@ -77,12 +66,8 @@ class CachedModel:
         self.cache = [part[rows] for part in self.cache]
         self.padding = self.padding[rows]
 
-    def feed(self, ids: list[int]) -> torch.Tensor:
-        """The logits, float32 (vocabulary,), after one or more new tokens (list of ids) of one conversation."""
-        return self.feed_rows(torch.tensor([ids], device=self.model.device))[0].float()
-
     @torch.inference_mode()
-    def feed_rows(self, ids: torch.Tensor) -> torch.Tensor:
+    def feed(self, ids: torch.Tensor) -> torch.Tensor:
         """The logits (rows, vocabulary) after new tokens (rows, count) of every conversation.
 
         `length` grows last, so that a pass which Ctrl-C stops leaves nothing behind.
@@ -100,7 +85,7 @@ class CachedModel:
         turn = cos, torch.cat((-first, second), dim=-1)
         seen = [part[:, :, :end] for part in self.cache]
         with _for_rows(rows * count):
-            for number, layer in enumerate(self.weights.layers):
+            for number, layer in enumerate(self.layers):
                 keys, values = seen[2 * number], seen[2 * number + 1]
                 normed = self._norm(states, layer.input_norm)
                 states = states + self._attention(layer, normed, (rows, count), turn, keys, values, mask)
@@ -108,7 +93,7 @@ class CachedModel:
                 states = states + layer.down(F.silu(gate) * up)
         last = states.view(rows, count, -1)[:, -1]
         with _for_rows(rows):
-            logits = self.weights.head(self._norm(last, model.norm.weight))
+            logits = self.head(self._norm(last, model.norm.weight))
         self.length = end
         return logits
 
@@ -126,18 +111,17 @@ class CachedModel:
             query = query.unflatten(1, (kv, -1))[:, :, :, 0]
             output = F.scaled_dot_product_attention(query, keys, values, mask).flatten(1, 2)
         else:
-            shared = on_gpu(
+            apart = on_gpu(
                 query
             )  # with a mask, CUDA has only the slow math kernel for heads that share a key
-            if shared:
+            if apart:
                 keys, values = (part.repeat_interleave(queries // kv, dim=1) for part in (keys, values))
-            how = {"is_causal": mask is None, "enable_gqa": not shared}
+            how = {"is_causal": mask is None, "enable_gqa": not apart}
             output = F.scaled_dot_product_attention(query, keys, values, mask, **how).transpose(1, 2)
         return layer.output(output.reshape(shape[0] * shape[1], -1))
 
     def _mask(self, columns, count):
-        """The tokens (..., end) that each new one (count, 1) sees; None if one new token sees all, or those of a first pass see one
-        another causally."""
+        """The tokens (..., end) that each new one (count, 1) sees; None if one sees all, or those of a first pass what is before."""
         if self.padding is None and (count == 1 or not self.length):
             return None
         itself = columns[self.length :, None]
@@ -149,7 +133,7 @@ class CachedModel:
         return as_numbers(mask, self.dtype) if on_gpu(mask) else mask
 
     def _norm(self, states, weight):
-        """RMSNorm, rounded to the dtype of `states` before the weight is multiplied, as Qwen3RMSNorm does. On CUDA in one operation."""
+        """RMSNorm, rounded to the dtype of `states` before the weight is multiplied, as Qwen3RMSNorm does; on CUDA in one kernel."""
         if on_cuda(states):
             same = weight if weight.dim() == 1 else None  # for all heads
             shape, epsilon = weight.shape[-1:], self.config.rms_norm_eps
@@ -158,10 +142,8 @@ class CachedModel:
         return weight * F.rms_norm(states, weight.shape[-1:], None, self.config.rms_norm_eps)
 
     def _reserve(self, rows, end):
-        """Make room for `end` tokens and half as many more, layer by layer, so that the cache is seldom copied and never there twice.
-
-        One conversation gets room for 256 more at least; the cache of many is copied anyway whenever one ends.
-        """
+        """Make room for `end` tokens and half as many more, of one conversation for 256 more at least; layer by layer, so that the
+        cache is never there twice."""
         if end > self.cache[-1].shape[2]:
             _, heads, _, size = self.cache[0].shape
             for place, part in enumerate(self.cache):
@@ -173,7 +155,7 @@ class CachedModel:
 
 @contextmanager
 def _for_rows(rows: int) -> Iterator[None]:
-    """Let torch itself multiply one row of bfloat16: it reads weights twice as fast as oneDNN, which is made for many rows."""
+    """Let torch itself multiply one row of bfloat16: it reads weights twice as fast as oneDNN does."""
     onednn = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = onednn and rows > 1
     try:
@@ -186,8 +168,8 @@ def _for_rows(rows: int) -> Iterator[None]:
 def hold_weights(model: Qwen3ForCausalLM, form: str) -> None:
     """Hold the weights of `model` in a form: plain, fp16, half or int8. After all but plain the model is for answers only.
 
-    A matrix that a form cannot hold, such as one of a diverged training (NaN), stays plain. Half and int8 take seconds for 0.6 B
-    parameters: a matrix is packed on one core, so threads share the layers.
+    A matrix that a form cannot hold, such as one of a diverged training (NaN), stays plain. Threads share the layers, since a matrix
+    is packed on one core.
     """
     if form != "plain":
         for name, weight in model.named_parameters():
@@ -199,8 +181,9 @@ def hold_weights(model: Qwen3ForCausalLM, form: str) -> None:
         with ThreadPoolExecutor(1 if form == "plain" else torch.get_num_threads()) as threads:
             head = threads.submit(_hold, form, model.lm_head)  # the largest comes first
             layers = list(threads.map(lambda layer: _layer_weights(form, layer), model.model.layers))
-            dtype = torch.float16 if form == "fp16" else None
-            model.answer_weights = AnswerWeights(layers, head.result(), dtype)
+            # Of keys, values and attention.
+            dtype = torch.float16 if form == "fp16" else model.model.norm.weight.dtype
+            model.answer_weights = layers, head.result(), dtype
 
 
 def _layer_weights(form, layer):
