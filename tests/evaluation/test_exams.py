@@ -35,7 +35,7 @@ def test_text_choices_equal_a_plain_loop(folder):
     assert "判断题" in exams.letter_question(JUDGED[0], ["A", "B"])
 
 
-@pytest.mark.parametrize("typed", ["平<|im_end|>", "<|im_start|>system", "<think>寒</think>", "\n平"])
+@pytest.mark.parametrize("typed", ["平<|im_end|>", "<|im_start|>system"])
 def test_control_tokens_typed_into_an_option_are_scored_as_text(folder, typed):
     tokenizer, model = load_plain(folder)
     item = {**EXAM[0], "options": {"A": "温", "B": typed}}

@@ -4,8 +4,8 @@ options' texts and by their letters."""
 from utils.data.exams import LETTERS, SINGLE, TRUE_FALSE
 from utils.device import Device
 from utils.evaluation.questions import ExamQuestion, kind_of
-from utils.model.chat_format import encode_prompt, encode_text
-from utils.model.logprobs import answer_logps, next_token_logps, pack_for_scoring
+from utils.model.chat_format import encode_answer, encode_prompt
+from utils.model.logprobs import answer_logps, next_token_logps
 from utils.text import progress
 
 # By option text: the options are not listed, and the instruction asks for the bare fact that they are. A statement alone does not
@@ -34,10 +34,10 @@ def choices_by_text(model, tokenizer, exam: list[ExamQuestion], device: Device) 
             words = "或".join(f"“{option}”" for option in item["options"].values())
             instruction = JUDGE_INSTRUCTION.format(words=words)
         prompt = _prompt(tokenizer, f"{item['question']}\n{instruction}")
-        answers = [encode_text(tokenizer, text) for text in item["options"].values()]
-        items.append({"documents": [(prompt, answer) for answer in answers]})
+        options = [{"role": "assistant", "content": text} for text in item["options"].values()]
+        items.append({"documents": [(prompt, encode_answer(tokenizer, option)[:-1]) for option in options]})
     choices = []
-    for item, logps in zip(exam, answer_logps(model, pack_for_scoring(items), device, watch)):
+    for item, logps in zip(exam, answer_logps(model, items, device, watch)):
         scores = {letter: logp / len(text) for (letter, text), logp in zip(item["options"].items(), logps)}
         choices.append({"text_choice": max(scores, key=scores.get), "text": scores})
     return choices

@@ -30,7 +30,7 @@ from utils.model.chat_format import THINKING_MODES, encode_answer, encode_prompt
 from utils.model.export.folders import training_file, training_history
 from utils.model.folder import adapter_base, is_adapter, load_model, load_tokenizer, model_sha256
 from utils.model.generate import generate_tokens, read_answer, stop_tokens
-from utils.model.logprobs import answer_logps, pack_for_scoring
+from utils.model.logprobs import answer_logps
 from utils.model.qwen3_train import prepare_packed
 from utils.settings import Settings
 from utils.text import progress
@@ -105,8 +105,7 @@ def measure(folder: str, tests: Tests, settings: Settings, device: Device) -> li
         """[log-probabilities of the answers, ...] for lists of (prompt, answer) that are packed together."""
         if not documents:
             return []
-        packed = pack_for_scoring([{"documents": each} for each in documents])
-        return answer_logps(model, packed, device, progress(label))
+        return answer_logps(model, [{"documents": each} for each in documents], device, progress(label))
 
     turns = [(row["id"], turn) for row in tests.heldout for turn in encode_turns(tokenizer, row["messages"])]
     logps = scores([[turn] for _, turn in turns], f"loss on {len(turns):,} held-out answers")

@@ -1,11 +1,8 @@
 """The one path from a conversation to token ids, used by training, scoring and chat alike.
 
-All build the prompt here, so the ids that a row is trained on up to its answer are those that chat feeds for the same
-conversation. Qwen3's template has two modes: thinking on (the prompt ends after `<|im_start|>assistant\n`) and thinking off
-(an empty think block ends it). A row with reasoning is trained with thinking on, any other with thinking off; earlier assistant
-turns carry no think block, as in Qwen3's own rendering of the history.
-
-A control token that somebody types, `<|im_end|>` or `</think>`, is encoded as the characters it has and ends no turn.
+Qwen3's template has two modes: thinking on (the prompt ends after `<|im_start|>assistant\n`) and thinking off (an empty think block
+ends it). A row with reasoning is trained with thinking on, any other with thinking off; earlier assistant turns carry no think
+block. A control token that somebody types, `<|im_end|>` or `</think>`, is encoded as the characters it has and ends no turn.
 """
 
 from __future__ import annotations
@@ -34,8 +31,7 @@ DECODING = {
 }
 
 # Put in front of a chat template: the mode that holds unless another is asked for. llama.cpp's server and mlx-lm ask every
-# template that names enable_thinking for True, so a model trained with thinking off takes that for no wish at all; who means
-# it sets force_thinking as well, as encode_prompt does.
+# template for enable_thinking, so a model trained with thinking off takes that for no wish; encode_prompt sets force_thinking too.
 _DEFAULT_MODE = {
     True: "{%- if enable_thinking is not defined %}{%- set enable_thinking = true %}{%- endif %}",
     False: "{%- set enable_thinking = force_thinking is defined and force_thinking %}",
@@ -68,10 +64,7 @@ def prompt_pieces(tokenizer: Tokenizer, messages: list[dict], thinking: bool | N
 
 
 def encode_answer(tokenizer: Tokenizer, message: dict) -> list[int]:
-    """Token ids of one assistant message as the model has to produce it, `<|im_end|>` included.
-
-    Encoded apart from the prompt, as generation does: no merge can cross the border between the two.
-    """
+    """Token ids of one assistant message as the model has to produce it, `<|im_end|>` included; no merge crosses its border."""
     return encode_pieces(tokenizer, [answer_pieces(tokenizer, message)])[0]
 
 
@@ -83,12 +76,6 @@ def answer_pieces(tokenizer: Tokenizer, message: dict) -> list[str]:
         reasoning = message["reasoning_content"].strip("\n")
         text = f"<think>\n{reasoning}\n</think>\n\n{text}"
     return (text + END_OF_TURN).split(mark)
-
-
-def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a text by itself; control tokens and tags typed in it stay text, as in what a user says."""
-    [message], mark = _mark_controls(tokenizer, [{"role": "user", "content": text}])
-    return encode_pieces(tokenizer, [message["content"].split(mark)])[0]
 
 
 def encode_pieces(tokenizer: Tokenizer, texts: list[list[str]]) -> list[list[int]]:
@@ -129,18 +116,14 @@ def _control_patterns(tokenizer):
     tags = [token.content for token in added if re.fullmatch("<.+>", token.content) and not token.special]
     patterns = []
     for texts in (special + tags, special):
-        longest_first = sorted(texts, key=len, reverse=True)
-        patterns.append(
-            re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        )  # (?!) is found nowhere
+        longest_first = map(re.escape, sorted(texts, key=len, reverse=True))
+        patterns.append(re.compile("|".join(longest_first) or r"(?!)"))  # (?!) is found nowhere
     return patterns
 
 
 def encode_turns(tokenizer: Tokenizer, messages: list[dict]) -> list[tuple[list[int], list[int]]]:
-    """[(prompt_ids, answer_ids), ...]: one pair for each assistant turn, in the context that chat would give it.
-
-    Qwen3 drops the think block of an answer that has become history, so the turns of a conversation cannot share a sequence.
-    """
+    """[(prompt_ids, answer_ids), ...]: one pair for each assistant turn, in the context that chat would give it: without the think
+    blocks of earlier answers, so that turns cannot share a sequence."""
     turns = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":

@@ -16,14 +16,11 @@ from utils.model.qwen3_train import forward
 TOKENS_AT_ONCE = 1024  # packed tokens in one forward pass; more only costs memory, and on CPUs page faults
 
 
-def pack_for_scoring(items: list[Item]) -> PackedRows:
-    """PackedRows over `items`, as wide as the longest item needs."""
-    return PackedRows(items, max(TOKENS_AT_ONCE, max(map(item_length, items))))
-
-
-def answer_logps(model, rows: PackedRows, device: Device, watch: Callable = iter) -> list[list[float]]:
-    """Log-probability of each document's answer, in nats: one list per item of `rows`, in order."""
-    results = {}
+def answer_logps(
+    model, items: list[Item] | PackedRows, device: Device, watch: Callable = iter
+) -> list[list[float]]:
+    """Log-probability of each document's answer, in nats: one list per item, in order."""
+    rows, results = _packed(items), {}
     for row, hidden, batch in _hidden_states(model, rows, device, watch):
         logps = _token_logps(model, hidden, batch["targets"], device)
         counts = [len(rows.items[index]["documents"]) for index in row]
@@ -37,8 +34,8 @@ def next_token_logps(
     model, prompts: list[list[int]], tokens: list[int], device: Device, watch: Callable = iter
 ) -> list[list[float]]:
     """Log-probability of each of `tokens` (ids) as the next one after each of `prompts` (lists of ids)."""
-    # one label each: the position after the prompt
-    rows = pack_for_scoring([{"documents": [(prompt, tokens[:1])]} for prompt in prompts])
+    # One label each: the position after the prompt.
+    rows = _packed([{"documents": [(prompt, tokens[:1])]} for prompt in prompts])
     results, wanted = {}, torch.tensor(tokens)
     for row, hidden, batch in _hidden_states(model, rows, device, watch):
         hidden = hidden[: len(row)].repeat_interleave(len(tokens), 0)
@@ -46,6 +43,12 @@ def next_token_logps(
         for document, values in zip(batch["label_documents"].tolist(), logps.view(-1, len(tokens)).tolist()):
             results[row[document]] = values
     return [results[index] for index in range(len(prompts))]
+
+
+def _packed(items):
+    if isinstance(items, PackedRows):
+        return items
+    return PackedRows(items, max(TOKENS_AT_ONCE, max(map(item_length, items))))
 
 
 @torch.no_grad()

@@ -1,12 +1,11 @@
 """The forms in which a GPU computes, tried on a small model first: losses, gradients and answers against float32 on the CPU.
 
-So a first run on an unknown card, driver or system cannot compute wrongly. A form that fails, differs or hangs is left for the next one.
+So a first run on an unknown card or driver cannot compute wrongly. A form that fails, differs or hangs is left for the next one.
 """
 
 import functools
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -26,13 +25,11 @@ SECONDS = 60  # that a form may take; the first kernels of a process take some
 EXACT, REDUCED = 0.01, 0.1
 CPU = Device("cpu", False, "reference")
 
-Results = dict[str, torch.Tensor]
-
 
 def prove(device: Device, lora=None) -> Device:
     """`device` with the first form of training that computes rightly; one line is printed for each that does not.
 
-    lora: the settings of adapters, if they are trained. A CPU needs no proof. RunError if no form is right. Takes about a second.
+    lora: the settings of adapters, if they are trained. A CPU needs no proof. RunError if no form is right.
     """
     masked = replace(device, equal_rows=True)
     forms = [
@@ -41,8 +38,7 @@ def prove(device: Device, lora=None) -> Device:
         ("torch's own operations with one mask", masked, False),
         ("attention by document", replace(device, equal_rows=False), False),
     ]
-    forms = forms[1:] if device.equal_rows else forms
-    return _first_right(device, forms, "format", functools.partial(training, lora=lora))
+    return _first_right(device, forms[device.equal_rows :], "format", functools.partial(training, lora=lora))
 
 
 def prove_answers(device: Device) -> Device:
@@ -56,13 +52,8 @@ def prove_answers(device: Device) -> Device:
     return _first_right(device, forms, "answers", answers)
 
 
-def _first_right(
-    device: Device,
-    forms: list[tuple[str, Device, bool]],
-    number_format: str,
-    compute: Callable[[Device], Results],
-) -> Device:
-    """forms: in words, the device that computes so, and if it takes the forms for CUDA; number_format: Device's name of it."""
+def _first_right(device, forms, number_format, compute):
+    """forms: [(in words, the device that computes so, if it takes the forms for CUDA)]; number_format: Device's name of it."""
     if device.name == "cpu":
         return device
     true, problem = compute(CPU), ""
@@ -82,7 +73,7 @@ def _first_right(
 
 def _problem(device, true, compute, tolerance) -> str:
     """How a form fails, in words; "" if it does not."""
-    found: list[Results | Exception] = []
+    found = []
 
     def try_it():
         try:
@@ -104,7 +95,7 @@ def _problem(device, true, compute, tolerance) -> str:
     return ""
 
 
-def training(device: Device, lora=None) -> Results:
+def training(device: Device, lora=None) -> dict[str, torch.Tensor]:
     """Loss and gradients of a packed row. Its documents are shorter and longer than a block of a kernel, and two answer one prompt."""
     with torch.random.fork_rng(devices=[]):
         model = prepare_packed(_small_model())
@@ -128,7 +119,7 @@ def training(device: Device, lora=None) -> Results:
     return {"loss": loss.detach(), **trained}
 
 
-def answers(device: Device) -> Results:
+def answers(device: Device) -> dict[str, torch.Tensor]:
     """Logits of a first turn, of its next token and of a second turn, of one conversation and of two at once."""
     with torch.random.fork_rng(devices=[]):
         model = _small_model().eval()
