@@ -21,6 +21,22 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+os.fsync = lambda file: None  # nobody cuts the power; 36 times a small run, it took half of its time
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Tests of one file stay in one process, and so do those of a folder that share what takes seconds to make."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return next((folder for folder in ("tests/faults", "tests/training") if folder in file), file)
+
+    return Together(config, log)
+
+
 def pytest_collection_finish():
     """What the imports made stays: small runs would spend half of their time in collections that go through it."""
     gc.collect()

@@ -29,8 +29,8 @@ COMMANDS = {
     "convert": "data_prepare/convert_to_qwen3_format.py --input-files {w}/raw --output-dir {w}/qwen3 --tokenizer-model none",
     "pairs": "data_prepare/build_preference_pairs.py --kind facts --input-dir {w}/qwen3 --output-dir {w}/qwen3",
     "model": "model_download/download_model.py --model tcm/small --output-dir {w}/got-model",
-    "pretrain": "model_download/pretrain_tiny_model.py --statements-file {w}/statements.jsonl --output-dir {w}/pretrained "
-    "--vocabulary 600 --width 64 --layers 1 --epochs 1 --copies 50 --invented 10",
+    "pretrain": "model_download/pretrain_tiny_model.py --statements-file {w}/statements.jsonl --terms-file {w}/terms.jsonl --output-dir {w}/pretrained "
+    "--vocabulary 600 --width 32 --layers 1 --epochs 1 --copies 20 --greetings 1 --refusals 3 --cards 1 --invented 3",
     **{
         method: f"model_finetune/finetune_{method}.py --model {{w}}/base --train-file {{w}}/{data}_train.jsonl "
         f"--eval-file {{w}}/{data}_eval.jsonl --output-dir {{w}}/{method} --epochs 1 --max-length 256 --rows-per-step 2 "
@@ -55,6 +55,7 @@ SAME = {  # the results that are the same to the byte, whenever they are made
     "model": "[!s]*",
 }
 TRAINERS = ("sft", "lora", "dpo")
+HUB = ("data", "model")  # ask it, as it was named when their interpreter began
 HEAVY = ("pretrain", "sft", "lora", "dpo", "compare", "chat", "talk")  # import torch, which takes seconds
 GOOD = "发汗解表", "利水消肿", "活血调经", "清热解毒", "祛风止痛"
 ROWS = [{"instruction": f"第{n}味药有什么功效？", "output": f"它的功效是{GOOD[n % 5]}。"} for n in range(60)]
@@ -67,6 +68,7 @@ def lines(rows):
 FILES = {  # inputs, and things that are no inputs
     "raw/rows.jsonl": lines(ROWS),
     "statements.jsonl": lines({"text": row["output"]} for row in ROWS),
+    "terms.jsonl": lines({"kind": kind, "term": "麻黄桂枝"} for kind in ("herb", "formula", "acupoint", "syndrome")),
     "photo.png": b"\x89PNG\r\n\x1a\n\0",
     "photo.jsonl": b"\x89PNG\r\n\x1a\n\0",
     "notes.json": '{"title": "no data"}',
@@ -121,7 +123,7 @@ def start(world, command, *more, hub=None, **how):
     environment = {"PYTHONUNBUFFERED": None, "PYTHONDONTWRITEBYTECODE": None}  # as in most shells
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": None} if hub else {}
     environment |= how.pop("environment", {})
-    how.setdefault("ready", name in HEAVY and not added)
+    how.setdefault("ready", name not in HUB)
     repository, folder = how.pop("repository", world / "tcm"), world.parent / f"started {next(STARTS)}"
     return Script([*words, *more], repository, folder, environment=environment, **how)
 

@@ -93,6 +93,7 @@ def become(command, cwd, environment, files, before, ready):
     if ready:
         os.environ.clear()
         os.environ.update(environment)
+        sys.dont_write_bytecode = "PYTHONDONTWRITEBYTECODE" in environment
         ours = ("utils", "model_finetune", "model_download", "data_prepare")
         for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
             del sys.modules[

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 something failed underway, 2 what the user gave (arguments
 
 import contextlib
 import errno
+import functools
 import gc
 import os
 import sys
@@ -45,12 +46,12 @@ SIGNS |= dict.fromkeys(NO_MEMORY, MORE_MEMORY)
 SIGNS[" requested and "] = FULL  # numpy: so many items, so many written
 CODES = {errno.ENOSPC: FULL, errno.ENOMEM: MORE_MEMORY}  # Windows has other words
 OWN_THRESHOLDS = gc.get_threshold()  # Python's
+freeze_once = functools.cache(gc.freeze)
 
 
 def imports_are_done() -> None:
     """From now on garbage is collected as often as Python does by itself, but not looked for among what the imports made."""
-    if not gc.get_freeze_count():
-        gc.freeze()
+    freeze_once()
     gc.set_threshold(*OWN_THRESHOLDS)
 
 

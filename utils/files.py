@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import glob
 import hashlib
 import json
@@ -198,10 +199,15 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 
 def render(template: Path, **values: Any) -> str:
     """The text of a jinja2 template. In HTML (NAME.html.jinja) every value is escaped; all are made printable."""
+    return _templates(template.parent).get_template(template.name).render(values)
+
+
+@functools.cache
+def _templates(folder):
     import jinja2
 
-    pages = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(template.parent, encoding="utf-8"),
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder, encoding="utf-8"),
         autoescape=jinja2.select_autoescape(["html.jinja"]),
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: printable(value) if isinstance(value, str) else value,
@@ -209,7 +215,6 @@ def render(template: Path, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return pages.get_template(template.name).render(values)
 
 
 def id_key(identifier: str) -> int:
