@@ -55,8 +55,7 @@ SAME = {  # the results that are the same to the byte, whenever they are made
     "model": "[!s]*",
 }
 TRAINERS = ("sft", "lora", "dpo")
-HUB = ("data", "model")  # ask it, as it was named when their interpreter began
-HEAVY = ("pretrain", "sft", "lora", "dpo", "compare", "chat", "talk")  # import torch, which takes seconds
+HUB = ("data", "model")  # scripts that ask it
 GOOD = "发汗解表", "利水消肿", "活血调经", "清热解毒", "祛风止痛"
 ROWS = [{"instruction": f"第{n}味药有什么功效？", "output": f"它的功效是{GOOD[n % 5]}。"} for n in range(60)]
 
@@ -68,7 +67,9 @@ def lines(rows):
 FILES = {  # inputs, and things that are no inputs
     "raw/rows.jsonl": lines(ROWS),
     "statements.jsonl": lines({"text": row["output"]} for row in ROWS),
-    "terms.jsonl": lines({"kind": kind, "term": "麻黄桂枝"} for kind in ("herb", "formula", "acupoint", "syndrome")),
+    "terms.jsonl": lines(
+        {"kind": kind, "term": "麻黄桂枝"} for kind in ("herb", "formula", "acupoint", "syndrome")
+    ),
     "photo.png": b"\x89PNG\r\n\x1a\n\0",
     "photo.jsonl": b"\x89PNG\r\n\x1a\n\0",
     "notes.json": '{"title": "no data"}',
@@ -116,7 +117,7 @@ def make_inputs(folder):
 def start(world, command, *more, hub=None, **how):
     """Start one of COMMANDS (its name, and what the case adds), in a folder of its own outside of the world.
 
-    Without added words a script that imports torch starts where it is imported already (`ready`).
+    A script starts where its imports are done already (`ready`). What asks the Hub does not: its packages read the environment.
     """
     name, *added = command.split()
     words = [word.format(w=world) for word in (*COMMANDS[name].split(), *added)]

@@ -11,6 +11,7 @@ arguments, folder, files and limits. That is for faults that come after these im
 """
 
 import ctypes
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -25,7 +26,7 @@ from conftest import ROOT
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["preloaded"])
-DEADLINE = 60  # seconds
+DEADLINE = 180  # seconds: many times what anything here takes, also where other programs have the processor
 
 
 def fork(target, *arguments):
@@ -54,7 +55,7 @@ class Script:
         self.process = fork(become, command, cwd or folder, environment, files, before, ready)
 
     def wait_for(self, happened):
-        """Until `happened()`; AssertionError where the script ends before that, or a minute has passed."""
+        """Until `happened()`; AssertionError where the script ends before that, or DEADLINE has passed."""
         deadline = time.monotonic() + DEADLINE
         while self.process.is_alive() and time.monotonic() < deadline:
             if happened():
@@ -95,10 +96,9 @@ def become(command, cwd, environment, files, before, ready):
         os.environ.update(environment)
         sys.dont_write_bytecode = "PYTHONDONTWRITEBYTECODE" in environment
         ours = ("utils", "model_finetune", "model_download", "data_prepare")
+        # another test's server may hold them, out of another copy of the repository
         for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
-            del sys.modules[
-                name
-            ]  # another test's server may hold them, out of another copy of the repository
+            del sys.modules[name]
         others = [path for path in sys.path if not (Path(path) / "utils" / "errors.py").is_file()]
         sys.path[:] = [str(Path(command[0]).parents[1]), *others]
     for function, *arguments in before:
@@ -115,6 +115,25 @@ def become(command, cwd, environment, files, before, ready):
             setattr(sys, name, None)
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
+
+
+def delay(module, name, seconds):
+    """For a script that is `ready`: let a function, or Class.method, of a module return only so many seconds later.
+
+    Its work then is not over before the test has looked and sent its signal, however busy the machine is.
+    """
+    place = importlib.import_module(module)
+    *owners, name = name.split(".")
+    for owner in owners:
+        place = getattr(place, owner)
+    function = getattr(place, name)
+
+    def delayed(*values, **options):
+        result = function(*values, **options)
+        time.sleep(seconds)
+        return result
+
+    setattr(place, name, delayed)
 
 
 def nobody_reads():

@@ -1,6 +1,6 @@
 """Small files damaged at random: what reads one tells in one line that it is damaged, or reads it, or makes anew what was kept.
 
-Seeded: case N is the same on every machine. Kept files that carry a checksum are read as they were, or not at all.
+Kept files that carry a checksum are read as they were, or not at all.
 """
 
 import collections
@@ -104,24 +104,24 @@ def make_adapter(base, folder):
 
 def outcome(path, read, kept):
     """How reading a damaged file ends: "told", "as before", "made again" (kept files), "read" (others)."""
-    start = time.monotonic()
+    start = time.process_time()
     try:
         found = read()
     except UserError as error:
         assert "\n" not in str(error) and len(str(error)) < 1000, str(error)
         return "told"
     finally:
-        assert time.monotonic() - start < 10
+        assert time.process_time() - start < 10
     if kept is None:
         return "read"
     assert found is None or found == kept
     return "made again" if found is None else "as before"
 
 
-def fuzz(targets, seconds):
-    """Damage one file after the other until the time is over; {outcome: how often}."""
-    counts, bugs, case, end = collections.Counter(), [], 0, time.monotonic() + seconds
-    while time.monotonic() < end:
+def test_damage_is_told_or_harmless(targets):
+    """Case N damages one file in its own way, the same on every machine."""
+    counts, bugs = collections.Counter(), []
+    for case in range(300):
         path, read, kept = targets[case % len(targets)]
         content, chance = path.read_bytes(), random.Random(case)
         path.write_bytes(damage(content, chance))
@@ -130,17 +130,5 @@ def fuzz(targets, seconds):
         except Exception as error:  # a bug, whatever it is: all of them are shown
             bugs.append(f"case {case}, {path.name}: {error!r:.200} for {path.read_bytes()[:200]!r}")
         path.write_bytes(content)
-        case += 1
     assert not bugs, "\n".join(bugs[:20])
-    print(dict(counts))
-    return counts
-
-
-def test_damage_is_told_or_harmless_for_a_moment(targets):
-    assert fuzz(targets, 2)["told"]
-
-
-@pytest.mark.slow
-def test_damage_is_told_or_harmless(targets):
-    counts = fuzz(targets, 8)
-    assert counts["told"] and counts["made again"]
+    assert counts["told"] and counts["made again"] and counts["read"]

@@ -1,4 +1,7 @@
-"""What the user gave is wrong: refused before anything is imported, computed or written."""
+"""What the user gave is wrong, or there is no network: refused before anything is imported, computed or written.
+
+Broken mirrors are in tests/test_hub.py.
+"""
 
 import pytest
 from fault_runs import assert_told, contents, start
@@ -55,8 +58,29 @@ GIVEN = [  # a command, and words of the line
 ]
 
 
+@pytest.fixture(scope="module")
+def before(world):
+    return contents(world)
+
+
 @pytest.mark.parametrize("command, words", GIVEN, ids=[command for command, _ in GIVEN])
-def test_what_the_user_gave(world, command, words):
-    before = contents(world)
+def test_what_the_user_gave(world, before, command, words):
     assert_told(start(world, command, ready=True), 2, words)
+    assert contents(world) == before
+
+
+NOWHERE = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": None}
+
+
+@pytest.mark.parametrize(
+    "command, environment, code, words",
+    [
+        ("data --dataset tcm/other", NOWHERE, 1, "no connection to http://127.0.0.1:9 ("),
+        ("model --model tcm/other", {"HF_HUB_OFFLINE": "1"}, 1, "HF_HUB_OFFLINE"),
+        # training downloads nothing itself
+        ("sft --model Qwen/Nowhere", NOWHERE, 2, "download_model.py --model Qwen/Nowhere"),
+    ],
+)
+def test_no_network(world, before, command, environment, code, words):
+    assert_told(start(world, command, environment=environment, ready=False), code, words)
     assert contents(world) == before

@@ -5,7 +5,8 @@ import os
 import signal
 
 import pytest
-from fault_runs import HEAVY, TRAINERS, assert_same, assert_told, assert_works_again, contents, copy_of, start
+from fault_runs import TRAINERS, assert_same, assert_told, assert_works_again, contents, copy_of, start
+from processes import delay
 
 pytestmark = pytest.mark.slow
 AGAIN = "stopped by Ctrl-C; the same command starts it again"
@@ -32,36 +33,29 @@ def size_of_parts(folder):
     return size
 
 
-# What gives a script enough work, and the words on stdout that say it has begun
-AT_WORK = {
-    "pairs": ("--input-dir {w}/many", "settings"),
-    "pretrain": ("--epochs 60", "parameters"),
+# What makes the work of a script long, and the words on stdout that say it has begun
+LONG = {
+    "pairs": ("--kind model --model {w}/base --max-new-tokens 900", "settings"),
+    "pretrain": ("--epochs 9 --tokens-per-step 128", "parameters"),
     **dict.fromkeys(TRAINERS, ("--epochs 1000", "evaluation after step 0")),
     "compare": ("--max-new-tokens 900 --batch-size 1", "1/2 base"),
     "chat": ("--max-new-tokens 900", ""),
 }
-
-
-@pytest.fixture(scope="module")
-def many(world):
-    """Rows that keep a script busy for seconds, in {w}/many."""
-    (world / "many").mkdir()
-    for name in ("sft_train.jsonl", "sft_eval.jsonl"):
-        rows = (world / "qwen3" / name).read_text(encoding="utf-8")
-        (world / "many" / name).write_text(rows * (100_000 // rows.count("\n")), encoding="utf-8")
+SLOW = (delay, "torch.nn.functional", "embedding", 0.05)  # with which every forward pass begins
 
 
 def at_work(world, name, *more):
     """A script in the middle of long work."""
-    command, words = AT_WORK[name]
-    environment = {"PYTHONUNBUFFERED": "1"}
-    script = start(world, f"{name} {command}", *more, ready=name in HEAVY, environment=environment)
-    script.wait_for(lambda: script.out and (words in script.out or "going on from" in script.out))
+    command, words = LONG[name]
+    before = [] if name in TRAINERS else [SLOW]
+    script = start(world, f"{name} {command}", *more, before=before, environment={"PYTHONUNBUFFERED": "1"})
+    script.wait_for(lambda: script.out and words in script.out)
     return script
 
 
-@pytest.mark.parametrize("name", AT_WORK)
-def test_ctrl_c(world, many, tmp_path, name):
+@pytest.mark.parametrize("name", LONG)
+def test_ctrl_c(world, tmp_path, name):
+    """That a trainer goes on after it: tests/training/test_resume.py."""
     place = tmp_path / "new" if name in (*TRAINERS, "chat") else copy_of(world, name, tmp_path)
     output, before = [] if name == "chat" else ["--output-dir", place], contents(place)
     script = at_work(world, name, *output)
@@ -69,14 +63,8 @@ def test_ctrl_c(world, many, tmp_path, name):
     assert_told(script, 130, "the same command goes on" if name in (*TRAINERS, "compare") else AGAIN)
     if name in TRAINERS:
         assert list(place.glob("checkpoint-*"))
-        script = at_work(world, name, *output)
-        assert "going on from" in script.out
-        script.kill()
-        script.end()
     elif output:
         assert contents(place) == before
-        if name != "pretrain":  # it keeps nothing to go on with
-            assert_works_again(world, name, place, None)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
@@ -103,7 +91,8 @@ def test_stopped_conversion(world, tmp_path, number):
 
 
 def test_ctrl_c_while_libraries_are_imported(world, tmp_path):
-    environment = {"PYTHONUNBUFFERED": "1"}
+    (tmp_path / "torch.py").write_text("import time\ntime.sleep(600)\n", encoding="utf-8")
+    environment = {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(tmp_path)}
     script = start(world, "sft", "--output-dir", tmp_path / "new", environment=environment, ready=False)
     script.wait_for(lambda: "the rest as in the script" in script.out)  # the last word before `import torch`
     script.kill(signal.SIGINT)
@@ -111,29 +100,28 @@ def test_ctrl_c_while_libraries_are_imported(world, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-# all methods in both formats: tests/training/test_resume.py
-@pytest.mark.parametrize("name, precision", [("sft", "fp32"), ("lora", "fp32"), ("dpo", "bf16")])
-def test_killed_trainer(world, tmp_path, name, precision):
+# at other moments, and in bf16: tests/training/test_resume.py
+@pytest.mark.parametrize("name", TRAINERS)
+def test_killed_trainer(world, tmp_path, name):
     """The run that was killed ends in the weights, bit for bit, of one that was not."""
-    output, more = tmp_path / "new", ["--epochs", 3, "--precision", precision]
-    script = start(world, name, "--output-dir", output, *more)
+    output, stays = tmp_path / "new", (delay, "utils.training.run", "Run.save_checkpoint", 600)
+    script = start(world, name, "--output-dir", output, before=[stays])
     script.wait_for(lambda: list(output.glob("checkpoint-*")))
     script.kill()
     assert script.end() == -signal.SIGKILL
-    assert "going on from" in assert_works_again(world, name, output, None, *more).out
-    assert_works_again(world, name, tmp_path / "whole", None, *more)
+    assert "going on from" in assert_works_again(world, name, output, None).out
     weights = "adapter_model.safetensors" if name == "lora" else "model.safetensors"
-    assert (output / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+    assert (output / weights).read_bytes() == (world / name / weights).read_bytes()
 
 
 def test_killed_comparison(world, tmp_path):
     """The model that was measured is not measured again."""
-    output, more = tmp_path / "new", ["--max-new-tokens", "100", "--batch-size", "1"]
-    script = start(world, "compare", *more, "--output-dir", output)
-    script.wait_for(lambda: "2/2 sft" in script.out)
+    output, stays = tmp_path / "new", (delay, "utils.evaluation.measure", "write_kept", 600)
+    script = start(world, "compare", "--output-dir", output, before=[stays])
+    script.wait_for(lambda: list(output.rglob("*.json")))
     script.kill()
     assert script.end() == -signal.SIGKILL
-    assert assert_works_again(world, "compare", output, None, *more).out.count("measured before") == 1
+    assert assert_works_again(world, "compare", output, None).out.count("measured before") == 1
 
 
 def test_two_trainers_in_one_folder(world, tmp_path):
