@@ -8,19 +8,9 @@ from conftest import ROOT
 from evaluation_files import ASKED, EXAM, WITH, WITHOUT, assistant, user
 
 from utils.data.pairs import Terms
+from utils.evaluation import questions
 from utils.evaluation.measure import generated_answers, seen_in_training
 from utils.evaluation.metrics import Results, differences, metrics
-from utils.evaluation.questions import (
-    Question,
-    ask_in_conversations,
-    caution_questions,
-    judge,
-    parts_of,
-    repetition,
-    states_facts,
-    states_one_of,
-)
-from utils.evaluation.questions import Tests as AllTests
 from utils.evaluation.report import make_comparison
 from utils.files import read_jsonl, sha256_of, write_json, write_jsonl
 from utils.model.chat_format import encode_prompt
@@ -32,7 +22,7 @@ TERMS = Terms(ROOT / "data_prepare/sample/terms.jsonl")
 
 def question(number, *before):
     item = EXAM[number]
-    return Question("heldout", item["id"], [*before, user(item["question"])], "药性是温。")
+    return questions.Question("heldout", item["id"], [*before, user(item["question"])], "药性是温。")
 
 
 # ---- Second and fourth questions
@@ -41,15 +31,15 @@ def question(number, *before):
 def test_conversations_hold_the_answers_that_the_model_gave_in_them():
     asked = []
 
-    def ask(questions, label):
-        asked.append(questions)
-        return [{"answer": f"{len(turn.messages)} {turn.messages[-1]['content']}"} for turn in questions]
+    def ask(turns, label):
+        asked.append(turns)
+        return [{"answer": f"{len(turn.messages)} {turn.messages[-1]['content']}"} for turn in turns]
 
     firsts = [question(number, {"role": "system", "content": "简短。"}) for number in range(5)]
     later = question(5, user("甘草？"), assistant("平。"))  # it came with a conversation of its own
     texts = [EXAM[number]["question"] for number in range(5)]
     alone = [{"answer": f"1 {text}", "right": n == 3} for n, text in enumerate(texts)]
-    results = ask_in_conversations(ask, [*firsts, later], [*alone, {}], 9)
+    results = questions.ask_in_conversations(ask, [*firsts, later], [*alone, {}], 9)
     places = [turn.about for turns in asked for turn in turns]
     assert places == ["second"] * 5 + ["third"] * 5 + ["fourth"] * 5
     talk, answers = asked[2][3], (f"1 {texts[0]}", f"4 {texts[1]}", f"6 {texts[2]}")
@@ -57,7 +47,7 @@ def test_conversations_hold_the_answers_that_the_model_gave_in_them():
     assert [message["content"] for message in talk.messages] == said
     assert talk.id == EXAM[3]["id"] and talk.alone is True and asked[2][0].alone is False
     assert len(results) == 10  # the third answers are only on the way
-    assert ask_in_conversations(ask, firsts[:3], alone, 9) == []
+    assert questions.ask_in_conversations(ask, firsts[:3], alone, 9) == []
 
 
 def test_the_second_answer_is_what_transformers_generates(folder):
@@ -66,7 +56,7 @@ def test_the_second_answer_is_what_transformers_generates(folder):
         {"id": item["id"], "messages": [user(item["question"]), assistant("药性是温。")]} for item in EXAM[:4]
     ]
     limits = dict(GENERATE=4, FOLLOW_UPS=4, SEED=0, MAX_NEW_TOKENS=5, BATCH_SIZE=3, THINKING="off")
-    tests = AllTests(rows, [], [], [], TERMS)
+    tests = questions.Tests(rows, [], [], [], TERMS)
     results = generated_answers(model, tokenizer, tests, SimpleNamespace(**limits))
     said = {item["question"]: item["answer"] for item in results if item["about"] == "heldout"}
     second = [item for item in results if item["about"] == "second"]
@@ -104,9 +94,9 @@ def test_the_second_answer_is_what_transformers_generates(folder):
     ],
 )
 def test_a_caution_is_judged_by_itself(about, reference, answer, right):
-    found = judge(Question(about, "0", ASKED, reference), answer, [1], True, TERMS)
+    found = questions.judge(questions.Question(about, "0", ASKED, reference), answer, [1], True, TERMS)
     assert (found["caution"], found["right"]) == ("使用注意" in answer, right)
-    assert parts_of(WITH) == (WITHOUT, "孕妇慎用") and parts_of(WITHOUT) == (WITHOUT, "")
+    assert questions.parts_of(WITH) == (WITHOUT, "孕妇慎用") and questions.parts_of(WITHOUT) == (WITHOUT, "")
 
 
 def test_questions_about_cautions_are_those_of_pairs_that_differ_in_one():
@@ -114,7 +104,7 @@ def test_questions_about_cautions_are_those_of_pairs_that_differ_in_one():
     for chosen, rejected in ((WITH, WITHOUT), (WITHOUT, WITH), (WITHOUT, "温。"), (WITH, WITH)):
         answers = {"chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
         pairs.append({"id": str(len(pairs)), "prompt": ASKED, **answers})
-    found = [(one.id, one.about) for one in caution_questions(pairs)]
+    found = [(one.id, one.about) for one in questions.caution_questions(pairs)]
     assert found == [("0", "wanted"), ("1", "unasked")]
 
 
@@ -196,9 +186,9 @@ def test_held_out_questions_that_are_training_rows_are_told(tmp_path):
 
 def test_a_number_in_an_answer_stands_by_itself():
     for answer, accept in (("最小的质数是2。", ["2"]), ("是二", ["2", "二"]), ("THANK you!", ["Thank you"])):
-        assert states_one_of(answer, accept)
+        assert questions.states_one_of(answer, accept)
     for answer, accept in (("1024", ["2"]), ("十二个", ["2", "二"]), ("", ["2"])):
-        assert not states_one_of(answer, accept)
+        assert not questions.states_one_of(answer, accept)
 
 
 def test_general_questions_are_not_about_chinese_medicine_and_do_not_give_the_answer_away():
@@ -208,14 +198,19 @@ def test_general_questions_are_not_about_chinese_medicine_and_do_not_give_the_an
     assert len(rows) >= 60
     assert len({row["question"] for row in rows}) == len({row["id"] for row in rows}) == len(rows)
     for row in rows:
-        assert states_one_of(row["answer"], row["accept"]), row
-        assert not states_one_of(row["question"], row["accept"]), row
+        assert questions.states_one_of(row["answer"], row["accept"]), row
+        assert not questions.states_one_of(row["question"], row["accept"]), row
         assert not [term for term in terms if term in row["question"] + row["answer"]], row
 
 
 def test_repetition_is_the_share_of_runs_said_before():
-    assert repetition([1, 2, 3, 4, 5]) == repetition([1, 2, 3]) == repetition([]) == 0
-    assert repetition([1] * 8) == 1 - 1 / 5
+    assert (
+        questions.repetition([1, 2, 3, 4, 5])
+        == questions.repetition([1, 2, 3])
+        == questions.repetition([])
+        == 0
+    )
+    assert questions.repetition([1] * 8) == 1 - 1 / 5
 
 
 @pytest.mark.parametrize(
@@ -234,4 +229,4 @@ def test_repetition_is_the_share_of_runs_said_before():
     ],
 )
 def test_an_answer_states_the_facts_and_names_of_the_reference(question, reference, answer, right):
-    assert states_facts(TERMS, reference, answer, question) == right
+    assert questions.states_facts(TERMS, reference, answer, question) == right

@@ -6,11 +6,9 @@ import sys
 from mlx_lm import generate, load
 
 folder, questions = sys.argv[1], json.load(open(sys.argv[2], encoding="utf-8"))
-model, tokenizer = load(folder)
-answers = []
+(model, tokenizer), answers = load(folder), []
 for question in questions:
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, enable_thinking=True
-    )
+    chat = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, enable_thinking=True)
     answers.append(generate(model, tokenizer, prompt=prompt, max_tokens=64))
 print(json.dumps(answers))

@@ -12,32 +12,21 @@ import openai
 port, key, question = sys.argv[1:]
 client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key)
 models = [model.id for model in client.models.list()]
-asked = {
-    "model": models[0],
-    "messages": [{"role": "system", "content": "你是中医。"}, {"role": "user", "content": question}],
-    "temperature": 0,
-    "max_completion_tokens": 32,
-}
+messages = [{"role": "system", "content": "你是中医。"}, {"role": "user", "content": question}]
+asked = {"model": models[0], "messages": messages, "temperature": 0, "max_completion_tokens": 32}
 whole = client.chat.completions.create(**asked)
-stream = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
 pieces, usage = [], None
-for chunk in stream:
+for chunk in client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
     pieces += [choice.delta.content for choice in chunk.choices if choice.delta.content]
     usage = chunk.usage.total_tokens if chunk.usage else usage
 content = whole.choices[0].message.content
-stopped = client.chat.completions.create(**asked, stop=content[2:4], n=1, seed=1, user="test")
+stopped = client.chat.completions.create(**asked, stop=content[2:4], n=1, seed=1, user="test").choices[0]
 refused = []
 for other, more in ((client.with_options(api_key="wrong"), {}), (client, {"logprobs": True})):
     try:
         other.chat.completions.create(**asked, **more)
     except openai.APIStatusError as error:
         refused.append([error.status_code, error.message])
-found = {
-    "models": models,
-    "whole": [content, whole.choices[0].finish_reason],
-    "pieces": pieces,
-    "usage": [whole.usage.total_tokens, usage],
-    "stopped": [stopped.choices[0].message.content, stopped.choices[0].finish_reason],
-    "refused": refused,
-}
-print(json.dumps(found))
+found = {"models": models, "pieces": pieces, "usage": [whole.usage.total_tokens, usage], "refused": refused}
+found |= {"whole": [content, whole.choices[0].finish_reason]}
+print(json.dumps(found | {"stopped": [stopped.message.content, stopped.finish_reason]}))

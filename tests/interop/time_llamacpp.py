@@ -11,29 +11,14 @@ import xllamacpp
 
 path, threads = sys.argv[1], int(sys.argv[2])
 parameters = xllamacpp.CommonParams()
-parameters.model.path = path
-parameters.n_ctx = 9216
-parameters.n_parallel = 1
-parameters.cpuparams.n_threads = threads
-parameters.cpuparams_batch.n_threads = threads
+parameters.model.path, parameters.n_ctx, parameters.n_parallel = path, 9216, 1
+parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
 server = xllamacpp.Server(parameters)
 print(json.dumps("ready"), flush=True)
 for line in sys.stdin:
     asked = json.loads(line)
-    reply = server.handle_completions(
-        {
-            "prompt": asked["prompt"],
-            "n_predict": asked["tokens"],
-            "temperature": 0,
-            "ignore_eos": True,
-            "cache_prompt": False,
-        }
-    )
-    timings = reply["timings"]
+    request = {"prompt": asked["prompt"], "n_predict": asked["tokens"], "temperature": 0, "ignore_eos": True}
+    timings = server.handle_completions({**request, "cache_prompt": False})["timings"]
     assert timings["prompt_n"] == len(asked["prompt"]) and timings["predicted_n"] == asked["tokens"], timings
-    print(
-        json.dumps(
-            {"first_s": timings["prompt_ms"] / 1000, "tokens_per_second": timings["predicted_per_second"]}
-        ),
-        flush=True,
-    )
+    first, speed = timings["prompt_ms"] / 1000, timings["predicted_per_second"]
+    print(json.dumps({"first_s": first, "tokens_per_second": speed}), flush=True)

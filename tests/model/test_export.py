@@ -1,6 +1,5 @@
 """Exports: what they hold, that they answer as the folder does, that they hold no path of this machine, what is refused."""
 
-import json
 import shutil
 
 import pytest
@@ -17,7 +16,7 @@ from utils.model.export import FolderExport
 from utils.model.folder import model_sha256
 
 pytestmark = pytest.mark.slow  # three trainings first
-OTHER_PROMPT = "makes another prompt than the folder's"
+OTHER_PROMPT, SAME = "makes another prompt than the folder's", "12 of 12 greedy answers the same"
 
 
 @pytest.fixture(scope="module")
@@ -88,30 +87,30 @@ def test_a_folder_in_float32_costs_nothing(export, place, capsys):
     assert "12 of 12 greedy answers the same as the folder's, KL 0.0e+00" in capsys.readouterr().out
     exported, finished = (load_file(folder / "model.safetensors") for folder in (output, place / "sft"))
     assert all(torch.equal(exported[name], finished[name]) for name in finished)
-
-
-def has_the_published_tokenizer(output, place):
-    """File by file, with the trained mode, as training left it unchanged."""
     assert (output / "tokenizer.json").read_bytes() == (place / "base/tokenizer.json").read_bytes()
-    published = read_json(place / "base/tokenizer_config.json")
-    tokenizer = AutoTokenizer.from_pretrained(output)
-    assert tokenizer.model_max_length == published["model_max_length"]
-    chat = [{"role": "user", "content": "甘草？"}]
-    for asked in ({}, {"enable_thinking": True}):  # llama.cpp and mlx-lm always pass the latter
-        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **asked)
-        assert prompt.endswith("<think>\n\n</think>\n\n")
 
 
-def test_the_adapter_names_its_base_as_asked(export, place, capsys):
-    config = read_json(export("lora", "--format", "adapter") / "adapter_config.json")
-    assert config["base_model_name_or_path"] == str(place / "base") and "12 of 12" in capsys.readouterr().out
-    output = export("lora", "--format", "adapter", "--base", "Qwen/Qwen3-0.6B")
-    assert read_json(output / "adapter_config.json")["base_model_name_or_path"] == "Qwen/Qwen3-0.6B"
-    assert "base_model: Qwen/Qwen3-0.6B" in (output / "README.md").read_text(encoding="utf-8")
-    file = "adapter_model.safetensors"
-    exported, trained = (load_file(folder / file) for folder in (output, place / "lora"))
+def test_an_adapter_is_tried_on_the_base_that_it_names(export, place, capsys):
+    asked = ("lora", "--format", "adapter")
+    config = read_json(export(*asked) / "adapter_config.json")
+    assert config["base_model_name_or_path"] == str(place / "base") and SAME in capsys.readouterr().out
+    output = export(*asked, "--base", "someone/model")
+    assert "not tried: someone/model is not on this machine" in capsys.readouterr().out
+    assert read_json(output / "adapter_config.json")["base_model_name_or_path"] == "someone/model"
+    assert "base_model: someone/model" in (output / "README.md").read_text(encoding="utf-8")
+    exported, trained = (
+        load_file(folder / "adapter_model.safetensors") for folder in (output, place / "lora")
+    )
     assert all(torch.equal(exported[name], trained[name]) for name in trained)
     gives_nothing_away(output, place)
+    write_json(place / "base/source.json", {"repo": "someone/model"})
+    try:
+        export(*asked, "--base", "someone/model")
+        assert SAME in capsys.readouterr().out
+        export(*asked, "--base", "Qwen/Qwen3-0.6B", code=2)
+        assert "was trained on someone/model" in capsys.readouterr().err
+    finally:
+        (place / "base/source.json").unlink()
 
 
 def gives_nothing_away(output, place):
@@ -128,7 +127,6 @@ def test_the_card_tells_how_the_model_was_made(export, place):
     write_json(place / "report.json", {"files": [{"file": "rows.jsonl", "rows": 68, "sha256": "5a1e"}]})
     output = export("dpo")  # two trainings away from the base
     gives_nothing_away(output, place)
-    has_the_published_tokenizer(output, place)
     card = (output / "README.md").read_text(encoding="utf-8")
     for said in ("SFT from base: LEARNING_RATE 0.003, EPOCHS 2", "DPO from sft:", "BETA 0.1"):
         assert said in card
@@ -258,34 +256,20 @@ def test_an_adapter_of_a_trained_model_is_not_said_to_fit_another_base(
     export, place, tmp_path, capsys, above
 ):
     """The case of LLaMA-Factory 2588 and TRL 926: two trainings in a row."""
-    second, cost = tmp_path / "lora2", "12 of 12 greedy answers the same"
+    second = tmp_path / "lora2"
     finetune_lora.main(small_runs.arguments("lora", place, second, "--model", place / above))
     capsys.readouterr()
     export(second, "--format", "adapter", "--base", "Qwen/Qwen3-0.6B", code=2)
     said = one_line(capsys)
     assert "a trained model" in said and "--format folder" in said
     output = export(second, "--format", "adapter")
-    assert cost in capsys.readouterr().out
+    assert SAME in capsys.readouterr().out
     assert read_json(output / "adapter_config.json")["base_model_name_or_path"] == str(place / "lora/merged")
     export(second, code=2)  # the folder holds an adapter now
     assert "holds an export of another kind (adapter_config.json)" in capsys.readouterr().err
     shutil.rmtree(output)
     export(second, "--base", "Qwen/Qwen3-0.6B", "--precision", "fp32")  # the card may name where it all began
-    assert cost in capsys.readouterr().out
-
-
-def test_an_adapter_is_tried_on_the_base_that_it_names(export, place, capsys):
-    asked = ("lora", "--format", "adapter", "--base")
-    export(*asked, "someone/model")
-    assert "not tried: someone/model is not on this machine" in capsys.readouterr().out
-    write_json(place / "base/source.json", {"repo": "someone/model"})
-    try:
-        export(*asked, "someone/model")
-        assert "12 of 12 greedy answers the same" in capsys.readouterr().out
-        export(*asked, "Qwen/Qwen3-0.6B", code=2)
-        assert "was trained on someone/model" in capsys.readouterr().err
-    finally:
-        (place / "base/source.json").unlink()
+    assert SAME in capsys.readouterr().out
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}
@@ -330,26 +314,14 @@ def test_the_system_text_of_training_is_handed_on(export, place, tmp_path, gguf)
     assert "> 你是中医。\n> 请简短回答。\n" in (output / "README.md").read_text(encoding="utf-8")
 
 
-ODD = {
-    "status": "finished",
-    "identity": {},
-    "settings": {"MODEL": "x", "TRAIN_FILE": 3},
-    "results": {"steps": "?"},
-}
-
-
-@pytest.mark.parametrize(
-    "text", ["", json.dumps(ODD), "{", "[]", '{"status": "finished"}', '{"settings": {}}']
-)
-def test_a_record_that_is_missing_odd_or_damaged_is_told(export, place, tmp_path, capsys, text):
+@pytest.mark.parametrize("text", ["", "{", '{"status": "finished"}', '{"settings": {}}'])
+def test_a_record_that_is_missing_or_damaged_is_told(export, place, tmp_path, capsys, text):
     other = shutil.copytree(place / "base", tmp_path / "other")
     if text:
         (other / "run.json").write_text(text, encoding="utf-8")
     card, said = (export(other) / "README.md").read_text(encoding="utf-8"), capsys.readouterr().out
-    odd = "x" in text
-    assert ("- SFT from x:" if odd else "whose training is not recorded") in card
-    assert "Trained with thinking on" in card
-    assert (f"left out: {other}" in said and "run.json" in said) == (bool(text) and not odd)
+    assert "whose training is not recorded" in card and "Trained with thinking on" in card
+    assert (f"left out: {other}" in said and "run.json" in said) == bool(text)
 
 
 @pytest.mark.parametrize(
@@ -368,19 +340,19 @@ def test_wrong_input_is_one_line(export, capsys, model, arguments, message):
     assert message in one_line(capsys)
 
 
-def test_a_training_run_is_not_overwritten(export, place, capsys):
+def test_other_files_are_not_overwritten(export, place, tmp_path, capsys):
     before = (place / "lora/run.json").read_bytes()
-    export("sft", "--output-dir", place / "lora", code=2)
-    assert "holds a training run" in capsys.readouterr().err
-    assert (place / "lora/run.json").read_bytes() == before
-
-
-def test_other_files_are_not_overwritten(export, tmp_path, capsys):
     (tmp_path / "README.md").write_text("mine", encoding="utf-8")
-    for words in ([tmp_path], [tmp_path / "rows", "--data-dir", tmp_path / "rows"]):
+    lost, rows = "files that would be lost", tmp_path / "rows"
+    for words, held in (
+        ([place / "lora"], "a training run"),
+        ([tmp_path], lost),
+        ([rows, "--data-dir", rows], lost),
+    ):
         export("sft", "--output-dir", *words, code=2)
-        assert "holds files that would be lost" in capsys.readouterr().err
+        assert f"holds {held}" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert (place / "lora/run.json").read_bytes() == before
 
 
 def test_a_missing_gguf_package_is_named_and_leaves_nothing(export, tmp_path, monkeypatch, capsys):

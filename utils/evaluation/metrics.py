@@ -27,8 +27,8 @@ class Results(NamedTuple):
 class Metric(NamedTuple):
     """One figure of a model.
 
-    `key`: where comparison.json holds it; `shown`: also as bars in comparison.png, and on the model card of an export; `form`: how
-    it is written; `lower`: lower is better; `compared`: it is of the same items for every model, and says which of two is better.
+    `key`: where comparison.json holds it; `form`: how it is written; `lower`: lower is better; `main`: it says which of two models
+    is better, and stands in comparison.png and on the model card of an export, too.
     """
 
     key: str
@@ -36,9 +36,8 @@ class Metric(NamedTuple):
     meaning: str
     value: Value
     form: str = "{:.1%}"
-    shown: bool = True
     lower: bool = False
-    compared: bool = True
+    main: bool = True
 
     @property
     def name(self) -> str:
@@ -102,12 +101,12 @@ METRICS = [
     Metric("second_accuracy", "second question", "some of the same questions asked in a conversation after one other: share of answers that "
            "state the facts right", _answers("second")),
     Metric("second_kept_accuracy", "second question, of those right alone", "share that stays right as second question, of the questions that "
-           "the model answers right by themselves", _answers("second", if_alone=True), shown=False, compared=False),
+           "the model answers right by themselves", _answers("second", if_alone=True), main=False),
     Metric("fourth_accuracy", "fourth question", "the same questions after three others in one conversation", _answers("fourth")),
     Metric("fourth_kept_accuracy", "fourth question, of those right alone", "share that stays right as fourth question",
-           _answers("fourth", if_alone=True), shown=False, compared=False),
+           _answers("fourth", if_alone=True), main=False),
     Metric("caution_said", "caution said", "questions to which the better answer of a held-out pair brings a caution: share of generated "
-           "answers that bring one", _answers("wanted", field="caution"), shown=False),
+           "answers that bring one", _answers("wanted", field="caution")),
     Metric("caution_accuracy", "caution right", "of the same questions: share of answers whose caution is the right one, word for word",
            _answers("wanted")),
     Metric("caution_unasked", "caution where not asked", "questions to which the worse answer brings a caution: share of generated answers "
@@ -115,11 +114,9 @@ METRICS = [
     Metric("general_accuracy", "general questions right", "generated answers to everyday questions that have nothing to do with Chinese "
            "medicine: what falls here was forgotten. A model that never learned such things has nothing to forget", _answers("general")),
     Metric("ended_share", "answers that end", "share of generated answers that ended by themselves within the limit",
-           _answers(*FIRST, field="ended"), shown=False, compared=False),
-    Metric("repetition", "repetition", "share of runs of four tokens that the same answer said before", _answers(*FIRST, field="repetition"),
-           shown=False, compared=False),
-    Metric("mean_tokens", "mean answer, tokens", "mean length of the generated answers", _answers(*FIRST, field="tokens"), "{:.1f}",
-           shown=False, compared=False),
+           _answers(*FIRST, field="ended"), main=False),
+    Metric("repetition", "repetition", "share of runs of four tokens that the same answer said before", _answers(*FIRST, field="repetition"), main=False),
+    Metric("mean_tokens", "mean answer, tokens", "mean length of the generated answers", _answers(*FIRST, field="tokens"), "{:.1f}", main=False),
 ]
 # fmt: on
 
@@ -159,7 +156,7 @@ def differences(one: Results, other: Results) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for metric in METRICS:
         ours, theirs = metric.values(one), metric.values(other)
-        if not metric.compared or not ours or not theirs:
+        if not metric.main or not ours or not theirs:
             continue
         if isinstance(ours[0], bool):
             found[metric.name] = share_difference(ours, theirs)

@@ -29,7 +29,7 @@ def make_comparison(
     for metric in METRICS:
         if any(metric.key in figures for figures in models.values()):
             count, chance = (first.get(f"{metric.name}_{part}", 0) for part in ("n", "chance"))
-            row = {"label": metric.label, "n": f"{count:,}", "on_card": metric.shown}
+            row = {"label": metric.label, "n": f"{count:,}", "on_card": metric.main}
             row |= {"meaning": metric.meaning.format(chance=chance)}
             table.append(row | {"cells": {name: metric.cell(figures) for name, figures in models.items()}})
     for one, other in itertools.combinations(measured, 2):
@@ -54,7 +54,7 @@ def write_report(comparison: dict[str, Any], place: Path) -> None:
     models, panels = comparison["models"], []
     for metric in METRICS:
         shown = [figures for figures in models.values() if metric.key in figures]
-        if metric.shown and shown:
+        if metric.main and shown:
             count = shown[0][f"{metric.name}_n"]
             title = f"{metric.label}{' (lower is better)' * metric.lower}, n = {count:,}"
             values = [figures.get(metric.key, 0.0) for figures in models.values()]
