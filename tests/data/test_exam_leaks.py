@@ -13,8 +13,8 @@ def test_six_ways_to_ask_are_found_and_innocent_rows_stay(tmp_path, convert):
     exam, others = items[:200], items[200:400]
     known = {(item["question"], item["options"][item["answer"]]) for item in exam}
     others = [item for item in others if (item["question"], item["options"][item["answer"]]) not in known]
-    guilty = [row for item in exam for row in ways_to_ask(item, chance).values()]
-    innocent = [row for item in others for row in ways_to_ask(item, chance).values()]
+    guilty = [row for item in exam for row in ways_to_ask(item, chance)]
+    innocent = [row for item in others for row in ways_to_ask(item, chance)]
     files = [write_lines(tmp_path / "exam.jsonl", *exam)]
     for name, rows in (("guilty", guilty), ("innocent", innocent)):
         files.append(write_lines(tmp_path / f"{name}.jsonl", *({**row, "split": "train"} for row in rows)))

@@ -158,68 +158,58 @@ REASONED = [{**turns("问", "答")[0]}, {**turns("问", "答")[1], "reasoning_co
 ASKED = turns("问", "答")
 LONG = turns("问", "答", "再问", "再答", system="医")
 PARTS = [{"type": "text", "text": "麻黄"}, {"type": "text", "text": "的药性？"}]
-# A row, and the messages that it becomes and the fields of it that are not used.
-READ = [
-    ({"instruction": "问", "input": float("nan"), "output": "答", "year": "nan"}, ASKED, []),
-    ({"instruction": "问", "input": "<noinput>", "output": "答"}, ASKED, []),
-    ({"instruction": ["问"], "input": "", "output": ["答"]}, ASKED, []),
-    ({"question": "问", "reasoning": "想", "answer": "答"}, REASONED, []),
-    ({"instruction": "问", "input": "", "cot": "想", "output": "答"}, REASONED, []),
-    ({"input": "问", "reasoning_content": "想", "content": "答"}, REASONED, []),
-    ({"messages": [ASKED[0], {**ASKED[1], "thinking": "想"}]}, REASONED, []),
+AS_ASKED = [  # rows that become the conversation ASKED, all their fields used
+    {"instruction": "问", "input": float("nan"), "output": "答", "year": "nan"}, {"ask": "问", "answer": "答"},
+    {"instruction": ["问"], "input": "<noinput>", "output": ["答"]}, {"questions": ["问"], "answers": ["答"]},
+    {"data": ["问：问", "答：答"]}, {"data": ["Q: 问", "A: 答"]}, {"instruction": "问：问", "output": "答：答"},
+    {"conversations": [[{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]]}, {"症状": "问", "处方": "答"},
+    {"dialogue": [{"speaker": "患者", "text": "问"}, {"speaker": "医生", "sentence": "答"}]}, {"prompt": "问", "response": "答"},
+    {"instruction": "Human: 问\n\nAssistant:", "output": "答"}, {"text": "### Human: 问### Assistant: 答"},
+    {"messages": ASKED, "tools": "[]", "loss_mask": [0, 1]}, {"query": "问", "response": "<think>\n\n</think>\n\n答"},
+    {"prompt": "问", "completion": "答", "label": True}, {"prompt": ASKED[:1], "completion": ASKED[1:]},
+]  # fmt: skip
+AS_REASONED = [
+    {"question": "问", "reasoning": "想", "answer": "答"}, {"instruction": "问", "input": "", "cot": "想", "output": "答"},
+    {"input": "问", "reasoning_content": "想", "content": "答"}, {"messages": [ASKED[0], {**ASKED[1], "thinking": "想"}]},
+    {"Instruction": "问", "Reasoning-Content": "想", "Output": "答"}, {"Question": "问", "Complex_CoT": "想", "Response": "答"},
+    {"query": "问", "response": "<think>\n想\n</think>\n\n答"}, {"query": "问", "response": "想</think>答"},
+]  # fmt: skip
+READ = [  # a row, the messages that it becomes, and the fields of it that are not used
+    *((row, ASKED, []) for row in AS_ASKED),
+    *((row, REASONED, []) for row in AS_REASONED),
     ({"messages": [ASKED[0], {**ASKED[1], "reasoning": "想"}], "n": 3}, REASONED, ["n"]),
     ({"messages": [ASKED[0], {**ASKED[1], "thinking": "想", "reasoning": "思"}]}, None, ["messages[].thinking"]),
     ({"messages": REASONED, "cot": "别的"}, REASONED, ["cot"]),
-    ({"system_prompt": "医", "instruction": "问", "input": "", "output": "答"}, turns("问", "答", system="医"), []),
-    ({"messages": ASKED, "系统提示": "医"}, turns("问", "答", system="医"), []),
+    ({"system_prompt": "医", "instruction": "问", "input": "", "output": "答"}, LONG[:3], []),
+    ({"messages": ASKED, "系统提示": "医"}, LONG[:3], []),
+    ({"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}], "system": "医"}, LONG[:3], []),
+    ({"instruction": "问", "input": "N/A", "output": "答", "systemPrompt": "医"}, LONG[:3], []),
+    ({"question": "问", "answer": "答", "system": "医", "question_type": "简答题"}, LONG[:3], ["question_type"]),
+    ({"messages": LONG}, LONG, []),
     ({"instruction": "只用一句话。", "question": "问", "answer": "答"}, ASKED, ["instruction"]),
-    ({"instruction": "问", "context": "文", "response": "答"}, turns("问\n文", "答"), []),
     ({"query": "问", "response": "答", "label": "内科"}, ASKED, ["label"]),
-    ({"prompt": "问", "completion": "答", "label": True}, ASKED, []),
     ({"question": "问", "answer": "答", "score": 3, "model_answer": "别"}, ASKED, ["score", "model_answer"]),
-    ({"data": ["问：问", "答：答"]}, ASKED, []),
-    ({"data": ["Q: 问", "A: 答"]}, ASKED, []),
-    ({"instruction": "问：问", "output": "答：答"}, ASKED, []),
-    ({"instruction": "问：问", "output": "答案"}, turns("问：问", "答案"), []),
-    ({"instruction": "答：问", "output": "答案"}, turns("答：问", "答案"), []),
-    ({"conversations": [[{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]]}, ASKED, []),
-    ({"instruction": "问", "input": "N/A", "output": "答", "systemPrompt": "医"}, turns("问", "答", system="医"), []),
-    ({"Instruction": "问", "Reasoning-Content": "想", "Output": "答"}, REASONED, []),
-    ({"dialogue": [{"speaker": "患者", "text": "问"}, {"speaker": "医生", "text": "答"}]}, ASKED, []),
-    ({"questions": ["问"], "answers": ["答"]}, ASKED, []),
     ({"kind": "问答", "input": "问", "target": "答"}, ASKED, ["kind"]),
-    ({"dialogue": [{"speaker": "病人", "sentence": "问"}, {"speaker": "大夫", "sentence": "答"}]}, ASKED, []),
     ({"conversation": [{"human": "问", "assistant": "答"}], "id": "7"}, ASKED, ["id"]),
-    ({"instruction": "<user>: 一 <bot>: 二 <user>: 问", "output": "答"}, turns("一", "二", "问", "答"), []),
-    ({"instruction": "Human: 问\n\nAssistant:", "output": "答"}, ASKED, []),
-    ({"text": "### Human: 问### Assistant: 答"}, ASKED, []),
-    ({"instruction": "医生：您好\n患者：问", "output": "答"}, ASKED, [HALVES]),
-    ({"instruction": "患者：一\n医生：二\n患者：问", "output": "答"}, turns("一", "二", "问", "答"), []),
-    ({"instruction": "患者：男，四十岁。", "output": "答"}, turns("患者：男，四十岁。", "答"), []),
     ({"text": "Human: 问\nAssistant: 答", "source": "某处"}, ASKED, ["source"]),
+    ({"提问": "问", "回答": "答", "科室": "内科"}, ASKED, ["科室"]),
     ({"messages": [{**ASKED[0], "loss": False}, {**ASKED[1], "loss": True, "name": "甲"}]}, ASKED, ["messages[].name"]),
     ({"messages": [ASKED[0], {**ASKED[1], "weight": 0.5}]}, ASKED, ["messages[].weight"]),
-    ({"messages": ASKED, "tools": "[]", "loss_mask": [0, 1]}, ASKED, []),
-    ({"instruction": "问", "input": "补充", "output": "答"}, turns("问\n补充", "答"), []),
-    ({"instruction": "问", "input": None, "output": "答", "history": [["前问", "前答"]]}, turns("前问", "前答", "问", "答"), []),
+    ({"instruction": "问", "context": "文", "response": "答"}, turns("问\n文", "答"), []),
     ({"指令": "问", "输入": "补充", "输出": "答"}, turns("问\n补充", "答"), []),
+    ({"instruction": "问：问", "output": "答案"}, turns("问：问", "答案"), []),
+    ({"instruction": "患者：男，四十岁。", "output": "答"}, turns("患者：男，四十岁。", "答"), []),
+    ({"instruction": "<user>: 一 <bot>: 二 <user>: 问", "output": "答"}, turns("一", "二", "问", "答"), []),
+    ({"instruction": "患者：一\n医生：二\n患者：问", "output": "答"}, turns("一", "二", "问", "答"), []),
+    ({"instruction": "问", "output": "答", "history": [["前问", "前答"]]}, turns("前问", "前答", "问", "答"), []),
     ({"query": "问", "response": " 答\r\n二 "}, turns("问", "答\n二"), []),
-    ({"question": "问", "answer": "答", "system": "医", "question_type": "简答题"}, turns("问", "答", system="医"), ["question_type"]),
-    ({"prompt": "问", "completion": "答"}, ASKED, []),
-    ({"prompt": ASKED[:1], "completion": ASKED[1:]}, ASKED, []),
-    ({"messages": LONG}, LONG, []),
-    ({"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}], "system": "医"}, LONG[:3], []),
     ({"messages": [{"role": "user", "content": PARTS}, {"role": "assistant", "content": PARTS[:1]}]}, turns("麻黄\n的药性？", "麻黄"), []),
-    ({"Question": "问", "Complex_CoT": "想", "Response": "答"}, REASONED, []),
-    ({"query": "问", "response": "<think>\n想\n</think>\n\n答"}, REASONED, []),
-    ({"query": "问", "response": "想</think>答"}, REASONED, []),
-    ({"query": "问", "response": "<think>\n\n</think>\n\n答"}, ASKED, []),
-    ({"提问": "问", "回答": "答", "科室": "内科"}, ASKED, ["科室"]),
-    ({"症状": "问", "处方": "答"}, ASKED, []),
     ({"department": "内科", "title": "标题", "ask": "问", "answer": "答"}, turns("标题\n问", "答"), ["department"]),
     ({"title": "头痛", "ask": "头痛三天", "answer": "答"}, turns("头痛三天", "答"), []),
-    ({"prompt": "问", "response": "答"}, ASKED, []),
-    ({"ask": "问", "answer": "答"}, ASKED, []),
+    # turns without their other half
+    ({"instruction": "医生：您好\n患者：问", "output": "答"}, ASKED, [HALVES]),
+    ({"messages": turns("", "欢迎", "问", "答")[1:]}, ASKED, [HALVES]),
+    ({"messages": turns("问", "答", "再问", system="医")}, LONG[:3], [HALVES]),
 ]  # fmt: skip
 
 
@@ -240,25 +230,11 @@ def test_every_field_is_used_or_named(row, messages, unused):
     assert list(item.unused) == unused
     # By another way: what stands in a field that is not named stands in the result, but for marks of who speaks.
     made = json.dumps(item.body, ensure_ascii=False)
-    for name, text in texts_in(row):
+    marks = "</?think>|^(?:human|gpt|患者|医生)$|[<#]*[ ]?(?:q|a|user|bot|human|assistant|患者|医生|问|答)>?[:：]|\\s+"
+    for name, text in texts_in(row) if HALVES not in unused else ():
         if name not in unused and not is_empty(text) and not name.endswith(".type"):
-            marks = r"\s*(?:医生：您好|</?think>|^human$|^gpt$|^病人$|^大夫$|[<#]*\s*(?:q|a|user|bot|human|assistant|患者|医生|问|答)>?[:：]|^患者$|^医生$|\s+)\s*"
             words = re.split(marks, text, flags=re.IGNORECASE)
             assert all(word in made for word in words), (name, text)
-
-
-TRIMMED = [  # a conversation, and the whole exchanges of it that are kept
-    (turns("", "欢迎", "问", "答")[1:], ASKED),
-    (turns("问", "答", "再问"), ASKED),
-    ([*turns(system="医"), *turns("", "欢迎", "问", "答", "再问")[1:]], LONG[:3]),
-]
-
-
-@pytest.mark.parametrize("messages, kept", TRIMMED)
-def test_turns_without_their_other_half_are_left_out_and_counted(messages, kept):
-    item = convert_row({"messages": messages})
-    assert list(item.unused) == [HALVES] and item.body["messages"] == kept
-    assert not convert_row({"messages": kept}).unused
 
 
 GOOD, BAD = ({"role": "assistant", "content": text} for text in ("好", "坏"))
@@ -293,105 +269,81 @@ def answer(**more):
     return {"messages": [ASKED[0], {**ASKED[1], **more}, *turns("再问", "再答")]}
 
 
-ASIDE = [
-    (answer(loss=False), "marked as not to be learnt"),
-    (answer(loss=0), "marked as not to be learnt"),
-    (answer(train="false"), "marked as not to be learnt"),
-    (answer(loss="0"), "marked as not to be learnt"),
-    (answer(trainable=False), "marked as not to be learnt"),
-    (answer(weight=0), "marked as not to be learnt"),
-    (answer(mask=1), "marked as not to be learnt"),
-    ({"messages": [ASKED[0], {**ASKED[1], "loss": False}]}, "marked as not to be learnt"),
-    ({"messages": turns("问", "答", "再问", "再答"), "loss_mask": [0, 0, 0, 1]}, "marked as not to be learnt"),
-    ({"messages": ASKED, "loss_mask": [0, 0, 1, 1, 1]}, "marked as not to be learnt"),
-    ({"messages": turns("问", "答", "再问", "再答"), "weights": [0, 0, 0, 1]}, "marked as not to be learnt"),
-    ({"messages": ASKED, "mask": [1, 0]}, "marked as not to be learnt"),
-    ({"instruction": "问", "output": "答", "train": False}, "marked as not to be learnt"),
-    ({"prompt": "问", "completion": "坏", "label": False}, "marked as not to be learnt"),
-    ({"messages": ASKED, "kto_tag": "false"}, "marked as not to be learnt"),
-    ({"messages": [ASKED[0], {**ASKED[1], "weight": 0}]}, "marked as not to be learnt"),
-    ({"messages": ASKED, "tools": [{"name": "x"}]}, "tool calls are not trained"),
-    ({"messages": [ASKED[0], {**ASKED[1], "tool_calls": [{}]}]}, "tool calls are not trained"),
-    ({"messages": [ASKED[0], {**ASKED[1], "content": None, "function_call": {"n": 1}}]}, "tool calls are not trained"),
-    ({"conversations": [{"from": "human", "value": "问"}, {"from": "observation", "value": "1"}]}, "tool calls are not trained"),
-    ({"messages": ASKED, "rejected_images": ["x"]}, "a rejected answer of an unknown form"),
-    ({"query": "问", "response": "答", "label": 0, "analysis": "析"}, "a label or score beside the answer"),
-    ({"query": "问", "response": "答", "score": "0.5"}, "a label or score beside the answer"),
-    ({"messages": ASKED, "reward": -1.5}, "a label or score beside the answer"),
-    ({"prompt": "问", "chosen": "<think>想</think>好", "rejected": "坏"}, "reasoning on one side of a pair"),
-    ({"query": "问", "response": "<think>想</think>答", "thinking": "思"}, "reasoning given twice"),
-    ({"question": STEM, "options": HERBS}, "exam question without an answer"),
-    ({"question": STEM, **LETTERED, "answer": ""}, "exam question without an answer"),
-    ({"question": STEM, "answer": "B"}, "an option letter without its options"),
-    ({"instruction": STEM, "output": "答案：ABD"}, "an option letter without its options"),
-    ({"instruction": STEM, "output": "B", "rejected": "A"}, "an option letter without its options"),
-    ({"instruction": STEM, "output": "故选B项。"}, "an option letter without its options"),
-    ({"instruction": STEM, "output": "The correct answer is (B)."}, "an option letter without its options"),
-    ({"instruction": STEM, "output": "b"}, "an option letter without its options"),
-    ({"messages": turns("一", "二", STEM, "B")}, "an option letter without its options"),
-    ({"messages": turns("一", "二", f"{STEM}\n{BELOW}", "B")}, "an exam question inside a conversation"),
-    ({"question": "问", "answer": "NaN"}, "missing or empty answer"),
-    ({"instruction": "问", "output": ["好", "坏"]}, "wrong type"),
-    ({"data": ["头痛", "多久"]}, "fields not recognised"),
-    ({"prompt": "[INST] 问 [/INST]", "completion": "答"}, "control tokens"),
-    ({"instruction": "问", "output": "答</s>"}, "control tokens"),
-    ({"instruction": "问", "output": "答<|eot_id|>"}, "control tokens"),
-    ({"instruction": "问", "output": "答[UNUSED_TOKEN_145]"}, "control tokens"),
-    ({"instruction": "问<eoh>", "output": "答"}, "control tokens"),
-    ({"instruction": "问", "output": "答<｜end▁of▁sentence｜>"}, "control tokens"),
-    ({"instruction": "问", "output": "<tool_call>{}</tool_call>"}, "control tokens"),
-    ({"text": "<|user|>\n问\n<|assistant|>\n答"}, "control tokens"),
-    ({"instruction": "照样答。\n### Instruction:\n问\n### Response:", "output": "答"}, "marks of a dialogue inside a text"),
-    ({"instruction": "问 <bot>:", "output": "答"}, "marks of a dialogue inside a text"),
-    ({"instruction": "[Round 1]\n问：甲\n答：", "output": "乙"}, "marks of a dialogue inside a text"),
-    ({"instruction": "你是医生。\nHuman: 问\nAssistant:", "output": "答"}, "marks of a dialogue inside a text"),
-    ({"messages": [{**turn, "weight": 0} for turn in ASKED] + ASKED}, "marked as not to be learnt"),
-    ({}, "fields not recognised"),
-    ({"text": "麻黄发汗解表。"}, "plain text"),
-    ({"query": "", "response": "答"}, "missing or empty question"),
-    ({"query": "问", "response": "  \n"}, "missing or empty answer"),
-    ({"query": {"a": None}, "response": "答"}, "wrong type"),
-    ({"query": "问", "response": "答\x00"}, "control characters"),
-    ({"query": "问", "response": "答\ud83d"}, "lone surrogate"),
-    ({"prompt": "问", "chosen": "甲", "rejected": "乙", "kind": "\ud83d"}, "lone surrogate"),
-    ({"query": "问", "response": "答\ufffd"}, "undecodable bytes"),
-    ({"query": "问<|im_end|>\n<|im_start|>assistant\n坏", "response": "答"}, "control tokens"),
-    ({"query": "问", "response": "答" * 60_000}, "too long"),
-    ({"query": "问", "response": "<think>没有结束"}, "think block out of place"),
-    ({"query": "问", "response": "<think>一</think>答<think>二</think>"}, "think block out of place"),
-    ({"query": "问", "response": "<think>想</think>"}, "missing or empty answer"),
-    ({"messages": "问"}, "wrong type"),
-    ({"conversations": [["问", "答"]]}, "wrong type"),
-    ({"messages": [{"role": "user", "content": None}, ASKED[1]]}, "missing or empty question"),
-    ({"messages": [{"role": "system", "content": ""}]}, "missing or empty question"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}, *PARTS]}]}, "wrong type"),
-    ({"messages": ASKED[:1]}, "roles out of order"),
-    ({"messages": ASKED[:1] + ASKED}, "roles out of order"),
-    ({"messages": ASKED + turns("再问", system="医")}, "roles out of order"),
-    ({"messages": [{"role": "tool", "content": "问"}]}, "tool calls are not trained"),
-    ({"query": "问", "response": "答", "split": "fold3"}, "unknown split"),
-    ({"instruction": "问", "output": "答", "history": "前"}, "wrong type"),
-    ({"instruction": "问", "output": "答", "history": [["前"]]}, "wrong type"),
-    ({"chosen": "好", "rejected": "坏"}, "missing or empty question"),
-    ({"prompt": "问", "chosen": "好", "rejected": ""}, "missing or empty answer"),
-    ({"prompt": "问", "chosen": "同", "rejected": "同 "}, "chosen equals rejected"),
-    ({"prompt": ASKED, "chosen": "好", "rejected": "坏"}, "roles out of order"),
-    ({"chosen": ASKED, "rejected": turns("别的", "坏")}, "roles out of order"),
-    ({"question": "问", "options": {"A": "甲", "B": "乙"}, "answer": "C"}, "answer not among the options"),
-    ({"question": "问", "options": ["甲", "乙"], "answer": 3}, "answer not among the options"),
-    ({"question": "问", "question_type": "判断题", "answer": "也许"}, "answer not among the options"),
-    ({"question": "问", "options": {"A": "甲", "B": ""}, "answer": "A"}, "missing or empty options"),
-    ({"question": "问", "options": "没有选项", "answer": "A"}, "missing or empty options"),
-    ({"question": "问", "options": {"A": 1, "B": "乙"}, "answer": "A"}, "wrong type"),
-    ({"question": "问", "options": {"A": "甲", "B": "乙"}, "answer": None}, "exam question without an answer"),
-]  # fmt: skip
+TWO = turns("问", "答", "再问", "再答")
+ASIDE = {  # {reason: rows}
+    "marked as not to be learnt": [
+        *(answer(**{mark: sign}) for mark, sign in zip(
+            ("loss", "loss", "train", "trainable", "weight", "mask"), (False, "0", "false", False, 0, 1))),
+        {"messages": [ASKED[0], {**ASKED[1], "weight": 0}]},
+        {"messages": TWO, "loss_mask": [0, 0, 0, 1]}, {"messages": ASKED, "loss_mask": [0, 0, 1, 1, 1]},
+        {"messages": TWO, "weights": [0, 0, 0, 1]}, {"messages": ASKED, "mask": [1, 0]},
+        {"instruction": "问", "output": "答", "train": False}, {"prompt": "问", "completion": "坏", "label": False},
+        {"messages": ASKED, "kto_tag": "false"}],
+    "tool calls are not trained": [
+        {"messages": ASKED, "tools": [{"name": "x"}]}, {"messages": [ASKED[0], {**ASKED[1], "tool_calls": [{}]}]},
+        {"messages": [ASKED[0], {**ASKED[1], "content": None, "function_call": {"n": 1}}]},
+        {"conversations": [{"from": "human", "value": "问"}, {"from": "observation", "value": "1"}]},
+        {"messages": [{"role": "tool", "content": "问"}]}],
+    "a rejected answer of an unknown form": [{"messages": ASKED, "rejected_images": ["x"]}],
+    "a label or score beside the answer": [
+        {"query": "问", "response": "答", "label": 0, "analysis": "析"}, {"query": "问", "response": "答", "score": "0.5"},
+        {"messages": ASKED, "reward": -1.5}],
+    "reasoning on one side of a pair": [{"prompt": "问", "chosen": "<think>想</think>好", "rejected": "坏"}],
+    "reasoning given twice": [{"query": "问", "response": "<think>想</think>答", "thinking": "思"}],
+    "think block out of place": [
+        {"query": "问", "response": text} for text in ("<think>没有结束", "<think>一</think>答<think>二</think>")],
+    "exam question without an answer": [
+        {"question": STEM, "options": HERBS}, {"question": STEM, **LETTERED, "answer": ""},
+        {"question": "问", "options": LETTERED, "answer": None}],
+    "an option letter without its options": [
+        *({"instruction": STEM, "output": text} for text in ("答案：ABD", "故选B项。", "The correct answer is (B).", "b")),
+        {"question": STEM, "answer": "B"}, {"instruction": STEM, "output": "B", "rejected": "A"},
+        {"messages": turns("一", "二", STEM, "B")}],
+    "an exam question inside a conversation": [{"messages": turns("一", "二", f"{STEM}\n{BELOW}", "B")}],
+    "answer not among the options": [
+        {"question": "问", "options": {"A": "甲", "B": "乙"}, "answer": "C"}, {"question": "问", "options": ["甲", "乙"], "answer": 3},
+        {"question": "问", "question_type": "判断题", "answer": "也许"}],
+    "missing or empty options": [
+        {"question": "问", "options": {"A": "甲", "B": ""}, "answer": "A"}, {"question": "问", "options": "没有选项", "answer": "A"}],
+    "missing or empty question": [
+        {"query": "", "response": "答"}, {"messages": [{"role": "user", "content": None}, ASKED[1]]},
+        {"messages": [{"role": "system", "content": ""}]}, {"chosen": "好", "rejected": "坏"}],
+    "missing or empty answer": [
+        *({"query": "问", "response": text} for text in ("NaN", "  \n", "<think>想</think>")),
+        {"prompt": "问", "chosen": "好", "rejected": ""}],
+    "wrong type": [
+        {"instruction": "问", "output": ["好", "坏"]}, {"query": {"a": None}, "response": "答"}, {"messages": "问"},
+        {"conversations": [["问", "答"]]}, {"messages": [{"role": "user", "content": [{"type": "image_url"}, *PARTS]}]},
+        {"instruction": "问", "output": "答", "history": "前"}, {"instruction": "问", "output": "答", "history": [["前"]]},
+        {"question": "问", "options": {"A": 1, "B": "乙"}, "answer": "A"}],
+    "roles out of order": [
+        {"messages": ASKED[:1]}, {"messages": ASKED[:1] + ASKED}, {"messages": ASKED + turns("再问", system="医")},
+        {"prompt": ASKED, "chosen": "好", "rejected": "坏"}, {"chosen": ASKED, "rejected": turns("别的", "坏")}],
+    "chosen equals rejected": [{"prompt": "问", "chosen": "同", "rejected": "同 "}],
+    "control tokens": [
+        *({"instruction": "问", "output": text} for text in (
+            "答</s>", "答<|eot_id|>", "答[UNUSED_TOKEN_145]", "答<｜end▁of▁sentence｜>", "<tool_call>{}</tool_call>")),
+        {"prompt": "[INST] 问 [/INST]", "completion": "答"}, {"instruction": "问<eoh>", "output": "答"},
+        {"text": "<|user|>\n问\n<|assistant|>\n答"}, {"query": "问<|im_end|>\n<|im_start|>assistant\n坏", "response": "答"}],
+    "marks of a dialogue inside a text": [{"instruction": text, "output": "答"} for text in (
+        "照样答。\n### Instruction:\n问\n### Response:", "问 <bot>:", "[Round 1]\n问：甲\n答：", "你是医生。\nHuman: 问\nAssistant:")],
+    "control characters": [{"query": "问", "response": "答\x00"}],
+    "lone surrogate": [
+        {"query": "问", "response": "答\ud83d"}, {"prompt": "问", "chosen": "甲", "rejected": "乙", "kind": "\ud83d"}],
+    "undecodable bytes": [{"query": "问", "response": "答\ufffd"}],
+    "too long": [{"query": "问", "response": "答" * 60_000}],
+    "unknown split": [{"query": "问", "response": "答", "split": "fold3"}],
+    "plain text": [{"text": "麻黄发汗解表。"}],
+    "fields not recognised": [{}, {"data": ["头痛", "多久"]}],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("row, reason", ASIDE)
-def test_what_changes_the_meaning_of_a_row_sets_it_aside(row, reason):
-    with pytest.raises(Reject) as caught:
-        convert_row(row, max_characters=50_000)
-    assert caught.value.reason == reason
+@pytest.mark.parametrize("reason", ASIDE)
+def test_what_changes_the_meaning_of_a_row_sets_it_aside(reason):
+    for row in ASIDE[reason]:
+        with pytest.raises(Reject) as caught:
+            convert_row(row, max_characters=50_000)
+        assert caught.value.reason == reason, row
 
 
 def test_a_label_beside_an_answer_asks_which_is_the_answer(tmp_path, convert):
