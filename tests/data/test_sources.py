@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import time
 import zipfile
 
 import datasets
@@ -14,7 +13,7 @@ import pytest
 from data_rows import write_lines
 
 from utils.data.inputs import InputFile, detect_encoding, find_input_files, says_evaluation
-from utils.data.readers import parse, read_rows
+from utils.data.readers import read_rows
 from utils.errors import UserError
 
 
@@ -32,17 +31,13 @@ NAMES = {  # whether they say that a file is for evaluation
 
 
 def test_names_of_evaluation():
-    assert [name for names in NAMES.values() for name in names.split() if says_evaluation(name)] == NAMES[
-        True
-    ].split()
+    named = list(filter(says_evaluation, " ".join(NAMES.values()).split()))
+    assert named == NAMES[True].split()
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 OTHER = [
-    *(
-        (f"a.{ending}", LFS, "a Git LFS pointer.*git lfs pull")
-        for ending in ("json", "parquet", "xlsx", "jsonl.gz", "zip")
-    ),
+    *((f"a.{ending}", LFS, "a Git LFS pointer") for ending in ("json", "parquet", "jsonl.gz", "zip")),
     ("a.jsonl", b"\n<!DOCTYPE html>\n<html>", "a web page, not the file"),
     ("a.csv", b"\xd0\xcf\x11\xe0\xa1\xb1", "save it as .xlsx"),
     ("a.csv", b"PK\x03\x04", "a .zip or .xlsx file under another name"),
@@ -75,14 +70,6 @@ def test_files_and_folders_say_their_split(tmp_path, convert, capsys):
     assert not convert(data, eval_share=0, split_by_name="false")["sft_eval"]
     given = convert(data / "test.jsonl", eval_share=0)  # named by the user, who says so
     assert len(given["sft_train"]) == 13
-
-
-def test_what_evaluation_files_hold_counts_as_held_out(tmp_path, convert):
-    data = tmp_path / "data"
-    write_lines(data / "train.jsonl", *rows_of("训练", count=100))
-    write_lines(data / "test.jsonl", *rows_of("测试", count=20))
-    assert len(convert(data, eval_share=0.1)["sft_eval"]) == 20
-    assert len(convert(data, eval_share=0.3)["sft_eval"]) == 36
 
 
 def test_skipped_files_are_named(tmp_path, convert, capsys):
@@ -182,29 +169,12 @@ def test_forms_in_which_rows_come(tmp_path, convert, name):
     assert found["report"]["files"][0]["encoding"] == ("parquet" if "parquet" in name else encoding)
 
 
-def test_wrapped_splits_are_splits(tmp_path, convert):
-    (tmp_path / "a.json").write_bytes(dumped({"train": ROWS[:20], "test": ROWS[20:]}))
-    found = convert(tmp_path / "a.json", eval_share=0)
-    assert len(found["sft_train"]) == 20 and len(found["sft_eval"]) == 10
-
-
-@pytest.mark.parametrize(
-    "name, data", [*((name, FORMS[name][:200]) for name in ("a.jsonl.gz", "a.zip")), ("a.xlsx", b"x")]
-)
-def test_damaged_files_are_one_line(tmp_path, convert, name, data):
-    (tmp_path / name).write_bytes(data)
-    with pytest.raises(UserError, match="not a whole .(gz|zip|xlsx) file"):
-        convert(tmp_path / name)
-
-
 @pytest.mark.parametrize("said", [None, b"A1", b"A1:B4"])
 def test_excel_tables(tmp_path, convert, said):
     """Two sheets, a title over the names of the columns, and a wrong size that the first states, as WPS may write it."""
     book = openpyxl.Workbook()
-    for sheet, rows in (
-        (book.active, ROWS[:10]),
-        (book.create_sheet("二"), [*ROWS[10:], {"question": "空"}]),
-    ):
+    sheets = {book.active: ROWS[:10], book.create_sheet("二"): [*ROWS[10:], {"question": "空"}]}
+    for sheet, rows in sheets.items():
         for cells in (["某年的问答"], [], ["问题", "答案", None], *map(list, map(dict.values, rows))):
             sheet.append(cells)
     book.save(tmp_path / "right.xlsx")
@@ -216,16 +186,18 @@ def test_excel_tables(tmp_path, convert, said):
     (tmp_path / "a.xlsx").write_bytes(zipped(parts))
     found = convert(tmp_path / "a.xlsx")
     assert found["report"]["rows_kept"] == 30 and found["report"]["schemas"] == {"问题/答案": 30}
-    assert [(row["line"], row["reason"]) for row in found["set_aside"]] == [
-        ("二!24", "missing or empty answer")
-    ]
+    [aside] = found["set_aside"]
+    assert (aside["line"], aside["reason"]) == ("二!24", "missing or empty answer")
 
 
-def test_a_folder_that_save_to_disk_wrote(tmp_path, convert):
-    parts = {"train": datasets.Dataset.from_list(ROWS[:20]), "test": datasets.Dataset.from_list(ROWS[20:])}
+def test_splits_in_one_file_or_in_a_folder_that_save_to_disk_wrote(tmp_path, convert):
+    parts = {"train": ROWS[:20], "test": ROWS[20:]}
+    (tmp_path / "a.json").write_bytes(dumped(parts))
+    parts = {name: datasets.Dataset.from_list(rows) for name, rows in parts.items()}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")
-    found = convert(tmp_path / "both", eval_share=0)
-    assert len(found["sft_train"]) == 20 and len(found["sft_eval"]) == 10
+    for given in ("a.json", "both"):
+        found = convert(tmp_path / given, eval_share=0)
+        assert len(found["sft_train"]) == 20 and len(found["sft_eval"]) == 10
     parts["train"].save_to_disk(tmp_path / "one")
     assert len(convert(tmp_path / "one", eval_share=0)["sft_train"]) == 20
 
@@ -276,17 +248,20 @@ def test_torture_file(tmp_path, convert):
 
 
 BROKEN = [
-    ('[\n{"query": "问", "response": "答"},\n{"query": "坏" "response": "x"}]', "line 3 column 15"),
-    ('[{"query": "问", "response": "答"}', "line 1 column 33"),
-    ('{"n": 1, "data": [{"query": "问", "response": "答"}]', "line 1 column 51"),
-]
+    ("a.jsonl.gz", FORMS["a.jsonl.gz"][:200], "not a whole .gz file"),
+    ("a.zip", FORMS["a.zip"][:200], "not a whole .zip file"),
+    ("a.xlsx", b"x", "not a whole .xlsx file"),
+    ("a.json", b'[\n{"query": "q", "response": "r"},\n{"query": "q" "response": "r"}]', "a.json: broken JSON: .* line 3 column 15"),
+    ("a.json", b'[{"query": "q", "response": "r"}', "a.json: broken JSON: .* line 1 column 33"),
+    ("a.json", b'{"n": 1, "data": [{"query": "q", "response": "r"}]', "a.json: broken JSON: .* line 1 column 51"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("text, place", BROKEN)
-def test_a_broken_array_is_told_with_the_place(tmp_path, convert, text, place):
-    (tmp_path / "a.json").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=f"a.json: broken JSON: .* {place}"):
-        convert(tmp_path / "a.json")
+@pytest.mark.parametrize("name, data, words", BROKEN)
+def test_a_damaged_file_is_one_line_with_the_place(tmp_path, convert, name, data, words):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=words):
+        convert(tmp_path / name)
 
 
 def test_encoding_of_a_damaged_utf8_file(tmp_path):
@@ -294,13 +269,6 @@ def test_encoding_of_a_damaged_utf8_file(tmp_path):
     path.write_bytes(b"\n".join(["麻黄汤".encode()] * 5 + ["麻黄".encode("gb18030")] * 3 + [b"\xff"]))
     assert detect_encoding(InputFile(path, path.name)) == "utf-8"
     assert len(list(read_rows(InputFile(path, path.name, encoding="utf-8")))) == 9
-
-
-def test_many_duplicate_keys_take_no_longer_than_their_text():
-    text = "{" + ", ".join(f'"k{number % 40_000}": 1' for number in range(80_000)) + "}"
-    start = time.monotonic()
-    assert parse(text).reason == "duplicate keys"
-    assert time.monotonic() - start < 2  # 51 s when every name was counted through the whole list
 
 
 QUOTE = "a quote out of place"
