@@ -82,31 +82,17 @@ def letters_alone(tokenizer, model, item):
 
 def make_arguments(folder):
     """Ten held-out rows, questions of all kinds and pairs as files in `folder`; the arguments that name them."""
-    rows, pairs = [], []
+    answer, rows, pairs = "药性是温。", [], []
     for item in EXAM:
-        question, answer = user(item["question"]), assistant("药性是温。")
-        rows.append({"id": item["id"], "messages": [question, answer]})
-        pairs.append(([question], "药性是温。", "寒。"))
-    pairs += [(ASKED, WITH, WITHOUT), (ASKED, WITHOUT, WITH)]
-    pairs = [
-        {
-            "id": str(n),
-            "prompt": prompt,
-            "chosen": [assistant(good)],
-            "rejected": [assistant(bad)],
-            "kind": "",
-        }
-        for n, (prompt, good, bad) in enumerate(pairs)
-    ]
+        rows.append({"id": item["id"], "messages": [user(item["question"]), assistant(answer)]})
+    told = [([user(item["question"])], answer, "寒。") for item in EXAM]
+    for prompt, good, bad in [*told, (ASKED, WITH, WITHOUT), (ASKED, WITHOUT, WITH)]:
+        sides = {"chosen": [assistant(good)], "rejected": [assistant(bad)]}
+        pairs.append({"id": str(len(pairs)), "prompt": prompt, **sides, "kind": ""})
     arguments = ["--output-dir", folder / "out", *"--max-new-tokens 6 --device cpu --precision fp32".split()]
-    files = {
-        "sft_eval": ("eval", rows),
-        "exam": ("exam", [*EXAM, SEVERAL, *JUDGED]),
-        "dpo_eval": ("pairs", pairs),
-    }
-    for name, (flag, lines) in files.items():
+    for name, lines in {"eval": rows, "exam": [*EXAM, SEVERAL, *JUDGED], "pairs": pairs}.items():
         write_jsonl(folder / f"{name}.jsonl", lines)
-        arguments += [f"--{flag}-file", folder / f"{name}.jsonl"]
+        arguments += [f"--{name}-file", folder / f"{name}.jsonl"]
     return arguments
 
 

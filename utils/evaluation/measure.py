@@ -101,25 +101,19 @@ def measure(folder: str, tests: Tests, settings: Settings, device: Device) -> li
     results = generated_answers(model, tokenizer, tests, settings) if settings.GENERATE else []
     prepare_packed(model)
 
-    def scores(documents, label):
-        """[log-probabilities of the answers, ...] for lists of (prompt, answer) that are packed together."""
-        if not documents:
-            return []
-        return answer_logps(model, [{"documents": each} for each in documents], device, progress(label))
-
     turns = [(row["id"], turn) for row in tests.heldout for turn in encode_turns(tokenizer, row["messages"])]
-    logps = scores([[turn] for _, turn in turns], f"loss on {len(turns):,} held-out answers")
-    for (row_id, (_, answer)), [logp] in zip(turns, logps):
+    items = [{"documents": [turn]} for _, turn in turns]
+    watch = progress(f"loss on {len(turns):,} held-out answers")
+    for (row_id, (_, answer)), [logp] in zip(turns, answer_logps(model, items, device, watch)):
         results.append({"test": "heldout", "id": row_id, "loss": -logp, "tokens": len(answer)})
-    by_text = choices_by_text(model, tokenizer, tests.exam, device) if tests.exam else []
-    for item, choice in zip(tests.exam, by_text):
+    for item, choice in zip(tests.exam, choices_by_text(model, tokenizer, tests.exam, device)):
         results.append({**item, "test": "exam", **choice, **by_letter.get(item["id"], {})})
-    documents = []
+    items, watch = [], progress(f"{len(tests.pairs):,} preference pairs")
     for pair in tests.pairs:
         prompt = encode_prompt(tokenizer, pair["prompt"], bool(pair["chosen"][-1].get("reasoning_content")))
         sides = (pair["chosen"][-1], pair["rejected"][-1])
-        documents.append([(prompt, encode_answer(tokenizer, message)) for message in sides])
-    for pair, (good, bad) in zip(tests.pairs, scores(documents, f"{len(documents):,} preference pairs")):
+        items.append({"documents": [(prompt, encode_answer(tokenizer, message)) for message in sides]})
+    for pair, (good, bad) in zip(tests.pairs, answer_logps(model, items, device, watch)):
         results.append({"test": "preference", "id": pair["id"], "chosen": good, "rejected": bad})
     return results
 

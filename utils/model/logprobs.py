@@ -48,7 +48,7 @@ def next_token_logps(
 def _packed(items):
     if isinstance(items, PackedRows):
         return items
-    return PackedRows(items, max(TOKENS_AT_ONCE, max(map(item_length, items))))
+    return PackedRows(items, max([TOKENS_AT_ONCE, *map(item_length, items)]))
 
 
 @torch.no_grad()
