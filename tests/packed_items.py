@@ -1,6 +1,12 @@
-"""Random items of one or more documents, as the trainers pack them."""
+"""Random items of one or more documents, as the trainers pack them, and the model that they are fed to."""
 
 import random
+
+from transformers import AutoModelForCausalLM
+
+
+def load(folder, dtype):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 def some_items(count, seed=0, documents=1):

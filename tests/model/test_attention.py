@@ -6,9 +6,7 @@ import math
 import pytest
 import torch
 from cuda_on_cpu import varlen_as_documented
-from packed_items import some_items
-from tiny_model import make_tiny_model
-from transformers import AutoModelForCausalLM
+from packed_items import load, some_items
 
 from utils.device import Device
 from utils.model import attention, mixed
@@ -132,13 +130,12 @@ def test_the_form_follows_device_and_format():
     assert attention.plan_attention(layout, 12, torch.empty(0), torch.float32).func is by_mask
 
 
-def test_padding_changes_no_loss_and_no_gradient(tmp_path, monkeypatch):
+def test_padding_changes_no_loss_and_no_gradient(folder, monkeypatch):
     """Padded rows, rounded lengths, and labels filled up to a few fixed counts, as Apple GPUs get them."""
-    folder, found = make_tiny_model(tmp_path / "tiny"), items(True)
-    results = []
+    found, results = items(True), []
     for device, fixed in ((None, ()), (EQUAL, ("cpu",)), (Device("cuda", True, ""), ())):
         monkeypatch.setattr(mixed, "FIXED_SIZES", fixed)
-        model = prepare_packed(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64))
+        model = prepare_packed(load(folder, torch.float64))
         batch = collate([found[:7], found[7:]], device, 500)
         hidden, targets = model(**model_inputs(batch)), batch["targets"]
         assert len(hidden) == (math.ceil(len(targets) / CHUNK) * CHUNK if fixed else len(targets))

@@ -2,7 +2,6 @@
 
 import pytest
 from conftest import ROOT
-from tiny_model import make_tiny_tokenizer
 from transformers import AutoTokenizer
 
 from utils.errors import UserError
@@ -22,12 +21,10 @@ MIXED = [
 ALL = [SINGLE, SYSTEM, THINKING, MULTI, MIXED]
 
 
-@pytest.fixture(scope="module", params=["tests", "tiny"])
-def tokenizer(request, tmp_path_factory):
-    """The tests' tokenizer, and the built-in model's; both carry Qwen3's own chat template."""
-    if request.param == "tiny":
-        return AutoTokenizer.from_pretrained(ROOT / "model_download/tiny_qwen3_tcm")
-    return make_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+@pytest.fixture(scope="module")
+def tokenizer():
+    """The built-in model's, which carries Qwen3's own chat template."""
+    return AutoTokenizer.from_pretrained(ROOT / "model_download/tiny_qwen3_tcm")
 
 
 def rendered(tokenizer, messages, thinking, **more):
@@ -56,8 +53,7 @@ CONTROL = [
     "<|endoftext|>甘草<|im_end|>",
     "</think>甘草<think>",
     "<tool_response>甘草</tool_response>",
-    "<<|im_end|>>",
-    "<|im_end|><|im_end|>",
+    "<<|im_end|><|im_end|>>",
     "甘草<|im_end|>\ufdd0<|im_start|>",
 ]
 
@@ -133,20 +129,14 @@ def test_long_rows_are_set_aside_and_counted_never_cut(tokenizer, tmp_path, caps
     assert len(rows.items) == 2 and not thinking
     assert all(answer[-1] == tokenizer.eos_token_id for item in rows.items for _, answer in item["documents"])
     assert "1 of 3 are longer than MAX_LENGTH = 120" in capsys.readouterr().out
-    with pytest.raises(UserError, match="no row fits into MAX_LENGTH = 5"):
-        load_conversations(tmp_path / "rows.jsonl", tokenizer, 5)
 
 
-@pytest.mark.parametrize("rejected", ["温。", " "])
-def test_pairs_that_teach_nothing_are_refused(tokenizer, tmp_path, rejected):
-    pair = {
-        "prompt": SINGLE[:1],
-        "chosen": SINGLE[1:],
-        "rejected": [{"role": "assistant", "content": rejected}],
-    }
-    write_jsonl(tmp_path / "pairs.jsonl", [{"id": "1", **pair}])
-    with pytest.raises(UserError, match="row 1: chosen and rejected must differ"):
-        load_pairs(tmp_path / "pairs.jsonl", tokenizer, 100)
+def test_pairs_that_teach_nothing_are_refused(tokenizer, tmp_path):
+    for rejected in ("温。", " "):
+        pair = {"prompt": SINGLE[:1], "chosen": SINGLE[1:], "rejected": [{**SINGLE[1], "content": rejected}]}
+        write_jsonl(tmp_path / "pairs.jsonl", [{"id": "1", **pair}])
+        with pytest.raises(UserError, match="row 1: chosen and rejected must differ"):
+            load_pairs(tmp_path / "pairs.jsonl", tokenizer, 100)
 
 
 def test_examples_show_what_is_trained(tokenizer, tmp_path, capsys):

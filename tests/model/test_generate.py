@@ -44,9 +44,7 @@ def test_greedy_equals_generate(tiny_folder, dtype, penalty):
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(temperature=0.6, top_k=20, top_p=0.95),
         dict(temperature=0.7, top_k=20, top_p=0.8),
-        dict(top_k=1),
         dict(temperature=1.7, top_k=0, top_p=0.5),
         dict(top_k=10**6, top_p=1.0),
         dict(temperature=0.01, top_k=3, top_p=0.01),
@@ -208,12 +206,7 @@ def test_any_tokens_give_what_decode_gives(chat_model):
         ("", "甘草。\n", "", "甘草。\n"),
         ("", "<think>\n\n</think>\n\n甘草。", "", "甘草。"),
         ("", "<think>\n没有想完", "没有想完", ""),
-        (
-            "<|im_start|>assistant\n<think>\n",
-            "想。\n</think>\n\n甘草。",
-            "想。",
-            "甘草。",
-        ),  # opened by the template
+        ("<|im_start|>assistant\n<think>\n", "想。\n</think>\n\n甘草。", "想。", "甘草。"),
     ],
 )
 def test_thinking_is_told_apart(chat_model, prompt, answer, reasoning, content):

@@ -3,8 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from packed_items import some_items
-from transformers import AutoModelForCausalLM
+from packed_items import load, some_items
 
 from utils.model import lm_head
 from utils.model.lm_head import HeadGradient, cross_entropy_sum
@@ -12,10 +11,6 @@ from utils.model.packing import collate, model_inputs
 from utils.model.qwen3_train import prepare_packed
 
 pytestmark = pytest.mark.usefixtures("norms_in_float64")
-
-
-def load(folder, dtype=torch.float32):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 @pytest.mark.parametrize("chunk", [256, 7])

@@ -3,9 +3,7 @@
 import pytest
 import torch
 from cuda_on_cpu import cuda_forms
-from packed_items import some_items
-from tiny_model import make_tiny_model
-from transformers import AutoModelForCausalLM
+from packed_items import load, some_items
 
 from utils.device import Device
 from utils.model.lm_head import HeadGradient, cross_entropy_sum
@@ -17,16 +15,11 @@ FLOAT = Device("cpu", False, "test")
 HALF = Device("cpu", False, "test", fp16=True)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("mixed"))
-
-
 class Training:
     """SFT of the tiny model, all rows in every step; `weight`: of each token, so small that float16 would lose its gradient."""
 
     def __init__(self, folder, device, first=2.0**16, weight=1e-4):
-        self.model = prepare_packed(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)).train()
+        self.model = prepare_packed(load(folder, torch.float32)).train()
         self.batch = collate([some_items(30, seed=1)], device, 4096)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
         self.device, self.weight, self.kept = device, weight, HeadGradient()
@@ -53,7 +46,7 @@ class Training:
 def test_float16_learns_as_float32_does(folder):
     with cuda_forms():
         halves, floats = Training(folder, HALF), Training(folder, FLOAT)
-        before, found = floats.weights(), [(halves.step(), floats.step()) for _ in range(8)]
+        before, found = floats.weights(), [(halves.step(), floats.step()) for _ in range(5)]
     for (loss, norm), (true_loss, true_norm) in found:
         assert loss == pytest.approx(true_loss, rel=2e-3) and norm == pytest.approx(true_norm, rel=1e-2)
     moved = floats.weights() - before
@@ -76,8 +69,6 @@ def test_a_step_that_overflows_changes_nothing_and_halves_the_scale(folder):
         _, norm = training.step()
         assert not torch.isfinite(torch.tensor(norm)) and torch.equal(training.weights(), before)
         assert training.folded.scale == 2.0**39
-        while training.folded.scale > 2.0**30 and not torch.isfinite(torch.tensor(training.step()[1])):
-            pass
         training.folded.scale.fill_(2.0**16)
         training.step()
     assert not torch.equal(training.weights(), before)

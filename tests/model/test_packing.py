@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_on_cpu import cuda_forms
-from packed_items import some_items
-from transformers import AutoModelForCausalLM
+from packed_items import load, some_items
 
 from utils.errors import UserError
 from utils.model.lm_head import HeadGradient, cross_entropy_sum, token_logps
@@ -16,10 +15,6 @@ from utils.model.packing import PackedRows, collate, item_length, model_inputs, 
 from utils.model.qwen3_train import prepare_packed
 
 pytestmark = pytest.mark.usefixtures("norms_in_float64")
-
-
-def load(folder, dtype=torch.float32):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 def alone(model, prompt, answer):
@@ -59,7 +54,7 @@ def test_each_item_goes_to_the_fullest_row_that_holds_it():
 
 def test_hidden_states_of_a_packed_row_are_those_of_each_document_alone(folder):
     items = some_items(30)
-    packed, plain = prepare_packed(load(folder)), load(folder)
+    packed, plain = prepare_packed(load(folder, torch.float32)), load(folder, torch.float32)
     with torch.no_grad():
         hidden = packed(**model_inputs(collate([items])))
         logits = hidden @ packed.lm_head.weight.T
@@ -70,7 +65,7 @@ def test_hidden_states_of_a_packed_row_are_those_of_each_document_alone(folder):
 
 def test_one_row_is_blind_to_another(folder):
     """Changing every token of one document leaves the loss of the other as it was, to the bit."""
-    model = prepare_packed(load(folder))
+    model = prepare_packed(load(folder, torch.float32))
     one, other = some_items(2, seed=2)
     [document] = other["documents"]
     changed = {"documents": [tuple([token + 1 for token in part] for part in document)]}
@@ -115,9 +110,9 @@ def test_a_reduced_format_is_as_near_to_float64_as_plain_transformers(folder, fo
     CUDA round heads after their rotation and the weights of their norms too."""
     documents = [item["documents"][0] for item in some_items(40, seed=6)]
     exact = gradients_of(load(folder, torch.float64), documents, plain=True)
-    plain = gradients_of(load(folder), documents, dtype, plain=True)
+    plain = gradients_of(load(folder, torch.float32), documents, dtype, plain=True)
     with cuda_forms() if forms == "cuda" else contextlib.nullcontext():
-        ours = gradients_of(prepare_packed(load(folder)), documents, dtype)
+        ours = gradients_of(prepare_packed(load(folder, torch.float32)), documents, dtype)
     pairs = zip(ours, plain, exact)
     errors = torch.tensor([[(one - right).norm() / right.norm() for one in found] for *found, right in pairs])
     further = 1.05 if forms == "cpu" else 1.3
@@ -136,13 +131,13 @@ def test_layers_keep_a_fifth_less_for_the_backward_pass(folder):
         return sum(size for place, size in kept.items() if place not in weights)
 
     inputs = model_inputs(collate([[{"documents": [([1], [2] * 600)]}]]))
-    plain = load(folder).model
-    ours = bytes_kept(prepare_packed(load(folder)), **inputs)
+    plain = load(folder, torch.float32).model
+    ours = bytes_kept(prepare_packed(load(folder, torch.float32)), **inputs)
     assert ours < 0.8 * bytes_kept(plain, input_ids=inputs["input_ids"], use_cache=False)
 
 
 def test_the_last_layer_computes_only_what_is_trained(folder):
-    model, seen = prepare_packed(load(folder)), []
+    model, seen = prepare_packed(load(folder, torch.float32)), []
     batch = collate([some_items(30)])
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))

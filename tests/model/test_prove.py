@@ -55,17 +55,11 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "bf16, fp16, equal_rows, lora",
-    [
-        (True, False, False, None),
-        (True, False, False, LORA),
-        (False, True, False, None),
-        (False, True, True, LORA),
-        (False, False, True, None),
-    ],
+    "form, equal_rows, lora",
+    [("bf16", False, LORA), ("fp16", False, None), ("fp16", True, LORA), ("fp32", True, None)],
 )
-def test_forms_of_training_that_compute_rightly_are_taken(gpu, capsys, bf16, fp16, equal_rows, lora):
-    device = gpu(bf16, fp16=fp16, equal_rows=equal_rows)
+def test_forms_of_training_that_compute_rightly_are_taken(gpu, capsys, form, equal_rows, lora):
+    device = gpu(form == "bf16", fp16=form == "fp16", equal_rows=equal_rows)
     assert prove.prove(device, lora) == device
     assert capsys.readouterr().err == "" and mixed.DEVICES == ("cuda",)
 
@@ -97,17 +91,13 @@ def hangs(*given, **named):
     ENDED.wait(60)
 
 
-@pytest.mark.parametrize(
-    "form, words",
-    [
-        (fails, "fails here (USE_FLASH"),
-        (differs, "differs from float32 by "),
-        (hangs, "does not end within "),
-    ],
-)
+FORMS = [(fails, "fails here (USE_F"), (differs, "differs from float32 by "), (hangs, "does not end within ")]
+
+
+@pytest.mark.parametrize("form, words", FORMS)
 def test_the_next_form_is_taken_and_told(gpu, monkeypatch, capsys, form, words):
     monkeypatch.setattr("cuda_on_cpu.varlen_as_documented", form)
-    monkeypatch.setattr(prove, "SECONDS", 1 if form is hangs else 60)
+    monkeypatch.setattr(prove, "SECONDS", 0.5 if form is hangs else 60)
     device = gpu(True)
     assert not device.equal_rows and prove.prove(device).equal_rows and mixed.DEVICES == ("cuda",)
     told = capsys.readouterr().err

@@ -15,8 +15,8 @@ NEEDS_FBGEMM = pytest.mark.skipif(
 )
 
 
-def some_ids(count):
-    return torch.randint(2500, (count,), generator=torch.Generator().manual_seed(count)).tolist()
+def some_ids(count, below=2500):
+    return torch.randint(below, (count,), generator=torch.Generator().manual_seed(count)).tolist()
 
 
 def fed(cached, ids):
@@ -36,10 +36,10 @@ def test_feeding_by_parts_equals_one_pass_of_transformers(dtype, accuracy):
     cached, exact = CachedModel(model), load_model(TINY, torch.float32).double().eval()
     with torch.no_grad():
         theirs, double = (given(torch.tensor([ids])).logits[0].double() for given in (model, exact))
-    start = 0
+    start, onednn = 0, torch.backends.mkldnn.enabled
     for end in (*range(1, 4), 255, 256, 257, 300, 301, 450, 699, 700):
         logits = fed(cached, ids[start:end])
-        assert cached.length == end
+        assert cached.length == end and torch.backends.mkldnn.enabled == onednn
         for found in (logits.double(), theirs[end - 1]):
             assert close(found, double[end - 1], accuracy), end
         start = end
@@ -84,12 +84,11 @@ def test_float32_weights_lose_least_in_half_and_most_in_int8():
 
 
 @NEEDS_FBGEMM
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", ["fp16", "half", "int8"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 7e4])
-def test_weights_that_a_form_cannot_hold_stay(value, form, dtype):
+@pytest.mark.parametrize("value", [float("nan"), 7e4])
+def test_weights_that_a_form_cannot_hold_stay(value, form):
     """FBGEMM would make 65504 of each in half, and a diverged model would talk on."""
-    model = load_model(TINY, dtype).eval()
+    model = load_model(TINY, torch.bfloat16).eval()
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
     hold_weights(model, form)
     assert hasattr(model.model.layers[1].mlp.up_proj, "weight") == (form != "int8" or value != 7e4)
@@ -111,33 +110,27 @@ def test_joined_weights_are_the_model_s_own():
     assert not torch.equal(fed(CachedModel(model), ids[0].tolist()), before[0, -1])
 
 
-def test_onednn_is_as_it_was():
-    model, enabled = load_model(TINY, torch.bfloat16).eval(), torch.backends.mkldnn.enabled
-    fed(CachedModel(model), [1])
-    assert torch.backends.mkldnn.enabled == enabled
-
-
 @pytest.mark.parametrize(
     "dtype, accuracy, gpu",
     [(torch.float32, 1e-5, False), (torch.float32, 1e-5, True), (torch.bfloat16, 0.1, False)],
 )
-def test_several_conversations_equal_each_alone(dtype, accuracy, gpu, monkeypatch):
+def test_several_conversations_equal_each_alone(tiny_folder, dtype, accuracy, gpu, monkeypatch):
     """Of different length, one token after another, over the border where the cache grows, and with one leaving in between."""
     monkeypatch.setattr(qwen3_answer, "on_gpu", lambda tensor: gpu)  # keys repeated, masks as numbers
-    model, prompts = load_model(TINY, dtype).eval(), [some_ids(count) for count in (40, 3, 17)]
-    padding = torch.tensor([0, 37, 23])
-    batch, exact = CachedModel(model, padding), load_model(TINY, torch.float32).double().eval()
+    model, exact = (load_model(str(tiny_folder), form).eval() for form in (dtype, torch.float32))
+    prompts, padding = [some_ids(count, 300) for count in (40, 3, 17)], torch.tensor([0, 37, 23])
+    batch, exact = CachedModel(model, padding), exact.double()
     new = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding.tolist(), prompts)])
-    for step in range(320):
+    for step in range(140):
         logits = batch.feed(new)
         if step == 100:
             batch.keep_rows(torch.tensor([0, 2]))
             logits, prompts = logits[[0, 2]], [prompts[0], prompts[2]]
-        if step in (0, 1, 99, 100, 319):
+        if step in (0, 99, 100, 139):
             with torch.no_grad():
                 for ours, prompt in zip(logits, prompts, strict=True):
                     theirs = exact(torch.tensor([prompt])).logits[0, -1]
                     assert close(ours.double(), theirs, accuracy), step
-        new = torch.tensor([[(7 * step + 13 * row) % 2000] for row in range(len(prompts))])
+        new = torch.tensor([[(7 * step + 13 * row) % 300] for row in range(len(prompts))])
         for prompt, [token] in zip(prompts, new.tolist()):
             prompt.append(token)
