@@ -1,14 +1,11 @@
 """Which rows ask the same question, and what becomes of each row: its split, and whether it is a duplicate or a leak.
 
-Two questions are the same if their normalised texts (NFKC, case, spacing, punctuation), without politeness and filler words,
-are equal. Two long questions are also the same if their 3-character shingles overlap by `threshold` (Jaccard) and they either
-hold the same characters or have the same long answer. The last condition keeps template questions apart ("麻黄的性味是什么？",
-"桂枝的性味是什么？"): they overlap as much as true duplicates do, but ask something else. Questions with other numbers, negations
-or opposites (左 and 右) are never the same: two patients' records are alike in all else.
-
-Questions that are not the same may still have to go to one split: a few that differ in a word (a family), and those about one
-text (a passage). Long questions that may overlap are found by MinHash signatures of their shingles, compared in bands (Broder
-1997; Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, ch. 3), and then compared exactly.
+Questions are the same if their normalised texts without filler words are equal. Two long ones are also the same if their
+3-character shingles overlap by `threshold` (Jaccard) and they hold the same characters or have the same long answer: questions of
+a template ("麻黄的性味是什么？", "桂枝的性味是什么？") overlap as much, but ask something else. Other numbers, negations or opposites
+(左 and 右) make another question: two patients' records are alike in all else. Questions that are not the same may still have to go
+to one split: a few that differ in a word (a family), and those about one text (a passage). Long questions that may overlap are
+found by MinHash signatures, compared in bands (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, ch. 3), then exactly.
 """
 
 import functools
@@ -16,7 +13,7 @@ import itertools
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Iterable
 
 import numpy
 
@@ -60,27 +57,27 @@ def decide(
     `exam_leaks`: (row, exam row) for every row that asks an exam question. `shares`: as in assign_splits. The result depends on
     the rows and the seed, not on the order of the rows, except that of two equal rows the first is kept.
     """
-    rows, keys, text_of = found.rows, sorted(found.long_questions), found.long_question
-    opened, (least, share) = Counter(row.questions[0] for row in rows if len(row.questions) > 1), OPENER
+    rows, (least, share) = found.rows, OPENER
+    opened = Counter(row.questions[0] for row in rows if len(row.questions) > 1)
     for row in rows:  # a dialogue that many others open alike ("我想请您看看") counts by its next question
         if len(row.questions) > 1 and opened[row.questions[0]] > max(least, share * len(rows)):
             row.questions = row.questions[1:] + row.questions[:1]
-    same, family = group_questions(rows, keys, text_of, threshold)
-    assign_splits(rows, join_passages(keys, family, text_of), **shares)
+    same, family = group_questions(found, threshold)
+    assign_splits(rows, join_passages(found, family), **shares)
     _set_leaks_aside(rows, family, EVAL, "evaluation leak")
     for row, exam_row in exam_leaks:
         if row.split == TRAIN or row.split == EVAL and not row.told:
             row.set_aside("exam leak", exam_row)
     _set_leaks_aside(rows, family, EXAM, "exam leak")
 
-    def said(row):
-        return row.kind, row.split, same.get(row.questions[0], row.questions[0]), row.rest
-
     usable = [row for row in rows if row.kind and not row.reason]
-    set_repeats_aside(usable, "exact duplicate", lambda row: (row.kind, row.split, row.content))
-    usable = [row for row in usable if not row.reason]
-    # The longest is kept: it has the punctuation.
-    set_repeats_aside(usable, "near-duplicate", said, lambda row: (-row.characters, row.content))
+    usable.sort(key=lambda row: row.content)
+    usable.sort(key=lambda row: -row.characters)  # the longest is kept: it has the punctuation
+    kept: dict[tuple, Row] = {}
+    for row in usable:
+        question = same.get(row.questions[0], row.questions[0])
+        if (other := kept.setdefault((row.kind, row.split, question, row.rest), row)) is not row:
+            row.set_aside("exact duplicate" if row.content == other.content else "near-duplicate", other)
 
 
 def _set_leaks_aside(rows, family, held_out, reason):
@@ -95,27 +92,13 @@ def _set_leaks_aside(rows, family, held_out, reason):
                 row.set_aside(reason, leaked)
 
 
-def set_repeats_aside(
-    rows: list[Row], reason: str, key: Callable[[Row], Hashable], order: Callable[[Row], tuple] = lambda _: ()
-) -> None:
-    """Of the rows with one `key` keep that which is the first by `order`, then by position, and set the others aside."""
-    kept: dict[Hashable, Row] = {}
-    for row in rows:
-        other = kept.setdefault(key(row), row)
-        if order(row) < order(other):
-            kept[key(row)] = row
-    for row in rows:
-        if (other := kept[key(row)]) is not row:
-            row.set_aside(reason, other)
-
-
 def assign_splits(
     rows: list[Row], together: dict[int, int], eval_share: float, max_eval_rows: int, seed: int
 ) -> None:
-    """Give every usable row its split: TRAIN, EVAL or EXAM. Groups of questions go to one split whole.
+    """Give every usable row its split: TRAIN, EVAL or EXAM. A group of questions (`together`) goes to one split whole.
 
-    Rows that say their split keep it; the others of their group follow, to EVAL if it has both; of the groups that are left
-    `eval_share` of the rows of each kind is held out, `max_eval_rows` at most. `seed` chooses which.
+    Rows that say their split keep it; the others of their group follow, to EVAL if it has both. Of the groups that are left
+    `eval_share` of the rows of each kind is held out, `max_eval_rows` at most.
     """
 
     def group_of(row):
@@ -143,10 +126,7 @@ def assign_splits(
 
 
 def _drawn(sizes, wanted, seed):
-    """Groups drawn at random to hold `wanted` rows together. A group too large for evaluation is left to training.
-
-    If all are too large, the smallest is drawn, unless it is most of the rows.
-    """
+    """Groups drawn at random to hold `wanted` rows; if all are larger, the smallest, unless it is most of the rows."""
     chosen = set()
     for group in sorted(sizes, key=lambda group: mixed(group, seed)):
         if wanted > 0 and sizes[group] <= max(wanted, 3) and len(sizes) > 1:
@@ -169,27 +149,24 @@ def mixed(key: int, seed: int) -> int:
 # ---- Long questions that are alike
 
 
-def group_questions(
-    rows: list[Row], keys: list[int], text_of: Callable[[int], str], threshold: float
-) -> tuple[dict[int, int], dict[int, int]]:
-    """(same, family): groups of the long questions `keys`, {key: key that names its group} for those that are not alone in theirs.
+def group_questions(found: Recognised, threshold: float) -> tuple[dict[int, int], dict[int, int]]:
+    """(same, family): groups of the long questions, {key: key that names its group} for those that are not alone in theirs.
 
     `same`: one question; `family`: they differ in a word at most.
     """
+    keys, text_of = sorted(found.long_questions), found.long_question
     pieces = functools.lru_cache(maxsize=TEXTS)(lambda key: shingles(text_of(key)))
+    letters = functools.cache(lambda key: hash("".join(sorted(text_of(key)))))
     pairs = candidate_pairs(signatures(map(text_of, keys)), threshold)
-    close = numpy.zeros(len(keys), dtype=bool)
-    close[pairs // max(len(keys), 1)] = close[pairs % max(len(keys), 1)] = True
-    letters = {key: hash("".join(sorted(text_of(key)))) for key in itertools.compress(keys, close)}
-    answers: dict[int, list[int]] = {}  # {question: keys of its long answers}
-    for row in rows:
-        for question in row.questions if row.long_rest else ():
-            if question in letters:
-                answers.setdefault(question, []).append(row.rest)
+    close = {keys[number] for number in numpy.unique(numpy.divmod(pairs, max(len(keys), 1))).tolist()}
+    answers: dict[int, set[int]] = {}  # {question: keys of its long answers}
+    for row in found.rows:
+        for question in close.intersection(row.questions) if row.long_rest else ():
+            answers.setdefault(question, set()).add(row.rest)
 
     def may_be_one(one, other):
-        same_answer = not set(answers.get(one, ())).isdisjoint(answers.get(other, ()))
-        return same_answer or letters[one] == letters[other]
+        same_answer = answers.get(one, set()) & answers.get(other, set())
+        return same_answer or letters(one) == letters(other)
 
     same, family = Joined(), Joined()
     for one, other in _each(pairs, keys, "comparing long questions"):
@@ -200,15 +177,14 @@ def group_questions(
             if may_be_one(one, other) and not differ_in_fact(text_of(one), text_of(other)):
                 same.join(one, other)
     same_of, family_of = same.groups(), family.groups()
-    members = Counter(family_of[key] for key in family_of if same_of.get(key, key) == key)
-    for key, group in family_of.items():
-        if members[group] > FAMILY:
-            family_of[key] = same_of.get(key, key)
-    return same_of, family_of
+    members = Counter(group for key, group in family_of.items() if same_of.get(key, key) == key)
+    small = {key: group for key, group in family_of.items() if members[group] <= FAMILY}
+    return same_of, same_of | small
 
 
-def join_passages(keys: list[int], family: dict[int, int], text_of: Callable[[int], str]) -> dict[int, int]:
+def join_passages(found: Recognised, family: dict[int, int]) -> dict[int, int]:
     """{question: group} of questions that go to one split: families, those joined that share a passage. Instructions do not count."""
+    keys, text_of = sorted(found.long_questions), found.long_question
     counted = keys[:: len(keys) // COUNTED + 1]
     counts = Counter(piece for key in counted for piece in shingles(text_of(key)))
     scale = len(keys) / max(len(counted), 1)
@@ -247,27 +223,24 @@ def _each(pairs, keys, label):
             yield keys[pair // len(keys)], keys[pair % len(keys)]
 
 
-class Joined:
-    """Groups that grow by joining two members, each named by its smallest member (union-find)."""
-
-    def __init__(self):
-        self.parents: dict[int, int] = {}
+class Joined(dict[int, int]):
+    """{member: another of its group}: groups that grow by joining two members, each named by its smallest (union-find)."""
 
     def group(self, member: int) -> int:
         """The name of the group that `member` is in."""
-        while (parent := self.parents.get(member, member)) != member:
-            self.parents[member] = self.parents[parent]  # the way is shorter the next time
+        while (parent := self.get(member, member)) != member:
+            self[member] = self[parent]  # the way is shorter the next time
             member = parent
         return member
 
     def join(self, one: int, other: int) -> None:
         """Make one group of those of two members."""
-        one, other = self.group(one), self.group(other)
-        self.parents[min(one, other)] = self.parents[max(one, other)] = min(one, other)
+        one, other = sorted((self.group(one), self.group(other)))
+        self[one] = self[other] = one
 
     def groups(self) -> dict[int, int]:
         """{member: its group} of all that were joined."""
-        return {member: self.group(member) for member in self.parents}
+        return {member: self.group(member) for member in self}
 
 
 def shingles(text: str) -> set[str]:
@@ -283,9 +256,8 @@ def overlap(own: set[str], others: set[str]) -> float:
 
 def differ_in_fact(one: str, other: str) -> bool:
     """True if two questions that are alike have other numbers, or more or fewer of the words that decide."""
-    if _NUMBERS.findall(one) != _NUMBERS.findall(other):
-        return True
-    return Counter(_DECIDING.findall(one)) != Counter(_DECIDING.findall(other))
+    decide = (_NUMBERS.findall(text) + sorted(_DECIDING.findall(text)) for text in (one, other))
+    return next(decide) != next(decide)
 
 
 # ---- MinHash

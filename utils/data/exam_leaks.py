@@ -1,12 +1,11 @@
 """Exam questions that are asked in training: alone, with their options, framed, or inside a longer text.
 
-A training row leaks an exam item in three cases:
+A training row leaks an exam item in two cases:
 
-- It holds the stem of the item and at least LISTED of its options, anywhere and in any order.
-- It holds that many options and a stem that is nearly the same: a few changed characters, or cut before its end. Stems that
-  differ in a number, a negation or an opposite (虚 and 实) are not the same, nor are those to which the row gives another answer.
-- It asks the stem and lists no options at all, no other item of the exam has that stem, and the stem says enough to be asked
-  alone: it is LONG_STEM characters or longer, or all that is asked, or the row's answer names the right option.
+- It holds at least LISTED of its options, in any order, and its stem, of which a few characters may have been changed or the end
+  cut. A stem that differs in a number, a negation or an opposite (虚 and 实) is another one.
+- It asks the stem and lists no options, no other item of the exam has that stem, and the stem says enough to be asked alone: it is
+  LONG_STEM characters or longer, or all that is asked, or the row's answer names the right option.
 
 Rows that list other options under the same stem ("下列药物中，性温的是") ask other questions. Of each stem a few short pieces, the
 rarest, are looked for in all rows; a row that has one is compared whole.
@@ -50,22 +49,21 @@ _LISTS = re.compile(
 
 
 class ExamItem:
-    """An exam item as it is compared: normalised, the stem also without filler words."""
+    """An exam item as it is compared: normalised, without filler words."""
 
     def __init__(self, row: Row, line: bytes):
         item = json.loads(line)
         asked = untagged(item["question"])
-        options = {letter: normalize(untagged(option)) for letter, option in item["options"].items()}
-        self.row = row
+        options = {letter: plain(option) for letter, option in item["options"].items()}
+        self.row, self.alone = row, True  # False if another item has this stem
         self.question = re.sub(r"[（(][\s_]*[)）]|[\s_。？?：:]+$", "", asked).rstrip()  # without the gap
-        self.text = normalize(asked)
-        stem = without_filler(self.text)
-        self.stem = _TRAILING.sub("", stem) or stem
-        self.options = list(options.values())
-        self.right = [options[letter] for letter in item["answer"]]
-        core = _TRAILING.sub("", self.text)
-        self.core = core if len(core) >= SHINGLE else self.text  # whose pieces are looked for
-        self.alone = True  # False if another item has this stem
+        self.core = plain(asked)  # whose pieces are looked for
+        self.stem = _TRAILING.sub("", self.core) or self.core
+        self.options, self.right = set(options.values()), [options[letter] for letter in item["answer"]]
+
+    def listed_in(self, text: str) -> bool:
+        """True if most options of the item stand in a text."""
+        return sum(option in text for option in self.options) >= LISTED * len(self.options)
 
 
 class RowText:
@@ -77,20 +75,18 @@ class RowText:
         answers = [turn for turn in turns if turn["role"] == "assistant"] + row.get("chosen", [])
         self.turns = [untagged(turn["content"]) for turn in turns if turn["role"] != "assistant"]
         self.asked = "\n".join(self.turns)
-        self.answered = untagged("\n".join(turn["content"] for turn in answers + row.get("rejected", [])))
-        self.answer = normalize(self.answered)
-        self.whole = f"{normalize(self.asked)}\n{self.answer}"
+        self.answer = plain("\n".join(turn["content"] for turn in answers + row.get("rejected", [])))
+        self.plain = f"{plain(self.asked)}\n{self.answer}"
 
     @functools.cached_property
-    def listed(self) -> list[dict[str, str]]:
-        """{letter: option} of the options that the question lists by letters, and of those that its answer lists."""
-        found = (options_in(text)[1] for text in (self.asked, self.answered))
-        return [{letter: normalize(option) for letter, option in options.items()} for options in found]
+    def options(self) -> dict[str, str]:
+        """{letter: option} of the options that the question lists by letters."""
+        return {letter: plain(option) for letter, option in options_in(self.asked)[1].items()}
 
     def answer_of(self, item: ExamItem) -> str:
         """ "right" or "wrong": which options of the item the row's answer names; "" if none."""
         letter = _LETTER.match(self.answer)
-        answer = self.listed[0].get(letter[1].upper(), self.answer) if letter else self.answer
+        answer = self.options.get(letter[1].upper(), self.answer) if letter else self.answer
         if all(option in answer for option in item.right):
             return "right"
         return "wrong" if any(option in answer for option in item.options) else ""
@@ -99,6 +95,11 @@ class RowText:
 def untagged(text: str) -> str:
     """A text without the tags and entities of HTML."""
     return html.unescape(_TAG.sub("", text)) if "<" in text or "&" in text else text
+
+
+def plain(text: str) -> str:
+    """A text as it is compared."""
+    return without_filler(normalize(untagged(text)))
 
 
 def find_exam_leaks(found: Recognised) -> Iterator[tuple[Row, Row]]:
@@ -111,7 +112,7 @@ def find_exam_leaks(found: Recognised) -> Iterator[tuple[Row, Row]]:
     asking = [row for row in found.rows if row.kind not in ("", EXAM)] if items else []
     for row in progress("looking for exam questions", "rows")(asking):
         text = RowText(found.line(row))
-        numbers = {number for piece in by_piece.keys() & shingles(text.whole) for number in by_piece[piece]}
+        numbers = {number for piece in by_piece.keys() & shingles(text.plain) for number in by_piece[piece]}
         leaked = next((items[number] for number in sorted(numbers) if _leaks(text, items[number])), None)
         if leaked:
             yield row, leaked.row
@@ -123,11 +124,7 @@ def _by_piece(items):
     by_piece = defaultdict(list)
     for number, item in enumerate(items):
         taken: list[int] = []
-        # Filler may be missing elsewhere: a piece without any is looked for first.
-        rarest = sorted(
-            (without_filler(piece) != piece, counts[piece], piece) for piece in shingles(item.core)
-        )
-        for _, _, piece in rarest:
+        for piece in sorted(shingles(item.core), key=lambda piece: (counts[piece], piece)):
             at = item.core.find(piece)
             if len(taken) < PIECES and all(abs(other - at) >= SHINGLE for other in taken):
                 taken.append(at)
@@ -137,12 +134,11 @@ def _by_piece(items):
 
 def _leaks(row, item):
     """True if a training row asks an exam item."""
-    if _lists(row.whole.replace(item.text, "", 1), item):
-        plain = "\n".join(map(without_filler, row.whole.split("\n")))
-        return _holds(plain, item.stem) or _is_similar(row, plain, item)
-    turns = map(without_filler, map(normalize, row.turns))
-    asked = next((turn for turn in turns if item.alone and _holds(turn, item.stem)), "")
-    if not asked or row.listed[0] or _LISTS.search(row.asked.replace(item.question, "")):
+    if item.listed_in(row.plain):
+        return _is_similar(row, item)
+    holds = re.compile(f"{re.escape(item.stem)}(?!{_NEGATION})").search
+    asked = next(filter(holds, map(plain, row.turns)), "")
+    if not asked or not item.alone or row.options or _LISTS.search(row.asked.replace(item.question, "")):
         return False
     if len(item.stem) >= LONG_STEM or not _FRAME.sub("", asked.replace(item.stem, "", 1)):
         return True
@@ -150,27 +146,17 @@ def _leaks(row, item):
     return long and row.answer_of(item) == "right"
 
 
-def _lists(text, item):
-    """True if most options of the item stand in a text."""
-    return sum(option in text for option in item.options) >= LISTED * len(item.options)
-
-
-def _holds(text, stem):
-    """True if a text holds a stem, and does not go on with a negation: "...的方剂" is part of "...的方剂不是"."""
-    return stem in text and bool(re.search(f"{re.escape(stem)}(?!{_NEGATION})", text))
-
-
-def _is_similar(row, text, item):
-    """True if the text holds the item's stem with a few changed characters, or cut before its end."""
-    stem, answer = item.stem, row.answer_of(item)
+def _is_similar(row, item):
+    """True if a row holds the item's stem with a few changed characters, or cut before its end, beside its options."""
+    text, stem, answer = row.plain, item.stem, row.answer_of(item)
+    same = answer == "right" and all(option in text for option in item.options)
+    changed = 0 if answer == "wrong" else max(len(stem) // EDIT, same)
     for length, start, stop, edits in _alignments(stem, text):
         if differ_in_fact(stem[:length], text[start:stop]) or re.match(_NEGATION, text[stop:]):
             continue
         if length == len(stem):
-            # A character of a short stem is much (心 or 肝 in "心的生理功能"), if the options are not all the same.
-            same = answer == "right" and set(item.options) == set((row.listed[0] or row.listed[1]).values())
-            if edits == 0 or edits <= max(length // EDIT, same) and answer != "wrong":
-                return _lists(text[:start] + text[stop:], item)
+            if edits <= changed:
+                return item.listed_in(text[:start] + "\n" + text[stop:])
         # A stem that was cut ends where the options begin.
         elif edits == 0 and (_OPTIONS.match(text, stop) or text.startswith(tuple(item.options), stop)):
             return True
