@@ -54,26 +54,25 @@ def main(argv: list[str] | None = None) -> None:
     # 2. Load the finished model, an adapter merged
     from utils.model.export import FORMATS
     from utils.model.export.card import compare_with_export, write_card
-    from utils.model.export.folders import load_source
 
-    export = FORMATS[settings.FORMAT](name, settings.PRECISION, settings.BASE, place)
-    export.check(folder)
+    export = FORMATS[settings.FORMAT](folder, place, name, settings.PRECISION, settings.BASE)
+    export.check()
     print(f"exporting {show_path(folder)} to {show_path(place)}", flush=True)
-    source = load_source(folder, settings.FORMAT)
+    export.load()
 
     # 3. Write the export, each file whole or not at all
-    write_folder(place, lambda partial: export.save(source, partial))
+    write_folder(place, export.save)
 
     # 4. Read it as another tool would: what did it cost?
-    cost, found = [], export.read(source) if questions else None
+    cost, found = [], export.read() if questions else None
     if found:
-        cost = [compare_with_export(source, *found, questions, settings.MAX_NEW_TOKENS)]
+        cost = [compare_with_export(export, *found, questions, settings.MAX_NEW_TOKENS)]
     elif questions:
         where = "is not on this machine under that name"
         cost = [f"not tried: {export.base} {where}, so nothing shows that the adapter fits it"]
 
     # 5. The model card, and what to do next
-    write_card(source, export, [*cost, *export.commands(".")])
+    write_card(export, [*cost, *export.commands(".")])
     print("\n".join([*cost, *export.commands(show_path(place))]))
     print(f"give it away (nothing is uploaded here): `hf upload YOUR-NAME/{name} {show_path(place)}`")
 

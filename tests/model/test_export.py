@@ -212,8 +212,8 @@ def own_head(place, tmp_path):
 def test_a_wrong_folder_is_found(export, own_head, monkeypatch, capsys, damage, message):
     save = FolderExport.save
 
-    def save_and_damage(exporter, source, folder):
-        save(exporter, source, folder)
+    def save_and_damage(exporter, folder):
+        save(exporter, folder)
         if callable(damage):
             damage(folder)
         else:
@@ -285,7 +285,7 @@ OTHER_SPLIT = {"type": "Split", "pattern": {"Regex": r"\p{L}"}, "behavior": "Iso
         ("gguf", {"hidden_act": "gelu"}, "has another activation than silu"),
         ("gguf", {"rope_parameters": YARN}, "has RoPE scaling (yarn)"),
         ("gguf", {"rope_scaling": LINEAR, "rope_parameters": "gone"}, "has RoPE scaling (linear)"),
-        ("gguf", {"pre_tokenizer": OTHER_SPLIT}, "llama.cpp cannot split words as this tokenizer does"),
+        ("gguf", {"pre_tokenizer": OTHER_SPLIT}, "has a tokenizer that splits words otherwise than Qwen2's"),
     ],
 )
 def test_what_an_export_does_not_write_is_refused_by_name(

@@ -9,7 +9,7 @@ import torch
 from utils.errors import RunError
 from utils.files import atomic_write, read_json, render, sha256_of
 from utils.model.chat_format import encode_prompt
-from utils.model.export.folders import CONFIG_OF_4, Export, Source, training_file
+from utils.model.export.folders import CONFIG_OF_4, Export, training_file
 from utils.model.folder import model_sha256, run_folder
 from utils.model.generate import generate_tokens, stop_tokens
 from utils.text import progress
@@ -24,15 +24,15 @@ WRONG = "the export is not what the folder is"
 
 
 def compare_with_export(
-    source: Source, tokenizer: Any, exported: Any, questions: list[list[dict]], max_new_tokens: int
+    export: Export, tokenizer: Any, exported: Any, questions: list[list[dict]], max_new_tokens: int
 ) -> str:
     """How many greedy answers to `questions` (conversations up to the user's last turn) are equal, and the mean Kullback-Leibler
     divergence of the export's next-token probabilities. RunError if it would be asked with other prompts, or is another model."""
     for name in DECIDE:
-        one, other = getattr(source.model.config, name), getattr(exported.config, name)
+        one, other = getattr(export.model.config, name), getattr(exported.config, name)
         if one != other and not (isinstance(one, float) and math.isclose(one, other, rel_tol=1e-6)):
             raise RunError(f"{WRONG}: {name} is read as {other}, wanted {one}")
-    prompts = [encode_prompt(source.tokenizer, messages) for messages in questions]
+    prompts = [encode_prompt(export.tokenizer, messages) for messages in questions]
     for mode in ({}, {"enable_thinking": True}):  # llama.cpp and mlx-lm always ask for thinking
         for messages, prompt in zip(questions, prompts):
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **mode)
@@ -41,17 +41,17 @@ def compare_with_export(
                     "the export's chat template or tokenizer makes another prompt than the folder's"
                 )
     stop, watch = (
-        stop_tokens(source.model, source.tokenizer),
+        stop_tokens(export.model, export.tokenizer),
         progress(f"{len(prompts)} answers of the folder"),
     )
-    answers = generate_tokens(source.model, prompts, stop, max_new_tokens, watch=watch)
+    answers = generate_tokens(export.model, prompts, stop, max_new_tokens, watch=watch)
     same, total = 0, 0.0
     for prompt, answer in progress("the same of the export")(list(zip(prompts, answers))):
         ids, count = torch.tensor([prompt + answer[:-1]]), len(answer)
         with torch.inference_mode():  # (tokens of the answer, vocabulary)
             ours, theirs = (
                 model(input_ids=ids, logits_to_keep=count).logits[0].double().log_softmax(-1)
-                for model in (source.model, exported)
+                for model in (export.model, exported)
             )
         same += theirs.argmax(-1).tolist() == answer  # then it would give this answer
         total += (ours.exp() * (ours - theirs)).sum().item()
@@ -62,12 +62,12 @@ def compare_with_export(
     return f"read as other tools do, computed in float32: {counts}"
 
 
-def write_card(source: Source, export: Export, notes: list[str]) -> None:
+def write_card(export: Export, notes: list[str]) -> None:
     """Write README.md of an export. `notes`: what the export cost, how it is used."""
     weights = [path for path in sorted(export.place.iterdir()) if path.suffix in (".safetensors", ".gguf")]
-    columns, table = _scores_of(source.folder)
+    columns, table = _scores_of(export.folder)
     runs = []
-    for run in reversed(source.runs):
+    for run in reversed(export.runs):
         path, is_same = training_file(run)
         digest = str(run["identity"].get("TRAIN_FILE")).removeprefix("sha256 ")
         about = {"model": Path(run["settings"]["MODEL"]).name, "file": path.name, "digest": digest}
@@ -75,8 +75,7 @@ def write_card(source: Source, export: Export, notes: list[str]) -> None:
     text = render(
         TEMPLATE,
         export=export,
-        base=export.base or Path(source.base).name,
-        source=source,
+        base=export.base or Path(export.origin).name,
         notes=notes,
         runs=runs,
         columns=columns,

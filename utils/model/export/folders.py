@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -37,34 +37,6 @@ CONFIG_OF_4 = {
 }
 
 
-class Source(NamedTuple):
-    """`model` is whole (an adapter is merged), float32, on the CPU; `runs`, `base`: see training_history; `system`: the system text
-    of training ("": unknown, none)."""
-
-    folder: Path
-    model: Any
-    tokenizer: Any
-    thinking: bool
-    runs: list[dict]
-    base: str
-    system: str
-
-
-def load_source(folder: Path, form: str) -> Source:
-    """The Source in a finished folder, to be exported as `form`. UserError if it has what that form does not carry."""
-    _refuse_what_is_lost(folder, form)
-    runs, base = training_history(folder)
-    tokenizer = load_tokenizer(str(folder))
-    thinking = thinks_by_default(tokenizer)
-    tokenizer.chat_template = with_default_mode(tokenizer.chat_template, thinking)
-    model = load_model(str(folder), torch.float32).eval()
-    model.config.use_cache = True  # training turned it off, and the exported model is for answers
-    # the flag follows the weights: transformers 4 would drop a head of its own if this said that it is the embedding
-    model.config.tie_word_embeddings = model.lm_head.weight is model.get_input_embeddings().weight
-    system = runs[0].get("system") if runs else ""
-    return Source(folder, model, tokenizer, thinking, runs, base, system if isinstance(system, str) else "")
-
-
 def training_history(folder: Path) -> tuple[list[dict], str]:
     """(run.json of the folder and of those it was trained from, the last training first; the base of the first of them)."""
     runs: list[dict] = []
@@ -82,60 +54,71 @@ def training_file(run: dict) -> tuple[Path, bool]:
     return path, path.is_file() and run["identity"].get("TRAIN_FILE") == f"sha256 {sha256_of(path)}"
 
 
-def _refuse_what_is_lost(folder, form):
-    """UserError that names what the format does not write: without it the model would answer otherwise."""
-    if form != "gguf":
-        return
-    above = Path(adapter_base(folder)) if is_adapter(folder) else folder
-    config, tokenizer = read_json(above / "config.json"), read_json(folder / "tokenizer.json")
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    lost = {
-        f"RoPE scaling ({scaling})": scaling != "default",
-        "another activation than silu (hidden_act)": config.get("hidden_act", "silu") != "silu",
-    }
-    for token in tokenizer.get("added_tokens", []):  # llama.cpp matches tokens as they are
-        flags = [name for name in ("lstrip", "rstrip", "single_word") if token.get(name)]
-        lost[f"an added token {token['content']!r} with {', '.join(flags)}"] = flags
-    for words, there in lost.items():
-        if there:
-            raise UserError(f"{show_path(folder)} has {words}, which --format {form} does not write")
-
-
 class Export:
     """An export of a finished folder; every format is a subclass with `precisions` (the default first), save, read and commands.
 
-    `name`: of the model; `precision`: the number format; `base`: the base to name ("": see the format); `place`: its folder.
+    `name`: of the model; `precision`: the number format; `base`: the base to name ("": see the format); `place`: its folder. After
+    load(): `model` is whole (an adapter is merged), float32, on the CPU; `runs`, `origin`: see training_history; `system`: the
+    system text of training ("": unknown, none).
     """
 
+    form: str  # of the settings of export_model.py
     precisions: tuple[str, ...]
 
-    def __init__(self, name: str, precision: str, base: str, place: Path):
-        self.name, self.base, self.place = name, base, place
+    def __init__(self, folder: Path, place: Path, name: str, precision: str, base: str):
+        self.folder, self.place, self.name, self.base = folder, place, name, base
         self.precision = precision or self.precisions[0]
         if self.precision not in self.precisions:
             known = " or ".join(self.precisions) or "none"
             raise UserError(f"--precision: wanted {known}, got {precision!r}")
 
-    def check(self, folder: Path) -> None:
-        """UserError if this format is not for the folder."""
+    def lost(self, config: dict, tokenizer: dict) -> dict[str, Any]:
+        """{what the format, or the exporter, does not write: is it there?} for a config.json and a tokenizer.json."""
+        return {
+            "quantised weights (quantization_config)": config.get("quantization_config"),
+            "a sliding window (use_sliding_window)": config.get("use_sliding_window"),
+        }
+
+    def check(self) -> None:
+        """UserError if this format is not for the folder: without what is lost the model would answer otherwise."""
+        above = self.folder
+        while is_adapter(above):
+            above = Path(adapter_base(above))
+        files = read_json(above / "config.json"), read_json(self.folder / "tokenizer.json")
+        for words, there in self.lost(*files).items():
+            if there:
+                shown = show_path(self.folder)
+                raise UserError(f"{shown} has {words}, which --format {self.form} does not write")
+
+    def load(self) -> None:
+        """Load the model and its tokenizer."""
+        self.runs, self.origin = training_history(self.folder)
+        self.system = (self.runs[0].get("system") if self.runs else "") or ""
+        self.tokenizer = load_tokenizer(str(self.folder))
+        self.thinking = thinks_by_default(self.tokenizer)
+        self.tokenizer.chat_template = with_default_mode(self.tokenizer.chat_template, self.thinking)
+        self.model = load_model(str(self.folder), torch.float32).eval()
+        config = self.model.config
+        config.use_cache = True  # training turned it off, and the exported model is for answers
+        # the flag follows the weights: transformers 4 would drop a head of its own if this said that it is the embedding
+        config.tie_word_embeddings = self.model.lm_head.weight is self.model.get_input_embeddings().weight
 
 
 class FolderExport(Export):
     """A folder that vLLM, mlx-lm, transformers 4 and 5 load."""
 
-    precisions = ("bf16", "fp32")
+    form, precisions = "folder", ("bf16", "fp32")
 
-    def save(self, source: Source, partial: Path) -> None:
+    def save(self, partial: Path) -> None:
         """Weights in the number format, both forms of config.json, decoding settings, tokenizer with the trained mode."""
-        exact = {weight: weight.data for weight in source.model.parameters()}
+        exact = {weight: weight.data for weight in self.model.parameters()}
         for weight in exact:  # not model.to(dtype), which would round the rotary frequencies as well
             weight.data = weight.data.to(DTYPES[self.precision])
-        save_model(source.model, source.tokenizer, partial)
+        save_model(self.model, self.tokenizer, partial)
         for weight, data in exact.items():
             weight.data = data
 
-    def read(self, source: Source) -> tuple[Any, Any]:
+    def read(self) -> tuple[Any, Any]:
         """(tokenizer, model in float32) as transformers 4.57 understands the exported files."""
         given = read_json(self.place / "config.json")
         config = {name: given.get(name, default) for name, default in CONFIG_OF_4.items()}
@@ -158,32 +141,42 @@ class FolderExport(Export):
 class AdapterExport(Export):
     """A LoRA adapter for PEFT; it names its base by Hub id, or by a path that holds from any working directory."""
 
-    precisions = ("",)  # as it was trained
+    form, precisions = "adapter", ("",)  # as it was trained
 
-    def check(self, folder: Path) -> None:
-        """UserError if `folder` holds a whole model, or was not trained on the model that `base` names."""
-        if not is_adapter(folder):
-            raise UserError(f"{show_path(folder)} is no LoRA adapter; export it with --format folder or gguf")
-        named, origin = _base_of(folder)
+    def check(self) -> None:
+        """UserError if the folder holds a whole model, or was not trained on the model that `base` names."""
+        if not is_adapter(self.folder):
+            shown = show_path(self.folder)
+            raise UserError(f"{shown} is no LoRA adapter; export it with --format folder or gguf")
+        super().check()
+        named, repo = self._base()
         trained = (run_folder(Path(named)) / "run.json").is_file()
-        if self.base and (trained or origin not in ("", self.base)):
-            whose = f"{show_path(named)}, a trained model" if trained else origin
+        if self.base and (trained or repo not in ("", self.base)):
+            whose = f"{show_path(named)}, a trained model" if trained else repo
             raise UserError(
                 f"--base {self.base}: the adapter was trained on {whose}; on another base its answers are others. "
                 "--format folder exports the merged model"
             )
 
-    def save(self, source: Source, partial: Path) -> None:
+    def _base(self):
+        """(the base as PEFT can load it: of another adapter its merged/ folder; the Hub id that it came from or "")."""
+        named = adapter_base(self.folder)
+        named = str(Path(named) / "merged") if is_adapter(named) else named
+        source = Path(named) / "source.json"
+        repo = read_json(source).get("repo", "") if source.is_file() else ""
+        return named, repo if Path(named).is_dir() else named
+
+    def save(self, partial: Path) -> None:
         """adapter_config.json names `base`, or, if that is empty, the base by its absolute path on this machine."""
-        config = read_json(source.folder / "adapter_config.json")
-        config["base_model_name_or_path"] = self.base or _base_of(source.folder)[0]
+        config = read_json(self.folder / "adapter_config.json")
+        config["base_model_name_or_path"] = self.base or self._base()[0]
         write_json(partial / "adapter_config.json", config)
-        shutil.copyfile(source.folder / "adapter_model.safetensors", partial / "adapter_model.safetensors")
-        source.model.generation_config.save_pretrained(partial)
-        source.tokenizer.save_pretrained(partial)
+        shutil.copyfile(self.folder / "adapter_model.safetensors", partial / "adapter_model.safetensors")
+        self.model.generation_config.save_pretrained(partial)
+        self.tokenizer.save_pretrained(partial)
         write_config_for_other_tools(partial)
 
-    def read(self, source: Source) -> tuple[Any, Any] | None:
+    def read(self) -> tuple[Any, Any] | None:
         """(tokenizer, model in float32): the exported adapter, merged by PEFT into the base that it names.
 
         None if that base is not on this machine: neither a folder, nor one that was downloaded under this name.
@@ -191,8 +184,8 @@ class AdapterExport(Export):
         from peft import PeftModel
 
         base = read_json(self.place / "adapter_config.json")["base_model_name_or_path"]
-        named, origin = _base_of(source.folder)
-        base = named if base == origin else base
+        named, repo = self._base()
+        base = named if base == repo else base
         if not Path(base).is_dir():
             return None
         whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
@@ -202,14 +195,6 @@ class AdapterExport(Export):
     def commands(self, place: str) -> list[str]:
         """How the export is used from where it lies at `place`."""
         return [f'PEFT: `AutoPeftModelForCausalLM.from_pretrained("{place}")`']
-
-
-def _base_of(folder):
-    """(the base of an adapter, the Hub id that it came from or "")."""
-    named = adapter_base(folder)
-    origin = Path(named) / "source.json"
-    repo = read_json(origin).get("repo", "") if origin.is_file() else ""
-    return named, repo if Path(named).is_dir() else named
 
 
 def build_model(

@@ -13,9 +13,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from utils.errors import RunError, UserError
-from utils.files import read_json, render
+from utils.files import render
 from utils.model.chat_format import DECODING, END_OF_TURN
-from utils.model.export.folders import Export, Source, build_model
+from utils.model.export.folders import Export, build_model
 from utils.model.generate import stop_tokens
 
 try:
@@ -34,26 +34,38 @@ QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^
 class GgufExport(Export):
     """A GGUF file and a Modelfile for Ollama."""
 
-    precisions = ("q8_0", "f16", "bf16")
+    form, precisions = "gguf", ("q8_0", "f16", "bf16")
 
     @property
     def file_name(self) -> str:
         return f"{self.name}-{self.precision}.gguf"
 
-    def check(self, folder: Path) -> None:
-        """UserError if the package is missing, or llama.cpp has no name for how the tokenizer of `folder` splits words."""
+    def check(self) -> None:
+        """UserError if the package is missing, or the file cannot hold what is in the folder."""
         if gguf is None:
             raise UserError(f"--format gguf needs llama.cpp's package: pip install {GGUF_PACKAGE}")
-        steps = read_json(folder / "tokenizer.json")["pre_tokenizer"].get("pretokenizers", [])
-        if [step["pattern"].get("Regex") for step in steps if "pattern" in step] != [QWEN2_SPLIT]:
-            why = "its pre-tokenizer is not Qwen2's"
-            raise UserError(
-                f"llama.cpp cannot split words as this tokenizer does ({why}); --format folder can"
-            )
+        super().check()
 
-    def save(self, source: Source, partial: Path) -> None:
+    def lost(self, config: dict, tokenizer: dict) -> dict[str, Any]:
+        """{what the file does not hold, or llama.cpp does not do: is it there?}"""
+        rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        scaling = rope.get("rope_type", rope.get("type", "default"))
+        steps = tokenizer["pre_tokenizer"].get("pretokenizers", [])
+        split = [step["pattern"].get("Regex") for step in steps if "pattern" in step]
+        found = super().lost(config, tokenizer) | {
+            f"RoPE scaling ({scaling})": scaling != "default",
+            "biases in its attention (attention_bias)": config.get("attention_bias"),
+            "another activation than silu (hidden_act)": config.get("hidden_act", "silu") != "silu",
+            "a tokenizer that splits words otherwise than Qwen2's": split != [QWEN2_SPLIT],
+        }
+        for token in tokenizer.get("added_tokens", []):  # llama.cpp matches tokens as they are
+            flags = [name for name in ("lstrip", "rstrip", "single_word") if token.get(name)]
+            found[f"an added token {token['content']!r} with {', '.join(flags)}"] = flags
+        return found
+
+    def save(self, partial: Path) -> None:
         """The GGUF file and a Modelfile."""
-        kind, config, tokenizer = self.precision.upper(), source.model.config, source.tokenizer
+        kind, config, tokenizer = self.precision.upper(), self.model.config, self.tokenizer
         writer = gguf.GGUFWriter(partial / self.file_name, "qwen3")
         writer.add_name(self.name)
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
@@ -78,30 +90,30 @@ class GgufExport(Export):
         writer.add_pad_token_id(tokenizer.convert_tokens_to_ids("<|endoftext|>"))
         writer.add_add_bos_token(False)
         writer.add_chat_template(tokenizer.chat_template)
-        _add_weights(writer, source.model, gguf.GGMLQuantizationType[kind])
+        _add_weights(writer, self.model, gguf.GGMLQuantizationType[kind])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        (partial / "Modelfile").write_text(self._modelfile(source), encoding="utf-8", newline="\n")
+        (partial / "Modelfile").write_text(self._modelfile(), encoding="utf-8", newline="\n")
 
-    def _modelfile(self, source):
+    def _modelfile(self):
         """Ollama's Modelfile, whose template, in Go's language, takes the place of the one in the GGUF file: it ends in the prompt
         of the trained mode; stops and decoding as in generation_config."""
-        if '"""' in source.system:
+        if '"""' in self.system:
             raise UserError('the system text of training holds """, which ends a text in a Modelfile')
-        greedy, names = source.model.generation_config.do_sample is False, ("temperature", "top_p", "top_k")
-        decoding = {"temperature": 0} if greedy else DECODING[source.thinking]
+        greedy, names = self.model.generation_config.do_sample is False, ("temperature", "top_p", "top_k")
+        decoding = {"temperature": 0} if greedy else DECODING[self.thinking]
         return render(
             MODELFILE,
             file=self.file_name,
-            system=source.system,
-            thinking=source.thinking,
-            stops=map(source.tokenizer.decode, sorted(stop_tokens(source.model, source.tokenizer))),
+            system=self.system,
+            thinking=self.thinking,
+            stops=map(self.tokenizer.decode, sorted(stop_tokens(self.model, self.tokenizer))),
             sampling=[(name, decoding[name]) for name in names if name in decoding],
         )
 
-    def read(self, source: Source) -> tuple[Any, Any]:
+    def read(self) -> tuple[Any, Any]:
         """(tokenizer, model in float32) of the file, made of its own fields and tensors alone, as llama.cpp makes them."""
         reader = gguf.GGUFReader(self.place / self.file_name)
         tensors = {tensor.name: tensor for tensor in reader.tensors}
