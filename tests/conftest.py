@@ -2,7 +2,6 @@
 
 import gc
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -57,34 +56,6 @@ def run_script(tmp_path):
         )
 
     return run
-
-
-@pytest.fixture
-def like_windows(tmp_path, run_script):
-    """like_windows(script, ...) -> CompletedProcess; files under tmp_path behave as on NTFS."""
-    if not Path("/proc/self/maps").exists():
-        pytest.skip("sees open files in /proc")
-    (tmp_path / "site").mkdir()
-    shutil.copy(ROOT / "tests/like_windows.py", tmp_path / "site/sitecustomize.py")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUTF8"}
-    environment |= {
-        "PYTHONPATH": str(tmp_path / "site"),
-        "LIKE_WINDOWS_ROOT": str(ROOT),
-        "LIKE_WINDOWS_FOLDER": str(tmp_path),
-        "PYTHONIOENCODING": "cp936",
-        "PYTHONWARNDEFAULTENCODING": "1",
-    }
-
-    def call(script, *words):
-        done = run_script(script, *words, env=environment)
-        assert done.returncode == 0, done.stderr
-        warned = [
-            line for line in done.stderr.splitlines() if "EncodingWarning" in line and str(ROOT) in line
-        ]
-        assert not [line for line in warned if "/.venv/" not in line], warned
-        return done
-
-    return call
 
 
 @pytest.fixture(scope="session")

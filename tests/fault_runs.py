@@ -16,6 +16,7 @@ import shutil
 
 import pytest
 from conftest import ROOT
+from fake_hub import TOKEN
 
 if not hasattr(os, "fork"):
     pytest.skip("makes faults with POSIX signals, limits and permissions", allow_module_level=True)
@@ -122,7 +123,7 @@ def start(world, command, *more, hub=None, **how):
     name, *added = command.split()
     words = [word.format(w=world) for word in (*COMMANDS[name].split(), *added)]
     environment = {"PYTHONUNBUFFERED": None, "PYTHONDONTWRITEBYTECODE": None}  # as in most shells
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": None} if hub else {}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": None, "HF_TOKEN": TOKEN} if hub else {}
     environment |= how.pop("environment", {})
     how.setdefault("ready", name not in HUB)
     repository, folder = how.pop("repository", world / "tcm"), world.parent / f"started {next(STARTS)}"

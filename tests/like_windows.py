@@ -1,7 +1,7 @@
 """Make a Python on Linux lack what Windows lacks and refuse what Windows refuses, as far as this project could notice.
 
-A test copies this file to a folder on PYTHONPATH under the name sitecustomize.py: every process started from there runs it before
-anything else. Libraries may go on using what is here; our own files may not.
+A test runs it in the process of a script, before anything else: as sitecustomize.py in a folder on PYTHONPATH, or by name in a forked
+one. Libraries may go on using what is here; our own files may not.
 """
 
 import builtins

@@ -4,7 +4,8 @@ Broken mirrors are in tests/test_hub.py.
 """
 
 import pytest
-from fault_runs import assert_told, contents, start
+from fake_hub import TOKEN
+from fault_runs import MADE, assert_told, contents, start
 
 pytestmark = pytest.mark.slow
 
@@ -56,6 +57,13 @@ GIVEN = [  # a command, and words of the line
     ("chat --model {w}/orphan", NO_BASE),
     ("chat --model {w}/cut", "cut cannot be loaded"),
 ]
+
+
+def test_results_hold_no_token_and_nothing_that_could_be_code(world):
+    """Weights and moments are safetensors, the rest is text: nothing is unpickled when a run goes on."""
+    files = [path for folder in MADE.values() for path in (world / folder).rglob("*") if path.is_file()]
+    assert len(files) > 60 and not [path for path in files if TOKEN.encode() in path.read_bytes()]
+    assert not [path for path in files if path.suffix in (".pt", ".pth", ".bin", ".pkl")]
 
 
 @pytest.fixture(scope="module")

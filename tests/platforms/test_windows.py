@@ -1,6 +1,10 @@
 """Windows: whole scripts on a Python that lacks what Windows lacks (tests/like_windows.py), and what differs there, faked."""
 
+import os
+import runpy
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -14,10 +18,19 @@ from utils.hub import HubFile, Repo
 from utils.model.folder import check_model
 from utils.training import log as log_module
 
+like_windows = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="sees open files in /proc")
+LIKE_WINDOWS = ROOT / "tests/like_windows.py"
 
+
+@like_windows
 @pytest.mark.slow
-def test_conversion_like_on_windows(like_windows, tmp_path):
-    """The terminal's encoding holds no rare characters."""
+def test_conversion_like_on_windows(run_script, tmp_path):
+    """The terminal's encoding holds no rare characters, and no file of ours is opened in the system's."""
+    (tmp_path / "site").mkdir()
+    shutil.copy(LIKE_WINDOWS, tmp_path / "site/sitecustomize.py")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUTF8"}
+    environment |= {"LIKE_WINDOWS_ROOT": str(ROOT), "LIKE_WINDOWS_FOLDER": str(tmp_path)}
+    environment |= {"PYTHONPATH": str(tmp_path / "site"), "PYTHONIOENCODING": "cp936"}
     write_jsonl(tmp_path / "问.jsonl", [{"query": f"问题{n}", "response": f"答{n}"} for n in range(5000)])
     words = [
         "--input-files",
@@ -27,8 +40,11 @@ def test_conversion_like_on_windows(like_windows, tmp_path):
         "--tokenizer-model",
         "",
     ]
-    done = like_windows("data_prepare/convert_to_qwen3_format.py", *words)
-    assert "问.jsonl" in done.stdout
+    script = "data_prepare/convert_to_qwen3_format.py"
+    done = run_script(script, *words, env=environment | {"PYTHONWARNDEFAULTENCODING": "1"})
+    assert done.returncode == 0 and "问.jsonl" in done.stdout, done.stderr
+    warned = [line for line in done.stderr.splitlines() if "EncodingWarning" in line and str(ROOT) in line]
+    assert not [line for line in warned if "/.venv/" not in line]
     assert len((tmp_path / "out/sft_train.jsonl").read_text(encoding="utf-8").splitlines()) == 4750
 
 
@@ -51,13 +67,20 @@ sys.exit(run(lambda: finetune_sft.main([*command, "--keep-checkpoints", "1"])))
 """
 
 
+@like_windows
 @pytest.mark.slow
-def test_training_and_resuming_like_on_windows(like_windows, tmp_path):
+def test_training_and_resuming_like_on_windows(tmp_path):
     """Checkpoints are flushed and moved into place, old ones removed, with no file open; a stopped run goes on."""
+    from processes import Script
+
     place, output = make_place(tmp_path), tmp_path / "out"
     (tmp_path / "twice.py").write_text(TRAIN_STOP_AND_GO_ON, encoding="utf-8")
-    done = like_windows(tmp_path / "twice.py", ROOT, output, *arguments("sft", place, output))
-    assert "going on from" in done.stdout and done.stdout.count("finished in") == 2
+    words = [tmp_path / "twice.py", ROOT, output, *arguments("sft", place, output)]
+    environment = {"LIKE_WINDOWS_ROOT": str(ROOT), "LIKE_WINDOWS_FOLDER": str(tmp_path)}
+    before = [(runpy.run_path, str(LIKE_WINDOWS))]
+    script = Script(words, ROOT, tmp_path / "said", environment=environment, before=before, ready=True)
+    assert script.end() == 0, script.err
+    assert "going on from" in script.out and script.out.count("finished in") == 2
     assert same_weights(output, tmp_path / "whole")
     kept = [len(list(folder.glob("checkpoint-*"))) for folder in (tmp_path / "whole", output)]
     assert kept == [2, 1]
