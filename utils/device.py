@@ -73,9 +73,9 @@ def pick_device(name: str = "auto", precision: str = "auto", answering: bool = F
     """Choose a Device. `name`: auto, cuda, mps or cpu; `precision`: auto, bf16, fp16 or fp32, for `answering` also int8.
 
     By itself, bf16 is chosen only where the hardware computes in it: CUDA from compute capability 8.0, x86 with AVX512-BF16 or
-    AMX. CUDA from 7.0 up gets fp16, three times as fast as fp32 there. Apple's M1 and M2 emulate bf16. Other x86 CPUs (with AVX2,
-    which FBGEMM needs) answer from half weights and Apple GPUs from fp16 ones, which halves what each token reads. UserError for a
-    device that is not there and for another precision. On a CPU, memory is held from now on.
+    AMX; fp16 on CUDA from 7.0, three times as fast as fp32 there. Other x86 CPUs (with AVX2, which FBGEMM needs) answer from half
+    weights and Apple GPUs from fp16 ones, which halves what each token reads. UserError for what is not there. On a CPU, memory is
+    held from now on.
     """
     import torch
 
@@ -89,7 +89,7 @@ def pick_device(name: str = "auto", precision: str = "auto", answering: bool = F
         major, minor = torch.cuda.get_device_capability()
         best = "bf16" if major >= 8 else "fp16" if major >= 7 else "fp32"
         reason = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
-        if precision == "bf16" != best:
+        if precision == "bf16" and best != "bf16":
             print(f"{reason}: this GPU emulates bf16 and is slower with it than with fp16", file=sys.stderr)
     elif name == "mps":
         best, reason = "fp32", "Apple GPU; bf16 would save memory, not time"
@@ -120,8 +120,7 @@ def pick_device(name: str = "auto", precision: str = "auto", answering: bool = F
 
 
 def _find_device(name):
-    """The device of this name, or the best one for "auto". A GPU that is there and cannot be used is told on stderr, where no
-    answers go."""
+    """The device of this name, or the best one for "auto". A GPU that cannot be used is told on stderr, where no answers go."""
     import torch
 
     unused = "" if name in ("mps", "cpu") else _unused_gpu()
@@ -162,9 +161,8 @@ def _unused_gpu():
             same = int(generation) == major or kind == "compute"
             if same and (int(generation), int(number)) <= (major, minor):
                 return ""
-        gpu = f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
-        why = f"has code for {', '.join(code)}; other builds are at {INDEX}, such as cu126"
-        return f"{gpu} is not used: torch {torch.__version__} {why}"
+        why = f"torch {torch.__version__} has code for {', '.join(code)}; other builds are at {INDEX}, such as cu126"
+        return f"{torch.cuda.get_device_name()} (sm_{major}{minor}) is not used: {why}"
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return ""
     try:
@@ -203,11 +201,8 @@ def memory_for_process() -> int:
 
 
 def hold_memory() -> None:
-    """Keep the memory of freed tensors for the next ones; only on glibc.
-
-    By default glibc gives large blocks back at once, and every step pays for having their pages zeroed and mapped again (full
-    fine-tuning of 0.6 B parameters: 20 tokens/s so, 27 with this).
-    """
+    """Keep the memory of freed tensors for the next ones; only on glibc, which by default gives large blocks back at once: every
+    step then pays for having their pages zeroed and mapped again (full fine-tuning of 0.6 B parameters: 20 tokens/s, not 27)."""
     if libc := _glibc():
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never

@@ -6,7 +6,6 @@ sent.
 """
 
 import contextlib
-import glob
 import hashlib
 import os
 import re
@@ -43,7 +42,7 @@ class Repo(NamedTuple):
 
     @property
     def page(self) -> str:
-        """Its address for people: always the Hub's own, where terms are accepted and commits listed."""
+        """Its address for people, on the Hub itself, where terms are accepted."""
         return f"{HOME}/{'datasets/' if self.kind == 'dataset' else ''}{self.id}"
 
 
@@ -107,9 +106,6 @@ def download(repo: Repo, wanted: Mapping[Path, HubFile], ours: Collection[Path])
 def _fetch(repo, file, path):
     """Bring one file to its place, whole and verified."""
     part = _part(path, file)
-    for other in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 12}.part"):
-        if other != part:  # what is left of this file at another commit
-            other.unlink()
     with _errors_told(repo):
         import httpx2
         from huggingface_hub import constants, hf_hub_url

@@ -1,12 +1,8 @@
 """Results that are kept between runs: each under the identity that it was made for, and whole by its checksum, or made again.
 
 An identity is a dict of everything that decides the result (digests of data and model, settings, versions). A small result is
-one JSON file that holds both; a file or a folder too large for JSON gets a record beside it, written after it:
-
-    scores = read_kept(path, identity)          if not is_kept(tokens, identity):
-    if scores is None:                              make(tokens)
-        scores = measure()                          seal(tokens, identity)
-        write_kept(path, identity, scores)
+one JSON file that holds both (write_kept, read_kept); a large file or a folder gets a record beside it, written after it (seal,
+is_kept).
 """
 
 import contextlib

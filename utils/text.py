@@ -89,10 +89,7 @@ def listed(names: list, most: int = 5) -> str:
 
 
 def progress(label: str, unit: str = "batches") -> Callable[..., Iterator]:
-    """A function that shows how far something is and the time left: progress(label)(list) or progress(label)(iterator, count).
-
-    Work of less than QUIET_SECONDS is not mentioned.
-    """
+    """A function that shows how far something is and the time left: progress(label)(list) or progress(label)(iterator, count)."""
 
     def watch(steps, count=None):
         shown = bar(steps, label, unit=f" {unit}", total=len(steps) if count is None else count)
