@@ -241,15 +241,11 @@ def marked_turns(text: str, both: bool = True) -> list[dict]:
 
 def exchanges(turns: list[dict]) -> list[dict]:
     """The turns from the first of the user to the last of the assistant, with the system text; Reject if they do not alternate."""
-    system = turns[:1] if turns[0]["role"] == "system" else []
-    spoken = turns[len(system) :]
-    while spoken and spoken[0]["role"] == "assistant":
-        spoken.pop(0)
-    while spoken and spoken[-1]["role"] == "user":
-        spoken.pop()
-    if not spoken or [turn["role"] for turn in spoken] != ["user", "assistant"] * (len(spoken) // 2):
+    roles = "".join(turn["role"][0] for turn in turns)  # s, u and a
+    found = re.fullmatch("(s?)a*((?:ua)+)u*", roles)
+    if not found:
         raise Reject("roles out of order", " ".join(turn["role"] for turn in turns))
-    return system + spoken
+    return turns[: found.end(1)] + turns[found.start(2) : found.end(2)]
 
 
 def assistant_message(text: str, reasoning: str = "") -> dict:

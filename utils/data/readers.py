@@ -57,9 +57,7 @@ def parse(text: str) -> object:
         return _DECODER.decode(text)
     except Reject as problem:
         return Reject(problem.reason, problem.detail, text)
-    except RecursionError:
-        return Reject("not JSON", "nested too deep", text)
-    except ValueError as error:  # JSONDecodeError, and numbers of more than 4,300 digits
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, and numbers of more than 4,300 digits
         return Reject("not JSON", str(error), text)
 
 

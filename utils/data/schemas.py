@@ -282,16 +282,14 @@ def _conversation(row, schema, turns, columns=""):
 
 def _refuse_judged(row, schema, columns):
     """Reject of a row (KTO) that says that its answer is bad, and of a number that may judge it."""
-    for mark in ("label", "kto_tag"):
+    by_hand = {"answer", "处方", "答"} & set(row.names)
+    for mark in ("label", "kto_tag") if by_hand else ("label", "kto_tag", "score"):
         told = str(row.peek(mark)).strip().lower()
         if told == "false":
             raise Reject("marked as not to be learnt", f"{mark} is {told}: a bad answer")
         if told == "true":
             row.get(mark)
-            return
-    by_hand = {"answer", "处方", "答"} & set(row.names)
-    for mark in ("label",) if by_hand else ("label", "score"):
-        if schema != "--columns" and re.fullmatch(r"-?\d+(\.\d+)?", str(row.peek(mark)).strip()):
+        elif schema != "--columns" and re.fullmatch(r"-?\d+(\.\d+)?", told):
             way = f"; if it is right in every row: --columns {columns}" if columns else ""
             detail = f"it may be a bad one; not used: {', '.join(row.unused())}{way}"
             raise Reject("a label or score beside the answer", detail)
