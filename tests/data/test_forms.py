@@ -21,43 +21,36 @@ def fields(*names):
 
 
 # Exams, all of the same item: what is different is where the options are, and how the right one is named.
+OPTIONS = [  # the options, and the right one
+    (BELOW, "A"), (BELOW.replace("\n", "\\n"), "A"), ("A.葛根|B.独活|C.杜仲|D.续断", "a"), ("A、葛根\nB、独活\nC、杜仲\nD、续断", "A"),
+    ("A.葛根B.独活C.杜仲D.续断", "答案：A"), ("A葛根B独活C杜仲D续断", "【A】"), (HERBS, ["葛根"]), (HERBS, 0), (str(HERBS), "A"),
+    ([f"{letter}. {text}" for letter, text in LETTERED.items()], "Ａ"), ([f"{n}.{text}" for n, text in enumerate(HERBS, 1)], "1"),
+    (LETTERED, "A. 葛根"), (json.dumps(LETTERED), ["A"]), ({**LETTERED, "E": ""}, "A"),
+    ([{letter: text} for letter, text in LETTERED.items()], "(A)"),
+    ([{"key": letter, "value": text} for letter, text in LETTERED.items()], "葛根"),
+]  # fmt: skip
+INSIDE = [  # a question with its options inside, and the answer
+    (f"{STEM} A.葛根 B.独活 C.杜仲 D.续断", "A"), (f"{STEM}\n{BELOW}", "A"), (f"{STEM}\nA．葛根\nB．独活\nC．杜仲\nD．续断", ["A"]),
+    (f"{STEM}\n(A)葛根\n(B)独活\n(C)杜仲\n(D)续断", "答案是A。"),
+]  # fmt: skip
 EXAMS = [
+    *({"question": STEM, "options": options, "answer": answer} for options, answer in OPTIONS),
+    *({"instruction": question, "input": "", "output": answer} for question, answer in INSIDE),
+    {"instruction": STEM, "input": "A.葛根B.独活C.杜仲D.续断", "output": "A"},
+    {"messages": turns(f"{STEM}\n{BELOW}", "A")},
     {"question": STEM, **fields("opa", "opb", "opc", "opd"), "answer": "opa"},
     {"question": STEM, **fields("opa", "opb", "opc", "opd"), "cop": 0},
-    {"题目": STEM, **fields("选项A", "选项B", "选项C", "选项D"), "答案": "A"},
+    {"题目": STEM, **fields("选项A", "选项B", "选项C", "选项D"), "答案": "A", "解析": ""},
     {"题干": STEM, **fields("选项1", "选项2", "选项3", "选项4"), "正确答案": "1"},
     {"question": STEM, **fields("option_a", "option_b", "option_c", "option_d"), "answer": "A"},
     {"question": STEM, **fields("optionA", "optionB", "optionC", "optionD"), "correct_answer": "optionA"},
     {"stem": STEM, **fields("Option 1", "Option 2", "Option 3", "Option 4"), "key": 1},
     {"question": STEM, **fields("choice_0", "choice_1", "choice_2", "choice_3"), "label": 0},
-    {"qtext": STEM, "qtype": "单选题", "options": LETTERED, "answer": "A"},
     {"question": STEM, **fields("A", "B", "C", "D"), "E": "nan", "answer": "a"},
-    {"Question": STEM, "Options": BELOW, "Answer": "A"},
-    {"Question": STEM, "Options": BELOW.replace("\n", "\\n"), "Answer": "A"},
-    {"question": STEM, "option_list": HERBS, "answer": ["葛根"]},
-    {"question": STEM, "choices": HERBS, "answer": 0},
-    {"question": STEM, "options": [f"{letter}. {text}" for letter, text in LETTERED.items()], "answer": "Ａ"},
-    {"question": STEM, "options": LETTERED, "answer": "葛根", "answer_idx": "A"},
-    {"question": STEM, "options": LETTERED, "answer": "A. 葛根"},
-    {"question": STEM, "options": "A.葛根|B.独活|C.杜仲|D.续断", "answer": "a"},
-    {"题目": STEM, "选项": "A、葛根\nB、独活\nC、杜仲\nD、续断", "答案": "A", "解析": ""},
-    {"instruction": f"{STEM} A.葛根 B.独活 C.杜仲 D.续断", "input": "", "output": "A"},
+    {"qtext": STEM, "qtype": "单选题", "option_list": HERBS, "answer": "葛根", "answer_idx": "A"},
     {"query": STEM, "choices": HERBS, "answers": ["葛根"]},
-    {"question": STEM, "options": str(HERBS), "answer": "A"},
-    {"question": STEM, "options": json.dumps(LETTERED), "answer": ["A"]},
-    {"question": STEM, "options": [{"A": "葛根"}, {"B": "独活"}, {"C": "杜仲"}, {"D": "续断"}], "answer": "(A)"},
     {"question": STEM, "choices": {"text": HERBS, "label": list("ABCD")}, "answerKey": "A"},
-    {"question": STEM, "options": [f"{n}.{text}" for n, text in enumerate(HERBS, 1)], "answer": "1"},
-    {"question": STEM, "options": "A.葛根B.独活C.杜仲D.续断", "answer": "答案：A"},
-    {"question": STEM, "options": "A葛根B独活C杜仲D续断", "answer": "【A】"},
-    {"instruction": f"{STEM}\n{BELOW}", "output": "A"},
-    {"instruction": STEM, "input": "A.葛根B.独活C.杜仲D.续断", "output": "A"},
-    {"question": f"{STEM}\nA．葛根\nB．独活\nC．杜仲\nD．续断", "answer": ["A"]},
-    {"prompt": f"{STEM}\n(A)葛根\n(B)独活\n(C)杜仲\n(D)续断", "completion": "答案是A。"},
-    {"messages": turns(f"{STEM}\n{BELOW}", "A")},
-    {"question": STEM, "answer": "A", "option": {**LETTERED, "E": ""}, "question_type": "单项选择题"},
-    {"Question": STEM, "Answer": "A", "Options": [{"key": key, "value": text} for key, text in LETTERED.items()]},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("row", EXAMS)
