@@ -28,7 +28,6 @@ INPUT_FILES = ["data_prepare/raw"]    # data files, or folders of them
 OUTPUT_DIR = "data_prepare/qwen3"     # where the converted files go
 COLUMNS = ""                          # fields of an unknown schema, e.g. question=Content,answer=Summary
 SYSTEM = ""                           # system text for rows that have none; chat has none by default
-SPLIT_BY_NAME = True                  # in a folder, test.jsonl, valid*.json, dev, eval and folders named so are evaluation
 EXPLAINED = False                     # exam items with an explanation become conversations with reasoning to train on
 EVAL_SHARE = 0.05                     # [0 to 0.9] share of the rows held out, if they do not say their split; of a small set 20 rows or 20 %
 MAX_EVAL_ROWS = 1000                  # [0, 1, ...] and at most so many, because every evaluation in training takes its time
@@ -54,7 +53,7 @@ def main(argv=None):
     from utils.data import convert, dedup, exam_leaks, report  # numpy, which --help does not need
 
     # 1. Find the files, tell their encodings and the splits that their names say
-    sources, skipped = find_input_files(settings.INPUT_FILES, DOWNLOAD, settings.SPLIT_BY_NAME)
+    sources, skipped = find_input_files(settings.INPUT_FILES, DOWNLOAD)
     refuse_to_overwrite(sources, settings.OUTPUT_DIR)
     settings.OUTPUT_DIR.mkdir(parents=True, exist_ok=True)
 

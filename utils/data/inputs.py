@@ -85,13 +85,11 @@ class InputFile(NamedTuple):
             yield from io.TextIOWrapper(opened, self.encoding, "surrogateescape", newline)
 
 
-def find_input_files(
-    inputs: list[Path], made_by: str, by_name: bool = True
-) -> tuple[list[InputFile], list[tuple[str, str]]]:
+def find_input_files(inputs: list[Path], made_by: str) -> tuple[list[InputFile], list[tuple[str, str]]]:
     """The data files among `inputs` (files, or folders of them), each once, and (name, reason) of what is skipped in folders.
 
-    UserError names `made_by`, the command that makes data. `by_name`: files and folders in a folder that are named as test or
-    validation sets are evaluation; a file that is given by its own name is what the user says it is.
+    UserError names `made_by`, the command that makes data. Files and folders in a folder that are named as test or validation
+    sets are evaluation; a file that is given by its own name is what the user says it is.
     """
     found, skipped, endings = {}, [], ", ".join(DATA_ENDINGS)
     for given in inputs:
@@ -106,7 +104,7 @@ def find_input_files(
             if why:
                 skipped.append((name, why))
                 continue
-            telling = Path(name if by_name and given.is_dir() else member).parts
+            telling = Path(name if given.is_dir() else member).parts
             split = "eval" if any(map(says_evaluation, telling)) else ""
             found[path.resolve(), member] = InputFile(path, name, split, member)
     if not found:
