@@ -11,7 +11,6 @@ times itself.
 
 The bound: one token reads every weight once, the embedding as well, which is also the LM head. No loop is faster than the
 memory's bandwidth divided by the bytes of the weights. The bandwidth is that of a sum over 1 GiB.
-
 """
 
 import argparse
@@ -20,7 +19,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
@@ -41,27 +42,17 @@ def generate(model, prompt: list[int], count: int) -> tuple[list[float], list[in
     """The same of transformers' generate, with a streamer."""
     import torch
 
-    class Streamer:
-        def __init__(self):
-            self.times, self.tokens = [], []
+    times, tokens, began = [], [], time.perf_counter()
 
-        def put(self, value):
-            if value.numel() == 1:  # the first call hands over the prompt
-                self.tokens.append(int(value))
-                self.times.append(time.perf_counter() - began)
+    def put(value):
+        if value.numel() == 1:  # the first call hands over the prompt
+            tokens.append(int(value))
+            times.append(time.perf_counter() - began)
 
-        def end(self):
-            pass
-
-    streamer, began = Streamer(), time.perf_counter()
-    model.generate(
-        torch.tensor([prompt], device=model.device),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
-        do_sample=False,
-        max_new_tokens=count,
-        streamer=streamer,
-    )
-    return streamer.times, streamer.tokens
+    ids = torch.tensor([prompt], device=model.device)
+    given = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": count}
+    model.generate(ids, **given, streamer=SimpleNamespace(put=put, end=lambda: None))
+    return times, tokens
 
 
 def bandwidth() -> float:
@@ -76,29 +67,20 @@ def bandwidth() -> float:
     return block.numel() * 4 / min(times)
 
 
-class LlamaCpp:
-    """A GGUF file in a process of its own, called as `ours` and `generate` are."""
+def llama_cpp(python: str, file: str, threads: int) -> Callable:
+    """A function as `ours` and `generate` are, which asks a process that has loaded the GGUF file."""
+    command = [python, ROOT / "tests/interop/time_llamacpp.py", file, str(threads)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, **pipes, encoding="utf-8")
+    process.stdout.readline()  # it is ready
 
-    def __init__(self, python: str, file: str, threads: int):
-        script = ROOT / "tests/interop/time_llamacpp.py"
-        self.process = subprocess.Popen(
-            [python, script, file, str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-        )
-        self._answer()
-
-    def _answer(self):
-        return json.loads(self.process.stdout.readline())
-
-    def __call__(self, _, prompt: list[int], count: int) -> tuple[list[float], None]:
-        self.process.stdin.write(json.dumps({"prompt": prompt, "tokens": count}) + "\n")
-        self.process.stdin.flush()
-        told = self._answer()
+    def answer(_, prompt: list[int], count: int) -> tuple[list[float], None]:
+        process.stdin.write(json.dumps({"prompt": prompt, "tokens": count}) + "\n")
+        process.stdin.flush()
+        told = json.loads(process.stdout.readline())
         return [told["first_s"] + number / told["tokens_per_second"] for number in range(count)], None
+
+    return answer
 
 
 def ways_to_answer(folder: str, device, llamacpp: list[str]) -> dict[str, tuple]:
@@ -120,7 +102,7 @@ def ways_to_answer(folder: str, device, llamacpp: list[str]) -> dict[str, tuple]
             ways[f"ours, {other.answers}"] = (ours, load_for_answers(folder, other))
     python, *files = llamacpp or [""]
     for file in files:
-        ways[f"llama.cpp, {Path(file).name}"] = (LlamaCpp(python, file, torch.get_num_threads()), None)
+        ways[f"llama.cpp, {Path(file).name}"] = (llama_cpp(python, file, torch.get_num_threads()), None)
     return ways
 
 
@@ -161,13 +143,6 @@ def print_table(table: dict[str, dict], bound: float | None) -> None:
         print(f"| bound of the memory, weights in 2 bytes | | {bound:.1f} | |")
 
 
-def some_prompt(length: int, seed: int = 0) -> list[int]:
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1000, 3000, (length,), generator=generator).tolist()
-
-
 def parse_options() -> argparse.Namespace:
     shown = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(**shown)
@@ -183,8 +158,7 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-
-    # 1. Load the model, once for each way
+    import torch
     from bench_training import shape_of_qwen3, write_record
 
     from utils.device import pick_device
@@ -194,15 +168,13 @@ def main() -> None:
     device = pick_device("auto", options.precision, answering=True)
     folder = options.model or str(shape_of_qwen3(place / "qwen3_0_6b_shape"))
     ways = ways_to_answer(folder, device, options.llamacpp)
-
-    # 2. Measure, and the memory's speed beside it
-    measured, same = measure(ways, some_prompt(options.context), options.tokens, options.rounds)
-    elements = sum(weight.numel() for weight in ways["generate"][1].parameters())
-    bound = (
-        bandwidth() / (elements * (4 if device.answers == "fp32" else 2)) if device.name == "cpu" else None
-    )
-
-    # 3. Print and keep what was measured
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(1000, 3000, (options.context,), generator=generator).tolist()
+    measured, same = measure(ways, prompt, options.tokens, options.rounds)
+    bound = None
+    if device.name == "cpu":
+        elements = sum(weight.numel() for weight in ways["generate"][1].parameters())
+        bound = bandwidth() / (elements * (4 if device.answers == "fp32" else 2))
     table = medians(measured)
     print_table(table, bound)
     print(f"same tokens: {same}; {options.context} tokens of context, {options.tokens} of answer")

@@ -10,6 +10,7 @@ once under trainer_output/bench/ (git-ignored); checkpoints go to a temporary fo
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -23,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/benchmarks")]
 
 from bench_training import sample_files, shape_of_qwen3  # noqa: E402
 
-DEFAULTS = {"sft": 1024, "lora": 1024, "dpo": 2048}  # tokens a row
+HEADER = "| | tokens a row | plan | forecast | measured | forecast is |\n|---|---|---|---|---|---|"
 
 
 def shortened(path: Path, length: int) -> Path:
@@ -34,75 +35,45 @@ def shortened(path: Path, length: int) -> Path:
     return short
 
 
-def cases(methods: list[str], precisions: list[str], lengths: list[int]) -> list[tuple[str, str, int]]:
-    """(method, precision, tokens a row), the scripts' default settings first."""
-    every = [
-        (method, precision, length) for precision in precisions for length in lengths for method in methods
-    ]
-    return sorted(every, key=lambda case: case[2] != DEFAULTS[case[0]])
-
-
-def measure(method: str, precision: str, length: int, model: Path, data: Path, more: list[str]) -> dict:
-    """{"plan", "forecast", "peak"} of one run, bytes; {"refused": the line} where it was not started."""
+def measure(method: str, precision: str, length: int, model: Path, data: Path, more: list[str]) -> str:
+    """Plan, forecast and peak of one run, as cells of the table; or why it was not started."""
     with tempfile.TemporaryDirectory(dir=ROOT / "trainer_output/bench") as folder:
         command = [sys.executable, ROOT / f"model_finetune/finetune_{method}.py", "--model", model]
         command += ["--train-file", data, "--eval-file", data, "--output-dir", Path(folder) / "run"]
         command += ["--max-length", length, "--rows-per-step", 2, "--max-steps", 2, "--eval-rows", 8]
         command += ["--precision", precision, "--keep-checkpoints", 1, *more]
-        process = subprocess.Popen(
-            list(map(str, command)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            encoding="utf-8",
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
+        process = subprocess.Popen(list(map(str, command)), **pipes)
         said = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
         if status:
-            return {"refused": said.strip().splitlines()[-1]}
+            return f"{said.strip().splitlines()[-1]} | | |"
         record = json.loads((Path(folder) / "run/run.json").read_text(encoding="utf-8"))
-        forecast = record["memory_forecast_bytes"]
-        return {
-            "plan": re.search(r"free; (.*)", said)[1],
-            "forecast": forecast,
-            "peak": usage.ru_maxrss * 1024,
-            "training_peak": record["results"]["peak_memory_bytes"],
-        }
+    sizes = record["memory_forecast_bytes"], usage.ru_maxrss * 1024, record["results"]["peak_memory_bytes"]
+    forecast, peak, training = (size / 2**30 for size in sizes)
+    plan = re.search(r"free; (.*)", said)[1]
+    measured = f"{peak:.1f} GiB (in training {training:.1f})"
+    return f"{plan} | {forecast:.1f} GiB | {measured} | {forecast / peak - 1:+.0%}"
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    shown = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(**shown)
     parser.add_argument("--model", type=Path, help="a model folder; default: the shape with random weights")
     parser.add_argument("--methods", nargs="+", default=["sft", "lora", "dpo"])
     parser.add_argument("--precisions", nargs="+", default=["bf16", "fp32"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[256, 512, 1024, 2048, 4096])
-    parser.add_argument("--output", type=Path, default=ROOT / "trainer_output/bench/memory.json")
     options, more = parser.parse_known_args()
     folder = ROOT / "trainer_output/bench"
     folder.mkdir(parents=True, exist_ok=True)
     model = options.model or shape_of_qwen3(folder / "qwen3_0_6b_random")
     conversations, pairs = sample_files(folder)
-    results = []
-    print(
-        "| | tokens a row | plan | forecast | measured | forecast is |\n|---|---|---|---|---|---|", flush=True
-    )
-    for method, precision, length in cases(options.methods, options.precisions, options.lengths):
+    print(HEADER, flush=True)
+    for case in itertools.product(options.precisions, options.lengths, options.methods):
+        precision, length, method = case
         data = shortened(pairs if method == "dpo" else conversations, length)
-        found = measure(method, precision, length, model, data, more)
-        results.append({"method": method, "precision": precision, "length": length, **found})
-        options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        name = f"{method.upper()} {precision}"
-        if "refused" in found:
-            print(f"| {name} | {length:,} | {found['refused']} | | | |", flush=True)
-            continue
-        forecast, peak = (found[key] / 2**30 for key in ("forecast", "peak"))
-        print(
-            f"| {name} | {length:,} | {found['plan']} | {forecast:.1f} GiB | {peak:.1f} GiB "
-            f"(in training {found['training_peak'] / 2**30:.1f}) | {forecast / peak - 1:+.0%} |",
-            flush=True,
-        )
+        cells = measure(method, precision, length, model, data, more)
+        print(f"| {method.upper()} {precision} | {length:,} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":
