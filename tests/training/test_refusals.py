@@ -54,7 +54,7 @@ def test_broken_data_names_the_line(place, tmp_path, capsys):
 @pytest.fixture
 def ctrl_c(monkeypatch):
     """ctrl_c(step): as if the user had pressed Ctrl-C in the evaluation after `step`."""
-    evaluate, batch_loss, evaluating = Learner.evaluate_and_log, Learner.batch_loss, []
+    evaluate, batch_loss, evaluating = Learner.evaluate, Learner.batch_loss, []
 
     def at(step):
         def begun(self, plan, now, done):
@@ -66,7 +66,7 @@ def ctrl_c(monkeypatch):
                 os.kill(os.getpid(), signal.SIGINT)
             return batch_loss(self, batch, scale)
 
-        monkeypatch.setattr(Learner, "evaluate_and_log", begun)
+        monkeypatch.setattr(Learner, "evaluate", begun)
         monkeypatch.setattr(Learner, "batch_loss", pressed)
 
     return at

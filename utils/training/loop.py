@@ -20,7 +20,7 @@ from utils.errors import NO_MEMORY, RunError
 from utils.files import show_path
 from utils.model.lm_head import HeadGradient
 from utils.model.mixed import FoldedStep
-from utils.model.packing import PackedBatch, PackedRows, collate
+from utils.model.packing import PackedBatch, collate
 from utils.model.qwen3_train import forward
 from utils.text import listed, progress
 from utils.training.log import best_of, verdict
@@ -47,9 +47,8 @@ def train(
     try:
         with ThreadPoolExecutor(1) as beside:  # collates the next step's batches while a step is computed
             coming = beside.submit(step_batches, run, plan, step)
-            if owed and not learner.evaluate_and_log(plan, step, done):
-                raise KeyboardInterrupt(_stopped(step))
-            while done < 1:
+            stop = owed and not learner.evaluate(plan, step, done)
+            while done < 1 and not stop:
                 batches = coming.result()
                 coming = beside.submit(step_batches, run, plan, step + 1)
                 rate = settings.LEARNING_RATE * schedule.rate(step, done)
@@ -73,23 +72,19 @@ def train(
                     unread = None
 
                 if owed and not stop:
-                    owed = not learner.evaluate_and_log(plan, step, done)
+                    owed = not learner.evaluate(plan, step, done)
                     stop = owed  # it was asked to stop meanwhile: the evaluation is made when the run goes on
                 if saving or stop:
                     run.save_checkpoint(step, done, bool(owed), learner, save)
-                if stop:
-                    raise KeyboardInterrupt(_stopped(step))
-        if any(run.agree(bool(run.asked_to_stop))):
-            raise KeyboardInterrupt(_stopped(step))
+        if stop or any(run.agree(bool(run.asked_to_stop))):
+            if step:
+                raise KeyboardInterrupt(
+                    f"stopped after step {step}, checkpoint written; the same command goes on"
+                )
+            raise KeyboardInterrupt("stopped before the first step; the same command starts it again")
         return _results(run, model, plan, step)
     finally:
         run.log.draw()
-
-
-def _stopped(step):
-    if not step:
-        return "stopped before the first step; the same command starts it again"
-    return f"stopped after step {step}, checkpoint written; the same command goes on"
 
 
 class StepResult(NamedTuple):
@@ -163,24 +158,18 @@ class Learner:
         self.optimizer.step()
         self.forget_gradients()
 
-    def counters(self) -> dict[str, float]:
-        """The steps that changed the weights, which in float16 are not all, and the state of its loss scale."""
-        found = {"updates": max(int(state["step"]) for state in self.optimizer.state.values())}
-        if self.folded:
-            found |= {"loss_scale": self.folded.scale.item(), "good_steps": self.folded.good.item()}
-        return found
-
     def forget_gradients(self) -> None:
         self.model.zero_grad(set_to_none=not self.keeps_gradients)
 
     @torch.no_grad()
-    def evaluate(self, rows: PackedRows) -> dict[str, float] | None:
-        """The mean loss and metrics over all units of the rows: the same for any batch size and packing.
+    def evaluate(self, plan: Plan, step: int, done: float) -> bool:
+        """Log the mean loss and metrics over all units of the rows to evaluate on, and keep the weights if they are the best.
 
-        Sums are taken in float64. None if a process was asked to stop meanwhile.
+        The numbers are the same for any batch size and packing: sums are taken in float64. False if a process was asked to stop
+        meanwhile.
         """
         self.model.eval()
-        run, device = self.run, self.accelerator.device
+        run, device, rows = self.run, self.accelerator.device, plan.eval_rows
         names = ["loss", *(PREFERENCE if rows.numbers else ())]
         exact = torch.float32 if device.type == "mps" else torch.float64
         sums, units, whole = [0.0] * len(names), 0, torch.ones((), device=device)
@@ -195,17 +184,14 @@ class Learner:
             sums = [total + values[name].item() for total, name in zip(sums, names)]
         joined = torch.tensor([bool(run.asked_to_stop), units, *sums], dtype=exact).to(device)
         stop, units, *sums = self.accelerator.reduce(joined, "sum").tolist()
-        return None if stop else {f"eval_{name}": total / units for name, total in zip(names, sums)}
-
-    def evaluate_and_log(self, plan: Plan, step: int, done: float) -> bool:
-        """Evaluate, and keep the weights if they are the best; False if the run was asked to stop meanwhile."""
-        found = self.evaluate(plan.eval_rows)
-        if found is not None:
-            self.run.add({"step": step, **found, "epoch": step / plan.steps_per_epoch}, done)
-            if 0 < done < 1:  # after the last step the best is what is in memory, and in the last checkpoint
-                self.run.keep_if_best(step, self.model)
-            self.run.clock.ended("evaluation")
-        return found is not None
+        if stop:
+            return False
+        found = {f"eval_{name}": total / units for name, total in zip(names, sums)}
+        run.add({"step": step, **found, "epoch": step / plan.steps_per_epoch}, done)
+        if 0 < done < 1:  # after the last step the best is what is in memory, and in the last checkpoint
+            run.keep_if_best(step, self.model)
+        run.clock.ended("evaluation")
+        return True
 
 
 def make_optimizer(model, rate: float, weight_decay: float) -> torch.optim.AdamW:

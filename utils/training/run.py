@@ -26,7 +26,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from safetensors.torch import load_file, save_file
 
 from utils.device import Device
-from utils.errors import RunError, UserError
+from utils.errors import UserError
 from utils.files import read_json, sha256_of, show_path, write_folder, write_json
 from utils.kept import damage, record_path, seal
 from utils.model.folder import RECORD, model_sha256, read_record
@@ -46,9 +46,8 @@ LAST_MEETING = []  # keeps gloo's last barrier: let go of by gloo's own thread, 
 class Run:
     """One training folder, held by this process until it ends.
 
-    `checkpoint` is the checkpoint to go on from (None: from the start), `step` the number of its steps; `finished`: there is nothing
-    left to do, which was said. `title`: the method. UserError if another process holds the folder, or if it
-    holds something else than this run.
+    `checkpoint`: to go on from, None: from the start; `step`: the number of its steps; `finished`: there is nothing left to do,
+    which was said. `title`: the method. UserError if another process holds the folder, or if it holds something else than this run.
     """
 
     def __init__(self, settings, device: Device, title: str):
@@ -195,8 +194,16 @@ class Run:
                     for kind in MOMENTS
                 }
                 save_file(moments, place / "optimizer.safetensors")
-                clock = {"elapsed": self.clock.elapsed(), "seconds": self.clock.seconds}
-                state = {"progress": progress, "evaluation_owed": owed, **clock, **learner.counters()}
+                state = {
+                    "progress": progress,
+                    "evaluation_owed": owed,
+                    "elapsed": self.clock.elapsed(),
+                    "seconds": self.clock.seconds,
+                    # the steps that changed the weights, which in float16 are not all
+                    "updates": max(int(state["step"]) for state in learner.optimizer.state.values()),
+                }
+                if folded := learner.folded:
+                    state |= {"loss_scale": folded.scale.item(), "good_steps": folded.good.item()}
                 write_json(place / "state.json", state)
                 seal(place, self.record["identity"])
                 shutil.rmtree(self.folder / name, ignore_errors=True)  # there only if it was found damaged
@@ -294,13 +301,10 @@ def trained_weights(model) -> dict[str, torch.nn.Parameter]:
 
 @torch.no_grad()
 def load_weights(model, file: Path) -> None:
-    """Put the weights of a file into those of `model` that are trained. RunError if one of them is not there."""
+    """Put the weights of a file of this run into those of `model` that are trained."""
     tensors = load_file(file)
     for name, weight in trained_weights(model).items():
-        found = tensors.get(name, tensors.get(name.replace(".default.", ".")))  # as peft writes it
-        if found is None or found.shape != weight.shape:
-            raise RunError(f"{show_path(file)} does not fit the model: {name}")
-        weight.copy_(found)
+        weight.copy_(tensors[name] if name in tensors else tensors[name.replace(".default.", ".")])  # by peft
 
 
 def _accelerator(settings, device):
@@ -321,8 +325,9 @@ def _accelerator(settings, device):
     )
     count = torch.cuda.device_count()
     if device.name == "cuda" and accelerator.num_processes == 1 < count:
-        launch = f"accelerate launch --num_processes {count} {' '.join(sys.argv)}"
-        print(f"one of {count} GPUs is used; all: {launch}")
+        print(
+            f"one of {count} GPUs is used; all: accelerate launch --num_processes {count} {' '.join(sys.argv)}"
+        )
     return accelerator
 
 
@@ -332,10 +337,9 @@ def _hold(folder):
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        owner = holder.read_text(encoding="utf-8").strip() if holder.is_file() else "unknown"
-        raise UserError(
-            f"{show_path(folder)} is in use by another run (process {owner}); wait for it, or choose another --output-dir"
-        ) from None
+        owner = f"process {holder.read_text(encoding='utf-8').strip()}" if holder.is_file() else "unknown"
+        what = f"{show_path(folder)} is in use by another run ({owner})"
+        raise UserError(f"{what}; wait for it, or choose another --output-dir") from None
     except NotImplementedError:
         raise UserError("this disk knows no locks; choose another --output-dir") from None
     holder.write_text(f"{os.getpid()}\n", encoding="utf-8")
@@ -345,13 +349,12 @@ def _hold(folder):
 def _move_aside(settings):
     """--fresh: move an earlier run beside its folder. UserError if that would move something that this run reads."""
     folder = settings.OUTPUT_DIR.resolve()  # it may be a link to another disk
-    reads = {name: Path(getattr(settings, name)) for name in ("MODEL", "TRAIN_FILE", "EVAL_FILE")}
-    for name, path in reads.items():
+    for name in ("MODEL", "TRAIN_FILE", "EVAL_FILE"):
+        path = Path(getattr(settings, name))
         if path.exists() and path.resolve().is_relative_to(folder):
             move = f"--fresh would move {name}, {show_path(path)}, which this run reads"
             raise UserError(f"{move}; choose another --output-dir")
-    moving = [path for path in folder.iterdir() if path.name not in (LOCK, HOLDER)]
-    if moving:
+    if moving := [path for path in folder.iterdir() if path.name not in (LOCK, HOLDER)]:
         aside = folder.with_name(f"{folder.name}.{datetime.datetime.now():%Y%m%d-%H%M%S}")
         aside.mkdir()
         for path in moving:
