@@ -94,24 +94,14 @@ def test_the_best_at_the_last_checkpoint_stays(place, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", ["weights", "gone"])
-def test_damaged_best_weights_are_not_taken(killed, wrong, finished, capsys, damage):
-    output = killed(f"damaged_{damage}", 14)
-    for path in (output / "best").iterdir():
-        if damage == "gone":
-            path.unlink()
-        elif path.suffix == ".safetensors":
-            content = path.read_bytes()
-            path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+def test_damaged_best_weights_are_not_taken(killed, wrong, finished, capsys):
+    output = killed("damaged", 14)
+    for path in (output / "best").glob("*.safetensors"):
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert train("sft", wrong, output, *WORSENS) == 0
     assert "is missing or damaged; the weights of the last step are kept instead" in capsys.readouterr().out
     assert results(output)["kept_step"] == results(output)["steps"]
-
-
-@pytest.mark.slow
-def test_checkpoints_come_by_the_clock_too(place, tmp_path):
-    assert train("sft", place, tmp_path / "out", "--checkpoint-minutes", 1e-9, "--keep-checkpoints", 20) == 0
-    assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 12
 
 
 def entry(step, loss, accuracy=None):

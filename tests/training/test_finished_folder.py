@@ -30,6 +30,8 @@ def test_the_finished_folder_is_as_documented(runs, method, precision):
     assert len([entry for entry in log if "eval_loss" in entry]) == 5
     assert len(list(folder.glob("checkpoint-*"))) == 2 and not (folder / "best").exists()
     assert not [path for path in folder.iterdir() if "partial" in path.name]
+    model = AutoModelForCausalLM.from_pretrained(folder / ("merged" if method == "lora" else ""))
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.dtype == torch.float32
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "你好"}], tokenize=False, add_generation_prompt=True
@@ -39,13 +41,6 @@ def test_the_finished_folder_is_as_documented(runs, method, precision):
         tokenizer.convert_tokens_to_ids("<|im_end|>"),
         tokenizer.convert_tokens_to_ids("<|endoftext|>"),
     ]
-
-
-def test_a_finished_model_loads_with_tied_embeddings(runs, method, precision):
-    folder = runs(method, precision) / ("merged" if method == "lora" else "")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert model.dtype == torch.float32
 
 
 def test_the_merged_model_is_base_plus_adapter(runs, place, precision):

@@ -1,8 +1,6 @@
 """report.html: what it holds, that it is whole HTML, that nothing in it can run or load anything."""
 
 import base64
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -144,23 +142,3 @@ def test_the_page_of_dpo_has_its_pairs_and_its_warnings(folder, tmp_path):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no run\.json"):
         write_page(tmp_path)
-
-
-@pytest.mark.slow
-def test_a_browser_shows_it(folder, compared, tmp_path):
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
-    browser = next(filter(None, map(shutil.which, names)), None)
-    if browser is None:
-        pytest.skip("no Chromium on this machine")
-    comparison, place = compared
-    page = write_page(folder, comparison, "sft", place)
-    command = [
-        browser,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-    how = {"capture_output": True, "encoding": "utf-8", "timeout": 120, "check": True}
-    shown = subprocess.run([*command, "--dump-dom", page.as_uri()], **how).stdout
-    assert "麻黄汤的功效？" in shown and "宣肺平喘" in shown and "<script" not in shown

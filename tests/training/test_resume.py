@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from small_runs import METHODS, arguments, no_picture, same_run
+from small_runs import arguments, no_picture, same_run, train
 
 from utils.files import read_json, read_jsonl
 
@@ -30,13 +30,11 @@ def draw_nothing():
 
 def unequal_memory(folder):
     """The second of two processes has memory for one row at once only; every process notes the rows of its steps."""
-    from utils.training import loop, plan
+    from utils.training import loop, memory, plan
 
-    choose, rank, backward = plan.choose, int(os.environ["RANK"]), loop.Learner.backward
+    rank, backward = int(os.environ["RANK"]), loop.Learner.backward
     plan.free_memory = lambda device: 2 - rank
-    plan.choose = lambda possible, needed, free, *more: choose(
-        possible, {way: way.rows_at_once for way in possible}, free, *more
-    )
+    memory.MemoryForecast.parts = lambda forecast, way: {"rows": way.rows_at_once}
 
     def noted(learner, batches, way):
         with open(f"{folder}.rows{rank}", "a", encoding="utf-8") as file:
@@ -73,32 +71,40 @@ def said(*scripts):
     return scripts[0].out
 
 
-def test_a_killed_run_ends_in_the_same_weights(runs, place, method, precision):
-    """kill -9 after a random step of each epoch, while a checkpoint is written, and while the final model is; LoRA and DPO twice."""
+# Of each method and number format: where the run is killed, one after the other.
+KILLS = {
+    ("sft", "fp32"): ["first epoch", "checkpoint", "second epoch", "finished model"],
+    ("sft", "bf16"): ["first epoch", "finished model"],
+    ("sft", "fp16"): ["second epoch"],  # keeps its loss scale
+    ("lora", "fp32"): ["second epoch"],
+    ("lora", "bf16"): ["second epoch", "checkpoint"],
+    ("dpo", "fp32"): ["second epoch"],
+    ("dpo", "bf16"): ["first epoch", "finished model"],
+}
+
+
+@pytest.mark.parametrize("kind", KILLS, ids="-".join)
+def test_a_killed_run_ends_in_the_same_weights(runs, place, kind):
+    """kill -9 after a random step of an epoch, while a checkpoint is written, and while the final model is."""
+    method, precision = kind
     output, draw = place / f"{method}_{precision}_killed", random.Random(method + precision)
     whole, log = runs(method, precision), output / "training_log.jsonl"
     lines = len(list(read_jsonl(whole / "training_log.jsonl")))
     early, late = draw.randrange(2, 9), draw.randrange(10, lines - 2)  # checkpoint-6 is written after line 9
-    moments = [
-        lambda: log.is_file() and log.read_bytes().count(b"\n") >= early,
-        (output / ".partial-checkpoint").is_dir,
-        lambda: log.is_file() and log.read_bytes().count(b"\n") >= late,
-        (output / ".partial-model").is_dir,
-    ]
-    if method != "sft":
-        moments = [moments[2], moments[1]] if (method == "dpo") == (precision == "bf16") else moments[::3]
-    for moment in moments:
+    moments = {
+        "first epoch": lambda: log.is_file() and log.read_bytes().count(b"\n") >= early,
+        "checkpoint": (output / ".partial-checkpoint").is_dir,
+        "second epoch": lambda: log.is_file() and log.read_bytes().count(b"\n") >= late,
+        "finished model": (output / ".partial-model").is_dir,
+    }
+    for moment in KILLS[kind]:
         script = start(method, place, output, precision=precision)
-        script.wait_for(moment)
+        script.wait_for(moments[moment])
         script.kill()
         script.end()
     assert "going on from" in said(start(method, place, output, precision=precision))
     assert same_run(output, whole)
     assert not [path.name for path in output.iterdir() if "partial" in path.name]
-
-
-def test_a_killed_run_in_float16_keeps_its_loss_scale(runs, place):
-    test_a_killed_run_ends_in_the_same_weights(runs, place, "sft", "fp16")
 
 
 def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on(runs, place):
@@ -114,34 +120,29 @@ def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on(runs, place):
 
 @pytest.fixture(scope="module")
 def by_two(place):
-    """{method: (folder finished by two processes, text that they printed)}; SFT through the real launcher."""
-    folders = {method: place / f"{method}_two" for method in METHODS}
-    done = {name: (folders[name], said(*start_two(name, place, folders[name]))) for name in METHODS[1:]}
+    """{method: (folder finished by two processes, text that they printed)}; SFT through the real launcher, LoRA inside DPO."""
+    folders = {method: place / f"{method}_two" for method in ("sft", "dpo")}
+    printed = said(*start_two("dpo", place, folders["dpo"], "--lora"))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command = [
-        *launch,
-        str(ROOT / "model_finetune/finetune_sft.py"),
-        *arguments("sft", place, folders["sft"]),
-    ]
+    script = [str(ROOT / "model_finetune/finetune_sft.py"), *arguments("sft", place, folders["sft"])]
     how = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": 200}
-    launched = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **how)
+    launched = subprocess.run([*launch, *script], env=os.environ | {"OMP_NUM_THREADS": "1"}, **how)
     assert launched.returncode == 0, launched.stderr
-    return {**done, "sft": (folders["sft"], launched.stdout)}
+    return {"sft": (folders["sft"], launched.stdout), "dpo": (folders["dpo"], printed)}
 
 
-def test_two_processes_compute_what_one_does(runs, by_two, method):
+def test_two_processes_compute_what_one_does(runs, by_two, place):
     """Sums are taken in another order, so the losses agree to float32's accuracy, 1e-5 relative, not to the bit."""
-    folder, printed = by_two[method]
-    assert "on 2 processes" in printed and printed.count("finished in") == 1  # one of them speaks
-    found = []
-    for place in (runs(method), folder):
-        log = [
-            (entry["step"], entry.get("loss"), entry.get("eval_loss"))
-            for entry in read_jsonl(place / "training_log.jsonl")
-        ]
-        found.append([(step, loss or held_out) for step, loss, held_out in log])
-    (steps, one), (also, two) = (zip(*numbers) for numbers in found)
-    assert steps == also and two == pytest.approx(one, rel=1e-5)
+    assert train("dpo", place, place / "dpo_one", "--lora") == 0
+    for method, alone in (("sft", runs("sft")), ("dpo", place / "dpo_one")):
+        folder, printed = by_two[method]
+        assert "on 2 processes" in printed and printed.count("finished in") == 1  # one of them speaks
+        found = []
+        for run in (alone, folder):
+            log = list(read_jsonl(run / "training_log.jsonl"))
+            found.append([(entry["step"], entry.get("loss", entry.get("eval_loss"))) for entry in log])
+        (steps, one), (also, two) = (zip(*numbers) for numbers in found)
+        assert steps == also and two == pytest.approx(one, rel=1e-5)
 
 
 def test_two_processes_go_on_after_a_kill(by_two, place):

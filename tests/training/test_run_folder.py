@@ -67,10 +67,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(runs, place, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("manifest", ["{}", '{"model.safetensors": [1]}'])
-def test_a_manifest_that_lists_no_whole_checkpoint(stopped, place, capsys, manifest):
+def test_a_manifest_that_lists_no_whole_checkpoint(stopped, place, capsys):
     output = stopped("sft")
-    (output / "checkpoint-6/MANIFEST.json").write_text(manifest, encoding="utf-8")
+    (output / "checkpoint-6/MANIFEST.json").write_text("{}", encoding="utf-8")
     assert train("sft", place, output) == 0
     said = capsys.readouterr().out
     assert "checkpoint-6 is damaged" in said and "; starting over" in said and "going on from" not in said
@@ -100,16 +99,12 @@ def test_a_damaged_record_is_told(runs, place, tmp_path, capsys, field):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", ["pairs", "digit"])
-def test_the_reference_is_that_of_this_model_and_these_pairs(runs, place, tmp_path, capsys, change):
+def test_the_reference_is_that_of_this_model_and_these_pairs(runs, place, tmp_path, capsys):
     """A run that was killed before its first checkpoint leaves its reference behind; another run must not take it."""
     output, other = tmp_path / "out", runs("dpo") / "reference_logps.json"
     output.mkdir()
     kept = read_json(other)
-    if change == "pairs":
-        kept["identity"]["TRAIN_FILE"] = "sha256 of another"
-    else:
-        kept["value"]["train"][3][0] += 0.25
+    kept["identity"]["TRAIN_FILE"] = "sha256 of another"
     write_json(output / "reference_logps.json", kept)
     assert train("dpo", place, output) == 0
     assert "; making it again\ncomputing the reference log-probabilities" in capsys.readouterr().out
