@@ -121,9 +121,9 @@ def test_generate_answers(chat_model):
     model, tokenizer = chat_model.model, chat_model.tokenizer
     expected = [
         read_answer(tokenizer, prompt, reference(chat_model, prompt, 20)).content
-        for prompt in prompts_of(chat_model, False)
+        for prompt in prompts_of(chat_model)
     ]
-    assert generate_answers(model, tokenizer, conversations, False, max_new_tokens=20) == expected
+    assert generate_answers(model, tokenizer, conversations, max_new_tokens=20) == expected
     how = {"max_new_tokens": 20, "decoding": Decoding(do_sample=True)}
     sampled = [generate_answers(model, tokenizer, conversations, seed=seed, **how) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
@@ -185,7 +185,7 @@ def test_text_comes_in_whole_characters(chat_model):
     reader = AnswerReader(chat_model.tokenizer, [])
     pieces = [reader.feed(token) for token in ids]
     assert "".join(pieces) == text == reader.content and "" in pieces
-    assert not any("\ufffd" in piece for piece in pieces) and reader.finish() == ""
+    assert not any("\ufffd" in piece for piece in pieces)
 
 
 def test_any_tokens_give_what_decode_gives(chat_model):
@@ -194,6 +194,7 @@ def test_any_tokens_give_what_decode_gives(chat_model):
     outside = [number for number, token in enumerate(tokens) if "think>" not in token]
     for _ in range(20):  # random bytes: most of them no valid text
         ids = [outside[index] for index in torch.randint(len(outside), (50,), generator=generator)]
+        ids += chat_model.tokenizer("。")["input_ids"]  # after which no half character is held back
         expected = chat_model.tokenizer.decode(ids, skip_special_tokens=True).lstrip("\n")
         ids.append(10**6)  # an id above the vocabulary is no text
         assert read_answer(chat_model.tokenizer, [], ids).content == expected

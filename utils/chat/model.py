@@ -128,9 +128,8 @@ class ChatModel:
         """Answer the ids `prompt`, handing the text on as it comes to show(text, thinking); Ctrl-C ends it."""
         reader, tokens, first, token, end = AnswerReader(self.tokenizer, prompt), 0, 0.0, None, "length"
         shown = ""  # of the content
-        held = (
-            max(map(len, options.stop), default=1) - 1
-        )  # characters that may be the beginning of a stop text
+        # Characters that may be the beginning of a stop text.
+        held = max(map(len, options.stop), default=1) - 1
 
         def hand_on(text, held):
             nonlocal shown, end
@@ -151,7 +150,7 @@ class ChatModel:
                 hand_on(reader.feed(token), held)
                 if end == "stop":
                     break
-            hand_on(reader.finish(), 0)
+            hand_on("", 0)
             end = "stop" if token in self.stream.stop else end
         except KeyboardInterrupt:
             end = "Ctrl-C"

@@ -34,10 +34,7 @@ class Decoding:
 
 
 def decoding_for(model: PreTrainedModel, tokenizer: Tokenizer, thinking: bool | None = None) -> Decoding:
-    """The Decoding of the folder's generation_config, or Qwen's advice where `thinking` is not the folder's own mode.
-
-    Of generation_config only the fields of Decoding and the end tokens are used.
-    """
+    """The Decoding of the folder's generation_config, or Qwen's advice where `thinking` is not the folder's own mode."""
     if thinking is not None and thinking != thinks_by_default(tokenizer):
         return Decoding(**DECODING[thinking])
     given = {field.name: getattr(model.generation_config, field.name, None) for field in fields(Decoding)}
@@ -59,7 +56,7 @@ def stop_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> set[int]:
 
 def choose(logits: Tensor, decoding: Decoding, generator: Generator | None, seen: list[Ids]) -> Ids:
     """The next token of each row. `logits`: (rows, vocabulary) on any device, from which only the ids come back; `generator`: on the
-    CPU; `seen`: each row's tokens so far. RunError if logits are not numbers, as those of a diverged model are."""
+    CPU; `seen`: each row's tokens so far. RunError if a diverged model's logits are not numbers."""
     finite, penalty = torch.isfinite(logits).all(), decoding.repetition_penalty
     if penalty != 1:  # Keskar et al. 2019, arXiv:1909.05858
         logits = logits.float().clone()
@@ -82,11 +79,8 @@ def choose(logits: Tensor, decoding: Decoding, generator: Generator | None, seen
 
 
 def candidates(logits: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
-    """(ids, probabilities), both (rows, candidates), of what a token is drawn from: after temperature, top_k and top_p, in that order.
-
-    Sorting only the top_k of `logits` (rows, vocabulary) saves about 10 ms a token. Of tokens as likely as the last one, exactly
-    top_k stay in, where transformers keeps all.
-    """
+    """(ids, probabilities), both (rows, candidates), of what a token is drawn from: after temperature, top_k (no more than these,
+    where transformers keeps all that are as likely as the last) and top_p, in that order. `logits`: (rows, vocabulary)."""
     size = logits.shape[1]
     kept, ids = (logits / decoding.temperature).topk(min(decoding.top_k or size, size))
     if decoding.top_p < 1:
@@ -113,8 +107,7 @@ class TokenStream:
     ) -> Iterator[int]:
         """Yield the answer's token ids one by one, the end token included; it is missing where the limit came first.
 
-        May be left at any point, by Ctrl-C too: `ids` grows only after a whole forward pass, and the next call cuts the
-        cache back to it.
+        May be left at any point: `ids` grows only after a whole forward pass, and the next call cuts the cache back to it.
         """
         same = len(os.path.commonprefix([self.ids, prompt_ids]))
         shared = min(same, len(prompt_ids) - 1)  # logits come out for a new token
@@ -137,17 +130,10 @@ class TokenStream:
 
 
 def generate_answers(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    conversations: list[list[dict]],
-    thinking: bool | None = None,
-    **how,
+    model: PreTrainedModel, tokenizer: Tokenizer, conversations: list[list[dict]], **how
 ) -> list[str]:
-    """The answers, without their thinking, to `conversations` (lists of messages that end with the user's).
-
-    `thinking`: True, False, or None for the template's default; `how`: what generate_tokens takes.
-    """
-    prompts = [encode_prompt(tokenizer, messages, thinking) for messages in conversations]
+    """The answers, without their thinking, to lists of messages that end with the user's; `how`: what generate_tokens takes."""
+    prompts = [encode_prompt(tokenizer, messages) for messages in conversations]
     answers = generate_tokens(model, prompts, stop_tokens(model, tokenizer), **how)
     return [read_answer(tokenizer, prompt, answer).content for prompt, answer in zip(prompts, answers)]
 
@@ -209,42 +195,23 @@ def _generate_batch(model, prompts, stop, max_new_tokens, decoding, generator):
 class AnswerReader:
     """Token ids in, text out: never half a character, and thinking told apart from the answer itself.
 
-    `reasoning` and `content` (str) hold what has been read so far; `thinking` tells which of the two comes next.
+    `reasoning` and `content` (str) hold what has been read so far; `thinking` tells which of the two comes next. Half a character
+    at the end of an answer that was cut is left out.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.stream = tokenizer, DecodeStream(skip_special_tokens=True)
         self.start, self.end = (tokenizer.convert_tokens_to_ids(tag) for tag in ("<think>", "</think>"))
         self.thinking = self.start in prompt_ids[-2:]  # templates of thinking-only models end in "<think>\n"
         self.reasoning = self.content = ""
-        # `held`: ids that the stream holds back, because they may be half a character
-        self.stream, self.held = DecodeStream(skip_special_tokens=True), []
 
     def feed(self, token: int) -> str:
         """Take one token id; return the text that became whole with it ("" often: a rare character takes three tokens)."""
         if token in (self.start, self.end):
-            rest = self._flush()
-            self.thinking = token == self.start
-            return rest
-        self.held.append(token)
-        text = self.stream.step(self.tokenizer.backend_tokenizer, token)
-        if text is None:
+            self.thinking, self.stream = token == self.start, DecodeStream(skip_special_tokens=True)
+            self.reasoning = self.reasoning.rstrip("\n")
             return ""
-        self.held.clear()
-        return self._add(text)
-
-    def finish(self) -> str:
-        """The answer has ended: return what is left of a cut character, as U+FFFD."""
-        rest = self._flush()
-        self.reasoning = self.reasoning.rstrip("\n")
-        return rest
-
-    def _flush(self):
-        text = self.tokenizer.decode(self.held, skip_special_tokens=True)
-        self.stream, self.held = DecodeStream(skip_special_tokens=True), []
-        return self._add(text)
-
-    def _add(self, text):
+        text = self.stream.step(self.tokenizer.backend_tokenizer, token) or ""
         part = "reasoning" if self.thinking else "content"
         if not getattr(self, part):
             text = text.lstrip("\n")  # the format's own line breaks around the think block
@@ -253,9 +220,8 @@ class AnswerReader:
 
 
 def read_answer(tokenizer: Tokenizer, prompt_ids: Sequence[int], answer_ids: Ids) -> AnswerReader:
-    """The finished AnswerReader of a whole answer: its `reasoning` and `content`."""
+    """The AnswerReader of a whole answer: its `reasoning` and `content`."""
     reader = AnswerReader(tokenizer, prompt_ids)
     for token in answer_ids:
         reader.feed(token)
-    reader.finish()
     return reader
