@@ -211,10 +211,9 @@ def _under_names(records, file):
         (place, cells) for place, cells in records if isinstance(cells, Reject) or any(map(str.strip, cells))
     )
     head = list(itertools.islice(records, TITLES + 1))
-    titles = list(itertools.takewhile(_is_title, head))
-    for _, names in head[len(titles) : len(titles) + 1] if titles else ():
-        if not isinstance(names, Reject) and not any(map(looks_like_data, names)):
-            head = head[len(titles) :]
+    below = list(itertools.dropwhile(_is_title, head))
+    if below and isinstance(below[0][1], list) and not any(map(looks_like_data, below[0][1])):
+        head = below
     if not head:
         return
     line, names = head[0]
