@@ -167,15 +167,10 @@ def _generate_batch(model, prompts, stop, max_new_tokens, decoding, generator):
     def tensor(numbers):
         return torch.tensor(numbers, device=model.device)
 
-    places = {}  # a prompt that stands several times, because several answers are wanted, is computed once
-    rows = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
-    width = max(map(len, places))
-    padding = [width - len(prompt) for prompt in places]  # on the left, so that all answers begin at once
+    width = max(map(len, prompts))
+    padding = [width - len(prompt) for prompt in prompts]  # on the left, so that all answers begin at once
     cached = CachedModel(model, tensor(padding))
-    logits = cached.feed(tensor([[0] * pad + [*prompt] for pad, prompt in zip(padding, places)]))
-    if len(places) < len(prompts):
-        logits = logits[tensor(rows)]
-        cached.keep_rows(tensor(rows))
+    logits = cached.feed(tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts)]))
     seen = [list(prompt) for prompt in prompts]
     going = list(range(len(prompts)))  # the batch shrinks to those that go on
     for left in reversed(range(max_new_tokens)):

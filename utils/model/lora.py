@@ -15,14 +15,8 @@ def add_lora(model, settings) -> PeftModel:
     The embeddings and the LM head, which Qwen3 ties together, are left alone: an adapter on one of them is lost or changes
     both when it is merged. No dropout: with it, gradient checkpointing on Apple GPUs gives wrong gradients.
     """
-    config = LoraConfig(
-        r=settings.RANK,
-        lora_alpha=settings.ALPHA,
-        lora_dropout=0.0,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    adapted = get_peft_model(model, config)
+    sizes = {"r": settings.RANK, "lora_alpha": settings.ALPHA, "lora_dropout": 0.0}
+    adapted = get_peft_model(model, LoraConfig(**sizes, target_modules="all-linear", task_type="CAUSAL_LM"))
     config = adapted.peft_config["default"]
     # inside the repository: relative to it, so that adapter and base can move together
     config.base_model_name_or_path = settings.as_dict()["MODEL"]

@@ -139,13 +139,6 @@ def answers(device: Device) -> dict[str, torch.Tensor]:
 def _small_model() -> Qwen3ForCausalLM:
     """A model with Qwen3's head size and random weights, the same every time."""
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    return Qwen3ForCausalLM(config)
+    sizes = {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    return Qwen3ForCausalLM(Qwen3Config(**sizes, **heads))
