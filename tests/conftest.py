@@ -63,7 +63,7 @@ def tiny_folder(tmp_path_factory):
     """A model folder: a tiny Qwen3 with random weights."""
     from tiny_model import make_tiny_model
 
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", context=4096)
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="session")

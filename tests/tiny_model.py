@@ -1,9 +1,6 @@
 """A tiny Qwen3 for tests, built in the process: the real architecture, special tokens and chat template, random weights.
 
-    from tiny_model import make_tiny_model
-    folder = make_tiny_model(tmp_path / "model")      # about 0.2 s, 500 kB, loads like any model folder
-
-The chat template is Qwen's own, from the repository Qwen/Qwen3-0.6B (Apache-2.0), unchanged, as the built-in model has it.
+folder = make_tiny_model(tmp_path / "model")      # about 0.2 s, 500 kB, loads like any model folder
 """
 
 from pathlib import Path
@@ -30,7 +27,7 @@ SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L
 
 
 def make_tiny_tokenizer(folder):
-    """Save a byte-level BPE tokenizer of about 400 tokens with Qwen3's chat template in `folder`; return the tokenizer."""
+    """Save a byte-level BPE tokenizer of about 400 tokens with Qwen3's own chat template in `folder`; return the tokenizer."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import AddedToken, PreTrainedTokenizerFast
 
@@ -57,11 +54,8 @@ def make_tiny_tokenizer(folder):
     return tokenizer
 
 
-def make_tiny_model(folder, seed=0, context=1024):
-    """Save a random Qwen3 (2 layers, width 64, head_dim 16) with its tokenizer as safetensors in `folder`; return `folder`.
-
-    `context` is max_position_embeddings, in tokens.
-    """
+def make_tiny_model(folder, seed=0):
+    """Save a random Qwen3 (2 layers, width 64, head_dim 16) with its tokenizer as safetensors in `folder`; return `folder`."""
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
@@ -76,7 +70,7 @@ def make_tiny_model(folder, seed=0, context=1024):
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
-        max_position_embeddings=context,
+        max_position_embeddings=4096,
         rope_theta=1_000_000,
         tie_word_embeddings=True,
         initializer_range=0.1,

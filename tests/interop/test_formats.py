@@ -23,7 +23,7 @@ from utils.model.qwen3_train import prepare_packed
 
 
 def test_transformers_4_reads_a_rope_base_of_a_million(run_in, tmp_path):
-    base = make_tiny_model(tmp_path / "base", context=4096)  # its RoPE base is that of Qwen3-0.6B
+    base = make_tiny_model(tmp_path / "base")  # its RoPE base is that of Qwen3-0.6B
     model, folder = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "saved"
     save_model(model, AutoTokenizer.from_pretrained(base), folder)
     ids = torch.randint(0, 400, (1, 800), generator=torch.Generator().manual_seed(0))

@@ -91,18 +91,14 @@ def test_plain_products_give_what_the_fused_kernel_gives(shared, block, dtype, a
             assert (one - right).norm() < 2 * (other - right).norm() < 0.03 * right.norm()
 
 
-def test_plain_products_keep_nothing_that_grows_with_the_square(monkeypatch):
+def test_plain_products_keep_nothing_that_grows_with_the_square():
     kept = {}
-
-    def count(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.update({tensor.untyped_storage().data_ptr(): tensor.nbytes}), lambda none: none
+    ):
         states = [part.requires_grad_() for part in states_for(700, torch.float32)]
-        result = by_document(*states, 0.25, [(0, 600), (0, 100)], {}, plain_attend)
-    assert result.requires_grad
-    assert sum(tensor.nbytes for tensor in kept.values()) <= 700 * (HEADS + 2 * KV_HEADS) * WIDTH * 2
+        by_document(*states, 0.25, [(0, 600), (0, 100)], {}, plain_attend)
+    assert 0 < sum(kept.values()) <= 700 * (HEADS + 2 * KV_HEADS) * WIDTH * 2
 
 
 def test_few_products_are_made_in_float32_under_autocast_too():
@@ -114,9 +110,7 @@ def test_few_products_are_made_in_float32_under_autocast_too():
             states = [part.requires_grad_() for part in states_for(length, torch.float32)]
             with torch.autocast("cpu", torch.bfloat16, enabled=attend is attention.attend_in_bfloat16):
                 result = attend(*states, 0.25, {})
-            upstream = torch.randn(
-                result.shape, generator=torch.Generator().manual_seed(1), dtype=result.dtype
-            )
+            upstream = torch.linspace(-1, 1, result.numel()).view(result.shape).to(result.dtype)
             found.append([result, *torch.autograd.grad(result, states, upstream)])
         for one, other in zip(*found):
             assert one.dtype == other.dtype and torch.equal(one, other)

@@ -72,23 +72,8 @@ class Export:
             known = " or ".join(self.precisions) or "none"
             raise UserError(f"--precision: wanted {known}, got {precision!r}")
 
-    def lost(self, config: dict, tokenizer: dict) -> dict[str, Any]:
-        """{what the format, or the exporter, does not write: is it there?} for a config.json and a tokenizer.json."""
-        return {
-            "quantised weights (quantization_config)": config.get("quantization_config"),
-            "a sliding window (use_sliding_window)": config.get("use_sliding_window"),
-        }
-
     def check(self) -> None:
-        """UserError if this format is not for the folder: without what is lost the model would answer otherwise."""
-        above = self.folder
-        while is_adapter(above):
-            above = Path(adapter_base(above))
-        files = read_json(above / "config.json"), read_json(self.folder / "tokenizer.json")
-        for words, there in self.lost(*files).items():
-            if there:
-                shown = show_path(self.folder)
-                raise UserError(f"{shown} has {words}, which --format {self.form} does not write")
+        """UserError if this format is not for the folder."""
 
     def load(self) -> None:
         """Load the model and its tokenizer."""
@@ -148,7 +133,6 @@ class AdapterExport(Export):
         if not is_adapter(self.folder):
             shown = show_path(self.folder)
             raise UserError(f"{shown} is no LoRA adapter; export it with --format folder or gguf")
-        super().check()
         named, repo = self._base()
         trained = (run_folder(Path(named)) / "run.json").is_file()
         if self.base and (trained or repo not in ("", self.base)):
@@ -159,9 +143,8 @@ class AdapterExport(Export):
             )
 
     def _base(self):
-        """(the base as PEFT can load it: of another adapter its merged/ folder; the Hub id that it came from or "")."""
+        """(the base that the adapter names, the Hub id that it came from or "")."""
         named = adapter_base(self.folder)
-        named = str(Path(named) / "merged") if is_adapter(named) else named
         source = Path(named) / "source.json"
         repo = read_json(source).get("repo", "") if source.is_file() else ""
         return named, repo if Path(named).is_dir() else named

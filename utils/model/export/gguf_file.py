@@ -13,9 +13,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from utils.errors import RunError, UserError
-from utils.files import render
+from utils.files import read_json, render, show_path
 from utils.model.chat_format import DECODING, END_OF_TURN
 from utils.model.export.folders import Export, build_model
+from utils.model.folder import adapter_base, is_adapter
 from utils.model.generate import stop_tokens
 
 try:
@@ -41,27 +42,26 @@ class GgufExport(Export):
         return f"{self.name}-{self.precision}.gguf"
 
     def check(self) -> None:
-        """UserError if the package is missing, or the file cannot hold what is in the folder."""
+        """UserError if the package is missing, or the file does not hold, or llama.cpp does not do, what is in the folder."""
         if gguf is None:
             raise UserError(f"--format gguf needs llama.cpp's package: pip install {GGUF_PACKAGE}")
-        super().check()
-
-    def lost(self, config: dict, tokenizer: dict) -> dict[str, Any]:
-        """{what the file does not hold, or llama.cpp does not do: is it there?}"""
+        above = Path(adapter_base(self.folder)) if is_adapter(self.folder) else self.folder
+        config, tokenizer = read_json(above / "config.json"), read_json(self.folder / "tokenizer.json")
         rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
         scaling = rope.get("rope_type", rope.get("type", "default"))
         steps = tokenizer["pre_tokenizer"].get("pretokenizers", [])
         split = [step["pattern"].get("Regex") for step in steps if "pattern" in step]
-        found = super().lost(config, tokenizer) | {
+        lost = {
             f"RoPE scaling ({scaling})": scaling != "default",
-            "biases in its attention (attention_bias)": config.get("attention_bias"),
             "another activation than silu (hidden_act)": config.get("hidden_act", "silu") != "silu",
             "a tokenizer that splits words otherwise than Qwen2's": split != [QWEN2_SPLIT],
         }
         for token in tokenizer.get("added_tokens", []):  # llama.cpp matches tokens as they are
             flags = [name for name in ("lstrip", "rstrip", "single_word") if token.get(name)]
-            found[f"an added token {token['content']!r} with {', '.join(flags)}"] = flags
-        return found
+            lost[f"an added token {token['content']!r} with {', '.join(flags)}"] = flags
+        for words, there in lost.items():
+            if there:
+                raise UserError(f"{show_path(self.folder)} has {words}, which --format gguf does not write")
 
     def save(self, partial: Path) -> None:
         """The GGUF file and a Modelfile."""
