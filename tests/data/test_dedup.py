@@ -88,6 +88,11 @@ def test_signatures_find_what_overlaps():
 # ---- Duplicates and leaks
 
 
+def rows_of(*told):
+    """Rows of (question, answer) or (question, answer, split)."""
+    return [dict(zip(("query", "response", "split"), row)) for row in told]
+
+
 def test_template_questions_all_survive_and_own_splits_are_honoured(tmp_path, convert):
     herbs = "麻黄 桂枝 生姜 地黄 生地黄 熟地黄 白芍 赤芍 当归 川芎 人参 党参 丹参 玄参".split()
     templates = (
@@ -95,70 +100,54 @@ def test_template_questions_all_survive_and_own_splits_are_honoured(tmp_path, co
         "在中药学里，{}这味药属于哪一类，请用一句话回答，并说明它主要用于哪些证候？",
         "请以一名经验丰富的中医师的身份，详细而有条理地说明中药{}的性味、归经、功效、主治、用法用量以及使用注意，不要遗漏任何一项内容。",
     )  # fmt: skip
-    rows = [
-        {"instruction": form.format(herb), "output": f"{herb}：{form[-5:]}答案。", "split": "eval" if herb in herbs[1:3] else "train"}
-        for herb in herbs for form in templates
-    ]  # fmt: skip
-    found = convert(write_lines(tmp_path / "s.jsonl", *rows))
-    assert not found["set_aside"] and len(found["sft_eval"]) == 2 * len(templates)
+    asked = [(form, herb, "eval" if herb in herbs[1:3] else "train") for herb in herbs for form in templates]
     # A short answer that two herbs share makes no duplicate of their questions.
-    same = [dict(row, output="温") for row in rows]
-    assert not convert(write_lines(tmp_path / "t.jsonl", *same))["set_aside"]
-
-
-def test_same_question_stays_on_one_side_and_duplicates_go(tmp_path, convert):
-    rows = [(f"问题{number}怎么办？", f"回答{number}") for number in range(60)]
-    rows += [
-        ("问题7怎么办", "另一个回答"),
-        ("ＴＣＭ是什么？", "中医"),
-        ("请问 tcm 是什么呢", "中医。"),
-        ("问题9怎么办？", "回答9"),
-    ]
-    rows = [dict(zip(("query", "response"), row)) for row in rows]
-    found = convert(write_lines(tmp_path / "a.jsonl", *rows), eval_share=0.3)
-    asides = [(row["line"], row["reason"], row["detail"]) for row in found["set_aside"]]
-    assert asides == [(62, "near-duplicate", "of a.jsonl:63"), (64, "exact duplicate", "of a.jsonl:10")]
-    splits = [{row["source"] for row in found[name]} for name in ("sft_train", "sft_eval")]
-    assert any({"a.jsonl:8", "a.jsonl:61"} <= split for split in splits)
-    assert len(found["sft_eval"]) == pytest.approx(0.3 * 62, abs=2)
+    for answer in ("{}：答案。", "温"):
+        rows = rows_of(
+            *((form.format(herb), answer.format(herb + form[-5:]), split) for form, herb, split in asked)
+        )
+        found = convert(write_lines(tmp_path / "s.jsonl", *rows))
+        assert not found["set_aside"] and len(found["sft_eval"]) == 2 * len(templates)
 
 
 ANSWER = "证属风寒头痛，治宜疏风散寒，方用川芎茶调散加减。"
+RECORD = f"{CASE}，便血无，体温36.8度，脉搏每分钟72次"
+OTHERS = RECORD.replace("便血无", "便血伴"), RECORD.replace("36.8", "38.6")
+REPEATED = [  # rows, and (line, reason, line of the other) of those that are set aside
+    (rows_of(("甲？", "一"), ("甲", "二"), ("ＴＣＭ是什么？", "中医"), ("请问 tcm 是什么呢", "中医。"), ("甲？", "一")),
+     [(3, "near-duplicate", 4), (5, "exact duplicate", 1)]),
+    # other patients are no duplicates, whatever their answers
+    (rows_of(*((asked, ANSWER) for asked in (RECORD, *OTHERS)), (f"医生，{RECORD}。", ANSWER[:-1])), [(1, "near-duplicate", 4)]),
+    # traditional twins are the same question
+    (rows_of(("麻黄湯的組成和功效是什麼？", "由麻黃、桂枝等組成。", "test"), ("麻黄汤的组成和功效是什么？", "由麻黄、桂枝等组成。", "train"),
+             ("當歸補血湯治療什麼證候？", "血虛發熱證。", "train"), ("当归补血汤治疗什么证候？", "血虚发热证。", "train")),
+     [(2, "evaluation leak", 1), (4, "near-duplicate", 3)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rows, aside", REPEATED)
+def test_repeated_rows_are_set_aside(tmp_path, convert, rows, aside):
+    found = convert(write_lines(tmp_path / "a.jsonl", *rows), eval_share=0)
+    told = [(row["line"], row["reason"], row["detail"]) for row in found["set_aside"]]
+    assert sorted(told) == [(line, reason, f"of a.jsonl:{other}") for line, reason, other in aside]
 
 
 @pytest.mark.slow
-def test_long_near_identical_questions(tmp_path, convert):
-    rows = [
-        {"query": CASE, "response": ANSWER},
-        {"query": "医生，" + CASE + "，怎么办？急！", "response": ANSWER[:-1]},
-        {"query": CASE.replace("畏寒", "怕寒"), "response": ANSWER[:-1] + "！"},
-        {"query": CASE.replace("浮紧", "沉细"), "response": "阳虚头痛。"},
-    ]
-    rows += [{"query": f"第{number}个问题", "response": f"答{number}"} for number in range(20)]
+def test_one_question_is_on_one_side(tmp_path, convert):
+    rows = rows_of(
+        (CASE, ANSWER), (f"医生，{CASE}，怎么办？急！", ANSWER[:-1]), (CASE.replace("畏寒", "怕寒"), ANSWER[:-1] + "！"),
+        (CASE.replace("浮紧", "沉细"), "阳虚头痛。"), ("问题7怎么办？", "一个回答"), ("问题7怎么办", "另一个回答"),
+        *((f"第{number}个问题", f"答{number}") for number in range(20)),
+    )  # fmt: skip
     path = write_lines(tmp_path / "a.jsonl", *rows)
     for seed in range(8):  # the two that differ in a swapped word and in the answer stay, on one side
         found = convert(path, eval_share=0.5, seed=seed)
         assert sorted(row["reason"] for row in found["set_aside"]) == ["near-duplicate", "near-duplicate"]
         sides = [questions_of(found[name]) for name in ("sft_train", "sft_eval")]
-        assert sorted(sum(CASE[:20] in question for question in side) for side in sides) == [0, 2]
+        for words in (CASE[:20], "问题7"):
+            assert sorted(sum(words in question for question in side) for side in sides) == [0, 2]
+        assert 10 <= len(sides[1]) <= 14
     assert convert(path, near_duplicate=1)["report"]["rows_set_aside"] == 0
-
-
-def test_other_patients_are_no_duplicates(tmp_path, convert):
-    record = f"{CASE}，便血无，体温36.8度，脉搏每分钟72次"
-    asked = [record, record.replace("便血无", "便血伴"), record.replace("36.8", "38.6"), f"医生，{record}。"]
-    rows = [{"query": question, "response": ANSWER[: 23 + (n < 3)]} for n, question in enumerate(asked)]
-    found = convert(write_lines(tmp_path / "a.jsonl", *rows), eval_share=0)
-    assert [row["reason"] for row in found["set_aside"]] == ["near-duplicate"]
-    assert len(found["sft_train"]) == 3
-
-
-def test_traditional_twins_are_the_same_question(tmp_path, convert):
-    rows = [("麻黄湯的組成和功效是什麼？", "由麻黃、桂枝等組成。", "test"), ("麻黄汤的组成和功效是什么？", "由麻黄、桂枝等组成。", "train"),
-            ("當歸補血湯治療什麼證候？", "血虛發熱證。", "train"), ("当归补血汤治疗什么证候？", "血虚发热证。", "train")]  # fmt: skip
-    rows = [dict(zip(("query", "response", "split"), row)) for row in rows]
-    found = convert(write_lines(tmp_path / "a.jsonl", *rows))
-    assert [row["reason"] for row in found["set_aside"]] == ["evaluation leak", "near-duplicate"]
 
 
 def test_leaks_set_the_training_row_aside(tmp_path, convert):

@@ -34,7 +34,7 @@ def write_rows(data, train, evaluation=()):
 @pytest.fixture(scope="module")
 def sample_rows():
     rows = read_jsonl(ROOT / "data_prepare/sample/tcm_sample.jsonl")
-    chosen = random.Random(0).sample([row for row in rows if row["split"] == "train"], 1500)
+    chosen = random.Random(0).sample([row for row in rows if row["split"] == "train"], 1000)
     return [(row["instruction"], row["output"]) for row in chosen] + [WEATHER]
 
 
@@ -75,25 +75,23 @@ def test_pairs_of_the_sample(data, capsys):
 
 def test_what_tells_bad_answers_is_measured(sample_rows):
     answers = [answer for _, answer in sample_rows[:301]] * 2
-    told = [f"{good}乌须发。" if n % 10 else good for n, good in enumerate(answers)]
-    rows = [
-        {"chosen": [{"content": f"{good}。"}], "rejected": [{"content": bad}]}
-        for good, bad in zip(answers, told)
-    ]
-    assert pairs.told_apart(rows) > 0.85
-    halves = [{"chosen": [{"content": "麻黄"}], "rejected": [{"content": "麻黄"}]}] * 10
-    assert pairs.told_apart(halves) == 0.5
+    marked = [f"{answer}乌须发。" if n % 10 else answer for n, answer in enumerate(answers)]
+    for good, bad, least, most in ((answers, marked, 0.85, 1), (["麻黄"] * 9, ["麻黄"] * 9, 0.5, 0.5)):
+        sides = (
+            {"chosen": [{"content": one}], "rejected": [{"content": two}]} for one, two in zip(good, bad)
+        )
+        assert least <= pairs.told_apart(list(sides)) <= most
 
 
+# Of few pairs, chance explains more.
 @pytest.mark.parametrize(
-    "share, count, warned",
-    [(0.83, 24, True), (0.83, 6, False), (0.66, 30, False), (0.66, 50, True), (0.6, 900, False)],
+    "share, count, warned", [(0.83, 24, 1), (0.83, 6, 0), (0.66, 30, 0), (0.66, 50, 1), (0.6, 900, 0)]
 )
-def test_few_pairs_are_warned_of_if_chance_does_not_explain_it(capsys, share, count, warned):
+def test_pairs_that_are_told_apart_are_warned_of(capsys, share, count, warned):
     lengths = {"chosen": 5.0, "rejected": 5.0}
     found = {"rows": count, "pairs": count, "not_paired": {}, "mean_characters": lengths, "told_apart": share}
     build_preference_pairs.show("train", found, ROOT)
-    assert ("warning: above 65% a model learns to recognise" in capsys.readouterr().out) == warned
+    assert capsys.readouterr().out.count("warning: above 65% a model learns to recognise") == warned
 
 
 # ---- Swapped facts
@@ -166,40 +164,12 @@ def test_what_says_the_same(good, other, same):
     assert pairs.says_the_same(good, other, "问？", TERMS) == same
 
 
-def test_agreement():
-    assert pairs.agreement("清热解毒", "清热解毒") == 1
-    assert pairs.agreement("清热解毒", "补气养血") == 0
-    assert 0 < pairs.agreement("清热解毒", "清热凉血") < 1
-
-
-@pytest.fixture
-def model(tmp_path):
-    return make_tiny_model(tmp_path / "model")
-
-
 @pytest.mark.slow
-def test_answers_of_a_model_that_knows_nothing_are_worse(data, model, capsys):
-    flags = ["--kind", "model", "--model", model, "--max-new-tokens", 8, "--samples", 2, "--max-train", 30]
-    assert build(data, *flags, "--max-eval", 30) == 0
-    for pair in read_jsonl(data / "dpo_train.jsonl"):
-        good, bad = pair["chosen"][0]["content"], pair["rejected"][0]["content"]
-        assert not pairs.says_the_same(good, bad, pair["prompt"][-1]["content"], TERMS)
-
-
-@pytest.mark.slow
-def test_sampling_goes_on_where_it_was_stopped(tmp_path, model, monkeypatch, capsys):
+def test_sampling_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    model, kept = make_tiny_model(tmp_path / "model"), tmp_path / "sampled"
     rows = [as_row(n, f"问题{n}？", "答") for n in range(12)]
     sampling = {"SAMPLES": 2, "TEMPERATURE": 1.0, "MAX_NEW_TOKENS": 4, "BATCH_SIZE": 8, "SEED": 0}
-    sampling, kept = SimpleNamespace(MODEL=str(model), **sampling), tmp_path / "sampled"
-    monkeypatch.setattr(pairs, "CHUNK", 4)
-    whole = pairs.sample_answers(rows, sampling, kept)
-    assert [len(answers) for answers in whole] == [2] * 12
-    second, third = sorted(kept.iterdir(), key=lambda part: read_json(part)["identity"]["seed"])[1:]
-    third.unlink()  # killed while it made the third part, and a letter of the second changed
-    second.write_text(
-        second.read_text(encoding="utf-8").replace('"value": ["', '"value": ["x'), encoding="utf-8"
-    )
-
+    sampling = SimpleNamespace(MODEL=str(model), **sampling)
     generate, begun = pairs_generate.generate_answers, []
 
     def counting(*args, seed, **how):
@@ -207,13 +177,19 @@ def test_sampling_goes_on_where_it_was_stopped(tmp_path, model, monkeypatch, cap
         return generate(*args, seed=seed, **how)
 
     monkeypatch.setattr(pairs_generate, "generate_answers", counting)
-    assert pairs.sample_answers(rows, sampling, kept) == whole and begun == [4, 8]
-    assert "is damaged" in capsys.readouterr().out
-    assert pairs.sample_answers(rows, sampling, kept) == whole and begun == [4, 8]
-    assert pairs.sample_answers(rows[:11], sampling, kept)[:8] == whole[:8] and begun == [4, 8, 8]
+    monkeypatch.setattr(pairs, "CHUNK", 4)
+    whole = pairs.sample_answers(rows, sampling, kept)
+    assert [len(answers) for answers in whole] == [2] * 12
+    _, second, third = sorted(kept.iterdir(), key=lambda part: read_json(part)["identity"]["seed"])
+    third.unlink()  # killed while it made the third part, and a letter of the second changed
+    text = second.read_text(encoding="utf-8")
+    second.write_text(text.replace('"value": ["', '"value": ["x'), encoding="utf-8")
+    for again in (rows, rows, rows[:11]):
+        assert pairs.sample_answers(again, sampling, kept)[:8] == whole[:8]
+    assert begun == [0, 4, 8, 4, 8, 8] and "is damaged" in capsys.readouterr().out
     sampling.SEED = 1
     assert pairs.sample_answers(rows, sampling, kept) != whole
-    assert begun == [4, 8, 8, 0, 4, 8] and len(list(kept.iterdir())) == 3
+    assert begun[6:] == [0, 4, 8] and len(list(kept.iterdir())) == 3
 
 
 SAMPLED = ["宣肺平喘、发汗解表。", "发汗解表、清热泻火。", "清热泻火、补中益气。", "短"]
@@ -236,62 +212,58 @@ def test_worst_of_the_sampled_answers_by_its_facts(monkeypatch, tmp_path, answer
 # ---- What the script says
 
 
+@pytest.mark.slow
 def test_the_default_kind_follows_the_model(data, tmp_path, capsys):
-    folder = tmp_path / "sft"
-    assert build(data, "--model", folder) == 0
-    assert "kind facts: " in capsys.readouterr().out
-    folder.mkdir()
-    for status in ("running", "finished"):
+    flags = ["--max-new-tokens", 8, "--samples", 2, "--max-train", 30, "--max-eval", 30, "--model"]
+    folder = make_tiny_model(tmp_path / "sft")
+    for status, kind in (("running", "facts"), ("finished", "model")):
         write_json(folder / "run.json", {"status": status})
-        assert build_preference_pairs.is_finished(folder) == (status == "finished")
-    # A finished run without weights: the model kind was chosen, and says so.
-    assert build(data, "--model", folder) == 2
-    assert "is not a model folder" in capsys.readouterr().err
+        assert build(data, *flags, folder) == 0
+        assert f"kind {kind}: " in capsys.readouterr().out
+        for pair in read_jsonl(data / "dpo_train.jsonl"):
+            good, bad = pair["chosen"][0]["content"], pair["rejected"][0]["content"]
+            assert pair["kind"] == kind and not pairs.says_the_same(
+                good, bad, pair["prompt"][-1]["content"], TERMS
+            )
+    (folder / "model.safetensors").unlink()
+    assert build(data, "--model", folder) == 2 and "holds no *.safetensors" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--kind", "opinion"], "--kind is 'opinion', wanted auto | facts | model"),
-        (["--input-dir", "nowhere"], "make it with: python data_prepare/convert_to_qwen3_format.py"),
-        (["--terms-file", "nowhere"], "make it with: python data_prepare/sample/make_sample.py"),
-        (
-            [],
-            "}); take --kind model with a trained --model, or convert rows with prompt, chosen and rejected",
-        ),
-    ],
-)
+WRONG = [
+    ("--kind opinion", "--kind is 'opinion', wanted auto | facts | model"),
+    ("--input-dir nowhere", "make it with: python data_prepare/convert_to_qwen3_format.py"),
+    ("--terms-file nowhere", "make it with: python data_prepare/sample/make_sample.py"),
+    ("", "}); take --kind model with a trained --model, or convert rows with prompt, chosen and rejected"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", WRONG)
 def test_wrong_input_is_one_line(tmp_path, capsys, arguments, message):
     write_rows(tmp_path, [WEATHER])
-    assert build(tmp_path, "--kind", "facts", *arguments) == 2
+    assert build(tmp_path, "--kind", "facts", *arguments.split()) == 2
     errors = capsys.readouterr().err
     assert message in errors and len(errors.splitlines()) == 1 and not (tmp_path / "dpo_train.jsonl").exists()
 
 
+COURTESIES = {
+    "谢谢医生！": "不客气，祝您早日康复。",
+    "在吗？": "您好，请问哪里不舒服？",
+    "明白了": "好的，有问题随时联系我。",
+}
+
+
 @pytest.mark.parametrize("evaluation", [[], [WEATHER]], ids=["no evaluation rows", "none that can be paired"])
-def test_pairs_of_the_training_rows_are_held_out_if_the_others_yield_none(tmp_path, capsys, evaluation):
-    write_rows(tmp_path, CASES, evaluation)
+def test_courtesy_is_not_paired_and_pairs_are_held_out_if_the_evaluation_rows_yield_none(
+    tmp_path, capsys, evaluation
+):
+    write_rows(tmp_path, [*CASES, *COURTESIES.items()], evaluation)
     assert build(tmp_path, "--kind", "facts") == 0
     trained, held_out = (list(read_jsonl(tmp_path / f"dpo_{split}.jsonl")) for split in ("train", "eval"))
     assert len(held_out) == 8 and len(trained) == 32
     asked = [{pair["prompt"][0]["content"] for pair in side} for side in (trained, held_out)]
-    assert not asked[0] & asked[1] and "no pair of its own; 8 of the training" in capsys.readouterr().out
+    assert not asked[0] & asked[1] and not (asked[0] | asked[1]) & set(COURTESIES)
+    said = capsys.readouterr().out
+    assert "no pair of its own; 8 of the training" in said and "3  its last turn is a courtesy" in said
     write_rows(tmp_path, CASES[:3], evaluation)
     assert build(tmp_path, "--kind", "facts") == 0
     assert "--eval-file ''" in capsys.readouterr().out and not (tmp_path / "dpo_eval.jsonl").exists()
-
-
-COURTESIES = [
-    ("谢谢医生！", "不客气，祝您早日康复。"),
-    ("在吗？", "您好，请问哪里不舒服？"),
-    ("明白了", "好的，有问题随时联系我。"),
-]
-
-
-def test_courtesy_is_not_paired(tmp_path, capsys):
-    write_rows(tmp_path, [*CASES, *COURTESIES])
-    assert build(tmp_path, "--kind", "facts") == 0
-    assert "3  its last turn is a courtesy" in capsys.readouterr().out
-    said = {answer for _, answer in COURTESIES}
-    for pair in read_jsonl(tmp_path / "dpo_train.jsonl"):
-        assert not said & {pair["chosen"][0]["content"], pair["rejected"][0]["content"]}
