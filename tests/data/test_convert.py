@@ -46,25 +46,16 @@ def test_public_data_sets_as_they_are_published(tmp_path, convert):
     said = {
         row["messages"][0]["content"]: row["messages"][1] for row in found["sft_train"] + found["sft_eval"]
     }
-    asked = {
-        PUBLISHED["ChatMed_TCM-v0.2.json"]["query"],
-        "麻黄归哪些经？",
-        "辨证\n恶寒无汗，脉浮紧。",
-        "何为相使？",
-        "如何鉴别人参？",
-    }
-    assert set(said) == asked
+    asked = {"麻黄归哪些经？", "辨证\n恶寒无汗，脉浮紧。", "何为相使？", "如何鉴别人参？"}
+    assert set(said) == asked | {PUBLISHED["ChatMed_TCM-v0.2.json"]["query"]}
     assert said["何为相使？"] == {
         "role": "assistant",
         "content": "一主一辅。",
         "reasoning_content": "想七情。",
     }
     assert {(row["question"], row["options"][row["answer"]], row["subject"]) for row in found["exam"]} == {
-        ("性寒的是", "石膏", ""),
-        ("归肺经的是", "桔梗", ""),
-        ("麻黄汤的君药是", "麻黄", "方剂学"),
-        ("五味子的主要药味是", "酸", ""),
-    }
+        ("性寒的是", "石膏", ""), ("归肺经的是", "桔梗", ""), ("麻黄汤的君药是", "麻黄", "方剂学"), ("五味子的主要药味是", "酸", ""),
+    }  # fmt: skip
     assert [row["chosen"][0]["content"] for row in found["dpo_train"] + found["dpo_eval"]] == ["望闻问切。"]
 
 
@@ -95,6 +86,7 @@ def test_report_counts_tokens_as_the_trainer_does(tmp_path, capsys):
         assert line in shown, line
 
 
+PLAIN = {"query": "问{}", "response": "答"}
 ROWS = [{"data": "x", "n": 1}, {"data": "y", "n": 2}]
 UNKNOWN = {"title": "短", "Content": "问题", "Summary": "很长的回答"}
 WRONG = [  # a file's name and what is in it, in bytes or rows, and words of the error; None: no file, only its folder
@@ -113,6 +105,7 @@ WRONG = [  # a file's name and what is in it, in bytes or rows, and words of the
     ("a.jsonl", "{}".encode("utf-16"), ["UTF-16"]),
     ("a.jsonl", [UNKNOWN], [
         "fields found: title, Content, Summary; name them, if they are right: --columns question=Content,answer=Summary"]),
+    ("columns.jsonl", [PLAIN], ["no row has the fields of --columns question=X,answer=Y; fields found: query, response"]),
 ]  # fmt: skip
 
 
@@ -123,7 +116,8 @@ def test_errors_are_one_line(tmp_path, capsys, name, content, words):
     elif content:
         write_lines(tmp_path / name, *content)
     places = ["--input-files", str(tmp_path / name), "--output-dir", str(tmp_path / "out")]
-    assert run(lambda: script.main(places)) == 2
+    columns = ["--columns", "question=X,answer=Y"] if name == "columns.jsonl" else []
+    assert run(lambda: script.main(places + columns)) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and all(word in said for word in words), said
     assert ("download" in said) == (name == "")
@@ -155,31 +149,27 @@ def test_fields_that_nobody_read_are_named(tmp_path, convert, capsys):
         assert words in said
 
 
-THOUGHT, PLAIN = {"Question": "问{}", "think": "想", "Response": "答"}, {"query": "问{}", "response": "答"}
+THOUGHT = {"Question": "问{}", "think": "想", "Response": "答"}
 LAST = turns("问{}", "答", "再问", "再答")
 FIRST = [{**turn, "reasoning_content": "想"} if n == 1 else turn for n, turn in enumerate(LAST)]
-MODES = [  # rows, and what is said of them; of several turns the last decides
-    ([THOUGHT, THOUGHT, PLAIN], "thinking on: 2 of 3 conversations end with reasoning\n"),
-    ([THOUGHT, PLAIN, PLAIN], "thinking off: 1 of 3 conversations end with reasoning\n"),
-    ([{"messages": FIRST}, {"messages": FIRST}, {"messages": LAST}], "thinking off: 0 of 3 conversations"),
-    ([THOUGHT, PLAIN], "thinking tie: 1 of 2 conversations end with reasoning; keep the rows of one mode\n"),
+TOLD = {"system": "你是中医师。", "instruction": "问{}", "output": "答"}
+SHARED = "system text of nearly all conversations: 你是中医师。"
+SAID = [  # rows, what is said of them, and their common system text; of several turns the last decides the mode
+    ([THOUGHT, THOUGHT, PLAIN], "thinking on: 2 of 3 conversations end with reasoning\n", ""),
+    ([THOUGHT, PLAIN, PLAIN], "thinking off: 1 of 3 conversations end with reasoning\n", ""),
+    ([{"messages": FIRST}, {"messages": FIRST}, {"messages": LAST}], "thinking off: 0 of 3 conversations", ""),
+    ([THOUGHT, PLAIN], "thinking tie: 1 of 2 conversations end with reasoning; keep the rows of one mode\n", ""),
+    ([TOLD] * 30 + [PLAIN], SHARED, "你是中医师。"),
+    ([TOLD] * 30 + [PLAIN] * 10, "thinking off", ""),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("rows, said", MODES)
-def test_the_thinking_mode_is_said_with_counts(tmp_path, convert, capsys, rows, said):
+@pytest.mark.parametrize("rows, said, system", SAID)
+def test_the_mode_and_the_system_text_are_said(tmp_path, convert, capsys, rows, said, system):
     rows = [json.loads(json.dumps(row).replace("{}", str(n))) for n, row in enumerate(rows)]
-    convert(write_lines(tmp_path / "a.jsonl", *rows))
-    assert said in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("others, shared", [(1, True), (10, False)])
-def test_a_system_text_that_nearly_all_rows_share_is_kept(tmp_path, convert, capsys, others, shared):
-    rows = [{"system": "你是中医师。", "instruction": f"问{n}", "output": "答"} for n in range(30)]
-    rows += [{"instruction": f"另问{n}", "output": "答"} for n in range(others)]
-    found = convert(write_lines(tmp_path / "a.jsonl", *rows))
-    assert found["report"]["system"] == ("你是中医师。" if shared else "")
-    assert ("system text of nearly all conversations: 你是中医师。" in capsys.readouterr().out) == shared
+    assert convert(write_lines(tmp_path / "a.jsonl", *rows))["report"]["system"] == system
+    shown = capsys.readouterr().out
+    assert said in shown and (SHARED in shown) == bool(system)
 
 
 def test_rows_that_would_not_fit_into_memory_are_refused(tmp_path, convert, monkeypatch):
@@ -192,15 +182,6 @@ def test_rows_that_would_not_fit_into_memory_are_refused(tmp_path, convert, monk
     assert [file.name for file in (tmp_path / "out").iterdir()] == []  # neither results nor temporary files
     monkeypatch.setattr(conversion, "memory_for_process", lambda: 20_000_000)
     assert convert(path)["report"]["rows_in"] == 3000
-
-
-def test_columns_that_fit_no_row(tmp_path, convert):
-    words = "no row has the fields of --columns question=X,answer=Y; fields found: query, resp"
-    with pytest.raises(UserError, match=words):
-        convert(
-            write_lines(tmp_path / "a.jsonl", {"query": "问", "response": "答"}),
-            columns="question=X,answer=Y",
-        )
 
 
 def test_input_is_never_overwritten(tmp_path):

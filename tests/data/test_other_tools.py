@@ -21,11 +21,6 @@ THOUGHTFUL = [message("user", "甘草？"), message("assistant", "平。", "问�
 PAIR = {"prompt": PLAIN[:2], "chosen": PLAIN[2:], "rejected": [message("assistant", "寒。")]}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
 @pytest.fixture
 def export(tmp_path):
     """export(form, conversations) -> the folder with the rows in that form"""
@@ -64,40 +59,28 @@ def test_rows_of_both_modes_are_refused_where_they_cannot_be_trained_so(export, 
     assert "rows with reasoning and rows without" in capsys.readouterr().err
 
 
-@pytest.fixture
-def trained(export, folder, tmp_path):
-    """trained(method, name, conversations) -> the rows of tokens that TRL would train, and the tokenizer"""
+@pytest.mark.slow
+def test_trl_trains_the_same_tokens_and_pairs(export, tmp_path):
+    import trl
+    from datasets import load_dataset
 
-    def trained(method, name, conversations):
-        import trl
-        from datasets import load_dataset
-
-        path = str(export("prompt-completion", conversations) / name)
+    folder = make_tiny_model(tmp_path / "tiny")
+    tokenizer, made = AutoTokenizer.from_pretrained(folder), {}
+    place = export("prompt-completion", [LONGER, THOUGHTFUL])
+    for method in ("SFT", "DPO"):
+        path = str(place / f"{method.lower()}_train.jsonl")
         rows = load_dataset("json", data_files=path, split="train", cache_dir=tmp_path / "c")
         config, trainer = getattr(trl, f"{method}Config"), getattr(trl, f"{method}Trainer")
         settings = config(str(tmp_path / method), use_cpu=True, bf16=False, report_to="none")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        made = trainer(str(folder), args=settings, train_dataset=rows, processing_class=tokenizer)
-        return made.train_dataset, tokenizer
-
-    return trained
-
-
-@pytest.mark.slow
-def test_trl_trains_the_same_tokens(trained):
-    rows, tokenizer = trained("SFT", "sft_train.jsonl", [LONGER, THOUGHTFUL])
-    expected = [turn for messages in (LONGER, THOUGHTFUL) for turn in encode_turns(tokenizer, messages)]
+        trained = trainer(str(folder), args=settings, train_dataset=rows, processing_class=tokenizer)
+        made[method] = trained.train_dataset
     line_break = tokenizer("\n")["input_ids"]
-    assert len(rows) == len(expected) == 4
-    for row, (prompt, answer) in zip(rows, expected):
+    expected = [turn for messages in (LONGER, THOUGHTFUL) for turn in encode_turns(tokenizer, messages)]
+    assert len(made["SFT"]) == len(expected) == 4
+    for row, (prompt, answer) in zip(made["SFT"], expected):
         assert row["input_ids"] == prompt + answer + line_break
         assert row["labels"] == [-100] * len(prompt) + answer + line_break
-
-
-@pytest.mark.slow
-def test_trl_trains_the_same_pairs(trained):
-    [row], tokenizer = trained("DPO", "dpo_train.jsonl", [PLAIN])
+    [row] = made["DPO"]
     assert row["prompt_ids"] == encode_prompt(tokenizer, PLAIN[:2], thinking=False)
     for side in ("chosen", "rejected"):
-        answer = encode_answer(tokenizer, PAIR[side][0])
-        assert row[f"{side}_ids"] == answer + tokenizer("\n")["input_ids"]
+        assert row[f"{side}_ids"] == encode_answer(tokenizer, PAIR[side][0]) + line_break
