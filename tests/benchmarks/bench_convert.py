@@ -36,15 +36,12 @@ source, cache, output = sys.argv[1:]
 datasets.disable_progress_bars()
 seen = set()
 
-def messages(question, answer):
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-def key(question, answer):
-    return text_key(normalize(question) + "\\n" + normalize(answer)) - 2**63  # int64 is what Arrow makes of a number
-
 def convert(queries, responses):
-    questions, answers = ([text.strip() for text in texts] for texts in (queries, responses))
-    return {"messages": list(map(messages, questions, answers)), "key": list(map(key, questions, answers))}
+    texts = [(question.strip(), answer.strip()) for question, answer in zip(queries, responses)]
+    roles = "user", "assistant"
+    messages = [[{"role": role, "content": said} for role, said in zip(roles, both)] for both in texts]
+    # A key is less 2**63: int64 is what Arrow makes of a number.
+    return {"messages": messages, "key": [text_key("\\n".join(map(normalize, both))) - 2**63 for both in texts]}
 
 def are_new(keys):
     return [not (key in seen or seen.add(key)) for key in keys]
@@ -56,6 +53,7 @@ rows = rows.filter(are_new, batched=True, input_columns="key")
 rows.remove_columns("key").to_json(output, force_ascii=False)
 print(f"datasets: kept {len(rows):,}")
 """
+TEMPLATES = "{}的性味归经是什么？ {}有哪些功效？ 请问{}怎么炮制？ {}的用法用量和使用注意分别是什么？ {}与{}有什么区别？".split()
 
 
 def make_rows(path, count):
@@ -64,13 +62,6 @@ def make_rows(path, count):
     letters = [chr(code) for code in range(0x4E00, 0x4E00 + 2500)]
     words = ["".join(chance.choices(letters, k=chance.choice((1, 2, 2, 2, 3)))) for _ in range(20_000)]
     herbs = ["".join(chance.choices(letters, k=chance.choice((2, 3)))) for _ in range(50_000)]
-    templates = (
-        "{}的性味归经是什么？",
-        "{}有哪些功效？",
-        "请问{}怎么炮制？",
-        "{}的用法用量和使用注意分别是什么？",
-        "{}与{}有什么区别？",
-    )
 
     def text(shortest, longest):
         length, parts = chance.randint(shortest, longest), []
@@ -89,7 +80,7 @@ def make_rows(path, count):
                 elif dice > 0.04:
                     query = query[:-1] + chance.choice(("，怎么办？", "，急！", "。"))
             elif dice < 0.55:
-                query, response = chance.choice(templates).format(*chance.sample(herbs, 2)), text(60, 140)
+                query, response = chance.choice(TEMPLATES).format(*chance.sample(herbs, 2)), text(60, 140)
             else:
                 query, response = "患者" + text(40, 70) + "应如何辨证论治？", text(40, 110)
             file.write(json.dumps({"query": query, "response": response}, ensure_ascii=False) + "\n")
@@ -112,41 +103,45 @@ def measure(command):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--runs", type=int, default=1, help="of each; the table shows medians")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        source = folder / "rows.jsonl"
+        source, cache = folder / "rows.jsonl", folder / "cache"
         make_rows(source, arguments.rows)
-        print(
-            f"{arguments.rows:,} rows, {source.stat().st_size / 1e6:.0f} MB; {os.cpu_count()} cores; "
+        megabytes, versions = (
+            source.stat().st_size / 1e6,
             f"Python {platform.python_version()}, datasets {version('datasets')}",
-            flush=True,
         )
-        words = ["--input-files", str(source), "--output-dir", str(folder / "out"), "--tokenizer-model", ""]
-        theirs = [sys.executable, "-c", WITH_DATASETS, source, folder / "cache", folder / "theirs.jsonl"]
-        commands = {"ours": [sys.executable, SCRIPT, *words], "datasets, batched": theirs}
+        print(f"{arguments.rows:,} rows, {megabytes:.0f} MB; {os.cpu_count()} cores; {versions}", flush=True)
+        words = ["--input-files", source, "--output-dir", folder / "out", "--tokenizer-model", ""]
+        commands = {
+            "ours": [sys.executable, SCRIPT, *words],
+            "datasets, batched": [
+                sys.executable,
+                "-c",
+                WITH_DATASETS,
+                source,
+                cache,
+                folder / "theirs.jsonl",
+            ],
+        }
         results = {name: [] for name in commands}
         for _ in range(arguments.runs):
             for name, command in commands.items():
                 *figures, said = measure(command)
                 results[name].append(figures)
-                if name != "ours":
-                    print(said)
-                    shutil.rmtree(folder / "cache")
+            print(said)
+            shutil.rmtree(cache)
         report = json.loads((folder / "out" / "report.json").read_text(encoding="utf-8"))
         print(f"ours: kept {report['rows_kept']:,}, set aside {report['set_aside']}")
     print(f"\n{'':<22}{'seconds':>10}{'CPU s':>10}{'rows/s':>10}{'peak MiB':>10}{'ours is':>16}")
     medians = {name: [statistics.median(column) for column in zip(*runs)] for name, runs in results.items()}
     for name, (seconds, used, peak) in medians.items():
-        print(
-            f"{name:<22}{seconds:>10.1f}{used:>10.1f}{arguments.rows / seconds:>10,.0f}{peak:>10,.0f}"
-            f"{seconds / medians['ours'][0]:>10.1f} x fast"
-        )
+        speed, times = arguments.rows / seconds, seconds / medians["ours"][0]
+        print(f"{name:<22}{seconds:>10.1f}{used:>10.1f}{speed:>10,.0f}{peak:>10,.0f}{times:>10.1f} x fast")
 
 
 if __name__ == "__main__":
