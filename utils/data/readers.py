@@ -5,6 +5,7 @@ start in line 1 has "1#3", and row 4 of one of several sheets "Sheet2!4".
 """
 
 import collections
+import contextlib
 import csv
 import itertools
 import json
@@ -158,34 +159,41 @@ def _csv_rows(file):
 
 
 def _csv_records(file, delimiter, delimiters):
-    """(line, cells or Reject) of a table. A record goes on until its quotes are even; but if each of its lines has the cells of
-    a whole row, a quote would swallow them, and each is judged by itself."""
+    """(line, cells or Reject) of a table. If a quote swallows lines or does not close, each line is judged by itself."""
     csv.field_size_limit(LONGEST_CELL)
-    taken, quotes = [], 0
-    for line, text in enumerate(file.lines(""), 1):
-        taken.append((line, text))
-        quotes += text.count('"')
-        if quotes % 2 == 0:
-            rows = delimiters and all(text.count(delimiter) == delimiters for _, text in taken)
-            yield from (
-                (_csv_record([one], delimiter) for one in taken) if rows else [_csv_record(taken, delimiter)]
-            )
-            taken = []
-    yield from (_csv_record([one], delimiter) for one in taken)
+    taken, line = [], 1  # the lines of a record, as far as they are read; its first line's number
 
+    def lines():
+        for text in file.lines(""):
+            taken.append(text)
+            yield text
 
-def _csv_record(lines, delimiter):
-    """(first line, cells or Reject) of the lines of one record."""
-    text = "".join(text for _, text in lines)
-    cells = Reject("a quote out of place", "it would swallow lines", text)
-    if text.count('"') % 2 == 0:
+    table = csv.reader(lines(), delimiter=delimiter, strict=True)
+    while True:
         try:
-            cells = next(csv.reader([text for _, text in lines], delimiter=delimiter, strict=True), [])
-        except csv.Error as error:
-            cells = Reject("a quote out of place", str(error), text)
-            if delimiter == "\t":  # where quotes are seldom more than signs of the text
-                cells = text.rstrip("\r\n").split("\t")
-    return lines[0][0], cells
+            cells = next(table, None)
+        except csv.Error:
+            cells = []
+        if cells is None:
+            return
+        # A cell of several lines is none, if each of them has the cells of a whole row.
+        full = all(text.count(delimiter) == delimiters for text in taken if text.strip())
+        if not cells or delimiters and len(taken) > 1 and full:
+            yield from ((number, _cells_alone(text, delimiter)) for number, text in enumerate(taken, line))
+        else:
+            yield line, cells
+        line += len(taken)
+        taken.clear()
+
+
+def _cells_alone(text, delimiter):
+    """The cells of one line, or a Reject; between tabs, quotes are seldom more than signs of the text."""
+    if text.count('"') % 2 == 0:
+        with contextlib.suppress(csv.Error):
+            return next(csv.reader([text], delimiter=delimiter, strict=True), [])
+        if delimiter == "\t":
+            return text.rstrip("\r\n").split("\t")
+    return Reject("a quote out of place", "it does not close, or would swallow lines", text)
 
 
 def _xlsx_rows(file):
