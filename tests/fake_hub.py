@@ -54,16 +54,9 @@ class FakeHub:
         """Misbehave on the next `times` requests whose path matches the regex `where`. Actions, one or more:
 
         status=503 (with headers={...}, body=b"..."); stall=seconds before the answer; cut=n: n bytes of the body, then FIN, or with
-        rst=True a reset, with hang=seconds silence; corrupt=True: one byte flipped; ignore_range=True: the whole file.
+        rst=True a reset, with hang=seconds silence; corrupt=True: one byte flipped.
         """
         self.faults.append({"where": where, "times": times, **action})
-
-    def next_fault(self, path):
-        for fault in self.faults:
-            if fault["times"] > 0 and re.search(fault["where"], path):
-                fault["times"] -= 1
-                return fault
-        return {}
 
     def asked(self, where):
         """The logged requests whose path matches the regex."""
@@ -83,7 +76,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
         self.hub.log.append((path, self.headers))
-        self.act = self.hub.next_fault(path)
+        faults = [one for one in self.hub.faults if one["times"] > 0 and re.search(one["where"], path)]
+        self.act = faults[0] if faults else {"times": 1}
+        self.act["times"] -= 1
         try:
             sleep(self.act.get("stall", 0))
             if "status" in self.act:
@@ -131,7 +126,7 @@ class Handler(BaseHTTPRequestHandler):
             data = bytes([data[0] ^ 1]) + data[1:]
         start, status, headers = 0, 200, {}
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if asked and not self.act.get("ignore_range"):
+        if asked:
             start, status = int(asked[1]), 206
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         headers["Content-Length"] = len(data) - start

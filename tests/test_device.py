@@ -63,9 +63,8 @@ def test_the_best_device_is_chosen_and_explained(machine, signs, asked, form, re
 
 
 def test_what_is_asked_for_is_obeyed_or_refused(machine):
-    machine(cuda=(9, 0))
-    assert pick_device("cpu").name == "cpu"
     machine(mps=True, cpu="arm64")
+    assert pick_device("cpu").name == "cpu"
     with pytest.raises(UserError, match="no cuda device here; there is: mps, cpu"):
         pick_device("cuda")
     with pytest.raises(UserError, match="wanted auto, bf16, fp16 or fp32, got 'fp8'"):
@@ -129,11 +128,9 @@ def test_bf16_on_a_gpu_that_emulates_it_is_told(machine, capsys, capability, tol
 
 
 def test_kernels_are_limited_unless_the_environment_says_otherwise(monkeypatch):
-    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "99")
-    monkeypatch.setenv("LRU_CACHE_CAPACITY", "to be put back")
-    monkeypatch.delenv("LRU_CACHE_CAPACITY")
+    monkeypatch.setattr(os, "environ", {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "99"})
     pick_device("cpu")
-    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "99" and os.environ["LRU_CACHE_CAPACITY"] == "256"
+    assert os.environ == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "99", "LRU_CACHE_CAPACITY": "256"}
 
 
 def test_collections_are_rare_until_the_libraries_are_imported():

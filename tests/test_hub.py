@@ -171,20 +171,12 @@ def test_the_token_stays_with_the_endpoint(hub, get, monkeypatch):
 # ---- Faults that pass
 
 
-@pytest.mark.parametrize(
-    "fault, told",
-    [
-        ({"times": 1, "cut": 1_000_000, "rst": True}, "going on at "),
-        ({"times": 2, "cut": 2_000_000, "ignore_range": True}, ""),
-    ],
-)
-def test_faults_that_pass(hub, get, fault, told):
-    hub.fault("/storage/", **fault)
+def test_a_connection_that_is_reset_goes_on(hub, get):
+    hub.fault("/storage/", times=1, cut=1_000_000, rst=True)
     code, out, _ = get.model()
-    assert code == 0 and told in out
+    assert code == 0 and "going on at " in out
     assert_whole(get.folder)
-    ranges = [headers["Range"] for _, headers in hub.asked("/storage/") if "Range" in headers]
-    assert ranges  # what arrived is kept
+    assert "Range" in hub.asked("/storage/")[1][1]  # what arrived is kept
 
 
 def test_killed_download_goes_on(hub, get, tmp_path):
