@@ -131,17 +131,15 @@ class Recognised:
     def __init__(self, folder: Path):
         self.rows: list[Row] = []
         self.texts = tempfile.TemporaryFile(dir=folder)
-        self.end = 0  # of the texts written so far, in bytes
         self.long_questions: dict[int, tuple[int, int]] = {}  # {text_key: where its text begins, its bytes}
         self.schemas: Counter[str] = Counter()  # {schema: rows}
         self.used: dict[str, dict[str, None]] = {}  # {schema: the fields that were used, in order}
         self.unused: dict[str, dict[str, list]] = {}  # {schema: {field not used: [rows, its first value]}}
 
     def write(self, text: bytes) -> int:
-        """Write a text to the temporary file, which stands at its end; where it begins there."""
+        """Write a text to the end of the temporary file; where it begins there."""
         self.texts.write(text)
-        self.end += len(text)
-        return self.end - len(text)
+        return self.texts.tell() - len(text)
 
     def read(self, at: int, size: int) -> bytes:
         """The text that begins at a place in the temporary file."""

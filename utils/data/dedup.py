@@ -1,11 +1,11 @@
 """Which rows ask the same question, and what becomes of each row: its split, and whether it is a duplicate or a leak.
 
 Questions are the same if their normalised texts without filler words are equal. Two long ones are also the same if their
-3-character shingles overlap by `threshold` (Jaccard) and they hold the same characters or have the same long answer: questions of
-a template ("麻黄的性味是什么？", "桂枝的性味是什么？") overlap as much, but ask something else. Other numbers, negations or opposites
-(左 and 右) make another question: two patients' records are alike in all else. Questions that are not the same may still have to go
-to one split: a few that differ in a word (a family), and those about one text (a passage). Long questions that may overlap are
-found by MinHash signatures, compared in bands (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, ch. 3), then exactly.
+3-character shingles overlap by `threshold` (Jaccard) and they have the same long answer: questions of a template ("麻黄的性味是什么？",
+"桂枝的性味是什么？") overlap as much, but ask something else. Other numbers, negations or opposites (左 and 右) make another question:
+two patients' records are alike in all else. Questions that are not the same may still have to go to one split: a few that differ in
+a word (a family), and those about one text (a passage). Long questions that may overlap are found by MinHash signatures, compared
+in bands (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, ch. 3), then exactly.
 """
 
 import functools
@@ -156,7 +156,6 @@ def group_questions(found: Recognised, threshold: float) -> tuple[dict[int, int]
     """
     keys, text_of = sorted(found.long_questions), found.long_question
     pieces = functools.lru_cache(maxsize=TEXTS)(lambda key: shingles(text_of(key)))
-    letters = functools.cache(lambda key: hash("".join(sorted(text_of(key)))))
     pairs = candidate_pairs(signatures(map(text_of, keys)), threshold)
     close = {keys[number] for number in numpy.unique(numpy.divmod(pairs, max(len(keys), 1))).tolist()}
     answers: dict[int, set[int]] = {}  # {question: keys of its long answers}
@@ -164,17 +163,14 @@ def group_questions(found: Recognised, threshold: float) -> tuple[dict[int, int]
         for question in close.intersection(row.questions) if row.long_rest else ():
             answers.setdefault(question, set()).add(row.rest)
 
-    def may_be_one(one, other):
-        same_answer = answers.get(one, set()) & answers.get(other, set())
-        return same_answer or letters(one) == letters(other)
-
     same, family = Joined(), Joined()
     for one, other in _each(pairs, keys, "comparing long questions"):
-        if family.group(one) == family.group(other) and not may_be_one(one, other):
+        answered_alike = answers.get(one, set()) & answers.get(other, set())
+        if family.group(one) == family.group(other) and not answered_alike:
             continue  # nothing would change: a template of many rows is done soon
         if overlap(pieces(one), pieces(other)) >= threshold:
             family.join(one, other)
-            if may_be_one(one, other) and not differ_in_fact(text_of(one), text_of(other)):
+            if answered_alike and not differ_in_fact(text_of(one), text_of(other)):
                 same.join(one, other)
     same_of, family_of = same.groups(), family.groups()
     members = Counter(group for key, group in family_of.items() if same_of.get(key, key) == key)

@@ -40,16 +40,17 @@ Worse = tuple[str | None, str]
 
 
 class Terms:
-    """The terms of a file of {"kind", "term"[, "near": terms that mean nearly the same]}: data_prepare/sample/terms.jsonl."""
+    """The terms of a file of {"kind", "term"[, "near": terms that mean nearly the same]}: data_prepare/sample/terms.jsonl.
+
+    `kinds`: {term: its kinds}, `by_kind`: {kind: terms}, `near`: {(kind, term): terms that mean nearly the same}.
+    """
 
     def __init__(self, path: Path):
-        self.kinds: dict[str, list[str]] = {}
-        self.near: dict[tuple[str, str], set[str]] = {}
-        self.by_kind: dict[str, list[str]] = {}
+        self.kinds, self.by_kind, self.near = defaultdict(list), defaultdict(list), defaultdict(set)
         for row in read_jsonl(path, wanted=["kind", "term"]):
-            self.kinds.setdefault(row["term"], []).append(row["kind"])
-            self.near[row["kind"], row["term"]] = set(row.get("near", []))
-            self.by_kind.setdefault(row["kind"], []).append(row["term"])
+            self.kinds[row["term"]].append(row["kind"])
+            self.by_kind[row["kind"]].append(row["term"])
+            self.near[row["kind"], row["term"]].update(row.get("near", ()))
         self.by_first = defaultdict(list)  # {first character: terms, longest first}
         for term in sorted(self.kinds, key=len, reverse=True):
             self.by_first[term[0]].append(term)
@@ -243,8 +244,7 @@ def _substitute(slot, question, not_these, pools, terms, common, rng):
             return False
         if not slot.is_name and (set(slot.term) & set(term)) - common[slot.kind]:
             return False
-        near = terms.near[slot.kind, slot.term]
-        return term not in near and slot.term not in terms.near.get((slot.kind, term), ())
+        return term not in terms.near[slot.kind, slot.term] and slot.term not in terms.near[slot.kind, term]
 
     for place in slot.places():
         drawn = [rng.choice(pools[place]) for _ in range(NAME_DRAWS if slot.is_name else DRAWS)]
