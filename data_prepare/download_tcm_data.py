@@ -10,10 +10,10 @@ sets with HF_TOKEN=hf_... .
 """
 
 import datetime
-import difflib
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -22,7 +22,7 @@ from utils.files import atomic_write, require_file, sha256_of, show_path, write_
 from utils.hub import COMMIT, Repo, download, look_up, read_record
 from utils.kept import changed_file
 from utils.settings import ROOT, command, read_settings
-from utils.text import say, say_next
+from utils.text import listed, say, say_next
 
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--dataset Monor/hwtcm-sft-v1) ----
@@ -71,15 +71,15 @@ def copy_sample(folder: Path) -> None:
 
 def choose_files(repo: Repo, wanted: list[str]) -> list[str]:
     """The names in `wanted`, or those of all data files. UserError where a name is not there or is of no known kind."""
-    kinds, there = " ".join(OUTPUT_FILES), sorted(repo.files)
+    there = sorted(repo.files)
     data = [name for name in there if name.endswith(OUTPUT_FILES) and Path(name).name not in NOT_DATA]
     if not data:
-        raise UserError(f"{repo.id} holds no {kinds} file (it holds {', '.join(there[:8])})")
+        raise UserError(f"{repo.id} holds no {' '.join(OUTPUT_FILES)} file (it holds {listed(there)})")
     for name in wanted:
         if name not in data:
-            near = (difflib.get_close_matches(name, data, n=1, cutoff=0.3) or data)[0]
-            missing = f"{repo.id} has no data file {name} ({kinds})"
-            raise UserError(f"{missing}; did you mean {near}? See {repo.page}/tree/main")
+            raise UserError(
+                f"{repo.id} has no data file {name} (it has {listed(data)}); see {repo.page}/tree/main"
+            )
     return wanted or data
 
 
@@ -91,22 +91,13 @@ def disk_paths(folder: Path, dataset: str, names: list[str]) -> dict[Path, str]:
     prefix = dataset.rpartition("/")[2]
     paths = {folder / re.sub(r'[\\/:*?"<>|]', "-", f"{prefix}-{name}"): name for name in names}
     if len({source_of(path).name.casefold() for path in paths}) < len(set(names)):
-        clash = f"some of {', '.join(sorted(names)[:8])} would get the same name here"
-        raise UserError(f"{clash}; choose with --files")
+        raise UserError(f"some of {listed(sorted(names))} would get the same name here; choose with --files")
     return paths
 
 
-def is_ours(path: Path, dataset: str, commit: str, name: str) -> bool:
-    """Tell whether an earlier run brought `path` as this file at this commit. UserError if it came from somewhere else."""
-    return path.exists() and bool(read_record(source_of(path), repo=dataset, revision=commit, file=name))
-
-
-def is_finished(path: Path, dataset: str, commit: str, name: str) -> bool:
-    """Tell whether `path` is this file at this commit, whole and unchanged since; known without the network."""
-    source = source_of(path)
-    if not is_ours(path, dataset, commit, name):
-        return False
-    return not changed_file(path.parent, {path.name: read_record(source)}, since=source.stat().st_mtime)
+def record_of(path: Path, dataset: str, commit: str, name: str) -> dict[str, Any]:
+    """The record of an earlier run that brought `path` as this file at this commit, else {}. UserError if it came from elsewhere."""
+    return read_record(source_of(path), repo=dataset, revision=commit, file=name) if path.exists() else {}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -123,19 +114,19 @@ def main(argv: list[str] | None = None) -> None:
     dataset, revision = settings.DATASET, settings.REVISION
     names, folder = settings.FILES, settings.OUTPUT_DIR
 
-    # 2. Nothing to do where it is there already, known without the network
-    paths = disk_paths(folder, dataset, names)
-    pinned = names and COMMIT.fullmatch(revision)
-    if pinned and all(is_finished(path, dataset, revision, name) for path, name in paths.items()):
-        found = ", ".join(path.name for path in paths)
-        say(f"{dataset} at {revision[:7]} is complete in {show_path(folder)}: {found}")
-        return
+    # 2. Nothing to do where it is there already, whole and unchanged, known without the network
+    if names and COMMIT.fullmatch(revision):
+        paths = disk_paths(folder, dataset, names)
+        records = {path.name: record_of(path, dataset, revision, name) for path, name in paths.items()}
+        if all(records.values()) and not changed_file(folder, records):
+            say(f"{dataset} at {revision[:7]} is complete in {show_path(folder)}: {', '.join(records)}")
+            return
     settings.show()
 
     # 3. What the Hub lists at that commit
     repo = look_up("dataset", dataset, revision)
     paths = disk_paths(folder, dataset, choose_files(repo, names))
-    ours = {path for path in paths if is_ours(path, dataset, repo.commit, paths[path])}
+    ours = {path for path, name in paths.items() if record_of(path, dataset, repo.commit, name)}
 
     # 4. Fetch, verify, move into place, and record where each file came from
     for path in download(repo, {path: repo.files[name] for path, name in paths.items()}, ours):

@@ -24,7 +24,7 @@ from utils.hub import COMMIT, HubFile, Repo, download, look_up, read_record
 from utils.kept import changed_file
 from utils.model.folder import check_model
 from utils.settings import ROOT, read_settings
-from utils.text import say
+from utils.text import listed, say
 
 # fmt: off
 # ---- Settings: edit here, or override on the command line (--model Qwen/Qwen3-1.7B) ----
@@ -70,12 +70,6 @@ def recorded_files(folder: Path, model: str, commit: str) -> dict:
     return read_record(folder / "source.json", repo=model, revision=commit).get("files", {})
 
 
-def is_finished(folder: Path, model: str, commit: str) -> bool:
-    """Tell whether `folder` holds `model` at `commit`, whole and unchanged since; known without the network."""
-    files, source = recorded_files(folder, model, commit), folder / "source.json"
-    return bool(files) and not changed_file(folder, files, since=source.stat().st_mtime)
-
-
 def check_pinned(repo: Repo) -> None:
     """RunError where the listing of the default model is not the one that this script knows."""
     if (repo.id, repo.commit) != (PINNED_MODEL, PINNED_COMMIT):
@@ -95,7 +89,7 @@ def model_files(repo: Repo) -> dict[str, HubFile]:
     files = {name: repo.files[name] for name in plain if wanted.match(name)}
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
         lacks = f"{repo.id} holds no config.json with *.safetensors weights, and other kinds are not fetched"
-        raise UserError(f"{lacks} (it holds {', '.join(sorted(repo.files)[:8])}); see {repo.page}/tree/main")
+        raise UserError(f"{lacks} (it holds {listed(sorted(repo.files))}); see {repo.page}/tree/main")
     return files
 
 
@@ -112,8 +106,9 @@ def main(argv: list[str] | None = None) -> None:
         settings.OUTPUT_DIR = ROOT / "model_download" / settings.MODEL.rpartition("/")[2]
     model, revision, folder = settings.MODEL, settings.REVISION, settings.OUTPUT_DIR
 
-    # 2. Nothing to do where it is there already, known without the network
-    if COMMIT.fullmatch(revision) and is_finished(folder, model, revision):
+    # 2. Nothing to do where it is there already, whole and unchanged, known without the network
+    recorded = recorded_files(folder, model, revision) if COMMIT.fullmatch(revision) else {}
+    if recorded and not changed_file(folder, recorded):
         say(f"{model} at {revision[:7]} is complete in {show_path(folder)}")
         return
     settings.show()

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from utils import kept
-from utils.files import sha256_of
 from utils.kept import damage, digest, is_kept, read_kept, seal, write_kept
 
 IDENTITY = {"model": "sha256 12", "settings": {"ROWS": 3}, "shape": [1, 2]}
@@ -77,15 +76,6 @@ def test_a_spoilt_folder_is_told_in_one_line(tmp_path, capsys, spoil, said):
     assert not is_kept(folder, IDENTITY)
     told = capsys.readouterr().out
     assert told.count("\n") == 1 and said in told and told.endswith("; making it again\n")
-
-
-def test_files_older_than_their_record_are_not_read_again(tmp_path):
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(b"aa")
-    files, time = {path.name: {"size": 2, "sha256": sha256_of(path)}}, path.stat().st_mtime
-    path.write_bytes(b"ab")
-    assert kept.changed_file(tmp_path, files) == kept.changed_file(tmp_path, files, since=time) == path.name
-    assert kept.changed_file(tmp_path, files, since=path.stat().st_mtime + 1) == ""
 
 
 def test_the_digest_does_not_depend_on_the_order_of_keys():

@@ -66,16 +66,13 @@ def record_path(path: Path) -> Path:
     return path / "MANIFEST.json" if path.is_dir() else path.with_name(f"{path.name}.json")
 
 
-def changed_file(folder: Path, files: Files, since: float = 0) -> str:
-    """The first of the recorded files that is not as it was recorded; "" if all are.
-
-    With `since`, a time as in st_mtime, a file that is older counts as unchanged if its size is right, and is not read.
-    """
+def changed_file(folder: Path, files: Files) -> str:
+    """The first of the recorded files that is not as it was recorded; "" if all are. Reads those whose sizes are right."""
     for name, recorded in files.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != recorded.get("size"):
             return name
-        if path.stat().st_mtime >= since and sha256_of(path) != recorded.get("sha256"):
+        if sha256_of(path) != recorded.get("sha256"):
             return name
     return ""
 
