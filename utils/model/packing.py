@@ -9,6 +9,7 @@ most `max_length` tokens, so that a resumed run finds the same rows. The trainer
 from __future__ import annotations
 
 import bisect
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from typing import NotRequired, TypedDict
@@ -26,15 +27,14 @@ GroupShape = tuple[int, ...]  # tokens of a group's shared prefix, then tokens o
 
 
 class Item(TypedDict):
-    """What must stay together in a row. Numbers for the loss, such as "reference_chosen", may stand beside these fields."""
+    """What must stay together in a row. Numbers for the loss, such as "reference_chosen", may stand beside these."""
 
     documents: list[Document]
     id: NotRequired[str]  # for messages
 
 
 class PackedBatch(TypedDict):
-    """The rows of one forward pass, joined into one sequence of T tokens with N labels. Further numbers of the items are float32
-    tensors (items,) under their own names."""
+    """The rows of one forward pass, joined into T tokens with N labels. Further numbers of items are float32 tensors (items,)."""
 
     input_ids: torch.Tensor  # (1, T) int64
     position_ids: torch.Tensor  # (1, T) int64, from 0 in each document
@@ -155,23 +155,20 @@ def collate(rows: list[list[Item]], device: Device | None = None, max_length: in
     """
     row_length = max_length if device and device.equal_rows else 0
     multiple = row_length or (ROUNDED if device else 1)
-    groups_of_rows, number = [], 0
-    for row in rows:
-        groups = []  # (shape, number of the first document, shared ids, branches)
+    groups, number = [], 0  # [(row, shape, number of the first document, shared ids, branches), ...]
+    for place, row in enumerate(rows):
         for item in row:
-            for shape, shared, branches in shared_prefix_groups(item):
-                groups.append((shape, number, shared, branches))
-                number += len(branches)
-        groups_of_rows.append(groups)
-    if not row_length:
-        groups_of_rows = [[group for groups in groups_of_rows for group in groups]]
+            for group in shared_prefix_groups(item):
+                groups.append((place if row_length else 0, group[0], number, *group[1:]))
+                number += len(group[2])
+    groups.sort(key=lambda group: group[:3])
 
     ids: list[int] = []
     positions: list[int] = []
     layout: list[GroupShape] = []
     labels: list[tuple[int, list[int], int]] = []  # (position of the first, answer, number of the document)
-    for groups in groups_of_rows:
-        for shape, first, shared, branches in sorted(groups, key=lambda group: group[:2]):
+    for _, of_row in itertools.groupby(groups, key=lambda group: group[0]):
+        for _, shape, first, shared, branches in of_row:
             layout.append(shape)
             ids += shared
             positions += range(len(shared))

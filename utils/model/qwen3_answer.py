@@ -111,9 +111,7 @@ class CachedModel:
             query = query.unflatten(1, (kv, -1))[:, :, :, 0]
             output = F.scaled_dot_product_attention(query, keys, values, mask).flatten(1, 2)
         else:
-            apart = on_gpu(
-                query
-            )  # with a mask, CUDA has only the slow math kernel for heads that share a key
+            apart = on_gpu(query)  # with a mask, heads that share a key have only a slow kernel on CUDA
             if apart:
                 keys, values = (part.repeat_interleave(queries // kv, dim=1) for part in (keys, values))
             how = {"is_causal": mask is None, "enable_gqa": not apart}
