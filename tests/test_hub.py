@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
-from fake_hub import TOKEN, FakeHub
+from fake_hub import TOKEN, FakeHub, sleep
 
 from data_prepare import download_tcm_data
 from model_download import download_model
@@ -49,7 +49,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_ENDPOINT", fake.url)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # put back after the test, whatever sets it
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 60)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     yield fake
@@ -180,13 +180,14 @@ def test_a_connection_that_is_reset_goes_on(hub, get):
 
 
 def test_killed_download_goes_on(hub, get, tmp_path):
-    hub.fault("/storage/", times=1, cut=2_000_000, hang=30)
+    hub.fault("/storage/", times=1, cut=2_000_000, hang=600)
     command = [ROOT / "model_download/download_model.py", "--model", "tcm/small", "--output-dir", get.folder]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "0"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_DOWNLOAD_TIMEOUT": "600"}
     killed = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, env=environment)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 180
     while not (parts := [p for p in get.folder.glob("model*.part") if p.stat().st_size >= 1_800_000]):
         assert time.monotonic() < deadline and killed.poll() is None
+        sleep(0.01)
     killed.kill()
     killed.wait()
     assert not (get.folder / "model.safetensors").exists() and not (get.folder / "source.json").exists()

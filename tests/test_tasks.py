@@ -26,8 +26,9 @@ print("ran", os.path.basename(__file__), "in", os.getcwd(), "by", sys.argv[-1], 
 """
 STOPPED_LATE = """
 try:
+    time.sleep(0.3)     # tasks.py waits for this script by then
     open("waiting", "x").close()
-    time.sleep(60)
+    time.sleep(600)
 except KeyboardInterrupt:
     time.sleep(0.8)     # a checkpoint is written
     print("stopped well", flush=True)
@@ -57,7 +58,7 @@ def project(tmp_path):
 
 def call(project, *words, **options):
     """Run words as a user does, from another folder."""
-    options |= {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": 100}
+    options |= {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": 300}
     return subprocess.run([sys.executable, *map(str, words)], cwd=project.parent, **options)
 
 
@@ -109,11 +110,11 @@ def test_ctrl_c_lets_the_step_end_in_its_own_way(project, code):
     (project / "model_finetune/finetune_sft.py").write_text(SCRIPT.format(ending), encoding="utf-8")
     command, piped = [sys.executable, str(project / "tasks.py"), "demo"], subprocess.PIPE
     with subprocess.Popen(command, stdout=piped, stderr=piped, start_new_session=True) as running:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not (project / "waiting").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         os.killpg(running.pid, signal.SIGINT)
-        said, complained = (text.decode("utf-8") for text in running.communicate(timeout=60))
+        said, complained = (text.decode("utf-8") for text in running.communicate(timeout=180))
     assert (running.returncode, complained) == (130, "")
     assert "stopped well" in said and "== 4/9" not in said
 
@@ -176,6 +177,6 @@ def test_make_has_the_same_commands():
 @pytest.mark.skipif(not shutil.which("make"), reason="no make")
 def test_make_runs_tasks(project):
     done = subprocess.run(
-        ["make", "demo", f"PYTHON={sys.executable}"], cwd=project, capture_output=True, timeout=60
+        ["make", "demo", f"PYTHON={sys.executable}"], cwd=project, capture_output=True, timeout=180
     )
     assert done.stdout.count(b"ran ") == 8

@@ -46,7 +46,7 @@ class Browser:
     def __exit__(self, *_):
         self._call("DELETE", "")
         self.driver.terminate()
-        self.driver.wait(20)
+        self.driver.wait(180)
         self.driver.stdout.close()
 
     def _call(self, method, path, body=None):
@@ -54,7 +54,7 @@ class Browser:
         request = urllib.request.Request(
             self.address + path, data, {"Content-Type": "application/json"}, method=method
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=180) as answer:
             return json.load(answer)["value"]
 
     def open(self, address: str) -> None:
@@ -64,7 +64,7 @@ class Browser:
         """What a script returns in the page."""
         return self._call("POST", "/execute/sync", {"script": script, "args": arguments})
 
-    def wait(self, expression: str, seconds: float = 30):
+    def wait(self, expression: str, seconds: float = 180):
         """The value of an expression in the page, as soon as it is true."""
         deadline = time.monotonic() + seconds
         while not (value := self.run(f"return {expression}")):

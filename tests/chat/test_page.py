@@ -88,7 +88,7 @@ def test_questions_and_answers(page, chat_model):
     assert len(speaker.seen) == 4 and speaker.seen[3] == speaker.seen[2]
 
     browser.click(".model button")  # save; a cut answer is left out
-    path, deadline = browser.downloads / "my_chats.jsonl", time.monotonic() + 20
+    path, deadline = browser.downloads / "my_chats.jsonl", time.monotonic() + 180
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     [row] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -109,7 +109,7 @@ def test_stop(page, chat_model):
         assert browser.run("return send.hidden && !stop.hidden")
         stop()
         browser.wait(DONE)
-        assert speaker.left.wait(20)  # the server has noticed, and computes no further
+        assert speaker.left.wait(180)  # the server has noticed, and computes no further
         assert "stopped" in browser.text(".turn:last-child .answer")
     speaker.go_on.set()
     assert ask(browser, "麻黄 @好")[-1] == "speaker：好"

@@ -48,7 +48,7 @@ def port(chat_model):
 
 def ask(port, body, method="POST", path="/v1/chat/completions", **headers):
     """(status, headers, text) of one request; `body` a dict, or bytes as they are."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=180)
     body = body if isinstance(body, bytes | None) else json.dumps(body).encode()
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
     connection.request(method, path, body, headers)
@@ -192,7 +192,7 @@ HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
 
 def send(port, raw):
     """The answer to bytes as they are, up to the end of its connection."""
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+    with socket.create_connection(("127.0.0.1", port), timeout=180) as client:
         client.sendall(raw)
         return client.makefile("rb").read().decode()
 
@@ -288,7 +288,7 @@ def test_a_client_that_leaves_is_not_answered(chat_model, monkeypatch):
     def answer(prompt, options, show):
         begun.set()
         for _ in range(options.limit):
-            go_on.wait(20)
+            go_on.wait(180)
             time.sleep(0.01)
             show("甘", False)
         ended.append(options.limit)  # not reached where the answer is broken off
@@ -300,7 +300,7 @@ def test_a_client_that_leaves_is_not_answered(chat_model, monkeypatch):
             go_on.clear()
             begun.clear()
             first = leave(port, max_tokens=2000, stream=stream)
-            assert begun.wait(20)
+            assert begun.wait(180)
             leave(port, max_tokens=5).close()  # while the other is answered
             first.close()
             go_on.set()
@@ -339,4 +339,4 @@ def test_the_script_serves_until_ctrl_c(tiny_folder, tmp_path):
         done = subprocess.run([curl, *words, "-d", "@-"], input=body, stdout=subprocess.PIPE)
         assert json.loads(done.stdout)["usage"]["completion_tokens"] == 12
     server.send_signal(signal.SIGINT)
-    assert server.wait(20) == 130 and "stopped by Ctrl-C" in server.stderr.read()
+    assert server.wait(180) == 130 and "stopped by Ctrl-C" in server.stderr.read()

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 
+import psutil
 import pytest
 from chat_helpers import prompts_of, reference
 from conftest import ROOT
@@ -48,7 +49,7 @@ class Terminal:
         return self.read(wanted, start)
 
     def read(self, wanted, start=0):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not re.search(wanted, self.said(start)):
             assert time.monotonic() < deadline, f"no {wanted!r} in {self.said(start)!r}"
             if select.select([self.file], [], [], 0.1)[0]:
@@ -95,6 +96,8 @@ def test_session_in_a_terminal(tiny_folder, chat_model, tmp_path):
     terminal.type("龘", "龘$")
     # CPython loses a Ctrl-C that comes in the microseconds between the echo and its wait for the next key.
     time.sleep(0.5)
+    while psutil.Process(terminal.pid).status() != psutil.STATUS_SLEEPING:
+        time.sleep(0.1)
     assert "stopped" in terminal.type("\x03", r"stopped; .*\n> $")  # it drops what is being typed
     terminal.type("/system\n", r"removed.*\n> $")
     terminal.type("/clear\n")
