@@ -12,6 +12,7 @@ arguments, folder, files and limits. That is for faults that come after these im
 
 import ctypes
 import importlib
+import itertools
 import multiprocessing
 import os
 import runpy
@@ -117,8 +118,8 @@ def become(command, cwd, environment, files, before, ready):
     runpy.run_path(command[0], run_name="__main__")
 
 
-def delay(module, name, seconds):
-    """For a script that is `ready`: let a function, or Class.method, of a module return only so many seconds later.
+def delay(module, name, seconds, calls=1):
+    """For a script that is `ready`: from its `calls`-th call on, a function or Class.method of a module returns so much later.
 
     Its work then is not over before the test has looked and sent its signal, however busy the machine is.
     """
@@ -126,11 +127,12 @@ def delay(module, name, seconds):
     *owners, name = name.split(".")
     for owner in owners:
         place = getattr(place, owner)
-    function = getattr(place, name)
+    function, count = getattr(place, name), itertools.count(1)
 
     def delayed(*values, **options):
         result = function(*values, **options)
-        time.sleep(seconds)
+        if next(count) >= calls:
+            time.sleep(seconds)
         return result
 
     setattr(place, name, delayed)

@@ -71,11 +71,11 @@ def test_off_a_terminal_there_is_a_plain_line_now_and_then(capsys, monkeypatch):
     def steps():
         for letter in "abcd":
             yield letter
-            now[0] += 10
+            now[0] += 20
 
     assert [*progress("tokenizing 行.jsonl", "rows")(steps(), 4)] == [*"abcd"]
     first, *_, last = lines = capsys.readouterr().out.splitlines()
-    told = r"  tokenizing 行\.jsonl: [12] of 4 rows \(\d+%\), 00:[12]0 so far, 00:[23]0 left"
+    told = r"  tokenizing 行\.jsonl: [12] of 4 rows \(\d+%\), 00:[24]0 so far, 0[01]:\d\d left"
     assert re.fullmatch(told, first)
     assert last.startswith("  tokenizing 行.jsonl: 4 of 4 rows (100%)") and 2 <= len(lines) <= 4
 

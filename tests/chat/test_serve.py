@@ -3,12 +3,12 @@
 import contextlib
 import http.client
 import json
+import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -324,19 +324,19 @@ def test_a_bug_an_address_that_is_taken_and_a_refusal_that_nobody_reads(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts the script in a forked process")
 def test_the_script_serves_until_ctrl_c(tiny_folder, tmp_path):
-    script = ROOT / "model_download/load_local_model.py"
-    command = [sys.executable, script, tiny_folder, "--serve", "--port", "0"]
-    streams = dict(stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, encoding="utf-8")
-    server = subprocess.Popen(command, cwd=tmp_path, **streams)
-    for line in server.stderr:
-        if found := re.search(r"http://127.0.0.1:(\d+)/v1 answers", line):
-            break
+    from processes import Script
+
+    words = ["model_download/load_local_model.py", tiny_folder, "--serve", "--port", "0"]
+    server, address = Script(words, ROOT, tmp_path, ready=True), r"http://127.0.0.1:(\d+)/v1 answers"
+    server.wait_for(lambda: re.search(address, server.err))
+    found = re.search(address, server.err)
     assert ask(int(found[1]), ASKED)[0] == 200
     if curl := shutil.which("curl"):
         words = ["-s", f"http://127.0.0.1:{found[1]}/v1/chat/completions", "-H", "Transfer-Encoding: chunked"]
         body = json.dumps(ASKED).encode()
         done = subprocess.run([curl, *words, "-d", "@-"], input=body, stdout=subprocess.PIPE)
         assert json.loads(done.stdout)["usage"]["completion_tokens"] == 12
-    server.send_signal(signal.SIGINT)
-    assert server.wait(180) == 130 and "stopped by Ctrl-C" in server.stderr.read()
+    server.kill(signal.SIGINT)
+    assert server.end() == 130 and "stopped by Ctrl-C" in server.err

@@ -17,7 +17,7 @@ from utils.files import read_json, read_jsonl
 if not hasattr(os, "fork"):
     pytest.skip("stops trainings in forked processes", allow_module_level=True)
 
-from processes import Script
+from processes import Script, delay
 
 pytestmark = pytest.mark.slow  # every test starts processes, and kills some
 
@@ -55,11 +55,15 @@ def start(method, place, output, *more, precision="fp32", environment=None, befo
     return Script(words, ROOT, folder, environment=environment, before=before, ready=True)
 
 
+RESERVED = []  # sockets: the system gives their ports to nobody who does not ask for the number, as torch does
+
+
 def start_two(method, place, output, *more, before=()):
     """Two processes joined by gloo, each with half of a step's rows, as accelerate launch would start them."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        joined = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    RESERVED.append(free := socket.socket())
+    free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    free.bind(("localhost", 0))
+    joined = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"} for rank in range(2)]
     return [start(method, place, output, *more, environment=joined | rank, before=before) for rank in ranks]
 
@@ -83,23 +87,31 @@ KILLS = {
 }
 
 
+def lines_of(log):
+    return log.read_bytes().count(b"\n") if log.is_file() else 0
+
+
 @pytest.mark.parametrize("kind", KILLS, ids="-".join)
 def test_a_killed_run_ends_in_the_same_weights(runs, place, kind):
     """kill -9 after a random step of an epoch, while a checkpoint is written, and while the final model is."""
     method, precision = kind
     output, draw = place / f"{method}_{precision}_killed", random.Random(method + precision)
     whole, log = runs(method, precision), output / "training_log.jsonl"
-    lines = len(list(read_jsonl(whole / "training_log.jsonl")))
-    early, late = draw.randrange(2, 9), draw.randrange(10, lines - 2)  # checkpoint-6 is written after line 9
-    moments = {
-        "first epoch": lambda: log.is_file() and log.read_bytes().count(b"\n") >= early,
-        "checkpoint": (output / ".partial-checkpoint").is_dir,
-        "second epoch": lambda: log.is_file() and log.read_bytes().count(b"\n") >= late,
-        "finished model": (output / ".partial-model").is_dir,
-    }
+    early, late = (
+        draw.randrange(2, 9),
+        draw.randrange(10, lines_of(whole / log.name) - 2),
+    )  # checkpoint-6 comes after line 9
+    logged, saved = ("utils.training.log", "RunLog.add"), ("utils.model.folder", "save_model")
     for moment in KILLS[kind]:
-        script = start(method, place, output, precision=precision)
-        script.wait_for(moments[moment])
+        models = 3 - len(list(output.glob("checkpoint-*")))  # that it is still to save, the finished one last
+        stays, calls, reached = {
+            "first epoch": (logged, early, lambda: lines_of(log) >= early),
+            "checkpoint": (saved, 1, (output / ".partial-checkpoint").is_dir),
+            "second epoch": (logged, late, lambda: lines_of(log) >= late),
+            "finished model": (saved, models, (output / ".partial-model").is_dir),
+        }[moment]
+        script = start(method, place, output, precision=precision, before=[(delay, *stays, 600, calls)])
+        script.wait_for(reached)
         script.kill()
         script.end()
     assert "going on from" in said(start(method, place, output, precision=precision))
@@ -109,8 +121,9 @@ def test_a_killed_run_ends_in_the_same_weights(runs, place, kind):
 
 def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on(runs, place):
     output = place / "interrupted"
-    script, log = start("sft", place, output), output / "training_log.jsonl"
-    script.wait_for(lambda: log.is_file() and log.read_bytes().count(b"\n") >= 3)
+    stays = (delay, "utils.training.log", "RunLog.add", 0.3, 3)
+    script = start("sft", place, output, before=[stays])
+    script.wait_for(lambda: lines_of(output / "training_log.jsonl") >= 3)
     script.kill(signal.SIGINT)
     assert script.end() == 130
     assert "checkpoint written; the same command goes on" in script.err and "Traceback" not in script.err
@@ -123,10 +136,12 @@ def by_two(place):
     """{method: (folder finished by two processes, text that they printed)}; SFT through the real launcher, LoRA inside DPO."""
     folders = {method: place / f"{method}_two" for method in ("sft", "dpo")}
     printed = said(*start_two("dpo", place, folders["dpo"], "--lora"))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0".split()
     script = [str(ROOT / "model_finetune/finetune_sft.py"), *arguments("sft", place, folders["sft"])]
-    how = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": 200}
-    launched = subprocess.run([*launch, *script], env=os.environ | {"OMP_NUM_THREADS": "1"}, **how)
+    how = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": 600}
+    launched = subprocess.run(
+        [sys.executable, *launch, *script], env=os.environ | {"OMP_NUM_THREADS": "1"}, **how
+    )
     assert launched.returncode == 0, launched.stderr
     return {"sft": (folders["sft"], launched.stdout), "dpo": (folders["dpo"], printed)}
 
@@ -147,7 +162,9 @@ def test_two_processes_compute_what_one_does(runs, by_two, place):
 
 def test_two_processes_go_on_after_a_kill(by_two, place):
     output = place / "killed_two"
-    scripts = start_two("sft", place, output)
+    scripts = start_two(
+        "sft", place, output, before=[(delay, "utils.training.run", "Run.save_checkpoint", 600)]
+    )
     scripts[0].wait_for((output / "checkpoint-6").is_dir)
     for script in scripts:
         script.kill()
