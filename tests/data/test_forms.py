@@ -77,7 +77,7 @@ ITEMS = [  # a row, and what its item has
     (CHOSEN | {"answer": "A", "question_type": "单项选择题"}, {"kind": None}),
     (CHOSEN | {"answer": "A", "question_type": "", "type": "多发病"}, {"kind": None}),
     (JUDGED | {"answer": "对"}, {"answer": "A", "kind": "true_false", "options": {"A": "正确", "B": "错误"}}),
-    (JUDGED | {"answer": "×"}, {"answer": "B", "kind": "true_false"}),
+    (JUDGED | {"answer": "×", "options": "对错"}, {"answer": "B", "kind": "true_false"}),
     (JUDGED | {"answer": False}, {"answer": "B", "kind": "true_false"}),
     ({"question": "问", "options": {"A": "对", "B": "错"}, "answer": "B"}, {"answer": "B", "kind": "true_false"}),
     ({"question": "问", "options": ["True", "False"], "answer": "正确"}, {"answer": "A", "kind": "true_false"}),

@@ -122,7 +122,8 @@ def _options(row):
             options = ast.literal_eval(options)
     if isinstance(options, str):
         text = options.replace("\\n", "\n").replace("|", "\n")
-        options = options_in(text)[1] or list(filter(str.strip, text.split("\n")))
+        lines = [line for line in text.split("\n") if line.strip()]
+        options = options_in(text)[1] or (lines if len(lines) > 1 else {})
     if isinstance(options, dict) and isinstance(options.get("text"), list) and "label" in options:  # ARC
         options = dict(zip(options["label"], options["text"]))
     if isinstance(options, list) and all(isinstance(option, dict) for option in options):
