@@ -42,18 +42,12 @@ def test_greedy_equals_generate(tiny_folder, dtype, penalty):
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        dict(temperature=0.7, top_k=20, top_p=0.8),
-        dict(temperature=1.7, top_k=0, top_p=0.5),
-        dict(top_k=10**6, top_p=1.0),
-        dict(temperature=0.01, top_k=3, top_p=0.01),
-    ],
+    "temperature, top_k, top_p", [(0.7, 20, 0.8), (1.7, 0, 0.5), (1.0, 10**6, 1.0), (0.01, 3, 0.01)]
 )
-def test_sampling_equals_the_warpers_of_transformers(settings):
+def test_sampling_equals_the_warpers_of_transformers(temperature, top_k, top_p):
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    decoding = Decoding(do_sample=True, **settings)
+    decoding = Decoding(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
     logits = 3 * torch.randn(4, 5000, generator=torch.Generator().manual_seed(1))
     warped = TemperatureLogitsWarper(decoding.temperature)(None, logits)
     if decoding.top_k:
@@ -80,12 +74,12 @@ def test_sampling_follows_its_probabilities_and_its_seed():
     assert draws(100) == draws(4000)[:100]
 
 
-@pytest.mark.parametrize("sampled", [False, True])
-def test_nan_in_one_row_is_a_run_error(sampled):
+def test_nan_in_one_row_is_a_run_error():
     logits = torch.tensor([[1.0, 2.0], [1.0, float("nan")]])
-    assert choose(logits[:1], Decoding(do_sample=sampled, temperature=1e-9), None, [[]]) == [1]
-    with pytest.raises(RunError, match="NaN"):
-        choose(logits, Decoding(do_sample=sampled), None, [[]] * 2)
+    for sampled in (False, True):
+        assert choose(logits[:1], Decoding(do_sample=sampled, temperature=1e-9), None, [[]]) == [1]
+        with pytest.raises(RunError, match="NaN"):
+            choose(logits, Decoding(do_sample=sampled), None, [[]] * 2)
 
 
 def test_batched_equals_one_by_one(chat_model):

@@ -13,9 +13,8 @@ from utils.model.qwen3_train import prepare_packed
 pytestmark = pytest.mark.usefixtures("norms_in_float64")
 
 
-@pytest.mark.parametrize("chunk", [256, 7])
-def test_loss_and_gradients_equal_the_plain_computation(folder, monkeypatch, chunk):
-    monkeypatch.setattr(lm_head, "CHUNK", chunk)
+def test_loss_and_gradients_equal_the_plain_computation(folder, monkeypatch):
+    monkeypatch.setattr(lm_head, "CHUNK", 7)
     items = some_items(20, seed=1)
     packed, plain = prepare_packed(load(folder, torch.float64)), load(folder, torch.float64)
     batch = collate([items])
