@@ -9,7 +9,8 @@ import functools
 import gc
 import os
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
 
 from utils.text import printable, with_our_python
 
@@ -47,6 +48,17 @@ SIGNS[" requested and "] = FULL  # numpy: so many items, so many written
 CODES = {errno.ENOSPC: FULL, errno.ENOMEM: MORE_MEMORY}  # Windows has other words
 OWN_THRESHOLDS = gc.get_threshold()  # Python's
 freeze_once = functools.cache(gc.freeze)
+
+
+@contextlib.contextmanager
+def told_in_one_line(what: str) -> Iterator[None]:
+    """Turn what the libraries raise for damaged or foreign files (any Exception) into a UserError of one line: `what`, and why."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY):
+            raise
+        raise UserError(f"{what} ({textwrap.shorten(str(error) or type(error).__name__, 300)})") from None
 
 
 def imports_are_done() -> None:

@@ -11,8 +11,7 @@ import functools
 import re
 from typing import TYPE_CHECKING
 
-from utils.errors import UserError
-from utils.text import shorten
+from utils.errors import told_in_one_line
 
 if TYPE_CHECKING:  # --help of the scripts is not to wait for it
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -53,13 +52,8 @@ def prompt_pieces(tokenizer: Tokenizer, messages: list[dict], thinking: bool | N
     """
     mode = {} if thinking is None else {"enable_thinking": thinking, "force_thinking": thinking}
     messages, mark = _mark_controls(tokenizer, messages)
-    try:
+    with told_in_one_line(f"the chat template of {tokenizer.name_or_path} does not render this conversation"):
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **mode)
-    except MemoryError:
-        raise
-    except Exception as error:
-        refusal = f"the chat template of {tokenizer.name_or_path} does not render this conversation"
-        raise UserError(f"{refusal} ({shorten(str(error), 200)})") from None
     return text.split(mark)
 
 

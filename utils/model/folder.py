@@ -10,13 +10,11 @@ import hashlib
 import json
 import os
 import re
-import textwrap
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.errors import NO_MEMORY, UserError
+from utils.errors import UserError, told_in_one_line
 from utils.files import missing, read_json, sha256_of, show_path, write_json
 from utils.model.chat_format import DECODING, generation_settings, with_default_mode
 from utils.settings import ROOT
@@ -170,23 +168,13 @@ def quiet_offline() -> None:
     logging.disable_progress_bar()  # "Loading weights" bars of a fraction of a second
 
 
-@contextlib.contextmanager
-def told_in_one_line(model: str, name: str) -> Iterator[None]:
-    """Turn what the libraries raise for damaged or foreign files (any Exception) into a UserError of one line that names the file."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY):
-            raise
-        why = textwrap.shorten(str(error) or type(error).__name__, 300)
-        raise UserError(f"{model} cannot be loaded: {name} is damaged or foreign ({why})") from None
-
-
 def load_tokenizer(model: str) -> Tokenizer:
     """The tokenizer of a model folder or adapter folder that check_model has passed."""
     from transformers import AutoTokenizer
 
-    with told_in_one_line(model, "tokenizer.json or tokenizer_config.json"):
+    with told_in_one_line(
+        f"{model} cannot be loaded: tokenizer.json or tokenizer_config.json is damaged or foreign"
+    ):
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     if not isinstance(tokenizer.chat_template, str) or "<|im_end|>" not in tokenizer.get_vocab():
         raise UserError(f"{model} is no Qwen chat model: its tokenizer has no chat template with <|im_end|>")
@@ -214,7 +202,9 @@ def load_model(model: str, dtype: torch.dtype | str) -> PreTrainedModel:
         other = f"was trained on other weights than {show_path(base)} holds now"
         raise UserError(f"{show_path(model)} {other}; use its merged/ folder, or bring that base model back")
     whole = _load_whole(base, torch.float32)
-    with told_in_one_line(model, "adapter_config.json, generation_config.json or adapter_model.safetensors"):
+    with told_in_one_line(
+        f"{model} cannot be loaded: adapter_config.json, generation_config.json or adapter_model.safetensors is damaged or foreign"
+    ):
         merged = PeftModel.from_pretrained(whole, model).merge_and_unload()
         if (Path(model) / "generation_config.json").is_file():
             merged.generation_config = GenerationConfig.from_pretrained(model)
@@ -226,7 +216,7 @@ def load_model(model: str, dtype: torch.dtype | str) -> PreTrainedModel:
 def _load_whole(model, dtype):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with told_in_one_line(model, "config.json or *.safetensors"):
+    with told_in_one_line(f"{model} cannot be loaded: config.json or *.safetensors is damaged or foreign"):
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         config._attn_implementation = "sdpa"  # a name in config.json would be fetched as a kernel
         how = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
