@@ -141,7 +141,7 @@ CASES = [(f"患者头晕，咳嗽，水肿，第{n}日，用何药？", f"常用
 def test_of_cases_with_the_same_signs_each_has_its_own_right_answer():
     assert all(swapped(*CASES))
     rare = [("头晕而咳嗽者用何药？", "麻黄。"), ("咳嗽头晕可用何药？", "桂枝。"), ("水肿用何药？", "麻黄。")]
-    right = pairs._right_about([pairs.Question(*row) for row in rare], TERMS)
+    right = pairs._right_about(rare, TERMS)
     assert [{"麻黄", "桂枝"} & known for known in right] == [{"麻黄", "桂枝"}] * 2 + [{"麻黄"}]
 
 

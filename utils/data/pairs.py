@@ -2,9 +2,9 @@
 
 Each maker takes SFT rows and yields for each of them (a worse answer, "") or (None, the reason why there is none).
 
-Facts are swapped so that only the question tells: a substitute that is rare, that cuts a longer word in two, or that changes the
-length gives the wrong answer away, and that is what a model then learns. So terms are swapped whole, between borders, and the
-substitute is drawn from the terms that really stand between the same borders in other answers: it is as common as what it replaces.
+Facts are swapped so that only the question tells: a substitute that is rare, cuts a longer word in two or changes the length gives
+the wrong answer away, and that is what a model then learns. So terms are swapped whole, between borders, for terms that really
+stand between the same borders in other answers: as common as what they replace.
 """
 
 import math
@@ -25,8 +25,6 @@ SAME = 0.8  # agreement from which on answers without known facts say the same
 DRAWS, NAME_DRAWS = 12, 30  # substitutes looked at; of names more, to find one that looks alike
 COMMON = (5, 0.1)  # questions, and share of them: signs in more than both do not tell one case from another
 CHUNK = 64  # rows whose answers are sampled, and kept, at a time
-FOLDS = 5  # of the pairs, to measure how well they are told apart
-MEASURED = 20_000  # pairs looked at for that
 
 # A single character (a channel such as 肺, a nature such as 温) is a term only if one of these, or nothing, is beside it.
 ALONE_LEFT, ALONE_RIGHT = "性味归入属为是、，：。", "经、，。；"
@@ -79,18 +77,10 @@ def _stands_alone(text, at):
     return left and (not after or after in ALONE_RIGHT or text[at + 1 :] == "\n")
 
 
-class Question(NamedTuple):
-    """The last question of a row and its good answer."""
-
-    text: str
-    answer: str
-
-
 class Slot(NamedTuple):
-    """A whole term in an answer."""
+    """A whole term in an answer, which begins at `start`."""
 
     start: int
-    stop: int
     term: str
     kind: str
     is_name: bool  # of what the question asks about
@@ -109,10 +99,10 @@ def split_row(row: dict) -> tuple[list[dict], dict]:
     return row["messages"][:last], row["messages"][last]
 
 
-def question_of(row: dict) -> Question:
+def question_of(row: dict) -> tuple[str, str]:
     """The last question of an SFT row and its answer."""
     prompt, answer = split_row(row)
-    return Question(prompt[-1]["content"], answer["content"])
+    return prompt[-1]["content"], answer["content"]
 
 
 def ends_in_courtesy(row: dict) -> bool:
@@ -177,15 +167,15 @@ def swapped_facts(rows: list[dict], terms: Terms, rng: random.Random) -> Iterato
         counts = Counter(character for term in kin for character in set(term))
         common[kind] = {character for character, count in counts.items() if 2 * count >= len(kin)}
     for question, slots, mine, right in zip(questions, slots_of, chosen, _right_about(questions, terms)):
+        _, text = question
         swapped: dict[Slot, str] = {}
         for slot in mine:
             # A wrong name is wrong even if the term is right of what is asked about; a wrong fact has to be none of those.
             not_these = {*swapped.values(), *(() if slot.is_name else right)}
             if other := _substitute(slot, question, not_these, pools, terms, common, rng):
                 swapped[slot] = other
-        text = question.answer
-        for slot in sorted(swapped, reverse=True):  # from the end, so that the places before it stay
-            text = text[: slot.start] + swapped[slot] + text[slot.stop :]
+        for slot, other in swapped.items():  # as long as the term that it replaces
+            text = text[: slot.start] + other + text[slot.start + len(other) :]
         if swapped:
             yield text, ""
         elif slots:
@@ -196,15 +186,15 @@ def swapped_facts(rows: list[dict], terms: Terms, rng: random.Random) -> Iterato
 
 def _slots(question, terms):
     """The slots of an answer: its names, if it has any, else its facts. On both sides of a slot is a border."""
-    names, facts = [], []
-    for start, stop, term in terms.find(question.answer):
-        before, after = question.answer[start - 1 : start] if start else "", question.answer[stop : stop + 1]
-        is_name = len(term) > 1 and term in question.text
+    (asked, answer), names, facts = question, [], []
+    for start, stop, term in terms.find(answer):
+        before, after = answer[start - 1 : start] if start else "", answer[stop : stop + 1]
+        is_name = len(term) > 1 and term in asked
         words = (NAME_LEFT, NAME_RIGHT) if is_name else (LEFT, RIGHT)
         signs = zip((before, after), words)
         between = all(not "\u4e00" <= sign <= "\u9fff" or sign in word for sign, word in signs)
-        if between and (is_name or term not in question.text):
-            slot = Slot(start, stop, term, terms.kinds[term][0], is_name, after, before)
+        if between and (is_name or term not in asked):
+            slot = Slot(start, term, terms.kinds[term][0], is_name, after, before)
             (names if is_name else facts).append(slot)
     return names or facts
 
@@ -215,20 +205,19 @@ def _right_about(questions, terms):
     A question that names a thing (a herb, a formula) is about that. One that names signs only is a case: what is right for it
     stands in the answers to questions with all of its signs, or, if those are common to many cases, to the same question.
     """
-    asked = [{term for _, _, term in terms.find(question.text)} for question in questions]
-    stated = [{term for _, _, term in terms.find(question.answer)} for question in questions]
+    asked, stated = ([{term for _, _, term in terms.find(one[side])} for one in questions] for side in (0, 1))
     rows_of = defaultdict(set)  # {name or text of a question: numbers of the questions}
-    for number, (names, question) in enumerate(zip(asked, questions)):
-        for name in (*names, normalize(question.text)):
+    for number, (names, (question, _)) in enumerate(zip(asked, questions)):
+        for name in (*names, normalize(question)):
             rows_of[name].add(number)
     least, share = COMMON
-    for names, question in zip(asked, questions):
+    for names, (question, _) in zip(asked, questions):
         if any("." not in kind for name in names for kind in terms.kinds[name]):
             same = set().union(*(rows_of[name] for name in names))
         else:
             same = set.intersection(*(rows_of[name] for name in names)) if names else set()
             if len(same) > max(least, share * len(questions)):
-                same = rows_of[normalize(question.text)]
+                same = rows_of[normalize(question)]
         yield set().union(*(stated[number] for number in same))
 
 
@@ -240,7 +229,7 @@ def _substitute(slot, question, not_these, pools, terms, common, rng):
     """
 
     def is_wrong(term):
-        if term in not_these or term in question.text or term in question.answer:
+        if term in not_these or any(term in text for text in question):
             return False
         if not slot.is_name and (set(slot.term) & set(term)) - common[slot.kind]:
             return False
@@ -312,21 +301,23 @@ def sample_answers(rows: list[dict], settings: Settings, kept: Path) -> list[lis
 def told_apart(pairs: list[dict]) -> float:
     """The share of preference rows whose good answer is recognised without the question; 0.5 is chance.
 
-    Judged by the log-odds of an answer's character pairs in the good and the bad answers of the other FOLDS - 1 parts. It falls
-    below 0.5 if the same words are good in one pair and bad in another: the other parts lack the pair's own good answer.
+    Judged by the log-odds of an answer's character pairs in the other rows. It falls below 0.5 if the same words are good in one
+    row and bad in another: the others lack the row's own good answer.
     """
 
-    def character_pairs(messages):
-        text = messages[0]["content"]
-        return list(zip(f"\n{text}", f"{text}\n"))
+    def parts(pair):
+        texts = (pair[side][0]["content"] for side in ("chosen", "rejected"))
+        return [Counter(zip(f"\n{text}", f"{text}\n")) for text in texts]
 
-    texts = [[character_pairs(pair[side]) for side in ("chosen", "rejected")] for pair in pairs]
-    random.Random(0).shuffle(texts)
-    texts, right = texts[:MEASURED], 0.0
-    for fold in range(FOLDS):
-        others = [both for number, both in enumerate(texts) if number % FOLDS != fold]
-        good, bad = (Counter(pair for both in others for pair in both[side]) for side in (0, 1))
-        for both in texts[fold::FOLDS]:
-            odds = [sum(math.log((good[pair] + 0.5) / (bad[pair] + 0.5)) for pair in text) for text in both]
-            right += 0.5 if odds[0] == odds[1] else odds[0] > odds[1]
-    return right / len(texts)
+    good, bad, right = Counter(), Counter(), 0.0
+    for chosen, rejected in map(parts, pairs):
+        good.update(chosen)
+        bad.update(rejected)
+    for both in map(parts, pairs):
+        chosen, rejected = both
+        odds_of = {
+            at: (good[at] - chosen[at] + 0.5) / (bad[at] - rejected[at] + 0.5) for at in chosen | rejected
+        }
+        odds = [sum(count * math.log(odds_of[at]) for at, count in side.items()) for side in both]
+        right += 0.5 if odds[0] == odds[1] else odds[0] > odds[1]
+    return right / len(pairs)
