@@ -203,6 +203,7 @@ READ = [  # a row, the messages that it becomes, and the fields of it that are n
     ({"instruction": "医生：您好\n患者：问", "output": "答"}, ASKED, [HALVES]),
     ({"messages": turns("", "欢迎", "问", "答")[1:]}, ASKED, [HALVES]),
     ({"messages": turns("问", "答", "再问", system="医")}, LONG[:3], [HALVES]),
+    ({"messages": turns("问", "答", "问")}, ASKED, [HALVES]),
 ]  # fmt: skip
 
 

@@ -261,8 +261,8 @@ def _conversation(row, schema, turns, columns=""):
     if turns[0]["role"] != "system" and row.peek("system") is not None:
         turns = [{"role": "system", "content": text_of(row, "system", "system text")}, *turns]
     messages = exchanges(turns)
-    if left_out := [turn for turn in turns if turn not in messages]:
-        row.unused_in_turns[HALVES] = left_out[0]
+    if len(messages) < len(turns):
+        row.unused_in_turns[HALVES] = next((turn for turn in turns if turn not in messages), turns[-1])
     paired = {"chosen", "rejected"} <= set(row.names)
     item = None if paired else exam_in(row, messages[-2]["content"], messages[-1]["content"])
     if item and len(messages) > 2 + (messages[0]["role"] == "system"):
