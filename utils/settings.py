@@ -142,9 +142,8 @@ def read_constants(source: str) -> dict[str, tuple[int, str, str]]:
 
 
 def read_number(label: str, value: object, rule: str) -> Any:
-    """A number, or the text of one, by a rule such as "0 to 1" or "0, 1, ..."; UserError, which names `label`, for any other."""
-    kind = _kind("", rule, 0)
-    return _checked(label, _from_text(kind, value) if isinstance(value, str) else value, kind, rule)
+    """A number by a rule such as "0 to 1" or "0, 1, ..."; UserError, which names `label`, for any other."""
+    return _checked(label, value, _kind("", rule, 0), rule)
 
 
 def flag_of(name: str) -> str:
