@@ -8,11 +8,11 @@ import gzip
 import io
 import itertools
 import re
-import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
+from zipfile import BadZipFile, ZipFile
 
 from utils.errors import UserError
 from utils.files import missing, show_path
@@ -50,7 +50,7 @@ TRAINING = re.compile("^train|^训练|训练集?$")
 BESIDE = set("set data dataset split file part final".split())
 
 # Errors of the libraries that read archives, books and Parquet files, if those are damaged, locked or packed in an unknown way.
-DAMAGED = (EOFError, LookupError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (EOFError, LookupError, OSError, RuntimeError, SystemError, ValueError, BadZipFile, zlib.error)
 
 
 class InputFile(NamedTuple):
@@ -76,7 +76,7 @@ class InputFile(NamedTuple):
     def open_bytes(self) -> IO[bytes]:
         """The file, unpacked; raises one of DAMAGED."""
         if self.member:
-            return zipfile.ZipFile(self.path).open(self.member)
+            return ZipFile(self.path).open(self.member)
         return gzip.open(self.path) if self.path.suffix.lower() == ".gz" else open(self.path, "rb")
 
     def lines(self, newline: str = "\n") -> Iterator[str]:
@@ -122,7 +122,7 @@ def _listed(path, name, depth=0):
                 yield from _listed(inside, f"{name}{inside.name}{'/' * inside.is_dir()}", depth + 1)
     elif path.suffix.lower() == ".zip":
         _refuse_other_bytes(path)
-        with told_if_damaged(path), zipfile.ZipFile(path) as archive:
+        with told_if_damaged(path), ZipFile(path) as archive:
             members = archive.namelist()
         hidden = re.compile(r"__MACOSX/|(.*/)?\.|.*/$")
         yield from ((f"{name}/{member}", path, member) for member in members if not hidden.match(member))
