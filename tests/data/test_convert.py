@@ -95,10 +95,10 @@ WRONG = [  # a file's name and what is in it, in bytes or rows, and words of the
     ("a.docx", b"x", ["cannot read .docx", ".parquet"]),
     ("a.jsonl", b"", ["no row could be used (the input is empty)"]),
     ("a.json", b"query: q\nresponse: r", [
-        "no row could be used (2 not JSON); the first is a.json, line 1: not JSON (",
+        "no row could be used (2 not JSON); a.json: none of its 2 rows could be used; line 1: not JSON (",
         "; wanted one JSON object for each row: one a line, or all in one array"]),
     ("a.jsonl", ROWS, [
-        "no row could be used (2 fields not recognised); the first is a.jsonl, line 1: fields not recognised",
+        "no row could be used (2 fields not recognised); a.jsonl: none of its 2 rows could be used; line 1: fields not recognised",
         "fields found: data, n; no field is known as a question or an answer"]),
     ("a.jsonl", [{"text": "麻黄发汗解表。"}], ["(1 plain text)", "continued pre-training is not done here"]),
     ("a.parquet", b"x", ["not a whole .parquet file"]),

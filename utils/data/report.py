@@ -33,6 +33,7 @@ FEW_EVAL_ROWS = 30  # below that, figures on the held-out rows mean little
 SHOWN = 40  # characters of a field's value
 UNKNOWN = "fields not recognised"
 LOOKED_AT = 200  # rows of a file that tell what it is
+NOTES = 3  # on files, in the line that says that there is nothing to convert
 TABLES = (".csv", ".tsv", ".xlsx")
 
 # Names of fields that hold questions and answers end with these, those of answers that may be wrong have one of NOT_RIGHT.
@@ -198,18 +199,12 @@ def refusal(files: list[InputFile], found: Recognised, columns: str) -> str:
     if found.schemas:
         fields = ", ".join(found.given(next(row for row in found.rows if row.kind)))
         return f"no row has the fields of --columns {columns}; fields found: {fields}"
-    if not found.rows:
-        return "no row could be used (the input is empty)"
     counted = Counter(row.reason for row in found.rows).most_common()
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in counted)
-    first = found.rows[0]
-    text = f"no row could be used ({reasons}); the first is {files[first.file].name}, {_why(found, first)}"
-    if strange := next((row for row in found.rows if row.reason == UNKNOWN), None):
-        rows = [row for row in found.rows if row.file == strange.file]
-        return text + _advice(files[strange.file], found, rows)
-    if counted[0][0] == "not JSON":
-        text += "; wanted one JSON object for each row: one a line, or all in one array"
-    return text
+    said = [f"no row could be used ({reasons or 'the input is empty'})", *notes(files, found)[:NOTES]]
+    if reasons.endswith(" not JSON"):
+        said.append("wanted one JSON object for each row: one a line, or all in one array")
+    return "; ".join(said)
 
 
 def notes(files: list[InputFile], found: Recognised) -> list[str]:
