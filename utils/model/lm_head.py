@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.model.mixed import REDUCED, on_cuda
+from utils.model.mixed import REDUCED, matmul_dtype, on_cuda
 
 CHUNK = 512  # positions scored at once, at most: 512 x 151,936 logits are 148 MiB in bfloat16
 CACHED = 16  # of them, whose softmax is worked out at a time: 9 MiB in float32, which stay in a CPU's cache
@@ -182,12 +182,6 @@ def _chunks(count: int) -> Iterator[slice]:
     """Slices of at most CHUNK, as equal as can be: the product of a short rest is slow for what it computes."""
     size = math.ceil(count / max(1, math.ceil(count / CHUNK))) or 1
     return (slice(start, start + size) for start in range(0, max(1, count), size))
-
-
-def matmul_dtype(states: Tensor) -> torch.dtype:
-    """The dtype of matrix products with `states` here and now, under autocast or not."""
-    device = states.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 
 def _exact_dtype(states: Tensor) -> torch.dtype:

@@ -5,8 +5,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora as peft_lora
 from torch import nn
 
-from utils.model.lm_head import matmul_dtype
-from utils.model.mixed import Linear, products, reduced_dtype
+from utils.model.mixed import Linear, matmul_dtype, products, reduced_dtype
 
 
 def add_lora(model, settings) -> PeftModel:

@@ -25,12 +25,16 @@ def on_gpu(tensor: Tensor) -> bool:
     return on_cuda(tensor) or tensor.device.type == "mps"
 
 
-def reduced_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The format of products with `tensor` here and now, if it is one that this module computes; else None."""
-    if not (on_cuda(tensor) and torch.is_autocast_enabled(tensor.device.type)):
-        return None
-    dtype = torch.get_autocast_dtype(tensor.device.type)
-    return dtype if dtype in REDUCED else None
+def matmul_dtype(states: Tensor) -> torch.dtype:
+    """The dtype of matrix products with `states` here and now, under autocast or not."""
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+
+
+def reduced_dtype(states: Tensor) -> torch.dtype | None:
+    """The same, if it is a format in which this module computes; else None."""
+    dtype = matmul_dtype(states)
+    return dtype if on_cuda(states) and dtype in REDUCED else None
 
 
 class Linear(nn.Linear):
@@ -110,10 +114,12 @@ class _Products(torch.autograd.Function):
         states, down, small, *copies = ctx.saved_tensors
         count, needed = len(upstream), ctx.needs_input_grad[4:]
         upstream, flat, d_states = [part.flatten(0, -2) for part in upstream], states.flatten(0, -2), None
-        d_weights = [
-            weight_gradient(weight, part.T, flat) if need else None
-            for weight, part, need in zip(ctx.weights, upstream, needed)
-        ]
+        d_weights = [None] * count
+        for place, (weight, part, need) in enumerate(zip(ctx.weights, upstream, needed)):
+            if need and (weight.grad is None or torch.distributed.is_initialized()):
+                d_weights[place] = torch.mm(part.T, flat, out_dtype=torch.float32)
+            elif need:  # several processes exchange what autograd gets; one adds it up at once
+                torch.addmm(weight.grad, part.T, flat, out_dtype=torch.float32, out=weight.grad)
         if ctx.needs_input_grad[0]:
             d_states = upstream[0] @ copies[0]
             for part, copy in zip(upstream[1:], copies[1:]):
@@ -128,15 +134,6 @@ class _Products(torch.autograd.Function):
             for part, one in zip(upstream, small.split(rank, 1)):
                 d_weights.append(torch.mm(part.T, one, out_dtype=torch.float32))
         return None if d_states is None else d_states.view_as(states), None, None, None, *d_weights
-
-
-def weight_gradient(weight: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
-    """left (O, T) x right (T, I), summed in float32: added to `weight.grad`, or returned if there is none yet, or if several
-    processes exchange what autograd gets."""
-    if weight.grad is None or torch.distributed.is_initialized():
-        return torch.mm(left, right, out_dtype=torch.float32)
-    torch.addmm(weight.grad, left, right, out_dtype=torch.float32, out=weight.grad)
-    return None
 
 
 class FoldedStep:

@@ -16,8 +16,8 @@ from transformers.models.qwen3 import modeling_qwen3
 from utils.device import Device
 from utils.model import mixed
 from utils.model.attention import Attention, plan_attention
-from utils.model.lm_head import CHUNK, matmul_dtype
-from utils.model.mixed import Linear, on_cuda, products, reduced_dtype, round_weights
+from utils.model.lm_head import CHUNK
+from utils.model.mixed import Linear, matmul_dtype, on_cuda, products, reduced_dtype, round_weights
 from utils.model.packing import ROUNDED, GroupShape, PackedBatch, model_inputs, to_device
 
 Turn = tuple[Tensor, Tensor]  # cosines and sines (1, T, head_dim) of the rotary angles
