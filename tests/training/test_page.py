@@ -5,7 +5,6 @@ from html.parser import HTMLParser
 
 import pytest
 
-from utils.errors import UserError
 from utils.files import read_json, write_json
 from utils.training.log import write_page
 
@@ -137,8 +136,3 @@ def test_the_page_of_dpo_has_its_pairs_and_its_warnings(folder, tmp_path):
     ):
         assert cells[cells.index(name) + 1] == value
     assert "73.6%" in cells and "rows read" not in cells and "<p>warning: no better than chance</p>" in text
-
-
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no run\.json"):
-        write_page(tmp_path)

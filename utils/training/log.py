@@ -11,14 +11,12 @@ from typing import Any
 
 import psutil
 
-from utils.errors import UserError
 from utils.files import atomic_write, read_json, read_log, render, show_path
 from utils.model.folder import read_record
 from utils.plots import plot_training
 from utils.settings import ROOT
 from utils.text import PLAIN_SECONDS, duration, format_bytes
 
-STEPS = 50  # the time of a step is averaged over about so many
 ENDING = 2.0  # seconds: the last picture, run.json, the interpreter's end
 AIM = 0.99  # share of HOURS that is planned with
 DISK = 200e6  # bytes written per second, with their checksum, until a checkpoint was timed
@@ -29,32 +27,12 @@ SLOWER, BUSY = 1.5, 0.25  # times the planned seconds of a step; share of the co
 WORSE_LOSS, WORSE_ACCURACY = 0.02, 0.03  # a loss higher by this share, or an accuracy lower by so much
 CHANCE, ENOUGH_PAIRS = 0.5, 100  # of preferring the chosen answer; pairs from which on that says something
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-RESULTS = (  # of run.json: the field, its name for people, its form
-    ("eval_loss_before", "loss before training", "{:.4f}".format),
-    ("eval_loss", "loss of the finished model", "{:.4f}".format),
-    ("eval_loss_last", "loss after the last step", "{:.4f}".format),
-    (
-        "eval_reward_accuracy",
-        "pairs in which the chosen answer gained more than the rejected one",
-        "{:.1%}".format,
-    ),
-    ("measured_on", "measured on", str),
-    ("kept_step", "step of the finished model", "{:,}".format),
-    ("best_step", "best step", "{:,}".format),
-    ("steps", "steps", "{:,}".format),
-    ("tokens", "tokens trained on", "{:,}".format),
-    ("tokens_per_second", "tokens a second", "{:,.0f}".format),
-    ("seconds", "time", duration),
-    ("time_forecast_seconds", "time, as forecast", duration),
-    ("peak_memory_bytes", "peak memory", format_bytes),
-    ("memory_forecast_bytes", "peak memory, as forecast", format_bytes),
-)
 
 Entry = dict[str, Any]  # a line of training_log.jsonl
 
 
 class Clock:
-    """The time that a run has taken, in this process and in those before it (`before`), and the `seconds` that its parts take.
+    """The time that a run has taken, in this process and in those before it (`before`), and the `seconds` of its latest parts.
 
     settings: HOURS and CHECKPOINT_MINUTES, 0: no limit; weights: bytes of a checkpoint and of the finished model.
     """
@@ -64,7 +42,6 @@ class Clock:
         self.began, self.before, self.limit = settings.began, 0.0, AIM * 3600 * settings.HOURS or math.inf
         self.seconds = {"step": 0.0, "evaluation": 0.0, "checkpoint": checkpoint / DISK}
         self.saving, self.interval = model / checkpoint, 60 * settings.CHECKPOINT_MINUTES or math.inf
-        self.steps, self.last_step = 0, 0.0  # steps of this process, and seconds of the latest
         self.mark = self.last_save = time.monotonic()
 
     def elapsed(self) -> float:
@@ -78,15 +55,9 @@ class Clock:
     def ended(self, part: str) -> None:
         """A step, an evaluation or a checkpoint has ended. It took the time since the one before."""
         now = time.monotonic()
-        seconds, self.mark = now - self.mark, now
+        self.seconds[part], self.mark = now - self.mark, now
         if part == "checkpoint":
             self.last_save = now
-        if part == "step":
-            # The first step of a process also makes kernels and buffers: the second one replaces it.
-            self.steps, self.last_step = self.steps + 1, seconds
-            weight = max(1 / max(self.steps - 1, 1), 1 / STEPS)
-            seconds = self.seconds["step"] + weight * (seconds - self.seconds["step"])
-        self.seconds[part] = seconds
 
     @property
     def checkpoint_due(self) -> bool:
@@ -96,8 +67,7 @@ class Clock:
         """The share of HOURS that is over; 1 if no further step fits in before evaluation and saving. 0 without a limit."""
         ending = (1 + self.saving) * self.seconds["checkpoint"] + ENDING
         training = self.limit - self.seconds["evaluation"] - ending
-        full = self.elapsed() + max(self.seconds["step"], self.last_step) > training
-        return 1.0 if full else self.elapsed() / training
+        return 1.0 if self.elapsed() + self.seconds["step"] > training else self.elapsed() / training
 
 
 def done_at(seconds: float) -> str:
@@ -264,33 +234,26 @@ def verdict(
 def write_page(
     folder: Path, comparison: dict[str, Any] | None = None, name: str = "", pictures: Path | None = None
 ) -> Path:
-    """Write report.html of a run folder and return its path. UserError if it is no run, or run.json is damaged.
+    """Write report.html of a run folder and return its path. UserError if run.json is damaged.
 
     `comparison`: the content of a comparison.json that this run is part of under `name`, with its pictures in the folder
     `pictures`. The template escapes whatever comes from elsewhere: names, settings, rows, answers.
     """
-    record = read_record(folder)
-    if record is None:
-        raise UserError(f"{show_path(folder)} holds no run.json: it is no training folder")
-    settings, results = record["settings"], record.get("results", {})
-    data, found = Path(str(settings.get("TRAIN_FILE"))), {**record, **results}
-    report = ROOT / data.parent / ("dpo_report.json" if "BETA" in settings else "report.json")
+    record, path = read_record(folder), folder / "report.html"
+    settings, data = record["settings"], ROOT / str(record["settings"].get("TRAIN_FILE"))
+    report = data.with_name("dpo_report.json" if "BETA" in settings else "report.json")
     text = render(
         TEMPLATE,
-        title=f"{folder.resolve().name}: {Path(str(settings.get('MODEL'))).name} trained on {data.name}",
-        record=[(key, record.get(key)) for key in ("status", "started", "finished")],
-        results=[(label, form(found[key])) for key, label, form in RESULTS if key in found],
-        told=[str(line) for line in record.get("told", [])],
-        curve=_picture(folder / "loss_curve.png"),
-        files=[(name, settings.get(name)) for name in ("TRAIN_FILE", "EVAL_FILE")],
+        title=f"{folder.resolve().name}: {Path(settings['MODEL']).name} trained on {data.name}",
+        record=record,
         report=read_json(report) if report.is_file() else {},
-        settings=[(key, str(value)) for key, value in settings.items()],
-        versions=[("device", record.get("device")), *record.get("versions", {}).items()],
+        curve=_picture(folder / "loss_curve.png"),
         comparison=comparison,
         name=name,
         bars=_picture(pictures / "comparison.png") if pictures else "",
+        duration=duration,
+        format_bytes=format_bytes,
     )
-    path = folder / "report.html"
     with atomic_write(path) as file:
         file.write(text)
     return path

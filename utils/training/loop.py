@@ -274,7 +274,7 @@ def log_step(run: Run, step: int, epoch: float, rate: float, done: float, result
         run.log.tell(f"step {step} changed no weight: its gradient overflowed fp16; the loss scale is halved")
         del entry["grad_norm"]
     entry |= dict(zip(result.metrics, metrics)) | {"epoch": epoch}
-    run.log.step_seconds += run.clock.last_step
+    run.log.step_seconds += run.clock.seconds["step"]
     run.add(entry | ({"progress": done} if run.settings.HOURS else {}), done)
 
 
