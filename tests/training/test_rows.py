@@ -78,10 +78,8 @@ def path(tmp_path):
 @pytest.fixture
 def made(monkeypatch):
     """made() -> how many times tokens were made since it was last asked."""
-    calls, encode = [], rows_module.encode_conversations
-    monkeypatch.setattr(
-        rows_module, "encode_conversations", lambda *given: calls.append(given) or encode(*given)
-    )
+    calls, encode = [], rows_module.encode_turns
+    monkeypatch.setattr(rows_module, "encode_turns", lambda *given: calls.append(given) or encode(*given))
 
     def count():
         found = len(calls)
@@ -181,13 +179,13 @@ def test_a_flipped_byte_is_found_and_said(tokenizer, path, made, capsys):
 
 
 def die_in_the_third_batch(path, folder):
-    encode, calls = rows_module.encode_conversations, []
+    encode, calls = rows_module.encode_turns, []
 
     def encode_some(*given):
         calls.append(given)
         return os._exit(9) if len(calls) == 3 else encode(*given)
 
-    rows_module.encode_conversations, rows_module.ROWS_AT_ONCE = encode_some, 10
+    rows_module.encode_turns, rows_module.ROWS_AT_ONCE = encode_some, 10
     load_conversations(path, AutoTokenizer.from_pretrained(folder), 4096)
 
 

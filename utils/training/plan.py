@@ -223,13 +223,12 @@ def tell_time(run: Run, plan: Plan, planned: int, rate: float, reference: float)
     left = max(0, planned - run.step)
     training = left * plan.tokens_per_step / plan.train_rate
     evaluations = schedule.evaluations + 1 - schedule.evaluations_due(min(1.0, run.step / planned))
-    by_clock = training / (60 * settings.CHECKPOINT_MINUTES) if settings.CHECKPOINT_MINUTES else 0
     checkpoint, model = (size / DISK for size in plan.weights)
     parts = {
         "reference": reference and reference + eval_tokens / rate,
         f"training at {plan.train_rate:,.0f} tokens/s": training,
         "evaluations": evaluations * eval_tokens / rate,
-        "saving": (by_clock + math.ceil(left / plan.steps_per_epoch)) * checkpoint + model + ENDING,
+        "saving": math.ceil(left / plan.steps_per_epoch) * checkpoint + model + ENDING,
     }
     total = sum(parts.values())
     run.keep("time_forecast_seconds", round(total, 1))

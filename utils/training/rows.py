@@ -10,9 +10,8 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy
 import pyarrow
@@ -75,12 +74,7 @@ def load_conversations(path: Path, tokenizer, max_length: int, count: int = 0, j
     `max_length` tokens are left out, counted and reported, never cut. `count`: only so many conversations, drawn evenly; `join`: the
     share of single questions that are put behind one to three others (JOIN_SINGLE).
     """
-
-    def encode(rows: list[dict], start: int) -> list[dict]:
-        return encode_conversations(tokenizer, rows, start, join, max_length)
-
-    options = {"kind": "conversations", **({"join": join, "max_length": max_length} if join else {})}
-    return _pack(cached_items(path, tokenizer, options, ["id", "messages"], encode), path, max_length, count)
+    return _pack(cached_items(path, tokenizer, ["id", "messages"], join, max_length), path, max_length, count)
 
 
 def load_pairs(path: Path, tokenizer, max_length: int, count: int = 0) -> Loaded:
@@ -89,39 +83,31 @@ def load_pairs(path: Path, tokenizer, max_length: int, count: int = 0) -> Loaded
     `count`: only so many pairs, drawn evenly. UserError, naming the row, if chosen and rejected are the same or one of them is empty:
     such a pair teaches nothing.
     """
-
-    def encode(rows: list[dict], start: int) -> list[dict]:
-        turns = []
-        for line, row in enumerate(rows, start):
-            chosen, rejected = answers = [row[side][-1] for side in ("chosen", "rejected")]
-            if chosen == rejected or not all(message["content"].strip() for message in answers):
-                raise UserError(
-                    f"{show_path(path)}, row {row['id']}: chosen and rejected must differ and neither be empty; "
-                    "make pairs with: python data_prepare/build_preference_pairs.py"
-                )
-            turns.append(Turn(line, row, row["prompt"], answers))
-        return encode_turns(tokenizer, turns)
-
-    wanted = ["id", "prompt", "chosen", "rejected"]
-    return _pack(cached_items(path, tokenizer, {"kind": "pairs"}, wanted, encode), path, max_length, count)
+    items = cached_items(path, tokenizer, ["id", "prompt", "chosen", "rejected"])
+    return _pack(items, path, max_length, count)
 
 
-def encode_conversations(
-    tokenizer, rows: list[dict], start: int, join: float = 0.0, max_length: int = 0
-) -> list[dict]:
-    """The assistant turns of these rows, from line `start` on; the ids are those of utils.model.chat_format.encode_turns."""
-    turns = [
-        Turn(line, row, row["messages"][:turn], [message])
-        for line, row in enumerate(rows, start)
-        for turn, message in enumerate(row["messages"])
-        if message["role"] == "assistant"
-    ]
-    items = encode_turns(tokenizer, turns)
-    if not join:
-        return items
-    # Rows that nothing ties to a place: one question, one answer, no system text, no reasoning. Every answer is trained once, in
-    # its own place; the answers before it are only read. The draw depends on the rows alone.
-    draw = random.Random(rows[0]["id"])
+def turns_of(path: Path, line: int, row: dict, pairs: bool) -> list[Turn]:
+    """The turns of a row of conversation, or the only one of a pair."""
+    if not pairs:
+        messages = list(enumerate(row["messages"]))
+        answers = [(number, message) for number, message in messages if message["role"] == "assistant"]
+        return [Turn(line, row, row["messages"][:number], [message]) for number, message in answers]
+    chosen, rejected = row["chosen"][-1], row["rejected"][-1]
+    if chosen == rejected or not all(message["content"].strip() for message in (chosen, rejected)):
+        raise UserError(
+            f"{show_path(path)}, row {row['id']}: chosen and rejected must differ and neither be empty; "
+            "make pairs with: python data_prepare/build_preference_pairs.py"
+        )
+    return [Turn(line, row, row["prompt"], [chosen, rejected])]
+
+
+def join_single(tokenizer, turns: list[Turn], items: list[dict], join: float, max_length: int) -> None:
+    """Put a share of the single questions behind others: rows of one question and one answer, no system text, no reasoning.
+
+    Every answer is trained once, in its own place; the answers before it are only read. The draw depends on the rows alone.
+    """
+    draw = random.Random(turns[0].row["id"])
     single = [
         place
         for place, turn in enumerate(turns)
@@ -129,7 +115,7 @@ def encode_conversations(
         and not turn.answers[0].get("reasoning_content")
     ]
     if len(single) <= MOST_BEFORE or not round(join * len(single)):
-        return items
+        return
     places, joined = draw.sample(single, round(join * len(single))), []
     for place in places:
         count = draw.randint(1, MOST_BEFORE)
@@ -139,7 +125,6 @@ def encode_conversations(
     for place, item in zip(places, encode_turns(tokenizer, joined)):
         if item["length"] <= max_length:
             items[place] = item | {"joined": item["tokens"] - items[place]["tokens"]}
-    return items
 
 
 def encode_turns(tokenizer, turns: list[Turn]) -> list[dict]:
@@ -227,18 +212,13 @@ def show_examples(rows: PackedRows, tokenizer, count: int) -> None:
             print(f"-- {len(prompt)} tokens of prompt, {len(answer)} trained")
 
 
-def cached_items(
-    path: Path,
-    tokenizer,
-    options: dict[str, Any],
-    wanted: Sequence[str],
-    encode: Callable[[list[dict], int], list[dict]],
-) -> Dataset:
-    """The items that `encode` makes of the rows of a JSON lines file, in its order: read from what is kept of them, or made and kept.
+def cached_items(path: Path, tokenizer, wanted: list[str], join: float = 0.0, max_length: int = 0) -> Dataset:
+    """All items of a JSON lines file, whose rows have the fields `wanted`: read from what is kept of them, or made and kept.
 
-    `options` names what `encode` does, and `wanted` the fields that it needs. Of several processes the main one makes them first.
-    UserError as from read_jsonl and from `encode`.
+    Of several processes the main one makes them first. UserError as from read_jsonl and turns_of.
     """
+    pairs = "chosen" in wanted
+    options = {"fields": wanted, **({"join": join, "max_length": max_length} if join else {})}
     rules = tokenizer.backend_tokenizer.to_str() + without_modes(tokenizer.chat_template)
     identity = {
         "data": sha256_of(path),
@@ -260,8 +240,12 @@ def cached_items(
             rows = progress(f"tokenizing {path.name}", "rows")(read_jsonl(path, wanted), count)
             with atomic_write(kept, "wb") as file, ArrowWriter(schema=SCHEMA, stream=file) as writer:
                 for start in range(0, count, ROWS_AT_ONCE):
-                    columns = encode(list(itertools.islice(rows, ROWS_AT_ONCE)), start)
-                    writer.write_table(pyarrow.Table.from_pylist(columns, schema=SCHEMA))
+                    some = enumerate(itertools.islice(rows, ROWS_AT_ONCE), start)
+                    turns = [turn for line, row in some for turn in turns_of(path, line, row, pairs)]
+                    items = encode_turns(tokenizer, turns)
+                    if join:
+                        join_single(tokenizer, turns, items, join, max_length)
+                    writer.write_table(pyarrow.Table.from_pylist(items, schema=SCHEMA))
                 writer.finalize(close_stream=False)
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
             seal(kept, identity)

@@ -13,7 +13,6 @@ import platform
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -76,11 +75,8 @@ class Run:
             self._open(identity)
 
     def _open(self, identity):
-        record, place, checkpoints = (
-            read_record(self.folder),
-            show_path(self.folder),
-            list_checkpoints(self.folder),
-        )
+        record, checkpoints = read_record(self.folder), list_checkpoints(self.folder)
+        place = show_path(self.folder)
         self.finished = bool(record) and record["status"] == "finished"
         if not record and (checkpoints or any(self.folder.glob("*.safetensors"))):
             raise UserError(f"{place} holds a model that this script did not train; --fresh moves it aside")
@@ -100,15 +96,15 @@ class Run:
             then = "starting over" if path == checkpoints[0] else "going back to the one before"
             print(f"{show_path(path)} is {why}; {then}")
         packages = ("torch", "transformers", "peft", "accelerate")
+        versions = {name: importlib.metadata.version(name) for name in packages}
         self.record = {
             "status": "running",
             "identity": identity,
             "settings": self.settings.as_dict(),
             "device": str(self.device),
-            "versions": {name: importlib.metadata.version(name) for name in packages},
+            "versions": versions | {"python": platform.python_version()},
             "started": _now(),
         }
-        self.record["versions"]["python"] = platform.python_version()
 
     def keep(self, name: str, value: Any) -> Any:
         """`value`, which run.json keeps under this name; what it has kept already, if the run goes on."""
@@ -150,9 +146,8 @@ class Run:
         if settings.TRACKER != "none":
             config = {name: str(value) for name, value in settings.as_dict().items()}
             self.accelerator.init_trackers(self.folder.name, config)
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._request)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._request)
 
     def _request(self, number, frame):
         """Ctrl-C, or SIGTERM: the first one stops after this step, the second at once."""
