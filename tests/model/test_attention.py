@@ -38,7 +38,7 @@ def items(shared):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_one_mask_over_equal_rows_gives_what_each_document_gives(shared):
+def test_one_mask_and_the_varlen_kernel_give_what_each_document_gives(shared, monkeypatch):
     found = items(shared)
     batch = collate([found[:5], found[5:9], found[9:]], EQUAL, 600)
     layout, states = batch["layout"], states_for(1800)
@@ -46,26 +46,19 @@ def test_one_mask_over_equal_rows_gives_what_each_document_gives(shared):
     masks = attention.row_masks(layout, 600, CPU)
     # A row that sees nothing is NaN on some devices.
     assert masks.shape == (3, 1, 600, 600) and masks.any(dim=-1).all()
-    one = by_mask(*states, 0.25, masks)
-    other = by_document(*states, 0.25, layout, {})
+    one, other = by_mask(*states, 0.25, masks), by_document(*states, 0.25, layout, {})
     assert one.shape == (1, 1800, HEADS, WIDTH) and torch.allclose(one, other, atol=1e-12)
 
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_the_varlen_kernel_gets_what_each_document_needs(shared, monkeypatch):
     monkeypatch.setattr(attention, "varlen_attn", varlen_as_documented)
-    layout = collate([items(shared)])["layout"]
-    states = states_for(sum(map(sum, layout)))
     key_index, sequences = attention.varlen_sequences(layout, CPU)
     assert (key_index is not None) == shared
-    one, other = by_varlen(*states, 0.25, key_index, sequences), by_document(*states, 0.25, layout, {})
+    one = by_varlen(*states, 0.25, key_index, sequences)
     assert one.dtype == torch.bfloat16 and torch.allclose(one.double(), other, atol=0.03)
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("block", [7, 256])
 @pytest.mark.parametrize(
-    "dtype, atol", [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, None)], ids=str
+    "block, dtype, atol", [(7, torch.float64, 1e-12), (256, torch.float32, 2e-5), (7, torch.bfloat16, None)]
 )
 def test_plain_products_give_what_the_fused_kernel_gives(shared, block, dtype, atol, monkeypatch):
     """Results and gradients, for documents shorter and longer than a block. In bfloat16 both are compared with float64: plain

@@ -97,7 +97,7 @@ FORMS = [(fails, "fails here (USE_F"), (differs, "differs from float32 by "), (h
 @pytest.mark.parametrize("form, words", FORMS)
 def test_the_next_form_is_taken_and_told(gpu, monkeypatch, capsys, form, words):
     monkeypatch.setattr("cuda_on_cpu.varlen_as_documented", form)
-    monkeypatch.setattr(prove, "SECONDS", 0.5 if form is hangs else 60)
+    monkeypatch.setattr(prove, "SECONDS", 1 if form is hangs else 60)
     device = gpu(True)
     assert not device.equal_rows and prove.prove(device).equal_rows and mixed.DEVICES == ("cuda",)
     told = capsys.readouterr().err
