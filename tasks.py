@@ -117,10 +117,8 @@ def demo_clean() -> None:
     remove(ROOT / DEMO)
 
 
-# Tests of one file stay on one core: many share a model that takes seconds to make. The longest come first, so that both cores end together.
-LONGEST = ["tests/test_readme.py", "tests/training", "tests/faults", "tests/model"]
-PYTEST = "-m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/interop".split()
-PYTEST += [*LONGEST, "tests"]
+# tests/conftest.py says which test runs on which of the two cores.
+PYTEST = "-m pytest -q -n 2 --no-loadscope-reorder --ignore=tests/interop tests".split()
 
 
 def test() -> None:
