@@ -9,10 +9,9 @@ import functools
 import gc
 import os
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 
-from utils.text import printable, with_our_python
+from utils.text import printable, shorten, with_our_python
 
 
 class UserError(Exception):
@@ -28,19 +27,13 @@ class RunError(Exception):
 
 
 FULL = "the disk is full{where}; free some space and run the same command again"
-# FAT32 ends at 4 GB
-TOO_LARGE = "this disk, or a limit set here, takes no file so large{where}; choose another folder"
+TOO_LARGE = "this disk takes no file so large{where}; choose another folder"  # FAT32 ends at 4 GB
 MORE_MEMORY = "not enough memory; close other programs or choose a smaller model or batch, or --device cpu"
 STOPPED = "stopped by Ctrl-C; the same command starts it again"
 READER_LEFT = "stopped: what read this output has ended; the same command without it does the rest"
 # torch on a GPU, on a CPU; the system; Python, whose threads and errors need memory too
-NO_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "Cannot allocate memory",
-    "can't start new thread",
-    "returned NULL without setting an exception",
-)
+NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory", "can't start new thread")
+NO_MEMORY += ("returned NULL without setting an exception",)
 # The system's words, which libraries (safetensors, torch) repeat in errors of their own.
 SIGNS = {"No space left on device": FULL, "Disk quota exceeded": FULL, "File too large": TOO_LARGE}
 SIGNS |= dict.fromkeys(NO_MEMORY, MORE_MEMORY)
@@ -58,7 +51,7 @@ def told_in_one_line(what: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY):
             raise
-        raise UserError(f"{what} ({textwrap.shorten(str(error) or type(error).__name__, 300)})") from None
+        raise UserError(f"{what} ({shorten(str(error) or type(error).__name__, 300)})") from None
 
 
 def imports_are_done() -> None:
