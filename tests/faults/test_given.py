@@ -37,7 +37,7 @@ GIVEN = [  # a command, and words of the line
     ("convert --input-files {w}/folder.jsonl", "no data file"),
     (
         "convert --input-files {w}/notes.json",
-        "notes.json, line 1: fields not recognised; fields found: title",
+        "notes.json: none of its 1 rows could be used; line 1: fields not recognised; fields found: title",
     ),
     ("pairs --input-dir {w}/unanswered", "sft_train.jsonl, line 1: messages is not"),
     ("pairs --kind facts --terms-file {w}/photo.jsonl", "photo.jsonl, line 1: not"),
