@@ -3,4 +3,4 @@
 from utils.model.export.folders import AdapterExport, FolderExport
 from utils.model.export.gguf_file import GgufExport
 
-FORMATS = {export.form: export for export in (FolderExport, GgufExport, AdapterExport)}
+FORMATS = {"folder": FolderExport, "gguf": GgufExport, "adapter": AdapterExport}
