@@ -62,7 +62,6 @@ class Export:
     system text of training ("": unknown, none).
     """
 
-    form: str  # of the settings of export_model.py
     precisions: tuple[str, ...]
 
     def __init__(self, folder: Path, place: Path, name: str, precision: str, base: str):
@@ -92,7 +91,7 @@ class Export:
 class FolderExport(Export):
     """A folder that vLLM, mlx-lm, transformers 4 and 5 load."""
 
-    form, precisions = "folder", ("bf16", "fp32")
+    precisions = ("bf16", "fp32")
 
     def save(self, partial: Path) -> None:
         """Weights in the number format, both forms of config.json, decoding settings, tokenizer with the trained mode."""
@@ -126,7 +125,7 @@ class FolderExport(Export):
 class AdapterExport(Export):
     """A LoRA adapter for PEFT; it names its base by Hub id, or by a path that holds from any working directory."""
 
-    form, precisions = "adapter", ("",)  # as it was trained
+    precisions = ("",)  # as it was trained
 
     def check(self) -> None:
         """UserError if the folder holds a whole model, or was not trained on the model that `base` names."""

@@ -35,7 +35,7 @@ QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^
 class GgufExport(Export):
     """A GGUF file and a Modelfile for Ollama."""
 
-    form, precisions = "gguf", ("q8_0", "f16", "bf16")
+    precisions = ("q8_0", "f16", "bf16")
 
     @property
     def file_name(self) -> str:
