@@ -2,10 +2,9 @@
 
     make bench
     python tests/benchmarks/bench_training.py --methods sft --rounds 1
-    python tests/benchmarks/bench_training.py --model model_download/Qwen3-0.6B --train-file data_prepare/qwen3/sft_train.jsonl
 
-Without --model: random weights of that shape and the tiny model's tokenizer, made once under trainer_output/bench/ (git-ignored).
-Without --train-file and --pairs-file: the built-in sample, several rows joined to a conversation's length of 100 to 200 tokens.
+Rows: those of the built-in sample, several joined to a conversation's length of 100 to 200 tokens. Model: random weights of that
+shape and the tiny model's tokenizer, made once under trainer_output/bench/ (git-ignored); or --model FOLDER.
 
 Every measurement is a process of its own, one at a time, all of a round in turn; the first step of each is left out. A token
 is a real one, as each document alone would have it: padding does not count, a prompt that two answers share counts twice. Ours
@@ -30,19 +29,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+PLACE = ROOT / "trainer_output/bench"
+STEPS, MAX_LENGTH, ROWS = 6, 512, 200  # steps of a measurement, tokens a packed row, conversations or pairs
 
-# (method, variant): whose trainer, precision, packed, sequences (or pairs) a step, for TRL's padded ones
-VARIANTS = {
-    ("sft", "ours"): {},
-    ("sft", "TRL padded"): {"batch": 4},
-    ("sft", "TRL packed"): {"packing": True},
-    ("lora", "ours"): {},
-    ("lora", "TRL padded"): {"batch": 4},
-    ("lora", "TRL packed"): {"packing": True},
-    ("lora", "TRL packed, base in bf16"): {"packing": True, "base": "bfloat16"},
-    ("dpo", "ours"): {},
-    ("dpo", "TRL"): {"batch": 2},  # padded: it packs no pairs
-}
+# (method, variant). TRL packs no pairs: those are padded, two at a time.
+VARIANTS = [
+    ("sft", "ours"),
+    ("sft", "TRL packed"),
+    ("lora", "ours"),
+    ("lora", "TRL packed"),
+    ("lora", "TRL packed, base in bf16"),
+    ("dpo", "ours"),
+    ("dpo", "TRL"),
+]
 
 
 def shape_of_qwen3(folder):
@@ -84,39 +83,12 @@ def sample_files(folder):
     return folder / "sft.jsonl", folder / "pairs.jsonl"
 
 
-class Clock:
-    """Seconds and real tokens of each optimizer step."""
-
-    def __init__(self):
-        self.seconds, self.tokens = [], []
-
-
-def watch(trainer, count) -> Clock:
-    """The Clock of a transformers Trainer."""
-    from transformers import TrainerCallback
-
-    clock = Clock()
-
-    class Callback(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            clock.began = time.perf_counter()
-
-        def on_step_end(self, *_, **__):
-            clock.seconds.append(time.perf_counter() - clock.began)
-
-    step = trainer.training_step
-
-    def counted(model, inputs, *rest, **named):
-        clock.tokens.append(count(inputs))
-        return step(model, inputs, *rest, **named)
-
-    trainer.training_step = counted
-    trainer.add_callback(Callback())
-    return clock
+def data_file(method):
+    return PLACE / ("pairs.jsonl" if method == "dpo" else "sft.jsonl")
 
 
 def ours(method, precision, options, folder):
-    """(Clock after training, seconds of the reference pass for one token)."""
+    """(seconds of each step, real tokens of each, seconds of the reference pass for one token)."""
     import numpy
     import torch
     from accelerate import Accelerator
@@ -134,8 +106,8 @@ def ours(method, precision, options, folder):
     from utils.training.memory import StepPlan
     from utils.training.rows import load_conversations, load_pairs
 
-    words = ["--model", options.model, "--output-dir", folder, "--max-length", str(options.max_length)]
-    words += ["--max-steps", str(options.steps), "--precision", precision, "--rows-per-step", "1"]
+    words = ["--model", options.model, "--output-dir", folder, "--max-length", str(MAX_LENGTH)]
+    words += ["--max-steps", str(STEPS), "--precision", precision, "--rows-per-step", "1"]
     script = runpy.run_path(str(ROOT / f"model_finetune/finetune_{method}.py"))
     settings = read_settings(script, words)
     device = pick_device("auto", precision)
@@ -145,10 +117,8 @@ def ours(method, precision, options, folder):
         model = add_lora(prepare_packed(load_for_lora(options.model, device.dtype)), settings)
     else:
         model = prepare_packed(load_model(options.model, torch.float32))
-    load, data = load_conversations, options.train_file
-    if method == "dpo":
-        load, data = load_pairs, options.pairs_file
-    rows = load(Path(data), tokenizer, options.max_length, options.rows).rows
+    load = load_pairs if method == "dpo" else load_conversations
+    rows = load(data_file(method), tokenizer, MAX_LENGTH, ROWS).rows
     reference, loss = 0.0, sft_loss
     if method == "dpo":
         few = PackedRows([rows.items[number] for number in range(min(8, len(rows.items)))], rows.max_length)
@@ -163,38 +133,38 @@ def ours(method, precision, options, folder):
     parts = {"settings": settings, "device": device, "accelerator": accelerator}
     run = argparse.Namespace(**parts, processes=1, way=lambda step: way)
     plan = argparse.Namespace(train_rows=rows, steps_per_epoch=len(rows))
-    learner, clock = Learner(run, model, loss), Clock()
-    for step in range(options.steps):
+    learner, spent, tokens = Learner(run, model, loss), [], []
+    for step in range(STEPS):
         batches, began = step_batches(run, plan, step), time.perf_counter()
         result = learner.backward(batches, way)
         learner.step(settings.LEARNING_RATE)
         result.losses[-1].item()  # waits for the device
-        clock.seconds.append(time.perf_counter() - began)
+        spent.append(time.perf_counter() - began)
         # a tree (shared tokens, tokens of each branch ...) stands for documents of shared + branch + the last token, each
         trees = [tree for batch in batches for tree in batch["layout"]]
-        clock.tokens.append(sum(tree[0] + branch + 1 for tree in trees for branch in tree[1:]))
-    return clock, reference
+        tokens.append(sum(tree[0] + branch + 1 for tree in trees for branch in tree[1:]))
+    return spent, tokens, reference
 
 
-def theirs(method, precision, options, folder, batch=1, packing=False, base="float32"):
-    """The script that TRL's documentation suggests, with its public options."""
+def theirs(method, precision, options, folder):
+    """The same of the script that TRL's documentation suggests, with its public options."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     from utils.files import read_jsonl, sample_by_id
 
-    file = options.pairs_file if method == "dpo" else options.train_file
-    rows = sample_by_id(read_jsonl(file), options.rows)
+    rows = sample_by_id(read_jsonl(data_file(method)), ROWS)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, base))
+    base = torch.bfloat16 if options.variant.endswith("base in bf16") else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=base)
     common = dict(
         output_dir=folder,
-        max_steps=options.steps,
-        per_device_train_batch_size=batch,
-        max_length=options.max_length,
+        max_steps=STEPS,
+        per_device_train_batch_size=2 if method == "dpo" else 1,
+        max_length=MAX_LENGTH,
         bf16=precision == "bf16",
         gradient_checkpointing=False,
         use_cpu=not torch.cuda.is_available(),
@@ -210,17 +180,27 @@ def theirs(method, precision, options, folder, batch=1, packing=False, base="flo
     else:
         rows = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows]
         lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if method == "lora" else None
-        trainer, form, more = SFTTrainer, SFTConfig(**common, packing=packing), {"peft_config": lora}
-    data = Dataset.from_list(rows)
+        trainer, form, more = SFTTrainer, SFTConfig(**common, packing=True), {"peft_config": lora}
+    data, spent, tokens = Dataset.from_list(rows), [], []
     trainer = trainer(model, args=form, train_dataset=data, processing_class=tokenizer, **more)
+    step = trainer.training_step
 
-    def count(inputs):
+    def counted(model, inputs, *rest, **named):
         mask = inputs.get("attention_mask")
-        return inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        tokens.append(inputs["input_ids"].numel() if mask is None else int(mask.sum()))
+        return step(model, inputs, *rest, **named)
 
-    clock = watch(trainer, count)
+    class Timed(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            spent.append(-time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            spent[-1] += time.perf_counter()
+
+    trainer.training_step = counted
+    trainer.add_callback(Timed())
     trainer.train()
-    return clock, 0.0
+    return spent, tokens, 0.0
 
 
 def measure(options):
@@ -228,15 +208,12 @@ def measure(options):
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
-        given = (options.method, options.precision, options, folder)
-        if options.variant == "ours":
-            clock, reference = ours(*given)
-        else:
-            clock, reference = theirs(*given, **VARIANTS[options.method, options.variant])
-    seconds = [spent + reference * tokens for spent, tokens in zip(clock.seconds[1:], clock.tokens[1:])]
+        trainer = ours if options.variant == "ours" else theirs
+        spent, tokens, reference = trainer(options.method, options.precision, options, folder)
+    seconds, tokens = sum(spent[1:]) + reference * sum(tokens[1:]), sum(tokens[1:])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else peak
-    print(json.dumps({"tokens_per_second": sum(clock.tokens[1:]) / sum(seconds), "peak_gib": memory}))
+    print(json.dumps({"tokens_per_second": tokens / seconds, "peak_gib": memory}))
 
 
 def matrix_peak(precision):
@@ -274,16 +251,11 @@ def parse_options():
     shown = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(**shown)
     parser.add_argument("--model", help="a model folder; default: the shape with random weights")
-    parser.add_argument("--train-file", help="conversations, as sft_train.jsonl")
-    parser.add_argument("--pairs-file", help="preference pairs, as dpo_train.jsonl")
     parser.add_argument("--methods", nargs="+", default=["sft", "lora", "dpo"])
-    quick = ["ours", "TRL", "TRL packed", "TRL packed, base in bf16"]
-    parser.add_argument("--variants", nargs="+", default=quick, help="of these, and 'TRL padded' (slow)")
+    variants = ["ours", "TRL", "TRL packed", "TRL packed, base in bf16"]
+    parser.add_argument("--variants", nargs="+", default=variants, help="of these")
     parser.add_argument("--precisions", nargs="+", help="default: fp32, and bf16 where the hardware has it")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6, help="of a measurement, the first left out")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens a packed row")
-    parser.add_argument("--rows", type=int, default=200, help="conversations or pairs, drawn evenly")
     parser.add_argument("--output", default=str(ROOT / "trainer_output/bench/training.json"))
     for name in ("--method", "--variant", "--precision"):  # one measurement, called by the others
         parser.add_argument(name, help=argparse.SUPPRESS)
@@ -298,15 +270,10 @@ def main():
     from utils.device import pick_device
 
     # 1. Make the rows and the model
-    place = ROOT / "trainer_output/bench"
-    place.mkdir(parents=True, exist_ok=True)
-    conversations, pairs = sample_files(place)
-    options.model = options.model or str(shape_of_qwen3(place / "qwen3_0_6b_shape"))
-    options.train_file = options.train_file or str(conversations)
-    options.pairs_file = options.pairs_file or str(pairs)
+    PLACE.mkdir(parents=True, exist_ok=True)
+    sample_files(PLACE)
+    options.model = options.model or str(shape_of_qwen3(PLACE / "qwen3_0_6b_shape"))
     precisions = options.precisions or (["fp32", "bf16"] if pick_device().bf16 else ["fp32"])
-    names = ("model", "train_file", "pairs_file", "steps", "max_length", "rows")
-    given = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names]
 
     # 2. Measure every case in every round, each in a process of its own; ours in the quickest format only
     results, peaks = {}, {precision: matrix_peak(precision) for precision in precisions}
@@ -316,7 +283,7 @@ def main():
                 if method not in options.methods or variant not in options.variants:
                     continue
                 case = [f"--method={method}", f"--variant={variant}", f"--precision={precision}"]
-                command = [sys.executable, __file__, *given, *case]
+                command = [sys.executable, __file__, f"--model={options.model}", *case]
                 done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
                 if done.returncode:
                     print(f"{method} {variant} {precision} failed:\n{done.stderr[-2000:]}", flush=True)
