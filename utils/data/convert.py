@@ -1,7 +1,6 @@
 """The stages of the conversion: recognise every row, and once each row's fate is known, write its line where it belongs.
 
-Texts are compared by their letters and digits, whatever the width, case, spacing and punctuation they came in; traditional
-characters count as simplified ones by OpenCC's table (one character for one: both texts go through the same table).
+Texts are compared by their letters and digits; traditional characters count as simplified ones by OpenCC's table.
 """
 
 import functools

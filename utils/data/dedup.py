@@ -52,10 +52,9 @@ _ODD = numpy.array([_random.getrandbits(32) | 1 for _ in range(HASHES)], dtype=n
 def decide(
     found: Recognised, exam_leaks: Iterable[tuple[Row, Row]], threshold: float, **shares: float
 ) -> None:
-    """Give every row its split, and set duplicates and leaks aside.
+    """Give every row its split, and set duplicates and leaks aside, whatever the order of the rows (of equal ones the first is kept).
 
-    `exam_leaks`: (row, exam row) for every row that asks an exam question. `shares`: as in assign_splits. The result depends on
-    the rows and the seed, not on the order of the rows, except that of two equal rows the first is kept.
+    `exam_leaks`: (row, exam row) for every row that asks an exam question. `shares`: as in assign_splits.
     """
     rows, (least, share) = found.rows, OPENER
     opened = Counter(row.questions[0] for row in rows if len(row.questions) > 1)
@@ -183,9 +182,8 @@ def join_passages(found: Recognised, family: dict[int, int]) -> dict[int, int]:
     keys, text_of = sorted(found.long_questions), found.long_question
     counted = keys[:: len(keys) // COUNTED + 1]
     counts = Counter(piece for key in counted for piece in shingles(text_of(key)))
-    scale = len(keys) / max(len(counted), 1)
     limit = min(max(least, share * len(keys)) for least, share in INSTRUCTION)
-    instruction = {piece for piece, count in counts.items() if scale * count > limit}
+    instruction = {piece for piece, count in counts.items() if count * len(keys) > limit * len(counted)}
 
     @functools.lru_cache(maxsize=COUNTED)
     def own_text(key):
@@ -283,9 +281,8 @@ def candidate_pairs(
 ) -> numpy.ndarray:
     """The pairs of rows of `marks` (signatures) that may overlap by `threshold`: array of lower * len(marks) + higher, sorted.
 
-    `band`: hashes that have to agree, 4 or 2; the fewer, the more of the pairs that overlap little are found. Rows that agree in
-    a band lie side by side when sorted by it, those that agree in the next band nearest; each is compared with so many
-    `neighbours` after it.
+    `band`: hashes that have to agree, 4 or 2; the fewer, the more of the pairs that overlap little are found. Rows are sorted by a
+    band, then by the next one, and each that agrees is compared with so many `neighbours` after it.
     """
     bands = numpy.ascontiguousarray(marks).view({4: numpy.uint64, 2: numpy.uint32}[band])
     pairs = numpy.empty(0, dtype=numpy.int64)
