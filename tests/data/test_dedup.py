@@ -5,7 +5,7 @@ import random
 import pytest
 from data_rows import CASE, turns, write_lines
 
-from utils.data.convert import EVAL, EXAM, TRAIN, Recognised, Row, is_courtesy, normalize
+from utils.data.convert import EVAL, EXAM, TRAIN, Row, is_courtesy, normalize
 from utils.data.dedup import (
     assign_splits,
     candidate_pairs,
@@ -14,7 +14,6 @@ from utils.data.dedup import (
     shingles,
     signatures,
 )  # fmt: skip
-from utils.data.report import sample_examples
 from utils.data.schemas import OUTPUTS
 
 WORDS = (
@@ -289,16 +288,3 @@ def test_groups_are_held_out_whole_up_to_the_share():
     # Pairs follow the conversations of their group.
     split = splits(["sft"] * 50 + ["dpo"] * 50, [*range(50)] * 2, (0.3, 1000, 0))
     assert split[:50] == split[50:] and EVAL in split
-
-
-def test_rows_are_sampled_by_content_not_by_position(tmp_path):
-    found = Recognised(tmp_path)
-    for content in range(20):
-        row = Row(0, content, found.write(b"%2d" % content), 2, kind="sft", content=content)
-        row.reason = "set aside" if content >= 15 else ""
-        found.rows.append(row)
-    drawn = {count: sample_examples(found, count, 0) for count in (5, 50)}
-    found.rows.reverse()
-    for count, sampled in ((5, 5), (50, 15)):
-        assert sample_examples(found, count, 0) == drawn[count][::-1]
-        assert len(drawn[count]) == sampled and max(drawn[count]) < 15

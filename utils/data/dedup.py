@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 import numpy
 
-from utils.data.convert import EVAL, EXAM, LONG, TRAIN, Recognised, Row
+from utils.data.convert import EVAL, EXAM, LONG, TRAIN, Recognised, Row, text_key
 from utils.text import progress
 
 SHINGLE = 3  # characters
@@ -127,7 +127,7 @@ def assign_splits(
 def _drawn(sizes, wanted, seed):
     """Groups drawn at random to hold `wanted` rows; if all are larger, the smallest, unless it is most of the rows."""
     chosen = set()
-    for group in sorted(sizes, key=lambda group: mixed(group, seed)):
+    for group in sorted(sizes, key=lambda group: text_key(f"{seed} {group}")):
         if wanted > 0 and sizes[group] <= max(wanted, 3) and len(sizes) > 1:
             chosen.add(group)
             wanted -= sizes[group]
@@ -135,14 +135,6 @@ def _drawn(sizes, wanted, seed):
     if wanted > 0 and not chosen and sizes[smallest] <= LARGEST_GROUP * sizes.total():
         chosen.add(smallest)
     return chosen
-
-
-def mixed(key: int, seed: int) -> int:
-    """A random 64-bit number that depends on `key` and `seed` only (the finaliser of splitmix64)."""
-    key = (key + (seed + 1) * 0x9E3779B97F4A7C15) % 2**64
-    key = (key ^ key >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-    key = (key ^ key >> 27) * 0x94D049BB133111EB % 2**64
-    return key ^ key >> 31
 
 
 # ---- Long questions that are alike

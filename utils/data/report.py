@@ -3,7 +3,6 @@
 Of those the first is shown with the reason, and the command that reads them if it is known.
 """
 
-import heapq
 import itertools
 import json
 import random
@@ -14,7 +13,6 @@ from pathlib import Path
 import numpy
 
 from utils.data.convert import EVAL, TRAIN, Recognised, Row
-from utils.data.dedup import mixed
 from utils.data.exams import option_fields
 from utils.data.inputs import InputFile
 from utils.data.messages import is_empty, plain_names
@@ -68,10 +66,10 @@ def conversations(rows: list[Row]) -> list[Row]:
 
 
 def sample_examples(found: Recognised, count: int, seed: int) -> list[dict]:
-    """`count` of the conversations (all, if fewer), in their order; random, but the same for the same rows."""
+    """`count` of the conversations (all, if fewer), drawn at random, in their order."""
     mine = conversations(found.rows)
-    drawn = heapq.nsmallest(count, range(len(mine)), key=lambda number: mixed(mine[number].content, seed))
-    return [json.loads(found.line(mine[number])) for number in sorted(drawn)]
+    drawn = random.Random(seed).sample(mine, min(count, len(mine)))
+    return [json.loads(found.line(row)) for row in sorted(drawn, key=lambda row: row.at)]
 
 
 def build_report(
@@ -214,14 +212,17 @@ def notes(files: list[InputFile], found: Recognised) -> list[str]:
     for number, file in enumerate(files):
         rows = rows_of.get(number, [])
         lost = [row for row in rows if not row.kind]
-        advice, reason = _advice(file, found, lost), lost[0].reason if lost else ""
+        strange = [row for row in lost if row.reason == UNKNOWN]
+        reason, advice = lost[0].reason if lost else "", _advice(found, strange, file.ending in TABLES)
         if not rows:
             line = "no row in it"
         elif len(lost) == len(rows):
-            line = f"none of its {len(rows):,} rows could be used; {_why(found, lost[0])}{advice}"
-        elif advice:
-            first = next(row.line for row in lost if row.reason == UNKNOWN)
-            line = f"{len(lost):,} of its {len(rows):,} rows could not be used; {UNKNOWN} from line {first} on{advice}"
+            detail = "" if reason == UNKNOWN else shorten(json.loads(found.line(lost[0])), 200)
+            why = f"line {lost[0].line}: {reason}" + (f" ({detail})" if detail else "")
+            line = f"none of its {len(rows):,} rows could be used; {why}{advice}"
+        elif strange:
+            where = f"{UNKNOWN} from line {strange[0].line} on"
+            line = f"{len(lost):,} of its {len(rows):,} rows could not be used; {where}{advice}"
         else:
             continue
         said.setdefault((len(lost) == len(rows), reason, advice), [f"{file.name}: {line}"]).append(file.name)
@@ -235,20 +236,13 @@ def notes(files: list[InputFile], found: Recognised) -> list[str]:
     return lines
 
 
-def _why(found, row):
-    """The line, reason and detail of a row that cannot be used; of unknown fields not the detail, because advice names them."""
-    detail = shorten(json.loads(found.line(row)), 200)
-    return f"line {row.line}: {row.reason}" + (f" ({detail})" if detail and row.reason != UNKNOWN else "")
-
-
-def _advice(file, found, rows):
-    """The fields of a file's rows that are not recognised, and what to do about them; "" if there are none."""
-    strange = [row for row in rows if row.reason == UNKNOWN][:LOOKED_AT]
-    strange = [found.given(row) for row in strange]
+def _advice(found, strange, table):
+    """The fields of rows that are not recognised, and what to do about them; "" if there are no such rows."""
     if not strange:
         return ""
-    names = Counter(map(tuple, strange)).most_common(1)[0][0]
-    advice = columns_or_form([row for row in strange if tuple(row) == names], file.ending in TABLES)
+    rows = [found.given(row) for row in strange[:LOOKED_AT]]
+    names = Counter(map(tuple, rows)).most_common(1)[0][0]
+    advice = columns_or_form([row for row in rows if tuple(row) == names], table)
     return f"; fields found: {', '.join(names) or 'none'}; {advice}"
 
 
