@@ -72,9 +72,7 @@ def main(argv=None):
     outputs = convert.write_outputs(found, sources, settings.OUTPUT_DIR)
 
     # 5. Measure, report, and say what comes next
-    examples = report.sample_examples(found, settings.TOKEN_ROWS, settings.SEED)
-    tokens = report.count_tokens(settings.TOKENIZER_MODEL, examples)
-    summary = report.build_report(sources, skipped, found, outputs, examples, tokens, settings)
+    summary = report.build_report(sources, skipped, found, outputs, settings)
     replaced = list(earlier_inputs(settings))
     write_json(settings.OUTPUT_DIR / "report.json", summary)
     report.show(summary, found)

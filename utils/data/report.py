@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy
 
-from utils.data.convert import EVAL, TRAIN, Recognised, Row
+from utils.data.convert import EVAL, TRAIN, Recognised
 from utils.data.exams import option_fields
 from utils.data.inputs import InputFile
 from utils.data.messages import is_empty, plain_names
@@ -60,29 +60,19 @@ def count_tokens(model: str, examples: list[dict]) -> list[int]:
     return [max(len(prompt) + len(answer) for prompt, answer in pairs) for pairs in turns]
 
 
-def conversations(rows: list[Row]) -> list[Row]:
-    """The rows that are kept as conversations."""
-    return [row for row in rows if row.kind == "sft" and not row.reason]
-
-
-def sample_examples(found: Recognised, count: int, seed: int) -> list[dict]:
-    """`count` of the conversations (all, if fewer), drawn at random, in their order."""
-    mine = conversations(found.rows)
-    drawn = random.Random(seed).sample(mine, min(count, len(mine)))
-    return [json.loads(found.line(row)) for row in sorted(drawn, key=lambda row: row.at)]
-
-
 def build_report(
     files: list[InputFile],
     skipped: list[tuple[str, str]],
     found: Recognised,
     written: Counter,
-    examples: list[dict],
-    tokens: list[int],
     settings: Settings,
 ) -> dict:
-    """report.json. `written`: rows of each output file; `examples`: conversations, `tokens`: the number that each has."""
-    rows, trained = found.rows, conversations(found.rows)
+    """report.json. `written`: rows of each output file. Tokens are counted in TOKEN_ROWS conversations, drawn at random."""
+    rows = found.rows
+    trained = [row for row in rows if row.kind == "sft" and not row.reason]
+    drawn = random.Random(settings.SEED).sample(trained, min(settings.TOKEN_ROWS, len(trained)))
+    examples = [json.loads(found.line(row)) for row in drawn]
+    tokens = count_tokens(settings.TOKENIZER_MODEL, examples)
     reasons = Counter(row.reason for row in rows if row.reason)
     outputs = [name for name in OUTPUTS if written[name]]
     by_file = Counter(row.file for row in rows)
@@ -125,7 +115,7 @@ def build_report(
             schema: {"used": list(used), "unused": unused[schema]} for schema, used in found.used.items()
         },
         "fingerprints": {name: sha256_of(settings.OUTPUT_DIR / f"{name}.jsonl") for name in outputs},
-        "examples": random.Random(settings.SEED).sample(examples, min(EXAMPLES, len(examples))),
+        "examples": examples[:EXAMPLES],
         "settings": settings.as_dict(),
     }
 
