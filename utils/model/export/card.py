@@ -20,7 +20,7 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 # one of a million; a long conversation does.
 DECIDE = (*CONFIG_OF_4, "rope_parameters")
 LARGEST_KL = 0.1  # nats a token; q8_0 costs about 0.001, an LM head that is lost more than 0.5
-WRONG = "the export is not what the folder is"
+WRONG, OTHER_PROMPT = "the export is not what the folder is", "makes another prompt than the folder's"
 
 
 def compare_with_export(
@@ -37,13 +37,9 @@ def compare_with_export(
         for messages, prompt in zip(questions, prompts):
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **mode)
             if tokenizer(text, add_special_tokens=False)["input_ids"] != prompt:
-                raise RunError(
-                    "the export's chat template or tokenizer makes another prompt than the folder's"
-                )
-    stop, watch = (
-        stop_tokens(export.model, export.tokenizer),
-        progress(f"{len(prompts)} answers of the folder"),
-    )
+                raise RunError(f"the export's chat template or tokenizer {OTHER_PROMPT}")
+    stop = stop_tokens(export.model, export.tokenizer)
+    watch = progress(f"{len(prompts)} answers of the folder")
     answers = generate_tokens(export.model, prompts, stop, max_new_tokens, watch=watch)
     same, total = 0, 0.0
     for prompt, answer in progress("the same of the export")(list(zip(prompts, answers))):
