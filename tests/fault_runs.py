@@ -1,8 +1,8 @@
 """Run every script through a fault and checks how it ends: for the tests in tests/faults/.
 
 Everything happens in a copy of the repository in a folder with a space and Chinese characters in its name, from a working
-directory elsewhere. That folder is the `world`, {w} in the commands below; it holds the results of an earlier run of every
-script. All cases want the same: one clear line, the right exit code (2: what was given, 1: failed underway, 130: Ctrl-C),
+directory elsewhere. That folder is the `world`, {w} in the commands below; it holds the results of an earlier run of
+most scripts. All cases want the same: one clear line, the right exit code (2: what was given, 1: failed underway, 130: Ctrl-C),
 nothing lost of what was there before, nothing half done under a real name. Where the fault can be mended, the same command
 then works.
 """
@@ -23,7 +23,7 @@ if not hasattr(os, "fork"):
 
 from processes import Script, fork
 
-# Every script, as it was run to make what is there. A case repeats one and adds words to it.
+# Every script, as it was run to make what is there (MADE). A case repeats one and adds words to it.
 COMMANDS = {
     "sample": "data_prepare/sample/make_sample.py --output-dir {w}/made",
     "data": "data_prepare/download_tcm_data.py --dataset tcm/rows --output-dir {w}/got-data",
@@ -43,20 +43,15 @@ COMMANDS = {
     "talk": "model_download/load_local_model.py {w}/base",
     "chat": "model_download/load_local_model.py --model {w}/base --prompt 甘草 --greedy --max-new-tokens 8 --device cpu",
 }
-MADE = {  # the folder of {w} that holds each one's results
+NOT_MADE = ("sample", "data", "talk", "chat")  # are refused or leave nothing
+MADE = {  # the folder of {w} that holds the results of each of the others
     name: command.rpartition("--output-dir {w}/")[2].split()[0]
     for name, command in COMMANDS.items()
-    if "--output-dir" in command
+    if name not in NOT_MADE
 }
-SAME = {  # the results that are the same to the byte, whenever they are made
-    "sample": "tcm_*.jsonl",
-    "data": "*train.json",
-    "convert": "sft_*.jsonl",
-    "pairs": "dpo_*.jsonl",
-    "model": "[!s]*",
-}
+# The results that are the same to the byte, whenever they are made
+SAME = {"convert": "sft_*.jsonl", "pairs": "dpo_*.jsonl", "model": "[!s]*"}
 TRAINERS = ("sft", "lora", "dpo")
-HUB = ("data", "model")  # scripts that ask it
 GOOD = "发汗解表", "利水消肿", "活血调经", "清热解毒", "祛风止痛"
 ROWS = [{"instruction": f"第{n}味药有什么功效？", "output": f"它的功效是{GOOD[n % 5]}。"} for n in range(60)]
 
@@ -90,7 +85,7 @@ FILES = {  # inputs, and things that are no inputs
 
 
 def fill_world(world, hub):
-    """Put the repository and all inputs into the folder `world`, and run every script there once."""
+    """Put the repository and all inputs into the folder `world`, and run the scripts of MADE there."""
     for folder in ("data_prepare/sample", "model_download/tiny_qwen3_tcm", "model_finetune", "utils"):
         shutil.copytree(ROOT / folder, world / "tcm" / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for script in (*ROOT.glob("data_prepare/*.py"), *ROOT.glob("model_download/*.py")):
@@ -103,9 +98,9 @@ def fill_world(world, hub):
     maker.join()
     shutil.copytree(world / "base", world / "cut")
     (world / "cut/model.safetensors").write_bytes((world / "base/model.safetensors").read_bytes()[:9000])
-    for name in filter("talk".__ne__, COMMANDS):
+    for name in MADE:
         done = start(world, name, hub=hub)
-        assert (done.end(), done.err if name not in ("compare", "chat") else "") == (0, ""), (name, done.out)
+        assert (done.end(), done.err if name != "compare" else "") == (0, ""), (name, done.out)
 
 
 def make_inputs(folder):
@@ -125,7 +120,7 @@ def start(world, command, *more, hub=None, **how):
     environment = {"PYTHONUNBUFFERED": None, "PYTHONDONTWRITEBYTECODE": None}  # as in most shells
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": None, "HF_TOKEN": TOKEN} if hub else {}
     environment |= how.pop("environment", {})
-    how.setdefault("ready", name not in HUB)
+    how.setdefault("ready", name not in ("data", "model"))
     repository, folder = how.pop("repository", world / "tcm"), world.parent / f"started {next(STARTS)}"
     return Script([*words, *more], repository, folder, environment=environment, **how)
 
@@ -164,9 +159,9 @@ def assert_same(world, name, output):
 
 
 def copy_of(world, name, tmp_path):
-    """A copy of the earlier results of a script, for a case that may change them; of downloads, all but one file."""
+    """A copy of the earlier results of a script, for a case that may change them; of a download, all but one file."""
     output = shutil.copytree(world / MADE[name], tmp_path / "copy")
-    if name in ("data", "model"):  # whole, there would be nothing to do
+    if name == "model":  # whole, there would be nothing to do
         max(output.iterdir(), key=lambda path: path.stat().st_size).unlink()
     return output
 

@@ -87,7 +87,7 @@ def download(repo: Repo, wanted: Mapping[Path, HubFile], ours: Collection[Path])
             missing[path] = max(0, file.size - _size(_part(path, file)))
     needed, total = sum(missing.values()), sum(file.size for file in wanted.values())
     fetch = f"{len(wanted)} files, {format_bytes(total)}, {format_bytes(needed)} to fetch"
-    say(f"{repo.id} at {repo.commit[:7]} from {_endpoint()}: {fetch}")
+    say(f"{repo.id} at {repo.commit[:7]} from {_endpoint()}: {fetch}", flush=True)
     folder = next(iter(wanted)).parent
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
@@ -116,7 +116,8 @@ def _fetch(repo, file, path):
         constants.DOWNLOAD_CHUNK_SIZE = 64 << 10
         while not part.exists() or _size(part) < file.size:
             if done := _size(part):
-                say(f"  {file.path}: going on at {format_bytes(done)} of {format_bytes(file.size)}")
+                arrived = f"{format_bytes(done)} of {format_bytes(file.size)}"
+                say(f"  {file.path}: going on at {arrived}", flush=True)
             try:
                 part.touch()
                 with open(part, "r+b") as out:  # two runs at once write the same bytes to the same places

@@ -24,9 +24,9 @@ def printable(text: str) -> str:
     return text.translate(_SHOWN_AS)
 
 
-def say(text: str) -> None:
-    """Print on stdout, at once, a text that may come from elsewhere."""
-    print(printable(with_our_python(text)), flush=True)
+def say(text: str, flush: bool = False) -> None:
+    """Print on stdout a text that may come from elsewhere. `flush`: at once, as what is told underway has to be."""
+    print(printable(with_our_python(text)), flush=flush)
 
 
 def with_our_python(text: str) -> str:
