@@ -18,10 +18,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny products: a second thread 
 # A shell starts its background jobs with Ctrl-C ignored, and every child would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-os.fsync = lambda file: None  # nobody cuts the power; 36 times a small run, it took half of its time
-
+os.fsync = lambda file: (
+    None
+)  # nobody cuts the power here, and a small run waited for 36 of them, half of its time
 
 LONGEST = ("tests/training/", "tests/faults/", "tests/test_readme.py", "tests/model/", "tests/platforms/")
 

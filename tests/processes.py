@@ -5,9 +5,9 @@
     script.kill(signal.SIGINT)
     script.end()                        # the exit code; then script.out and script.err, the text of stdout and stderr
 
-Every process is forked from one server. Most then execute a new interpreter, as a shell does. With `ready=True` the script
-runs in the forked process itself, in which torch and transformers are imported already: seconds earlier, with the same
-arguments, folder, files and limits. That is for faults that come after these imports; there `before` can change modules of utils.
+Every process is forked from one server. It then executes a new interpreter, as a shell does, or with `ready=True` runs the script
+itself: torch and transformers are imported already, which saves seconds, and arguments, folder, files and limits are the same.
+There `before` can change modules of utils.
 """
 
 import ctypes
@@ -77,11 +77,16 @@ class Script:
 
     @property
     def out(self):
-        return self.files[0].read_text(encoding="utf-8") if self.files[0].exists() else ""
+        return self._read(0)
 
     @property
     def err(self):
-        return self.files[1].read_text(encoding="utf-8") if self.files[1].exists() else ""
+        return self._read(1)
+
+    def _read(self, number):
+        """What was written so far, whose last character may not be whole yet."""
+        path = self.files[number]
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def become(command, cwd, environment, files, before, ready):
