@@ -50,6 +50,7 @@ EXAMS = [
     {"qtext": STEM, "qtype": "单选题", "option_list": HERBS, "answer": "葛根", "answer_idx": "A"},
     {"query": STEM, "choices": HERBS, "answers": ["葛根"]},
     {"question": STEM, "choices": {"text": HERBS, "label": list("ABCD")}, "answerKey": "A"},
+    {"question": f"{STEM}\n{BELOW}", "options": list("ABCD"), "answer": "A"},
 ]
 
 
@@ -296,12 +297,14 @@ ASIDE = {  # {reason: rows}
     "an exam question inside a conversation": [{"messages": turns("一", "二", f"{STEM}\n{BELOW}", "B")}],
     "answer not among the options": [
         {"question": "问", "options": {"A": "甲", "B": "乙"}, "answer": "C"}, {"question": "问", "options": ["甲", "乙"], "answer": 3},
+        {"question": "问", "options": ["甲", "乙"], "answer": "9" * 5000},
         {"question": "问", "question_type": "判断题", "answer": "也许"}],
     "missing or empty options": [
-        {"question": "问", "options": {"A": "甲", "B": ""}, "answer": "A"}, {"question": "问", "options": "没有选项", "answer": "A"}],
+        {"question": "问", "options": {"A": "甲", "B": ""}, "answer": "A"}, {"question": "问", "options": "没有选项", "answer": "A"},
+        {"question": "问", "options": "{[1]: 2}", "answer": "A"}],
     "missing or empty question": [
         {"query": "", "response": "答"}, {"messages": [{"role": "user", "content": None}, ASKED[1]]},
-        {"messages": [{"role": "system", "content": ""}]}, {"chosen": "好", "rejected": "坏"}],
+        {"messages": [{"role": "system", "content": ""}]}, {"messages": [[]]}, {"chosen": "好", "rejected": "坏"}],
     "missing or empty answer": [
         *({"query": "问", "response": text} for text in ("NaN", "  \n", "<think>想</think>")),
         {"prompt": "问", "chosen": "好", "rejected": ""}],
@@ -309,7 +312,9 @@ ASIDE = {  # {reason: rows}
         {"instruction": "问", "output": ["好", "坏"]}, {"query": {"a": None}, "response": "答"}, {"messages": "问"},
         {"conversations": [["问", "答"]]}, {"messages": [{"role": "user", "content": [{"type": "image_url"}, *PARTS]}]},
         {"instruction": "问", "output": "答", "history": "前"}, {"instruction": "问", "output": "答", "history": [["前"]]},
-        {"question": "问", "options": {"A": 1, "B": "乙"}, "answer": "A"}],
+        *({"question": "问", "options": options, "answer": "A"} for options in (
+            {"A": 1, "B": "乙"}, [1.5, 2.5], [{"key": ["A"], "text": 1}, {"key": "B", "text": "乙"}],
+            {"label": [{}, "B"], "text": [1, "乙"]}, {"1": 1, "9" * 5000: "乙"}))],
     "roles out of order": [
         {"messages": ASKED[:1]}, {"messages": ASKED[:1] + ASKED}, {"messages": ASKED + turns("再问", system="医")},
         {"prompt": ASKED, "chosen": "好", "rejected": "坏"}, {"chosen": ASKED, "rejected": turns("别的", "坏")}],

@@ -88,6 +88,8 @@ def exam_item(row: Fields, first: int | None = None) -> tuple[dict, bool]:
     """
     question = question_of(row, QUESTIONS)
     options, lettered = _options(row)
+    if options and all(letters_alone(text) == letter for letter, text in options.items()):
+        question, options = options_in(question)  # only letters are listed, the options stand in the question
     words = {_plain(option) for option in options.values()}
     asked_as = str(row.get("question_type") or "")
     true_false = "判断" in asked_as or len(options) == 2 and words & RIGHT and words & WRONG
@@ -118,20 +120,20 @@ def _options(row):
     """({letter: option}, True if the row itself gives them letters)."""
     options = row.get("options") or {letter: row.get(f"option {letter}") for letter in LETTERS}
     if isinstance(options, str) and options.strip()[:1] in ("[", "{"):  # a list in a cell of a table
-        with contextlib.suppress(ValueError, SyntaxError):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):
             options = ast.literal_eval(options)
     if isinstance(options, str):
         text = options.replace("\\n", "\n").replace("|", "\n")
         lines = [line for line in text.split("\n") if line.strip()]
         options = options_in(text)[1] or (lines if len(lines) > 1 else {})
-    if isinstance(options, dict) and isinstance(options.get("text"), list) and "label" in options:  # ARC
-        options = dict(zip(options["label"], options["text"]))
+    if isinstance(options, dict) and isinstance(options.get("text"), list) and options.get("label"):  # ARC
+        options = dict(zip(map(str, options["label"]), options["text"]))
     if isinstance(options, list) and all(isinstance(option, dict) for option in options):
         pairs = [
             next(iter(option.items())) if len(option) == 1 else _key_and_text(option) for option in options
         ]
         texts = [text for _, text in pairs]
-        options = texts if None in dict(pairs) else dict(pairs)
+        options = texts if None in [key for key, _ in pairs] else {str(key): text for key, text in pairs}
     lettered = isinstance(options, dict)
     if isinstance(options, list) and len(options) <= len(LETTERS):
         options = dict(zip(LETTERS, _without_letters(options)))
@@ -139,7 +141,7 @@ def _options(row):
     given = {str(key).strip().upper(): text for key, text in given.items() if not is_empty(text)}
     if not all(isinstance(text, str) for text in given.values()):
         raise Reject("wrong type", "the options are not texts by letter")
-    if given and all(key.isdecimal() for key in given):  # numbered, from 0 or 1
+    if given and all(re.fullmatch(r"\d{1,2}", key) for key in given):  # numbered, from 0 or 1
         low = min(map(int, given))
         given = {LETTERS[(int(key) - low) % len(LETTERS)]: text for key, text in given.items()}
     return {letter: text.strip() for letter, text in given.items()}, lettered
@@ -154,7 +156,7 @@ def _key_and_text(option):
 def _without_letters(options):
     """The options of a list without the letters or numbers that all begin with ("A. 麻黄", "A 麻黄", "1. 麻黄")."""
     begins = [
-        re.match(rf"\s*[(（]?(?:{letter}(?:{_SIGN}|\s+)|{number}{_SIGN})", str(option))
+        isinstance(option, str) and re.match(rf"\s*[(（]?(?:{letter}(?:{_SIGN}|\s+)|{number}{_SIGN})", option)
         for number, (letter, option) in enumerate(zip(LETTERS, options), 1)
     ]
     return [option[begin.end() :] for begin, option in zip(begins, options)] if all(begins) else options
@@ -164,7 +166,8 @@ def _answer(given, options, first):
     """The right letters in order, as one text: of "c", 2 (counted from `first`), "C. 经闭", "经闭", "opc", ["C"], "A,B,D"."""
     if isinstance(given, list):
         return "".join(sorted({letter for part in given for letter in _answer(part, options, first)}))
-    if isinstance(given, str) and given.strip().isdecimal() and given.strip() not in options.values():
+    is_number = isinstance(given, str) and re.fullmatch(r"\s*\d{1,2}\s*", given)
+    if is_number and given.strip() not in options.values():
         given = int(given)
     if isinstance(given, int | float) and not isinstance(given, bool):
         if given - first not in range(len(options)):

@@ -162,10 +162,10 @@ def question_of(row: Fields, names: Sequence[str], optional: bool = False) -> st
 
 def turns_of(value: object, field: str, row: Fields) -> list[dict]:
     """Messages (role/content), ShareGPT turns (from/value) or marked texts as messages; `row` learns what is not used."""
-    if is_empty(value):
-        raise Reject("missing or empty question", f"{field} is empty")
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
         value = value[0]
+    if is_empty(value):
+        raise Reject("missing or empty question", f"{field} is empty")
     if isinstance(value, list) and all(isinstance(turn, str) for turn in value):
         turns = [turn for text in value for turn in marked_turns(text, both=False)]
         if len(turns) < len(value):
