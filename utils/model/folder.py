@@ -64,9 +64,7 @@ def check_model(model: str, whole: bool = False) -> str:
     if not list(folder.glob(weights)):
         raise UserError(f"{shown} holds no *.safetensors weights; other formats are not loaded")
     if not (folder / "tokenizer.json").is_file():
-        raise UserError(
-            f"{shown} has no tokenizer; copy tokenizer*.json and chat_template.jinja from its base"
-        )
+        raise UserError(f"{shown} has no tokenizer; copy tokenizer*.json and *.jinja from its base")
     if not is_adapter(folder):
         _check_config(folder)
     elif read_object(folder, "adapter_config.json").get("peft_type") != "LORA":

@@ -26,7 +26,7 @@ def add_lora(model, settings) -> PeftModel:
 def prepare_adapters(model: PeftModel) -> PeftModel:
     """Let the adapted layers of `model`, which prepare_packed has prepared, compute as LoraLinear, and return it."""
     for layer in model.modules():
-        if isinstance(layer, peft_lora.Linear) and layer.base_layer.bias is None:
+        if isinstance(layer, peft_lora.Linear):
             layer.__class__ = LoraLinear
             for part in layer.parts[1:]:
                 part.__class__ = Linear
