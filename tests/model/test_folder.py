@@ -121,7 +121,7 @@ def test_a_wrong_adapter_is_told_and_never_stops_the_search_for_models(adapter, 
 def test_an_adapter_trains_as_its_merged_model_and_carries_no_other(adapter, tiny_folder):
     change(adapter / "adapter_config.json", base_model_name_or_path=str(adapter))
     refused(adapter, "is an adapter for another adapter")
-    with pytest.raises(UserError, match="merged is not a model folder"):
+    with pytest.raises(UserError, match="is an adapter without merged/; train the run's finished folder"):
         check_model(str(adapter), whole=True)
     shutil.copytree(tiny_folder, adapter / "merged")
     assert check_model(str(adapter), whole=True) == str(adapter / "merged")

@@ -153,8 +153,8 @@ def show(report: dict, found: Recognised) -> None:
         say(
             f"MAX_LENGTH {report['settings']['MAX_LENGTH']:,} keeps {report['kept_by_max_length']:.1%} of them"
         )
-    elif report["characters"]:
-        say("no tokens counted: TOKENIZER_MODEL is not there yet")
+    elif (model := report["settings"]["TOKENIZER_MODEL"]) and report["characters"]:
+        say(f"no tokens counted: {model} is not there yet")
     if thinking := report["thinking"]:
         tie = "; keep the rows of one mode" if thinking["mode"] == "tie" else ""
         counts = f"{thinking['with_reasoning']:,} of {thinking['conversations']:,}"

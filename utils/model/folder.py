@@ -45,7 +45,12 @@ def check_model(model: str, whole: bool = False) -> str:
     The folder may be a stranger's: nothing in it is run, no file outside it is read. The weights are judged when they are loaded.
     """
     folder = _find(model)
-    folder = folder / "merged" if whole and is_adapter(folder) else folder
+    if whole and is_adapter(folder):
+        if not (folder / "merged").is_dir():  # as in a checkpoint
+            raise UserError(
+                f"{show_path(folder)} is an adapter without merged/; train the run's finished folder"
+            )
+        folder = folder / "merged"
     shown, weights = show_path(folder), "*.safetensors"
     if folder.is_file():
         raise UserError(f"{shown} is a file, wanted a model folder")

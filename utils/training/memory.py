@@ -82,16 +82,14 @@ class MemoryForecast:
         kept = self.kept_per_token * tokens
         if device.name == "mps":  # has no fused kernel for training: every layer's weights of attention
             kept += self.layers * self.heads * tokens * row_length * FLOAT
-        if (
-            way.recompute
-        ):  # the inputs of all layers and of the last norm, and one layer, on a GPU in the room of the scores
+        if way.recompute:
+            # The inputs of all layers and of the last norm, and one layer, on a GPU in the room of the scores.
             layer = kept / self.layers
             kept = (self.layers + 1) * states + (layer if cpu else max(0, layer - scores))
         kept += self.kept  # recomputed or not, as the copies of all weights stay until the loss
         gradients = self.gradients
-        if (
-            way.passes == 1
-        ):  # the layers' gradients come as their activations go, and find half of their memory
+        if way.passes == 1:
+            # The layers' gradients come as their activations go, and find half of their memory.
             gradients = head + max(0, gradients - head - round(kept / 2))
         return {
             "weights": self.weights,

@@ -232,9 +232,7 @@ def cached_items(path: Path, tokenizer, wanted: list[str], join: float = 0.0, ma
     kept = path.parent / ".tokens" / f"{path.name}-{lasting}.arrow"
     with PartialState().main_process_first():
         if not is_kept(kept, identity):
-            os.environ["TOKENIZERS_PARALLELISM"] = (
-                "true"  # utils.model.folder keeps it to one thread elsewhere
-            )
+            os.environ["TOKENIZERS_PARALLELISM"] = "true"  # elsewhere one thread: utils.model.folder
             with open(path, "rb") as file:
                 count = sum(1 for _ in file)
             rows = progress(f"tokenizing {path.name}", "rows")(read_jsonl(path, wanted), count)
