@@ -48,15 +48,8 @@ NAMED_BY_USER = {*QUESTIONS, *ANSWERS, "context", "messages", "conversations", "
 EVIDENCE_ROWS = 200  # of a file, which may tell if the answers of an exam are counted from 0 or from 1
 HALVES = "turns before the first question, or after the last answer"  # of a conversation, as a field not used
 GUESSED = "exam with answers counted from 0 by default"  # the schema of rows in which nothing proves 0 or 1
-
-
-OUTPUTS = (
-    "sft_train",
-    "sft_eval",
-    "dpo_train",
-    "dpo_eval",
-    "exam",
-)  # files, less .jsonl; an exam is never trained on
+# Files, less .jsonl. An exam is never trained on.
+OUTPUTS = ("sft_train", "sft_eval", "dpo_train", "dpo_eval", "exam")
 
 
 class ConvertedRow(NamedTuple):
