@@ -119,6 +119,12 @@ def test_a_comparison_comes_with_answers_before_and_after(folder, compared):
     assert cells[row + 1 : row + 4] == ["3.000 (2.900 to 3.100)", "2.000", "0.500"]
 
 
+def test_a_damaged_report_of_the_data_is_left_out_of_the_page_of_a_finished_run(folder, tmp_path, capsys):
+    (tmp_path / "report.json").write_text("{broken", encoding="utf-8")
+    assert "rows read" not in write_page(folder).read_text(encoding="utf-8")
+    assert "left out of report.html: " in capsys.readouterr().out
+
+
 def test_the_page_of_dpo_has_its_pairs_and_its_warnings(folder, tmp_path):
     record = read_json(folder / "run.json")
     record["settings"]["BETA"], record["told"] = 0.1, ["kept: step 9", "warning: no better than chance"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 
+from utils.errors import UserError
 from utils.files import atomic_write, read_json, read_log, render, show_path
 from utils.model.folder import read_record
 from utils.plots import plot_training
@@ -242,11 +243,16 @@ def write_page(
     record, path = read_record(folder), folder / "report.html"
     settings, data = record["settings"], ROOT / str(record["settings"].get("TRAIN_FILE"))
     report = data.with_name("dpo_report.json" if "BETA" in settings else "report.json")
+    try:
+        told = read_json(report) if report.is_file() else {}
+    except UserError as damaged:  # the model is finished, and needs it not
+        print(f"left out of report.html: {damaged}")
+        told = {}
     text = render(
         TEMPLATE,
         title=f"{folder.resolve().name}: {Path(settings['MODEL']).name} trained on {data.name}",
         record=record,
-        report=read_json(report) if report.is_file() else {},
+        report=told,
         curve=_picture(folder / "loss_curve.png"),
         comparison=comparison,
         name=name,
