@@ -49,7 +49,7 @@ GIVEN = [  # a command, and words of the line
     ("compare --eval-file {w}/notes.jsonl", "notes.jsonl, line 1: no field id, messages"),
     ("compare --exam-file {w}/raw/rows.jsonl", "rows.jsonl: no exam question in it"),
     ("chat --model {w}/photo.png", "photo.png is a file, wanted a model"),
-    ("dpo --model {w}/orphan", "orphan/merged is not a model folder"),
+    ("dpo --model {w}/orphan", "orphan is an adapter without merged/"),
     ("chat --model {w}/orphan", NO_BASE),
     ("chat --model {w}/cut", "cut cannot be loaded"),
 ]
