@@ -22,7 +22,6 @@ from utils.errors import UserError, run
 from utils.files import (
     id_key,
     prepare_folder,
-    read_json,
     read_jsonl,
     require_file,
     sample_by_id,
@@ -30,6 +29,7 @@ from utils.files import (
     write_json,
     write_jsonl,
 )
+from utils.model.folder import usable_record
 from utils.settings import command, read_settings
 from utils.text import say_next
 
@@ -59,9 +59,9 @@ def main(argv=None):
     settings.show()
     kind = settings.KIND
     if kind == "auto":
-        kind = "model" if is_finished(settings.MODEL) else "facts"
-        finished = "is a finished run" if kind == "model" else "is not a finished run"
-        print(f"kind {kind}: {show_path(settings.MODEL)} {finished}")
+        finished = (usable_record(settings.MODEL) or {}).get("status") == "finished"
+        kind = "model" if finished else "facts"
+        print(f"kind {kind}: {show_path(settings.MODEL)} is {'' if finished else 'not '}a finished run")
     place = settings.OUTPUT_DIR
     prepare_folder(place)
     terms = pairs.Terms(require_file(settings.TERMS_FILE, "python data_prepare/sample/make_sample.py"))
@@ -99,12 +99,6 @@ def main(argv=None):
         files["EVAL_FILE"].unlink(missing_ok=True)
         files["EVAL_FILE"] = ""
     say_next(command("model_finetune/finetune_dpo.py", MODEL=settings.MODEL, **files))
-
-
-def is_finished(model):
-    """True if a model folder is a finished run of training."""
-    record = Path(model) / "run.json"
-    return record.is_file() and read_json(record).get("status") == "finished"
 
 
 def pair_up(kind, rows, terms, settings, split):
