@@ -217,7 +217,8 @@ def test_the_default_kind_follows_the_model(data, tmp_path, capsys):
     flags = ["--max-new-tokens", 8, "--samples", 2, "--max-train", 30, "--max-eval", 30, "--model"]
     folder = make_tiny_model(tmp_path / "sft")
     for status, kind in (("running", "facts"), ("finished", "model")):
-        write_json(folder / "run.json", {"status": status})
+        record = {"status": status, "identity": {}, "settings": {"MODEL": "base"}, "results": {}}
+        write_json(folder / "run.json", record)
         assert build(data, *flags, folder) == 0
         assert f"kind {kind}: " in capsys.readouterr().out
         for pair in read_jsonl(data / "dpo_train.jsonl"):
